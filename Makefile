@@ -1,0 +1,55 @@
+# Every target sets up what it needs: Python 3.11 and git are enough to start from.
+PYTHON ?= python3.11
+VENV ?= .venv
+# Test processes side by side; a test file stays in one of them.
+TEST_PROCESSES ?= 2
+# The demo is sized for a CPU; `make demo JAX_PLATFORMS=cuda` runs it elsewhere.
+JAX_PLATFORMS ?= cpu
+BIN = $(VENV)/bin
+PINS = $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+READY = $(VENV)/.ready-$(PINS)
+READY_TO_TEST = $(VENV)/.ready-to-test-$(PINS)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help setup setup-test demo test test-slow bench lint clean
+
+help:
+	@echo "make demo       build the embedded data, train a VAE and a video DiT, resume, sample, export, report (CPU, minutes)"
+	@echo "make test       the whole test suite, except what is marked slow"
+	@echo "make test-slow  the checks that take longer (pod-sized compilations, long resume runs)"
+	@echo "make bench      timings against PyTorch"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+# torch, diffusers and transformers are what tests compare with; libtpu is XLA's compiler for TPUs.
+$(READY_TO_TEST): $(READY)
+	$(INSTALL) -e ".[test,torch,tpu]"
+	@touch $@
+
+setup: $(READY)
+
+setup-test: $(READY_TO_TEST)
+
+demo: setup
+	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo --workdir runs/demo
+
+test: setup-test
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
+
+test-slow: setup-test
+	$(BIN)/python -m pytest -m slow --durations=15
+
+bench: setup-test
+	$(BIN)/python -m tests.benchmarks
+
+lint: setup-test
+	$(BIN)/ruff check jvgen tests configs
+	$(BIN)/ruff format --check jvgen tests configs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,60 @@
+"""A small world model of the embedded scenes: a body that is pushed to a goal by actions, on a CPU in minutes.
+
+Should reach: rolled out frames nearer to the true ones than the last frame is, and rewards; see the experiment. Data as
+in `demo_ivideogpt_tokenizer.py`, whose export it reads. Run by `python -m tests.experiments.ivideogpt_metaworld`.
+"""
+
+from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.experiment import Experiment
+from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.models.ivideogpt.sampling import SamplingConfig
+from jvgen.tasks.world_model import WorldModelConfig
+from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.optimizer import OptimizerConfig
+
+SCENES = "runs/world/scenes"
+
+
+def tokenizer() -> CompressiveTokenizerConfig:
+    """That of `demo_ivideogpt_tokenizer.py`."""
+    return CompressiveTokenizerConfig(
+        resolution=32,
+        block_channels=(16, 32, 64),
+        layers_per_block=1,
+        groups=8,
+        latent_channels=16,
+        code_width=16,
+        context_codes=512,
+        future_codes=512,
+        patch=2,
+        attention_side=16,
+        attention_groups=8,
+        dropout=0.0,
+    )
+
+
+def experiment() -> Experiment:
+    return Experiment(
+        name="demo_ivideogpt_transformer",
+        task=WorldModelConfig(
+            transformer=FrameTransformerConfig(
+                vocabulary=1026, width=128, layers=4, heads=4, hidden=384, max_positions=256, action_width=2,
+                reward=True, attention_dropout=0.0,
+            ),
+            tokenizer=tokenizer(),
+            tokenizer_weights="runs/world/export/scenes_tokenizer/tokenizer",
+            sampling=SamplingConfig(greedy=True),
+        ),
+        data=DataConfig(
+            sources=(SourceConfig(path=SCENES),),
+            evaluation_sources=(SourceConfig(path=SCENES, split="validation"),),
+            buckets=(BucketConfig(frames=8, height=32, width=32, batch_size=8),),
+            threads=2,
+        ),
+        optimizer=OptimizerConfig(
+            kind="muon", learning_rate=4e-3, warmup_steps=20, schedule="cosine", weight_decay=0.01,
+            muon_exclude=(".*/(action|reward)/kernel",),
+        ),
+        training=TrainingConfig(steps=300, compute_dtype="float32", log_every=50),
+        checkpoint=CheckpointConfig(every=200, keep_last=2),
+    )  # fmt: skip

@@ -1,0 +1,341 @@
+"""Configuration: frozen dataclasses, dotted overrides with did-you-mean, text dumps, and a round trip through JSON.
+
+A component owns the dataclass that it reads (`class OptimizerConfig(Config)` lives beside the optimizer). A run is
+described by a Python file with one function `experiment()` that returns the complete, nested description.
+"""
+
+import dataclasses
+import difflib
+import enum
+import importlib
+import importlib.util
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every configuration dataclass.
+
+    Subclasses are `@dataclasses.dataclass(frozen=True, kw_only=True)` and may override `validate`, which raises
+    `ValueError` with a message that names the field, the value, the rule and the fix.
+    """
+
+    def validate(self) -> None:
+        """Raise `ValueError` if the fields cannot work together. Called for every node by `validate_tree`."""
+
+    def replace(self, **changes: Any) -> typing.Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a configuration: the message is meant to be read without a traceback."""
+
+
+def validate_tree(config: Any, path: str = "") -> None:
+    """Check types of every leaf against its annotation, then call `validate` on every node, innermost first.
+
+    Raises:
+      ConfigError: names the dotted path, the value, the rule and the fix.
+    """
+    if isinstance(config, (tuple, list)):
+        for index, item in enumerate(config):
+            validate_tree(item, f"{path}.{index}".lstrip("."))
+        return
+    if isinstance(config, dict):
+        for key, item in config.items():
+            validate_tree(item, f"{path}.{key}".lstrip("."))
+        return
+    if not dataclasses.is_dataclass(config):
+        return
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        where = f"{path}.{field.name}".lstrip(".")
+        value = getattr(config, field.name)
+        if not _matches(value, hints[field.name]):
+            raise ConfigError(
+                f"{where} = {value!r}: expected {_describe(hints[field.name])}, got {type(value).__name__}."
+            )
+        validate_tree(value, where)
+    if isinstance(config, Config):
+        try:
+            config.validate()
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{path or type(config).__name__}: {error}") from error
+
+
+def override(config: Any, assignments: typing.Sequence[str]) -> Any:
+    """Apply `a.b.c=value` assignments to a nested config and return the changed copy.
+
+    Values are parsed by the annotation of the field they land on: `true`/`false`, numbers, `none` for optional fields,
+    comma-separated items for tuples. Numeric path parts index into tuples, other parts name fields or dict keys.
+
+    Raises:
+      ConfigError: unknown path (with the nearest names), or a value that does not fit the field's type.
+    """
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {assignment!r}: expected PATH=VALUE, for example optimizer.learning_rate=3e-4.")
+        config = _assign(config, path.strip().split("."), text.strip(), path.strip(), None)
+    return config
+
+
+def _assign(node: Any, parts: list[str], text: str, full: str, hint: Any) -> Any:
+    name, rest = parts[0], parts[1:]
+    if dataclasses.is_dataclass(node):
+        hints = _hints(type(node))
+        names = [field.name for field in dataclasses.fields(node) if field.init]
+        if name not in names:
+            raise ConfigError(_unknown(full, name, names, type(node).__name__))
+        child, child_hint = getattr(node, name), hints[name]
+        value = _assign(child, rest, text, full, child_hint) if rest else parse(text, child_hint, full)
+        return dataclasses.replace(node, **{name: value})
+    if isinstance(node, tuple):
+        if not name.isdigit() or int(name) >= len(node):
+            raise ConfigError(
+                f"{full}: {name!r} is not an index into a tuple of {len(node)} items (0..{len(node) - 1})."
+            )
+        index = int(name)
+        item_hint = _item_hint(hint, index)
+        value = _assign(node[index], rest, text, full, item_hint) if rest else parse(text, item_hint, full)
+        return (*node[:index], value, *node[index + 1 :])
+    if isinstance(node, dict):
+        if rest and name not in node:
+            raise ConfigError(_unknown(full, name, list(node), "this mapping"))
+        item_hint = typing.get_args(hint)[1] if typing.get_args(hint) else Any
+        value = _assign(node[name], rest, text, full, item_hint) if rest else parse(text, item_hint, full)
+        return {**node, name: value}
+    raise ConfigError(
+        f"{full}: cannot go below {name!r}, because the value above it is {node!r}, not a group of fields."
+    )
+
+
+def _unknown(full: str, name: str, names: list[str], owner: str) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"It has: {', '.join(sorted(names))}."
+    return f"{full}: {owner} has no field {name!r}. {hint}"
+
+
+def parse(text: str, hint: Any, path: str = "value") -> Any:
+    """Parse the text of one command-line value by a type annotation; raises ConfigError if it does not fit."""
+    for option in _options(hint):
+        try:
+            return _parse_one(text, option, path)
+        except _NoFit:
+            continue
+    raise ConfigError(f"{path} = {text!r}: expected {_describe(hint)}.")
+
+
+class _NoFit(Exception):
+    pass
+
+
+def _parse_one(text: str, hint: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if hint is type(None):
+        if text.lower() in ("none", "null"):
+            return None
+    elif hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    elif hint is int:
+        try:
+            return int(text.replace("_", ""))
+        except ValueError:
+            pass
+    elif hint is float:
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    elif hint in (str, Any):
+        return text
+    elif origin is typing.Literal:
+        for choice in typing.get_args(hint):
+            if text == str(choice):
+                return choice
+    elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+        for member in hint:
+            if text in (member.name, str(member.value)):
+                return member
+    elif origin is tuple:
+        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+        return tuple(parse(item, _item_hint(hint, index), path) for index, item in enumerate(items))
+    elif dataclasses.is_dataclass(hint):
+        names = ", ".join(field.name for field in dataclasses.fields(hint))
+        raise ConfigError(f"{path} = {text!r}: this is a group of fields; set one of them instead ({path}.X: {names}).")
+    raise _NoFit
+
+
+def load(path: str | Path) -> Any:
+    """Load a config file: run the Python file at `path` and return what its function `experiment()` returns.
+
+    Raises:
+      ConfigError: no such file (with the nearest file names), or a file without `experiment()`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        names = [str(p) for p in sorted(folder.glob("*.py"))]
+        near = difflib.get_close_matches(str(path), names, n=3, cutoff=0.4)
+        tail = (
+            f"Did you mean {' or '.join(near)}?"
+            if near
+            else f"Config files in {folder}/: {', '.join(names) or 'none'}."
+        )
+        raise ConfigError(f"config file {str(path)!r} does not exist. {tail}")
+    if path.suffix != ".py":
+        raise ConfigError(f"{path}: a config file is a Python file, NAME.py, with a function experiment().")
+    spec = importlib.util.spec_from_file_location(f"jvgen_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "experiment", None)):
+        raise ConfigError(f"{path}: a config file defines a function experiment() that returns an Experiment.")
+    return module.experiment()
+
+
+def dump(config: Any, path: str = "") -> str:
+    """One line a leaf, `dotted.path = value`, in field order. Stable: made for text diffs and golden files."""
+    return "\n".join(f"{name} = {value}" for name, value in _leaves(config, path)) + "\n"
+
+
+def _leaves(node: Any, path: str) -> typing.Iterator[tuple[str, str]]:
+    if dataclasses.is_dataclass(node):
+        yield (path or "(root)"), type(node).__name__
+        for field in dataclasses.fields(node):
+            yield from _leaves(getattr(node, field.name), f"{path}.{field.name}".lstrip("."))
+    elif isinstance(node, tuple) and any(dataclasses.is_dataclass(item) for item in node):
+        for index, item in enumerate(node):
+            yield from _leaves(item, f"{path}.{index}")
+    elif isinstance(node, dict) and node:
+        for key, item in node.items():
+            yield from _leaves(item, f"{path}.{key}")
+    else:
+        yield path, repr(node.value if isinstance(node, enum.Enum) else node)
+
+
+def to_json(config: Any) -> str:
+    """The config as JSON text, with the class of every node, readable by `from_json`."""
+    return json.dumps(_encode(config), indent=1)
+
+
+def _encode(node: Any) -> Any:
+    if dataclasses.is_dataclass(node):
+        name = f"{type(node).__module__}:{type(node).__qualname__}"
+        return {"class": name, **{f.name: _encode(getattr(node, f.name)) for f in dataclasses.fields(node)}}
+    if isinstance(node, enum.Enum):
+        return node.value
+    if isinstance(node, (tuple, list)):
+        return [_encode(item) for item in node]
+    if isinstance(node, dict):
+        return {"mapping": {key: _encode(item) for key, item in node.items()}}
+    return node
+
+
+def from_json(text: str) -> Any:
+    """Rebuild a config written by `to_json`.
+
+    Only `Config` classes of jvgen, or of modules that the program has already imported, are built.
+
+    Raises:
+      ConfigError: a class that may not be built, a field that this version does not have.
+    """
+    return _decode(json.loads(text), Any)
+
+
+def _decode(node: Any, hint: Any) -> Any:
+    if isinstance(node, dict) and "class" in node:
+        module_name, _, class_name = node["class"].partition(":")
+        if module_name.split(".")[0] != "jvgen" and module_name not in sys.modules:
+            raise ConfigError(f"saved config names {node['class']!r}: import its module first, then load the config.")
+        cls = getattr(importlib.import_module(module_name), class_name, None)
+        if not (isinstance(cls, type) and issubclass(cls, Config)):
+            raise ConfigError(f"saved config names {node['class']!r}, which is not a Config class of this version.")
+        hints = _hints(cls)
+        values = {key: value for key, value in node.items() if key != "class"}
+        unknown = sorted(set(values) - set(hints))
+        if unknown:
+            raise ConfigError(f"saved config: {class_name} has no field {', '.join(unknown)} in this version of jvgen.")
+        return cls(**{key: _decode(value, hints[key]) for key, value in values.items()})
+    if isinstance(node, dict) and "mapping" in node:
+        return {key: _decode(value, Any) for key, value in node["mapping"].items()}
+    if isinstance(node, list):
+        return tuple(_decode(item, _item_hint(hint, index)) for index, item in enumerate(node))
+    for option in _options(hint):
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            return option(node)
+        if option is float and isinstance(node, int) and not isinstance(node, bool):
+            return float(node)
+    return node
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, None first (so that "none" is not read as a string), numbers before strings."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(sorted(typing.get_args(hint), key=lambda h: (h is not type(None), h is str)))
+    return (hint,)
+
+
+def _item_hint(hint: Any, index: int) -> Any:
+    for option in _options(hint):
+        arguments = typing.get_args(option)
+        if typing.get_origin(option) is tuple and arguments:
+            if len(arguments) == 2 and arguments[1] is Ellipsis:
+                return arguments[0]
+            return arguments[index] if index < len(arguments) else Any
+    return Any
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    return any(_matches_one(value, option) for option in _options(hint))
+
+
+def _matches_one(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if not (len(arguments) == 2 and arguments[1] is Ellipsis) and len(value) != len(arguments):
+            return False
+        return all(_matches(item, _item_hint(hint, index)) for index, item in enumerate(value))
+    if origin is dict:
+        return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    options = _options(hint)
+    if len(options) > 1:
+        return " or ".join(_describe(option) for option in options)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is type(None):
+        return "none"
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(repr(member.value) for member in hint)
+    if origin is tuple:
+        return f"a tuple of {_describe(arguments[0])}" if arguments else "a tuple"
+    return getattr(hint, "__name__", str(hint))

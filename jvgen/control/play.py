@@ -1,0 +1,167 @@
+"""Playing in a world model: actions from the keyboard or from a file, frames in the terminal and in a file."""
+
+import contextlib
+import csv
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvgen.control.world_model import WorldModel, to_pixels
+
+# Keys that move a component of the action down and up, by component.
+KEYS = (("a", "d"), ("s", "w"), ("q", "e"), ("f", "r"), ("z", "c"), ("v", "t"))
+STAY, LEAVE = " ", ("x", "\x03", "\x04", "")
+
+HELP = "keys: {keys}; space: no action; x: leave"
+
+
+def actions_from_keys(keys: Iterable[str], width: int, size: float) -> Iterator[np.ndarray]:
+    """One action a key: a component at plus or minus `size`, the others 0. Other keys are passed over; x ends it.
+
+    Raises:
+      ValueError: more components than there are keys for.
+    """
+    if width > len(KEYS):
+        raise ValueError(f"actions have {width} numbers: the keyboard moves at most {len(KEYS)}; give --actions FILE.")
+    moves = {
+        key: (component, sign) for component, pair in enumerate(KEYS) for key, sign in zip(pair, (-1, 1), strict=True)
+    }
+    for key in keys:
+        if key in LEAVE:
+            return
+        component, sign = moves.get(key, (None, 0))
+        if key != STAY and (component is None or component >= width):
+            continue
+        action = np.zeros(width, np.float32)
+        if component is not None:
+            action[component] = sign * size
+        yield action
+
+
+def help_text(width: int) -> str:
+    """What the keys do."""
+    pairs = ", ".join(f"{low}/{high} component {number}" for number, (low, high) in enumerate(KEYS[:width]))
+    return HELP.format(keys=pairs)
+
+
+def read_actions(path: Path, width: int) -> np.ndarray:
+    """Actions of a file, float32 (steps, width): .npy, or .csv with one action a line; a first line may be of words.
+
+    Raises:
+      ValueError: no such file, another ending, another width, words where numbers should be.
+    """
+    if not path.is_file():
+        raise ValueError(f"--actions {path}: no such file.")
+    try:
+        if path.suffix == ".npy":
+            actions = np.load(path, allow_pickle=False)
+        elif path.suffix == ".csv":
+            with path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if row]
+            if rows and not _is_number(rows[0][0]):
+                rows = rows[1:]
+            actions = np.array([[float(cell) for cell in row] for row in rows])
+        else:
+            raise ValueError("expected .npy or .csv")
+        actions = np.asarray(actions, np.float32)
+    except ValueError as error:
+        raise ValueError(f"--actions {path}: cannot be read as actions ({error}).") from error
+    if actions.ndim != 2 or actions.shape[1] != width or not len(actions):
+        raise ValueError(f"--actions {path}: holds {actions.shape}; expected one line of {width} numbers a step.")
+    return actions
+
+
+def play(
+    world: WorldModel,
+    context: np.ndarray,
+    actions: Iterable[np.ndarray | None],
+    *,
+    seed: int = 0,
+    show: Callable[[np.ndarray, str], None] | None = None,
+) -> tuple[np.ndarray, list[float]]:
+    """Step one episode by the given actions; beyond the horizon it goes on from its last frames.
+
+    Args:
+      world: the model.
+      context: uint8 `T H W 3`, as many frames as the world begins at.
+      actions: an action a step; None where the world takes none.
+      seed: of the episode.
+      show: called with every frame, and a line about it.
+
+    Returns:
+      uint8 `F H W 3`, the context and every frame made; and the rewards, empty without that head.
+    """
+    show = show or (lambda frame, line: None)
+    state = world.reset(context[None], seed)
+    made, rewards = [*context], []
+    show(context[-1], "start")
+    for number, action in enumerate(actions):
+        if number and number % world.horizon == 0:
+            state = world.refresh(state)
+        state, frame, reward = world.step(state, None if action is None else action[None])
+        made.append(to_pixels(frame)[0])
+        line = f"step {number + 1}"
+        if action is not None:
+            line += f"  action {np.array2string(action, precision=2, separator=',')}"
+        if reward is not None:
+            rewards.append(float(reward[0]))
+            line += f"  reward {rewards[-1]:.3f}"
+        show(made[-1], line)
+    return np.stack(made), rewards
+
+
+def terminal_picture(frame: np.ndarray, columns: int = 64) -> str:
+    """A frame as coloured text: two pixels above each other a character. For terminals with 24-bit colours."""
+    step = max(1, -(-frame.shape[1] // columns))
+    small = frame[::step, ::step]
+    if len(small) % 2:
+        small = np.concatenate([small, small[-1:]])
+    lines = []
+    for upper, lower in zip(small[::2], small[1::2], strict=True):
+        cells = [
+            f"\x1b[38;2;{u[0]};{u[1]};{u[2]};48;2;{w[0]};{w[1]};{w[2]}m\u2580"
+            for u, w in zip(upper, lower, strict=True)
+        ]
+        lines.append("".join(cells) + "\x1b[0m")
+    return "\n".join(lines)
+
+
+class TerminalView:
+    """Shows every frame in the same place of a terminal."""
+
+    def __init__(self, write: Callable[[str], Any] | None = None):
+        self._write = write or (lambda text: (sys.stdout.write(text), sys.stdout.flush()))
+        self._height = 0
+
+    def __call__(self, frame: np.ndarray, line: str) -> None:
+        text = f"{terminal_picture(frame)}\n{line}\x1b[K\n"
+        self._write((f"\x1b[{self._height}A" if self._height else "") + text)
+        self._height = text.count("\n")
+
+
+def pressed_keys() -> Iterator[str]:
+    """Keys as they are pressed, one character each, until the input ends; without a terminal, its characters."""
+    with contextlib.ExitStack() as stack:
+        if sys.stdin.isatty():
+            import termios
+            import tty
+
+            before = termios.tcgetattr(sys.stdin)
+            stack.callback(termios.tcsetattr, sys.stdin, termios.TCSADRAIN, before)
+            tty.setcbreak(sys.stdin.fileno())
+        while True:
+            key = sys.stdin.read(1)
+            if not key:
+                return
+            yield key
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

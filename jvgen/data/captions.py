@@ -1,0 +1,97 @@
+"""Captions that lie beside media files: one table for a folder, or one text file for each clip."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
+ACCEPTED = (
+    "captions.csv or captions.tsv with the columns file,caption; captions.jsonl with "
+    '{"file": ..., "caption": "..." or ["...", ...]} on each line; or <clip>.txt beside each clip, one caption a line'
+)
+
+
+def read_captions(
+    folder: Path, files: Iterable[Path], table: Path | None = None, *, optional: bool = False
+) -> dict[Path, tuple[str, ...]]:
+    """Captions of media files.
+
+    Args:
+      folder: what the file names in a table are relative to (bare names and names without extension are found too).
+      files: the media files below the folder.
+      table: captions table; looked for in the folder unless given.
+      optional: whether it is all right that there are no captions at all.
+
+    Returns:
+      Captions by file; files without any are missing from it.
+
+    Raises:
+      ValueError: no captions anywhere, a table that cannot be read, or one that names none of the files.
+    """
+    files = list(files)
+    if table is None:
+        table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    elif not table.is_file():
+        raise ValueError(f"captions = {str(table)!r}: no such file. Accepted: {ACCEPTED}.")
+    if table is not None:
+        return _from_table(folder, files, _read_table(table), table)
+    found = {}
+    for file in files:
+        beside = file.with_suffix(".txt")
+        if beside.is_file():
+            lines = [line.strip() for line in beside.read_text(encoding="utf-8-sig").splitlines()]
+            if any(lines):
+                found[file] = tuple(line for line in lines if line)
+    if not found and not optional:
+        raise ValueError(f"{folder} has no captions. Accepted: {ACCEPTED}. Or declare captions optional.")
+    return found
+
+
+def _read_table(table: Path) -> dict[str, list[str]]:
+    """Captions by the file name in the table."""
+    rows: dict[str, list[str]] = {}
+    text = table.read_text(encoding="utf-8-sig")
+    if table.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{table}, line {number}: not JSON ({error}).") from error
+            _add(rows, row, table, number)
+        return rows
+    if table.suffix not in (".csv", ".tsv"):
+        raise ValueError(f"captions = {str(table)!r}: a .csv, .tsv or .jsonl file. Accepted: {ACCEPTED}.")
+    reader = csv.DictReader(text.splitlines(), delimiter="\t" if table.suffix == ".tsv" else ",")
+    if not {"file", "caption"} <= set(reader.fieldnames or ()):
+        raise ValueError(f"{table}: its columns are {reader.fieldnames}; it needs file and caption.")
+    for row in reader:
+        _add(rows, row, table, reader.line_num)
+    return rows
+
+
+def _add(rows: dict[str, list[str]], row: object, table: Path, number: int) -> None:
+    if not isinstance(row, Mapping) or not row.get("file") or "caption" not in row:
+        raise ValueError(f"{table}, line {number}: needs a file and a caption, got {row!r}.")
+    captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+    rows.setdefault(str(row["file"]), []).extend(str(c).strip() for c in captions if c and str(c).strip())
+
+
+def _from_table(
+    folder: Path, files: list[Path], rows: dict[str, list[str]], table: Path
+) -> dict[Path, tuple[str, ...]]:
+    found = {}
+    for file in files:
+        relative = file.relative_to(folder)
+        names = (relative.as_posix(), relative.with_suffix("").as_posix(), file.name, file.stem)
+        captions = next((rows[name] for name in names if rows.get(name)), None)
+        if captions:
+            found[file] = tuple(captions)
+    if files and not found:
+        raise ValueError(
+            f"{table} names none of the {len(files)} files in {folder}: "
+            f"it has {', '.join(list(rows)[:3]) or 'no rows'}, the folder {', '.join(file.name for file in files[:3])}."
+        )
+    return found

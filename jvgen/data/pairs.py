@@ -1,0 +1,116 @@
+"""Pairs of views made of single clips: a static clip folded in its middle, a dynamic clip beside a warped copy."""
+
+import dataclasses
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from jvgen.config import Config
+from jvgen.geometry.homography import Motion, growing, homographies, in_pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HomographyConfig(Config):
+    """Standard deviations of the motion that the last frame of a copy is warped by; frames before it by less.
+
+    The paper gives none of these numbers. Lengths are in heights of the image, so that resolution changes nothing.
+
+    Attributes:
+      translation: to the right and down.
+      rotation: radians.
+      scale: growth of width and height.
+      shear: of x by y and of y by x.
+      projection: how much the depth changes over one height.
+      strength: factor on all of them; 0 for copies that are not warped.
+    """
+
+    translation: float = 0.08
+    rotation: float = 0.1
+    scale: float = 0.1
+    shear: float = 0.05
+    projection: float = 0.1
+    strength: float = 1.0
+
+    def validate(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 0:
+                raise ValueError(f"{field.name} = {getattr(self, field.name)}: a standard deviation, 0 or more.")
+
+    def draw(self, seed: int, height: int) -> Motion:
+        """One motion, float64, for images of `height` pixels: a pure function of the seed."""
+        rng = np.random.default_rng(seed)
+
+        def normal(deviation: float, *shape: int) -> np.ndarray:
+            return self.strength * deviation * rng.standard_normal(shape)
+
+        return Motion(
+            translation=height * normal(self.translation, 2),
+            rotation=normal(self.rotation),
+            scale=normal(self.scale, 2),
+            shear=normal(self.shear, 2),
+            projection=normal(self.projection, 2) / height,
+        )
+
+
+class WarpedPair(NamedTuple):
+    """A clip and its warped copy.
+
+    Attributes:
+      video: uint8 (2, F, H, W, 3).
+      homographies: float32 (F, 3, 3), from pixels of the clip to pixels of the copy, relative to the middle.
+      valid: bool (2, F, H, W): pixels that show something; of the clip itself all do.
+    """
+
+    video: np.ndarray
+    homographies: np.ndarray
+    valid: np.ndarray
+
+
+def folded(values: np.ndarray) -> np.ndarray:
+    """Two views of N frames of a still scene, out of 2N - 1 frames of it: `2N-1 ...` to `2 N ...`.
+
+    The first runs back in time from the middle frame and the second forward, so that both begin with the same frame
+    (arXiv 2405.17414, section 4.2).
+
+    Raises:
+      ValueError: an even number of frames.
+    """
+    if len(values) % 2 == 0:
+        raise ValueError(f"{len(values)} frames cannot be folded: take an odd number, 2N - 1 for two views of N.")
+    middle = len(values) // 2
+    return np.stack([values[middle::-1], values[middle:]])
+
+
+def warped_pair(video: np.ndarray, config: HomographyConfig, seed: int) -> WarpedPair:
+    """A clip beside a copy that a homography moves away from it, more with every frame (appendix A.2.1).
+
+    Args:
+      video: uint8 (F, H, W, 3).
+      config: strengths.
+      seed: of the motion.
+    """
+    frames, height, width = video.shape[:3]
+    matrices = homographies(growing(config.draw(seed, height), frames))
+    copy, valid = np.empty_like(video), np.ones((2, frames, height, width), bool)
+    white = np.full((height, width), 255, np.uint8)
+    for number, matrix in enumerate(matrices):
+        warp = in_pixels(matrix, (height, width))
+        copy[number] = cv2.warpPerspective(video[number], warp, (width, height), flags=cv2.INTER_LINEAR)
+        # A pixel counts if it is made of pixels of the picture alone.
+        valid[1, number] = cv2.warpPerspective(white, warp, (width, height), flags=cv2.INTER_LINEAR) == 255
+    return WarpedPair(np.stack([video, copy]), matrices.astype(np.float32), valid)
+
+
+def latent_valid(valid: np.ndarray, spatial: int, temporal: int) -> np.ndarray:
+    """Latents that are made of valid pixels alone: bool `V F H W` to `V f h w`.
+
+    Args:
+      valid: of r n + 1 frames.
+      spatial: pixels a latent along rows and columns.
+      temporal: frames a latent frame, r; the first latent frame is of one frame.
+    """
+    views, frames, height, width = valid.shape
+    cells = valid.reshape(views, frames, height // spatial, spatial, width // spatial, spatial).all(axis=(3, 5))
+    later = cells[:, 1:].reshape(views, (frames - 1) // temporal, temporal, *cells.shape[2:]).all(axis=2)
+    return np.concatenate([cells[:, :1], later], axis=1)

@@ -1,0 +1,214 @@
+"""The diffusion objective: the timesteps and noise that a step draws, its weighted loss, the loss by timestep band.
+
+Draws belong to a slot of the global batch: slot i gets the same timestep and noise for any batch size, microbatch
+or mesh, because its key is `fold_in(key, i)`.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jvgen.config import Config
+from jvgen.diffusion.schedule import TIMESTEPS, Prediction, Schedule, ScheduleConfig, clean_factors
+
+# Purposes folded into a slot's key: a new one gets a new number, the old ones never change.
+TIMESTEP_KEY = 0
+NOISE_KEY = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimestepConfig(Config):
+    """How training timesteps are drawn.
+
+    A number u in [0, 1) is drawn, moved to s u / (1 + (s - 1) u) by the shift s, and scaled to 0..1000.
+
+    Attributes:
+      kind: distribution of u: "uniform", or "logit_normal" = sigmoid(mean + deviation z) (Esser et al. 2024, eq. 19).
+      mean, deviation: of the logit normal.
+      shift: s at the base size; 1 for none.
+      shift_by: "nothing" (s = shift), "tokens" (s = shift sqrt(tokens / base_tokens), Esser et al. 2024, eq. 23), or
+        "resolution_and_duration" (Open-Sora 2.0: s = shift l sqrt(frames), l on the line from 1 at base_tokens to 3 at
+        16 base_tokens of one frame, that is at four times the side).
+      base_tokens: tokens (patches) of the size that needs no shift: of the whole clip for "tokens", of one frame
+        for "resolution_and_duration".
+    """
+
+    kind: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = 0.0
+    deviation: float = 1.0
+    shift: float = 1.0
+    shift_by: Literal["nothing", "tokens", "resolution_and_duration"] = "nothing"
+    base_tokens: int = 256
+
+    def validate(self) -> None:
+        if self.deviation <= 0:
+            raise ValueError(f"deviation = {self.deviation}: must be positive, as 1.0.")
+        if self.shift <= 0:
+            raise ValueError(f"shift = {self.shift}: must be positive; 1 for no shift.")
+        if self.base_tokens <= 0:
+            raise ValueError(f"base_tokens = {self.base_tokens}: must be positive, as 256.")
+
+    def shift_of(self, frames: int, height: int, width: int) -> float:
+        """The shift s of a clip of `frames` x `height` x `width` tokens (latent patches)."""
+        if self.shift_by == "tokens":
+            return self.shift * (frames * height * width / self.base_tokens) ** 0.5
+        if self.shift_by == "resolution_and_duration":
+            line = 1.0 + 2.0 * (height * width - self.base_tokens) / (15.0 * self.base_tokens)
+            return self.shift * max(line, 1e-3) * frames**0.5
+        return self.shift
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(Config):
+    """What the network predicts and how its error is weighted.
+
+    Attributes:
+      target: "epsilon" (noise), "v" (alpha noise - sigma clean), "clean", or "velocity" (noise - clean).
+      timesteps: how timesteps are drawn.
+      weighting: "uniform"; "min_snr" (Hang et al. 2023: the error of the clean sample times min(SNR, gamma)); or
+        "bell" (a Gaussian over the timestep, zero at the ends, as Wan is trained).
+      gamma: of min_snr.
+      bands: number of equal timestep bands that the loss is reported in.
+    """
+
+    target: Prediction = "v"
+    timesteps: TimestepConfig = TimestepConfig()
+    weighting: Literal["uniform", "min_snr", "bell"] = "uniform"
+    gamma: float = 5.0
+    bands: int = 4
+
+    def validate(self) -> None:
+        if self.bands < 1 or TIMESTEPS % self.bands:
+            raise ValueError(f"bands = {self.bands}: must divide {TIMESTEPS}, as 4, 5, 8 or 10.")
+        if self.gamma <= 0:
+            raise ValueError(f"gamma = {self.gamma}: must be positive, as 5.0.")
+
+    def check_schedule(self, schedule: ScheduleConfig) -> None:
+        """Raise `ValueError` if this target cannot be learned or sampled with a schedule."""
+        if self.target == "epsilon" and schedule.ends_in_pure_noise:
+            raise ValueError(
+                f"target = 'epsilon': schedule {schedule.kind!r} ends in pure noise, where the noise says nothing about"
+                " the clean sample; choose target 'v' (or 'velocity'), or zero_terminal = false."
+            )
+
+
+def slot_keys(key: Key[Array, ""], slots: Int[Array, "B"]) -> Key[Array, "B"]:
+    """One key a slot: `fold_in(key, slot)`."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(slots)
+
+
+def slot_normal(
+    key: Key[Array, ""], shape: tuple[int, ...], slots: Int[Array, "B"] | None = None
+) -> Float[Array, "B ..."]:
+    """Standard normal float32 of `shape` = `(B, ...)`, drawn slot by slot.
+
+    Args:
+      key: of this step and purpose.
+      shape: with the batch axis.
+      slots: numbers of the slots in the global batch; default 0..B-1.
+    """
+    keys = slot_keys(key, jnp.arange(shape[0]) if slots is None else slots)
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:], jnp.float32))(keys)
+
+
+def draw_noise(
+    key: Key[Array, ""], shape: tuple[int, ...], slots: Int[Array, "B"] | None = None
+) -> Float[Array, "B ..."]:
+    """The noise of a training step; see `slot_normal`."""
+    return slot_normal(jax.random.fold_in(key, NOISE_KEY), shape, slots)
+
+
+def draw_timesteps(
+    key: Key[Array, ""],
+    batch_size: int,
+    config: TimestepConfig,
+    schedule: Schedule,
+    *,
+    size: tuple[int, int, int] | None = None,
+    slots: Int[Array, "B"] | None = None,
+) -> Float[Array, "B"]:
+    """Raw timesteps, float32: whole numbers for discrete schedules.
+
+    Args:
+      key: of this step.
+      batch_size: B.
+      config: the distribution.
+      schedule: discrete schedules round down to 0..999.
+      size: frames, height and width of the clip in tokens (latent patches); needed where the shift depends on it.
+      slots: numbers of the slots in the global batch; default 0..B-1.
+    """
+    if size is None and config.shift_by != "nothing":
+        raise ValueError(f"shift_by = {config.shift_by!r}: give `size`, the clip's frames, height and width in tokens.")
+    shift = config.shift_of(*(size or (1, 1, 1)))
+    keys = slot_keys(jax.random.fold_in(key, TIMESTEP_KEY), jnp.arange(batch_size) if slots is None else slots)
+    if config.kind == "uniform":
+        fraction = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(keys)
+    else:
+        normal = jax.vmap(lambda k: jax.random.normal(k, (), jnp.float32))(keys)
+        fraction = jax.nn.sigmoid(config.mean + config.deviation * normal)
+    fraction = shift * fraction / (1.0 + (shift - 1.0) * fraction)
+    if schedule.config.continuous:
+        return fraction * TIMESTEPS
+    return jnp.clip(jnp.floor(fraction * TIMESTEPS), 0.0, TIMESTEPS - 1.0)
+
+
+def weight_table(config: ObjectiveConfig, schedule: Schedule) -> np.ndarray:
+    """Loss weight of each of the 1000 timesteps, float64, mean 1 over the grid.
+
+    The mean is over the grid and never over a batch: a batch mean would tie a sample's weight to its neighbours, and
+    with it the learning rate to the batch size.
+    """
+    grid = np.arange(TIMESTEPS)
+    if config.weighting == "uniform":
+        return np.ones(TIMESTEPS)
+    if config.weighting == "bell":
+        bell = np.exp(-2.0 * ((grid + 0.5) / TIMESTEPS - 0.5) ** 2)
+        weights = bell - bell.min()
+    else:
+        alpha, sigma = schedule.levels(grid + 0.5 if schedule.config.continuous else grid)
+        clean_weight = np.minimum((alpha / sigma) ** 2, config.gamma)
+        # A prediction's squared error is the clean sample's squared error over q squared, q = d clean / d prediction.
+        _, slope = clean_factors(np.maximum(alpha, 1e-12), sigma, config.target)
+        weights = clean_weight * slope**2
+    return weights / weights.mean()
+
+
+def loss_per_sample(
+    prediction: Float[Array, "B ..."],
+    clean: Float[Array, "B ..."],
+    noise: Float[Array, "B ..."],
+    timesteps: Float[Array, "B"],
+    config: ObjectiveConfig,
+    schedule: Schedule,
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Weighted and unweighted mean squared error of each sample, float32. The loss is the mean of the first."""
+    target = schedule.target(clean, noise, timesteps, config.target)
+    error = jnp.square(prediction.astype(jnp.float32) - target)
+    error = jnp.mean(error, axis=tuple(range(1, error.ndim)))
+    if config.weighting == "uniform":
+        return error, error
+    table = jnp.asarray(weight_table(config, schedule).astype(np.float32))
+    index = jnp.clip(timesteps.astype(jnp.int32), 0, TIMESTEPS - 1)
+    return error * table[index], error
+
+
+def loss_by_band(
+    losses: Float[Array, "B"], timesteps: Float[Array, "B"], bands: int
+) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
+    """Sum and number of the losses in each of `bands` equal timestep bands, by name ("loss_t0000_0250").
+
+    (total, count) pairs add up over microbatches, devices and steps; the quotient is the band's mean loss.
+    """
+    width = TIMESTEPS // bands
+    band = jnp.clip(jnp.floor(timesteps / width), 0.0, bands - 1.0)
+    pairs = {}
+    for index in range(bands):
+        inside = (band == index).astype(jnp.float32)
+        total = jnp.sum(jnp.where(band == index, losses.astype(jnp.float32), 0.0))
+        pairs[f"loss_t{index * width:04d}_{(index + 1) * width:04d}"] = (total, jnp.sum(inside))
+    return pairs

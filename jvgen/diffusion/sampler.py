@@ -1,0 +1,322 @@
+"""Samplers: from noise to a clean sample in a few steps, as one `lax.scan` over a table of coefficients.
+
+Every sampler here is linear in four arrays, so a step is
+`next = a noisy + b clean + c previous_clean + d fresh_noise`, where `clean` is what the prediction implies. The factors
+are made on the host in float64, where their limits (no signal, no noise) are exact.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jvgen.config import Config
+from jvgen.diffusion.guidance import Denoise, GuidanceConfig, guidance_scales
+from jvgen.diffusion.objective import slot_normal
+from jvgen.diffusion.schedule import (
+    TIMESTEPS,
+    Prediction,
+    Schedule,
+    alpha_bar_table,
+    clean_factors,
+    zero_terminal_rescale,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerConfig(Config):
+    """Which sampler, over which timesteps.
+
+    Attributes:
+      kind: "ddim" (Song et al. 2021), "euler" (rectified flow only), "dpm_solver_sde" (DPM-Solver++ 2M, stochastic) or
+        "dpm_solver" (the same without noise), both for discrete schedules only.
+      steps: network evaluations, twice that with guidance.
+      spacing: "trailing" (ends at 999, the right one for zero terminal SNR), "leading" or "linspace", each as
+        diffusers computes it. Rectified flow: "trailing" is linspace(1, 1/steps), "linspace" is diffusers' default.
+      eta: of ddim: 0 is deterministic, 1 adds as much noise as the ancestral sampler.
+      steps_offset: added to the timesteps of "leading".
+      ends_clean: the last step goes to the clean sample; False: to timestep 0 (Stable Diffusion's scheduler files).
+      goes_to: "next" (each step goes to the next timestep in the list) or "stride" (to t - 1000 // steps, as
+        diffusers' discrete schedulers do; the same when steps divides 1000 and spacing is trailing or leading).
+      levels: of signal: those of the "schedule", or as the SAT code, which RepVideo samples with, has them: timesteps
+        rounded down, levels rescaled to zero terminal SNR over the list of steps alone, and predictions read at the
+        nearest of the schedule's levels. Needs zero terminal SNR; spacing and goes_to are then as they are by default.
+    """
+
+    kind: Literal["ddim", "euler", "dpm_solver_sde", "dpm_solver"] = "ddim"
+    steps: int = 50
+    spacing: Literal["trailing", "leading", "linspace"] = "trailing"
+    eta: float = 0.0
+    steps_offset: int = 0
+    ends_clean: bool = True
+    goes_to: Literal["next", "stride"] = "next"
+    levels: Literal["schedule", "sat"] = "schedule"
+
+    def validate(self) -> None:
+        if not 1 <= self.steps <= TIMESTEPS:
+            raise ValueError(f"steps = {self.steps}: must lie in 1..{TIMESTEPS}.")
+        if self.eta < 0:
+            raise ValueError(f"eta = {self.eta}: must not be negative; 0 for a deterministic sampler.")
+        if self.eta and self.kind != "ddim":
+            raise ValueError(f"eta = {self.eta}: only ddim reads it; set eta = 0 for {self.kind}.")
+        if self.levels == "sat" and (self.spacing, self.goes_to, self.ends_clean) != ("trailing", "next", True):
+            raise ValueError("levels = 'sat': leave spacing = 'trailing', goes_to = 'next' and ends_clean = true.")
+
+    @property
+    def needs_key(self) -> bool:
+        """True if steps add fresh noise."""
+        return self.eta > 0 or self.kind == "dpm_solver_sde"
+
+
+class Coefficients(NamedTuple):
+    """One row a step, float64: `clean = clean_of_noisy noisy + clean_of_prediction prediction`, then the factors."""
+
+    timesteps: np.ndarray
+    guidance: np.ndarray
+    clean_of_noisy: np.ndarray
+    clean_of_prediction: np.ndarray
+    noisy: np.ndarray
+    clean: np.ndarray
+    previous_clean: np.ndarray
+    noise: np.ndarray
+
+
+class Grid(NamedTuple):
+    """Where a sampler goes: the raw timestep and signal level of each step, and the level that the step arrives at.
+
+    `read_alpha` and `read_sigma` are the levels at which predictions are read; None for those of the step.
+    """
+
+    timesteps: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    next_alpha: np.ndarray
+    next_sigma: np.ndarray
+    read_alpha: np.ndarray | None = None
+    read_sigma: np.ndarray | None = None
+
+
+def discrete_timesteps(config: SamplerConfig) -> np.ndarray:
+    """Timesteps of the discrete schedules in the order of sampling, int64."""
+    if config.spacing == "linspace":
+        return np.linspace(0, TIMESTEPS - 1, config.steps).round()[::-1].astype(np.int64)
+    if config.spacing == "leading":
+        stride = TIMESTEPS // config.steps
+        return (np.arange(config.steps) * stride)[::-1].astype(np.int64) + config.steps_offset
+    # A float range, because its rounding decides ties as diffusers does; it may add a last timestep of -1, never kept.
+    return np.round(np.arange(TIMESTEPS, 0, -TIMESTEPS / config.steps)[: config.steps]).astype(np.int64) - 1
+
+
+def flow_levels(config: SamplerConfig, shift: float) -> np.ndarray:
+    """Noise levels of rectified flow in the order of sampling, float64, from 1 down, without the final 0."""
+    if config.spacing == "leading":
+        raise ValueError("spacing = 'leading': rectified flow starts at pure noise; choose 'trailing' or 'linspace'.")
+    last = 1.0 / config.steps
+    if config.spacing == "linspace":
+        last = shift / TIMESTEPS / (1.0 + (shift - 1.0) / TIMESTEPS)
+    fraction = np.linspace(1.0, last, config.steps)
+    return shift * fraction / (1.0 + (shift - 1.0) * fraction)
+
+
+def grid(config: SamplerConfig, schedule: Schedule) -> Grid:
+    """The levels that a sampler visits."""
+    if schedule.config.continuous:
+        sigma = flow_levels(config, schedule.config.flow_shift)
+        arrival = np.append(sigma[1:], 0.0)
+        return Grid(sigma * TIMESTEPS, 1.0 - sigma, sigma, 1.0 - arrival, arrival)
+    if config.levels == "sat":
+        return sat_grid(config.steps, schedule)
+    timesteps = discrete_timesteps(config)
+    if timesteps[0] >= TIMESTEPS:
+        raise ValueError(f"steps_offset = {config.steps_offset}: leads to timestep {timesteps[0]}, past the last, 999.")
+    stride = timesteps - TIMESTEPS // config.steps
+    arrival = stride if config.goes_to == "stride" else np.append(timesteps[1:], -1)
+    alpha, sigma = schedule.levels(timesteps)
+    next_alpha, next_sigma = schedule.levels(np.maximum(arrival, 0))
+    if config.ends_clean:
+        next_alpha, next_sigma = np.where(arrival < 0, 1.0, next_alpha), np.where(arrival < 0, 0.0, next_sigma)
+    return Grid(timesteps.astype(np.float64), alpha, sigma, next_alpha, next_sigma)
+
+
+def sat_grid(steps: int, schedule: Schedule) -> Grid:
+    """The levels that the SAT code base visits: see `SamplerConfig.levels`."""
+    if not schedule.config.ends_in_pure_noise:
+        raise ValueError("levels = 'sat': needs a schedule with zero terminal SNR; set zero_terminal = true.")
+    timesteps = np.linspace(TIMESTEPS - 1, 0, steps, endpoint=False).astype(np.int64)
+    before_rescale = alpha_bar_table(schedule.config.replace(zero_terminal=False))
+    # The rescale takes falling lists: first the least noisy step.
+    power = zero_terminal_rescale(before_rescale[timesteps[::-1]])[::-1]
+    alpha, sigma = np.sqrt(power), np.sqrt(1.0 - power)
+    table, _ = schedule.levels(np.arange(TIMESTEPS))
+    nearest = np.abs(alpha[:, None] - table).argmin(axis=1)
+    read_alpha, read_sigma = schedule.levels(nearest)
+    following = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+    return Grid(timesteps.astype(np.float64), alpha, sigma, *following, read_alpha, read_sigma)
+
+
+def coefficients(
+    config: SamplerConfig, schedule: Schedule, prediction: Prediction, guidance: GuidanceConfig | None = None
+) -> Coefficients:
+    """The table of a sampler.
+
+    Raises:
+      ValueError: a sampler that does not go with the schedule, or a prediction that says nothing about the clean
+        sample at some timestep.
+    """
+    config.validate()
+    if schedule.config.continuous and (config.kind not in ("euler", "ddim") or config.eta or config.levels == "sat"):
+        raise ValueError(
+            f"sampler {config.kind!r}, eta = {config.eta}, levels = {config.levels!r}: rectified flow needs 'euler' or "
+            "'ddim', eta = 0, levels = 'schedule'."
+        )
+    if config.kind == "euler" and not schedule.config.continuous:
+        raise ValueError(f"sampler 'euler': needs rectified_flow, not {schedule.config.kind!r}; choose 'ddim'.")
+    levels = grid(config, schedule)
+    if prediction == "epsilon" and (levels.alpha <= 0).any():
+        raise ValueError("prediction 'epsilon': the first timestep is pure noise; train 'v' or drop zero_terminal.")
+    scales = guidance_scales(guidance or GuidanceConfig(kind="none"), levels.timesteps)
+    if config.kind in ("dpm_solver_sde", "dpm_solver"):
+        # In strides that do not add up to 1000, the last step arrives at a noisy sample and is a step like others.
+        ends = config.goes_to == "next" or int(levels.timesteps[-1]) < TIMESTEPS // config.steps
+        factors = _dpm_solver_factors(levels, ends=ends, stochastic=config.kind == "dpm_solver_sde")
+    else:
+        factors = _ddim_factors(levels, config.eta)
+    read = (levels.alpha, levels.sigma) if levels.read_alpha is None else (levels.read_alpha, levels.read_sigma)
+    table = Coefficients(levels.timesteps, scales, *clean_factors(*read, prediction), *factors)
+    assert all(np.isfinite(column).all() for column in table), f"sampler table with infinities: {config}"
+    return table
+
+
+def _ddim_factors(levels: Grid, eta: float) -> tuple[np.ndarray, ...]:
+    """Song et al. 2021, eq. 12, with (noisy - alpha clean) / sigma for the noise. For rectified flow it is Euler."""
+    _, alpha, sigma, next_alpha, next_sigma, *_ = levels
+    ratio = (next_sigma / sigma) ** 2 * (1.0 - (alpha / np.maximum(next_alpha, 1e-12)) ** 2)
+    deviation = eta * np.sqrt(np.maximum(ratio, 0.0)) if eta else np.zeros_like(alpha)
+    direction = np.sqrt(np.maximum(next_sigma**2 - deviation**2, 0.0))
+    noisy = direction / sigma
+    return noisy, next_alpha - alpha * noisy, np.zeros_like(alpha), deviation
+
+
+def _dpm_solver_factors(levels: Grid, *, ends: bool, stochastic: bool) -> tuple[np.ndarray, ...]:
+    """DPM-Solver++(2M) and its SDE (Lu et al. 2022), first order on the first step and on one that `ends` (CogVideoX).
+
+    With step sizes h = log-SNR differences, exp(-h) is a ratio of levels and needs no logarithm of zero.
+    """
+    _, alpha, sigma, next_alpha, next_sigma, *_ = levels
+    with np.errstate(divide="ignore"):
+        log_snr, next_log_snr = np.log(alpha / sigma), np.log(next_alpha / np.maximum(next_sigma, 1e-300))
+    decay = (alpha * next_sigma) / (sigma * next_alpha)  # exp(-h), 0 when either end is pure
+    noisy = next_sigma / sigma * (decay if stochastic else 1.0)
+    clean = next_alpha * (1.0 - (decay**2 if stochastic else decay))
+    noise = next_sigma * np.sqrt(1.0 - decay**2) * (1.0 if stochastic else 0.0)
+    blend = np.zeros_like(alpha)  # 1 / (2 r), the weight of the older estimate; 0 where the step before was infinite
+    for k in range(1, len(alpha) - ends):
+        blend[k] = 0.5 * (next_log_snr[k] - log_snr[k]) / (log_snr[k] - log_snr[k - 1])
+    return noisy, clean * (1.0 + blend), -clean * blend, noise
+
+
+def sample(
+    denoise: Denoise,
+    noise: Float[Array, "B ..."],
+    *,
+    schedule: Schedule,
+    sampler: SamplerConfig,
+    prediction: Prediction,
+    guidance: GuidanceConfig | None = None,
+    key: Key[Array, ""] | None = None,
+    slots: Int[Array, "B"] | None = None,
+) -> Float[Array, "B ..."]:
+    """Run a sampler. Pure; trace it under `jax.jit`.
+
+    Args:
+      denoise: `(noisy float32 [B ...], timesteps float32 [B], scale float32 scalar) -> prediction`; made by
+        `jvgen.diffusion.guidance.guided` or `unguided`.
+      noise: standard normal start (`slot_normal`).
+      schedule, prediction: what the network was trained with.
+      sampler: method and steps.
+      guidance: strength handed to `denoise` at each step; None hands over 1.
+      key: for samplers that add noise (`SamplerConfig.needs_key`).
+      slots: numbers of the slots in a larger set of samples, so that each has its own noise; default 0..B-1.
+
+    Returns:
+      Clean samples, float32.
+    """
+    return trajectory(
+        denoise,
+        noise,
+        schedule=schedule,
+        sampler=sampler,
+        prediction=prediction,
+        guidance=guidance,
+        key=key,
+        slots=slots,
+    )[0]
+
+
+def trajectory(
+    denoise: Denoise,
+    noise: Float[Array, "B ..."],
+    *,
+    schedule: Schedule,
+    sampler: SamplerConfig,
+    prediction: Prediction,
+    guidance: GuidanceConfig | None = None,
+    key: Key[Array, ""] | None = None,
+    slots: Int[Array, "B"] | None = None,
+    keep: bool = False,
+) -> tuple[Float[Array, "B ..."], Float[Array, "S B ..."] | None]:
+    """As `sample`; with `keep` also returns what every step arrived at."""
+    if sampler.needs_key and key is None:
+        raise ValueError(f"sampler {sampler.kind!r} with eta = {sampler.eta} adds noise: give `key`.")
+    rows = table_rows(coefficients(sampler, schedule, prediction, guidance))
+
+    def step(carry: tuple[Array, Array], row: dict[str, Array]) -> tuple[tuple[Array, Array], Array | None]:
+        fresh = step_noise(key, row["step"], noise.shape, slots) if sampler.needs_key else None
+        arrived, clean = advance(denoise, row, *carry, fresh)
+        return (arrived, clean), (arrived if keep else None)
+
+    start = noise.astype(jnp.float32)
+    (result, _), kept = jax.lax.scan(step, (start, jnp.zeros_like(start)), rows)
+    return result, kept
+
+
+def table_rows(table: Coefficients) -> dict[str, Array]:
+    """The table as float32 columns for `lax.scan`, and the number of each step as "step"."""
+    rows = {name: jnp.asarray(column.astype(np.float32)) for name, column in table._asdict().items()}
+    return {**rows, "step": jnp.arange(len(table.timesteps))}
+
+
+def advance(
+    denoise: Denoise,
+    row: dict[str, Array],
+    noisy: Float[Array, "B ..."],
+    previous: Float[Array, "B ..."],
+    fresh: Float[Array, "B ..."] | None,
+) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
+    """One step of a sampler, for `trajectory` and for loops on the host.
+
+    Args:
+      denoise: see `sample`.
+      row: scalars, one row of `table_rows`.
+      noisy: where the step starts, float32.
+      previous: the clean sample that the step before saw; zeros at the first step.
+      fresh: what `step_noise` gives for this step; None for samplers that add no noise.
+
+    Returns:
+      Where the step arrives, and the clean sample that it saw.
+    """
+    timesteps = jnp.broadcast_to(row["timesteps"], noisy.shape[:1])
+    predicted = denoise(noisy, timesteps, row["guidance"]).astype(jnp.float32)
+    clean = row["clean_of_noisy"] * noisy + row["clean_of_prediction"] * predicted
+    arrived = row["noisy"] * noisy + row["clean"] * clean + row["previous_clean"] * previous
+    return (arrived if fresh is None else arrived + row["noise"] * fresh), clean
+
+
+def step_noise(
+    key: Key[Array, ""], step: Int[Array, ""], shape: tuple[int, ...], slots: Int[Array, "B"] | None = None
+) -> Float[Array, "B ..."]:
+    """The noise that a stochastic sampler adds at a step."""
+    return slot_normal(jax.random.fold_in(key, step), shape, slots)

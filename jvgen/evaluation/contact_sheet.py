@@ -1,0 +1,79 @@
+"""Clips as pictures: contact sheets, GIF and PNG bytes."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+_GAP = 2  # pixels between the frames of a contact sheet
+_PAPER = 255
+
+
+def contact_sheet(clips: Sequence[np.ndarray], *, frames: int | None = None, scale: int = 1) -> np.ndarray:
+    """One row a clip, frames from left to right.
+
+    Args:
+      clips: uint8 `F H W 3`, all frames of one size.
+      frames: how many evenly spaced frames of each clip to show, the first and last among them; default all.
+      scale: each pixel becomes a square of this side.
+
+    Returns:
+      uint8 `H W 3`; clips with fewer frames leave white cells.
+    """
+    if not clips:
+        raise ValueError("a contact sheet of no clips; give at least one.")
+    for clip in clips:
+        _check(clip)
+    height, width = clips[0].shape[1:3]
+    if any(clip.shape[1:3] != (height, width) for clip in clips):
+        raise ValueError(f"clips of different sizes: {sorted({clip.shape[1:3] for clip in clips})}; resize them first.")
+    rows = [clip if frames is None else clip[evenly_spaced(len(clip), frames)] for clip in clips]
+    columns = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), _PAPER, np.uint8)
+    for r, row in enumerate(rows):
+        for c, frame in enumerate(row):
+            top, left = r * (height + _GAP), c * (width + _GAP)
+            sheet[top : top + height, left : left + width] = frame
+    return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def evenly_spaced(available: int, wanted: int) -> np.ndarray:
+    """Indices of `wanted` of `available` frames, or of all if there are fewer."""
+    return np.unique(np.linspace(0, available - 1, min(wanted, available)).round().astype(int))
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """PNG of a uint8 `H W 3` image."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def gif_bytes(clip: np.ndarray, *, frames_per_second: float = 8.0, scale: int = 1) -> bytes:
+    """Looping GIF of a uint8 `F H W 3` clip, with one palette for all frames so that a still background stays still."""
+    _check(clip)
+    if frames_per_second <= 0:
+        raise ValueError(f"frames_per_second = {frames_per_second}: must be positive.")
+    frames = [
+        Image.fromarray(np.ascontiguousarray(frame)) for frame in clip.repeat(scale, axis=1).repeat(scale, axis=2)
+    ]
+    strip = Image.fromarray(np.concatenate(list(clip), axis=0))
+    palette = strip.quantize(colors=256, method=Image.Quantize.MEDIANCUT)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=max(20, round(1000 / frames_per_second)),
+        loop=0,
+        optimize=False,
+    )
+    return buffer.getvalue()
+
+
+def _check(clip: np.ndarray) -> None:
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
+        raise ValueError(f"clip is {clip.dtype} {clip.shape}: expected uint8 (frames, height, width, 3).")

@@ -1,0 +1,58 @@
+"""How far apart two sets of clips are as distributions: the Fréchet distance of their features (FVD)."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Count, sum and sum of outer products of features, float64; adds up over batches and hosts."""
+
+    count: int
+    total: np.ndarray
+    products: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Moments":
+        """Of features (N, D)."""
+        features = np.asarray(features, np.float64)
+        if features.ndim != 2:
+            raise ValueError(f"features {features.shape}: expected (samples, width).")
+        return cls(len(features), features.sum(axis=0), features.T @ features)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.total + other.total, self.products + other.products)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(D,)."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(D, D), divided by the count, as the published measurements have it."""
+        return self.products / self.count - np.outer(self.mean, self.mean)
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` of two Gaussians (Heusel et al. 2017, Unterthiner et al. 2018).
+
+    Biased: it falls with the number of samples. Compare numbers of equal counts only; with fewer samples than the
+    features are wide it says little.
+    """
+    if min(first.count, second.count) < 2:
+        raise ValueError(f"{first.count} and {second.count} samples: a covariance needs at least 2 on either side.")
+    root = _root(first.covariance)
+    # tr (C1 C2)^(1/2) over the symmetric matrix C1^(1/2) C2 C1^(1/2), which has the same eigenvalues.
+    values = np.linalg.eigvalsh(root @ second.covariance @ root)
+    overlap = np.sqrt(np.maximum(values, 0.0)).sum()
+    difference = first.mean - second.mean
+    spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * overlap
+    return float(difference @ difference + spread)
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+    """The symmetric square root; eigenvalues that rounding made negative count as 0."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T

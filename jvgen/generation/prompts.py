@@ -1,0 +1,47 @@
+"""Files of prompts: one a line, or JSON as VBench has it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# What VBench calls the text of an entry, and what other lists do.
+KEYS = ("prompt_en", "prompt")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file, in order, each once.
+
+    Args:
+      path: `.json`, a list of texts or of objects with "prompt_en" (VBench's `VBench_full_info.json`, which may list a
+        prompt several times) or "prompt"; anything else is text with one prompt a line.
+
+    Raises:
+      ValueError: no such file, no prompts in it, or JSON of another form.
+    """
+    if not path.is_file():
+        raise ValueError(f"--prompts {path}: no such file; expected one prompt a line, or VBench's JSON.")
+    if path.suffix == ".json":
+        prompts = _from_json(path)
+    else:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {path}: has no prompts.")
+    return list(dict.fromkeys(prompts))
+
+
+def _from_json(path: Path) -> list[str]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--prompts {path}: is not JSON: {error}.") from error
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        raise ValueError(f"--prompts {path}: expected a list of texts, or of objects with {' or '.join(KEYS)}.")
+    return [_text(path, number, entry) for number, entry in enumerate(entries)]
+
+
+def _text(path: Path, number: int, entry: Any) -> str:
+    text = next((entry[key] for key in KEYS if key in entry), None) if isinstance(entry, dict) else entry
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"--prompts {path}: entry {number} has no text under {' or '.join(KEYS)}: {str(entry)[:80]}.")
+    return text.strip()

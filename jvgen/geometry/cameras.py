@@ -1,0 +1,162 @@
+"""Pinhole cameras: calibration in pixels, rigid poses and what lies between two of them, crops and resizes.
+
+Conventions, here and in data sets: extrinsics are world-to-camera [R|t] with OpenCV axes (x right, y down, z forward).
+Intrinsics are fx, fy, cx, cy over the width (x) and the height (y) of the image, 0 at the outer edge of its first pixel
+and 1 at that of its last one; so in pixels the centre of pixel i is at i + 0.5, and resizing changes no number.
+
+Functions take numpy or JAX arrays and give the same kind back: float64 on the host for files and paths, float32 under
+`jax.jit`, where all products run in full precision whatever the device's default is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+AnyArray = jax.Array | np.ndarray
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Two camera centres nearer than this share of their distance to the origin are at one place, as far as float32 tells.
+SAME_PLACE = 1e-5
+
+
+class Cameras(NamedTuple):
+    """Cameras along any leading axes.
+
+    Attributes:
+      intrinsics: `... 4`, normalised.
+      extrinsics: `... 3 4`, world-to-camera.
+    """
+
+    intrinsics: Any
+    extrinsics: Any
+
+
+def in_full_precision(function: Function) -> Function:
+    """Run a function's matrix products in float32 on devices that would round their factors to bfloat16."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@in_full_precision
+def calibration(intrinsics: Float[AnyArray, "*b 4"], size: Size) -> Float[AnyArray, "*b 3 3"]:
+    """The matrix K that takes camera coordinates to homogeneous pixels of an image of `size`."""
+    xp = intrinsics.__array_namespace__()
+    height, width = size
+    fx, fy, cx, cy = (intrinsics[..., i] * scale for i, scale in enumerate((width, height, width, height)))
+    zero, one = xp.zeros_like(fx), xp.ones_like(fx)
+    return xp.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], axis=-1).reshape(*fx.shape, 3, 3)
+
+
+def inverse_calibration(matrix: Float[AnyArray, "*b 3 3"]) -> Float[AnyArray, "*b 3 3"]:
+    """The inverse of a calibration matrix without skew, in closed form."""
+    xp = matrix.__array_namespace__()
+    fx, fy, cx, cy = matrix[..., 0, 0], matrix[..., 1, 1], matrix[..., 0, 2], matrix[..., 1, 2]
+    zero, one = xp.zeros_like(fx), xp.ones_like(fx)
+    return xp.stack([1 / fx, zero, -cx / fx, zero, 1 / fy, -cy / fy, zero, zero, one], axis=-1).reshape(matrix.shape)
+
+
+@in_full_precision
+def inverse(motion: Float[AnyArray, "*b 3 4"]) -> Float[AnyArray, "*b 3 4"]:
+    """The rigid motion that undoes another: world-to-camera to camera-to-world, and back."""
+    xp = motion.__array_namespace__()
+    turned = xp.swapaxes(motion[..., :3], -1, -2)
+    return xp.concatenate([turned, -turned @ motion[..., 3:]], axis=-1)
+
+
+@in_full_precision
+def compose(after: Float[AnyArray, "*#b 3 4"], before: Float[AnyArray, "*#b 3 4"]) -> Float[AnyArray, "*b 3 4"]:
+    """The rigid motion `x -> after(before(x))`; leading axes broadcast."""
+    xp = after.__array_namespace__()
+    rotation = after[..., :3] @ before[..., :3]
+    return xp.concatenate([rotation, after[..., :3] @ before[..., 3:] + after[..., 3:]], axis=-1)
+
+
+def between(source: Float[AnyArray, "*#b 3 4"], target: Float[AnyArray, "*#b 3 4"]) -> Float[AnyArray, "*b 3 4"]:
+    """The motion from a source camera's coordinates to a target camera's, of two world-to-camera extrinsics."""
+    return compose(target, inverse(source))
+
+
+def relative(
+    extrinsics: Float[AnyArray, "*#b 3 4"], reference: Float[AnyArray, "*#b 3 4"]
+) -> Float[AnyArray, "*b 3 4"]:
+    """Extrinsics in a world whose origin is the reference camera: that camera itself becomes [I|0]."""
+    return compose(extrinsics, inverse(reference))
+
+
+def centers(extrinsics: Float[AnyArray, "*b 3 4"]) -> Float[AnyArray, "*b 3"]:
+    """Where cameras stand in the world."""
+    return inverse(extrinsics)[..., 3]
+
+
+def share_a_center(
+    source: Float[AnyArray, "*#b 3 4"], target: Float[AnyArray, "*#b 3 4"], tolerance: float = SAME_PLACE
+) -> Any:
+    """Whether two cameras stand at one place, so that no epipolar geometry is between them: bool `*b`.
+
+    Args:
+      source, target: world-to-camera.
+      tolerance: distance over that of either camera to the origin of the world.
+    """
+    xp = source.__array_namespace__()
+    first, second = centers(source), centers(target)
+    apart = _norm(first - second)
+    return apart <= tolerance * xp.maximum(_norm(first), _norm(second))
+
+
+def resized_and_cropped(intrinsics: Float[AnyArray, "*b 4"], source: Size, size: Size) -> Float[AnyArray, "*b 4"]:
+    """Intrinsics after an image of size `source` was scaled to cover `size` and cropped around its middle."""
+    xp = intrinsics.__array_namespace__()
+    scale = max(size[0] / source[0], size[1] / source[1])
+    height, width = source[0] * scale / size[0], source[1] * scale / size[1]
+    grow = xp.asarray([width, height, width, height], dtype=intrinsics.dtype)
+    shift = xp.asarray([0.0, 0.0, (width - 1) / 2, (height - 1) / 2], dtype=intrinsics.dtype)
+    return intrinsics * grow - shift
+
+
+@in_full_precision
+def project(points: Float[AnyArray, "*#b n 3"], cameras: Cameras, size: Size) -> Float[AnyArray, "*b n 3"]:
+    """World points in pixels of each camera's image, and their depth as the third number.
+
+    Args:
+      points: `... n 3`.
+      cameras: with the same leading axes.
+      size: of the images.
+    """
+    xp = points.__array_namespace__()
+    matrix = calibration(cameras.intrinsics, size)
+    seen = points @ xp.swapaxes(cameras.extrinsics[..., :3], -1, -2) + cameras.extrinsics[..., None, :, 3]
+    pixels = seen @ xp.swapaxes(matrix, -1, -2)
+    return xp.concatenate([pixels[..., :2] / pixels[..., 2:], seen[..., 2:]], axis=-1)
+
+
+def of_latent_frames(values: Any, compression: int, axis: int) -> Any:
+    """One value for each latent frame of a causal VAE: the first frame's, then the last of every `compression` frames.
+
+    Latent frame 0 holds frame 0, latent frame k holds frames r(k - 1) + 1 .. rk.
+
+    Raises:
+      ValueError: a number of frames that is not r n + 1.
+    """
+    frames = values.shape[axis]
+    if (frames - 1) % compression:
+        raise ValueError(f"{frames} cameras: with {compression} frames a latent frame there are {compression}n + 1.")
+    index = [slice(None)] * values.ndim
+    index[axis] = slice(None, None, compression)
+    return values[tuple(index)]
+
+
+def _norm(vectors: AnyArray) -> Any:
+    xp = vectors.__array_namespace__()
+    return xp.sqrt(xp.sum(vectors * vectors, axis=-1))

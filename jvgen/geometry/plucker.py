@@ -1,0 +1,28 @@
+"""Plücker coordinates of the rays through pixels (as CameraCtrl has them, He et al. 2024, arXiv 2404.02101)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jvgen.geometry.cameras import Cameras, Size, calibration, in_full_precision, inverse, inverse_calibration
+from jvgen.geometry.epipolar import token_points
+
+
+@in_full_precision
+def rays(cameras: Cameras, size: Size, grid: Size | None = None) -> Float[Array, "*b h w 6"]:
+    """Moment o x d, then unit direction d, of the ray through each cell's centre, in the world of the extrinsics.
+
+    Moments have the unit of the world's length; make poses relative to one of the cameras first.
+
+    Args:
+      cameras: with any leading axes.
+      size: height and width of the images in pixels.
+      grid: rows and columns of cells; those of the image if not given.
+    """
+    grid = size if grid is None else grid
+    points = jnp.asarray(token_points(grid, size))
+    in_camera = points @ jnp.swapaxes(inverse_calibration(calibration(cameras.intrinsics, size)), -1, -2)
+    in_camera /= jnp.linalg.norm(in_camera, axis=-1, keepdims=True)
+    to_world = inverse(cameras.extrinsics)
+    direction = in_camera @ jnp.swapaxes(to_world[..., :3], -1, -2)
+    moment = jnp.cross(to_world[..., None, :, 3], direction, axis=-1)
+    return jnp.concatenate([moment, direction], axis=-1).reshape(*cameras.intrinsics.shape[:-1], *grid, 6)

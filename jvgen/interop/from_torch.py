@@ -1,0 +1,187 @@
+"""Read networks from local files of PyTorch's world: a folder with config.json, or a single weights file."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvgen.config import Config
+from jvgen.interop.companion import merge, read_companion, split, with_companion
+from jvgen.interop.formats import Format, format_named, format_of
+from jvgen.interop.pickle_file import open_pickle
+from jvgen.interop.safetensors_file import SafetensorsFile
+from jvgen.models.weight_map import WeightError
+from jvgen.nn.network import Network, Parameters
+
+INDEX = ".index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def import_folder(
+    path: str | Path,
+    config: Config | None = None,
+    *,
+    shapes: Callable[[Network], Parameters] | None = None,
+    place: Callable[[str, np.ndarray], Any] | None = None,
+) -> tuple[Config, Parameters]:
+    """The configuration and the parameters of the network in a folder or file.
+
+    Tensors are read one at a time into the parameters, as numpy arrays.
+
+    Args:
+      path: folder with `config.json` and weights as diffusers or transformers write them, whole or in shards; or one
+        `.safetensors` file (or `.bin`, `.pt` when torch is installed).
+      config: what the network is; needed only for a file without a `config.json` beside it.
+      shapes: nested dict of `jax.ShapeDtypeStruct` with the dtypes to read into; default float32.
+      place: see `jvgen.models.weight_map.WeightMap.from_torch`.
+
+    Raises:
+      ValueError: nothing there, a class that is not known, a damaged file, a pickle without torch, an index that names
+        files outside of the folder.
+      WeightError: lists all tensors that are missing, not expected, or of another shape.
+    """
+    path = _existing(path)
+    config = read_config(path) if config is None else config
+    form = format_of(config)
+    reader, network = open_weights(path, form), form.network(config)
+    with _told(path, form):
+        wanted = network.shapes if shapes is None else shapes(network)
+        table = form.weight_map(config, reader)
+        if form.companion_map(config) is None:
+            return config, table.from_torch(reader, wanted, place)
+        wanted, rest = split(wanted, table)
+        parameters = table.from_torch(reader, wanted, place)
+        return config, merge(parameters, read_companion(_folder(path), form, config, rest, place))
+
+
+def check_weights(path: str | Path) -> None:
+    """Raise as `import_folder` does for weights that are missing or do not fit; reads their names and shapes only."""
+    config = read_config(path)
+    form = format_of(config)
+    with _told(Path(path), form):
+        reader, shapes = open_weights(Path(path), form), form.network(config).shapes
+        table = form.weight_map(config, reader)
+        table.check(reader, split(shapes, table)[0] if form.companion_map(config) else shapes)
+
+
+@contextlib.contextmanager
+def _told(path: Path, form: Format) -> Iterator[None]:
+    try:
+        yield
+    except WeightError as error:
+        raise WeightError(f"{path} as {form.class_name}: {error}") from error
+
+
+def read_config(path: str | Path) -> Config:
+    """The configuration of the network in a folder (or of a file in it); reads no weights, at most their names.
+
+    Raises:
+      ValueError: nothing there, no config.json, or a class that is not known.
+    """
+    path = _existing(path)
+    folder = _folder(path)
+    file = folder / "config.json"
+    if not file.is_file():
+        inside = sorted(child.parent.name for child in folder.glob("*/config.json"))
+        hint = "It says what the weights are."
+        if inside:
+            hint = f"It has networks in sub-folders; give one of: {', '.join(inside)}."
+        raise ValueError(f"{folder} has no config.json. {hint}")
+    values = _read_json(file)
+    form = format_named(values, str(file))
+    config = form.from_json(values | form.told_by_tensors(values, lambda: open_weights(path, form)))
+    return with_companion(folder, form, config)
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"weights {str(path)!r}: no such file or folder.")
+    return path
+
+
+def open_weights(path: Path, form: Format) -> Mapping[str, np.ndarray]:
+    """Names to tensors of the weights in a folder or file; each is read when it is asked for.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if path.is_file():
+        return _open_file(path)
+    stems = (form.weights_name, *({"model", "diffusion_pytorch_model"} - {form.weights_name}))
+    names = [stem + suffix for stem in (*stems, "pytorch_model") for suffix in (".safetensors", *PICKLES)]
+    for name in names:
+        if (path / name).is_file():
+            return _open_file(path / name)
+        if (path / (name + INDEX)).is_file():
+            return Shards(path / (name + INDEX))
+    found = ", ".join(sorted(child.name for child in path.iterdir())) or "nothing"
+    raise ValueError(f"{path} has no weights: expected {names[0]} or {names[0]}{INDEX}. It has: {found}.")
+
+
+def _open_file(path: Path) -> Mapping[str, np.ndarray]:
+    if path.name.endswith(INDEX):
+        return Shards(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in PICKLES:
+        return open_pickle(path)
+    kinds = ", ".join(PICKLES)
+    raise ValueError(f"{path}: weights are read from .safetensors files (or {kinds}), not {path.suffix!r}.")
+
+
+class Shards(Mapping[str, np.ndarray]):
+    """The tensors of several files by name, as an index file tells.
+
+    Raises:
+      ValueError: the index is damaged, or names a file that is missing or is not plainly in the same folder.
+    """
+
+    def __init__(self, index: Path):
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index} has no weight_map.")
+        self._files: dict[str, Any] = {}
+        for shard in sorted({str(place) for place in places.values()}):
+            if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+                raise ValueError(f"{index} names the shard {shard!r}: give plain file names in the same folder.")
+            if not (index.parent / shard).is_file():
+                raise ValueError(f"{index} names the shard {shard!r}, which is not there. Get the file again.")
+            self._files[shard] = _open_file(index.parent / shard)
+        self._places: dict[str, str] = {}
+        for shard, file in self._files.items():
+            for name in file:
+                self._places[name] = shard
+        lost = sorted(name for name, shard in places.items() if self._places.get(name) != shard)
+        if lost:
+            raise ValueError(f"{index}: tensors are not in the shards that it names: {', '.join(lost)}.")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[self._places[name]][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header of its file."""
+        return self._files[self._places[name]].shape(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object.")
+    return value

@@ -1,0 +1,63 @@
+"""Write a denoiser as the SAT code, in which CogVideoX and RepVideo were trained, names its tensors.
+
+One safetensors file; there, `model.load_state_dict(safetensors.torch.load_file(FILE), strict=True)` on the denoiser, or
+with the prefix of its checkpoints on the whole engine. Files of that code are read by `import_folder`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvgen.config import Config
+from jvgen.interop.safetensors_file import TensorSpec, write
+from jvgen.interop.to_torch import FILE_DTYPES, ExportError
+from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.models.video_dit.torch_map import sat_tables, weight_map_sat
+
+# What the names of the checkpoints begin with.
+PREFIX = "model.diffusion_model."
+
+
+def export_sat(
+    config: Config, parameters: Mapping[str, Any], path: str | Path, *, dtype: str = "float32", prefix: str = PREFIX
+) -> Path:
+    """Write one denoiser, its gates and the fixed tables of positions to a file; returns the path.
+
+    Args:
+      config, parameters: of the denoiser.
+      path: safetensors file to create; it appears complete or not at all.
+      dtype: "float32", "bfloat16" or "float16", of the tensors in the file.
+      prefix: of every name; "" for a denoiser by itself.
+
+    Raises:
+      ExportError: a network without SAT names, a file in the way, an unknown dtype.
+      ValueError: a network that the SAT code cannot compute.
+    """
+    path = Path(path)
+    if not isinstance(config, VideoDiTConfig):
+        raise ExportError(f"{type(config).__name__}: the SAT layout is of CogVideoX's and RepVideo's denoiser only.")
+    if dtype not in FILE_DTYPES:
+        raise ExportError(f"dtype = {dtype!r}: weights are written as one of {', '.join(FILE_DTYPES)}.")
+    if path.exists():
+        raise ExportError(f"{path} exists; give another name or remove it.")
+    table, kind = weight_map_sat(config, prefix), FILE_DTYPES[dtype]
+    tables = sat_tables(config, prefix)
+    shapes = {**table.torch_shapes(parameters), **{name: array.shape for name, array in tables.items()}}
+    specs = {name: TensorSpec(tuple(shape), kind) for name, shape in shapes.items()}
+
+    def tensors():
+        yield from ((name, np.asarray(array).astype(kind, copy=False)) for name, array in table.to_torch(parameters))
+        yield from ((name, array.astype(kind)) for name, array in tables.items())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial, specs, tensors())
+        partial.rename(path)
+    except OSError as error:
+        raise ExportError(f"writing {path} failed: {error.strerror or error}. Nothing of it is left.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

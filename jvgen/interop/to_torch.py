@@ -1,0 +1,196 @@
+"""Write networks as folders that diffusers and transformers load: streamed, and all or nothing."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jvgen.config import Config
+from jvgen.interop.companion import split, write_companion
+from jvgen.interop.formats import Format, format_of
+from jvgen.interop.safetensors_file import TensorSpec, write
+
+FILE_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+SHARD_BYTES = 5_000_000_000
+
+
+class ExportError(ValueError):
+    """An export that could not be written; nothing of it is left behind."""
+
+
+def export_network(
+    config: Config,
+    parameters: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Write one network so that the class of the original library loads it strictly; returns the folder.
+
+    One tensor at a time is converted and written. The folder appears complete, or not at all.
+
+    Args:
+      config: of the network; decides the layout (`jvgen.interop.formats`).
+      parameters: nested dict of numpy or JAX arrays.
+      folder: to create.
+      dtype: "float32", "bfloat16" or "float16", of the tensors in the file.
+      shard_bytes: weights beyond this size are split over several files with an index.
+      overwrite: replace a folder that exists.
+
+    Raises:
+      ExportError: the folder exists, the disk is full or cannot be written, an unknown dtype.
+      WeightError: the parameters are not those of the configuration.
+    """
+    return export_networks(
+        {"": config}, {"": parameters}, folder, dtype=dtype, shard_bytes=shard_bytes, overwrite=overwrite
+    )
+
+
+def export_networks(
+    configs: Mapping[str, Config],
+    parameters: Mapping[str, Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    files: Mapping[str, str] | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Write several networks, each to the sub-folder of its name, and `model_index.json` that lists their classes.
+
+    Args:
+      configs, parameters: by network name.
+      files: text of further files by path relative to the folder.
+      folder, dtype, shard_bytes, overwrite: see `export_network`.
+
+    Raises:
+      ExportError, WeightError: see `export_network`.
+    """
+    folder = Path(folder)
+    if dtype not in FILE_DTYPES:
+        raise ExportError(f"dtype = {dtype!r}: weights are written as one of {', '.join(FILE_DTYPES)}.")
+    plans = {name: _Plan(config, parameters[name], FILE_DTYPES[dtype], shard_bytes) for name, config in configs.items()}
+    texts = dict(files or {})
+    if "" not in configs:
+        texts["model_index.json"] = _json({name: [p.format.library, p.format.class_name] for name, p in plans.items()})
+    _check_target(folder, overwrite, sum(plan.nbytes for plan in plans.values()))
+    with _complete_or_absent(folder, overwrite) as partial:
+        for name, plan in plans.items():
+            (partial / name).mkdir(parents=True, exist_ok=True)
+            plan.write(partial / name)
+        for name, text in texts.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            _write_text(partial / name, text)
+    return folder
+
+
+class _Plan:
+    """Which tensors of a network go to which file."""
+
+    def __init__(self, config: Config, parameters: Mapping[str, Any], dtype: np.dtype, shard_bytes: int):
+        self.format: Format = format_of(config)
+        self.json = self.format.to_json(config)
+        self.config, self.dtype = config, dtype
+        self.map, self.rest = self.format.weight_map(config), {}
+        if self.format.companion_map(config) is not None:
+            parameters, self.rest = split(parameters, self.map)
+        self.parameters = parameters
+        self.specs = {name: TensorSpec(shape, dtype) for name, shape in self.map.torch_shapes(parameters).items()}
+        self.nbytes = sum(spec.nbytes for spec in self.specs.values())
+        self.shards: list[dict[str, TensorSpec]] = [{}]
+        room = shard_bytes
+        for name, spec in self.specs.items():
+            if self.shards[-1] and spec.nbytes > room:
+                self.shards.append({})
+                room = shard_bytes
+            self.shards[-1][name] = spec
+            room -= spec.nbytes
+
+    def write(self, folder: Path) -> None:
+        stem, count = self.format.weights_name, len(self.shards)
+        names = [f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+        if count == 1:
+            names = [f"{stem}.safetensors"]
+        stream = ((name, array.astype(self.dtype, copy=False)) for name, array in self.map.to_torch(self.parameters))
+        for file, specs in zip(names, self.shards, strict=True):
+            write(folder / file, specs, stream)
+        if count > 1:
+            places = {name: file for file, specs in zip(names, self.shards, strict=True) for name in specs}
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": places}
+            _write_text(folder / f"{stem}.safetensors.index.json", _json(index))
+        _write_text(folder / "config.json", _json(self.json))
+        write_companion(folder, self.format, self.config, self.rest, self.dtype)
+
+
+def _check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file; give a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ExportError(f"{folder} exists and is not empty; give another folder or remove it.")
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise ExportError(
+            f"the disk of {parent} is too full: the export needs {nbytes / 1e6:,.1f} MB and "
+            f"{free / 1e6:,.1f} MB are free. Nothing was written."
+        )
+
+
+@contextlib.contextmanager
+def _complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside the target that takes the target's place when all went well, and vanishes otherwise."""
+    folder = folder.absolute()
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    previous = folder.parent / f".{folder.name}.previous-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        for place in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+            _sync_folder(place)
+        if overwrite and folder.exists():
+            folder.rename(previous)
+        partial.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ExportError(f"writing {folder} failed: {reason}. Nothing of the export is left.") from error
+    finally:
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)
+        for leftover in (partial, previous):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"

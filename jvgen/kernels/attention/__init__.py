@@ -1,0 +1,1 @@
+"""Attention, one file a backend; the reference is the oracle of every test."""

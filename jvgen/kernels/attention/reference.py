@@ -1,0 +1,39 @@
+"""Attention as it is written in papers: float32 softmax over all scores at once. The oracle of every other kernel."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    valid_length: int | None = None,
+    causal: bool = False,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(scale * query key^T + bias) value.
+
+    Args:
+      query: `B L N D`.
+      key, value: `B K N D`.
+      scale: factor on the scores.
+      valid_length: keys at or beyond it have no weight.
+      causal: query i sees the keys 0..i; there are as many queries as keys then.
+      bias: added to the scores, broadcastable to `B N L K`.
+
+    Returns:
+      `B L N D` in the dtype of `query`. Scores, softmax and weighted sum are float32.
+    """
+    scores = scale * jnp.einsum("blnd,bknd->bnlk", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    if valid_length is not None:
+        scores = jnp.where(jnp.arange(key.shape[1]) < valid_length, scores, -jnp.inf)
+    if causal:
+        scores = jnp.where(jnp.tri(query.shape[1], key.shape[1], dtype=bool), scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    output = jnp.einsum("bnlk,bknd->blnd", weights, value.astype(jnp.float32), preferred_element_type=jnp.float32)
+    return output.astype(query.dtype)

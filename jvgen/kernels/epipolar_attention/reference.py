@@ -1,0 +1,46 @@
+"""Epipolar attention with the whole bias in memory. The oracle of every other kernel."""
+
+import jax
+import jax.numpy as jnp
+
+
+def tile_bias(lines: jax.Array, points: jax.Array, width: jax.Array, slope: jax.Array) -> jax.Array:
+    """-slope max(0, |line . point| - width), float32 `B L K`.
+
+    Args:
+      lines: `B L 3`, unit lines; zeros for queries that look everywhere.
+      points: `K 3`.
+      width, slope: `B`.
+    """
+    a, b, c = (lines[..., i, None] for i in range(3))
+    distance = jnp.abs(a * points[:, 0] + b * points[:, 1] + c * points[:, 2])
+    return -slope[:, None, None] * jnp.maximum(distance - width[:, None, None], 0.0)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lines: jax.Array,
+    points: jax.Array,
+    width: jax.Array,
+    slope: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """softmax(scale * query key^T + bias) value, the bias that of `tile_bias` for all heads.
+
+    Args:
+      query: `B L N D`.
+      key, value: `B K N D`.
+      lines, points, width, slope: see `tile_bias`; no gradient goes to them.
+      scale: factor on the scores.
+
+    Returns:
+      `B L N D` in the dtype of `query`. Scores, softmax and weighted sum are float32.
+    """
+    lines, points, width, slope = jax.lax.stop_gradient((lines, points, width, slope))
+    scores = scale * jnp.einsum("blnd,bknd->bnlk", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores + tile_bias(lines, points, width, slope)[:, None], axis=-1)
+    output = jnp.einsum("bnlk,bknd->blnd", weights, value.astype(jnp.float32), preferred_element_type=jnp.float32)
+    return output.astype(query.dtype)

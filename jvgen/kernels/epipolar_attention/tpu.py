@@ -1,0 +1,308 @@
+"""Epipolar attention for TPUs: a flash kernel in Pallas that makes each tile's bias from its lines and points.
+
+Scores lie with keys in rows and queries in columns. So what there is one of for each query (maximum, sum, line) is a
+row of a tile, which fills the lanes; heads of 64 fill them too. The recurrence is that of FlashAttention (Dao et al.
+2022, arXiv 2205.14135); tiles in which no query's band holds a key are skipped.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jvgen.kernels.attention.tpu import block_size
+
+LARGEST_BLOCK = 512
+LOWEST = -1e38
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What is known when the program is traced: valid keys, block lengths, how it is run."""
+
+    keys: int
+    query_block: int
+    key_block: int
+    name: str | None
+    interpret: bool
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lines: jax.Array,
+    points: jax.Array,
+    width: jax.Array,
+    slope: jax.Array,
+    *,
+    scale: float,
+    residual_name: str | None = None,
+    interpret: bool = False,
+    largest_block: int = LARGEST_BLOCK,
+) -> jax.Array:
+    """As `reference.attention`, with products in the dtype of the inputs.
+
+    Args:
+      residual_name: `checkpoint_name` given to what the backward pass needs and cannot compute cheaply.
+      interpret: run the kernel's steps on the host, for tests without a TPU.
+      largest_block: most queries and keys a tile.
+    """
+    length, keys = query.shape[1], key.shape[1]
+    static = Static(keys, block_size(length, largest_block), block_size(keys, largest_block), residual_name, interpret)
+    query_pad, key_pad = -length % static.query_block, -keys % static.key_block
+    # Scaled, so that the bias is -max(0, |line . point| - threshold).
+    slope, width, lines, points = jax.lax.stop_gradient((slope, width, lines, points))
+    threshold = jnp.broadcast_to((slope * width)[:, None, None], (*lines.shape[:2], 1))
+    rows = jnp.concatenate([lines * slope[:, None, None], threshold], axis=-1)
+    rows = jnp.pad(rearrange(rows, "b l x -> b x l"), ((0, 0), (0, 0), (0, query_pad)))
+    points = jnp.pad(points, ((0, key_pad), (0, 0)), mode="edge")
+    scaled = query * jnp.asarray(scale, query.dtype)
+    query_T = jnp.pad(rearrange(scaled, "b l n d -> b n d l"), ((0, 0), (0, 0), (0, 0), (0, query_pad)))
+    key, value = (
+        jnp.pad(rearrange(a, "b k n d -> b n k d"), ((0, 0), (0, 0), (0, key_pad), (0, 0))) for a in (key, value)
+    )
+    seen = visible(rows, points, static)
+    output_T = _attention(static, query_T, key, value, rows, points, seen)
+    return rearrange(output_T[..., :length], "b n d l -> b l n d")
+
+
+def visible(rows: jax.Array, points: jax.Array, static: Static) -> jax.Array:
+    """Which tiles hold a query whose band may reach one of the keys: int32 `B I J`.
+
+    Told from the rectangle around each block of keys: a line misses it if the corners lie on one side, and then the
+    nearest of them is at the least distance. A soft bias leaves some weight everywhere, and its tiles are all computed
+    unless the bias is beyond anything that scores could make up for.
+    """
+    boxes = rearrange(points, "(j k) x -> j k x", k=static.key_block)
+    low, high = boxes.min(axis=1), boxes.max(axis=1)
+    corners = [jnp.stack([x[:, 0], y[:, 1]], axis=-1) for x in (low, high) for y in (low, high)]
+    a, b, c, threshold = (rows[:, i, None, :] for i in range(4))
+    signed = jnp.stack([a * corner[:, 0, None] + b * corner[:, 1, None] + c for corner in corners])
+    crossed = (signed.max(axis=0) >= 0) & (signed.min(axis=0) <= 0)
+    least = jnp.where(crossed, 0.0, jnp.abs(signed).min(axis=0))
+    # Below this bias no float32 weight is left, whatever the scores of a trained network are.
+    near = least - threshold < 1e4
+    return jnp.any(rearrange(near, "b j (i l) -> b i j l", l=static.query_block), axis=-1).astype(jnp.int32)
+
+
+def _bias(rows: jax.Array, points: jax.Array) -> jax.Array:
+    a, b, c, threshold = (rows[i : i + 1] for i in range(4))
+    return -jnp.maximum(jnp.abs(points[:, 0:1] * a + points[:, 1:2] * b + c) - threshold, 0.0)
+
+
+def _scores(static: Static, column: jax.Array, query_T: jax.Array, key: jax.Array, rows: jax.Array, points: jax.Array):
+    scores = _product(key, query_T, 1, 0) + _bias(rows, points)
+    index = column * static.key_block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    return jnp.where(index < static.keys, jnp.maximum(scores, LOWEST), LOWEST)
+
+
+def _product(left: jax.Array, right: jax.Array, over_left: int, over_right: int) -> jax.Array:
+    dimensions = (((over_left,), (over_right,)), ((), ()))
+    # Said for bfloat16 too: a process-wide default of float32 passes is refused by the compiler there.
+    exact = left.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        left, right.astype(left.dtype), dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: Static, query_T, key, value, rows, points, seen) -> jax.Array:
+    return _forward(static, query_T, key, value, rows, points, seen)[0]
+
+
+def _forward(static: Static, query_T, key, value, rows, points, seen) -> tuple[jax.Array, tuple]:
+    batch, heads, width, length = query_T.shape
+    queries, columns = length // static.query_block, key.shape[2] // static.key_block
+    output_T, log_total = pl.pallas_call(
+        functools.partial(_forward_kernel, static, columns),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads, queries, columns),
+            in_specs=_specs(static, width, queries_inner=False)[:5],
+            out_specs=[
+                pl.BlockSpec((None, None, width, static.query_block), lambda b, n, i, j, s: (b, n, 0, i)),
+                pl.BlockSpec((None, None, 1, static.query_block), lambda b, n, i, j, s: (b, n, 0, i)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((1, static.query_block), jnp.float32),
+                pltpu.VMEM((1, static.query_block), jnp.float32),
+                pltpu.VMEM((width, static.query_block), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(query_T.shape, query_T.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
+        ],
+        compiler_params=_parameters(),
+        interpret=static.interpret,
+        name="epipolar_attention_forward",
+    )(seen, query_T, key, value, rows, points)
+    if static.name is not None:
+        output_T, log_total = checkpoint_name(output_T, static.name), checkpoint_name(log_total, static.name)
+    return output_T, (query_T, key, value, rows, points, seen, output_T, log_total)
+
+
+def _forward_kernel(
+    static: Static, columns: int, seen, query_T, key, value, rows, points, output_T, log_total, largest, total, sum_T
+) -> None:
+    batch, row, column = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(column == 0)
+    def _begin() -> None:
+        largest[...] = jnp.full_like(largest, LOWEST)
+        total[...] = jnp.zeros_like(total)
+        sum_T[...] = jnp.zeros_like(sum_T)
+
+    @pl.when(seen[batch, row, column] > 0)
+    def _tile() -> None:
+        scores = _scores(static, column, query_T[...], key[...], rows[...], points[...])
+        highest = jnp.maximum(largest[...], jnp.max(scores, axis=0, keepdims=True))
+        weights, fade = jnp.exp(scores - highest), jnp.exp(largest[...] - highest)
+        largest[...] = highest
+        total[...] = total[...] * fade + jnp.sum(weights, axis=0, keepdims=True)
+        sum_T[...] = sum_T[...] * fade + _product(value[...], weights, 0, 0)
+
+    @pl.when(column == columns - 1)
+    def _end() -> None:
+        output_T[...] = (sum_T[...] / total[...]).astype(output_T.dtype)
+        log_total[...] = largest[...] + jnp.log(total[...])
+
+
+def _backward(static: Static, residuals: tuple, gradient_T: jax.Array) -> tuple:
+    query_T, key, value, rows, points, seen, output_T, log_total = residuals
+    batch, heads, width, length = query_T.shape
+    queries, columns = length // static.query_block, key.shape[2] // static.key_block
+    shared = jnp.sum(output_T.astype(jnp.float32) * gradient_T.astype(jnp.float32), axis=2, keepdims=True)
+    arguments = (seen, query_T, key, value, rows, points, gradient_T, log_total, shared)
+    of_query_T = pl.pallas_call(
+        functools.partial(_query_kernel, static, columns),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads, queries, columns),
+            in_specs=_specs(static, width, queries_inner=False),
+            out_specs=pl.BlockSpec((None, None, width, static.query_block), lambda b, n, i, j, s: (b, n, 0, i)),
+            scratch_shapes=[pltpu.VMEM((width, static.query_block), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct(query_T.shape, query_T.dtype),
+        compiler_params=_parameters(),
+        interpret=static.interpret,
+        name="epipolar_attention_queries",
+    )(*arguments)
+    of_key_T, of_value_T = pl.pallas_call(
+        functools.partial(_key_kernel, static, queries),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads, columns, queries),
+            in_specs=_specs(static, width, queries_inner=True),
+            out_specs=[
+                pl.BlockSpec((None, None, width, static.key_block), lambda b, n, j, i, s: (b, n, 0, j))
+                for _ in range(2)
+            ],
+            scratch_shapes=[pltpu.VMEM((width, static.key_block), jnp.float32) for _ in range(2)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((batch, heads, width, key.shape[2]), key.dtype) for _ in range(2)],
+        compiler_params=_parameters(),
+        interpret=static.interpret,
+        name="epipolar_attention_keys",
+    )(*arguments)
+    of_key, of_value = (rearrange(array, "b n d k -> b n k d") for array in (of_key_T, of_value_T))
+    return of_query_T, of_key, of_value, jnp.zeros_like(rows), jnp.zeros_like(points), None
+
+
+def _score_gradient(static, column, query_T, key, value, rows, points, gradient_T, log_total, shared):
+    """Weights of a tile, and the gradient of its scores."""
+    weights = jnp.exp(_scores(static, column, query_T, key, rows, points) - log_total)
+    return weights, weights * (_product(value, gradient_T, 1, 0) - shared)
+
+
+def _query_kernel(
+    static, columns, seen, query_T, key, value, rows, points, gradient_T, log_total, shared, of_query_T, sum_T
+) -> None:
+    batch, row, column = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(column == 0)
+    def _begin() -> None:
+        sum_T[...] = jnp.zeros_like(sum_T)
+
+    @pl.when(seen[batch, row, column] > 0)
+    def _tile() -> None:
+        tile = (
+            query_T[...],
+            key[...],
+            value[...],
+            rows[...],
+            points[...],
+            gradient_T[...],
+            log_total[...],
+            shared[...],
+        )
+        _, of_scores = _score_gradient(static, column, *tile)
+        sum_T[...] += _product(key[...], of_scores, 0, 0)
+
+    @pl.when(column == columns - 1)
+    def _end() -> None:
+        of_query_T[...] = sum_T[...].astype(of_query_T.dtype)
+
+
+def _key_kernel(
+    static, queries, seen, query_T, key, value, rows, points, gradient_T, log_total, shared,
+    of_key_T, of_value_T, key_sum_T, value_sum_T,
+) -> None:  # fmt: skip
+    batch, column, row = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(row == 0)
+    def _begin() -> None:
+        key_sum_T[...] = jnp.zeros_like(key_sum_T)
+        value_sum_T[...] = jnp.zeros_like(value_sum_T)
+
+    @pl.when(seen[batch, row, column] > 0)
+    def _tile() -> None:
+        tile = (
+            query_T[...],
+            key[...],
+            value[...],
+            rows[...],
+            points[...],
+            gradient_T[...],
+            log_total[...],
+            shared[...],
+        )
+        weights, of_scores = _score_gradient(static, column, *tile)
+        value_sum_T[...] += _product(gradient_T[...], weights, 1, 1)
+        key_sum_T[...] += _product(query_T[...], of_scores, 1, 1)
+
+    @pl.when(row == queries - 1)
+    def _end() -> None:
+        of_key_T[...] = key_sum_T[...].astype(of_key_T.dtype)
+        of_value_T[...] = value_sum_T[...].astype(of_value_T.dtype)
+
+
+def _specs(static: Static, width: int, *, queries_inner: bool) -> list[pl.BlockSpec]:
+    """Blocks of query, key, value, rows, points, gradient, logarithm, shared; the last grid axis is the inner one."""
+    q, k = static.query_block, static.key_block
+
+    def spec(shape: tuple, place) -> pl.BlockSpec:
+        if queries_inner:
+            return pl.BlockSpec(shape, lambda b, n, j, i, s: place(b, n, i, j))
+        return pl.BlockSpec(shape, lambda b, n, i, j, s: place(b, n, i, j))
+
+    by_query = spec((None, None, width, q), lambda b, n, i, j: (b, n, 0, i))
+    by_key = spec((None, None, k, width), lambda b, n, i, j: (b, n, j, 0))
+    number = spec((None, None, 1, q), lambda b, n, i, j: (b, n, 0, i))
+    rows = spec((None, 4, q), lambda b, n, i, j: (b, 0, i))
+    points = spec((k, 3), lambda b, n, i, j: (j, 0))
+    return [by_query, by_key, by_key, rows, points, by_query, number, number]
+
+
+def _parameters() -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))
+
+
+_attention.defvjp(_forward, _backward)

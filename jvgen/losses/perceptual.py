@@ -1,0 +1,193 @@
+"""Perceptual distance of images: LPIPS on VGG-16 where its weights are given; a named substitute that needs none."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from safetensors import safe_open
+
+from jvgen.config import Config
+
+# VGG-16's convolutions by stage: (index in torchvision's `features`, input channels, output channels).
+STAGES = (
+    ((0, 3, 64), (2, 64, 64)),
+    ((5, 64, 128), (7, 128, 128)),
+    ((10, 128, 256), (12, 256, 256), (14, 256, 256)),
+    ((17, 256, 512), (19, 512, 512), (21, 512, 512)),
+    ((24, 512, 512), (26, 512, 512), (28, 512, 512)),
+)
+# ImageNet's statistics, for images in [-1, 1].
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceptualConfig(Config):
+    """Which perceptual distance.
+
+    Attributes:
+      kind: "none", "lpips" (Zhang et al. 2018 on VGG-16, needs `weights`), or "laplacian" (L1 of a Laplacian pyramid:
+        a substitute that needs no weights and is not comparable with LPIPS).
+      weights: safetensors file for lpips: VGG-16's convolutions and the five linear layers, under the names of
+        torchvision and of the lpips or taming-transformers packages.
+      levels: of the pyramid.
+    """
+
+    kind: Literal["none", "lpips", "laplacian"] = "laplacian"
+    weights: str | None = None
+    levels: int = 3
+
+    def validate(self) -> None:
+        if self.kind == "lpips" and self.weights is None:
+            raise ValueError("weights = none: lpips needs a safetensors file; kind = 'laplacian' needs none.")
+        if self.kind != "lpips" and self.weights is not None:
+            raise ValueError(f"weights = {self.weights!r}: {self.kind!r} reads no weights; choose kind = 'lpips'.")
+        if self.levels < 1:
+            raise ValueError(f"levels = {self.levels}: must be at least 1.")
+
+
+def laplacian_distance(
+    prediction: Float[Array, "B H W C"], target: Float[Array, "B H W C"], levels: int = 3
+) -> Float[Array, "B"]:
+    """L1 distance of the Laplacian pyramids of two images, level k weighted by 2^k (Bojanowski et al. 2018, section 4).
+
+    Emphasises edges and texture at several scales. Sides are halved `levels` times by averaging; odd rests are cut.
+    The coarsest level compares local means.
+    """
+    difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    distance = jnp.zeros(difference.shape[:1], jnp.float32)
+    for level in range(levels):
+        batch, height, width, channels = difference.shape
+        if min(height, width) < 2:
+            break
+        height, width = height // 2 * 2, width // 2 * 2
+        blocks = difference[:, :height, :width].reshape(batch, height // 2, 2, width // 2, 2, channels)
+        coarse = jnp.mean(blocks, axis=(2, 4), keepdims=True)
+        # The pyramid is linear, so the pyramid of the difference is the difference of the pyramids.
+        distance += 2.0**level * jnp.mean(jnp.abs(blocks - coarse), axis=(1, 2, 3, 4, 5))
+        difference = coarse[:, :, 0, :, 0]
+    return distance + 2.0**levels * jnp.mean(jnp.abs(difference), axis=(1, 2, 3))
+
+
+class LPIPS(nnx.Module):
+    """Learned perceptual distance on VGG-16 features (Zhang et al. 2018), version 0.1.
+
+    Parameters are random until they are replaced by `load_lpips`; a distance with random parameters means nothing.
+    Convolutions run in the dtype of the images, distances in float32. Input sides are at least 16 pixels.
+    """
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        initializer = nnx.initializers.he_normal()
+        convolutions = {}
+        for index, features_in, features_out in _convolutions():
+            kernel = initializer(rngs.params(), (3, 3, features_in, features_out), jnp.float32)
+            convolutions[str(index)] = nnx.Dict(
+                kernel=nnx.Param(kernel, logical_axes=(None,) * 4),
+                bias=nnx.Param(jnp.zeros((features_out,), jnp.float32), logical_axes=(None,)),
+            )
+        self.convolutions = nnx.Dict(convolutions)
+        self.weights = nnx.Dict(
+            {
+                str(stage): nnx.Param(jnp.full((layers[-1][2],), 1.0 / layers[-1][2]), logical_axes=(None,))
+                for stage, layers in enumerate(STAGES)
+            }
+        )
+
+    def __call__(self, prediction: Float[Array, "B H W 3"], target: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
+        """Distance of images in [-1, 1], one a sample, float32."""
+        if min(prediction.shape[1:3]) < 16:
+            raise ValueError(f"LPIPS needs sides of at least 16 pixels, got images of {prediction.shape[1:3]}.")
+        distance = jnp.zeros(prediction.shape[:1], jnp.float32)
+        # One pass over both images: twice the batch, half the calls.
+        features = jnp.concatenate([prediction, target])
+        features = (features - jnp.asarray(SHIFT, features.dtype)) / jnp.asarray(SCALE, features.dtype)
+        for stage, layers in enumerate(STAGES):
+            if stage:
+                features = _max_pool(features)
+            for index, _, _ in layers:
+                layer = self.convolutions[str(index)]
+                features = _convolve(features, layer["kernel"][...], layer["bias"][...])
+            first, second = jnp.split(_unit(features.astype(jnp.float32)), 2)
+            weights = self.weights[str(stage)][...]
+            distance += jnp.mean(jnp.sum(jnp.square(first - second) * weights, axis=-1), axis=(1, 2))
+        return distance
+
+
+def _convolve(features: Array, kernel: Array, bias: Array) -> Array:
+    output = jax.lax.conv_general_dilated(
+        features,
+        kernel.astype(features.dtype),
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return jax.nn.relu(output + bias.astype(features.dtype))
+
+
+def _convolutions() -> tuple[tuple[int, int, int], ...]:
+    return tuple(layer for layers in STAGES for layer in layers)
+
+
+def _max_pool(features: Array) -> Array:
+    return jax.lax.reduce_window(features, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def _unit(features: Array) -> Array:
+    # Both epsilons are in the published code: one keeps the square root differentiable, one the division finite.
+    norm = jnp.sqrt(jnp.sum(jnp.square(features), axis=-1, keepdims=True) + 1e-10)
+    return features / (norm + 1e-10)
+
+
+def load_lpips(path: str | Path) -> dict[str, Any]:
+    """Parameters of `LPIPS` from a safetensors file, as a nested dict of float32 host arrays.
+
+    Convolutions are found as `features.N.weight` or `slice*.N.weight` with any prefix (torchvision, lpips,
+    taming-transformers), the linear layers as `lin0.model.1.weight` ... `lin4.model.1.weight`.
+
+    Raises:
+      ValueError: the file is not there, or lacks tensors or has others of wrong shape; all are listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"LPIPS weights {str(path)!r}: no such file; give safetensors with VGG-16 and lin0..lin4.")
+    tensors, wanted = {}, {}
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            tensors[_canonical(name)] = np.asarray(file.get_tensor(name), np.float32)
+    for index, features_in, features_out in _convolutions():
+        wanted[f"{index}.weight"] = (features_out, features_in, 3, 3)
+        wanted[f"{index}.bias"] = (features_out,)
+    for stage, layers in enumerate(STAGES):
+        wanted[f"lin{stage}"] = (1, layers[-1][2], 1, 1)
+    problems = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in tensors]
+    problems += [
+        f"{name} has shape {tensors[name].shape}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise ValueError(f"LPIPS weights {str(path)!r}: " + "; ".join(problems))
+    return {
+        "convolutions": {
+            str(index): {
+                "kernel": np.ascontiguousarray(tensors[f"{index}.weight"].transpose(2, 3, 1, 0)),
+                "bias": tensors[f"{index}.bias"],
+            }
+            for index, _, _ in _convolutions()
+        },
+        "weights": {str(stage): tensors[f"lin{stage}"].reshape(-1) for stage in range(len(STAGES))},
+    }
+
+
+def _canonical(name: str) -> str:
+    convolution = re.search(r"(?:features|slice\d)\.(\d+\.(?:weight|bias))$", name)
+    if convolution:
+        return convolution.group(1)
+    linear = re.search(r"(lin\d)\.model\.1\.weight$", name)
+    return linear.group(1) if linear else name

@@ -1,0 +1,1 @@
+"""A small text encoder over bytes, trained along with what it conditions."""

@@ -1,0 +1,1 @@
+"""A discriminator of clips and images by patches, for autoencoders."""

@@ -1,0 +1,1 @@
+"""CogVideoX's causal three-dimensional autoencoder."""

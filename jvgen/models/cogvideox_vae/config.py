@@ -1,0 +1,127 @@
+"""What CogVideoX's autoencoder is made of, and the published scales of its latents."""
+
+import dataclasses
+
+from jvgen.config import Config
+from jvgen.nn.stacked import Remat
+
+NORM_EPSILON = 1e-6  # of every norm in the published model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CogVideoXVAEConfig(Config):
+    """The causal autoencoder of CogVideoX (Yang et al. 2024, arXiv 2408.06072, section 2.1).
+
+    Attributes:
+      channels: channels of a frame.
+      latent_channels: channels of a latent.
+      block_channels: width of each level, finest first; each level but the last halves height and width.
+      layers_per_block: residual blocks a level in the encoder; the decoder has one more.
+      groups: groups of every group norm; divides every width.
+      temporal_downsampling: frames a latent frame, a power of two; the finest levels halve the number of frames.
+      encode_batch: frames that the encoder sees together; None for whole clips, as the code that trained it has them.
+        Norms are over a batch of frames, so this number is part of what is computed.
+      decode_batch: latent frames that the decoder sees together, by the same token.
+      scaling_factor: diffusion sees latents times this.
+      sample_height, sample_width: pixels that the network was made for; tiles are half of them.
+      invert_scale_latents: the latents of the image that CogVideoX1.5 image to video starts from are divided by
+        scaling_factor; only written to exported files.
+      remat: what the backward pass keeps of each residual block.
+    """
+
+    channels: int = 3
+    latent_channels: int = 16
+    block_channels: tuple[int, ...] = (128, 256, 256, 512)
+    layers_per_block: int = 3
+    groups: int = 32
+    temporal_downsampling: int = 4
+    encode_batch: int | None = 8
+    decode_batch: int = 2
+    scaling_factor: float = 1.15258426
+    sample_height: int = 480
+    sample_width: int = 720
+    invert_scale_latents: bool = False
+    remat: Remat = Remat.NONE
+
+    @classmethod
+    def cogvideox_2b(cls) -> "CogVideoXVAEConfig":
+        """With CogVideoX-2B and RepVideo: 215,583,907 parameters."""
+        return cls()
+
+    @classmethod
+    def cogvideox_5b(cls) -> "CogVideoXVAEConfig":
+        """With CogVideoX-5B and 1.5: the same weights, another scale."""
+        return cls(scaling_factor=0.7)
+
+    @classmethod
+    def tiny(cls) -> "CogVideoXVAEConfig":
+        """Small enough for tests, with all four levels."""
+        return cls(
+            latent_channels=4,
+            block_channels=(8, 12, 12, 16),
+            layers_per_block=1,
+            groups=4,
+            sample_height=96,
+            sample_width=80,
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side of one latent."""
+        return 2 ** (len(self.block_channels) - 1)
+
+    @property
+    def temporal_levels(self) -> int:
+        """Levels that halve the number of frames."""
+        return self.temporal_downsampling.bit_length() - 1
+
+    def check_clip(self, frames: int, height: int, width: int) -> None:
+        """Raise `ValueError` for a clip that does not come back from its latents with as many frames and pixels."""
+        step = self.decode_batch * self.temporal_downsampling
+        if frames < 1 or (frames - 1) % step:
+            nearest = max(frames - 1, 0) // step * step + 1
+            raise ValueError(
+                f"frames = {frames}: CogVideoX's autoencoder takes {step}n + 1 frames, because other clips come back "
+                f"with another length; take {nearest} or {nearest + step}."
+            )
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % self.downsampling:
+                raise ValueError(f"{name} = {size}: must be a multiple of {self.downsampling} for this autoencoder.")
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, height and width of a clip in pixels."""
+        return (
+            (frames - 1) // self.temporal_downsampling + 1,
+            height // self.downsampling,
+            width // self.downsampling,
+        )
+
+    def validate(self) -> None:
+        if not self.block_channels:
+            raise ValueError("block_channels is empty: give the width of at least one level.")
+        for name in ("channels", "latent_channels", "layers_per_block", "groups", "decode_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
+        for width in self.block_channels:
+            if width < 1 or width % self.groups:
+                raise ValueError(f"groups = {self.groups} does not divide {width}, one of block_channels.")
+        times = self.temporal_downsampling
+        if times < 1 or times != 1 << self.temporal_levels or self.temporal_levels >= len(self.block_channels):
+            raise ValueError(
+                f"temporal_downsampling = {times}: must be a power of two, at most {self.downsampling} with "
+                f"{len(self.block_channels)} levels."
+            )
+        if self.encode_batch is not None and (self.encode_batch < 1 or self.encode_batch % times):
+            raise ValueError(
+                f"encode_batch = {self.encode_batch}: must be a multiple of temporal_downsampling = {times}, or none "
+                "for whole clips."
+            )
+        if self.scaling_factor <= 0:
+            raise ValueError(f"scaling_factor = {self.scaling_factor} must be positive.")
+
+
+def frame_batches(frames: int, size: int | None) -> list[tuple[int, int]]:
+    """(start, stop) of each batch of frames: all have `size` frames, and the first has what is left over as well."""
+    first = frames if size is None or frames < size else size + frames % size
+    starts = [0, *range(first, frames, size or frames)]
+    return list(zip(starts, [*starts[1:], frames], strict=True))

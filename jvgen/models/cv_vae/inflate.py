@@ -1,0 +1,92 @@
+"""An image autoencoder grown into a video autoencoder that treats images as it did (CV-VAE, section 3.3)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jvgen.models.cv_vae.config import SHARED, CVVAEConfig
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.weight_map import flatten, unflatten
+
+Parameters = Mapping[str, Any]
+
+
+def inflate(image_config: ImageVAEConfig, image: Parameters, config: CVVAEConfig, start: Parameters) -> dict[str, Any]:
+    """Parameters of a `CVVAE` from those of an `ImageVAE`, as numpy arrays.
+
+    An image's kernel becomes the one frame of a clip's kernel that stands at the output's own frame: the last of a
+    causal window, the middle of a symmetric one; the others are zero. Where a convolution gives two frames for one,
+    both are the image's.
+
+    With `norm_over="frame"`, `downsample_sides="after"`, `border="zeros"` and no replacing attention, the result equals
+    the image autoencoder on clips too: latent frame j is the image latent of frame 4j, and decoded frame k the image
+    decoded from latent frame ceil(k / 4). Otherwise it is a start and not an equal.
+
+    Args:
+      image_config, image: the image autoencoder and its parameters, numpy or JAX arrays.
+      config: of the video autoencoder.
+      start: parameters of the video autoencoder for what an image autoencoder lacks (attention along time).
+
+    Raises:
+      ValueError: networks of different sizes; all differences are listed.
+    """
+    check_sizes(image_config, config)
+    found = {path: np.asarray(value) for path, value in flatten(image).items()}
+    if image_config.quant_convolutions and not config.quant_convolutions:
+        _fold_quantisation(found)
+    result = {}
+    for path, value in flatten(start).items():
+        if path in found:
+            result[path] = _grown(found.pop(path), tuple(value.shape), _is_causal(path, config))
+        else:
+            assert "/temporal/" in path, f"an image autoencoder has no {path}"
+            result[path] = np.asarray(value)
+    assert not found, f"a video autoencoder has no {', '.join(sorted(found))}"
+    return unflatten(result)
+
+
+def check_sizes(image: ImageVAEConfig, config: CVVAEConfig) -> None:
+    """Raise `ValueError` unless a video autoencoder can be grown out of an image autoencoder."""
+    lines = [
+        f"  {name}: {getattr(image, name)!r} of the image, {getattr(config, name)!r} of the video autoencoder"
+        for name in SHARED
+        if name not in ("remat", "quant_convolutions") and getattr(image, name) != getattr(config, name)
+    ]
+    if config.quant_convolutions and not image.quant_convolutions:
+        lines.append("  quant_convolutions: the image autoencoder has none; set it to false")
+    if lines:
+        raise ValueError("the image autoencoder has other sizes than the video autoencoder:\n" + "\n".join(lines))
+
+
+def _is_causal(path: str, config: CVVAEConfig) -> bool:
+    if path.startswith("encoder/"):
+        return True
+    return (config.upsample_time if "/resample/" in path else config.decoder_time) == "causal"
+
+
+def _grown(value: np.ndarray, shape: tuple[int, ...], causal: bool) -> np.ndarray:
+    """A kernel or bias of an image autoencoder in the shape of a video autoencoder's."""
+    if value.shape[-1] != shape[-1]:
+        # Two frames for one: the outer part of the channel counts them.
+        value = np.concatenate([value] * (shape[-1] // value.shape[-1]), axis=-1)
+    if value.ndim == len(shape):
+        return value.reshape(shape)
+    grown = np.zeros(shape, value.dtype)
+    grown[-1 if causal else shape[0] // 2] = value
+    return grown
+
+
+def _fold_quantisation(parameters: dict[str, np.ndarray]) -> None:
+    """Put the quantisation convolutions into their neighbours, in place.
+
+    Exact in the encoder, and in the decoder but for its outermost pixels, which the bias does not reach there: a
+    convolution pads with zeros after it, and its neighbour pads before.
+    """
+    kernel, bias = parameters.pop("quant/kernel"), parameters.pop("quant/bias")
+    parameters["encoder/conv_out/kernel"] = parameters["encoder/conv_out/kernel"] @ kernel
+    parameters["encoder/conv_out/bias"] = parameters["encoder/conv_out/bias"] @ kernel + bias
+    kernel, bias = parameters.pop("post_quant/kernel"), parameters.pop("post_quant/bias")
+    whole = parameters["decoder/conv_in/kernel"]
+    parameters["decoder/conv_in/bias"] = parameters["decoder/conv_in/bias"] + np.einsum("i,hwio->o", bias, whole)
+    parameters["decoder/conv_in/kernel"] = np.einsum("zi,hwio->hwzo", kernel, whole)

@@ -1,0 +1,103 @@
+"""The published way to code long and large clips: chunks of 17 frames, and tiles that are blended where they overlap.
+
+Every chunk but the first is coded as if its first frame were a still image, and its first result is dropped; norms see
+one chunk and one tile. So the result is not that of the whole clip, and the rule is part of the published models.
+Networks with `config.streams` have a better way: `jvgen.models.cv_vae.streaming`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jvgen.models.cv_vae.config import CVVAEConfig
+from jvgen.nn.tiles import fade
+
+Coder = Callable[[jax.Array], jax.Array]
+
+
+def encode_tiled(encode: Coder, clip: Float[Array, "B F H W C"], config: CVVAEConfig) -> Float[Array, "B f h w M"]:
+    """Moments of a clip by chunks and tiles, as `config.tile_frames`, `tile_size` and `tile_overlap` say.
+
+    Args:
+      encode: moments of what it is given; called with a few different shapes.
+      clip: of any length; `CVVAEConfig.check_clip` tells which lengths leave frames over.
+      config: of the network.
+    """
+
+    def tiled(chunk: jax.Array) -> jax.Array:
+        if config.tile_size is None:
+            return encode(chunk)
+        tile = config.tile_size
+        latent_tile = tile // config.downsampling
+        overlap = round(latent_tile * config.tile_overlap)
+        step = round(tile * (1 - config.tile_overlap))
+        return _tiles(encode, chunk, tile, step, overlap, latent_tile - overlap)
+
+    return _chunks(tiled, clip, config.tile_frames)
+
+
+def decode_tiled(decode: Coder, latents: Float[Array, "B f h w z"], config: CVVAEConfig) -> Float[Array, "B F H W C"]:
+    """A clip from latents by chunks and tiles; see `encode_tiled`."""
+
+    def tiled(chunk: jax.Array) -> jax.Array:
+        if config.tile_size is None:
+            return decode(chunk)
+        tile = config.tile_size // config.downsampling
+        overlap = round(config.tile_size * config.tile_overlap)
+        step = round(tile * (1 - config.tile_overlap))
+        return _tiles(decode, chunk, tile, step, overlap, config.tile_size - overlap)
+
+    frames = None if config.tile_frames is None else config.tile_frames // config.temporal_downsampling
+    return _chunks(tiled, latents, frames)
+
+
+def chunk_bounds(frames: int, size: int | None) -> list[tuple[int, int]]:
+    """First frame and end of each chunk: `size` frames and the one before; the first frame of later ones is shared."""
+    if size is None:
+        return [(0, frames)]
+    count = max(-(-(frames - 1) // size), 1)
+    return [(index * size, min((index + 1) * size + 1, frames)) for index in range(count)]
+
+
+def tile_starts(length: int, tile: int, step: int) -> list[int]:
+    """Where tiles begin along a side; the last one is the first that reaches the end."""
+    starts = [0]
+    while starts[-1] + tile < length and starts[-1] + step < length:
+        starts.append(starts[-1] + step)
+    return starts
+
+
+def _chunks(function: Coder, clip: jax.Array, size: int | None) -> jax.Array:
+    parts = [function(clip[:, start:stop]) for start, stop in chunk_bounds(clip.shape[1], size)]
+    return jnp.concatenate([parts[0], *(part[:, 1:] for part in parts[1:])], axis=1)
+
+
+def _tiles(function: Coder, clip: jax.Array, tile: int, step: int, overlap: int, kept: int) -> jax.Array:
+    """Code tiles and put them together.
+
+    Args:
+      tile, step: size of a tile and distance between two, on the way in.
+      overlap, kept: blended elements and elements kept of each tile but the last, on the way out.
+    """
+    height, width = clip.shape[2:4]
+    done: list[list[jax.Array]] = []
+    for top in tile_starts(height, tile, step):
+        row: list[jax.Array] = []
+        for left in tile_starts(width, tile, step):
+            made = function(clip[:, :, top : top + tile, left : left + tile])
+            # First with the tile above, then with the one before; both as they are after their own blending.
+            if done:
+                made = fade(done[-1][len(row)], made, overlap, axis=2)
+            if row:
+                made = fade(row[-1], made, overlap, axis=3)
+            row.append(made)
+        done.append(row)
+    rows = []
+    for number, row in enumerate(done):
+        if number < len(done) - 1:
+            row = [made[:, :, :kept] for made in row]
+        row = [*(made[:, :, :, :kept] for made in row[:-1]), row[-1]]
+        rows.append(jnp.concatenate(row, axis=3))
+    return jnp.concatenate(rows, axis=2)

@@ -1,0 +1,242 @@
+"""What the two networks of iVideoGPT are made of, and the released ones."""
+
+import dataclasses
+
+from jvgen.config import Config
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.ivideogpt.layout import Layout
+from jvgen.nn.stacked import Remat
+
+CROSS_HEADS = 4
+CROSS_NORM_EPSILON = 1e-5  # the other norms of the tokenizer have 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressiveTokenizerConfig(Config):
+    """The compressive tokenizer (arXiv 2405.15223, section 3.1, appendix A.1).
+
+    Attributes:
+      resolution: height and width of a frame in pixels.
+      channels: of a frame.
+      block_channels: width of each level, finest first; each level but the last halves height and width.
+      layers_per_block: residual blocks a level in the encoders; the decoders have one more.
+      groups: of the backbone's group norms.
+      latent_channels: channels of the latent grid.
+      code_width: width of a codebook's vectors.
+      context_codes, future_codes: entries of the two codebooks.
+      context_frames: frames that are coded on their own, T0; every other frame is coded given these.
+      patch: side, in cells of the latent grid, of what one token of a future frame stands for.
+      attention_side: cross-attention sits after every level whose grid has at most this side.
+      attention_groups: groups of the cross-attention's norms; the released code has 32, whatever the width.
+      context_mid_attention: self-attention in the middle of the context pair (the prediction pair always has it).
+      dropout: of the cross-attention's weights and of its result, in training.
+      commitment: weight of the commitment term of the codebook loss.
+      remat: what the backward pass keeps of each block.
+    """
+
+    resolution: int = 64
+    channels: int = 3
+    block_channels: tuple[int, ...] = (128, 256, 512)
+    layers_per_block: int = 2
+    groups: int = 32
+    latent_channels: int = 64
+    code_width: int = 64
+    context_codes: int = 8192
+    future_codes: int = 8192
+    context_frames: int = 2
+    patch: int = 4
+    attention_side: int = 16
+    attention_groups: int = 32
+    context_mid_attention: bool = False
+    dropout: float = 0.1
+    commitment: float = 1.0
+    remat: Remat = Remat.NONE
+
+    @classmethod
+    def released_64(cls) -> "CompressiveTokenizerConfig":
+        """The released tokenizer of 64x64 frames: 114,159,174 parameters."""
+        return cls()
+
+    @classmethod
+    def released_256(cls) -> "CompressiveTokenizerConfig":
+        """The released tokenizer of 256x256 frames: 310,472,774 parameters."""
+        return cls(resolution=256, block_channels=(128, 256, 256, 512, 768), attention_side=32)
+
+    @property
+    def grid(self) -> int:
+        """Side of the latent grid."""
+        return self.resolution // 2 ** (len(self.block_channels) - 1)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of a context frame."""
+        return self.grid**2
+
+    @property
+    def future_tokens(self) -> int:
+        """Tokens of a future frame."""
+        return (self.grid // self.patch) ** 2
+
+    def backbone(self, *, mid_attention: bool) -> ImageVAEConfig:
+        """The convolutional blocks, which are those of Stable Diffusion's autoencoder."""
+        return ImageVAEConfig(
+            channels=self.channels,
+            latent_channels=self.latent_channels,
+            block_channels=self.block_channels,
+            layers_per_block=self.layers_per_block,
+            groups=self.groups,
+            mid_attention=mid_attention,
+            quant_convolutions=False,
+            remat=self.remat,
+        )
+
+    def encoder_sites(self) -> tuple[tuple[int, int], ...]:
+        """(level, side) of every cross-attention of the prediction encoder."""
+        last = len(self.block_channels) - 1
+        sides = [self.resolution // 2 ** min(level + 1, last) for level in range(last + 1)]
+        return tuple((level, side) for level, side in enumerate(sides) if side <= self.attention_side)
+
+    def decoder_sites(self) -> tuple[tuple[int, int], ...]:
+        """(level, side) of every cross-attention of the prediction decoder; level -1 is its middle."""
+        last = len(self.block_channels) - 1
+        sides = [self.grid * 2 ** min(level + 1, last) for level in range(last + 1)]
+        after = tuple((level, side) for level, side in enumerate(sides) if side <= self.attention_side)
+        return ((-1, self.grid), *after)
+
+    def layout(self, frames: int) -> Layout:
+        """The sequence of a clip of `frames` frames, context included.
+
+        Raises:
+          ValueError: no frame would be left to predict.
+        """
+        if frames <= self.context_frames:
+            raise ValueError(
+                f"{frames} frames with {self.context_frames} frames of context: nothing is left to predict; give more "
+                "frames."
+            )
+        return Layout(
+            context_frames=self.context_frames,
+            future_frames=frames - self.context_frames,
+            context_tokens=self.context_tokens,
+            future_tokens=self.future_tokens,
+            context_codes=self.context_codes,
+            future_codes=self.future_codes,
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids of a transformer that belongs to this tokenizer: both codebooks and two slots."""
+        return self.context_codes + self.future_codes + 2
+
+    def validate(self) -> None:
+        self.backbone(mid_attention=True).validate()
+        for name in (
+            "resolution", "code_width", "context_codes", "future_codes", "context_frames", "patch", "attention_side",
+            "attention_groups",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        step = 2 ** (len(self.block_channels) - 1)
+        if self.resolution % step:
+            raise ValueError(f"resolution = {self.resolution}: must be a multiple of {step} (block_channels).")
+        if self.grid % self.patch:
+            raise ValueError(f"patch = {self.patch}: must divide the side of the latent grid, {self.grid}.")
+        if self.attention_side < self.grid:
+            raise ValueError(
+                f"attention_side = {self.attention_side}: at least the side of the latent grid, {self.grid}, or future "
+                "frames would not see their context."
+            )
+        wide = self.block_channels[::-1]
+        attended = {self.block_channels[level] for level, _ in self.encoder_sites()}
+        attended |= {wide[max(level, 0)] for level, _ in self.decoder_sites()}
+        for width in sorted(attended):
+            if width % self.attention_groups or width % CROSS_HEADS:
+                raise ValueError(
+                    f"block_channels has {width} where frames attend to their context: make it a multiple of "
+                    f"attention_groups = {self.attention_groups} and of {CROSS_HEADS}, the heads."
+                )
+        if not 0 <= self.dropout < 1 or self.commitment < 0:
+            raise ValueError(
+                f"dropout = {self.dropout}, commitment = {self.commitment}: from 0 up to 1, and not negative."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameTransformerConfig(Config):
+    """A Llama over frame tokens, with actions added to the slots and a reward read off the frames (section 3.2, A.2).
+
+    Attributes:
+      vocabulary: ids, `CompressiveTokenizerConfig.vocabulary`.
+      width: of the residual stream.
+      layers, heads: of the transformer; the width of a head is width / heads.
+      hidden: width of the gated feed-forward blocks.
+      max_positions: longest sequence.
+      action_width: numbers in an action; 0 for a model without actions.
+      reward: whether a reward is predicted after each frame.
+      action_reconstruction: whether a head reads the action back from the frame's hidden states.
+      attention_dropout: of the attention's weights, in training.
+      norm_epsilon, rope_theta: of the root-mean-square norms and of the rotary positions.
+      remat: what the backward pass keeps of each layer.
+      unroll: run the layers in a Python loop and not in a scan.
+    """
+
+    vocabulary: int = 16386
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    max_positions: int = 1024
+    action_width: int = 0
+    reward: bool = False
+    action_reconstruction: bool = False
+    attention_dropout: float = 0.1
+    norm_epsilon: float = 1e-6
+    rope_theta: float = 10000.0
+    remat: Remat = Remat.NONE
+    unroll: bool = False
+
+    @classmethod
+    def small(cls) -> "FrameTransformerConfig":
+        """138,434,304 parameters without heads for actions and rewards."""
+        return cls()
+
+    @classmethod
+    def medium(cls) -> "FrameTransformerConfig":
+        """436,261,888 parameters without heads for actions and rewards."""
+        return cls(width=1024, layers=24, heads=16, hidden=4096)
+
+    @property
+    def head_width(self) -> int:
+        """Channels of an attention head."""
+        return self.width // self.heads
+
+    def check_tokenizer(self, tokenizer: CompressiveTokenizerConfig, frames: int) -> None:
+        """Raise `ValueError` unless this transformer belongs to a tokenizer and takes clips of `frames` frames."""
+        if self.vocabulary != tokenizer.vocabulary:
+            raise ValueError(
+                f"transformer.vocabulary = {self.vocabulary}, but the tokenizer has {tokenizer.context_codes} + "
+                f"{tokenizer.future_codes} codes and two slots: they do not belong together. Set it to "
+                f"{tokenizer.vocabulary}, or name the tokenizer that the transformer was trained with."
+            )
+        length = tokenizer.layout(frames).length
+        if length > self.max_positions:
+            raise ValueError(
+                f"{frames} frames are {length} tokens, more than transformer.max_positions = {self.max_positions}: "
+                "take fewer frames, or raise it."
+            )
+
+    def validate(self) -> None:
+        for name in ("vocabulary", "width", "layers", "heads", "hidden", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width = {self.width}: must be a multiple of 2 x heads = {2 * self.heads} (rotary positions pair the "
+                "channels of a head)."
+            )
+        if self.action_width < 0:
+            raise ValueError(f"action_width = {self.action_width}: numbers in an action, or 0 for none.")
+        if self.action_reconstruction and not self.action_width:
+            raise ValueError("action_reconstruction needs actions: set action_width.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout = {self.attention_dropout}: from 0 up to 1.")

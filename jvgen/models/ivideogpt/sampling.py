@@ -1,0 +1,74 @@
+"""Choosing the next id from scores: the highest, or drawn after temperature, top-k and top-p."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jvgen.config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Config):
+    """How ids are chosen. The released models draw from the 100 most likely ids at temperature 1.
+
+    Attributes:
+      greedy: always the most likely id.
+      temperature: scores are divided by it.
+      top_k: keep this many of the most likely ids; 0 for all.
+      top_p: of these keep the most likely ones whose probabilities sum to at least this (Holtzman et al. 2020).
+      future_codes_only: choose among codes of future frames where one belongs. The released models may choose any id,
+        and what is no such code is read as the first or the last one.
+      parallel: guess a frame's ids at once and repeat until nothing changes: the same ids in fewer, wider passes (see
+        `jvgen.models.ivideogpt.decoding`). For few sequences at a time.
+    """
+
+    greedy: bool = False
+    temperature: float = 1.0
+    top_k: int = 100
+    top_p: float = 1.0
+    future_codes_only: bool = False
+    parallel: bool = False
+
+    def validate(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature}: must be positive; for the likeliest ids set greedy.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k}: a number of ids, or 0 for all.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}: above 0, up to 1 (1 keeps all).")
+
+
+def choose(logits: Float[Array, "*R V"], keys: Key[Array, "*R"], sampling: SamplingConfig) -> Int[Array, "*R"]:
+    """One id for each row of scores, int32, drawn from the row's own key.
+
+    With equal keys the same id is chosen however the rows were computed: a draw is the highest of scores plus noise.
+    """
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scores, ids = kept(logits, sampling)
+    noise = jnp.vectorize(lambda key: jax.random.gumbel(key, scores.shape[-1:]), signature="()->(k)")(keys)
+    best = jnp.argmax(scores + noise, axis=-1)
+    if ids is None:
+        return best.astype(jnp.int32)
+    return jnp.take_along_axis(ids, best[..., None], axis=-1)[..., 0].astype(jnp.int32)
+
+
+def kept(
+    logits: Float[Array, "*R V"], sampling: SamplingConfig
+) -> tuple[Float[Array, "*R K"], Int[Array, "*R K"] | None]:
+    """Scores over temperature of the ids that may be drawn, -inf for those that may not, and which ids they are.
+
+    In descending order where there is a `top_k` or `top_p`; otherwise all of them as they stand, and None.
+    """
+    scores = logits.astype(jnp.float32) / sampling.temperature
+    count = logits.shape[-1]
+    if sampling.top_p >= 1 and not 0 < sampling.top_k < count:
+        return scores, None
+    scores, ids = jax.lax.top_k(scores, min(sampling.top_k or count, count))
+    if sampling.top_p < 1:
+        shares = jax.nn.softmax(scores, axis=-1)
+        before = jnp.cumsum(shares, axis=-1) - shares
+        scores = jnp.where(before < sampling.top_p, scores, -jnp.inf)
+    return scores, ids

@@ -1,0 +1,124 @@
+"""The names and layouts of the released transformers: a plain `LlamaForCausalLM`, or one wrapped with further heads."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jvgen.models.ivideogpt.config import FrameTransformerConfig
+from jvgen.models.weight_map import LAYER, LINEAR, Entry, WeightMap
+
+CLASS_NAME = "LlamaForCausalLM"
+# What the wrapper calls the Llama in it.
+WRAPPED = "llm."
+HEADS = {"action": "action_linear", "reward": "reward_linear", "action_reconstruction": "action_recon_linear"}
+# Outside of every vocabulary on purpose: nothing ends a sequence.
+NO_TOKEN = 50256
+
+
+def transformer_map(config: FrameTransformerConfig) -> WeightMap:
+    """The table between `FrameTransformer` and the released files.
+
+    Without heads for actions and rewards the names are those of transformers' Llama; with them, those of the wrapper.
+    """
+    heads = {"action": config.action_width, "reward": config.reward}
+    heads["action_reconstruction"] = config.action_reconstruction
+    prefix = WRAPPED if any(heads.values()) else ""
+    block, layers = f"{prefix}model.layers.{LAYER}.", "blocks/layers/"
+    entries = [
+        Entry("embedding/table", f"{prefix}model.embed_tokens.weight"),
+        Entry("final_norm/scale", f"{prefix}model.norm.weight"),
+        Entry("head/kernel", f"{prefix}lm_head.weight", LINEAR),
+        Entry(f"{layers}attention_norm/scale", f"{block}input_layernorm.weight"),
+        Entry(f"{layers}feed_forward_norm/scale", f"{block}post_attention_layernorm.weight"),
+    ]
+    for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "o"}.items():
+        entries.append(Entry(f"{layers}attention/{ours}/kernel", f"{block}self_attn.{theirs}_proj.weight", LINEAR))
+    for ours, theirs in {"gate": "gate", "hidden": "up", "output": "down"}.items():
+        entries.append(Entry(f"{layers}feed_forward/{ours}/kernel", f"{block}mlp.{theirs}_proj.weight", LINEAR))
+    for name, present in heads.items():
+        if present:
+            entries.append(Entry(f"{name}/kernel", f"{HEADS[name]}.weight", LINEAR))
+            entries.append(Entry(f"{name}/bias", f"{HEADS[name]}.bias"))
+    return WeightMap(tuple(entries), ignored=(r".*rotary_emb\.inv_freq",))
+
+
+def transformer_to_json(config: FrameTransformerConfig) -> dict[str, Any]:
+    """What transformers reads from config.json, and beside it which heads the file has."""
+    return {
+        "architectures": [CLASS_NAME],
+        "model_type": "llama",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "attention_dropout": config.attention_dropout,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": NO_TOKEN,
+        "eos_token_id": NO_TOKEN,
+        "action_dim": config.action_width,
+        "reward_prediction": config.reward,
+        "action_recon": config.action_reconstruction,
+    }
+
+
+def transformer_from_json(values: Mapping[str, Any]) -> FrameTransformerConfig:
+    """The configuration that a config.json of a Llama describes; keys it lacks have transformers' defaults.
+
+    The released files do not say in config.json which heads they hold: see `heads_in`.
+
+    Raises:
+      ValueError: a Llama of another kind.
+    """
+    heads = values.get("num_attention_heads", 32)
+    width = values.get("hidden_size", 4096)
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rules = {
+        "hidden_act": (values.get("hidden_act", "silu"), "silu"),
+        "num_key_value_heads": (values.get("num_key_value_heads") or heads, heads),
+        "head_dim": ((values.get("head_dim") or width // heads) * heads, width),
+        "attention_bias": (values.get("attention_bias", False), False),
+        "mlp_bias": (values.get("mlp_bias", False), False),
+        "tie_word_embeddings": (values.get("tie_word_embeddings", False), False),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+    }
+    wrong = [f"{name} = {values.get(name, found)!r}" for name, (found, rule) in rules.items() if found != rule]
+    if wrong:
+        raise ValueError(
+            f"config.json: {', '.join(wrong)}: this transformer is a Llama with as many key heads as heads, SiLU, no "
+            "biases, untied embeddings and plain rotary positions."
+        )
+    config = FrameTransformerConfig(
+        vocabulary=values.get("vocab_size", 32000),
+        width=width,
+        layers=values.get("num_hidden_layers", 32),
+        heads=heads,
+        hidden=values.get("intermediate_size", 11008),
+        max_positions=values.get("max_position_embeddings", 2048),
+        action_width=values.get("action_dim", 0),
+        reward=bool(values.get("reward_prediction", False)),
+        action_reconstruction=bool(values.get("action_recon", False)),
+        attention_dropout=float(values.get("attention_dropout", 0.0)),
+        norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+    )
+    config.validate()
+    return config
+
+
+def heads_in(names: Iterable[str], shape_of: Callable[[str], tuple[int, ...]]) -> dict[str, Any]:
+    """Keys of config.json that the tensors of a file tell: the width of an action, and which heads there are."""
+    present = set(names)
+    action = f"{HEADS['action']}.weight"
+    return {
+        "action_dim": int(shape_of(action)[1]) if action in present else 0,
+        "reward_prediction": f"{HEADS['reward']}.weight" in present,
+        "action_recon": f"{HEADS['action_reconstruction']}.weight" in present,
+    }

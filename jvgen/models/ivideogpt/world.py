@@ -1,0 +1,154 @@
+"""Tokenizer and transformer together, as pure functions: begin at frames, go one frame on, or roll a whole clip out."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.models.ivideogpt.decoding import Cache, Decoder, Weights
+from jvgen.models.ivideogpt.layout import Layout
+from jvgen.models.ivideogpt.objective import symexp
+from jvgen.models.ivideogpt.sampling import SamplingConfig
+from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer, Conditions
+from jvgen.nn.network import Network, Parameters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where R imagined episodes are.
+
+    Attributes:
+      number: int32 scalar, frames since the reset.
+      frames: the last context_frames frames, `R T H W 3` in [0, 1].
+      ids: those of the last frame, ids of the vocabulary, `R M`.
+      keys: one an episode.
+      slots, cache, conditions: what the next frame is decoded with.
+    """
+
+    number: jax.Array
+    frames: jax.Array
+    ids: jax.Array
+    keys: jax.Array
+    slots: jax.Array
+    cache: Cache
+    conditions: Conditions
+
+
+class Prediction(NamedTuple):
+    """A rollout: frames `R F H W 3` in [0, 1], rewards `R F` (None without that head), and ids `R F M`."""
+
+    frames: jax.Array
+    rewards: jax.Array | None
+    ids: jax.Array
+
+
+class Held(NamedTuple):
+    """The arrays of a world: parameters of the tokenizer, weights of the transformer (`World.hold`)."""
+
+    tokenizer: Parameters
+    transformer: Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Both networks' structure, and how they are used (arXiv 2405.15223, section 3.3).
+
+    Attributes:
+      tokenizer, transformer: configurations that belong together.
+      frames: longest episode, context included.
+      sampling: how ids are chosen.
+      rewards_in_symlog: the transformer predicts symlog of rewards.
+      dtype: of the transformer's computation.
+    """
+
+    tokenizer: CompressiveTokenizerConfig
+    transformer: FrameTransformerConfig
+    frames: int
+    sampling: SamplingConfig = SamplingConfig()
+    rewards_in_symlog: bool = True
+    dtype: Any = jnp.float32
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Of the longest episode."""
+        return self.tokenizer.layout(self.frames)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Of the transformer."""
+        return Decoder(self.transformer, self.layout, self.sampling, dtype=self.dtype)
+
+    @functools.cached_property
+    def network(self) -> Network:
+        """Of the tokenizer."""
+        return Network.of(lambda rngs: CompressiveTokenizer(self.tokenizer, rngs=rngs))
+
+    def hold(self, tokenizer: Parameters, transformer: Parameters) -> Held:
+        """Parameters as the functions below take them. Worth doing once, not in every call."""
+        return Held(tokenizer, self.decoder.weights(transformer))
+
+    def reset(self, held: Held, frames: Float[Array, "B T H W 3"], keys: Key[Array, "R"]) -> State:
+        """Begin R / B episodes at each of B contexts; rows are ordered by context, then by episode."""
+        rows, samples = keys.shape[0], keys.shape[0] // frames.shape[0]
+        ids, conditions = self._read(held, frames)
+        return State(
+            number=jnp.zeros((), jnp.int32),
+            frames=jnp.repeat(frames, samples, axis=0),
+            # A guess of the first frame's ids, for parallel decoding.
+            ids=jnp.full((rows, self.layout.future_tokens), self.layout.context_codes, jnp.int32),
+            keys=keys,
+            slots=jnp.full((rows,), self.layout.future_slot, jnp.int32),
+            cache=self.decoder.prefill(held.transformer, self.layout.prompt(ids), samples),
+            conditions=jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), conditions),
+        )
+
+    def step(
+        self, held: Held, state: State, actions: Float[Array, "R A"] | None
+    ) -> tuple[State, Float[Array, "R H W 3"], Float[Array, "R"] | None]:
+        """One frame on: the new state, the frame in [0, 1], the reward of the action."""
+        made, cache = self.decoder.frame(
+            held.transformer, state.cache, state.number, state.slots, actions, state.keys, state.ids
+        )
+        frame = self._pixels(held, made.ids[:, None], state.conditions)[:, 0]
+        state = dataclasses.replace(
+            state,
+            number=state.number + 1,
+            frames=jnp.concatenate([state.frames[:, 1:], frame[:, None]], axis=1),
+            ids=made.ids,
+            slots=made.next_slot,
+            cache=cache,
+        )
+        return state, frame, self._reward(made.reward)
+
+    def rollout(
+        self,
+        held: Held,
+        frames: Float[Array, "B T H W 3"],
+        actions: Float[Array, "R F A"] | None,
+        keys: Key[Array, "R"],
+    ) -> Prediction:
+        """R / B whole episodes from each context: as many frames as actions, or as the layout has."""
+        samples = keys.shape[0] // frames.shape[0]
+        count = self.layout.future_frames if actions is None else actions.shape[1]
+        decoder = dataclasses.replace(self.decoder, layout=dataclasses.replace(self.layout, future_frames=count))
+        ids, conditions = self._read(held, frames)
+        made, rewards = decoder.rollout(held.transformer, self.layout.prompt(ids), actions, keys)
+        conditions = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), conditions)
+        return Prediction(self._pixels(held, made, conditions), self._reward(rewards), made)
+
+    def _read(self, held: Held, frames: Float[Array, "B T H W 3"]) -> tuple[Int[Array, "B T N"], Conditions]:
+        model = self.network.bind(held.tokenizer)
+        ids = model.tokenize_context(frames)
+        return ids, model.read_context(ids, frames.dtype)[1]
+
+    def _pixels(self, held: Held, ids: Int[Array, "R F M"], conditions: Conditions) -> Float[Array, "R F H W 3"]:
+        made = self.network.bind(held.tokenizer).read_future(self.layout.future_codes_of(ids), conditions)
+        return jnp.clip(made.astype(jnp.float32), 0.0, 1.0)
+
+    def _reward(self, reward: jax.Array | None) -> jax.Array | None:
+        return symexp(reward) if reward is not None and self.rewards_in_symlog else reward

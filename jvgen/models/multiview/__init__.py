@@ -1,0 +1,1 @@
+"""Several videos of one scene that agree (CVD) on the video transformer."""

@@ -1,0 +1,178 @@
+"""The CogVideoX denoiser for several views: ray patches at its input, synchronisation between its blocks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from jvgen.models.multiview.adapter import AttentionAdapter
+from jvgen.models.multiview.config import MultiViewDiTConfig
+from jvgen.models.multiview.sync import Kernels, Synchronisation
+from jvgen.models.multiview.views import Views
+from jvgen.models.video_dit.aggregation import Sum
+from jvgen.models.video_dit.model import TOKENS, AttentionScale, Block, BlockContext, TokenLayout, VideoDiT
+from jvgen.nn.embeddings import PatchEmbedding
+from jvgen.nn.stacked import LAYER_INPUT, Stacked, checkpointed
+from jvgen.parallel.axes import constrain
+
+RAY_CHANNELS = 6
+
+
+class ViewParts(nnx.Module):
+    """What several views need beyond the transformer: all that is trained when the transformer stands still.
+
+    `sync` (a `Synchronisation` for each group of blocks), `rays` (a patch embedding) and `adapter`, as configured.
+    """
+
+    def __init__(self, config: MultiViewDiTConfig, *, rngs: nnx.Rngs):
+        config.validate()
+        self.config, sync = config, config.sync
+        if sync is not None:
+
+            def module(layer_rngs: nnx.Rngs) -> Synchronisation:
+                return Synchronisation(
+                    config.width,
+                    heads=sync.heads or config.heads,
+                    sublayers=sync.sublayers,
+                    groups=sync.groups,
+                    rngs=layer_rngs,
+                )
+
+            self.sync = Stacked(module, config.sync_layers, rngs=rngs)
+        if config.rays:
+            self.rays = PatchEmbedding(
+                RAY_CHANNELS * config.temporal_compression,
+                config.width,
+                patch=config.patch_shape,
+                kernel_init=nnx.initializers.zeros,
+                rngs=rngs,
+            )
+        if config.adapter_rank:
+            self.adapter = AttentionAdapter(config.layers, config.width, rank=config.adapter_rank, rngs=rngs)
+
+
+class MultiViewDiT(VideoDiT):
+    """Predicts, for noisy clips of several views of a scene, what `VideoDiT` predicts for each alone, and in agreement.
+
+    At first what is new adds zeros: V views are what V separate clips would be. Its parameters are those of `VideoDiT`
+    and, as "views", those of `ViewParts`; an adapter is merged before it is called (`jvgen.models.multiview.adapter`).
+    """
+
+    def __init__(self, config: MultiViewDiTConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.views = ViewParts(config, rngs=rngs)
+
+    def __call__(
+        self,
+        latents: Float[Array, "R F H W C"],
+        text: Float[Array, "R T K"],
+        timesteps: Float[Array, "R"],
+        *,
+        views: Views | None = None,
+        offsets: Float[Array, "R"] | None = None,
+        attention_scale: AttentionScale | None = None,
+    ) -> Float[Array, "R F H W Z"]:
+        """Denoise.
+
+        Args:
+          latents: noisy latent clips, in rows `examples views copies`.
+          text, timesteps, offsets, attention_scale: see `VideoDiT`; one row a clip.
+          views: who looks at whom and where, and the rays; None for clips that have nothing to do with each other.
+
+        Raises:
+          ValueError: rows that are not examples x views x copies; what `VideoDiT` refuses.
+        """
+        if views is None:
+            return super().__call__(latents, text, timesteps, offsets=offsets, attention_scale=attention_scale)
+        views = views.for_rows(latents.shape[0])
+        layout = self.layout((latents.shape[1], latents.shape[2], latents.shape[3]), text.shape[1])
+        context = self.context(timesteps, layout, offsets=offsets, attention_scale=attention_scale)
+        x = self.embed(latents, text, layout)
+        if views.rays is not None and self.config.rays:
+            x = _with_video(x, layout, _video(x, layout) + self.views.rays(views.rays.astype(x.dtype)))
+        x = self.run_synchronised(x, context, views) if self.config.sync else self.run_blocks(x, context)
+        return self.head(x, context)
+
+    def run_synchronised(self, x: Float[Array, "R L D"], context: BlockContext, views: Views) -> Float[Array, "R L D"]:
+        """All blocks, with a synchronisation module after every few: a scan of scans."""
+        config, every, count = self.config, self.config.sync.every, self.config.sync_layers
+        block = checkpointed(self._block_step(context), config.remat)
+        sync = checkpointed(self._sync_step(context, views), config.remat)
+        layers = (self.blocks.variables(), self._per_layer())
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(count, every, *leaf.shape[1:]), layers)
+
+        def run(step: Any, carry: Any, scanned: Any, length: int) -> Any:
+            if not config.unroll:
+                return jax.lax.scan(step, carry, scanned, length=length)[0]
+            for index in range(length):
+                carry, _ = step(carry, jax.tree.map(lambda leaf, i=index: leaf[i], scanned))
+            return carry
+
+        def group(carry: Any, scanned: Any) -> tuple[Any, None]:
+            blocks, module = scanned
+            return sync(run(block, carry, blocks, every), module)
+
+        carry = Sum.of(x) if config.aggregation is not None else x
+        carry = run(group, carry, (grouped, self.views.sync.variables()), count)
+        return carry.hidden if config.aggregation is not None else carry
+
+    def _per_layer(self) -> dict[str, Any]:
+        """What each layer reads besides its parameters: its number, and what RepVideo's aggregation gives it."""
+        layers = self.config.layers
+        found: dict[str, Any] = {"number": jnp.arange(layers)}
+        if self.config.aggregation is not None:
+            plan = self.aggregation.plan(layers)
+            found |= {"gate": self.aggregation.values(), "count": jnp.asarray(plan.count)}
+            found["resets"] = jnp.asarray(plan.resets)
+        return found
+
+    def _block_step(self, context: BlockContext) -> Any:
+        def step(carry: Any, scanned: Any) -> tuple[Any, None]:
+            variables, of_layer = scanned
+            module: Block = self.blocks.layer(variables)
+            own = dataclasses.replace(context, layer=of_layer["number"])
+            if self.config.aggregation is None:
+                return module(checkpoint_name(carry, LAYER_INPUT), own), None
+            read = carry.input(of_layer["gate"], of_layer["count"])
+            return carry.after(module(checkpoint_name(read, LAYER_INPUT), own), of_layer["resets"]), None
+
+        return step
+
+    def _sync_step(self, context: BlockContext, views: Views) -> Any:
+        layout, how = context.layout, self.config.sync
+
+        def synchronised(x: jax.Array, module: Synchronisation) -> jax.Array:
+            video = module(
+                rearrange(_video(x, layout), "r (f l) c -> r f l c", f=layout.grid[0]),
+                views.layout,
+                views.partner,
+                views.band,
+                mode=how.mode,
+                kernels=Kernels(self.config.attention, how.kernel),
+            )
+            return _with_video(x, layout, rearrange(video, "r f l c -> r (f l) c"))
+
+        def step(carry: Any, variables: Any) -> tuple[Any, None]:
+            module = self.views.sync.layer(variables)
+            if self.config.aggregation is None:
+                return synchronised(checkpoint_name(carry, LAYER_INPUT), module), None
+            # The tokens of the last layer are what they are now; in the sum they take the place of what they were.
+            hidden = synchronised(checkpoint_name(carry.hidden, LAYER_INPUT), module)
+            change = hidden.astype(jnp.float32) - carry.hidden.astype(jnp.float32)
+            return Sum(hidden, carry.total + change), None
+
+        return step
+
+
+def _video(x: jax.Array, layout: TokenLayout) -> jax.Array:
+    return x[:, layout.text : layout.valid]
+
+
+def _with_video(x: jax.Array, layout: TokenLayout, video: jax.Array) -> jax.Array:
+    parts = [x[:, : layout.text], video, x[:, layout.valid :]]
+    return constrain(jnp.concatenate(parts, axis=1), *TOKENS)

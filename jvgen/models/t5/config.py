@@ -1,0 +1,57 @@
+"""Configuration of the T5 v1.1 encoder."""
+
+import dataclasses
+
+from jvgen.config import Config
+from jvgen.nn.stacked import Remat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config(Config):
+    """The encoder of T5 v1.1 (Raffel et al. 2020, arXiv 1910.10683, and its v1.1 release with gated GELU).
+
+    Attributes:
+      vocabulary: tokens.
+      width: channels of an embedding.
+      layers: transformer blocks.
+      heads, head_width: of the attention; their product need not be the width.
+      hidden: width of the gated feed-forward blocks.
+      buckets: of relative positions, half of them for keys behind the query.
+      max_distance: from which all distances share a bucket.
+      norm_epsilon: of the root-mean-square norms.
+      remat: what the backward pass keeps.
+      unroll: run the layers in a Python loop and not in a scan.
+    """
+
+    vocabulary: int = 32128
+    width: int = 512
+    layers: int = 8
+    heads: int = 6
+    head_width: int = 64
+    hidden: int = 1024
+    buckets: int = 32
+    max_distance: int = 128
+    norm_epsilon: float = 1e-6
+    remat: Remat = Remat.NONE
+    unroll: bool = False
+
+    def validate(self) -> None:
+        for name in ("vocabulary", "width", "layers", "heads", "head_width", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give a number of at least 1.")
+        if self.buckets < 4 or self.buckets % 4:
+            raise ValueError(f"buckets = {self.buckets}: give a multiple of 4 (two directions, near and far).")
+        if self.max_distance <= self.buckets // 4:
+            raise ValueError(
+                f"max_distance = {self.max_distance}: must be more than buckets / 4 = {self.buckets // 4}."
+            )
+
+
+def small() -> T5Config:
+    """google/t5-v1_1-small."""
+    return T5Config()
+
+
+def xxl() -> T5Config:
+    """google/t5-v1_1-xxl, the text encoder of CogVideoX and RepVideo: 4,762,310,656 parameters."""
+    return T5Config(width=4096, layers=24, heads=64, hidden=10240)

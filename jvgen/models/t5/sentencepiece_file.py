@@ -1,0 +1,93 @@
+"""Sentencepiece's vocabulary files (`spiece.model`), read as far as a unigram tokenizer needs them.
+
+The file is a protocol buffer (https://github.com/google/sentencepiece, `sentencepiece_model.proto`): fields of a
+number, a kind and a value, one after the other.
+"""
+
+import dataclasses
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+# Field numbers of the messages.
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+PIECE_TEXT, PIECE_SCORE = 1, 2
+MODEL_TYPE, UNIGRAM = 3, 1
+CHARACTER_MAP = 2
+# Kinds of values.
+VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Pieces of text with the logarithms of their probabilities, by token id, and how text is normalised before."""
+
+    pieces: tuple[tuple[str, float], ...]
+    character_map: bytes
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary in a file.
+
+    Raises:
+      ValueError: a damaged file, or one that is not of a unigram model.
+    """
+    pieces, character_map, model_type = [], b"", UNIGRAM
+    try:
+        for number, value in _fields(path.read_bytes()):
+            if number == PIECES:
+                fields = dict(_fields(value))
+                score = struct.unpack("<f", fields[PIECE_SCORE])[0] if PIECE_SCORE in fields else 0.0
+                pieces.append((fields[PIECE_TEXT].decode("utf-8"), score))
+            elif number == TRAINER:
+                model_type = dict(_fields(value)).get(MODEL_TYPE, UNIGRAM)
+            elif number == NORMALIZER:
+                character_map = dict(_fields(value)).get(CHARACTER_MAP, b"")
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError, AttributeError, struct.error, _Damaged) as error:
+        raise ValueError(f"{str(path)!r} is not a sound sentencepiece file ({error}). Get the file again.") from error
+    if not pieces:
+        raise ValueError(f"{str(path)!r} is not a sentencepiece file: it has no pieces.")
+    if model_type != UNIGRAM:
+        raise ValueError(
+            f"{str(path)!r} is of a sentencepiece model of type {model_type}; T5's is a unigram model (1)."
+        )
+    return Vocabulary(tuple(pieces), character_map)
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of every field of a message."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        kind = key & 7
+        if kind == VARINT:
+            value, position = _varint(message, position)
+            yield key >> 3, value
+            continue
+        if kind == BYTES:
+            length, position = _varint(message, position)
+        elif kind in (FOUR_BYTES, EIGHT_BYTES):
+            length = 4 if kind == FOUR_BYTES else 8
+        else:
+            raise _Damaged(f"a field of kind {kind} at byte {position}")
+        if position + length > len(message):
+            raise _Damaged(f"cut short at byte {len(message)}")
+        yield key >> 3, message[position : position + length]
+        position += length
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """A number of seven bits a byte, lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        value |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return value, position
+        if shift > 63:
+            raise _Damaged(f"a number without an end at byte {position}")

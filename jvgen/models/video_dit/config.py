@@ -1,0 +1,195 @@
+"""Configuration of the CogVideoX denoiser and of RepVideo's aggregation in it, and the published sizes."""
+
+import dataclasses
+import enum
+
+from jvgen.config import Config
+from jvgen.nn.attention import AttentionKernel
+from jvgen.nn.rope import RotaryGrid
+from jvgen.nn.stacked import Remat
+
+
+class Positions(enum.Enum):
+    """How tokens learn where they are."""
+
+    SINCOS = "sincos"  # sines and cosines added to the tokens (CogVideoX-2B)
+    ROTARY = "rotary"  # queries and keys rotated (CogVideoX-5B, 1.5)
+    ROTARY_AND_LEARNED = "rotary_and_learned"  # and a learned table added to the tokens (CogVideoX-5B image to video)
+
+
+class GateKind(enum.Enum):
+    """What weighs the mean of earlier layers against the tokens of the last one."""
+
+    SCALAR = "scalar"  # one number a layer, of any size, as released
+    SIGMOID = "sigmoid"  # one number a layer, squashed to 0..1
+    CHANNEL = "channel"  # one number a layer and channel, of any size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AggregationConfig(Config):
+    """RepVideo's aggregation (Si et al. 2025, arXiv 2501.08994): layers read a gated mean of the layers before them.
+
+    Attributes:
+      period: the mean begins anew after every layer whose number (from 0) is a multiple of this.
+      gate: kind of gate.
+      initial: what gates start as (after squashing): 0 is the network without aggregation, 1 reads means alone.
+    """
+
+    period: int = 6
+    gate: GateKind = GateKind.SCALAR
+    initial: float = 0.5
+
+    def validate(self) -> None:
+        if self.period < 1:
+            raise ValueError(f"period = {self.period}: give a number of layers, 2 or more to have an effect.")
+        if self.gate is GateKind.SIGMOID and not 0 < self.initial < 1:
+            raise ValueError(f"initial = {self.initial}: a sigmoid gate starts between 0 and 1, for example at 0.5.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoDiTConfig(Config):
+    """The CogVideoX transformer (Yang et al. 2024, arXiv 2408.06072): text and video rows in one sequence.
+
+    Attributes:
+      layers: transformer blocks.
+      heads: attention heads.
+      head_width: channels of a head; heads x head_width is the width of the network.
+      in_channels: channels of the latent clip (twice those of the VAE with an image to start from).
+      out_channels: channels of what is predicted.
+      patch: rows and columns of a patch.
+      temporal_patch: frames of a patch; None for the patches of single frames of CogVideoX 1.0.
+      text_width: channels of the text embeddings.
+      text_length: most rows of text a sequence has; published weights are used with exactly as many.
+      condition_width: channels of the timestep embedding.
+      offset_width: channels of a second such embedding (the "ofs" of 1.5 image to video), which must equal
+        condition_width; None for none.
+      feed_forward_ratio: hidden width of the feed-forward blocks over the width.
+      positions: see `Positions`.
+      rotary_grid: how rotary positions of other resolutions are laid over the base grid.
+      sample_height, sample_width, sample_frames: the latent clip that the network is made for. With SINCOS positions
+        they are only written to exported files; with ROTARY they are the base grid.
+      spatial_scale, temporal_scale: sin-cos positions are divided by these.
+      temporal_compression: pixel frames a latent frame, for exported files only.
+      norm_epsilon: of the norms over the width.
+      query_key_epsilon: of the norms of queries and keys.
+      output_norm_epsilon: of the last norm: 1e-5 as diffusers has it, 1e-6 as the released training code has it.
+      zero_init: start with modulations and the output layer at zero (adaLN-zero): every block is the identity at first.
+        The released code defines this and does not run it; it trains faster from scratch.
+      aggregation: RepVideo's gates between layers; none for CogVideoX.
+      token_multiple: the sequence is padded to a multiple of this, once, and attention ignores the padding.
+      remat: what the backward pass keeps.
+      unroll: run the layers in a Python loop and not in a scan.
+      attention: kernel of the attention.
+    """
+
+    layers: int = 30
+    heads: int = 30
+    head_width: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    patch: int = 2
+    temporal_patch: int | None = None
+    text_width: int = 4096
+    text_length: int = 226
+    condition_width: int = 512
+    offset_width: int | None = None
+    feed_forward_ratio: int = 4
+    positions: Positions = Positions.SINCOS
+    rotary_grid: RotaryGrid = RotaryGrid.LINSPACE
+    sample_height: int = 60
+    sample_width: int = 90
+    sample_frames: int = 13
+    spatial_scale: float = 1.875
+    temporal_scale: float = 1.0
+    temporal_compression: int = 4
+    norm_epsilon: float = 1e-5
+    query_key_epsilon: float = 1e-6
+    output_norm_epsilon: float = 1e-5
+    zero_init: bool = True
+    aggregation: AggregationConfig | None = None
+    token_multiple: int = 1
+    remat: Remat = Remat.NONE
+    unroll: bool = False
+    attention: AttentionKernel = AttentionKernel.AUTO
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_width
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of a patch."""
+        return (self.temporal_patch or 1, self.patch, self.patch)
+
+    @property
+    def base_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of the clip that the network is made for."""
+        return self.sample_height // self.patch, self.sample_width // self.patch
+
+    def validate(self) -> None:
+        for name in (
+            "layers heads head_width in_channels out_channels patch text_width text_length condition_width "
+            "feed_forward_ratio sample_height sample_width sample_frames temporal_compression token_multiple"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give a number of at least 1.")
+        if self.temporal_patch is not None and self.temporal_patch < 1:
+            raise ValueError(
+                f"temporal_patch = {self.temporal_patch}: give at least 1, or none for patches of one frame."
+            )
+        if self.positions is Positions.SINCOS and self.width % 16:
+            raise ValueError(
+                f"heads x head_width = {self.heads} x {self.head_width} = {self.width}: sin-cos positions need a "
+                "multiple of 16; change heads or head_width."
+            )
+        if self.positions is not Positions.SINCOS and self.head_width % 16:
+            raise ValueError(f"head_width = {self.head_width}: rotary positions need a multiple of 16.")
+        if self.positions is Positions.ROTARY_AND_LEARNED and self.temporal_patch is not None:
+            raise ValueError("positions = rotary_and_learned: learned positions need temporal_patch = none.")
+        if self.width % 2:
+            raise ValueError(f"heads x head_width = {self.width}: the timestep embedding needs an even width.")
+        if self.aggregation is not None and self.remat is Remat.OFFLOAD:
+            raise ValueError("remat = offload: not with aggregation, which keeps tokens itself; use full or attention.")
+        if self.offset_width is not None and self.offset_width != self.condition_width:
+            raise ValueError(
+                f"offset_width = {self.offset_width}: it is added to the timestep embedding, so it must equal "
+                f"condition_width = {self.condition_width}; set both alike, or offset_width to none."
+            )
+
+
+def cogvideox_2b() -> VideoDiTConfig:
+    """CogVideoX-2B: 1,693,783,872 parameters, 480x720, 49 frames at 8 a second."""
+    return VideoDiTConfig()
+
+
+def repvideo_2b() -> VideoDiTConfig:
+    """RepVideo: CogVideoX-2B and 30 gates, with the last norm as in the code that trained it."""
+    return cogvideox_2b().replace(aggregation=AggregationConfig(), output_norm_epsilon=1e-6)
+
+
+def cogvideox_5b() -> VideoDiTConfig:
+    """CogVideoX-5B: 5,570,283,072 parameters, 480x720, 49 frames at 8 a second."""
+    return VideoDiTConfig(layers=42, heads=48, positions=Positions.ROTARY)
+
+
+def cogvideox_5b_image_to_video() -> VideoDiTConfig:
+    """CogVideoX-5B-I2V: as 5B with the latents of the first image beside the noise, and learned positions."""
+    return cogvideox_5b().replace(in_channels=32, positions=Positions.ROTARY_AND_LEARNED)
+
+
+def cogvideox1_5_5b() -> VideoDiTConfig:
+    """CogVideoX1.5-5B: 5,570,676,352 parameters, patches of two frames, 768x1360, 81 frames at 16 a second."""
+    return cogvideox_5b().replace(
+        temporal_patch=2,
+        text_length=224,
+        rotary_grid=RotaryGrid.SLICE,
+        sample_height=300,
+        sample_width=300,
+        sample_frames=21,
+    )
+
+
+def cogvideox1_5_5b_image_to_video() -> VideoDiTConfig:
+    """CogVideoX1.5-5B-I2V: as 1.5 with the latents of the first image beside the noise, and the offset embedding."""
+    return cogvideox1_5_5b().replace(in_channels=32, offset_width=512)

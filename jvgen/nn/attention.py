@@ -1,0 +1,226 @@
+"""Attention: one front door, several kernels.
+
+With a mesh, queries are split over `seq`, keys and values are gathered over it, heads are split over `tensor`, and each
+device runs its kernel on what it holds.
+"""
+
+import dataclasses
+import enum
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jvgen.kernels.attention import chunked, cpu, gpu, reference, tpu
+from jvgen.nn.stacked import ATTENTION_OUTPUT
+from jvgen.parallel import axes
+
+logger = logging.getLogger(__name__)
+
+
+class AttentionKernel(enum.Enum):
+    """Which implementation computes attention; all give the same numbers up to rounding."""
+
+    AUTO = "auto"  # chosen by backend, lengths and dtype: see `choose`
+    REFERENCE = "reference"  # all scores at once, float32: the oracle; the only one with a bias on every backend
+    CHUNKED = "chunked"  # blocks of scores, on any backend
+    CPU = "cpu"  # one head at a time, float32
+    GPU = "gpu"  # cuDNN
+    TPU = "tpu"  # Pallas splash attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A kernel and why it was chosen."""
+
+    kernel: AttentionKernel
+    reason: str
+
+
+# Below this many keys all scores of a head are small, and one fused softmax beats a loop over blocks.
+SHORT = 512
+
+
+def choose(
+    platform: str, *, dtype: jnp.dtype, query_length: int, key_length: int, head_width: int, bias: bool = False
+) -> Choice:
+    """The kernel that AUTO stands for.
+
+    Args:
+      platform: "cpu", "gpu" (or "cuda", "rocm") or "tpu", of the devices that will run the program.
+      dtype: of query, key and value.
+      query_length, key_length: tokens.
+      head_width: channels of a head.
+      bias: whether a bias is added to the scores.
+    """
+    name = jnp.dtype(dtype).name
+    half = name in ("bfloat16", "float16")
+    short = key_length < SHORT and query_length <= 4 * SHORT
+    if bias:
+        return Choice(AttentionKernel.REFERENCE, "a bias on the scores")
+    if platform == "cpu":
+        return Choice(AttentionKernel.CPU, "CPU devices")
+    if platform == "tpu":
+        if short:
+            return Choice(AttentionKernel.REFERENCE, f"TPU devices, only {key_length} keys")
+        if name == "bfloat16":
+            return Choice(AttentionKernel.TPU, f"TPU devices, {key_length} keys in bfloat16")
+        return Choice(AttentionKernel.CHUNKED, f"TPU devices, {name}: the splash kernel would multiply in bfloat16")
+    if platform in ("gpu", "cuda") and gpu.supports(dtype, head_width):
+        return Choice(AttentionKernel.GPU, f"CUDA devices, heads of {head_width} in {name}")
+    unsupported = "" if half else f", {name} is not for cuDNN"
+    if short:
+        return Choice(AttentionKernel.REFERENCE, f"{platform} devices, only {key_length} keys{unsupported}")
+    return Choice(AttentionKernel.CHUNKED, f"{platform} devices, heads of {head_width}{unsupported}")
+
+
+def attention(
+    query: Float[Array, "B L N D"],
+    key: Float[Array, "B K N D"],
+    value: Float[Array, "B K N D"],
+    *,
+    scale: float | None = None,
+    valid_length: int | None = None,
+    causal: bool = False,
+    bias: Float[Array, "#B #N #L #K"] | None = None,
+    kernel: AttentionKernel = AttentionKernel.AUTO,
+) -> Float[Array, "B L N D"]:
+    """softmax(scale * query key^T + bias) value, over the keys before `valid_length`.
+
+    Args:
+      query: L tokens of N heads.
+      key, value: K tokens of N heads.
+      scale: factor on the scores; default 1 / sqrt(D).
+      valid_length: number of real keys, known when the program is traced; keys at or beyond it have no weight. Rows of
+        the result that belong to padded queries are finite and mean nothing.
+      causal: query i sees the keys 0..i only; needs as many queries as keys, and tokens that are not split.
+      bias: added to the scaled scores.
+      kernel: the implementation; AUTO picks one and logs its choice.
+
+    Returns:
+      `B L N D` in the dtype of `query`. The softmax is float32 in every kernel.
+
+    Raises:
+      ValueError: `valid_length` outside 1..K, a bias with a kernel that has none, or what `causal` does not go with.
+    """
+    width, key_length = query.shape[-1], key.shape[1]
+    scale = width**-0.5 if scale is None else float(scale)
+    if valid_length is not None and not 1 <= valid_length <= key_length:
+        raise ValueError(f"valid_length = {valid_length}: must lie in 1..{key_length}, the number of keys.")
+    if valid_length == key_length:
+        valid_length = None
+    partitioner = axes.current()
+    if causal:
+        _check_causal(query, key, valid_length, partitioner)
+    if kernel is AttentionKernel.AUTO:
+        choice = choose(
+            axes.platform(),
+            dtype=query.dtype,
+            query_length=query.shape[1],
+            key_length=key_length,
+            head_width=width,
+            bias=bias is not None,
+        )
+        kernel = choice.kernel
+        _say(choice, query.shape, key_length)
+    if bias is not None and kernel not in (AttentionKernel.REFERENCE, AttentionKernel.GPU):
+        raise ValueError(f"kernel = {kernel.value}: has no bias on the scores; use reference, gpu or auto.")
+    run = _bound(kernel, axes.platform(), scale, valid_length, causal)
+    if partitioner is None or partitioner.mesh.size == 1:
+        output = run(query, key, value, bias)
+    else:
+        output = _sharded(run, partitioner, query, key, value, bias)
+    if kernel in (AttentionKernel.REFERENCE, AttentionKernel.GPU):
+        # The other kernels name what their backward pass reads; a second name would keep a second copy.
+        output = checkpoint_name(output, ATTENTION_OUTPUT)
+    return output
+
+
+@functools.lru_cache
+def _say(choice: Choice, shape: tuple[int, ...], key_length: int) -> None:
+    logger.info("attention %s with %d keys: kernel %s (%s)", shape, key_length, choice.kernel.value, choice.reason)
+
+
+Run = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def _bound(kernel: AttentionKernel, platform: str, scale: float, valid_length: int | None, causal: bool) -> Run:
+    """The kernel as a function of arrays alone."""
+    options = {"scale": scale, "valid_length": valid_length, "causal": causal}
+    if kernel is AttentionKernel.REFERENCE:
+        return lambda q, k, v, bias: reference.attention(q, k, v, bias=bias, **options)
+    if kernel is AttentionKernel.GPU:
+        implementation = "xla" if platform == "cpu" else "cudnn"
+        return lambda q, k, v, bias: gpu.attention(q, k, v, bias=bias, implementation=implementation, **options)
+    options["residual_name"] = ATTENTION_OUTPUT
+    if kernel is AttentionKernel.TPU:
+        options["interpret"] = platform != "tpu"
+    module = {AttentionKernel.CHUNKED: chunked, AttentionKernel.CPU: cpu, AttentionKernel.TPU: tpu}[kernel]
+    return lambda q, k, v, bias: module.attention(q, k, v, **options)
+
+
+def _check_causal(
+    query: jax.Array, key: jax.Array, valid_length: int | None, partitioner: axes.Partitioner | None
+) -> None:
+    if valid_length is not None or query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"causal attention of {query.shape[1]} queries over {key.shape[1]} keys (valid_length = {valid_length}): "
+            "it needs as many queries as keys, all of them valid."
+        )
+    if partitioner is not None:
+        names = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS, None)
+        split = partitioner.activation(names, query.shape).spec[1] or ()
+        for axis in (split,) if isinstance(split, str) else split:
+            if partitioner.mesh.shape[axis] > 1:
+                raise ValueError(
+                    f"mesh.{axis} = {partitioner.mesh.shape[axis]}: causal attention is not split over tokens; set 1."
+                )
+
+
+def _sharded(
+    run: Run,
+    partitioner: axes.Partitioner,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """Run a kernel on each device's own queries and heads, with keys and values gathered over the split of tokens."""
+    names = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS, None)
+    query_spec = partitioner.activation(names, query.shape).spec
+    key_spec = partitioner.activation(names, key.shape).spec
+    bias_spec = PartitionSpec()
+    if bias is not None:
+        by_dimension = (query_spec[0], query_spec[2], query_spec[1], None)
+        bias_spec = PartitionSpec(*(None if n == 1 else s for n, s in zip(bias.shape, by_dimension, strict=True)))
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+        if key_spec[1] is not None:
+            key, value = (gathered(array, key_spec[1]) for array in (key, value))
+        return run(query, key, value, bias)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=partitioner.mesh,
+        in_specs=(query_spec, key_spec, key_spec, None if bias is None else bias_spec),
+        out_specs=query_spec,
+        check_vma=False,
+    )
+    return mapped(query, key, value, bias)
+
+
+def gathered(array: jax.Array, mesh_axis: str | tuple[str, ...]) -> jax.Array:
+    """All tokens of `B L N D` from the devices along a mesh axis; the transpose scatters gradients back.
+
+    Heads are joined and the devices' parts stacked in front for the transfer: TPUs keep narrow last axes padded, and
+    scatter over the first axis only (over another one they reduce everything everywhere and then cut).
+    """
+    flat = rearrange(array, "B L N D -> B L (N D)")
+    parts = jax.lax.all_gather(flat, mesh_axis, axis=0, tiled=False)
+    return rearrange(parts, "S B L (N D) -> B (S L) N D", N=array.shape[2])

@@ -1,0 +1,39 @@
+"""Dropout drawn sample by sample: what a sample gets depends on its own key, not on its place in a batch."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+
+def folded(keys: Key[Array, "B"] | None, purpose: int | jax.Array) -> Key[Array, "B"] | None:
+    """Keys of another purpose (a layer, a site); None stays None."""
+    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
+
+
+def dropout(x: Float[Array, "B ..."], keys: Key[Array, "B"] | None, rate: float) -> Float[Array, "B ..."]:
+    """Set a share `rate` of the elements to zero and scale the rest up; identity without keys."""
+    if keys is None or rate == 0.0:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def attention_with_dropout(
+    query: Float[Array, "B L N D"],
+    key: Float[Array, "B K N D"],
+    value: Float[Array, "B K N D"],
+    keys: Key[Array, "B"],
+    rate: float,
+    *,
+    causal: bool = False,
+) -> Float[Array, "B L N D"]:
+    """softmax(query key^T / sqrt(D)) with a share `rate` of its weights set to zero, times value.
+
+    All weights are in memory at once: no fused kernel draws them sample by sample.
+    """
+    scores = jnp.einsum("blnd,bknd->bnlk", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tri(query.shape[1], key.shape[1], dtype=bool), scores, -jnp.inf)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), keys, rate)
+    return jnp.einsum("bnlk,bknd->blnd", weights.astype(value.dtype), value)

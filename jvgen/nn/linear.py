@@ -1,0 +1,48 @@
+"""Linear layers and embeddings whose parameters carry logical axis names."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jvgen.parallel.axes import Axes, current
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+class Linear(nnx.Module):
+    """`y = x @ kernel + bias` over the last axis, in the dtype of `x`, accumulated in float32 by the hardware.
+
+    Args:
+      features_in, features_out: widths.
+      axes: logical names of the two kernel axes; the second also names the bias.
+      kernel_init: initializer of the kernel; default normal with standard deviation 0.02.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        axes: Axes,
+        bias: bool = True,
+        kernel_init: Initializer = nnx.initializers.normal(0.02),
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (features_in, features_out), jnp.float32), logical_axes=tuple(axes)
+        )
+        self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32), logical_axes=(axes[1],)) if bias else None
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        partitioner = current()
+        leading = inputs.shape[:-1]
+        if partitioner is None or partitioner.mesh.size == 1:
+            # XLA's CPU backend transposes what it need not in the gradient of a product with several leading axes (it
+            # takes 1.8 times as long). Over a mesh they stay apart, because each may be split.
+            inputs = inputs.reshape(-1, inputs.shape[-1])
+        output = inputs @ self.kernel[...].astype(inputs.dtype)
+        if self.bias is not None:
+            output = output + self.bias[...].astype(inputs.dtype)
+        return output.reshape(*leading, output.shape[-1])

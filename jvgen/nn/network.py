@@ -1,0 +1,78 @@
+"""A network as plain data: an NNX module split once into structure and a nested dict of parameters."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+Parameters = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The structure of a module, apart from its parameters.
+
+    `init` and `apply` are pure functions of arrays, made for `jax.jit`, `jax.grad` and `lax.scan`. Parameters are a
+    nested dict with string keys ("blocks" -> "layers" -> "attention" -> "query" -> "kernel"); members of a list are
+    named "0", "1", ...
+
+    Attributes:
+      graph: NNX's description of the module without arrays.
+      state: its variables with their metadata and abstract values.
+      shapes: nested dict of `jax.ShapeDtypeStruct`, one a parameter.
+      axes: the same nested dict with each parameter's logical axis names (see `jvgen.parallel.axes`).
+    """
+
+    constructor: Callable[[nnx.Rngs], nnx.Module]
+    graph: Any
+    state: Any
+    shapes: Parameters
+    axes: Parameters
+
+    @classmethod
+    def of(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
+        """Trace `constructor(rngs)` without allocating anything and keep its structure."""
+        graph, state = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(params=0))))
+        shapes, axes = {}, {}
+        for path, variable in _variables(state):
+            names = variable.get_metadata().get("logical_axes")
+            shape = variable.get_value()
+            assert names is not None, f"parameter {'/'.join(path)} has no logical_axes"
+            assert len(names) == len(shape.shape), f"{'/'.join(path)}: axes {names} for shape {shape.shape}"
+            _put(shapes, path, jax.ShapeDtypeStruct(shape.shape, shape.dtype))
+            _put(axes, path, tuple(names))
+        return cls(constructor=constructor, graph=graph, state=state, shapes=shapes, axes=axes)
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Random parameters, float32, as a nested dict."""
+        parameters: Parameters = {}
+        for path, variable in _variables(nnx.state(self.constructor(nnx.Rngs(params=key)))):
+            _put(parameters, path, variable.get_value())
+        return parameters
+
+    def bind(self, parameters: Parameters) -> Any:
+        """The module with these parameters in it, for calls of its methods inside a traced function."""
+        flat = []
+        for path, variable in nnx.to_flat_state(self.state):
+            value: Any = parameters
+            for part in path:
+                value = value[str(part)]
+            flat.append((path, variable.replace(value)))
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+    def apply(self, parameters: Parameters, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """Call a method of the module with these parameters."""
+        return getattr(self.bind(parameters), method)(*args, **kwargs)
+
+
+def _variables(state: Any) -> Iterator[tuple[tuple[str, ...], nnx.Variable]]:
+    for path, variable in nnx.to_flat_state(state):
+        yield tuple(str(part) for part in path), variable
+
+
+def _put(tree: Parameters, path: tuple[str, ...], value: Any) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value

@@ -1,0 +1,79 @@
+"""Layer, group and root-mean-square norms: statistics in float32, two-pass variance, explicit epsilon."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class LayerNorm(nnx.Module):
+    """Normalise the last axis to zero mean and unit variance, then scale and shift.
+
+    Args:
+      features: width of the last axis.
+      epsilon: added to the variance.
+      axis: logical name of the width.
+      affine: learn scale and bias.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, axis: str | None = None, affine: bool = True):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), logical_axes=(axis,)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), logical_axes=(axis,)) if affine else None
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        x = inputs.astype(jnp.float32)
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        centred = x - mean
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        x = centred * jax.lax.rsqrt(variance + self.epsilon)
+        if self.scale is not None:
+            x = x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return x.astype(inputs.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Divide the last axis by its root mean square, then scale."""
+
+    def __init__(self, features: int, *, epsilon: float, axis: str | None = None):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), logical_axes=(axis,))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        x = inputs.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...].astype(jnp.float32)).astype(inputs.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalise groups of channels, as `torch.nn.GroupNorm` has it.
+
+    Statistics of an input `B ... C` are over the channels of a group and all axes between the leading ones and the
+    channels.
+
+    Args:
+      features: channels.
+      groups: divides the channels.
+      epsilon: added to the variance.
+      axis: logical name of the channels.
+      leading: axes with statistics of their own: 1 for each example, 2 for each frame of a clip `B F H W C`.
+    """
+
+    def __init__(self, features: int, *, groups: int, epsilon: float, axis: str | None = None, leading: int = 1):
+        if features % groups:
+            raise ValueError(f"groups = {groups} does not divide features = {features}; choose a divisor.")
+        self.groups = groups
+        self.epsilon = epsilon
+        self.leading = leading
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), logical_axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), logical_axes=(axis,))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        # Axes stay apart: each may be split over devices.
+        x = inputs.astype(jnp.float32).reshape(*inputs.shape[:-1], self.groups, inputs.shape[-1] // self.groups)
+        over = (*range(self.leading, inputs.ndim - 1), x.ndim - 1)
+        mean = jnp.mean(x, axis=over, keepdims=True)
+        centred = x - mean
+        variance = jnp.mean(jnp.square(centred), axis=over, keepdims=True)
+        x = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(inputs.shape)
+        x = x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return x.astype(inputs.dtype)

@@ -1,0 +1,122 @@
+"""Running blocks: what the backward pass keeps of them, and stacks of equal ones under `lax.scan`."""
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jvgen.parallel import axes
+
+
+class Remat(enum.Enum):
+    """What the backward pass keeps of each layer's forward pass; everything else is computed again."""
+
+    NONE = "none"  # keep all: fastest, most memory
+    ATTENTION = "attention"  # keep inputs of layers and what attention returned: no attention is computed twice
+    MATMULS = "matmuls"  # keep the results of matrix products without a batch axis, and what attention returned
+    FULL = "full"  # keep inputs of layers only: least memory
+    OFFLOAD = "offload"  # as FULL, with the inputs of layers kept in host memory
+
+
+# Names given by `jax.ad_checkpoint.checkpoint_name` inside layers.
+ATTENTION_OUTPUT = "attention_output"
+LAYER_INPUT = "layer_input"
+
+
+def checkpointed(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Wrap the function of one layer in `jax.checkpoint` with the policy of `remat`."""
+    policies = jax.checkpoint_policies
+    if remat is Remat.NONE:
+        return function
+    policy = {
+        Remat.ATTENTION: policies.save_only_these_names(ATTENTION_OUTPUT),
+        Remat.MATMULS: policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION_OUTPUT)
+        ),
+        Remat.FULL: policies.nothing_saveable,
+        Remat.OFFLOAD: policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
+def run_block(block: Any, remat: Remat, inputs: jax.Array, *more: Any) -> Any:
+    """Call `block(inputs, *more)` with its parameters in compute sharding, under a remat policy."""
+    graph, state = nnx.split(block)
+    block_axes = jax.tree.map(
+        lambda variable: variable.get_metadata()["logical_axes"],
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+    def body(state: Any, inputs: jax.Array, *more: Any) -> Any:
+        inputs = checkpoint_name(inputs, LAYER_INPUT)
+        return nnx.merge(graph, axes.constrain_parameters(state, block_axes))(inputs, *more)
+
+    return checkpointed(body, remat)(state, inputs, *more)
+
+
+class Stacked(nnx.Module):
+    """`count` layers made by the same constructor, kept as one module with stacked parameters.
+
+    Args:
+      constructor: makes one layer from `nnx.Rngs`.
+      count: number of layers.
+      rngs: one key a layer is drawn from its `params` stream.
+    """
+
+    def __init__(self, constructor: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs):
+        self.count = count
+        graph, _ = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(params=0))))
+        keys = jax.random.split(rngs.params(), count)
+        state = jax.vmap(lambda key: nnx.split(constructor(nnx.Rngs(params=key)))[1])(keys)
+        for _, variable in nnx.to_flat_state(state):
+            variable.set_metadata(logical_axes=(axes.LAYERS, *variable.get_metadata()["logical_axes"]))
+        self.layers = nnx.merge(graph, state)
+
+    def scan(
+        self,
+        step: Callable[[nnx.Module, Any, Any], Any],
+        carry: Any,
+        per_layer: Any = None,
+        *,
+        remat: Remat = Remat.NONE,
+        unroll: bool = False,
+    ) -> Any:
+        """Run `carry = step(layer, carry, per_layer[i])` over the layers and return the last carry.
+
+        `per_layer` is a tree of arrays with a leading axis of `count` (flags, gates), or None. With `unroll` the same
+        layers run in a Python loop: for tests and for reading compiled programs.
+        """
+
+        def body(carry: Any, scanned: Any) -> tuple[Any, None]:
+            variables, extra = scanned
+            return step(self.layer(variables), carry, extra), None
+
+        body, variables = checkpointed(body, remat), self.variables()
+        if not unroll:
+            return jax.lax.scan(body, carry, (variables, per_layer))[0]
+        for index in range(self.count):
+            carry, _ = body(carry, jax.tree.map(lambda leaf, i=index: leaf[i], (variables, per_layer)))
+        return carry
+
+    def variables(self) -> Any:
+        """The stacked variables, a tree for `lax.scan` to cut into layers."""
+        return nnx.state(self.layers)
+
+    def layer(self, variables: Any) -> nnx.Module:
+        """The module of one layer, from its cut of `variables()`, moved to compute sharding."""
+        graph, stacked = nnx.split(self.layers)
+        names = jax.tree.map(
+            lambda variable: variable.get_metadata()["logical_axes"][1:],
+            stacked,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+        return nnx.merge(graph, axes.constrain_parameters(variables, names))

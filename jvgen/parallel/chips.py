@@ -1,0 +1,76 @@
+"""What one accelerator chip can hold and compute: the denominators of memory reports and of model FLOPs utilisation.
+
+Peaks are the vendors' dense bfloat16 figures. HBM of TPUs is what XLA's compiler lets a program use (it says so when a
+program does not fit), a little under the nominal size; HBM of GPUs is nominal.
+"""
+
+import dataclasses
+
+import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+      name: as clouds and vendors call it.
+      kind: start of JAX's `device_kind`.
+      hbm_bytes: usable memory of the chip.
+      peak_flops: dense bfloat16 FLOP/s of the chip.
+      devices: JAX devices that a chip shows by default.
+    """
+
+    name: str
+    kind: str
+    hbm_bytes: float
+    peak_flops: float
+    devices: int = 1
+
+    @property
+    def device_hbm_bytes(self) -> float:
+        """Usable memory of one JAX device."""
+        return self.hbm_bytes / self.devices
+
+    @property
+    def device_peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s of one JAX device."""
+        return self.peak_flops / self.devices
+
+
+CHIPS = (
+    Chip("v4", "TPU v4", 30.5 * GIB, 275e12),
+    Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12),
+    Chip("v5p", "TPU v5", 95.73 * GIB, 459e12),
+    Chip("v6e", "TPU v6 lite", 31.24 * GIB, 918e12),
+    Chip("tpu7x", "TPU7x", 2 * 94.74 * GIB, 2307e12, devices=2),
+    Chip("A100-80GB", "NVIDIA A100", 80e9, 312e12),
+    Chip("H100", "NVIDIA H100", 80e9, 989e12),
+    Chip("H200", "NVIDIA H200", 141e9, 989e12),
+    Chip("B200", "NVIDIA B200", 180e9, 2250e12),
+)
+
+
+def chip_of(device: jax.Device | str) -> Chip | None:
+    """The chip that a JAX device (or its `device_kind`) belongs to; None where it is not in the table."""
+    kind = device if isinstance(device, str) else device.device_kind
+    kind = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}.get(kind, kind)
+    # Longest first: a "TPU v5 lite" is not a "TPU v5".
+    for chip in sorted(CHIPS, key=lambda chip: -len(chip.kind)):
+        if kind.startswith(chip.kind):
+            return chip
+    return None
+
+
+def chip_named(name: str) -> Chip:
+    """The chip of a topology name ("v5p" of "v5p:4x4x8").
+
+    Raises:
+      ValueError: no such chip; lists those that there are.
+    """
+    for chip in CHIPS:
+        if chip.name.lower() == name.lower():
+            return chip
+    raise ValueError(f"chip {name!r} is not known; the table has {', '.join(chip.name for chip in CHIPS)}.")

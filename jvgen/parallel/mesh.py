@@ -1,0 +1,118 @@
+"""The device mesh: which devices a run uses and how they are arranged along the four mesh axes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from jvgen.config import Config
+
+# Mesh axes, outermost first: neighbours along the last axis are nearest in the network.
+DATA = "data"  # whole replicas of the parameters, each with its own examples
+FSDP = "fsdp"  # examples are split, and so are the stored parameters
+SEQ = "seq"  # tokens of one example are split
+TENSOR = "tensor"  # heads and hidden units of one layer are split
+MESH_AXES = (DATA, FSDP, SEQ, TENSOR)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(Config):
+    """How many devices lie along each mesh axis; one axis may be -1, which takes what the others leave.
+
+    Attributes:
+      data: replicas; on several slices or nodes this axis crosses the slow network first.
+      fsdp: shards of parameters, optimizer state and examples.
+      seq: shards of the token sequence of one example.
+      tensor: shards of attention heads and feed-forward units.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    seq: int = 1
+    tensor: int = 1
+
+    def validate(self) -> None:
+        sizes = self.sizes
+        for name, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"{name} = {size}: a mesh axis has at least 1 device, or -1 for all that are left.")
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise ValueError(f"{' and '.join(free)} are both -1: only one axis can take the rest; give others a size.")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name -> configured size, in mesh order, -1 not yet resolved."""
+        return {name: getattr(self, name) for name in MESH_AXES}
+
+    def resolve(self, devices: int) -> dict[str, int]:
+        """Axis name -> size on this many devices.
+
+        Raises:
+          ValueError: the product of the sizes is not the number of devices, or does not divide it.
+        """
+        self.validate()
+        sizes = self.sizes
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        written = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        if -1 in sizes.values():
+            if devices % fixed:
+                raise ValueError(
+                    f"mesh {written}: the fixed axes need a multiple of {fixed} devices, but there are {devices}; "
+                    f"choose sizes whose product divides {devices}."
+                )
+            return {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
+        if fixed != devices:
+            raise ValueError(
+                f"mesh {written}: needs {fixed} devices, but there are {devices}; "
+                "change a size, or set one axis to -1 to take the rest."
+            )
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices (default: all of `jax.devices()`) into a mesh with the axes data, fsdp, seq, tensor.
+
+    On TPU the arrangement follows the physical torus; on several slices the data axis (or, where it is too short,
+    fsdp) crosses between them.
+
+    Raises:
+      ValueError: the product of the sizes does not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(config.resolve(len(devices)).values())
+    return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = [1] * len(shape)
+    for axis in range(2):
+        across[axis] = math.gcd(shape[axis], slices // math.prod(across))
+    if math.prod(across) != slices:
+        raise ValueError(
+            f"mesh data={shape[0]}, fsdp={shape[1]} on {slices} slices: seq and tensor stay inside a slice, "
+            f"so data x fsdp must be a multiple of {slices}."
+        )
+    within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def single_device_mesh(device: jax.Device | None = None) -> Mesh:
+    """A mesh of one device, for code that always wants a mesh."""
+    return make_mesh(MeshConfig(fsdp=1), [jax.devices()[0] if device is None else device])
+
+
+def describe(mesh: Mesh) -> str:
+    """One line for the start-up print: axis sizes, device count and kind."""
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    kind = mesh.devices.flat[0].device_kind
+    return f"mesh {sizes} = {mesh.size} devices ({kind})"

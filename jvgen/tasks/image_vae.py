@@ -1,0 +1,225 @@
+"""Training an image VAE: reconstruct frames through a Gaussian bottleneck (AutoencoderKL, arXiv 2112.10752)."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from jvgen.data.config import BucketConfig, DataConfig
+from jvgen.data.latents import check_pixels
+from jvgen.diffusion.objective import slot_keys, slot_normal
+from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
+from jvgen.interop.digest import content_digest
+from jvgen.losses.perceptual import LPIPS, PerceptualConfig, laplacian_distance, load_lpips
+from jvgen.losses.reconstruction import absolute_error, squared_error
+from jvgen.models.image_vae import flops as image_vae_flops
+from jvgen.models.image_vae import posterior
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.image_vae.model import ImageVAE
+from jvgen.nn.network import Network, Parameters
+from jvgen.parallel import axes
+from jvgen.tasks.pixels import from_uint8, to_uint8
+from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Task, TaskConfig, activation_dtype
+
+# Purposes of a step's key; numbers never change their meaning.
+POSTERIOR_KEY = 17
+FRAMES_KEY = 18
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageVAETaskConfig(TaskConfig):
+    """Reconstruction, perceptual distance, KL.
+
+    Attributes:
+      network: the autoencoder.
+      reconstruction: error per element: "l1" or "l2".
+      perceptual: distance added to it.
+      perceptual_weight: of that distance.
+      kl_weight: of the divergence in nats per latent element. Stable Diffusion's 1e-6 weighs a sum over latent elements
+        against a sum over pixel values; against means it is 1e-6 x latent elements / pixel values.
+      frames_per_clip: frames of a clip that one step uses, drawn at random; 0 for all of them.
+    """
+
+    network: ImageVAEConfig
+    reconstruction: Literal["l1", "l2"] = "l1"
+    perceptual: PerceptualConfig = PerceptualConfig()
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1e-6
+    frames_per_clip: int = 0
+
+    def validate(self) -> None:
+        if self.perceptual_weight < 0 or self.kl_weight < 0:
+            raise ValueError(
+                f"perceptual_weight = {self.perceptual_weight}, kl_weight = {self.kl_weight}: must not be negative."
+            )
+        if self.frames_per_clip < 0:
+            raise ValueError(f"frames_per_clip = {self.frames_per_clip}: a number of frames, or 0 for all.")
+
+    def check_bucket(self, bucket: BucketConfig) -> None:
+        step = self.network.downsampling
+        for name in ("height", "width"):
+            size = getattr(bucket, name)
+            if size < WINDOW:
+                raise ValueError(
+                    f"{name} = {size}: must be at least {WINDOW}, the window of the SSIM that is measured."
+                )
+            if size % step:
+                near = max(size // step * step, step)
+                raise ValueError(
+                    f"{name} = {size}: must be a multiple of {step} (network.block_channels); take {near}."
+                )
+        if bucket.frames < self.frames_per_clip:
+            raise ValueError(
+                f"frames = {bucket.frames}: less than task.frames_per_clip = {self.frames_per_clip}; lower that, or "
+                "take 0."
+            )
+
+    def check_weights(self) -> None:
+        if self.perceptual.weights is not None:
+            load_lpips(self.perceptual.weights)
+
+    def check_data(self, data: DataConfig) -> None:
+        for source in (*data.sources, *data.evaluation_sources):
+            check_pixels(source)
+
+    def build(self) -> "ImageVAETask":
+        return ImageVAETask(self)
+
+
+class ImageVAETask(Task):
+    """See `ImageVAETaskConfig`. Trains "vae"."""
+
+    def __init__(self, config: ImageVAETaskConfig):
+        self.config = config
+        self.networks = {"vae": Network.of(lambda rngs: ImageVAE(config.network, rngs=rngs))}
+        self.network_configs = {"vae": config.network}
+        self.frozen_networks = {}
+        if config.perceptual.kind == "lpips":
+            self.frozen_networks["lpips"] = Network.of(lambda rngs: LPIPS(rngs=rngs))
+
+    def load_frozen(self) -> Parameters:
+        if self.config.perceptual.kind != "lpips":
+            return {}
+        return {"lpips": load_lpips(self.config.perceptual.weights)}
+
+    def frozen_digest(self) -> str:
+        weights = self.config.perceptual.weights
+        return "" if weights is None else content_digest(weights)
+
+    # Batches.
+
+    def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:
+        shape: tuple[int, ...] = (bucket.frames, bucket.height, bucket.width, 3)
+        names: axes.Axes = (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
+        if bucket.views > 1:
+            shape, names = (bucket.views, *shape), (axes.VIEWS, *names)
+        return {"video": ArraySpec(shape, np.dtype(np.uint8), names)}
+
+    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+        if "video" not in example:
+            raise ValueError("the data set holds cached latents and no pixels: an image VAE needs pixels.")
+        return {"video": example["video"]}
+
+    # Loss.
+
+    def loss(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        config, dtype = self.config, activation_dtype(parameters["vae"])
+        video = batch["video"]
+        if config.frames_per_clip:
+            video = self._some_frames(video, batch["slot"], key)
+        images = self._images(video)
+        moments = self.networks["vae"].apply(parameters["vae"], from_uint8(images, dtype), method="encode")
+        frames = images.shape[0] // video.shape[0]
+        noise = slot_normal(
+            jax.random.fold_in(key, POSTERIOR_KEY),
+            (video.shape[0], frames, *posterior.mode(moments).shape[1:]),
+            batch["slot"],
+        )
+        latents = posterior.sample(moments, rearrange(noise, "b f h w c -> (b f) h w c"))
+        made = self.networks["vae"].apply(parameters["vae"], latents, method="decode")
+        target = from_uint8(images)
+        error = absolute_error if config.reconstruction == "l1" else squared_error
+        reconstruction = jnp.mean(error(made, target))
+        perceptual = jnp.mean(self.perceptual_distance(frozen, made.astype(jnp.float32), target))
+        elements = posterior.mode(moments)[0].size
+        divergence = jnp.mean(posterior.kl_divergence(moments)) / elements
+        total = reconstruction + config.perceptual_weight * perceptual + config.kl_weight * divergence
+        count = jnp.float32(images.shape[0])
+        metrics: Metrics = {
+            "reconstruction": reconstruction,
+            f"perceptual_{config.perceptual.kind}": perceptual,
+            "kl_per_element": divergence,
+            "psnr": Mean(
+                jnp.sum(peak_signal_to_noise(jnp.clip(made, -1, 1).astype(jnp.float32), target, data_range=2.0)), count
+            ),
+        }
+        if config.perceptual.kind == "none":
+            del metrics["perceptual_none"]
+        return total, metrics
+
+    def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
+        """Reconstruction from the posterior's mean: PSNR and SSIM of clipped pixels, perceptual distance."""
+        images = self._images(batch["video"])
+        made, moments = self.reconstruct(parameters, images)
+        made = jnp.clip(made.astype(jnp.float32), -1.0, 1.0)
+        target, count = from_uint8(images), jnp.float32(images.shape[0])
+        metrics: Metrics = {
+            "psnr": Mean(jnp.sum(peak_signal_to_noise(made, target, data_range=2.0)), count),
+            "ssim": Mean(jnp.sum(structural_similarity(made, target, data_range=2.0)), count),
+            "l1": Mean(jnp.sum(absolute_error(made, target)), count),
+        }
+        if self.config.perceptual.kind != "none":
+            distance = self.perceptual_distance(frozen, made, target)
+            metrics[f"perceptual_{self.config.perceptual.kind}"] = Mean(jnp.sum(distance), count)
+        mean, _ = posterior.split_moments(moments)
+        metrics["latent_mean"] = Mean(jnp.mean(mean) * count, count)
+        metrics["latent_square"] = Mean(jnp.mean(jnp.square(mean)) * count, count)
+        return metrics
+
+    def reconstruct(self, parameters: Parameters, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Decoded posterior means in [-1, 1] (not clipped) and the moments, of uint8 images `B H W 3`."""
+        pixels = from_uint8(images, activation_dtype(parameters["vae"]))
+        moments = self.networks["vae"].apply(parameters["vae"], pixels, method="encode")
+        return self.networks["vae"].apply(parameters["vae"], posterior.mode(moments), method="decode"), moments
+
+    def perceptual_distance(self, frozen: Parameters, made: jax.Array, target: jax.Array) -> jax.Array:
+        """The configured distance of images in [-1, 1], one an image."""
+        kind = self.config.perceptual.kind
+        if kind == "lpips":
+            return self.frozen_networks["lpips"].apply(frozen["lpips"], made, target)
+        if kind == "laplacian":
+            return laplacian_distance(made, target, self.config.perceptual.levels)
+        return jnp.zeros(made.shape[:1], jnp.float32)
+
+    def visualize(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        clips = batch["video"][:4]
+        clips = clips if clips.ndim == 5 else clips[:, 0]
+        made, _ = self.reconstruct(parameters, self._images(clips))
+        made = rearrange(to_uint8(made), "(b f) h w c -> b f h w c", b=clips.shape[0])
+        return {"data": clips, "reconstruction": made}
+
+    def flops(self, bucket: BucketConfig) -> dict[str, float]:
+        frames = min(self.config.frames_per_clip or bucket.frames, bucket.frames) * bucket.views
+        parts = image_vae_flops.reconstruct(self.config.network, bucket.height, bucket.width)
+        return {name: frames * value for name, value in parts.items()}
+
+    def _images(self, video: jax.Array) -> jax.Array:
+        if video.ndim == 6:
+            return rearrange(video, "b v f h w c -> (b v f) h w c")
+        return rearrange(video, "b f h w c -> (b f) h w c")
+
+    def _some_frames(self, video: jax.Array, slots: jax.Array, key: jax.Array) -> jax.Array:
+        """`frames_per_clip` different frames of each clip (the same of all its views), drawn slot by slot."""
+        keys = slot_keys(jax.random.fold_in(key, FRAMES_KEY), slots)
+        frames, count = video.shape[-4], self.config.frames_per_clip
+        chosen = jax.vmap(lambda k: jax.random.permutation(k, frames)[:count])(keys)
+        if video.ndim == 6:
+            chosen = chosen[:, None]
+        return jnp.take_along_axis(video, chosen[..., None, None, None], axis=-4)

@@ -1,0 +1,167 @@
+"""A CogVideoX pipeline as diffusers saves it: five sub-folders, read as the description of a text-to-video task."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvgen.diffusion.guidance import GuidanceConfig
+from jvgen.diffusion.objective import ObjectiveConfig
+from jvgen.diffusion.schedule import alpha_bar_table
+from jvgen.interop import schedulers
+from jvgen.interop.architecture import differences
+from jvgen.interop.from_torch import read_config
+from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
+from jvgen.models.t5 import tokenizer
+from jvgen.models.t5.config import T5Config
+from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.tasks.task import SampleRequest, TaskConfig
+from jvgen.tasks.text import TextConfig
+from jvgen.tasks.text_to_video import TextToVideoConfig
+
+INDEX = "model_index.json"
+PIPELINE = "CogVideoXPipeline"
+DENOISER, VAE, TEXT_ENCODER, TOKENIZER = "transformer", "vae", "text_encoder", "tokenizer"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+NETWORKS = {DENOISER: VideoDiTConfig, VAE: CogVideoXVAEConfig, TEXT_ENCODER: T5Config}
+
+# CogVideoX1.5 (patches of several frames) says the largest grid of its positions and not the clip that it is made for.
+DEFAULT_REQUEST_1_5 = SampleRequest(frames=81, height=768, width=1360)
+FRAMES_PER_SECOND, FRAMES_PER_SECOND_1_5 = 8, 16
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a whole pipeline (or what is left of one), and not one network."""
+    return (folder / INDEX).is_file() or (folder.is_dir() and (folder / DENOISER / "config.json").is_file())
+
+
+def read_pipeline(folder: Path) -> TextToVideoConfig:
+    """The task whose networks, text encoder, noise schedule and sampler are those of a pipeline folder.
+
+    Only small files are read: no weights.
+
+    Args:
+      folder: with `transformer`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, as `save_pretrained` of diffusers'
+        `CogVideoXPipeline` leaves it.
+
+    Raises:
+      ValueError: another kind of pipeline, sub-folders that are missing (all are listed), networks that are not
+        CogVideoX's or do not go together, a scheduler that is not known, no tokenizer.
+    """
+    _check_folder(folder)
+    found = {name: read_config(folder / name) for name in NETWORKS}
+    for name, kind in NETWORKS.items():
+        if not isinstance(found[name], kind):
+            raise ValueError(
+                f"{folder / name} holds a {type(found[name]).__name__}; a {PIPELINE} has a {kind.__name__} there."
+            )
+    denoiser, vae, encoder = found.values()
+    if denoiser.in_channels != denoiser.out_channels:
+        raise ValueError(
+            f"{folder / DENOISER}: in_channels = {denoiser.in_channels}, out_channels = {denoiser.out_channels}: an "
+            "image-to-video network, which needs an image to start from; only text to video is supported."
+        )
+    scheduler = schedulers.from_diffusers(_read_json(folder / SCHEDULER_FILE), str(folder / SCHEDULER_FILE))
+    tokenizer.load(folder / TOKENIZER)
+    config = TextToVideoConfig(
+        denoiser=denoiser,
+        text=TextConfig(
+            encoder=encoder,
+            length=denoiser.text_length,
+            weights=str(folder / TEXT_ENCODER),
+            tokenizer=str(folder / TOKENIZER),
+        ),
+        vae=vae,
+        vae_weights=str(folder / VAE),
+        latent_scale=vae.scaling_factor,
+        spatial_compression=vae.downsampling,
+        temporal_compression=vae.temporal_downsampling,
+        schedule=scheduler.schedule,
+        objective=ObjectiveConfig(target=scheduler.prediction),
+        sampler=scheduler.sampler,
+        guidance=GuidanceConfig(),
+    )
+    try:
+        for part in (denoiser, vae, encoder, config):
+            part.validate()
+    except ValueError as error:
+        raise ValueError(f"{folder}: the networks do not go together: {error}") from error
+    return config
+
+
+def adopt_pipeline(task: TaskConfig, folder: Path) -> TextToVideoConfig:
+    """A text-to-video task that encodes captions and decodes clips with the networks of a pipeline folder.
+
+    Args:
+      task: what is to be trained from the pipeline's denoiser on; its text encoder must be the pipeline's.
+      folder: see `read_pipeline`.
+
+    Raises:
+      ValueError: not a text-to-video task, or one whose latents, noise or prediction are not those that the pipeline's
+        denoiser knows; all differences are listed.
+    """
+    if not isinstance(task, TextToVideoConfig):
+        raise ValueError(f"{folder} is a pipeline, which a text-to-video task goes on from, not {type(task).__name__}.")
+    found = read_pipeline(folder)
+    asked = {
+        "text.length": (task.text.length, found.text.length),
+        "latent_scale": (task.latent_scale, found.latent_scale),
+        "latent_shift": (task.latent_shift, found.latent_shift),
+        "spatial_compression": (task.spatial_compression, found.spatial_compression),
+        "temporal_compression": (task.temporal_compression, found.temporal_compression),
+        "objective.target": (task.objective.target, found.objective.target),
+    }
+    lines = [f"task.text.encoder: {line}" for line in differences(found.text.encoder, task.text.encoder)]
+    lines += [
+        f"task.{name} = {here!r}, the pipeline's is {there!r}" for name, (here, there) in asked.items() if here != there
+    ]
+    if task.schedule.continuous or not np.allclose(alpha_bar_table(task.schedule), alpha_bar_table(found.schedule)):
+        lines.append(f"task.schedule = {task.schedule!r}, the pipeline's is {found.schedule!r}")
+    if lines:
+        raise ValueError("\n  ".join([f"{folder} was trained otherwise than the config says:", *lines]))
+    text = task.text.replace(weights=found.text.weights, tokenizer=found.text.tokenizer)
+    return task.replace(text=text, vae=found.vae, vae_weights=found.vae_weights)
+
+
+def default_request(config: TextToVideoConfig) -> SampleRequest:
+    """The clip that a published network is made for."""
+    denoiser = config.denoiser
+    if denoiser.temporal_patch is not None:
+        return DEFAULT_REQUEST_1_5
+    return SampleRequest(
+        frames=(denoiser.sample_frames - 1) * config.temporal_compression + 1,
+        height=denoiser.sample_height * config.spatial_compression,
+        width=denoiser.sample_width * config.spatial_compression,
+    )
+
+
+def frames_per_second(config: TextToVideoConfig) -> int:
+    """How fast clips of a published network are meant to be shown."""
+    return FRAMES_PER_SECOND if config.denoiser.temporal_patch is None else FRAMES_PER_SECOND_1_5
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"weights {str(folder)!r}: no such folder; name a CogVideoX pipeline on this machine.")
+    if (folder / INDEX).is_file():
+        kind = _read_json(folder / INDEX).get("_class_name")
+        if kind is not None and kind != PIPELINE:
+            raise ValueError(f"{folder / INDEX}: the pipeline is a {kind}; only {PIPELINE} is supported.")
+    wanted = [*(f"{name}/config.json" for name in NETWORKS), TOKENIZER, SCHEDULER_FILE]
+    missing = [name for name in wanted if not (folder / name).exists()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not a whole CogVideoX pipeline: it has no {', '.join(missing)}. Expected what "
+            f"{PIPELINE}.save_pretrained of diffusers writes."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object.")
+    return value

@@ -1,0 +1,107 @@
+"""Captions to embeddings: the two text encoders that a task can be conditioned by, behind one face."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvgen.config import Config
+from jvgen.interop.architecture import check_architecture
+from jvgen.interop.from_torch import import_folder
+from jvgen.models.byte_text import tokenizer as byte_tokenizer
+from jvgen.models.byte_text.config import ByteTextConfig
+from jvgen.models.byte_text.model import ByteTextEncoder
+from jvgen.models.t5 import tokenizer as t5_tokenizer
+from jvgen.models.t5.config import T5Config
+from jvgen.models.t5.model import T5Encoder
+from jvgen.nn.network import Network, Parameters
+from jvgen.tasks.task import activation_dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(Config):
+    """Which text encoder.
+
+    Attributes:
+      encoder: a byte encoder is trained along and needs no files; T5 is frozen and read from `weights`.
+      length: tokens of a caption, padded or cut.
+      weights: exported or transformers folder of a T5 encoder.
+      tokenizer: folder with T5's tokenizer.json or spiece.model.
+      null: what stands for no caption: the embeddings of the empty caption, or zeros (as CogVideoX was trained).
+    """
+
+    encoder: ByteTextConfig | T5Config
+    length: int = 226
+    weights: str | None = None
+    tokenizer: str | None = None
+    null: Literal["empty", "zeros"] = "empty"
+
+    @property
+    def width(self) -> int:
+        """Channels of the embeddings."""
+        return self.encoder.width
+
+    def validate(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"length = {self.length}: must be at least 1.")
+        if isinstance(self.encoder, ByteTextConfig) and (self.weights or self.tokenizer):
+            raise ValueError("a byte encoder is trained along: leave weights and tokenizer none.")
+
+    def check_files(self) -> None:
+        """Raise `ValueError` for files of a frozen encoder that are not named, not there, or of another encoder."""
+        if isinstance(self.encoder, ByteTextConfig):
+            return
+        if self.weights is None:
+            raise ValueError("task.text.weights = none: name a local folder with the T5 encoder's weights.")
+        if self.tokenizer is None:
+            raise ValueError("task.text.tokenizer = none: name a local folder with T5's tokenizer.")
+        check_architecture(self.weights, self.encoder, "task.text.weights")
+        t5_tokenizer.load(self.tokenizer)
+
+
+class TextEncoder:
+    """Tokenizer and network of a `TextConfig`.
+
+    Attributes:
+      frozen: the encoder is only read.
+      network: the encoder.
+    """
+
+    def __init__(self, config: TextConfig):
+        self.config = config
+        self.frozen = isinstance(config.encoder, T5Config)
+        encoder = T5Encoder if self.frozen else ByteTextEncoder
+        self.network = Network.of(lambda rngs: encoder(config.encoder, rngs=rngs))
+
+    def load(self) -> Parameters:
+        """Weights of a frozen encoder; `TextConfig.check_files` says whether they are there."""
+        return import_folder(self.config.weights)[1]
+
+    def tokenize(self, caption: str) -> np.ndarray:
+        """Token ids of a caption, int32 `[length]`."""
+        if not self.frozen:
+            return byte_tokenizer.tokenize(caption, self.config.length)
+        return self._t5_tokenizer(caption, self.config.length)
+
+    def left_over(self, caption: str) -> str:
+        """The end of a caption that `tokenize` cuts off, or ""; not told of a byte encoder."""
+        return self._t5_tokenizer.left_over(caption, self.config.length) if self.frozen else ""
+
+    @functools.cached_property
+    def _t5_tokenizer(self):
+        assert self.config.tokenizer is not None, "TextConfig.check_files() asks for it"
+        return t5_tokenizer.load(self.config.tokenizer)
+
+    def null_tokens(self) -> jax.Array:
+        """Token ids that stand for no caption: those of the empty caption, or -1 for zero embeddings."""
+        if self.config.null == "zeros":
+            return jnp.full((self.config.length,), -1, jnp.int32)
+        return jnp.asarray(self.tokenize(""))
+
+    def embed(self, parameters: Parameters, tokens: jax.Array) -> jax.Array:
+        """Embeddings `B L C` of token ids `B L`; rows of -1 give zeros."""
+        embeddings = self.network.apply(parameters, jnp.maximum(tokens, 0), dtype=activation_dtype(parameters))
+        return jnp.where(tokens[..., None] < 0, jnp.zeros((), embeddings.dtype), embeddings)

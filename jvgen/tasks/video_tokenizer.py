@@ -1,0 +1,347 @@
+"""Training iVideoGPT's tokenizer: reconstruct context and future frames through two codebooks (arXiv 2405.15223)."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from jvgen.config import Config
+from jvgen.data.config import BucketConfig, DataConfig
+from jvgen.data.latents import check_pixels
+from jvgen.diffusion.objective import slot_keys
+from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
+from jvgen.losses.adversarial import given_gradient
+from jvgen.losses.perceptual import PerceptualConfig
+from jvgen.losses.reconstruction import absolute_error, squared_error
+from jvgen.models.clip_discriminator import flops as discriminator_flops
+from jvgen.models.ivideogpt import flops
+from jvgen.models.ivideogpt.codebook import perplexity, usage
+from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
+from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
+from jvgen.nn.network import Network, Parameters
+from jvgen.parallel import axes
+from jvgen.tasks.adversary import AdversarialConfig, Adversary
+from jvgen.tasks.perceptual import Perceptual, check_weights
+from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
+
+# Purposes of a step's key; numbers never change their meaning.
+DROPOUT_KEY = 40
+RESTART_KEY = 41
+DISCRIMINATOR = "discriminator"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestartConfig(Config):
+    """Putting codes that nothing is coded with where something is.
+
+    The published tokenizer has none of this: gradients alone move its codebooks.
+
+    Attributes:
+      every: steps between two looks at what a batch is coded with; 0 for never.
+      below: a code is dead when its running count is less than this share of the mean count.
+      decay: of the running counts, from look to look.
+    """
+
+    every: int = 0
+    below: float = 0.05
+    decay: float = 0.8
+
+    def validate(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every = {self.every}: steps between looks, or 0 for never.")
+        if not 0 < self.below < 1 or not 0 <= self.decay < 1:
+            raise ValueError(f"below = {self.below}, decay = {self.decay}: from 0 up to 1, below positive.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoTokenizerConfig(TaskConfig):
+    """Error of pixels, perceptual distance and codebook loss, each of context and of future frames, with equal weights.
+
+    Attributes:
+      network: the tokenizer.
+      reconstruction: error per element: "l1" or "l2".
+      perceptual: distance added to it.
+      perceptual_weight: of that distance.
+      restart: of dead codes.
+      adversarial: a discriminator of single frames; none for none, as in all published runs but RoboNet's at 256x256.
+        There its weight is 0.8, its start step 1e5 (of a count that includes its own steps).
+    """
+
+    network: CompressiveTokenizerConfig
+    reconstruction: Literal["l1", "l2"] = "l1"
+    perceptual: PerceptualConfig = PerceptualConfig()
+    perceptual_weight: float = 1.0
+    restart: RestartConfig = RestartConfig()
+    adversarial: AdversarialConfig | None = None
+
+    def validate(self) -> None:
+        if self.perceptual_weight < 0:
+            raise ValueError(f"perceptual_weight = {self.perceptual_weight}: must not be negative.")
+        if self.adversarial is not None and self.adversarial.turns != "together":
+            raise ValueError(
+                f"adversarial.turns = {self.adversarial.turns!r}: the tokenizer and its discriminator are trained in "
+                "every step; set it to 'together'."
+            )
+
+    def check_bucket(self, bucket: BucketConfig) -> None:
+        check_frames(self.network, bucket)
+        if bucket.height < WINDOW:
+            raise ValueError(f"height = {bucket.height}: at least {WINDOW}, the window of the SSIM that is measured.")
+        segment = bucket.segment
+        if segment is not None and segment.choice == "later" and segment.context != self.network.context_frames:
+            raise ValueError(
+                f"segment.context = {segment.context}, but the tokenizer has {self.network.context_frames} frames of "
+                "context: make them equal."
+            )
+
+    def check_weights(self) -> None:
+        check_weights(self.perceptual)
+
+    def check_data(self, data: DataConfig) -> None:
+        for source in (*data.sources, *data.evaluation_sources):
+            check_pixels(source)
+
+    def build(self) -> "VideoTokenizer":
+        return VideoTokenizer(self)
+
+
+def check_frames(network: CompressiveTokenizerConfig, bucket: BucketConfig) -> None:
+    """Raise `ValueError` for batches that a tokenizer does not take."""
+    if bucket.views != 1:
+        raise ValueError(f"views = {bucket.views}: this task sees one camera at a time; set views = 1.")
+    if (bucket.height, bucket.width) != (network.resolution, network.resolution):
+        raise ValueError(
+            f"frames of {bucket.height}x{bucket.width}: the tokenizer takes {network.resolution}x{network.resolution}; "
+            "make them equal."
+        )
+    network.layout(bucket.frames)
+
+
+class CodeCounts(nnx.Module):
+    """How often each code was chosen lately; moved by `VideoTokenizer.after_update`, not by a gradient."""
+
+    def __init__(self, config: CompressiveTokenizerConfig, *, rngs: nnx.Rngs):
+        self.context = nnx.Param(jnp.zeros((config.context_codes,)), logical_axes=(axes.CODES,))
+        self.future = nnx.Param(jnp.zeros((config.future_codes,)), logical_axes=(axes.CODES,))
+
+
+class VideoTokenizer(Task):
+    """See `VideoTokenizerConfig`. Trains "tokenizer" and, where configured, "discriminator"; restarts keep "counts"."""
+
+    def __init__(self, config: VideoTokenizerConfig):
+        self.config = config
+        network = config.network
+        self.networks = {"tokenizer": Network.of(lambda rngs: CompressiveTokenizer(network, rngs=rngs))}
+        self.network_configs = {"tokenizer": network}
+        if config.restart.every:
+            self.networks["counts"] = Network.of(lambda rngs: CodeCounts(network, rngs=rngs))
+        self.adversary = None
+        if config.adversarial is not None:
+            self.adversary = Adversary(config.adversarial)
+            self.networks[DISCRIMINATOR] = self.adversary.network
+        self.perceptual = Perceptual(config.perceptual)
+        self.frozen_networks = self.perceptual.networks
+        self.keeps_float32 = frozenset(self.frozen_networks)
+
+    def load_frozen(self) -> Parameters:
+        return self.perceptual.load()
+
+    def frozen_digest(self) -> str:
+        return self.perceptual.digest()
+
+    def objectives(self) -> tuple[Objective, ...]:
+        players = [Objective("model", "tokenizer/.*", self.loss)]
+        if self.adversary is not None:
+            # The same loss: both share its passes, and neither has a gradient through the other.
+            players.append(Objective(DISCRIMINATOR, f"{DISCRIMINATOR}/", self.loss))
+        return tuple(players)
+
+    # Batches.
+
+    def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:
+        shape, names = (bucket.frames, bucket.height, bucket.width, 3), (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
+        return {"video": ArraySpec(shape, np.dtype(np.uint8), names)}
+
+    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+        if "video" not in example:
+            raise ValueError("the data set holds cached latents and no pixels: a tokenizer needs pixels.")
+        return {"video": example["video"]}
+
+    # Loss.
+
+    def loss(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        dtype = activation_dtype(parameters["tokenizer"])
+        video = _unit(batch["video"])
+        keys = slot_keys(jax.random.fold_in(key, DROPOUT_KEY), batch["slot"])
+        made = self.networks["tokenizer"].apply(parameters["tokenizer"], video.astype(dtype), keys)
+        total, metrics = jnp.zeros((), jnp.float32), {}
+        for stream, frames, codes, target in self._streams(made, video):
+            error = absolute_error if self.config.reconstruction == "l1" else squared_error
+            reconstruction = jnp.mean(error(frames, target))
+            perceptual = jnp.mean(self.perceptual.distance(frozen, 2 * frames - 1, 2 * target - 1))
+            total += reconstruction + self.config.perceptual_weight * perceptual + codes.loss
+            metrics |= {f"{stream}/reconstruction": reconstruction, f"{stream}/codebook": codes.loss}
+            if self.perceptual.measures:
+                metrics[f"{stream}/{self.perceptual.metric}"] = perceptual
+            metrics |= self._fidelity(stream, frames, target, similarity=False)
+            metrics |= self._code_metrics(stream, codes.ids)
+        if self.adversary is not None:
+            loss, more = self._adversarial(parameters, frozen, batch, made, video)
+            total, metrics = total + loss, metrics | more
+        return total, metrics
+
+    def _adversarial(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, made: Any, video: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """What both sides add: all reconstructed frames against all true ones, as pictures in [-1, 1].
+
+        As in the released code the weight makes the adversarial loss pull as hard on the last kernel of the future
+        frames as their perceptual distance does (their error, where there is none).
+        """
+
+        def pictures(clips: jax.Array) -> jax.Array:
+            return rearrange(2.0 * clips.astype(jnp.float32) - 1.0, "b f h w c -> (b f) 1 h w c")
+
+        still = jax.lax.stop_gradient
+        frames = [pictures(clips) for clips in (made.context, made.future)]
+        count, target = len(frames[0]), pictures(video[:, self.config.network.context_frames :])
+
+        def pull(future: jax.Array) -> jax.Array:
+            if self.perceptual.measures:
+                return jnp.mean(self.perceptual.distance(frozen, future[:, 0], target[:, 0]))
+            return jnp.mean(absolute_error(future, target))
+
+        of_future = jax.grad(pull)(still(frames[1]))
+        together = jnp.concatenate(frames)
+        pulls = jnp.concatenate([jnp.zeros_like(frames[0]), of_future])
+
+        def of_last_kernel(gradients: Sequence[jax.Array]) -> jax.Array:
+            # In [-1, 1] a gradient is half of that in [0, 1].
+            return self._of_last_kernel(still((parameters["tokenizer"], made.future_last)), 2 * gradients[0][count:, 0])
+
+        weight, value, pushes = self.adversary.push(
+            parameters[DISCRIMINATOR], batch, [together], [pulls], of_last_kernel
+        )
+        against, metrics = self.adversary.loss(parameters[DISCRIMINATOR], batch, pictures(video), [together])
+        loss = weight * value + given_gradient(together, weight * pushes[0]) + against
+        return loss, metrics | {"adversarial": value, "adaptive_weight": weight}
+
+    def _of_last_kernel(self, given: tuple[Parameters, jax.Array], gradient: jax.Array) -> jax.Array:
+        """The gradient of the last kernel of future frames, of one with respect to their pixels."""
+        tokenizer, last = given
+        decoder = tokenizer["prediction_decoder"]
+
+        def pixels(kernel: jax.Array) -> jax.Array:
+            layer = {**decoder["conv_out"], "kernel": kernel}
+            changed = {**tokenizer, "prediction_decoder": {**decoder, "conv_out": layer}}
+            return self.networks["tokenizer"].apply(changed, last, method="future_pixels")
+
+        made, pull = jax.vjp(pixels, decoder["conv_out"]["kernel"])
+        return pull(gradient.astype(made.dtype))[0]
+
+    def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
+        """Fidelity of clipped frames and use of the codebooks, without dropout."""
+        video = _unit(batch["video"])
+        made = self.networks["tokenizer"].apply(
+            parameters["tokenizer"], video.astype(activation_dtype(parameters["tokenizer"]))
+        )
+        metrics: Metrics = {}
+        for stream, frames, codes, target in self._streams(made, video):
+            frames = jnp.clip(frames, 0.0, 1.0)
+            metrics |= self._fidelity(stream, frames, target, similarity=True)
+            count = jnp.float32(frames.shape[0])
+            metrics[f"{stream}/l1"] = Mean(jnp.sum(absolute_error(frames, target)), count)
+            if self.perceptual.measures:
+                distance = self.perceptual.distance(frozen, 2 * frames - 1, 2 * target - 1)
+                metrics[f"{stream}/{self.perceptual.metric}"] = Mean(jnp.sum(distance), count)
+            metrics |= self._code_metrics(stream, codes.ids)
+        return metrics
+
+    def _streams(self, made: Any, video: jax.Array) -> tuple[tuple[str, jax.Array, Any, jax.Array], ...]:
+        """(name, reconstructed images, codes, true images) of both kinds of frames, float32 `N H W 3` in [0, 1]."""
+        count = self.config.network.context_frames
+
+        def images(frames: jax.Array) -> jax.Array:
+            return rearrange(frames, "b f h w c -> (b f) h w c").astype(jnp.float32)
+
+        return (
+            ("context", images(made.context), made.context_codes, images(video[:, :count])),
+            ("future", images(made.future), made.future_codes, images(video[:, count:])),
+        )
+
+    def _fidelity(self, stream: str, made: jax.Array, target: jax.Array, *, similarity: bool) -> Metrics:
+        made, count = jnp.clip(made, 0.0, 1.0), jnp.float32(made.shape[0])
+        metrics: Metrics = {f"{stream}/psnr": Mean(jnp.sum(peak_signal_to_noise(made, target, data_range=1.0)), count)}
+        if similarity:
+            metrics[f"{stream}/ssim"] = Mean(jnp.sum(structural_similarity(made, target, data_range=1.0)), count)
+        return metrics
+
+    def _code_metrics(self, stream: str, ids: jax.Array) -> Metrics:
+        """Share of the codes that occur in the batch, and the perplexity of their frequencies."""
+        size = getattr(self.config.network, f"{stream}_codes")
+        counts = usage(ids, size)
+        return {f"{stream}/codes_used": jnp.mean(counts > 0), f"{stream}/perplexity": perplexity(counts)}
+
+    # Dead codes.
+
+    def after_update(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> Parameters:
+        """Every so many steps, dead codes become latents of the batch."""
+        restart = self.config.restart
+        if not restart.every:
+            return parameters
+
+        def look(parameters: Parameters) -> Parameters:
+            model = self.networks["tokenizer"].bind(parameters["tokenizer"])
+            video, count = _unit(batch["video"]), self.config.network.context_frames
+            context, conditions = model.encode_context(video[:, :count])
+            latents = {"context": context, "future": model.encode_future(video[:, count:], conditions)}
+            tokenizer, counts = dict(parameters["tokenizer"]), {}
+            for number, (stream, values) in enumerate(latents.items()):
+                table = tokenizer[f"{stream}_codebook"]["table"]
+                found = usage(getattr(model, f"{stream}_codebook").nearest(values), table.shape[0])
+                running = restart.decay * parameters["counts"][stream] + (1 - restart.decay) * found
+                dead = running < restart.below * jnp.mean(running)
+                flat = rearrange(values, "b f n d -> (b f n) d").astype(table.dtype)
+                draw = jax.random.fold_in(jax.random.fold_in(key, RESTART_KEY), number)
+                drawn = flat[jax.random.randint(draw, (table.shape[0],), 0, flat.shape[0])]
+                tokenizer[f"{stream}_codebook"] = {"table": jnp.where(dead[:, None], drawn, table)}
+                # A new code counts as one of the middle, so that it has time to be chosen.
+                counts[stream] = jnp.where(dead, jnp.mean(running), running)
+            return {**parameters, "tokenizer": tokenizer, "counts": counts}
+
+        due = step % restart.every == restart.every - 1
+        return jax.lax.cond(due, look, lambda parameters: parameters, parameters)
+
+    def visualize(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        clips = batch["video"][:4]
+        dtype = activation_dtype(parameters["tokenizer"])
+        made = self.networks["tokenizer"].apply(parameters["tokenizer"], _unit(clips).astype(dtype))
+        return {"data": clips, "reconstruction": to_uint8(jnp.concatenate([made.context, made.future], axis=1))}
+
+    def flops(self, bucket: BucketConfig) -> dict[str, float]:
+        parts = flops.reconstruct(self.config.network, bucket.frames)
+        if self.config.adversarial is not None:
+            of_frame = discriminator_flops.forward(self.config.adversarial.network, 1, bucket.height, bucket.width)
+            parts["discriminator"] = 2 * bucket.frames * of_frame
+        return parts
+
+
+def _unit(video: jax.Array) -> jax.Array:
+    """uint8 pixels to [0, 1], float32: the tokenizer's range."""
+    return video.astype(jnp.float32) / 255.0
+
+
+def to_uint8(frames: jax.Array) -> jax.Array:
+    """Frames in [0, 1] to uint8, clipped and rounded."""
+    return jnp.rint(jnp.clip(frames.astype(jnp.float32), 0.0, 1.0) * 255.0).astype(jnp.uint8)

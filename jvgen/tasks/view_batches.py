@@ -1,0 +1,123 @@
+"""What examples of several views are: synchronised clips, static clips folded, dynamic clips beside a warped copy."""
+
+import enum
+from typing import Any
+
+import numpy as np
+
+from jvgen.data.config import BucketConfig
+from jvgen.data.pairs import HomographyConfig, folded, latent_valid, warped_pair
+from jvgen.data.records import KINDS
+from jvgen.geometry.cameras import of_latent_frames
+from jvgen.parallel import axes
+from jvgen.tasks.task import ArraySpec
+
+
+class ViewKind(enum.Enum):
+    """Where the views of an example come from."""
+
+    SYNCHRONISED = "synchronised"  # recorded by several cameras at once
+    FOLDED = "folded"  # a still scene seen by one moving camera: backward and forward from the middle frame
+    WARPED = "warped"  # a moving scene, and a copy that a homography moves away
+
+
+def kind_of(bucket: BucketConfig) -> ViewKind:
+    """What the examples of a bucket become.
+
+    Raises:
+      ValueError: a bucket of single clips that mixes still scenes, moving ones or images.
+    """
+    if bucket.views > 1:
+        return ViewKind.SYNCHRONISED
+    if bucket.kinds == ("static",):
+        return ViewKind.FOLDED
+    if bucket.kinds == ("dynamic",):
+        return ViewKind.WARPED
+    raise ValueError(
+        f"views = 1, kinds = {bucket.kinds}: single clips become two views by folding (kinds = static) or beside a "
+        "warped copy (kinds = dynamic): give each a bucket of its own, weighted 0.7 and 0.3 for instance; or set views."
+    )
+
+
+def clip_frames(bucket: BucketConfig) -> int:
+    """Frames of each view.
+
+    Raises:
+      ValueError: a bucket to be folded with an even number of frames.
+    """
+    if kind_of(bucket) is not ViewKind.FOLDED:
+        return bucket.frames
+    if bucket.frames % 2 == 0:
+        raise ValueError(f"frames = {bucket.frames}: two views of N are folded out of 2N - 1; take an odd number.")
+    return bucket.frames // 2 + 1
+
+
+def views_of(bucket: BucketConfig) -> int:
+    """Views of each example."""
+    return max(bucket.views, 2)
+
+
+def fields(
+    bucket: BucketConfig, latent: tuple[int, int, int], *, channels: int, from_pixels: bool, tokens: ArraySpec
+) -> dict[str, ArraySpec]:
+    """The arrays of an example of a bucket.
+
+    Args:
+      bucket: its shape.
+      latent: frames, height and width of the latents of one view.
+      channels: of cached moments.
+      from_pixels: clips are stored as pixels, not as cached moments.
+      tokens: of the caption.
+    """
+    kind, views, frames = kind_of(bucket), views_of(bucket), clip_frames(bucket)
+    places = (axes.VIEWS, axes.FRAMES, axes.HEIGHT, axes.WIDTH)
+    found = {"tokens": tokens}
+    if from_pixels or kind is ViewKind.WARPED:
+        shape = (views, frames, bucket.height, bucket.width, 3)
+        found["video"] = ArraySpec(shape, np.dtype(np.uint8), (*places, None))
+    else:
+        found["latents"] = ArraySpec((views, *latent, channels), np.dtype(np.float32), (*places, None))
+    if kind is ViewKind.WARPED:
+        found["homographies"] = ArraySpec((latent[0], 3, 3), np.dtype(np.float32), (axes.FRAMES, None, None))
+        found["valid"] = ArraySpec((views, *latent), np.dtype(np.uint8), places)
+        return found
+    found["intrinsics"] = ArraySpec((views, frames, 4), np.dtype(np.float32), (*places[:2], None))
+    found["extrinsics"] = ArraySpec((views, frames, 3, 4), np.dtype(np.float32), (*places[:2], None, None))
+    return found
+
+
+def prepare(
+    example: dict[str, Any], homography: HomographyConfig, *, from_pixels: bool, spatial: int, temporal: int
+) -> dict[str, np.ndarray]:
+    """The arrays of `fields` but the caption's, from a decoded example (see `jvgen.data.transforms.load_example`).
+
+    Args:
+      example: of one clip, or of several views.
+      homography: strengths of the warp of copies.
+      from_pixels: see `fields`.
+      spatial, temporal: pixels and frames a latent.
+
+    Raises:
+      ValueError: views without cameras, or an example without what is needed of it.
+    """
+    clip = "video" if from_pixels else "latents"
+    several = next(example[name] for name in ("video", "latents") if name in example).ndim == 5
+    if not several and KINDS[int(example["kind"])] == "dynamic":
+        _require(example, "video", "moving clips are warped as pixels; build the data set with its clips kept")
+        pair = warped_pair(example["video"], homography, int(example["seed"]))
+        return {
+            "video": pair.video,
+            "homographies": of_latent_frames(pair.homographies, temporal, axis=0),
+            "valid": latent_valid(pair.valid, spatial, temporal).astype(np.uint8),
+        }
+    need = "set task.latents = 'data'" if from_pixels else "cache latents with `jvgen data build latents`"
+    _require(example, clip, f"the data set holds none; {need}")
+    if not example["has_camera"]:
+        raise ValueError("a clip without cameras was to show a scene from two sides; its data set needs cameras.")
+    names = (clip, "intrinsics", "extrinsics")
+    return {name: example[name] if several else folded(example[name]) for name in names}
+
+
+def _require(example: dict[str, Any], name: str, why: str) -> None:
+    if name not in example:
+        raise ValueError(f"an example lacks {name!r}: {why}.")

@@ -1,0 +1,344 @@
+"""Training iVideoGPT's transformer: predict the tokens of future frames; actions, goals and rewards (2405.15223)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvgen.data.config import BucketConfig, DataConfig
+from jvgen.data.latents import check_pixels
+from jvgen.data.sources import open_source
+from jvgen.diffusion.objective import slot_keys
+from jvgen.evaluation.prediction import best_of
+from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
+from jvgen.interop.architecture import check_architecture
+from jvgen.interop.digest import content_digest
+from jvgen.interop.from_torch import import_folder
+from jvgen.losses.perceptual import PerceptualConfig
+from jvgen.models.ivideogpt import flops
+from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.models.ivideogpt.objective import symlog, terms
+from jvgen.models.ivideogpt.sampling import SamplingConfig
+from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
+from jvgen.models.ivideogpt.transformer import FrameTransformer
+from jvgen.models.ivideogpt.world import Held, Prediction, World
+from jvgen.nn.network import Network, Parameters
+from jvgen.parallel import axes
+from jvgen.tasks.perceptual import Perceptual, check_weights
+from jvgen.tasks.task import (
+    ArraySpec,
+    Batch,
+    Mean,
+    Metrics,
+    SampleRequest,
+    Task,
+    TaskConfig,
+    activation_dtype,
+)
+from jvgen.tasks.video_tokenizer import check_frames, to_uint8
+
+# Purposes of a step's key; numbers never change their meaning.
+DROPOUT_KEY = 48
+ROLLOUT_KEY = 49
+# A recorded action beyond this is a mistake of the recording.
+LARGEST_ACTION = 1e3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldModelConfig(TaskConfig):
+    """Next-token prediction over frozen tokens, made in the step.
+
+    Attributes:
+      transformer: the network that is trained; its action_width and reward say what it is conditioned on and predicts.
+      tokenizer: architecture of the frozen tokenizer.
+      tokenizer_weights: exported folder of the tokenizer's weights.
+      goal: put the last frame first, as a goal: with two frames of context, the goal and the current frame.
+      reward_weight: of the squared error of rewards (in symlog).
+      action_reconstruction_weight: of the squared error of the actions read back.
+      tokenizer_dtype: "float32", as the published models were trained, or that of the step ("compute").
+      sampling: how frames are rolled out in evaluation.
+      evaluation_samples: rollouts of each clip in evaluation, of which the best counts; 0 for no rollouts.
+      perceptual: a distance that is measured of rollouts as well.
+      visualize_clips: clips rolled out for TensorBoard.
+    """
+
+    transformer: FrameTransformerConfig
+    tokenizer: CompressiveTokenizerConfig
+    tokenizer_weights: str | None = None
+    goal: bool = False
+    reward_weight: float = 1.0
+    action_reconstruction_weight: float = 0.0
+    tokenizer_dtype: Literal["float32", "compute"] = "float32"
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation_samples: int = 1
+    perceptual: PerceptualConfig = PerceptualConfig(kind="none")
+    visualize_clips: int = 4
+
+    def validate(self) -> None:
+        self.transformer.check_tokenizer(self.tokenizer, self.tokenizer.context_frames + 1)
+        if self.reward_weight < 0 or self.action_reconstruction_weight < 0:
+            raise ValueError(
+                f"reward_weight = {self.reward_weight}, action_reconstruction_weight = "
+                f"{self.action_reconstruction_weight}: must not be negative."
+            )
+        if self.action_reconstruction_weight and not self.transformer.action_reconstruction:
+            raise ValueError("action_reconstruction_weight needs transformer.action_reconstruction = true.")
+        if self.goal and self.tokenizer.context_frames < 2:
+            raise ValueError(
+                f"goal needs at least 2 frames of context (the goal and the current frame); the tokenizer has "
+                f"{self.tokenizer.context_frames}."
+            )
+        if self.evaluation_samples < 0 or self.visualize_clips < 0:
+            raise ValueError(
+                f"evaluation_samples = {self.evaluation_samples}, visualize_clips = {self.visualize_clips}: 0 or more."
+            )
+
+    def frames(self, bucket: BucketConfig) -> int:
+        """Frames of a sequence: a goal comes before the frames of the clip."""
+        return bucket.frames + self.goal
+
+    def check_bucket(self, bucket: BucketConfig) -> None:
+        check_frames(self.tokenizer, bucket)
+        if bucket.segment is not None:
+            raise ValueError("segment: a world model needs frames that follow on each other; leave it out.")
+        if self.evaluation_samples and bucket.height < WINDOW:
+            raise ValueError(f"height = {bucket.height}: at least {WINDOW}, the window of the SSIM that is measured.")
+        self.transformer.check_tokenizer(self.tokenizer, self.frames(bucket))
+
+    def check_weights(self) -> None:
+        if self.tokenizer_weights is None:
+            raise ValueError("tokenizer_weights = none: name the exported folder of the tokenizer (`jvgen export`).")
+        check_architecture(self.tokenizer_weights, self.tokenizer, "task.tokenizer_weights")
+        check_weights(self.perceptual)
+
+    def check_data(self, data: DataConfig) -> None:
+        width = self.transformer.action_width
+        for source in (*data.sources, *data.evaluation_sources):
+            check_pixels(source)
+            if not width and not self.transformer.reward:
+                continue
+            opened = open_source(source.path, source.split)
+            without = np.flatnonzero(~opened.index.has_action)
+            if width and len(without):
+                raise ValueError(
+                    f"{source.path} [{source.split}]: {len(without)} of {len(opened)} recordings have no actions (the "
+                    f"first is {opened.index.id[without[0]]}), but transformer.action_width = {width}. Build the data "
+                    "set without them, or set action_width = 0."
+                )
+            first = opened.read(0)
+            if width and first.actions.shape[1] != width:
+                raise ValueError(
+                    f"{source.path} [{source.split}]: actions have {first.actions.shape[1]} numbers, but "
+                    f"transformer.action_width = {width}; make them equal."
+                )
+            if self.transformer.reward and not first.rewards.size:
+                raise ValueError(
+                    f"{source.path} [{source.split}]: recordings have no rewards, but transformer.reward = true."
+                )
+
+    def check_request(self, request: SampleRequest) -> None:
+        raise ValueError("a world model makes no clips from prompts: step it with actions, `jvgen play RUN`.")
+
+    def build(self) -> "WorldModelTask":
+        return WorldModelTask(self)
+
+
+class WorldModelTask(Task):
+    """See `WorldModelConfig`. Trains "transformer"."""
+
+    def __init__(self, config: WorldModelConfig):
+        self.config = config
+        self.networks = {"transformer": Network.of(lambda rngs: FrameTransformer(config.transformer, rngs=rngs))}
+        self.network_configs = {"transformer": config.transformer}
+        tokenizer = Network.of(lambda rngs: CompressiveTokenizer(config.tokenizer, rngs=rngs))
+        self.perceptual = Perceptual(config.perceptual)
+        self.frozen_networks = {"tokenizer": tokenizer, **self.perceptual.networks}
+        of_tokenizer = {"tokenizer"} if config.tokenizer_dtype == "float32" else set()
+        self.keeps_float32 = frozenset(of_tokenizer | set(self.perceptual.networks))
+
+    def load_frozen(self) -> Parameters:
+        return {"tokenizer": import_folder(self.config.tokenizer_weights)[1], **self.perceptual.load()}
+
+    def frozen_digest(self) -> str:
+        weights = self.config.tokenizer_weights
+        digests = ["" if weights is None else content_digest(weights), self.perceptual.digest()]
+        return "+".join(digest for digest in digests if digest)
+
+    # Batches.
+
+    def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:
+        frames, width = bucket.frames, self.config.transformer.action_width
+        names = (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
+        specs = {"video": ArraySpec((frames, bucket.height, bucket.width, 3), np.dtype(np.uint8), names)}
+        if width:
+            specs["actions"] = ArraySpec((frames, width), np.dtype(np.float32), (axes.FRAMES, None))
+        if self.config.transformer.reward:
+            specs["rewards"] = ArraySpec((frames,), np.dtype(np.float32), (axes.FRAMES,))
+        return specs
+
+    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+        if "video" not in example:
+            raise ValueError("the data set holds cached latents and no pixels: a world model needs pixels.")
+        arrays, width = {"video": example["video"]}, self.config.transformer.action_width
+        if width:
+            actions = np.asarray(example["actions"], np.float32)
+            if not example["has_action"] or actions.shape[-1] != width:
+                found = f"{actions.shape[-1]} numbers" if example["has_action"] else "none"
+                raise ValueError(f"a recording's actions have {found}; transformer.action_width = {width}.")
+            if not np.all(np.abs(actions) <= LARGEST_ACTION):
+                raise ValueError(
+                    f"a recording's actions reach {np.abs(actions).max():g}: they must be finite and at most "
+                    f"{LARGEST_ACTION:g}. Build the data set again with --clip-actions."
+                )
+            arrays["actions"] = actions
+        if self.config.transformer.reward:
+            rewards = np.asarray(example["rewards"], np.float32)
+            if not np.isfinite(rewards).all():
+                raise ValueError("a recording's rewards are not all finite numbers.")
+            arrays["rewards"] = rewards
+        return arrays
+
+    # Loss.
+
+    def loss(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        keys = slot_keys(jax.random.fold_in(key, DROPOUT_KEY), batch["slot"])
+        return self._loss(parameters, frozen, batch, keys)
+
+    def _loss(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
+        config, batch = self.config, self._ordered(batch)
+        video = batch["video"].astype(jnp.float32) / 255.0
+        layout = config.tokenizer.layout(video.shape[1])
+        tokens = layout.flatten(
+            *self.frozen_networks["tokenizer"].apply(
+                frozen["tokenizer"], video.astype(activation_dtype(frozen["tokenizer"])), method="tokenize"
+            )
+        )
+        actions, rewards = (batch.get(name) for name in ("actions", "rewards"))
+        # The action, and the reward of it, that lead to each future frame. The released code learns the reward of the
+        # action after the frame, and reads it as that of the one before.
+        parts = terms(
+            self.networks["transformer"].bind(parameters["transformer"]),
+            tokens,
+            layout,
+            actions=None if actions is None else actions[:, layout.action_frames],
+            rewards=None if rewards is None else symlog(rewards[:, layout.action_frames]),
+            keys=keys,
+            dtype=activation_dtype(parameters["transformer"]),
+        )
+        total = parts.cross_entropy
+        metrics: Metrics = {"cross_entropy": parts.cross_entropy, "accuracy": parts.accuracy}
+        if parts.reward is not None:
+            total += config.reward_weight * parts.reward
+            metrics["reward_error"] = parts.reward
+        if parts.action_reconstruction is not None:
+            total += config.action_reconstruction_weight * parts.action_reconstruction
+            metrics["action_error"] = parts.action_reconstruction
+        return total, metrics
+
+    def _ordered(self, batch: Batch) -> dict[str, jax.Array]:
+        """The batch with the goal first: what belongs to a frame goes with it."""
+        if not self.config.goal:
+            return dict(batch)
+        of_frames = {"video", "actions", "rewards"} & set(batch)
+        return {
+            name: jnp.concatenate([value[:, -1:], value], axis=1) if name in of_frames else value
+            for name, value in batch.items()
+        }
+
+    # Rollouts.
+
+    def world(self, frames: int, dtype: Any = jnp.float32) -> World:
+        """What rolls out clips of so many frames, context (and goal) included."""
+        config = self.config
+        return World(config.tokenizer, config.transformer, frames, config.sampling, dtype=dtype)
+
+    def predict(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, samples: int = 1
+    ) -> tuple[Prediction, dict[str, jax.Array]]:
+        """Rollouts from the first frames of a batch, `samples` of each clip; and the batch, goals put first."""
+        ordered, count = self._ordered(batch), self.config.tokenizer.context_frames
+        video = ordered["video"].astype(jnp.float32) / 255.0
+        world = self.world(video.shape[1], activation_dtype(parameters["transformer"]))
+        held = Held(frozen["tokenizer"], world.hold({}, parameters["transformer"]).transformer)
+        actions = ordered.get("actions")
+        if actions is not None:
+            actions = jnp.repeat(actions[:, world.layout.action_frames], samples, axis=0)
+        keys = slot_keys(jax.random.fold_in(key, ROLLOUT_KEY), batch["slot"])
+        keys = jax.vmap(lambda one: jax.vmap(lambda i: jax.random.fold_in(one, i))(jnp.arange(samples)))(keys)
+        context = video[:, :count].astype(activation_dtype(frozen["tokenizer"]))
+        return world.rollout(held, context, actions, keys.reshape(-1)), ordered
+
+    def predicted_clips(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Recorded clips `B F H W 3` and predictions of each, context as reconstructed, float32 in [0, 1]."""
+        samples, count = max(1, self.config.evaluation_samples), self.config.tokenizer.context_frames
+        made, ordered = self.predict(parameters, frozen, batch, key, samples)
+        video = ordered["video"].astype(jnp.float32) / 255.0
+        tokenizer = self.frozen_networks["tokenizer"].bind(frozen["tokenizer"])
+        context = video[:, :count].astype(activation_dtype(frozen["tokenizer"]))
+        read, _ = tokenizer.read_context(tokenizer.tokenize_context(context), context.dtype)
+        read = jnp.repeat(jnp.clip(read.astype(jnp.float32), 0.0, 1.0), samples, axis=0)
+        return video, jnp.concatenate([read, made.frames], axis=1)
+
+    def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
+        """The loss without dropout, and how near rollouts come to the recording.
+
+        Each measure takes the best of several samples of a clip. Plain names are of predicted frames only;
+        "whole_" counts the reconstructed frames of the context as well, as published numbers do; "_copying" is of the
+        last frame of the context, repeated.
+        """
+        loss, metrics = self._loss(parameters, frozen, batch, None)
+        metrics = {"loss": loss, **metrics}
+        samples, count = self.config.evaluation_samples, self.config.tokenizer.context_frames
+        if not samples:
+            return metrics
+        video, made = self.predicted_clips(parameters, frozen, batch, key)
+        clips = jnp.float32(video.shape[0])
+        made = made.reshape(video.shape[0], samples, *made.shape[1:])
+        still = jnp.broadcast_to(video[:, count - 1 : count], video[:, count:].shape)
+        for name, (measure, higher_is_better) in self._measures(frozen).items():
+            score = measure(made, jnp.broadcast_to(video[:, None], made.shape))
+            for prefix, counted in (("", score[..., count:]), ("whole_", score)):
+                best = best_of(counted, higher_is_better=higher_is_better)
+                metrics[f"{prefix}{name}"] = Mean(jnp.sum(best), clips)
+            copied = jnp.mean(measure(still, video[:, count:]), axis=-1)
+            metrics[f"{name}_copying"] = Mean(jnp.sum(copied), clips)
+        return metrics
+
+    def _measures(self, frozen: Parameters) -> dict[str, tuple[Callable[[jax.Array, jax.Array], jax.Array], bool]]:
+        """Scores of frames in [0, 1], one a frame, by name; and whether higher ones are better."""
+        measures = {
+            "psnr": (functools.partial(peak_signal_to_noise, data_range=1.0), True),
+            "ssim": (functools.partial(structural_similarity, data_range=1.0), True),
+        }
+
+        def distance(made: jax.Array, true: jax.Array) -> jax.Array:
+            images = (2.0 * frames.reshape(-1, *frames.shape[-3:]) - 1.0 for frames in (made, true))
+            return self.perceptual.distance(frozen, *images).reshape(made.shape[:-3])
+
+        if self.perceptual.measures:
+            measures[self.perceptual.metric] = (distance, False)
+        return measures
+
+    def visualize(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        if not self.config.visualize_clips:
+            return {}
+        some = {name: value[: self.config.visualize_clips] for name, value in batch.items()}
+        made, ordered = self.predict(parameters, frozen, some, key)
+        context = ordered["video"][:, : self.config.tokenizer.context_frames]
+        return {"data": ordered["video"], "rollout": jnp.concatenate([context, to_uint8(made.frames)], axis=1)}
+
+    def flops(self, bucket: BucketConfig) -> dict[str, float]:
+        layout = self.config.tokenizer.layout(self.config.frames(bucket))
+        return flops.forward(self.config.transformer, layout)

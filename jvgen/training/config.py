@@ -1,0 +1,102 @@
+"""What the training loop and the checkpoints read from a run's description."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from jvgen.config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Config):
+    """How long to train, how a step is made, and what is watched.
+
+    Attributes:
+      steps: length of the run in optimizer steps; learning-rate schedules end here.
+      accumulation: microbatches a step; the batch of every bucket must be a multiple of accumulation x data devices.
+      compute_dtype: matrices and convolution kernels are cast to this once a step; parameters stay float32.
+      log_every: steps between printed lines (metrics.jsonl has every step).
+      evaluate_every: steps between evaluations; 0 for none.
+      evaluation_batches: batches of the evaluation stream, always the same ones.
+      visualize_every: steps between clips to look at; 0 for none.
+      spike_sigma: a step is skipped when a gradient norm exceeds mean + spike_sigma x deviation; 0 turns this off.
+      spike_decay: decay of the running mean and variance of gradient norms.
+      spike_warmup: steps at the start (of the statistics) that are never called spikes.
+      max_consecutive_skips, max_skips: the run stops when more steps than this were skipped in a row, or in all.
+      hang_seconds: a step that takes longer gets the stacks of all threads printed; 0 turns the watchdog off.
+      hang_action: "report" prints, "exit" also ends the process with the code on which launchers restart.
+      peak_flops: bfloat16 peak of one device in FLOP/s for the printed utilisation; none for the built-in table.
+      tensorboard: write TensorBoard files beside metrics.jsonl.
+    """
+
+    steps: int
+    accumulation: int = 1
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    log_every: int = 10
+    evaluate_every: int = 0
+    evaluation_batches: int = 8
+    visualize_every: int = 0
+    spike_sigma: float = 6.0
+    spike_decay: float = 0.99
+    spike_warmup: int = 100
+    max_consecutive_skips: int = 10
+    max_skips: int = 100
+    hang_seconds: float = 1800.0
+    hang_action: Literal["report", "exit"] = "report"
+    peak_flops: float | None = None
+    tensorboard: bool = True
+
+    def validate(self) -> None:
+        for field in ("steps", "accumulation", "log_every", "evaluation_batches"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} = {getattr(self, field)}: must be at least 1.")
+        for field in (
+            "evaluate_every", "visualize_every", "spike_sigma", "spike_warmup", "max_consecutive_skips", "max_skips",
+            "hang_seconds",
+        ):  # fmt: skip
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} = {getattr(self, field)}: must be 0 (off) or more.")
+        if not 0 < self.spike_decay < 1:
+            raise ValueError(f"spike_decay = {self.spike_decay}: must lie between 0 and 1, for example 0.99.")
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ValueError(f"peak_flops = {self.peak_flops}: FLOP/s of one device, for example 459e12; or none.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Config):
+    """When checkpoints are written, which are kept, and what happens when one cannot be written.
+
+    Attributes:
+      every: steps between checkpoints; the last step is always saved.
+      keep_last: newest checkpoints that are kept; two or more leave something to fall back to.
+      keep_every: also keep those whose step is a multiple of this; 0 for none.
+      best_metric: also keep the checkpoint with the best value of this evaluation metric ("loss", "ema_0.9999/psnr");
+        none for no such rule. Evaluation has to be due at the steps that are saved.
+      best_mode: which values of it are better.
+      on_failed_save: "continue" trains on and says so, "stop" ends the run; the older checkpoints stay in both cases.
+      accept_changes: regular expressions of dotted config paths that may differ from the checkpoint's when resuming,
+        for what changes the program and not the result.
+    """
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+    best_metric: str | None = None
+    best_mode: Literal["min", "max"] = "min"
+    on_failed_save: Literal["continue", "stop"] = "continue"
+    accept_changes: tuple[str, ...] = (r".*\.remat$", r"data\.(threads|workers|prefetch|error_budget)$")
+
+    def validate(self) -> None:
+        if self.every < 1 or self.keep_last < 1:
+            raise ValueError(f"every = {self.every}, keep_last = {self.keep_last}: both must be at least 1.")
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every = {self.keep_every}: a number of steps, or 0 for no such rule.")
+        if self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every = {self.keep_every}: must be a multiple of every = {self.every}, or nothing is kept."
+            )
+        for pattern in self.accept_changes:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"accept_changes: {pattern!r} is not a regular expression ({error}).") from error

@@ -1,0 +1,184 @@
+"""The state of a run: one registered dataclass of arrays, made directly where its shards belong."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvgen.nn.network import Parameters
+from jvgen.parallel.axes import CODES, LAYERS
+from jvgen.parallel.rules import Sharding
+from jvgen.tasks.task import Task
+from jvgen.training import ema, health, parameter_paths
+from jvgen.training.ema import EmaConfig
+from jvgen.training.health import Health
+from jvgen.training.optimizer import Optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and returns; the step donates it.
+
+    Attributes:
+      step: int32 scalar, steps done (skipped ones included).
+      parameters: float32, `{network: ...}`.
+      optimizer: optimizer state by objective name.
+      ema: averaged parameters by decay ("0.9999").
+      health: statistics of gradient norms and counts of skipped steps.
+      key: the run's key, never changed; each use folds in the step and its purpose.
+      frozen: parameters of frozen networks; read from their own files, never in checkpoints.
+    """
+
+    step: jax.Array
+    parameters: Parameters
+    optimizer: dict[str, Any]
+    ema: dict[str, Parameters]
+    health: Health
+    key: jax.Array
+    frozen: Parameters
+
+    def saved(self) -> dict[str, jax.Array]:
+        """What a checkpoint keeps, by name: all but `key` (it comes from the seed) and `frozen`."""
+        return parameter_paths.name_leaves(
+            {
+                "step": self.step,
+                "parameters": self.parameters,
+                "optimizer": self.optimizer,
+                "ema": self.ema,
+                "health": self.health,
+            }
+        )
+
+    def with_saved(self, arrays: Mapping[str, Any]) -> "TrainState":
+        """This state with its `saved()` leaves taken from `arrays`."""
+        parts = {name: getattr(self, name) for name in ("step", "parameters", "optimizer", "ema", "health")}
+        leaves, structure = jax.tree.flatten(parts)
+        names = list(parameter_paths.name_leaves(parts))
+        assert len(names) == len(leaves)
+        return dataclasses.replace(self, **structure.unflatten([arrays[name] for name in names]))
+
+
+def init(
+    task: Task, optimizers: Mapping[str, Optimizer], averages: EmaConfig, key: jax.Array, frozen: Parameters
+) -> TrainState:
+    """A fresh state; pure, to be traced under `jax.jit` with `out_shardings`."""
+    parameters = task.init(jax.random.fold_in(key, INIT))
+    trained, _ = parameter_paths.split(parameters, lambda path: any(o.trains(path) for o in optimizers.values()))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        parameters=parameters,
+        optimizer={
+            name: optimizer.init(parameter_paths.split(parameters, optimizer.trains)[0])
+            for name, optimizer in optimizers.items()
+        },
+        ema=ema.init(averages, trained),
+        health=health.Health.start(tuple(sorted(optimizers))),
+        key=key,
+        frozen=frozen,
+    )
+
+
+# Purposes of keys: fold_in(fold_in(run key, purpose), step).
+INIT, TRAIN, EVALUATE, VISUALIZE = range(4)
+
+
+def key_for(key: jax.Array, purpose: int, step: jax.Array | int) -> jax.Array:
+    """The key of one step and one purpose, however often the run was interrupted before."""
+    return jax.random.fold_in(jax.random.fold_in(key, purpose), step)
+
+
+def abstract_state(
+    task: Task, optimizers: Mapping[str, Optimizer], averages: EmaConfig, compute_dtype: jnp.dtype
+) -> TrainState:
+    """Shapes and dtypes of the state; allocates nothing, reads no file."""
+    frozen = {
+        name: compute_shapes(network.shapes, network.axes, _frozen_dtype(task, name, compute_dtype))
+        for name, network in sorted(task.frozen_networks.items())
+    }
+    return jax.eval_shape(lambda key, frozen: init(task, optimizers, averages, key, frozen), jax.random.key(0), frozen)
+
+
+def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> TrainState:
+    """Where each array of the state lies: moments and averages as their parameters, scalars everywhere."""
+    parameters = sharding.storage(task.axes(), abstract.parameters)
+    by_path = dict(parameter_paths.flatten(parameters))
+    shapes = {path: leaf.shape for path, leaf in parameter_paths.flatten(abstract.parameters)}
+
+    def place(path: Any, leaf: Any) -> Any:
+        keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        # The optimizer's own containers come first, the parameter's path last.
+        for start in range(len(keys)):
+            name = "/".join(keys[start:])
+            if shapes.get(name) == leaf.shape:
+                return by_path[name]
+        return sharding.replicated
+
+    return TrainState(
+        step=sharding.replicated,
+        parameters=parameters,
+        optimizer=jax.tree_util.tree_map_with_path(place, abstract.optimizer),
+        ema={name: parameter_paths.select(parameters, average) for name, average in abstract.ema.items()},
+        health=jax.tree.map(lambda _: sharding.replicated, abstract.health),
+        key=sharding.replicated,
+        frozen=sharding.storage(task.frozen_axes(), abstract.frozen) if abstract.frozen else {},
+    )
+
+
+def is_cast(shape: tuple[int, ...], names: tuple[str | None, ...]) -> bool:
+    """Whether a parameter is computed with in the compute dtype: matrices and convolution kernels, stacked or not.
+
+    Vectors (biases, scales of norms) stay float32: they cost nothing, and norms compute in float32. So do codebooks:
+    which entry is nearest hangs on the last digits.
+    """
+    return len(shape) - (LAYERS in names) >= 2 and CODES not in names
+
+
+def cast(parameters: Parameters, axes: Parameters, dtype: jnp.dtype) -> Parameters:
+    """Parameters as the networks compute with them; differentiable, gradients come back in the original dtype."""
+    names = dict(parameter_paths.flatten(axes))
+
+    def leaf_cast(path: str, leaf: Any) -> Any:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if floating and is_cast(leaf.shape, names[path]) else leaf
+
+    return parameter_paths.map_with_path(leaf_cast, parameters)
+
+
+def compute_shapes(shapes: Parameters, axes: Parameters, dtype: jnp.dtype) -> Parameters:
+    """Shapes and dtypes of `cast`."""
+    return jax.eval_shape(lambda tree: cast(tree, axes, dtype), shapes)
+
+
+def _frozen_dtype(task: Task, name: str, compute_dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float32) if name in task.keeps_float32 else compute_dtype
+
+
+def place_frozen(task: Task, compute_dtype: jnp.dtype, shardings: Parameters) -> Parameters:
+    """Read the frozen networks' parameters and put each shard where it belongs, in the compute dtype."""
+    loaded = task.load_frozen()
+    if not loaded:
+        return {}
+    axes = dict(parameter_paths.flatten(task.frozen_axes()))
+    places = dict(parameter_paths.flatten(shardings))
+
+    def put(path: str, value: np.ndarray) -> jax.Array:
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        wanted = _frozen_dtype(task, path.split("/")[0], compute_dtype)
+        dtype = wanted if floating and is_cast(value.shape, axes[path]) else value.dtype
+        return jax.make_array_from_callback(
+            value.shape, places[path], lambda index: np.asarray(value[index]).astype(dtype)
+        )
+
+    return parameter_paths.map_with_path(put, loaded)
+
+
+def size_of(tree: Any) -> tuple[int, int]:
+    """Number of elements and bytes over all leaves."""
+    leaves = jax.tree.leaves(tree)
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    return count, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,0 +1,174 @@
+"""Clips a second and core: our Loader against a PyTorch DataLoader whose Dataset reads the same windows with PyAV."""
+
+import dataclasses
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from jvgen.data.build import build_videos
+from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.decode import encode_video
+from jvgen.data.loader import Loader
+from jvgen.data.sources import open_source
+from tests.benchmarks import timing
+from tests.benchmarks.machine import Settings, usable_cores
+from tests.benchmarks.report import Result
+from tests.benchmarks.torch_clips import Clips, Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Files, and the windows read from them.
+
+    Attributes:
+      clips: files.
+      recorded: frames, height and width of each.
+      window: frames, height and width of what is trained on.
+      batch, batches: clips of a batch, batches of a timed pass.
+    """
+
+    clips: int
+    recorded: tuple[int, int, int]
+    window: tuple[int, int, int]
+    batch: int
+    batches: int
+
+
+QUICK = Size(clips=4, recorded=(30, 48, 80), window=(5, 32, 32), batch=2, batches=2)
+FULL = Size(clips=24, recorded=(96, 256, 456), window=(17, 224, 224), batch=8, batches=8)
+FRAMES_PER_SECOND = 24.0
+
+
+def prepare(example: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Keep the pixels."""
+    return {"video": example["video"]}
+
+
+def make_files(folder: Path, size: Size) -> None:
+    """H.264 files of a moving texture, with a keyframe every second."""
+    frames, height, width = size.recorded
+    folder.mkdir()
+    for number in range(size.clips):
+        rng = np.random.default_rng(number)
+        coarse = rng.integers(0, 255, (height // 6, width // 6, 3), np.uint8)
+        wide = cv2.resize(coarse, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC)
+        steps = np.linspace(0, 1, frames)
+        tops, lefts = ((height - 1) * np.abs(np.sin(3 * steps))).astype(int), ((width - 1) * steps).astype(int)
+        clip = np.stack([wide[y : y + height, x : x + width] for y, x in zip(tops, lefts, strict=True)])
+        (folder / f"{number:03d}.mp4").write_bytes(encode_video(clip, FRAMES_PER_SECOND))
+
+
+def windows_of(loader: Loader, files: Path, ids: np.ndarray, size: Size) -> list[Window]:
+    """What our plan reads, in order, as windows of files."""
+    _, height, width = size.recorded
+    frames, *fitted = size.window
+    scale = max(fitted[0] / height, fitted[1] / width)
+    scaled = (max(fitted[0], round(height * scale)), max(fitted[1], round(width * scale)))
+    windows = []
+    for step in range(size.batches):
+        rows = loader.plan.at(step).row
+        for slot in range(size.batch):
+            sample = loader.plan.sample(step, slot)
+            room = (scaled[0] - fitted[0] + 1, scaled[1] - fitted[1] + 1)
+            corner = (int(sample.crop_y * room[0]), int(sample.crop_x * room[1]))
+            path = str(files / str(ids[rows[slot]]))
+            windows.append(Window(path, sample.start, sample.stride, frames, scaled, corner, tuple(fitted)))
+    return windows
+
+
+class OurPass:
+    """One pass over the batches with our Loader."""
+
+    def __init__(self, config: DataConfig, size: Size, threads: int):
+        self.loader = Loader(config.replace(threads=threads, prefetch=2), seed=0, prepare=prepare)
+        self.batches = size.batches
+
+    def __call__(self) -> np.ndarray:
+        with self.loader.batches(0, self.batches) as batches:
+            for batch in batches:
+                last = batch.arrays["video"]
+        return last
+
+
+class TorchPass:
+    """One pass over the same windows with a DataLoader; its workers live on between passes."""
+
+    def __init__(self, windows: list[Window], size: Size, workers: int):
+        options = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
+        self.loader = torch.utils.data.DataLoader(Clips(windows), batch_size=size.batch, num_workers=workers, **options)
+
+    def __call__(self) -> np.ndarray:
+        for batch in self.loader:
+            last = batch
+        return last.numpy()
+
+
+def run(settings: Settings) -> Result:
+    """One core, and two where there are two."""
+    size = QUICK if settings.quick else FULL
+    frames, height, width = size.window
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        files, out = Path(folder) / "files", Path(folder) / "dataset"
+        make_files(files, size)
+        build_videos(files, out, captions_optional=True, validation=0.0, workers=1)
+        config = DataConfig(
+            sources=(SourceConfig(path=str(out)),),
+            buckets=(BucketConfig(frames=frames, height=height, width=width, batch_size=size.batch),),
+        )
+        loader = Loader(config, seed=0, prepare=prepare)
+        windows = windows_of(loader, files, open_source(out, "train").index.id, size)
+        rows, samples = [], {}
+        available = usable_cores()
+        for cores in (1, 2)[: min(2, settings.cores)]:
+            # Threads and workers that start from here on are held to these cores too.
+            os.sched_setaffinity(0, available[:cores])
+            workers = 0 if cores == 1 else cores
+            sides = {"ours": OurPass(config, size, cores), "torch": TorchPass(windows, size, workers)}
+            ours, theirs = sides["ours"](), sides["torch"]()
+            difference = int(np.abs(ours.astype(int) - theirs.astype(int)).max())
+            assert ours.shape == theirs.shape and difference <= 1, f"the pixels differ by {difference}"
+            measured = timing.in_turns(sides, settings.repeats)
+            samples[f"{cores}"] = {name: dataclasses.asdict(sample) for name, sample in measured.items()}
+            clips, mine, other = size.batch * size.batches, measured["ours"], measured["torch"]
+            rows.append(
+                {
+                    "cores": cores,
+                    "ours": f"threads={cores}",
+                    "torch": f"num_workers={workers}",
+                    "ours_clips_s_core": clips / mine.median / cores,
+                    "ours_best": clips / mine.least / cores,
+                    "torch_clips_s_core": clips / other.median / cores,
+                    "torch_best": clips / other.least / cores,
+                    "ours_cpu_ms_clip": 1000 * statistics.median(mine.processor) / clips,
+                    "torch_cpu_ms_clip": 1000 * statistics.median(other.processor) / clips,
+                    "ratio_of_clips_s": other.median / mine.median,
+                    "ratio_of_best": other.least / mine.least,
+                    **timing.ratio(mine, other),
+                    "pixel_difference": difference,
+                }
+            )
+        os.sched_setaffinity(0, available)
+    return Result(
+        title="clips/s and core; ratio of clips/s = ours / PyTorch, above 1 is faster",
+        settings={"size": dataclasses.asdict(size)},
+        rows=rows,
+        shown=(
+            "cores", "ours", "torch", "ours_clips_s_core", "ours_best", "torch_clips_s_core", "torch_best",
+            "ours_cpu_ms_clip", "torch_cpu_ms_clip", "ratio_of_clips_s", "ratio_of_best", "middle_half",
+            "pixel_difference",
+        ),
+        samples=samples,
+        notes=(
+            "the same windows of the same H.264 files, decoded, resized, cropped and batched; whole passes, from",
+            "asking for the first batch to having the last. middle_half is of the rounds' ratios of time (ours /",
+            "PyTorch, below 1 is faster). The process is held to 1 or 2 cores. PyTorch's workers live on between",
+            "passes; our threads start with each pass.",
+        ),
+    )  # fmt: skip

@@ -1,0 +1,69 @@
+"""Memory of a device of a TPU pod, as compiled for it, against the least that the step of CogVideoX-2B could need."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from jvgen import config as configuration
+from jvgen.experiment import Experiment
+from jvgen.nn.embeddings import token_grid
+from jvgen.nn.stacked import Remat
+from jvgen.parallel.mesh import make_mesh
+from jvgen.preflight import topology
+from jvgen.preflight.ahead_of_time import GIB, compile_bucket
+from jvgen.preflight.estimate import saved_between_layers
+from jvgen.training.program import Program
+from tests.benchmarks.machine import Settings
+from tests.benchmarks.report import Result
+
+CONFIG = Path(__file__).parents[2] / "configs" / "cogvideox_2b.py"
+# Small enough to compile in a minute: the same mesh axes on four chips.
+QUICK = (
+    "task.denoiser.layers=2", "task.denoiser.heads=2", "task.denoiser.text_width=64", "task.text.encoder.layers=1",
+    "task.text.encoder.width=64", "task.text.encoder.heads=2", "task.text.encoder.head_width=32",
+    "task.text.encoder.hidden=64", "data.buckets.0.frames=5", "data.buckets.0.height=64", "data.buckets.0.width=64",
+    "data.buckets.0.batch_size=4",
+)  # fmt: skip
+
+
+def run(settings: Settings) -> Result:
+    """Compile for the topology of the settings; with `quick`, a small relative for four chips."""
+    experiment: Experiment = configuration.load(CONFIG)
+    name = settings.topology
+    if settings.quick:
+        experiment, name = configuration.override(experiment, QUICK), "v5e:2x2"
+    pod = topology.describe(name)
+    program = Program.of(experiment, make_mesh(experiment.mesh, pod.devices))
+    (bucket,) = experiment.data.buckets
+    report = compile_bucket(program, bucket)
+    denoiser, text = experiment.task.denoiser, experiment.task.text.length
+    shape = experiment.task.latent_shape(bucket.frames, bucket.height, bucket.width)
+    rows = text + math.prod(token_grid(shape, denoiser.patch_shape))
+    rows += -rows % denoiser.token_multiple
+    kept = {Remat.FULL: 1, Remat.ATTENTION: 2}[denoiser.remat]
+    saved = saved_between_layers(program, bucket, rows, denoiser.width, denoiser.layers, kept)
+    least, memory = report.minimum.total + saved, report.memory
+    row: dict[str, Any] = {
+        "topology": pod.name,
+        "state": report.minimum.state / GIB,
+        "batch": report.minimum.batch / GIB,
+        "gradients": report.minimum.gradients / GIB,
+        "cast": report.minimum.cast / GIB,
+        "saved": saved / GIB,
+        "least": least / GIB,
+        "compiled": None if memory is None else memory.total / GIB,
+        "ratio": None if memory is None else memory.total / least,
+        "hbm": pod.hbm_bytes / GIB,
+        "compile_s": report.seconds,
+    }
+    return Result(
+        title="GiB a device of configs/cogvideox_2b.py, as XLA's TPU compiler has it; ratio = compiled / least",
+        settings={"quick": settings.quick, "mesh": dict(program.sharding.mesh.shape), "remat": denoiser.remat.value},
+        rows=[row],
+        notes=(
+            "least = state (frozen text encoder included) + batch + gradients + parameters in bfloat16",
+            f"+ what the remat policy keeps: {kept} arrays of tokens x width a layer. What one layer needs while it",
+            "runs is left out.",
+            *([report.problem] if report.problem else []),
+        ),
+    )

@@ -1,0 +1,62 @@
+"""The PyTorch side of the data benchmark: a Dataset that reads windows of video files with PyAV and OpenCV.
+
+Imports nothing of jvgen or JAX: worker processes import this module.
+"""
+
+from typing import NamedTuple
+
+import av
+import cv2
+import numpy as np
+import torch
+
+
+class Window(NamedTuple):
+    """A part of a file: where it begins, the size to bring frames to, and the crop's corner in it."""
+
+    path: str
+    start: int
+    stride: int
+    frames: int
+    scaled: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+
+class Clips(torch.utils.data.Dataset):
+    """Window number -> uint8 tensor (F H W 3)."""
+
+    def __init__(self, windows: list[Window]):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.from_numpy(read(self.windows[number]))
+
+
+def read(window: Window) -> np.ndarray:
+    """Seek to the keyframe before the window, decode up to its end, resize and crop."""
+    last = window.start + window.stride * (window.frames - 1)
+    fitted = []
+    with av.open(window.path) as container:
+        stream = container.streams.video[0]
+        # One thread a clip: workers are what runs side by side.
+        stream.codec_context.thread_count = 1
+        ticks = 1 / (stream.average_rate * stream.time_base)
+        container.seek(int(window.start * ticks), stream=stream)
+        for frame in container.decode(stream):
+            number = round(frame.pts / ticks)
+            if number >= window.start and (number - window.start) % window.stride == 0:
+                fitted.append(_fit(frame.to_ndarray(format="rgb24"), window))
+            if number >= last:
+                break
+    return np.stack(fitted)
+
+
+def _fit(frame: np.ndarray, window: Window) -> np.ndarray:
+    if frame.shape[:2] != window.scaled:
+        frame = cv2.resize(frame, window.scaled[::-1], interpolation=cv2.INTER_AREA)
+    (top, left), (height, width) = window.corner, window.size
+    return frame[top : top + height, left : left + width]

@@ -1,0 +1,179 @@
+"""Every shipped config: it loads, says what it always said, its step lowers; at toy width it takes a step."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jvgen import config
+from jvgen.data.config import BucketConfig
+from jvgen.experiment import Experiment
+from jvgen.losses.perceptual import PerceptualConfig
+from jvgen.parallel.mesh import make_mesh, single_device_mesh
+from jvgen.tasks.task import Task
+from jvgen.training.metrics import to_host
+from jvgen.training.program import Program
+
+ROOT = Path(__file__).parents[2]
+DUMPS = Path(__file__).parent / "dumps"
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+# What a field becomes at toy width, by its name, wherever it is in the tree.
+TOY = {
+    "layers": 1,
+    "heads": 2,
+    "head_width": 16,
+    "hidden": 32,
+    "width": 32,
+    "text_width": 32,
+    "condition_width": 16,
+    "vocabulary": 300,
+    "text_length": 8,
+    "length": 8,
+    "token_multiple": 8,
+    "groups": 4,
+    "attention_groups": 4,
+    # Both codebooks and two slots are the vocabulary.
+    "context_codes": 150,
+    "future_codes": 148,
+    "resolution": 32,
+    "max_positions": 1024,
+    "layers_per_block": 1,
+    "batch_size": 2,
+    "every": 1,
+}
+TOY_SIZE, TOY_FRAMES = 32, 5
+# Tracing and compiling these takes long; others of the same make, or the tests of their tasks, do it in any case.
+SLOW = {
+    "cogvideox_2b", "cv_vae_causal", "cv_vae_sd21", "cv_vae_sd3", "cvd_2b", "demo_cv_vae", "demo_multiview",
+    "image_vae_sd", "repvideo_2b", "repvideo_2b_scratch",
+}  # fmt: skip
+SLOW |= {path.stem for path in FILES if path.stem.startswith("ivideogpt_")}
+HEAVY = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in FILES]
+OF_PLAYERS = ("loss", "gradient_norm", "update_norm")
+
+
+def toy(node, path: str = ""):
+    """The same experiment with few layers, heads, channels, pixels and frames."""
+    if isinstance(node, tuple):
+        return tuple(toy(item, path) for item in node)
+    if not dataclasses.is_dataclass(node):
+        return node
+    changes = {f.name: toy(getattr(node, f.name), f"{path}.{f.name}") for f in dataclasses.fields(node)}
+    changes |= {name: value for name, value in TOY.items() if isinstance(changes.get(name), int)}
+    if "block_channels" in changes:
+        # A tokenizer's grid is not to be smaller than its patches.
+        levels = changes["block_channels"][:2] if "future_codes" in changes else changes["block_channels"]
+        changes["block_channels"] = tuple(8 for _ in levels)
+    if "batch_size" in changes:
+        # Views of a pair have 9 frames, which CogVideoX's autoencoder takes; a still clip is folded into two.
+        frames = {("static",): 17, ("dynamic",): 9}.get(changes["kinds"], TOY_FRAMES)
+        changes |= {"height": TOY_SIZE, "width": TOY_SIZE, "frames": min(changes["frames"], frames)}
+    return dataclasses.replace(node, **changes)
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem, scope="module")
+def file(request) -> Path:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def experiment(file) -> Experiment:
+    return config.load(file)
+
+
+def test_there_are_configs():
+    assert {"cogvideox_2b", "demo_image_vae", "demo_text_to_video", "image_vae_sd"} <= {path.stem for path in FILES}
+
+
+def test_it_is_sound_and_survives_json(file, experiment):
+    assert isinstance(experiment, Experiment) and experiment.name == file.stem
+    config.validate_tree(experiment)
+    assert config.from_json(config.to_json(experiment)) == experiment
+    text = file.read_text()
+    assert "Should reach" in text.split('"""')[1], "the docstring says what the run should reach, on what, how long"
+
+
+def test_it_says_what_it_always_said(file, experiment):
+    golden = DUMPS / f"{file.stem}.txt"
+    if os.environ.get("JVGEN_UPDATE_CONFIG_DUMPS"):
+        golden.write_text(config.dump(experiment))
+    assert golden.is_file() and config.dump(experiment) == golden.read_text(), (
+        f"{file.name} does not give {golden.relative_to(ROOT)}. If that is meant, run "
+        "JVGEN_UPDATE_CONFIG_DUMPS=1 pytest tests/configs and commit the difference."
+    )
+
+
+def test_there_is_a_dump_for_every_config_and_no_other():
+    assert {path.stem for path in DUMPS.glob("*.txt")} == {path.stem for path in FILES}
+
+
+def test_its_task_is_built_without_touching_a_device(experiment):
+    before = {id(array) for array in jax.live_arrays()}
+    task = experiment.task.build()
+    for bucket in experiment.data.buckets:
+        fields, flops = task.fields(bucket), task.flops(bucket)
+        assert fields and all(len(spec.axes) == len(spec.shape) for spec in fields.values())
+        assert flops and all(value > 0 for value in flops.values())
+    assert {id(array) for array in jax.live_arrays()} <= before
+
+
+@pytest.mark.parametrize("file", HEAVY, indirect=True)
+def test_its_training_step_lowers_for_its_mesh(experiment):
+    program = Program.of(experiment, make_mesh(experiment.mesh))
+    program.check()
+    before = {id(array) for array in jax.live_arrays()}
+    for bucket in experiment.data.buckets:
+        text = program.lower(bucket).as_text()
+        assert "stablehlo" in text
+    # Constants of the networks are small; no state of a big model is made on the way.
+    made = [array for array in jax.live_arrays() if id(array) not in before]
+    assert sum(array.nbytes for array in made) < 64 * 2**20
+
+
+@pytest.mark.parametrize("file", HEAVY, indirect=True)
+def test_at_toy_width_it_takes_a_step(experiment, quick_compilations):
+    small = toy(experiment)
+    small = small.replace(
+        training=small.training.replace(accumulation=1, spike_sigma=0.0), mesh=type(small.mesh)(fsdp=1)
+    )
+    perceptual = getattr(small.task, "perceptual", None)
+    if perceptual is not None and perceptual.weights:
+        small = small.replace(task=small.task.replace(perceptual=PerceptualConfig(kind="laplacian")))
+    config.validate_tree(small)
+    task = with_random_frozen(small.task.build())
+    program = Program.of(small, single_device_mesh(), task)
+    bucket = small.data.buckets[0]
+    batch = program.place(fake_examples(task, bucket), bucket, 0, 1)
+    state, metrics = program.lower(bucket).compile()(program.init(), batch)
+    values = to_host(metrics)
+    # Of every player that acts in the first step.
+    of_players = {kind: [v for k, v in values.items() if k.split("/")[-1] == kind] for kind in OF_PLAYERS}
+    assert all(found and max(found) > 0 and math.isfinite(sum(found)) for found in of_players.values()), of_players
+    assert (values["skipped"], int(state.step)) == (0, 1)
+
+
+def fake_examples(task: Task, bucket: BucketConfig) -> dict[str, np.ndarray]:
+    """A batch of noise in the shapes and dtypes that the task names."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, spec in task.fields(bucket).items():
+        shape = (bucket.batch_size, *spec.shape)
+        if spec.dtype == np.float32:
+            arrays[name] = rng.standard_normal(shape).astype(np.float32)
+        else:
+            arrays[name] = rng.integers(0, 200, shape).astype(spec.dtype)
+    return arrays
+
+
+def with_random_frozen(task: Task) -> Task:
+    """The task with random parameters in its frozen networks, instead of those of files that are not here."""
+    task.load_frozen = lambda: {
+        name: jax.tree.map(np.asarray, jax.jit(network.init)(jax.random.key(7)))
+        for name, network in task.frozen_networks.items()
+    }
+    return task

@@ -1,0 +1,45 @@
+"""Test harness: eight host devices, strict dtype promotion, shape annotations checked, float32 that is float32."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# Once it is loaded beside other compiled modules, the interpreter dies at the latest when it exits.
+sys.modules["sentencepiece"] = None
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Annotations of public functions are checked here and nowhere else.
+install_import_hook(
+    ["jvgen.nn", "jvgen.models", "jvgen.diffusion", "jvgen.geometry", "jvgen.losses"], "beartype.beartype"
+)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def quick_compilations(tmp_path_factory) -> Iterator[None]:
+    """For real steps of small networks: compiling is what takes their time, so compile carelessly, and once."""
+    changed = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in changed}
+    for name, value in {**changed, "jax_disable_most_optimizations": True}.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in {**before, "jax_disable_most_optimizations": False}.items():
+        jax.config.update(name, value)

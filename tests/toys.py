@@ -1,0 +1,263 @@
+"""Tiny tasks and a loader without files, for tests of the training loop; this module also runs as a script."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jvgen import config
+from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.loader import LoadedBatch
+from jvgen.experiment import Experiment
+from jvgen.nn.linear import Linear
+from jvgen.nn.network import Network
+from jvgen.nn.norm import RMSNorm
+from jvgen.nn.stacked import Stacked
+from jvgen.parallel.axes import BATCH, EMBED, LENGTH, MLP, constrain
+from jvgen.parallel.mesh import MeshConfig
+from jvgen.parallel.rules import ShardingConfig
+from jvgen.tasks.task import ArraySpec, Mean, Objective, Task, TaskConfig
+from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.ema import EmaConfig
+from jvgen.training.optimizer import OptimizerConfig
+
+
+class Layer(nnx.Module):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(width, epsilon=1e-6, axis=EMBED)
+        wide = nnx.initializers.normal(0.3)
+        self.up = Linear(width, 2 * width, axes=(EMBED, MLP), bias=False, kernel_init=wide, rngs=rngs)
+        self.down = Linear(2 * width, width, axes=(MLP, EMBED), bias=False, kernel_init=wide, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return constrain(x + self.down(jax.nn.gelu(self.up(self.norm(x)))), BATCH, LENGTH, None)
+
+
+class Mlp(nnx.Module):
+    """B L W -> B L W."""
+
+    def __init__(self, width: int, layers: int, *, rngs: nnx.Rngs):
+        self.blocks = Stacked(lambda r: Layer(width, rngs=r), layers, rngs=rngs)
+        self.out = Linear(width, width, axes=(EMBED, EMBED), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(self.blocks.scan(lambda layer, carry, _: layer(carry), x))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig(TaskConfig):
+    """Denoise vectors with a residual network.
+
+    Attributes:
+      poison: record number (first value of an example) whose loss is NaN; -1 for none.
+    """
+
+    width: int = 16
+    layers: int = 2
+    poison: int = -1
+    frozen: bool = False
+
+    def build(self) -> "ToyTask":
+        return ToyTask(self)
+
+
+class ToyTask(Task):
+    def __init__(self, config: ToyConfig):
+        self.config = config
+        self.networks = {"model": Network.of(lambda rngs: Mlp(config.width, config.layers, rngs=rngs))}
+        self.network_configs = {}
+        self.frozen_networks = {}
+        if config.frozen:
+            self.frozen_networks = {
+                "encoder": Network.of(lambda rngs: Linear(config.width, config.width, axes=(EMBED, MLP), rngs=rngs))
+            }
+
+    def load_frozen(self) -> Any:
+        if not self.frozen_networks:
+            return {}
+        width = self.config.width
+        return {"encoder": {"kernel": np.eye(width, dtype=np.float32), "bias": np.zeros(width, np.float32)}}
+
+    def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:
+        return {
+            "x": ArraySpec((bucket.frames, self.config.width), np.dtype(np.float32), (None, None)),
+            "record": ArraySpec((), np.dtype(np.int32), ()),
+        }
+
+    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+        return example
+
+    def loss(self, parameters, frozen, batch, key):
+        x = batch["x"]
+        noise = jax.vmap(lambda slot, v: jax.random.normal(jax.random.fold_in(key, slot), v.shape))(batch["slot"], x)
+        inputs = (x + 0.3 * noise).astype(parameters["model"]["out"]["kernel"].dtype)
+        if frozen:
+            inputs = self.frozen_networks["encoder"].apply(frozen["encoder"], inputs)
+        prediction = self.networks["model"].apply(parameters["model"], inputs).astype(jnp.float32)
+        errors = jnp.mean(jnp.square(prediction - x), axis=(1, 2))
+        errors = jnp.where(batch["record"] == self.config.poison, jnp.nan, errors)
+        high = (x[:, 0, 0] > 0).astype(jnp.float32)
+        return jnp.mean(errors), {
+            "high": Mean(jnp.sum(errors * high), jnp.sum(high)),
+            "input": jnp.mean(x),
+        }
+
+    def visualize(self, parameters, frozen, batch, key):
+        pixels = jnp.broadcast_to(batch["x"][:, :, None, :, None], (*batch["x"].shape[:2], 16, self.config.width, 3))
+        return {"input": jnp.clip(pixels * 64 + 128, 0, 255).astype(jnp.uint8)}
+
+    def flops(self, bucket: BucketConfig) -> dict[str, float]:
+        return {"model": float(bucket.frames * (4 * self.config.layers + 1) * 2 * self.config.width**2)}
+
+
+class Vector(nnx.Module):
+    def __init__(self, start: float):
+        self.value = nnx.Param(jnp.full((1,), start), logical_axes=(None,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GameConfig(TaskConfig):
+    """Two players on the saddle x * y, with gradients that differ for each."""
+
+    def build(self) -> "GameTask":
+        return GameTask()
+
+
+class GameTask(ToyTask):
+    def __init__(self):
+        super().__init__(ToyConfig())
+        self.networks = {
+            "generator": Network.of(lambda rngs: Vector(1.0)),
+            "critic": Network.of(lambda rngs: Vector(2.0)),
+        }
+
+    def objectives(self):
+        return (
+            Objective("generator", "generator/", lambda p, f, b, k: (self._product(p), {"own": jnp.float32(1)})),
+            Objective("critic", "critic/", lambda p, f, b, k: (-self._product(p), {})),
+        )
+
+    def loss(self, parameters, frozen, batch, key):
+        return self._product(parameters), {}
+
+    @staticmethod
+    def _product(parameters):
+        return (parameters["generator"]["value"] * parameters["critic"]["value"])[0]
+
+
+class FakeLoader:
+    """The interface of `jvgen.data.loader.Loader` over numbers made from (seed, step, slot)."""
+
+    def __init__(self, data, *, seed, prepare, host=0, hosts=1, evaluation=False, quarantine_log=None, delay=0.0):
+        self.data, self.seed, self.host, self.hosts, self.delay = data, seed, host, hosts, delay
+        self.stream = 10**6 if evaluation else 0
+
+    width = 16
+
+    @property
+    def buckets(self):
+        return self.data.buckets
+
+    def bucket(self, step: int) -> BucketConfig:
+        return self.data.buckets[step % len(self.data.buckets)]
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"step": step, "manifest": self.data.sources[0].path, "plan": str(self.seed)}
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        if saved["manifest"] != self.data.sources[0].path:
+            raise ValueError("data.sources: hold other records")
+
+    def batches(self, start: int, stop: int | None = None) -> "FakeBatches":
+        return FakeBatches(self, start, stop)
+
+    def at(self, step: int) -> LoadedBatch:
+        bucket = self.bucket(step)
+        size = bucket.batch_size // self.hosts
+        slots = range(self.host * size, (self.host + 1) * size)
+        rows = [step * bucket.batch_size + slot for slot in slots]
+        draws = [np.random.default_rng([self.seed, self.stream, row]) for row in rows]
+        x = np.stack([rng.standard_normal((bucket.frames, self.width), np.float32) for rng in draws])
+        if self.delay:
+            time.sleep(self.delay)
+        ids = tuple(f"record-{row}" for row in rows)
+        return LoadedBatch(step, bucket, {"x": x, "record": np.array(rows, np.int32)}, ids, 0.0)
+
+
+class FakeBatches(Iterator):
+    def __init__(self, loader: FakeLoader, start: int, stop: int | None):
+        self.loader, self.step, self.stop = loader, start, stop
+
+    def __next__(self) -> LoadedBatch:
+        if self.step == self.stop:
+            raise StopIteration
+        self.step += 1
+        return self.loader.at(self.step - 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
+def experiment(**changes: Any) -> Experiment:
+    """A run of 20 steps on two batch shapes that mixes the devices of any mesh; changes are dotted overrides."""
+    base = Experiment(
+        name="toy",
+        task=ToyConfig(),
+        data=DataConfig(
+            sources=(SourceConfig(path="nowhere"),),
+            evaluation_sources=(SourceConfig(path="nowhere"),),
+            buckets=(
+                BucketConfig(frames=4, height=1, width=1, batch_size=16),
+                BucketConfig(frames=2, height=1, width=1, batch_size=32),
+            ),
+        ),
+        training=TrainingConfig(
+            steps=20, compute_dtype="float32", log_every=5, tensorboard=False, spike_warmup=5, hang_seconds=0.0
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        ema=EmaConfig(decays=(0.9,)),
+        checkpoint=CheckpointConfig(every=5),
+        mesh=MeshConfig(),
+        sharding=ShardingConfig(replicate_below=0),
+    )
+    return config.override(base, [f"{path}={value}" for path, value in changes.items()])
+
+
+def main() -> int:
+    """Train the toy: `toys.py WORKDIR [--delay SECONDS] [--set PATH=VALUE] [--process I --processes N --port P]`."""
+    from jvgen.training.loop import train
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--process", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--port", type=int, default=0)
+    parsed = parser.parse_args()
+    if parsed.processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{parsed.port}", parsed.processes, parsed.process)
+    run = config.override(experiment(), parsed.set)
+    return train(
+        run, parsed.workdir, make_loader=lambda *args, **kwargs: FakeLoader(*args, **kwargs, delay=parsed.delay)
+    )
+
+
+if __name__ == "__main__":
+    # So that configs saved by this script name a module that tests import too.
+    sys.modules["toys"] = sys.modules["__main__"]
+    for cls in (ToyConfig, GameConfig):
+        cls.__module__ = "toys"
+    sys.exit(main())

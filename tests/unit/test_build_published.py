@@ -1,0 +1,112 @@
+"""Building data sets in the layouts of RealEstate10K and WebVid."""
+
+import numpy as np
+import pytest
+
+from jvgen.data.decode import decode_window, encode_image, encode_video
+from jvgen.data.realestate10k import build_realestate10k
+from jvgen.data.sources import open_source
+from jvgen.data.webvid import build_webvid
+from jvgen.geometry import paths
+from jvgen.geometry.camera_file import CameraTrack, write_cameras
+
+FRAMES = 6
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    """Each with a grey of its own."""
+    return np.broadcast_to((20 + 12 * np.arange(18, dtype=np.uint8))[:, None, None, None], (18, 16, 24, 3)).copy()
+
+
+@pytest.fixture
+def cameras(tmp_path):
+    """Camera files of three clips, of videos k0, k1 and k2, and of one that is nowhere."""
+    folder = tmp_path / "cameras"
+    folder.mkdir()
+    for number, name in enumerate(("aa", "bb", "cc", "dd")):
+        track = CameraTrack(
+            source=f"https://www.youtube.com/watch?v=k{number}",
+            timestamps=1_000_000 + 200_000 * np.arange(FRAMES),
+            intrinsics=np.tile([0.5, 0.75, 0.5, 0.5], (FRAMES, 1)),
+            extrinsics=paths.named_paths("circle", 4, FRAMES)[number],
+        )
+        write_cameras(folder / f"{name}.txt", track)
+    return folder
+
+
+@pytest.fixture
+def media(tmp_path, frames):
+    folder = tmp_path / "media"
+    (folder / "cc").mkdir(parents=True)
+    (folder / "aa.mp4").write_bytes(encode_video(frames[:FRAMES], 5, quality=1))
+    (folder / "k1.mp4").write_bytes(encode_video(frames, 5, quality=1))  # 3.6 s; the clip begins at 1 s
+    for number in range(FRAMES):
+        (folder / "cc" / f"{1_000_000 + 200_000 * number}.png").write_bytes(encode_image(frames[2 * number]))
+    return folder
+
+
+def test_all_three_layouts_of_realestate10k(cameras, media, tmp_path, frames):
+    captions = tmp_path / "captions.csv"
+    captions.write_text("file,caption\naa,a kitchen\nbb.txt,a hall\n")
+    summary = build_realestate10k(cameras, media, tmp_path / "out", captions=captions, validation=0.0, workers=1)
+    assert summary.counts == {"train": {"static": 3}}
+    assert [(item.name, item.damaged) for item in summary.refused] == [("dd", True)]
+    assert "has no video and no frames; accepted is, for a camera file ID.txt" in summary.refused[0].reason
+    source = open_source(tmp_path / "out", "train")
+    records = {record.id: record for record in (source.read(row) for row in range(3))}
+    for name, shown in (("aa", frames[:6]), ("bb", frames[5:11]), ("cc", frames[0:12:2])):
+        record = records[name]
+        assert (record.kind, record.frames, record.has_camera) == ("static", FRAMES, True)
+        assert record.frames_per_second == pytest.approx(5.0)
+        grey = decode_window(record.clips[0], range(FRAMES))[:, 4, 4, 0].astype(int)
+        np.testing.assert_allclose(grey, shown[:, 0, 0, 0], atol=3)
+    expected = paths.named_paths("circle", 4, FRAMES)[1]
+    np.testing.assert_allclose(records["bb"].extrinsics, expected, atol=1e-6)
+    assert (records["aa"].captions, records["cc"].captions) == (("a kitchen",), ())
+
+
+def test_what_is_wrong_with_a_clip_is_listed(cameras, media, tmp_path, frames):
+    (media / "aa.mp4").write_bytes(encode_video(frames[:4], 5))
+    (media / "k1.mp4").write_bytes(encode_video(frames[:8], 5))
+    (media / "cc" / "1200000.png").unlink()
+    with pytest.raises(ValueError) as told:
+        build_realestate10k(cameras, media, tmp_path / "out", workers=1)
+    for message in (
+        "aa.mp4 has 4 frames for 6 cameras",
+        "k1.mp4 ends at 1.60 s, before the last camera at 2.00 s",
+        "has no image of the time 1200000",
+    ):
+        assert message in str(told.value)
+    with pytest.raises(ValueError, match="holds no camera files"):
+        build_realestate10k(media, media, tmp_path / "out")
+
+
+def test_webvid(tmp_path, frames, jvgen):
+    videos = tmp_path / "videos" / "page_1"
+    videos.mkdir(parents=True)
+    (videos / "17.mp4").write_bytes(encode_video(frames[:5], 5))
+    table = tmp_path / "results.csv"
+    table.write_text(
+        "videoid,contentUrl,duration,page_dir,name\n17,http://x,PT1S,page_1,a dog runs\n18,http://y,,p,none\n"
+    )
+    done = jvgen("data", "build", "webvid", table, "--videos", tmp_path / "videos", "--out", tmp_path / "out",
+                 "--validation", 0)  # fmt: skip
+    assert done.status == 0, done.err
+    record = open_source(tmp_path / "out", "train").read(0)
+    assert (record.id, record.kind, record.captions, record.frames) == ("17", "dynamic", ("a dog runs",), 5)
+    table.write_text("videoid,name\n99,gone\n")
+    with pytest.raises(ValueError, match="holds none of the 1 videos of .*: expected VIDEOID.mp4, as 99.mp4"):
+        build_webvid(table, videos, tmp_path / "out")
+    table.write_text("id,name\n99,gone\n")
+    with pytest.raises(ValueError, match=r"its columns are \['id', 'name'\]; it needs videoid and name"):
+        build_webvid(table, videos, tmp_path / "out")
+
+
+def test_realestate10k_by_the_command(cameras, media, tmp_path, jvgen):
+    done = jvgen("data", "build", "realestate10k", cameras, "--media", media, "--out", tmp_path / "out",
+                 "--validation", 0, "--min-frames", 6, "--shorter-side", 8)  # fmt: skip
+    assert done.status == 0, done.err
+    assert "3 static" in done.out and "left out: 1" in done.out
+    record = open_source(tmp_path / "out", "train").read(0)
+    assert (record.height, record.width) == (8, 12)

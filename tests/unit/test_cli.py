@@ -1,0 +1,274 @@
+"""The `jvgen` command from data to PyTorch, on networks and clips so small that nothing is learned and all is run."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jvgen import cli, config
+from jvgen.data.decode import decode_window, probe
+from jvgen.data.sources import open_source
+from jvgen.training.clip_folder import plan_clips, write_clip
+
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+ROOT = Path(__file__).parents[2]
+PROMPTS = ("--prompt", "a red ball moves to the left", "--prompt", "a blue cube moves to the right")
+
+
+# Help and configs.
+
+
+def verbs(parser: argparse.ArgumentParser):
+    """Every parser below one, with those that only choose among others."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield child
+                yield from verbs(child)
+
+
+PARSERS = {parser.prog: parser for parser in verbs(cli.build_parser())}
+
+
+def test_the_verbs_are_there(jvgen):
+    names = {prog.split()[1] for prog in PARSERS}
+    wanted = "train sample evaluate analyse export import verify encode decode play data config compile demo".split()
+    assert names == set(wanted)
+    shown = jvgen("--help")
+    assert shown.status == 0 and all(name in shown.out for name in wanted)
+    assert jvgen("--version").out.startswith("jvgen ")
+
+
+@pytest.mark.parametrize("prog", [prog for prog in PARSERS])
+def test_help_describes_and_its_example_is_understood(prog, jvgen):
+    shown = jvgen(*prog.split()[1:], "--help")
+    assert shown.status == 0 and "Example:" in shown.out
+    parser = PARSERS[prog]
+    assert parser.description and parser.description.endswith(".")
+    program, *words = shlex.split(parser.epilog.removeprefix("Example: "))
+    assert program == "jvgen" and words[: len(prog.split()) - 1] == prog.split()[1:]
+    assert cli.build_parser().parse_args(words).handler
+    for action in parser._actions:
+        assert action.help or not action.option_strings or action.dest in ("seed", "split"), (
+            f"{action.option_strings}: no help"
+        )
+
+
+def test_config_show(jvgen):
+    file = ROOT / "configs" / "cogvideox_2b.py"
+    shown = jvgen("config", "show", file, "--set", "training.steps=7")
+    assert shown.status == 0 and "training.steps = 7\n" in shown.out
+    changed = config.override(config.load(file), ["training.steps=7"])
+    assert shown.out == config.dump(changed)
+    assert config.from_json(jvgen("config", "show", file, "--json").out) == config.load(file)
+
+
+# Data.
+
+
+def test_scenes_are_built_and_shown(jvgen, tmp_path):
+    words = ["--train", 2, "--validation", 1, "--set", "frames=2", "--set", "height=16", "--set", "width=16"]
+    built = jvgen("data", "build", "scenes", "--out", tmp_path / "scenes", *words)
+    assert built.status == 0 and "3 records" in built.out
+    assert len(open_source(tmp_path / "scenes", "train")) == 2
+    shown = jvgen("data", "show", tmp_path / "scenes", "--count", 1, "--out", tmp_path / "pictures")
+    assert shown.status == 0 and "scene-0-00000000" in shown.out
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"sheet.png", "clips.gif"}
+
+
+# The image VAE: train, evaluate, export, import, train on.
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def vae_run(jvgen, work, vae_words) -> Path:
+    done = jvgen("train", *vae_words, "--workdir", work / "vae")
+    assert done.status == 0, done.err
+    assert "finished at step 3" in done.out
+    return work / "vae"
+
+
+@pytest.fixture(scope="module")
+def vae_export(jvgen, work, vae_run) -> Path:
+    done = jvgen("export", vae_run, "--to", work / "exported" / "image_vae")
+    assert done.status == 0, done.err
+    return work / "exported" / "image_vae" / "vae"
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_writes_what_it_did(vae_run):
+    assert [row["step"] for row in rows(vae_run)] == [0, 1, 2]
+    assert all(np.isfinite(row["loss"]) for row in rows(vae_run))
+    assert sorted(int(path.name) for path in (vae_run / "checkpoints").iterdir() if path.name.isdigit()) == [2, 3]
+
+
+def test_evaluation_measures_these_weights(jvgen, vae_run, tmp_path):
+    done = jvgen("evaluate", vae_run, "--batches", 1, "--out", tmp_path / "trained.json")
+    assert done.status == 0, done.err
+    measured = json.loads((tmp_path / "trained.json").read_text())
+    assert measured["step"] == 3 and {"psnr", "ssim", "l1"} <= set(measured["metrics"])
+    assert "psnr" in done.out
+    for other in (["--untrained"], ["--ema", "raw"]):
+        again = jvgen("evaluate", vae_run, "--batches", 1, "--out", tmp_path / "other.json", *other)
+        assert again.status == 0, again.err
+        assert json.loads((tmp_path / "other.json").read_text())["metrics"]["l1"] != measured["metrics"]["l1"]
+
+
+def test_export_is_described_and_not_written_over(jvgen, vae_run, vae_export):
+    assert {path.name for path in vae_export.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    about = json.loads((vae_export.parent / "jvgen_run.json").read_text())
+    assert (about["experiment"], about["step"]) == ("demo_image_vae", 3)
+    described = jvgen("import", vae_export)
+    assert described.status == 0 and "ImageVAEConfig" in described.out and "block_channels = (8, 8)" in described.out
+    again = jvgen("export", vae_run, "--to", vae_export.parent)
+    assert again.status == 2 and "not empty" in again.err
+
+
+def test_training_goes_on_from_imported_weights(jvgen, work, vae_words, vae_export):
+    imported = jvgen("import", vae_export, "--config", *vae_words, "--to", work / "imported")
+    assert imported.status == 0, imported.err
+    assert "step 0" in imported.out and "'vae'" in imported.out
+    assert jvgen("import", vae_export, "--config", *vae_words, "--to", work / "imported").status == 2
+    trained = jvgen("train", *vae_words, "--workdir", work / "imported", "--stop-after", 1)
+    assert trained.status == 0, trained.err
+    assert "restored step 0" in trained.out
+    assert rows(work / "imported")[0]["loss"] != rows(work / "vae")[0]["loss"]
+
+
+# The video transformer: latents, train, resume, sample, export.
+
+
+@pytest.fixture(scope="module")
+def latents(jvgen, work, scenes, vae_export) -> Path:
+    out = work / "latents"
+    done = jvgen("data", "build", "latents", scenes, "--vae", vae_export, "--size", "16x16", "--out", out, "--batch", 8)
+    assert done.status == 0, done.err
+    assert "task.latent_scale=" in done.out
+    return out
+
+
+@pytest.fixture(scope="module")
+def video_run(jvgen, work, video_words, latents, vae_export) -> Path:
+    words = ["train", *video_words(latents, vae_export), "--workdir", work / "video"]
+    first = jvgen(*words, "--stop-after", 2)
+    assert first.status == 0 and "finished at step 2" in first.out, first.err
+    second = jvgen(*words)
+    assert second.status == 0 and "restored step 2" in second.out and "finished at step 3" in second.out, second.err
+    return work / "video"
+
+
+def test_layers_of_a_run_are_looked_at(jvgen, video_run, vae_run, tmp_path):
+    done = jvgen("analyse", video_run, "--timesteps", "800,100", "--out", tmp_path)
+    assert done.status == 0, done.err
+    document = json.loads((tmp_path / "analysis.json").read_text())
+    assert sorted(document["timesteps"]) == ["100", "800"] and document["step"] == 3
+    assert len(document["timesteps"]["800"]["similarity_after"][0]) == 3
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"} and "cosine" in done.out
+    refused = jvgen("analyse", vae_run, "--out", tmp_path / "vae")
+    assert refused.status == 2 and "give a text-to-video run" in refused.err
+    assert "0 to 999" in jvgen("analyse", video_run, "--timesteps", "1000", "--out", tmp_path).err
+
+
+@pytest.mark.slow
+def test_clips_with_enhanced_attention_are_other_clips(jvgen, video_run, tmp_path):
+    clips = {}
+    for name, words in {"plain": (), "enhanced": ("--enhance", 30), "off": ("--enhance", -1)}.items():
+        done = jvgen("sample", video_run, *PROMPTS[:2], "--batch", 8, *words, "--out", tmp_path / name)
+        assert done.status == 0, done.err
+        clips[name] = next((tmp_path / name).glob("*.mp4")).read_bytes()
+    assert clips["off"] == clips["plain"]
+    index = json.loads((tmp_path / "enhanced" / "index.jsonl").read_text())
+    assert index["enhance"]["temperature"] == 30.0
+
+
+def test_latents_say_how_to_scale_them(latents):
+    statistics = json.loads((latents / "latent_statistics.json").read_text())
+    source = open_source(latents, "train")
+    moments = np.stack([source.read(row).latents[0] for row in range(len(source))]).astype(np.float64)
+    assert moments.shape == (10, 4, 8, 8, 8)
+    assert statistics["mean"] == pytest.approx(moments[..., :4].mean(), abs=0.05)
+    assert statistics["deviation"] > moments[..., :4].std()
+
+
+def test_an_interrupted_run_has_every_step_once(video_run):
+    assert [row["step"] for row in rows(video_run)] == [0, 1, 2]
+    assert all(np.isfinite(row["loss"]) for row in rows(video_run))
+
+
+def test_samples_are_made_once(jvgen, video_run, tmp_path):
+    words = ["sample", video_run, *PROMPTS, "--num", 2, "--out", tmp_path / "clips"]
+    done = jvgen(*words)
+    assert done.status == 0, done.err
+    index = [json.loads(line) for line in (tmp_path / "clips" / "index.jsonl").read_text().splitlines()]
+    files = [tmp_path / "clips" / row["file"] for row in index]
+    assert [row["prompt"] for row in index] == [PROMPTS[1], PROMPTS[1], PROMPTS[3], PROMPTS[3]]
+    assert [probe(file.read_bytes()).frames for file in files] == [4] * 4
+    assert decode_window(files[0].read_bytes(), [0, 3]).shape == (2, 16, 16, 3)
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    assert len({content for content, _ in before.values()}) == 4
+
+    again = jvgen(*words)
+    assert again.status == 0 and "4 clips were there already" in again.out
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files} == before
+    # One that is missing is made again to the byte, whatever it is made together with.
+    files[2].unlink()
+    assert jvgen(*words, "--batch", 1).status == 0
+    assert files[2].read_bytes() == before[files[2]][0]
+    other = jvgen(*words, "--seed", 1)
+    assert other.status == 2 and "made with other settings (seed = 0, now 1)" in other.err
+    assert {file: file.read_bytes() for file in files} == {file: content for file, (content, _) in before.items()}
+
+
+def test_one_sample_in_one_file_is_not_written_over(jvgen, video_run, tmp_path):
+    words = ["sample", video_run, *PROMPTS[:2], "--untrained", "--out", tmp_path / "clip.mp4"]
+    assert jvgen(*words).status == 0
+    assert probe((tmp_path / "clip.mp4").read_bytes()).frames == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+    again = jvgen(*words)
+    assert again.status == 2 and "exists" in again.err
+
+
+@pytest.mark.parametrize(
+    ("frames", "count", "out", "words"),
+    [
+        (1, 1, "clip.mp4", ["1 frames are written as .png"]),
+        (4, 1, "clip.png", ["4 frames are written as .mp4"]),
+        (4, 2, "clip.mp4", ["one file, but 2 clips"]),
+        (4, 0, "clips", ["--num 0"]),
+    ],
+)
+def test_files_that_cannot_hold_what_is_asked_for(frames, count, out, words, tmp_path):
+    with pytest.raises(ValueError) as error:
+        plan_clips(["red"], count, tmp_path / out, frames=frames, batch=1)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_single_frames_are_pictures(tmp_path):
+    clips = plan_clips(["A red ball!"], 2, tmp_path / "out", frames=1, batch=1)
+    assert [clip.path.name for clip in clips] == ["0000_00_a_red_ball.png", "0000_01_a_red_ball.png"]
+    write_clip(tmp_path / "one.png", np.full((1, 8, 8, 3), 200, np.uint8), 8)
+    assert (decode_window((tmp_path / "one.png").read_bytes(), [0]) == 200).all()
+
+
+@pytest.mark.torch
+def test_exports_are_what_the_original_classes_compute(jvgen, video_run, vae_export, work):
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    exported = work / "exported" / "video"
+    done = jvgen("export", video_run, "--to", exported)
+    assert done.status == 0, done.err
+    assert (exported / "scheduler" / "scheduler_config.json").is_file()
+    for folder in (exported / "denoiser", exported / "text_encoder", vae_export):
+        checked = jvgen("verify", folder)
+        assert checked.status == 0 and "loads strictly" in checked.out, checked.err
+    assert jvgen("verify", vae_export, "--tolerance", 0).status == 1

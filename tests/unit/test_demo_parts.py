@@ -1,0 +1,99 @@
+"""The demo's parts: run once, interrupted and taken up again, told when they fail; its prompts are understood."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jvgen import demo
+from jvgen.data.scene_labels import labels_of
+
+# Stands in for a training run: saves, and waits to be told to stop unless it finds what it saved.
+TRAIN = """
+import pathlib, signal, sys, time
+saved = pathlib.Path(sys.argv[1]) / "checkpoints" / "1"
+if saved.is_dir():
+    print("restored step 1"); sys.exit(0)
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+saved.mkdir(parents=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """`Parts` whose commands are Python programs: the words are the program and its arguments."""
+
+    def start(self, name, words):
+        with (self._logs / f"{name}.log").open("w") as log:
+            program, *arguments = (str(word) for word in words)
+            return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=log, stderr=subprocess.STDOUT)
+
+    monkeypatch.setattr(demo.Parts, "_start", start)
+    return demo.Parts(tmp_path)
+
+
+def append(path) -> list[object]:
+    return ["import sys; open(sys.argv[1], 'a').write('x')", path]
+
+
+def test_a_part_runs_once_also_in_a_later_demo(parts, tmp_path, capsys):
+    parts.run("data", append(tmp_path / "ran"))
+    parts.run("data", append(tmp_path / "ran"))
+    demo.Parts(tmp_path).run("data", append(tmp_path / "ran"))
+    assert (tmp_path / "ran").read_text() == "x"
+    assert capsys.readouterr().out.count("[data] done before") == 2
+    (noted,) = json.loads((tmp_path / "parts.json").read_text())
+    assert (noted["name"], noted["status"]) == ("data", 0) and noted["command"].startswith("jvgen ")
+    assert noted["seconds"] > 0
+
+
+def test_a_part_that_fails_says_why_and_is_run_again(parts, tmp_path):
+    words = ["import sys; print('no space left'); sys.exit(3)"]
+    with pytest.raises(demo.DemoFailed, match="part export ended with status 3:\n.*no space left"):
+        parts.run("export", words)
+    with pytest.raises(demo.DemoFailed):
+        demo.Parts(tmp_path).run("export", words)
+    assert [part["status"] for part in json.loads((tmp_path / "parts.json").read_text())] == [3, 3]
+
+
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_training_is_interrupted_once_and_goes_on(parts, tmp_path, by, status):
+    words = [TRAIN, tmp_path / "run"]
+    parts.interrupt("train", words, tmp_path / "run", by)
+    parts.interrupt("train", words, tmp_path / "run", by)
+    first, second = parts.log
+    assert (first["name"], first["status"], first["interrupted_by"]) == ("train_interrupted", status, by.name)
+    assert (second["name"], second["status"]) == ("train", 0)
+    assert first["command"] == second["command"]
+    assert "restored step 1" in (tmp_path / "logs" / "train.log").read_text()
+
+
+def test_training_that_dies_before_it_is_interrupted_is_told(parts, tmp_path):
+    with pytest.raises(demo.DemoFailed, match="train_interrupted ended with status 2, not 75:\n.*no data set"):
+        words = ["import sys; print('no data set'); sys.exit(2)"]
+        parts.interrupt("train", words, tmp_path / "run", signal.SIGTERM)
+    assert [part["name"] for part in parts.log] == ["train_interrupted"]
+
+
+def test_commands_are_written_as_a_user_types_them():
+    words = ["sample", "runs/x", "--prompt", "a red ball", "--num", 2]
+    assert demo.command_line(words) == "jvgen sample runs/x --prompt 'a red ball' --num 2"
+
+
+def test_prompts_name_every_colour_and_direction_of_the_scenes():
+    labels = [labels_of(prompt) for prompt in demo.demo_prompts()]
+    fields = dict(field.split("=") for field in demo.SCENES)
+    colors, shapes = fields["colors"].split(","), fields["shapes"].split(",")
+    assert len({(label.color, label.direction) for label in labels}) == len(labels) == 4 * len(colors)
+    assert {label.color for label in labels} == set(colors) and {label.shape for label in labels} == set(shapes)
+    assert {label.direction for label in labels} == {"left", "right", "toward", "away"}
+    assert not any(label.camera or label.driven for label in labels)
+
+
+def test_it_says_when_its_configs_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match="demo_image_vae.py: no such file.*--configs"):
+        demo.demo(tmp_path / "work", tmp_path)
+    assert not (tmp_path / "work").exists()

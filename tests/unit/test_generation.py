@@ -1,0 +1,403 @@
+"""`jvgen sample --weights`: what is refused before weights are read, prompts, names, folders that are gone on with."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jvgen.data.decode import decode_window, probe
+from jvgen.generation.noise import read_noise
+from jvgen.generation.placement import Placement
+from jvgen.generation.prompts import read_prompts
+from jvgen.interop import schedulers
+from jvgen.interop.formats import format_of
+from jvgen.interop.to_torch import export_networks
+from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
+from jvgen.models.t5.config import T5Config
+from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.tasks.pipeline_folder import default_request, frames_per_second, is_pipeline, read_pipeline
+from jvgen.training.clip_folder import plan_clips
+from jvgen.training.parameter_paths import map_with_path
+
+tokenizers = pytest.importorskip("tokenizers")
+
+FIELDS = {
+    "layers": 1, "heads": 2, "head_width": 8, "in_channels": 4, "out_channels": 4, "text_width": 8, "text_length": 6,
+    "condition_width": 16, "sample_height": 4, "sample_width": 6, "sample_frames": 3,
+}  # fmt: skip
+TEXT = {"vocabulary": 16, "width": 8, "layers": 1, "heads": 1, "head_width": 8, "hidden": 8}
+DENOISER, ENCODER = VideoDiTConfig(**FIELDS), T5Config(**TEXT)
+VAE = CogVideoXVAEConfig.tiny().replace(
+    block_channels=(4, 4), groups=2, temporal_downsampling=2, sample_height=24, sample_width=20
+)
+SCHEDULER = {
+    "_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 3.0, "timestep_spacing": "trailing",
+}  # fmt: skip
+ASKED = ("--prompt", "a red ball", "--steps", "1", "--devices", "1")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """A pipeline folder as small as they come."""
+    rng = np.random.default_rng(0)
+    configs = {"transformer": DENOISER, "vae": VAE, "text_encoder": ENCODER}
+    parameters = {
+        name: map_with_path(
+            lambda path, leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32),
+            format_of(config).network(config).shapes,
+        )
+        for name, config in configs.items()
+    }
+    folder = tmp_path_factory.mktemp("published") / "pipeline"
+    export_networks(configs, parameters, folder, files={"scheduler/scheduler_config.json": json.dumps(SCHEDULER)})
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "ball", "blue"])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    (folder / "tokenizer").mkdir()
+    model.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def pipeline(whole, tmp_path) -> Path:
+    """A copy to damage; weights are links."""
+    folder = tmp_path / "pipeline"
+    for path in whole.rglob("*"):
+        target = folder / path.relative_to(whole)
+        if path.is_dir():
+            target.mkdir(parents=True)
+        elif path.suffix == ".safetensors":
+            target.symlink_to(path)
+        else:
+            target.write_bytes(path.read_bytes())
+    return folder
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_pipeline_is_read_as_a_task(whole):
+    config = read_pipeline(whole)
+    assert (config.denoiser, config.vae, config.text.encoder) == (DENOISER, VAE, ENCODER)
+    assert (config.latent_scale, config.spatial_compression, config.temporal_compression) == (VAE.scaling_factor, 2, 2)
+    assert (config.sampler.kind, config.sampler.goes_to, config.objective.target) == ("ddim", "stride", "v")
+    assert (config.schedule.effective_snr_shift, config.schedule.ends_in_pure_noise) == (3.0, True)
+    request = default_request(config)
+    assert (request.frames, request.height, request.width) == (5, 8, 12) and frames_per_second(config) == 8
+    pairs = config.replace(denoiser=config.denoiser.replace(temporal_patch=2))
+    assert default_request(pairs).frames == 81 and frames_per_second(pairs) == 16
+    assert pairs.sampled_shape(5, 8, 12) == (4, 4, 6) and pairs.clip_frames(5) == 3
+    assert is_pipeline(whole) and not is_pipeline(whole / "vae")
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dpm_solver_sde"])
+@pytest.mark.parametrize("target", ["v", "epsilon", "clean"])
+def test_scheduler_files_come_back(kind, target):
+    config = schedulers.from_diffusers({**SCHEDULER, "steps_offset": 1, "snr_shift_scale": 1.0}, "file")
+    config = schedulers.Scheduler(config.schedule, target, config.sampler.replace(kind=kind))
+    written = schedulers.to_diffusers(config)
+    assert schedulers.from_diffusers(json.loads(json.dumps(written)), "file") == config
+
+
+# Bad input: one message, before any weights are read.
+
+BAD_FOLDERS = {
+    "nothing there": (lambda p: p.rename(p.with_name("moved")), "no such folder"),
+    "no vae": (lambda p: (p / "vae").rename(p / "v"), "it has no vae/config.json"),
+    "two missing": (
+        lambda p: ((p / "vae" / "config.json").unlink(), (p / "tokenizer" / "tokenizer.json").rename(p / "t"),
+                   (p / "tokenizer").rmdir()),
+        "it has no vae/config.json, tokenizer",
+    ),
+    "no scheduler": (
+        lambda p: (p / "scheduler" / "scheduler_config.json").unlink(), "has no scheduler/scheduler_config.json"
+    ),
+    "no tokenizer file": (lambda p: (p / "tokenizer" / "tokenizer.json").unlink(), "tokenizer.json or spiece.model"),
+    "other pipeline": (
+        lambda p: edit(p / "model_index.json", _class_name="CogVideoXImageToVideoPipeline"),
+        "is a CogVideoXImageToVideoPipeline; only CogVideoXPipeline",
+    ),
+    "other scheduler": (
+        lambda p: edit(p / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler"),
+        "class 'EulerDiscreteScheduler', which is not known",
+    ),
+    "other betas": (
+        lambda p: edit(p / "scheduler" / "scheduler_config.json", beta_schedule="squaredcos_cap_v2"),
+        "beta_schedule = 'squaredcos_cap_v2'; supported: 'scaled_linear', 'linear'",
+    ),
+    "broken scheduler": (
+        lambda p: (p / "scheduler" / "scheduler_config.json").write_text("{"), "scheduler_config.json is not JSON"
+    ),
+    "wrong network": (
+        lambda p: (p / "vae" / "config.json").write_text((p / "text_encoder" / "config.json").read_text()),
+        "holds a T5Config; a CogVideoXPipeline has a CogVideoXVAEConfig there",
+    ),
+    "image to video": (
+        lambda p: edit(p / "transformer" / "config.json", in_channels=8), "needs an image to start from"
+    ),
+    "other text width": (
+        lambda p: edit(p / "transformer" / "config.json", text_embed_dim=10),
+        "do not go together: text.width = 8 but denoiser.text_width = 10",
+    ),
+    "other weights": (
+        lambda p: edit(p / "transformer" / "config.json", num_layers=2), "transformer as CogVideoXTransformer3DModel"
+    ),
+    "no weights": (
+        lambda p: (p / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae has no weights"
+    ),
+}  # fmt: skip
+
+BAD_WORDS = {
+    "even frames": (("--frames", "6"), "frames = 6: .*takes 4n \\+ 1 frames.*take 5 or 9"),
+    "frames of half a batch": (("--frames", "7"), "takes 4n \\+ 1 frames.*take 5 or 9"),
+    "height": (("--size", "10x12"), "height = 10: must be a multiple of 4"),
+    "width": (("--size", "8x14"), "width = 14: must be a multiple of 4"),
+    "no steps": (("--steps", "0"), "steps = 0"),
+    "half steps of guidance": (("--batch", "0"), "--batch 0"),
+    "two nulls": (("--null", "zeros", "--negative-prompt", "blue"), "--null zeros stands in the place of"),
+    "sat's spacing": (("--levels", "sat", "--spacing", "linspace"), "levels = 'sat': leave spacing = 'trailing'"),
+    "a run's option": (("--ema", "0.9"), "--ema: only a run has that option"),
+    "fps": (("--fps", "0"), "--fps 0.0: must be more than 0"),
+    "devices": (("--devices", "99"), "--devices 99: this machine has"),
+    "noise": (("--noise", "nowhere.npy"), "--noise nowhere.npy: no such file"),
+    "ending": (("--out", "clip.png"), "5 frames are written as .mp4"),
+    "several in one": (("--num", "2", "--out", "clip.mp4"), "one file, but 2 clips"),
+    "tiles": (("--tiles",), "a tile of 6x5 latents goes on in steps"),
+    "enhanced layers": (("--enhance", "1", "--enhance-set", "layers=1,1"), "layers has 2 factors"),
+}
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    def load(self, folder):
+        raise AssertionError(f"{folder} was read")
+
+    monkeypatch.setattr(Placement, "load", load)
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_folders_that_are_refused(name, pipeline, jvgen, tmp_path, nothing_loaded):
+    damage, said = BAD_FOLDERS[name]
+    damage(pipeline)
+    done = jvgen("sample", "--weights", pipeline, *ASKED, "--out", tmp_path / "clips")
+    assert done.status == 2 and said in done.err, done.err
+    assert "Traceback" not in done.err and not (tmp_path / "clips").exists()
+
+
+@pytest.mark.parametrize("name", BAD_WORDS)
+def test_requests_that_are_refused(name, pipeline, jvgen, tmp_path, nothing_loaded, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, said = BAD_WORDS[name]
+    if name == "tiles":
+        edit(pipeline / "vae" / "config.json", sample_height=26)
+    done = jvgen("sample", "--weights", pipeline, "--out", "clips", *ASKED, *words)
+    assert done.status == 2 and re.search(said, done.err), done.err
+    assert "Traceback" not in done.err and not (tmp_path / "clips").exists()
+
+
+def test_a_run_and_weights_are_two_things(whole, jvgen, tmp_path):
+    both = jvgen("sample", tmp_path, "--weights", whole, *ASKED, "--out", tmp_path / "clips")
+    neither = jvgen("sample", "--prompt", "a", "--out", tmp_path / "clips")
+    for done in (both, neither):
+        assert done.status == 2 and "one of them" in done.err
+    done = jvgen("sample", tmp_path, "--prompt", "a", "--noise", "x.npy", "--tiles", "--out", tmp_path / "clips")
+    assert done.status == 2 and "--noise, --tiles: only --weights has" in done.err
+    done = jvgen("sample", "--weights", whole, "--out", tmp_path / "clips")
+    assert done.status == 2 and "nothing to sample" in done.err
+
+
+SHAPE = (3, 4, 6, 4)
+
+
+@pytest.mark.parametrize(
+    "array, said",
+    [
+        (np.zeros((3, 4, 6, 5)), "has the shape \\(3, 4, 6, 5\\); 2 clips of 3 latent frames of 4x6 with 4 channels"),
+        (np.zeros((3, *SHAPE)), "has the shape \\(3, 3, 4, 6, 4\\)"),
+        (np.zeros((2, 3, 6, 4, 4)), "need \\(2, 3, 4, 6, 4\\) or \\(2, 3, 4, 4, 6\\)"),
+        (np.zeros(SHAPE, np.int32), "holds int32; expected floats"),
+        (np.full(SHAPE, np.nan), "not finite"),
+        (np.array(["a"], object), "not an array of numbers"),
+    ],
+)
+def test_noise_that_is_refused(array, said, tmp_path):
+    np.save(tmp_path / "noise.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=said):
+        read_noise(tmp_path / "noise.npy", SHAPE, 2)
+
+
+def test_noise_comes_in_both_layouts_for_one_clip_or_for_each(tmp_path):
+    each = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    for saved, expected in (
+        (each, each),
+        (each.transpose(0, 1, 4, 2, 3), each),
+        (each[0], each[[0, 0]]),
+        (each[:1].transpose(0, 1, 4, 2, 3).astype(np.float64), each[[0, 0]]),
+    ):
+        np.save(tmp_path / "noise.npy", saved)
+        read = read_noise(tmp_path / "noise.npy", SHAPE, 2)
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read, expected)
+    (tmp_path / "noise.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="not an array of numbers"):
+        read_noise(tmp_path / "noise.npy", SHAPE, 2)
+
+
+# Prompts and names.
+
+
+def test_files_of_prompts(tmp_path):
+    text, entries = tmp_path / "prompts.txt", tmp_path / "VBench_full_info.json"
+    text.write_text("a red ball\n\n  two dogs \na red ball\n", encoding="utf-8")
+    assert read_prompts(text) == ["a red ball", "two dogs"]
+    entries.write_text(
+        json.dumps(
+            [
+                {"prompt_en": "a person is eating", "dimension": ["human_action"]},
+                {"prompt_en": "a person is eating", "dimension": ["overall_consistency"]},
+                {"prompt": "a cat"},
+                "a dog",
+            ]
+        )
+    )
+    assert read_prompts(entries) == ["a person is eating", "a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("no.txt", None, "no such file"),
+        ("empty.txt", " \n", "has no prompts"),
+        ("empty.json", "[]", "has no prompts"),
+        ("broken.json", "[", "is not JSON"),
+        ("object.json", '{"prompt_en": "a"}', "expected a list"),
+        ("entry.json", '["a", {"text": "b"}]', "entry 1 has no text"),
+        ("number.json", "[3]", "entry 0 has no text"),
+    ],
+)
+def test_files_of_prompts_that_are_refused(name, content, said, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        read_prompts(tmp_path / name)
+
+
+def test_names_of_clips(tmp_path):
+    made = plan_clips(["A cat, running", "x"], 2, tmp_path, frames=9, batch=1)
+    assert [clip.path.name for clip in made][:2] == ["0000_00_a_cat_running.mp4", "0000_01_a_cat_running.mp4"]
+    vbench = plan_clips(["A cat, running", "x"], 2, tmp_path, frames=9, batch=1, naming="vbench")
+    names = ["A cat, running-0.mp4", "A cat, running-1.mp4", "x-0.mp4", "x-1.mp4"]
+    assert [clip.path.name for clip in vbench] == names
+    assert [clip.slot for clip in vbench] == [clip.slot for clip in made]
+    for prompt in ("either/or", "a" * 300):
+        with pytest.raises(ValueError, match="use --naming numbered"):
+            plan_clips([prompt], 1, tmp_path, frames=9, batch=1, naming="vbench")
+
+
+# Whole calls.
+
+
+def test_a_folder_is_gone_on_with(whole, jvgen, tmp_path, quick_compilations):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"prompt_en": "a red ball"}, {"prompt_en": "a blue ball of red a red ball a"}]))
+    out = tmp_path / "clips"
+    words = ["sample", "--weights", whole, "--prompts", prompts, "--steps", "2", "--devices", "1", "--out", out]
+    first = jvgen(*words, "--num", "2", "--batch", "3")
+    assert first.status == 0, first.err
+    assert "more than 6 tokens; cut off: 'a red ball a'" in first.err
+    assert "4 clips of 5x8x12" in first.out and "4 steps of" in first.out and "peak memory" in first.out
+    names = [f"{prompt}-{i}.mp4" for prompt in ("a red ball", "a blue ball of red a red ball a") for i in (0, 1)]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "index.jsonl"])
+    clips = {name: (out / name).read_bytes() for name in names}
+    assert len(set(clips.values())) == 4
+    assert probe(clips[names[0]]).frames == 5
+    index = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in index] == names and index[0]["sampler"] == "ddim" and index[0]["steps"] == 2
+
+    # A clip that is missing is made again to the byte, alone; others are left.
+    (out / names[2]).unlink()
+    again = jvgen(*words, "--num", "2")
+    assert again.status == 0 and "1 clips of" in again.out and "3 clips were there already" in again.out
+    assert {name: (out / name).read_bytes() for name in names} == clips
+    other = jvgen(*words, "--num", "2", "--guidance", "3")
+    assert other.status == 2 and "made with other settings (scale = 6.0, now 3.0)" in other.err
+
+
+def test_what_can_be_asked_for_is_seen_in_the_clip(whole, jvgen, tmp_path, quick_compilations):
+    def sample(name: str, *words: object) -> np.ndarray:
+        done = jvgen("sample", "--weights", whole, *ASKED, *words, "--out", tmp_path / f"{name}.npy")
+        assert done.status == 0, done.err
+        frames = np.load(tmp_path / f"{name}.npy")
+        assert frames.dtype == np.float32 and 0 <= frames.min() < frames.max() <= 1
+        return frames
+
+    one = ("--frames", 1)
+    plain = sample("plain", *one)
+    assert plain.shape == (1, 8, 12, 3)
+    sat = ("--levels", "sat", "--sampler", "dpm_solver_sde", "--steps", 2, "--dynamic-guidance")
+    for name, words in {"zeros": ("--null", "zeros"), "tiles": ("--tiles",), "sat": sat}.items():
+        assert np.abs(sample(name, *one, *words) - plain).max() > 1e-4, name
+    assert 0 < np.abs(sample("bfloat16", *one, "--dtype", "bfloat16") - plain).max() < 0.1
+    clips = [sample(f"enhanced{factor}", "--enhance", factor) for factor in (-1, 30)]
+    assert clips[0].shape == (5, 8, 12, 3) and np.abs(clips[0] - clips[1]).max() > 1e-4
+
+
+def test_clips_split_over_devices_are_the_same(whole, jvgen, tmp_path, quick_compilations):
+    prompts = ("--prompt", "a red ball", "--prompt", "a blue ball")
+    clips = []
+    # Both clips on one device; each on three, which do not divide its 26 tokens.
+    for devices in (1, 6):
+        out = tmp_path / str(devices)
+        asked = (*prompts, "--frames", 9, "--size", "8x8", "--steps", 2, "--batch", 2, "--devices", devices)
+        done = jvgen("sample", "--weights", whole, *asked, "--out", out)
+        assert done.status == 0, done.err
+        made = [path.read_bytes() for path in sorted(out.iterdir()) if path.suffix == ".mp4"]
+        clips.append(np.stack([decode_window(clip, range(9)) for clip in made]).astype(int))
+    assert clips[0].shape == (2, 9, 8, 8, 3) and np.abs(clips[0] - clips[1]).max() <= 2
+
+
+CONFIG = """
+from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.diffusion.schedule import ScheduleConfig
+from jvgen.experiment import Experiment
+from jvgen.models.t5.config import T5Config
+from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.tasks.text import TextConfig
+from jvgen.tasks.text_to_video import TextToVideoConfig
+from jvgen.training.config import TrainingConfig
+
+
+def experiment():
+    return Experiment(
+        name="from_published",
+        task=TextToVideoConfig(
+            denoiser=VideoDiTConfig(**{denoiser}),
+            text=TextConfig(encoder=T5Config(**{encoder}), length=6, null="zeros"),
+            latent_scale=1.15258426, spatial_compression=2, temporal_compression=2,
+            schedule=ScheduleConfig(kind="cogvideox", snr_shift=3.0),
+        ),
+        data=DataConfig(
+            sources=(SourceConfig(path="nowhere"),), buckets=(BucketConfig(frames=5, height=8, width=12, batch_size=8),)
+        ),
+        training=TrainingConfig(steps=1, compute_dtype="float32", tensorboard=False),
+    )
+"""
+
+
+def test_a_whole_pipeline_is_imported_into_a_run_that_samples(whole, jvgen, tmp_path, quick_compilations):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(denoiser=FIELDS, encoder=TEXT))
+    told = jvgen("import", whole)
+    assert told.status == 0 and all(name in told.out for name in ("VideoDiTConfig", "CogVideoXVAEConfig", "T5Config"))
+    wrong = jvgen("import", whole, "--config", config, "--set", "task.latent_scale=0.7", "--to", tmp_path / "run")
+    assert wrong.status == 2 and "task.latent_scale = 0.7, the pipeline's is 1.15258426" in wrong.err
+    done = jvgen("import", whole, "--config", config, "--to", tmp_path / "run")
+    assert done.status == 0, done.err
+    sampled = jvgen("sample", tmp_path / "run", "--prompt", "a red ball", "--steps", 1, "--out", tmp_path / "clip.mp4")
+    assert sampled.status == 0, sampled.err
+    assert probe((tmp_path / "clip.mp4").read_bytes()).frames == 5

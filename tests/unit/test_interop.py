@@ -1,0 +1,298 @@
+"""Export and import: what is written is what diffusers reads; all or nothing; nothing harmful or damaged gets in."""
+
+import dataclasses
+import json
+import pickle
+import resource
+import shutil
+import sys
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jvgen.config import Config
+from jvgen.interop import formats, to_torch
+from jvgen.interop.from_torch import import_folder
+from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
+from jvgen.interop.to_torch import ExportError, export_network, export_networks
+from jvgen.models.byte_text.config import ByteTextConfig
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.weight_map import WeightError, flatten, unflatten
+
+VAE = ImageVAEConfig(block_channels=(4, 8), layers_per_block=1, groups=4, sample_size=8)
+
+
+def random_parameters(config: Config, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = flatten(formats.format_of(config).network(config).shapes)
+    return unflatten({path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in shapes.items()})
+
+
+@pytest.fixture(scope="module")
+def parameters() -> dict:
+    return random_parameters(VAE)
+
+
+def assert_equal(left: dict, right: dict) -> None:
+    left, right = flatten(left), flatten(right)
+    assert list(left) == list(right)
+    for path in left:
+        np.testing.assert_array_equal(left[path], right[path], err_msg=path)
+
+
+def contents(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_is_exported_is_imported(tmp_path, parameters):
+    folder = export_network(VAE, parameters, tmp_path / "vae")
+    assert contents(tmp_path) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    config, again = import_folder(folder)
+    assert config == VAE
+    assert_equal(again, parameters)
+    single, also = import_folder(folder / "diffusion_pytorch_model.safetensors", VAE)
+    assert single == VAE
+    assert_equal(also, parameters)
+
+
+def test_shards_and_their_index(tmp_path, parameters):
+    folder = export_network(VAE, parameters, tmp_path / "vae", shard_bytes=4000)
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 3 and shards[0] == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
+    for shard in shards:
+        file = SafetensorsFile(folder / shard)
+        assert len(file) == 1 or sum(file[name].nbytes for name in file) <= 4000
+    assert index["metadata"]["total_size"] == 4 * sum(array.size for array in flatten(parameters).values())
+    assert_equal(import_folder(folder)[1], parameters)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files(tmp_path, parameters, dtype):
+    folder = export_network(VAE, parameters, tmp_path / "vae", dtype=dtype)
+    rounded = {path: array.astype(to_torch.FILE_DTYPES[dtype]) for path, array in flatten(parameters).items()}
+    again = flatten(import_folder(folder)[1])
+    assert all(again[path].dtype == np.float32 and np.array_equal(again[path], rounded[path]) for path in rounded)
+    with pytest.raises(ExportError, match="dtype = 'float64'"):
+        export_network(VAE, parameters, tmp_path / "other", dtype="float64")
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    rng = np.random.default_rng(0)
+    arrays = {"a": rng.standard_normal((3, 5)), "b.c": np.arange(7), "scalar": np.array(3.0)}
+    arrays["empty"] = np.zeros((0, 2), np.float32)
+    write(tmp_path / "ours", {n: TensorSpec(a.shape, a.dtype) for n, a in arrays.items()}, arrays.items())
+    theirs = numpy_files.load_file(tmp_path / "ours")
+    numpy_files.save_file(arrays, tmp_path / "theirs")
+    ours = SafetensorsFile(tmp_path / "theirs")
+    assert set(theirs) == set(ours) == set(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(theirs[name], array)
+        np.testing.assert_array_equal(ours[name], array)
+        assert ours[name].dtype == array.dtype and ours.shape(name) == array.shape
+
+
+def test_several_networks_go_to_one_folder_each(tmp_path, parameters):
+    text = ByteTextConfig(width=16, layers=2, heads=2)
+    text_parameters = random_parameters(text)
+    folder = export_networks(
+        {"vae": VAE, "text_encoder": text},
+        {"vae": parameters, "text_encoder": text_parameters},
+        tmp_path / "run",
+        files={"scheduler/scheduler_config.json": "{}\n"},
+    )
+    assert json.loads((folder / "model_index.json").read_text()) == {
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["jvgen", "ByteTextEncoder"],
+    }
+    assert (folder / "scheduler/scheduler_config.json").read_text() == "{}\n"
+    config, again = import_folder(folder / "text_encoder")
+    assert config.width == 16
+    assert_equal(again, text_parameters)
+    with pytest.raises(ValueError, match="no config.json.*give one of: text_encoder, vae"):
+        import_folder(folder)
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path, parameters):
+    folder = export_network(VAE, parameters, tmp_path / "vae")
+    with pytest.raises(ExportError, match="exists and is not empty"):
+        export_network(VAE, parameters, folder)
+    other = random_parameters(VAE, seed=1)
+    export_network(VAE, other, folder, overwrite=True)
+    assert_equal(import_folder(folder)[1], other)
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="is a file"):
+        export_network(VAE, parameters, tmp_path / "file")
+
+
+def test_a_full_disk_is_seen_before_writing(tmp_path, parameters, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(ExportError, match="too full: the export needs .* MB and 0.0 MB are free. Nothing was written"):
+        export_network(VAE, parameters, tmp_path / "vae")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_write_that_fails_leaves_things_as_they_were(tmp_path, parameters, exists):
+    other = random_parameters(VAE, seed=1)
+    if exists:
+        export_network(VAE, other, tmp_path / "vae")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(ExportError, match="writing .*vae failed: File too large. Nothing of the export is left"):
+            export_network(VAE, parameters, tmp_path / "vae", overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == (["vae"] if exists else [])
+    if exists:
+        assert_equal(import_folder(tmp_path / "vae")[1], other)
+
+
+def test_weights_of_another_network_are_listed(tmp_path, parameters):
+    folder = export_network(VAE, parameters, tmp_path / "vae")
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"latent_channels": 3, "use_quant_conv": False, "use_post_quant_conv": False}
+    (folder / "config.json").write_text(json.dumps(values))
+    message = "(?s)vae as AutoencoderKL.*4 not expected:.*post_quant_conv.bias.*3 wrongly shaped"
+    with pytest.raises(WeightError, match=message):
+        import_folder(folder)
+    with pytest.raises(WeightError, match="parameters and weight table disagree"):
+        export_network(VAE.replace(quant_convolutions=False), parameters, tmp_path / "other")
+    assert contents(tmp_path) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+
+
+def test_shard_names_cannot_leave_the_folder(tmp_path, parameters):
+    folder = export_network(VAE, parameters, tmp_path / "vae", shard_bytes=20000)
+    outside = export_network(VAE, parameters, tmp_path / "outside") / "diffusion_pytorch_model.safetensors"
+    index_path = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    for evil in ("../outside/diffusion_pytorch_model.safetensors", str(outside), "..", "a\\b", "sub/x.safetensors"):
+        index["weight_map"]["decoder.conv_in.bias"] = evil
+        index_path.write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="give plain file names in the same folder"):
+            import_folder(folder)
+    index["weight_map"]["decoder.conv_in.bias"] = "absent.safetensors"
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="absent.safetensors.*not there"):
+        import_folder(folder)
+
+
+def test_damaged_files_are_named(tmp_path, parameters):
+    folder = export_network(VAE, parameters, tmp_path / "vae")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    damages = {
+        whole[:-1]: "cut short",
+        whole[:5]: "header of",
+        b"\xff" * 64: "header of",
+        whole[:8] + b"x" * header + whole[8 + header :]: "not JSON",
+        whole.replace(b'"F32"', b'"F99"', 1): "cannot be read",
+        whole.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1): "has shape",
+    }
+    for damaged, message in damages.items():
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"vae/diffusion_pytorch_model.safetensors is not a sound .*{message}"):
+            import_folder(folder)
+
+
+def test_mistakes_get_one_message(tmp_path, parameters):
+    with pytest.raises(ValueError, match="no such file"):
+        import_folder(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="has no config.json"):
+        import_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        import_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(ValueError, match="class UNet2DConditionModel, which has no counterpart.*AutoencoderKL"):
+        import_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "norm_num_groups": 4}))
+    with pytest.raises(ValueError, match="has no weights: expected diffusion_pytorch_model.safetensors"):
+        import_folder(tmp_path)
+    (tmp_path / "weights.h5").write_text("")
+    with pytest.raises(ValueError, match="weights are read from .safetensors files"):
+        import_folder(tmp_path / "weights.h5", VAE)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(Config):
+        pass
+
+    with pytest.raises(ValueError, match="Other: no PyTorch layout is known.*ImageVAEConfig"):
+        export_network(Other(), {}, tmp_path / "x")
+
+
+def test_pickles_are_refused_without_torch(tmp_path, monkeypatch):
+    (tmp_path / "weights.bin").write_bytes(pickle.dumps({}))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match="is a pickle, which can run code.*torch is not installed"):
+        import_folder(tmp_path / "weights.bin", VAE)
+
+
+@pytest.mark.torch
+def test_pickles_are_read_as_tensors_or_not_at_all(tmp_path, parameters):
+    torch = pytest.importorskip("torch")
+    state = {
+        name: torch.from_numpy(array.copy())
+        for name, array in formats.format_of(VAE).weight_map(VAE).to_torch(parameters)
+    }
+    for legacy in (False, True):
+        torch.save(state, tmp_path / "weights.pt", _use_new_zipfile_serialization=not legacy)
+        assert_equal(import_folder(tmp_path / "weights.pt", VAE)[1], parameters)
+    halves = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    torch.save({"state_dict": halves, "epoch": 3}, tmp_path / "weights.ckpt")
+    again = flatten(import_folder(tmp_path / "weights.ckpt", VAE)[1])
+    for path, array in flatten(parameters).items():
+        np.testing.assert_array_equal(again[path], array.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+    marker = tmp_path / "marker"
+
+    class Evil:
+        def __reduce__(self):
+            return (marker.write_text, ("run",))
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.bin")
+    with pytest.raises(ValueError, match="evil.bin was refused"):
+        import_folder(tmp_path / "evil.bin", VAE)
+    assert not marker.exists()
+
+
+@pytest.mark.torch
+def test_old_names_of_attention_are_read(tmp_path, parameters):
+    folder = export_network(VAE, parameters, tmp_path / "vae")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    arrays = dict(SafetensorsFile(file))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new_name, old_name in old.items():
+        new_part, old_part = f"attentions.0.{new_name}.", f"attentions.0.{old_name}."
+        arrays = {name.replace(new_part, old_part): array for name, array in arrays.items()}
+    assert "encoder.mid_block.attentions.0.proj_attn.weight" in arrays
+    write(file, {n: TensorSpec(a.shape, a.dtype) for n, a in arrays.items()}, arrays.items())
+    assert_equal(import_folder(folder)[1], parameters)
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path):
+    config = ImageVAEConfig(block_channels=(64, 128), layers_per_block=1, groups=4)
+    parameters = random_parameters(config)
+    total = sum(array.nbytes for array in flatten(parameters).values())
+    largest = max(array.nbytes for array in flatten(parameters).values())
+    assert largest < total / 5
+    tracemalloc.start()
+    try:
+        export_network(config, parameters, tmp_path / "vae")
+        exporting = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        import_folder(tmp_path / "vae")
+        importing = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    slack = 1_500_000  # headers, names, the description of the network
+    assert exporting < 2.1 * largest + slack < total
+    assert importing < total + 2.1 * largest + slack < 2 * total

@@ -1,0 +1,194 @@
+"""Optimizers against optax and against formulas: schedules, decay, frozen parameters, multipliers, Muon's matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jvgen.config import ConfigError
+from jvgen.parallel.axes import EMBED, LAYERS, MLP, VOCABULARY
+from jvgen.training import optimizer, parameter_paths
+from jvgen.training.optimizer import OptimizerConfig, make_optimizer
+
+AXES = {
+    "net": {
+        "blocks": {"kernel": (LAYERS, EMBED, MLP), "scale": (LAYERS, EMBED)},
+        "conv": {"kernel": (None, None, EMBED, MLP), "bias": (MLP,)},
+        "text": {"embedding": (VOCABULARY, EMBED)},
+        "out": {"kernel": (EMBED, MLP)},
+    }
+}
+SHAPES = {
+    "net": {
+        "blocks": {"kernel": (3, 8, 4), "scale": (3, 8)},
+        "conv": {"kernel": (3, 3, 2, 5), "bias": (5,)},
+        "text": {"embedding": (10, 8)},
+        "out": {"kernel": (8, 6)},
+    }
+}
+
+
+def random_tree(seed: int):
+    rng = np.random.default_rng(seed)
+    return parameter_paths.map_with_path(lambda _, s: jnp.asarray(rng.standard_normal(s), jnp.float32), SHAPES)
+
+
+def run(config: OptimizerConfig, updates: int = 3):
+    made = make_optimizer(config, AXES, 100)
+    parameters, _ = parameter_paths.split(random_tree(0), made.trains)
+    state = made.init(parameters)
+    update = jax.jit(made.update)
+    for number in range(updates):
+        gradients = parameter_paths.select(random_tree(number + 1), parameters)
+        moves, state = update(gradients, state, parameters, jnp.float32(0.1))
+        parameters = jax.tree.map(jnp.add, parameters, moves)
+    return dict(parameter_paths.flatten(parameters)), state
+
+
+def test_adamw_is_optax_adamw():
+    mask = parameter_paths.map_with_path(lambda path, _: path.endswith("kernel"), SHAPES)
+    reference = optax.adamw(0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, mask=mask)
+    expected = random_tree(0)
+    state = reference.init(expected)
+    for number in range(3):
+        with jax.numpy_dtype_promotion("standard"):
+            moves, state = jax.jit(reference.update)(random_tree(number + 1), state, expected)
+        expected = optax.apply_updates(expected, moves)
+    ours, _ = run(OptimizerConfig(weight_decay=0.05))
+    for path, value in parameter_paths.flatten(expected):
+        np.testing.assert_allclose(ours[path], value, rtol=2e-6, atol=1e-6, err_msg=path)
+
+
+def test_stacked_norm_scales_do_not_decay_although_they_have_two_axes():
+    with_decay, _ = run(OptimizerConfig(weight_decay=0.5))
+    without, _ = run(OptimizerConfig(weight_decay=0.0))
+    for path in with_decay:
+        assert np.array_equal(with_decay[path], without[path]) != path.endswith("kernel"), path
+
+
+def test_an_embedding_does_not_decay_whatever_it_is_called():
+    config = OptimizerConfig(weight_decay=0.5, no_weight_decay=())
+    assert np.array_equal(
+        run(config)[0]["net/text/embedding"], run(config.replace(weight_decay=0.0))[0]["net/text/embedding"]
+    )
+
+
+def test_frozen_parameters_have_no_moments():
+    ours, state = run(OptimizerConfig(frozen=("net/conv/", "net/text/")))
+    assert set(ours) == {"net/blocks/kernel", "net/blocks/scale", "net/out/kernel"}
+    moments = parameter_paths.name_leaves(state)
+    assert "adam/mu/net/out/kernel" in moments and not any("conv" in name or "text" in name for name in moments)
+
+
+def test_multipliers_scale_the_learning_rate_and_the_first_match_counts():
+    plain, _ = run(OptimizerConfig(weight_decay=0.0), 1)
+    config = OptimizerConfig(weight_decay=0.0, multipliers={"net/out": 0.5, "net/": 2.0})
+    scaled, _ = run(config, 1)
+    start = dict(parameter_paths.flatten(random_tree(0)))
+    for path in plain:
+        factor = 0.5 if path.startswith("net/out") else 2.0
+        np.testing.assert_allclose(
+            scaled[path] - start[path], factor * (plain[path] - start[path]), rtol=1e-5, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("field", ["frozen", "multipliers", "muon_exclude"])
+def test_a_pattern_without_effect_is_a_mistake(field):
+    value = {"net/bloks": 0.5} if field == "multipliers" else ("net/bloks",)
+    with pytest.raises(ConfigError, match="net/bloks.*matches no parameter"):
+        make_optimizer(OptimizerConfig(**{field: value}), AXES, 100)
+
+
+def test_freezing_everything_is_a_mistake():
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        make_optimizer(OptimizerConfig(frozen=("net",)), AXES, 100)
+
+
+def test_muon_moves_each_stacked_layer_as_a_matrix_of_its_own():
+    """A stack of three layers moves as three single kernels do."""
+    config = OptimizerConfig(kind="muon", weight_decay=0.0)
+    stacked, state = run(config)
+    made = make_optimizer(config, {"kernel": (EMBED, MLP)}, 100)
+    update = jax.jit(made.update)
+    for layer in range(3):
+        kernel = {"kernel": random_tree(0)["net"]["blocks"]["kernel"][layer]}
+        alone = made.init(kernel)
+        for number in range(3):
+            gradient = {"kernel": random_tree(number + 1)["net"]["blocks"]["kernel"][layer]}
+            moves, alone = update(gradient, alone, kernel, jnp.float32(0.1))
+            kernel = jax.tree.map(jnp.add, kernel, moves)
+        np.testing.assert_allclose(stacked["net/blocks/kernel"][layer], kernel["kernel"], atol=1e-6)
+    names = parameter_paths.name_leaves(state)
+    assert "muon/mu/net/blocks/kernel" in names and "muon/mu/net/conv/kernel" in names
+    assert "adam/mu/net/text/embedding" in names and "adam/mu/net/blocks/scale" in names
+
+
+def test_muon_directions_are_orthogonal_with_the_stated_size():
+    config = OptimizerConfig(kind="muon", weight_decay=0.0, muon_rms=0.2)
+    start = dict(parameter_paths.flatten(random_tree(0)))
+    moved, _ = run(config, 1)
+    for path, matrix in {
+        "net/out/kernel": lambda x: x,
+        "net/conv/kernel": lambda x: x.reshape(18, 5),
+        "net/blocks/kernel": lambda x: x[1],
+    }.items():
+        step = (
+            matrix(np.asarray(moved[path] - start[path]))
+            / -0.1
+            / 0.2
+            / np.sqrt(max(matrix(np.asarray(start[path])).shape))
+        )
+        singular = np.linalg.svd(step, compute_uv=False)
+        # Five Newton-Schulz iterations leave singular values around one, from a spread of condition 5 and more.
+        assert singular.min() > 0.6 and singular.max() < 1.3, (path, singular)
+
+
+def test_muon_exclude_hands_a_kernel_to_adamw():
+    _, state = run(OptimizerConfig(kind="muon", muon_exclude=("net/out",)))
+    names = parameter_paths.name_leaves(state)
+    assert "adam/mu/net/out/kernel" in names and "muon/mu/net/out/kernel" not in names
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at"),
+    [
+        ("constant", {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 99: 1.0}),
+        ("linear", {9: 1.0, 10: 1.0, 99: 0.1, 150: 0.1}),
+        ("cosine", {9: 1.0, 10: 1.0, 99: 0.1, 150: 0.1}),
+        ("wsd", {9: 1.0, 50: 1.0, 80: 1.0, 99: 0.1, 150: 0.1}),
+    ],
+)
+def test_schedules_at_the_points_that_define_them(schedule, at):
+    config = OptimizerConfig(
+        learning_rate=2.0, schedule=schedule, warmup_steps=10, final_fraction=0.1, decay_fraction=0.2
+    )
+    rate = jax.jit(optimizer.make_schedule(config, 100))
+    for step, expected in at.items():
+        np.testing.assert_allclose(rate(jnp.int32(step)), 2.0 * expected, rtol=1e-5, err_msg=f"{schedule} at {step}")
+
+
+def test_cosine_is_halfway_in_the_middle():
+    config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=0, final_fraction=0.0)
+    np.testing.assert_allclose(optimizer.make_schedule(config, 101)(jnp.int32(50)), 0.5, atol=1e-6)
+
+
+def test_clipping_keeps_direction_and_limits_the_norm():
+    gradients = random_tree(3)
+    norm = optimizer.global_norm(gradients)
+    clipped = optimizer.clip(gradients, norm, 0.5)
+    np.testing.assert_allclose(optimizer.global_norm(clipped), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(
+        clipped["net"]["out"]["kernel"] * norm / 0.5, gradients["net"]["out"]["kernel"], rtol=1e-5
+    )
+    same = optimizer.clip(gradients, norm, float(norm) * 2)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), same, gradients))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("learning_rate", 0.0), ("beta1", 1.0), ("clip_norm", -1.0), ("frozen", ("(",)), ("decay_fraction", 2.0)],
+)
+def test_settings_that_cannot_work_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        OptimizerConfig(**{field: value}).validate()

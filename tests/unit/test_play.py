@@ -1,0 +1,184 @@
+"""`jvgen play`: keys and files as actions, episodes in files and in the terminal, and what it refuses."""
+
+import io
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvgen.control import play
+from jvgen.data.decode import decode_window, encode_video
+from jvgen.data.records import Record
+from jvgen.data.writer import Writer
+from jvgen.interop.formats import format_of
+from jvgen.interop.from_torch import import_folder
+from jvgen.interop.to_torch import export_network
+from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.training.inference import open_run
+
+TOKENIZER = CompressiveTokenizerConfig(
+    resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
+    context_codes=18, future_codes=12, attention_side=8, attention_groups=4,
+)  # fmt: skip
+# Sequences of up to four frames.
+TRANSFORMER = FrameTransformerConfig(
+    vocabulary=32, width=24, layers=1, heads=3, hidden=40, max_positions=140, action_width=2, reward=True
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Both networks as folders, as published ones are."""
+    folder, rng = tmp_path_factory.mktemp("model"), np.random.default_rng(0)
+    for name, config in (("tokenizer", TOKENIZER), ("transformer", TRANSFORMER)):
+        leaves, structure = jax.tree.flatten(format_of(config).network(config).shapes)
+        drawn = [(0.3 * rng.standard_normal(s.shape) + (s.ndim == 1)).astype(np.float32) for s in leaves]
+        export_network(config, structure.unflatten(drawn), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "episodes"
+    video = np.linspace(0, 200, 9)[:, None, None, None] + np.zeros((9, 16, 24, 3))
+    record = Record(
+        id="one", kind="dynamic", clips=(encode_video(video.astype(np.uint8), 8.0, quality=0),), frames_per_second=8.0,
+        frames=9, height=16, width=24,
+    )  # fmt: skip
+    with Writer(folder, description="toy", metadata={}) as writer:
+        writer.add("train", record)
+    return folder
+
+
+def test_keys():
+    keys = list("d?w dxd")
+    actions = list(play.actions_from_keys(keys, 2, 0.5))
+    assert [action.tolist() for action in actions] == [[0.5, 0], [0, 0.5], [0, 0], [0.5, 0]]
+    # The third component has no key in a world with two.
+    assert not list(play.actions_from_keys("qe", 2, 1.0))
+    with pytest.raises(ValueError, match="at most 6; give --actions"):
+        list(play.actions_from_keys("d", 7, 1.0))
+    assert "a/d component 0, s/w component 1; space: no action" in play.help_text(2)
+
+
+def test_keys_without_a_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ad"))
+    assert list(play.pressed_keys()) == ["a", "d"]
+
+
+def test_files_of_actions(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n0.5,1\n\n-1,2e-1\n")
+    np.testing.assert_allclose(play.read_actions(tmp_path / "a.csv", 2), [[0.5, 1], [-1, 0.2]])
+    np.save(tmp_path / "b.npy", np.ones((3, 2)))
+    assert play.read_actions(tmp_path / "b.npy", 2).dtype == np.float32
+    (tmp_path / "c.csv").write_text("1,2\n3,fast\n")
+    (tmp_path / "d.txt").write_text("1,2\n")
+    for name, words in (
+        ("a.csv", "holds \\(2, 2\\); expected one line of 3"),
+        ("c.csv", "cannot be read as actions .*fast"),
+        ("d.txt", "expected .npy or .csv"),
+        ("none.csv", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            play.read_actions(tmp_path / name, 3 if name == "a.csv" else 2)
+
+
+def test_frames_as_text():
+    frame = np.zeros((3, 4, 3), np.uint8)
+    frame[0, 0] = (255, 0, 7)
+    text = play.terminal_picture(frame)
+    assert text.count("\n") == 1 and text.count("\u2580") == 8 and "38;2;255;0;7;48;2;0;0;0m" in text
+    assert play.terminal_picture(np.zeros((128, 128, 3), np.uint8)).count("\u2580") == 64 * 32
+    written = []
+    view = play.TerminalView(written.append)
+    view(frame, "first")
+    view(frame, "second")
+    # The second picture begins where the first did.
+    assert not written[0].startswith("\x1b[3A") and written[1].startswith("\x1b[3A") and "second" in written[1]
+
+
+def test_an_episode_from_a_file_of_actions(model, data, tmp_path, jvgen):
+    (tmp_path / "actions.csv").write_text("0.5,0\n" * 5)
+    out = tmp_path / "new" / "episode.mp4"
+    done = jvgen("play", model, "--data", data, "--start", 4, "--stride", 2, "--actions", tmp_path / "actions.csv",
+                 "--out", out, "--greedy")  # fmt: skip
+    assert done.status == 0, done.err
+    assert "5 frames, rewards sum to" in done.out and "step 5" in done.out and "\u2580" in done.out
+    rewards = (tmp_path / "new" / "episode.rewards.csv").read_text().splitlines()
+    assert rewards[0] == "step,reward" and len(rewards) == 6
+    frames = decode_window(out.read_bytes(), list(range(7)))
+    assert abs(frames[0].mean() - 100) < 4 and abs(frames[1].mean() - 150) < 4
+    gif = tmp_path / "episode.gif"
+    done = jvgen(
+        "play", model, "--data", data, "--actions", tmp_path / "actions.csv", "--steps", 1, "--quiet", "--out", gif
+    )
+    assert done.status == 0 and "\u2580" not in done.out
+    with Image.open(gif) as image:
+        assert image.n_frames <= 3
+
+
+def test_an_episode_from_the_keyboard(model, data, jvgen, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("dwx"))
+    done = jvgen("play", model, "--data", data, "--quiet")
+    assert done.status == 0 and "a/d component 0" in done.out and "2 frames" in done.out
+
+
+def test_what_it_refuses(model, data, tmp_path, jvgen):
+    (tmp_path / "actions.csv").write_text("0.5,0\n")
+    common = ["--data", data, "--actions", tmp_path / "actions.csv", "--quiet"]
+    for words, message in (
+        ([tmp_path, *common], "neither a run's work folder nor"),
+        ([model, *common, "--record", 3], "--record 3: .* has recordings 0 to 0"),
+        ([model, *common, "--start", 8], "reaches frame 9; the recording has 9"),
+        ([model, *common, "--stride", 0], "--stride 0"),
+        ([model, *common, "--out", tmp_path / "x.png"], "written as .mp4 or .gif"),
+        ([model, *common, "--frames", 60], "more than transformer.max_positions = 140"),
+    ):
+        done = jvgen("play", *words)
+        assert done.status == 2, words
+        assert re.search(message, done.err), done.err
+
+
+# Weights put to another use, as the finetuning recipes do.
+
+ADAPTED = """
+from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.experiment import Experiment
+from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.tasks.world_model import WorldModelConfig
+from jvgen.training.config import TrainingConfig
+from jvgen.nn.stacked import Remat
+
+
+def experiment():
+    return Experiment(
+        name="adapted",
+        task=WorldModelConfig(transformer={transformer}, tokenizer={tokenizer}, tokenizer_weights="{weights}"),
+        data=DataConfig(
+            sources=(SourceConfig(path="nowhere"),),
+            buckets=(BucketConfig(frames=4, height=16, width=16, batch_size=1),),
+        ),
+        training=TrainingConfig(steps=1),
+    )
+"""
+
+
+def test_released_weights_begin_a_run_with_other_actions(model, tmp_path, jvgen):
+    wider = TRANSFORMER.replace(action_width=3, reward=False)
+    text = ADAPTED.format(transformer=wider, tokenizer=TOKENIZER, weights=model / "tokenizer")
+    (tmp_path / "adapted.py").write_text(text.replace("<Remat.NONE: 'none'>", "Remat.NONE"))
+    words = ["import", model / "transformer", "--config", tmp_path / "adapted.py", "--to", tmp_path / "run"]
+    refused = jvgen(*words)
+    assert refused.status == 2 and "action_width" in refused.err
+    done = jvgen(*words, "--adapt")
+    assert done.status == 0, done.err
+    found = open_run(tmp_path / "run").parameters["transformer"]
+    assert found["action"]["kernel"].shape == (3, 24) and not np.asarray(found["action"]["kernel"]).any()
+    assert "reward" not in found
+    _, given = import_folder(model / "transformer")
+    np.testing.assert_array_equal(found["embedding"]["table"], given["embedding"]["table"])
+    jax.tree.map(np.testing.assert_array_equal, found["blocks"], given["blocks"])

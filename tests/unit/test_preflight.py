@@ -1,0 +1,291 @@
+"""What is said of a run before it starts: problems all at once, memory by arithmetic, a compiled program read."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jvgen import config
+from jvgen.config import ConfigError
+from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.diffusion.objective import ObjectiveConfig
+from jvgen.diffusion.schedule import ScheduleConfig
+from jvgen.experiment import Experiment
+from jvgen.models.byte_text.config import ByteTextConfig
+from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.nn.stacked import Remat
+from jvgen.parallel.mesh import MeshConfig, make_mesh
+from jvgen.parallel.rules import ShardingConfig
+from jvgen.preflight import check as preflight
+from jvgen.preflight import collectives, topology
+from jvgen.preflight.ahead_of_time import BucketReport, CompileReport, Memory, compile_ahead
+from jvgen.preflight.check import check
+from jvgen.preflight.estimate import estimate, local_bytes, saved_between_layers
+from jvgen.tasks.text import TextConfig
+from jvgen.tasks.text_to_video import TextToVideoConfig
+from jvgen.training.config import TrainingConfig
+from jvgen.training.program import Program
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toys  # noqa: E402
+
+needs_compiler = pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
+
+
+def video_experiment(frames=5, size=64, text=16, **changes) -> Experiment:
+    """A small denoiser of 4-frame clips with trained byte captions; 2 x 16 x 16 latent tokens and the text."""
+    base = Experiment(
+        name="small",
+        task=TextToVideoConfig(
+            denoiser=VideoDiTConfig(
+                layers=2, heads=4, head_width=64, in_channels=4, out_channels=4, text_width=32, text_length=text,
+                condition_width=64, remat=Remat.ATTENTION, token_multiple=64,
+            ),
+            text=TextConfig(encoder=ByteTextConfig(width=32, layers=1, heads=2), length=text),
+            schedule=ScheduleConfig(kind="cogvideox"),
+            objective=ObjectiveConfig(target="v"),
+            temporal_compression=4,
+        ),
+        data=DataConfig(
+            sources=(SourceConfig(path="nowhere"),),
+            buckets=(BucketConfig(frames=frames, height=size, width=size, batch_size=8),),
+        ),
+        training=TrainingConfig(steps=10),
+    )  # fmt: skip
+    return config.override(base, [f"{path}={value}" for path, value in changes.items()])
+
+
+def problems(experiment, workdir=None) -> str:
+    with pytest.raises(ConfigError) as raised:
+        check(experiment, workdir)
+    return str(raised.value)
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    monkeypatch.setattr(preflight, "Loader", lambda *args, **options: None)
+
+
+# Checks.
+
+
+def test_a_sound_run_passes(no_data, tmp_path):
+    check(video_experiment(**{"mesh.fsdp": 2, "mesh.seq": 2, "mesh.tensor": 2}), tmp_path / "new" / "run")
+
+
+def test_problems_are_told_together(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    said = problems(video_experiment(frames=6, size=60, **{"data.buckets.0.batch_size": 9}), file / "run")
+    assert said.startswith("4 problems:")
+    assert "data.buckets.0: frames = 6" in said
+    assert "data set folder 'nowhere' does not exist" in said
+    assert "batch_size = 9 must be a multiple of 8" in said
+    assert f"{file} is a file" in said
+
+
+def test_mesh_that_does_not_divide_the_devices(no_data):
+    assert "multiple of 3 devices, but there are 8" in problems(video_experiment(**{"mesh.seq": 3}))
+
+
+def test_tokens_and_heads_that_do_not_divide(no_data):
+    said = problems(video_experiment(**{"mesh.fsdp": 1, "mesh.tensor": 8}))
+    assert "mesh.tensor = 8 does not divide 4 (activation_heads); choose a mesh.tensor" in said
+    said = problems(video_experiment(text=15, **{"mesh.fsdp": 1, "mesh.seq": 8, "task.denoiser.token_multiple": 1}))
+    assert "mesh.seq = 8 does not divide 47 (length); pad the tokens" in said
+
+
+def test_full_disk(no_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert "GiB (parameters, optimizer, averages), but" in problems(video_experiment(), tmp_path / "run")
+
+
+# Estimates.
+
+
+def test_estimate_is_the_bytes_of_one_device():
+    experiment = toys.experiment()
+    experiment = experiment.replace(mesh=MeshConfig(fsdp=8), sharding=ShardingConfig(replicate_below=0))
+    program = Program.of(experiment, make_mesh(experiment.mesh))
+    state = program.init()
+    device = jax.devices()[0]
+
+    def held(tree):
+        shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+        return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+    least = estimate(program, experiment.data.buckets[0])
+    assert least.parameters == held(state.parameters) == least.gradients
+    assert least.optimizer == held(state.optimizer) and least.averages == held(state.ema)
+    assert least.cast == 0 and least.total > least.state
+
+
+def test_layers_keep_a_device_its_share_of_tokens():
+    experiment = video_experiment(**{"mesh.fsdp": 2, "mesh.seq": 4})
+    program = Program.of(experiment, make_mesh(experiment.mesh))
+    size = saved_between_layers(program, experiment.data.buckets[0], tokens=64, width=256, layers=2, kept=3)
+    assert size == 3 * 2 * (8 // 2) * (64 // 4) * 256 * 2
+
+
+def test_local_bytes_counts_keys():
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    assert local_bytes({"key": key, "x": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}) == 8 + 6
+
+
+# Reading programs.
+
+PROGRAM = """HloModule jit_step, entry_computation_layout={...}
+
+%all-reduce-scatter.1 (input.1: bf16[64,32]) -> bf16[8,32] {
+  %input.1 = bf16[64,32]{1,0} parameter(0)
+  ROOT %all-reduce.7 = bf16[64,32]{1,0} all-reduce(%input.1), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
+%start.1 (p.1: bf16[1,32]) -> (bf16[1,32], bf16[4,32]) {
+  %all-gather.1 = bf16[4,32]{1,0} all-gather(%p.1), channel_id=1, metadata={op_name="jit(step)/gather"}
+  ROOT %custom-call.1 = (bf16[1,32], bf16[4,32]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.2 (p.2: bf16[1,32]) -> (bf16[1,32], bf16[4,32]) {
+  ROOT %all-gather.2 = bf16[4,32]{1,0} all-gather(%p.2), channel_id=1
+}
+
+%done.1 (p.3: bf16[1,32]) -> bf16[4,32] {
+  %all-gather.3 = bf16[4,32]{1,0} all-gather(%p.3), channel_id=1
+  ROOT %custom-call.2 = bf16[4,32] custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%condition.1 (p.4: (s32[], bf16[1,32])) -> pred[] {
+  %constant.1 = s32[] constant(30)
+  ROOT %compare.1 = pred[] compare(%p.4, %constant.1), direction=LT
+}
+
+%body.1 (p.5: (s32[], bf16[1,32])) -> (s32[], bf16[1,32]) {
+  %fusion.1 = (bf16[1,32], bf16[4,32]) fusion(%p.5), kind=kCustom, calls=%start.1
+  %fusion.2 = (bf16[1,32], bf16[4,32]) fusion(%fusion.1), kind=kCustom, calls=%async_collective_fusion.2
+  %fusion.3 = bf16[4,32] fusion(%fusion.2), kind=kCustom, calls=%done.1
+  ROOT %fusion.4 = bf16[8,32] fusion(%fusion.3), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+ENTRY %main.1 (x: bf16[1,32]) -> f32[] {
+  %while.1 = (s32[], bf16[1,32]) while(%x), condition=%condition.1, body=%body.1
+  %while.2 = (s32[], bf16[1,32]) while(%x), condition=%condition.1, body=%body.1, config={"known_trip_count":{"n":"2"}}
+  %all-reduce.2 = (f32[10]{0}, f32[20]{0}) all-reduce(%a, %b), channel_id=5, replica_groups={{0,1}}
+  %reduce-scatter.1 = f32[4]{0} reduce-scatter(%c), channel_id=6, replica_groups=[2,4]<=[8], dimensions={0}
+  %all-gather-start.1 = (f32[2]{0}, f32[8]{0}) all-gather-start(%d), channel_id=7
+  ROOT %all-gather-done.1 = f32[8]{0} all-gather-done(%all-gather-start.1)
+}
+"""
+
+
+def test_collectives_of_a_program():
+    found = {(c.kind, c.shape): (c.count, c.bytes) for c in collectives.merged(collectives.read(PROGRAM))}
+    assert found == {
+        ("reduce-scatter", "bf16[64,32]"): (32, 64 * 32 * 2),
+        ("all-gather", "bf16[4,32]"): (32, 4 * 32 * 2),
+        ("all-reduce", "f32[20] and 1 more"): (1, 30 * 4),
+        ("reduce-scatter", "f32[4]"): (1, 4 * 4 * 4),
+        ("all-gather", "f32[8]"): (1, 32),
+    }
+
+
+def test_collectives_of_this_machines_compiler():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+
+    def three_sums(x):
+        body = jax.shard_map(
+            lambda x: jax.lax.psum(x, "fsdp"), mesh=mesh, in_specs=place.spec, out_specs=jax.sharding.PartitionSpec()
+        )
+        return jax.lax.scan(lambda carry, _: (carry + body(x), None), jnp.zeros((2,)), length=3)[0]
+
+    text = jax.jit(three_sums).lower(jax.ShapeDtypeStruct((16,), jnp.float32, sharding=place)).compile().as_text()
+    (one,) = collectives.read(text)
+    assert one.kind == "all-reduce" and one.bytes == 8 and one.count in (1, 3)
+
+
+# Compiling for TPUs.
+
+
+def report_of(**memory) -> CompileReport:
+    least = estimate(Program.of(toys.experiment(), make_mesh(MeshConfig())), toys.experiment().data.buckets[0])
+    parts = {"arguments": 8, "outputs": 7, "aliased": 7, "temporaries": 1, "code": 0.5, "peak": 9} | memory
+    bucket = BucketReport(
+        bucket=toys.experiment().data.buckets[0], memory=Memory(**{k: v * 2**30 for k, v in parts.items()}),
+        minimum=least, flops={"model": 3e15}, seconds=1.0,
+        collectives=(collectives.Collective("all-gather", "bf16[4,32]", 30, 2**20),),
+    )  # fmt: skip
+    return CompileReport("v5e:2x2", "v5e", "mesh", 4, 10 * 2**30, 197e12, (bucket,))
+
+
+def test_report():
+    report = report_of()
+    assert report.fits and not report_of(temporaries=2).fits
+    assert "9.500" in str(report) and "95.0%" in str(report) and "all-gather" in str(report) and "30.0" in str(report)
+    document = json.loads(report.to_json())
+    assert document["fits"] is True and document["buckets"][0]["total_bytes"] == 9.5 * 2**30
+
+
+def test_missing_compiler(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"libtpu .*not installed: pip install 'jvgen\[tpu\]'"):
+        compile_ahead(toys.experiment(), "v5e:2x2")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["v5e:3x3", "v9:2x2", "v5e", "v5e:axb"])
+def test_unknown_topology(name):
+    with pytest.raises(ConfigError, match=rf"topology '{name}' is not known .* v5p:4x4x8"):
+        topology.describe(name)
+
+
+@needs_compiler
+def test_compile_for_a_small_pod():
+    experiment = toys.experiment()
+    experiment = experiment.replace(
+        mesh=MeshConfig(fsdp=2, tensor=2), data=experiment.data.replace(buckets=experiment.data.buckets[:1])
+    )
+    report = compile_ahead(experiment, "v5e:2x2")
+    assert report.fits and report.devices == 4 and report.chip == "v5e" and report.hbm_bytes == 15.75 * 2**30
+    (bucket,) = report.buckets
+    assert bucket.memory.arguments >= bucket.minimum.state > 0
+    assert bucket.memory.aliased > 0 and bucket.collectives
+    assert "TPU v5 lite" in report.mesh
+
+
+@needs_compiler
+def test_compile_for_a_pod_of_another_size():
+    with pytest.raises(ValueError, match="needs 8 devices, but there are 4"):
+        compile_ahead(toys.experiment().replace(mesh=MeshConfig(fsdp=8)), "v5e:2x2")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_denoiser_with_splash_attention_for_a_small_pod():
+    """1024 tokens on 2 x 2 devices: keys gathered, their gradients scattered, layers gathered one by one."""
+    experiment = video_experiment(frames=17, size=256, **{"mesh.fsdp": 2, "mesh.seq": 2})
+    experiment = experiment.replace(sharding=ShardingConfig(replicate_below=1024))
+    (bucket,) = compile_ahead(experiment, "v5e:2x2").buckets
+    kinds = {(one.kind, one.shape) for one in bucket.collectives}
+    assert any(kind == "reduce-scatter" and shape.endswith("256]") for kind, shape in kinds)
+    assert ("all-gather", "bf16[1,256,1024]") in kinds
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("pod", ["v5e:16x16", "v5p:4x4x8", "v6e:16x16"])
+def test_cogvideox_2b_fits_the_pods(pod):
+    """49 frames of 480x720, a clip for four chips or more: fits, attention in blocks, layers gathered one by one."""
+    experiment = config.load(Path(__file__).parents[2] / "configs" / "cogvideox_2b.py")
+    report = compile_ahead(experiment, pod)
+    (bucket,) = report.buckets
+    assert report.fits and bucket.bucket.batch_size * 4 >= report.devices
+    # All scores of one head in bfloat16 would take 0.16 GiB a head and device; nothing of that order is there.
+    assert bucket.memory.temporaries < 12 * 2**30
+    sizes = [one.bytes for one in bucket.collectives]
+    assert max(sizes) <= 256 * 2**20
+    kinds = {one.kind for one in bucket.collectives if one.count >= 30}
+    assert {"all-gather", "reduce-scatter"} <= kinds

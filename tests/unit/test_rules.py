@@ -1,0 +1,107 @@
+"""Sharding rules: which dimension a mesh axis goes to, what happens where it does not divide, and gradients."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jvgen.parallel import axes
+from jvgen.parallel.axes import BATCH, CONV_IN, CONV_OUT, EMBED, HEADS, LAYERS, LENGTH, MLP
+from jvgen.parallel.mesh import MeshConfig, make_mesh
+from jvgen.parallel.rules import Sharding, ShardingConfig
+
+
+def sharding(replicate_below=0, **mesh):
+    return Sharding(make_mesh(MeshConfig(**mesh)), ShardingConfig(replicate_below=replicate_below))
+
+
+STORAGE = [
+    # fsdp goes to embed, tensor to heads and hidden units.
+    ((EMBED, HEADS), (64, 32), P("fsdp", "tensor")),
+    ((LAYERS, MLP, EMBED), (3, 64, 32), P(None, "tensor", "fsdp")),
+    # A mesh axis is used once: the second embed stays whole.
+    ((EMBED, EMBED), (64, 32), P("fsdp", None)),
+    # No embed, or one that fsdp does not divide: the largest dimension that it divides, after tensor; never layers.
+    ((None, None), (8, 16), P(None, "fsdp")),
+    ((EMBED, None), (6, 16), P(None, "fsdp")),
+    ((EMBED, HEADS), (7, 64), P(None, ("tensor", "fsdp"))),
+    ((LAYERS, EMBED), (8, 6), P(None, None)),
+    ((None, None, CONV_IN, CONV_OUT), (3, 3, 8, 64), P(None, None, None, "fsdp")),
+    # Neither divides: replicated.
+    ((EMBED, HEADS), (7, 5), P(None, None)),
+    ((), (), P()),
+]
+
+
+@pytest.mark.parametrize("names,shape,spec", STORAGE)
+def test_storage(names, shape, spec):
+    assert sharding(fsdp=4, tensor=2).storage_of(names, shape).spec == spec
+
+
+def test_small_parameters_stay_whole_in_every_layer():
+    rules = sharding(replicate_below=1000, fsdp=4, tensor=2)
+    assert rules.storage_of((EMBED,), (64,)).spec == P(None)
+    assert rules.storage_of((LAYERS, EMBED), (500, 64)).spec == P(None, None)
+    assert rules.storage_of((HEADS,), (64,)).spec == P("tensor")
+    assert rules.storage_of((EMBED,), (1000,)).spec == P("fsdp")
+
+
+def test_compute_has_no_fsdp_on_parameters():
+    rules = sharding(fsdp=4, tensor=2)
+    shapes = {"a": jax.ShapeDtypeStruct((64, 32), jnp.float32), "b": jax.ShapeDtypeStruct((5, 32), jnp.float32)}
+    names = {"a": (EMBED, HEADS), "b": (HEADS, EMBED)}
+    places = rules.compute(names, shapes)
+    assert places["a"].spec == P(None, "tensor") and places["b"].spec == P(None, None)
+
+
+@pytest.mark.parametrize(
+    "shape,spec", [((8, 6), P(("data", "fsdp"), None)), ((2, 6), P("data", None)), ((3, 6), P(None, None))]
+)
+def test_batches_that_do_not_divide(shape, spec):
+    rules = sharding(data=2, fsdp=4)
+    assert rules.batch(jax.ShapeDtypeStruct(shape, jnp.float32)).spec == spec
+
+
+def test_activations():
+    rules = sharding(data=2, fsdp=1, seq=2, tensor=2)
+    names = (BATCH, LENGTH, axes.ACTIVATION_HEADS, None)
+    assert rules.activation(names, (2, 6, 4, 5)).spec == P(("data", "fsdp"), "seq", "tensor", None)
+    assert rules.activation(names, (2, 7, 3, 5)).spec == P(("data", "fsdp"), None, None, None)
+
+
+def test_constraints_are_real():
+    rules = sharding(fsdp=2, seq=4)
+    with axes.partitioned(rules):
+        x = jax.jit(lambda x: axes.constrain(x * 2, BATCH, LENGTH))(jnp.ones((4, 8)))
+    assert x.addressable_shards[0].data.shape == (2, 2)
+
+
+def test_gathered_parameters_give_scattered_gradients():
+    rules = sharding(fsdp=8)
+    place = rules.storage_of((EMBED, HEADS), (64, 32))
+    kernel = jax.device_put(jax.random.normal(jax.random.key(0), (64, 32)), place)
+    x = jax.device_put(jnp.ones((8, 64)), rules.batch(jnp.ones((8, 64))))
+
+    def loss(kernel, x):
+        return jnp.sum((x @ rules.constrain_parameters({"k": kernel}, {"k": (EMBED, HEADS)})["k"]) ** 2)
+
+    step = jax.jit(jax.grad(loss))
+    gradient = step(kernel, x)
+    assert gradient.sharding.is_equivalent_to(place, 2)
+    assert jnp.allclose(gradient, jax.grad(lambda k, x: jnp.sum((x @ k) ** 2))(kernel, x), rtol=1e-5)
+    program = step.lower(kernel, x).compile().as_text()
+    assert "all-gather" in program and ("reduce-scatter" in program or "f32[8,32]" in program)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"storage": {"embedd": ("fsdp",)}}, "storage: 'embedd' is not a logical axis"),
+        ({"compute": {"embed": ("model",)}}, "compute.embed: 'model' is not a mesh axis"),
+        ({"storage": {"layers": ("fsdp",)}}, "layers are scanned over"),
+        ({"replicate_below": -1}, "replicate_below = -1"),
+    ],
+)
+def test_tables_with_mistakes(change, message):
+    with pytest.raises(ValueError, match=message):
+        ShardingConfig(**change).validate()

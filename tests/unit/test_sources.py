@@ -1,0 +1,214 @@
+"""Data sets are written all or nothing, and read at random by any thread or process, without TensorFlow."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jvgen.data.records import Record
+from jvgen.data.sources import Source, find_dataset, open_source, read_metadata, splits
+from jvgen.data.writer import Writer
+
+
+def record(number: int) -> Record:
+    rng = np.random.default_rng(number)
+    frames = 1 + number % 4
+    return Record(
+        id=f"r{number}", kind="dynamic", clips=(rng.bytes(500 + number),), captions=("a", "b")[: number % 3],
+        frames_per_second=8, frames=frames, height=16, width=16,
+        actions=rng.normal(size=(frames, 2)).astype(np.float32) if number % 2 else np.zeros((0, 0), np.float32),
+    )  # fmt: skip
+
+
+def write(out: Path, train: int = 12, validation: int = 3, **options) -> Path:
+    with Writer(out, description="test", metadata={"origin": "test"}, **options) as writer:
+        for number in range(train + validation):
+            writer.add("train" if number < train else "validation", record(number))
+    return out
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data") / "set", shard_bytes=2000)
+
+
+def check(source: Source, rows: range | list[int]) -> None:
+    for row in rows:
+        read = source.read(row)
+        assert read.id == f"r{row}" and read.clips == record(row).clips and read.captions == record(row).captions
+        np.testing.assert_array_equal(read.actions, record(row).actions)
+
+
+def test_random_access_over_several_files(dataset: Path) -> None:
+    assert len(list(dataset.glob("*array_record*train*"))) + len(list(dataset.glob("*train*array_record*"))) > 2
+    source = open_source(dataset, "train")
+    assert len(source) == len(source.index) == 12
+    check(source, [11, 0, 5, 5, 3])
+    with pytest.raises(IndexError):
+        source.read(12)
+    assert splits(dataset) == {"train": 12, "validation": 3}
+    assert open_source(dataset, "validation").read(0).id == "r12"
+    assert read_metadata(dataset)["digests"]["train"] == source.index.digest
+
+
+def test_pickled_copies_and_threads(dataset: Path) -> None:
+    source = open_source(dataset, "train")
+    check(source, [1])
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.index.digest == source.index.digest
+    failures = []
+
+    def work(seed: int) -> None:
+        try:
+            check(copy, np.random.default_rng(seed).integers(0, 12, 20).tolist())
+        except AssertionError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_plain_tfds_reads_it_and_tensorflow_stays_out(dataset: Path) -> None:
+    code = f"""
+        import sys
+        import tensorflow_datasets as tfds
+        builder = tfds.builder_from_directory({str(dataset)!r})
+        source = builder.as_data_source("train")
+        assert len(source) == 12 and source[3]["id"] == b"r3", source[3]
+        assert len(source[3]["clips"]) == 1 and source[2]["intrinsics"].shape == (0, 4)
+        assert builder.info.splits["validation"].num_examples == 3
+        from jvgen.data.sources import open_source
+        assert open_source({str(dataset)!r}, "train").read(3).id == "r3"
+        assert not [name for name in sys.modules if name == "tensorflow" or name.startswith("tensorflow.")]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+def test_it_may_be_moved(dataset: Path, tmp_path: Path) -> None:
+    moved = write(tmp_path / "first").rename(tmp_path / "second")
+    check(open_source(moved, "train"), range(12))
+
+
+def test_what_is_not_there_is_named(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no split 'test'. Its splits: train \(12 records\), validation \(3 records\)"
+    ):
+        open_source(dataset, "test")
+    with pytest.raises(ValueError, match="does not exist. Did you mean .*set"):
+        open_source(dataset.with_name("sett"), "train")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds no data set .*notes.txt"):
+        open_source(tmp_path, "train")
+    with pytest.raises(ValueError, match="is a file"):
+        open_source(tmp_path / "notes.txt", "train")
+    write(tmp_path / "one")
+    assert find_dataset(tmp_path) == tmp_path / "one"
+    write(tmp_path / "two")
+    with pytest.raises(ValueError, match="holds 2 data sets.*one.*two"):
+        open_source(tmp_path, "train")
+    (tmp_path / "one" / "index-train.npz").unlink()
+    with pytest.raises(ValueError, match="there is no index-train.npz"):
+        open_source(tmp_path / "one", "train")
+    (tmp_path / "two" / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match="dataset_info.json"):
+        open_source(tmp_path / "two", "train")
+
+
+def test_an_index_of_another_data_set_is_noticed(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one"), write(tmp_path / "two", train=5)
+    (one / "index-train.npz").write_bytes((two / "index-train.npz").read_bytes())
+    with pytest.raises(ValueError, match="the index has 5 rows, the data set 12 records"):
+        open_source(one, "train").read(0)
+
+
+def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
+    out = write(tmp_path / "set")
+    before = open_source(out, "train").index.digest
+    with pytest.raises(ValueError, match="already holds a data set"):
+        write(out, train=3)
+    assert open_source(out, "train").index.digest == before
+    write(out, train=3, overwrite=True)
+    assert len(open_source(out, "train")) == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not a data set"):
+        write(tmp_path / "other", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
+
+
+def test_a_failing_build_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'r0' occurs twice"):
+        with Writer(tmp_path / "set", description="") as writer:
+            writer.add("train", record(0))
+            writer.add("train", record(0))
+    with pytest.raises(ValueError, match="nothing to write"):
+        with Writer(tmp_path / "set", description=""):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from array_record.python import array_record_module
+
+    class FullDisk:
+        def __init__(self, path: str, options: str):
+            Path(path).write_bytes(b"")
+
+        def write(self, record: bytes) -> None:
+            """Buffers, as the real one does."""
+
+        def close(self) -> None:
+            raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", FullDisk)
+    with pytest.raises(OSError, match="cannot write .*No space left on device"):
+        write(tmp_path / "set")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_build_leaves_no_folder_that_looks_finished(tmp_path: Path) -> None:
+    code = f"""
+        import os, signal
+        from jvgen.data.records import Record
+        from jvgen.data.writer import Writer
+        with Writer({str(tmp_path / "set")!r}, description="") as writer:
+            for number in range(50):
+                writer.add("train", Record(id=str(number), kind="image", clips=(b"x" * 1000,), height=1, width=1))
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "set").exists()
+    assert [path.name[:12] for path in tmp_path.iterdir()] == [".set.partial"]
+    with pytest.raises(ValueError, match="holds no data set"):
+        open_source(tmp_path, "train")
+    write(tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_running_build_is_left_alone(tmp_path: Path) -> None:
+    import socket
+
+    other = tmp_path / f".set.partial-{socket.gethostname()}-{os.getppid()}"
+    other.mkdir()
+    write(tmp_path / "set")
+    assert other.is_dir()
+
+
+def test_metadata(dataset: Path, tmp_path: Path) -> None:
+    stored = json.loads((dataset / "jvgen.json").read_text())
+    assert stored["origin"] == "test" and set(stored["digests"]) == {"train", "validation"}
+    with pytest.raises(ValueError, match="has no jvgen.json"):
+        read_metadata(tmp_path)

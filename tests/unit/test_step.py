@@ -1,0 +1,327 @@
+"""The training step: accumulation, meshes, several players, skipped steps, frozen parameters, keys."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toys  # noqa: E402
+
+from jvgen import config  # noqa: E402
+from jvgen.config import ConfigError  # noqa: E402
+from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh  # noqa: E402
+from jvgen.tasks.task import Objective  # noqa: E402
+from jvgen.training import health, parameter_paths, state  # noqa: E402
+from jvgen.training.config import TrainingConfig  # noqa: E402
+from jvgen.training.health import Health  # noqa: E402
+from jvgen.training.metrics import to_host  # noqa: E402
+from jvgen.training.optimizer import OptimizerConfig  # noqa: E402
+from jvgen.training.program import Program  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_compilations(tmp_path_factory):
+    """Most tests compile the same programs again: keep them for this module."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0, -1), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def run(experiment, steps: int = 2, mesh=None, bucket: int = 0, change_batch=None):
+    """The last state and the metrics of some steps; the batches are those of the fake loader for one bucket."""
+    program, compiled = compiled_step(experiment, mesh or single_device_mesh(), bucket)
+    loader, shape = toys.FakeLoader(experiment.data, seed=0, prepare=None), experiment.data.buckets[bucket]
+    current, rows = program.init(), []
+    for step in range(steps):
+        arrays = loader.at(step * len(experiment.data.buckets) + bucket).arrays
+        arrays = arrays if change_batch is None else change_batch(step, arrays)
+        current, metrics = compiled(current, program.place(arrays, shape, 0, 1))
+        rows.append(to_host(metrics))
+    return current, rows
+
+
+_COMPILED = {}
+
+
+def compiled_step(experiment, mesh, bucket: int):
+    name = (config.dump(experiment), mesh, bucket)
+    if name not in _COMPILED:
+        program = Program.of(experiment, mesh)
+        options = {"xla_backend_optimization_level": 0}
+        _COMPILED[name] = program, program.lower(experiment.data.buckets[bucket]).compile(compiler_options=options)
+    return _COMPILED[name]
+
+
+def assert_close(ours, theirs, tolerance=2e-6):
+    for (path, a), (_, b) in zip(parameter_paths.flatten(ours), parameter_paths.flatten(theirs), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=tolerance, err_msg=path)
+
+
+def assert_equal(ours, theirs):
+    for name, (a, b) in {
+        k: (a, b) for (k, a), b in zip(parameter_paths.name_leaves(ours).items(), jax.tree.leaves(theirs), strict=True)
+    }.items():
+        assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), name
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch():
+    """Draws belong to slots, `Mean` metrics add up: only rounding differs."""
+    whole, expected = run(toys.experiment())
+    parts, found = run(toys.experiment(**{"training.accumulation": 4}))
+    assert_close(parts.parameters, whole.parameters)
+    for name in ("loss", "high", "input", "gradient_norm"):
+        np.testing.assert_allclose([r[name] for r in found], [r[name] for r in expected], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulation"),
+    [({"fsdp": 8}, 2), ({"data": 2, "fsdp": 2, "seq": 2}, 1), ({"fsdp": 2, "tensor": 4}, 1)],
+)
+def test_any_mesh_gives_the_step_of_one_device(mesh, accumulation):
+    one, expected = run(toys.experiment(), steps=2)
+    experiment = toys.experiment(**{"training.accumulation": accumulation})
+    many, found = run(experiment, steps=2, mesh=make_mesh(MeshConfig(**{"fsdp": 1} | mesh)))
+    assert_close(jax.device_get(many.parameters), jax.device_get(one.parameters), 1e-5)
+    assert_close(jax.device_get(many.ema), jax.device_get(one.ema), 1e-5)
+    np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
+
+
+def test_state_lies_as_the_parameters_do():
+    program = Program.of(toys.experiment(), make_mesh(MeshConfig(fsdp=8)))
+    places = parameter_paths.name_leaves(program.shardings)
+    kernel = places["parameters/model/blocks/layers/up/kernel"]
+    assert "fsdp" in str(kernel.spec)
+    for name in ("optimizer/model/adam/mu", "optimizer/model/adam/nu", "ema/0.9"):
+        assert places[f"{name}/model/blocks/layers/up/kernel"] == kernel
+    fresh = program.init()
+    actual = parameter_paths.name_leaves(jax.tree.map(lambda leaf: leaf.sharding, fresh))
+    assert all(actual[name].is_equivalent_to(places[name], 3) or not places[name].spec for name in places)
+
+
+def test_compute_dtype_casts_matrices_and_keeps_gradients_and_state_in_float32():
+    seen = {}
+
+    class Watching(toys.ToyTask):
+        def loss(self, parameters, frozen, batch, key):
+            seen.update(parameter_paths.flatten(jax.tree.map(lambda leaf: leaf.dtype, parameters)))
+            return super().loss(parameters, frozen, batch, key)
+
+    experiment = toys.experiment(**{"training.compute_dtype": "bfloat16"})
+    program = Program.of(experiment, single_device_mesh(), Watching(experiment.task))
+    program.lower(experiment.data.buckets[0])
+    assert {str(d) for p, d in seen.items() if p.endswith("kernel")} == {"bfloat16"}
+    # A stacked norm's scale has two axes, and is still a vector a layer.
+    assert {str(d) for p, d in seen.items() if p.endswith(("scale", "bias"))} == {"float32"}
+    floats = [leaf for leaf in jax.tree.leaves(program.abstract) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {str(leaf.dtype) for leaf in floats} == {"float32"}
+
+
+def test_two_players_move_their_own_parameters_against_each_other():
+    experiment = toys.experiment().replace(
+        task=toys.GameConfig(),
+        optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0),
+        optimizers={"critic": OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.0)},
+    )
+    after, rows = run(experiment, steps=1)
+    values = {name: float(tree["value"][0]) for name, tree in after.parameters.items()}
+    # Adam's first update is the learning rate times the sign: the generator descends x*y, the critic ascends it.
+    np.testing.assert_allclose(values["generator"], 1.0 - 0.1, rtol=1e-6)
+    np.testing.assert_allclose(values["critic"], 2.0 + 0.01, rtol=1e-6)
+    assert rows[0]["generator/loss"] == 2.0 and rows[0]["critic/loss"] == -2.0
+    assert rows[0]["generator/gradient_norm"] == 2.0 and rows[0]["critic/gradient_norm"] == 1.0
+    names = parameter_paths.name_leaves(after.optimizer)
+    assert "generator/adam/mu/generator/value" in names and "generator/adam/mu/critic/value" not in names
+
+
+class Rivals(toys.GameTask):
+    """The game with one loss for both, or with turns."""
+
+    def __init__(self, shared: bool, period: int = 1):
+        super().__init__()
+        self.shared, self.period = shared, period
+
+    def objectives(self):
+        one, other = super().objectives()
+        if self.shared:
+            both = self.both
+            return Objective("generator", one.parameters, both), Objective("critic", other.parameters, both)
+        return tuple(dataclasses.replace(o, turn=(n, self.period)) for n, o in enumerate((one, other)))
+
+    def both(self, parameters, frozen, batch, key):
+        assert batch["step"].shape == batch["slot"].shape
+        generator, critic = parameters["generator"]["value"][0], parameters["critic"]["value"][0]
+        still = jax.lax.stop_gradient
+        return generator * still(critic) - still(generator) * critic, {"step": jnp.max(batch["step"])}
+
+
+def play(task, steps: int):
+    experiment = toys.experiment().replace(
+        task=toys.GameConfig(),
+        optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0),
+        optimizers={"critic": OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.0)},
+    )
+    program = Program.of(experiment, single_device_mesh(), task)
+    shape = experiment.data.buckets[0]
+    compiled = program.lower(shape).compile(compiler_options={"xla_backend_optimization_level": 0})
+    arrays = toys.FakeLoader(experiment.data, seed=0, prepare=None).at(0).arrays
+    current, rows = program.init(), []
+    for _ in range(steps):
+        current, metrics = compiled(current, program.place(arrays, shape, 0, 1))
+        rows.append(to_host(metrics))
+    return current, rows
+
+
+def test_players_may_share_a_pass():
+    """One gradient for both, and each is moved by its own optimizer, as if they had been apart."""
+    apart, _ = play(Rivals(shared=False), 2)
+    shared, rows = play(Rivals(shared=True), 2)
+    assert_equal(shared.parameters, apart.parameters)
+    assert_equal(shared.optimizer, apart.optimizer)
+    assert rows[1]["step"] == 1 and rows[0]["loss"] == 0.0
+    assert rows[0]["generator/gradient_norm"] == 2.0 and rows[0]["critic/gradient_norm"] == 1.0
+
+
+def test_players_may_take_turns():
+    after, rows = play(Rivals(shared=False, period=2), 3)
+    assert [("generator/loss" in row, "critic/loss" in row) for row in rows] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+    assert rows[1]["critic/update_norm"] > 0 and "generator/update_norm" not in rows[1]
+    values = {name: float(tree["value"][0]) for name, tree in after.parameters.items()}
+    # Twice 0.1 against a critic above zero, once 0.01 against a generator above zero.
+    np.testing.assert_allclose(values["generator"], 1.0 - 0.2, rtol=1e-5)
+    np.testing.assert_allclose(values["critic"], 2.0 + 0.01, rtol=1e-6)
+    assert int(after.optimizer["generator"]["adam"].count) == 2 and int(after.optimizer["critic"]["adam"].count) == 1
+    # Norms of the steps in which they acted, and of no others.
+    np.testing.assert_allclose(after.health.mean["critic"], rows[1]["critic/gradient_norm"])
+
+
+def test_an_optimizer_of_an_unknown_player_is_a_mistake():
+    experiment = toys.experiment().replace(optimizers={"critik": OptimizerConfig()})
+    with pytest.raises(ConfigError, match="critik.*not an objective"):
+        Program.of(experiment, single_device_mesh())
+
+
+def test_a_step_with_nan_changes_nothing_but_the_counts():
+    poisoned = 16 * 2 * 1 + 3  # slot 3 of step 2 (bucket 0 has every second step)
+    experiment = toys.experiment(**{"task.poison": poisoned, "optimizer.warmup_steps": 4})
+    before, _ = run(experiment, steps=1)
+    after, rows = run(experiment, steps=2)
+    assert [r["skipped"] for r in rows] == [0, 1] and np.isnan(rows[1]["loss"])
+    assert_equal(after.parameters, before.parameters)
+    assert_equal(after.optimizer, before.optimizer)
+    assert_equal(after.ema, before.ema)
+    assert int(after.step) == 2 and rows[1]["skipped_total"] == 1 and rows[1]["skipped_in_a_row"] == 1
+    assert int(after.health.count) == 1
+    _, rows = run(experiment, steps=3)
+    assert rows[2]["skipped"] == 0 and rows[2]["skipped_in_a_row"] == 0 and rows[2]["skipped_total"] == 1
+    assert np.isfinite(rows[2]["loss"])
+
+
+def test_a_spike_of_the_gradient_norm_is_skipped_after_the_warmup():
+    def spike(step, arrays):
+        return arrays | {"x": arrays["x"] * 30} if step == at else arrays
+
+    at = 8
+    _, rows = run(toys.experiment(), steps=10, change_batch=spike)
+    assert [r["skipped"] for r in rows] == [0] * 8 + [1, 0]
+    assert rows[8]["gradient_norm"] > 5 * rows[7]["gradient_norm"] and np.isfinite(rows[8]["loss"])
+    at = 3
+    _, rows = run(toys.experiment(), steps=5, change_batch=spike)
+    assert not any(r["skipped"] for r in rows)
+
+
+def test_spikes_are_not_looked_for_when_turned_off():
+    started = Health.start(("a",))
+    for _ in range(9):
+        started = health.update(TrainingConfig(steps=1), started, {"a": jnp.float32(1)}, jnp.bool_(True))
+    for sigma, sound in ((6.0, False), (0.0, True)):
+        settings = TrainingConfig(steps=1, spike_sigma=sigma, spike_warmup=5)
+        assert bool(health.is_sound(settings, started, {"a": jnp.float32(1)}, {"a": jnp.float32(50)})) == sound
+
+
+def test_statistics_are_mean_and_variance_of_the_norms():
+    config = TrainingConfig(steps=1, spike_decay=0.999)
+    norms = np.random.default_rng(0).uniform(1, 2, 50).astype(np.float32)
+    current = Health.start(("a",))
+    for norm in norms:
+        current = health.update(config, current, {"a": jnp.asarray(norm)}, jnp.bool_(True))
+    np.testing.assert_allclose(current.mean["a"], norms.mean(), rtol=1e-5)
+    np.testing.assert_allclose(current.variance["a"], norms.var(), rtol=1e-4)
+
+
+def test_frozen_parameters_get_no_gradient_and_do_not_move():
+    experiment = toys.experiment(**{"optimizer.frozen": "model/blocks"})
+    fresh = Program.of(experiment, single_device_mesh()).init()
+    after, _ = run(experiment)
+    assert_equal(after.parameters["model"]["blocks"], fresh.parameters["model"]["blocks"])
+    assert not np.array_equal(after.parameters["model"]["out"]["kernel"], fresh.parameters["model"]["out"]["kernel"])
+    assert not any("blocks" in name for name in parameter_paths.name_leaves((after.optimizer, after.ema)))
+    lowered = Program.of(experiment, single_device_mesh()).lower(experiment.data.buckets[0]).as_text()
+    everything = Program.of(toys.experiment(), single_device_mesh()).lower(experiment.data.buckets[0]).as_text()
+    # Weight gradients of the blocks are not computed.
+    assert lowered.count("dot_general") < everything.count("dot_general")
+
+
+def test_frozen_networks_are_read_cast_and_returned_unchanged():
+    experiment = toys.experiment(**{"task.frozen": "true", "training.compute_dtype": "bfloat16"})
+    after, rows = run(experiment)
+    assert (
+        after.frozen["encoder"]["kernel"].dtype == jnp.bfloat16 and after.frozen["encoder"]["bias"].dtype == jnp.float32
+    )
+    np.testing.assert_array_equal(np.asarray(after.frozen["encoder"]["kernel"].astype(jnp.float32)), np.eye(16))
+    assert np.isfinite(rows[-1]["loss"]) and not any(name.startswith("frozen") for name in after.saved())
+
+
+def test_state_is_donated():
+    experiment = toys.experiment()
+    program, compiled = compiled_step(experiment, single_device_mesh(), 0)
+    fresh = program.init()
+    batch = toys.FakeLoader(experiment.data, seed=0, prepare=None).at(0).arrays
+    compiled(fresh, program.place(batch, experiment.data.buckets[0], 0, 1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(fresh.parameters))
+    analysis = compiled.memory_analysis()
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
+    assert analysis.alias_size_in_bytes >= 0.95 * held
+
+
+def test_keys_are_of_step_and_purpose_alone():
+    key = jax.random.key(3)
+    found = {
+        jax.random.key_data(state.key_for(key, purpose, step)).tobytes()
+        for purpose in (state.INIT, state.TRAIN, state.EVALUATE, state.VISUALIZE)
+        for step in range(20)
+    }
+    assert len(found) == 80
+
+
+def test_learning_rate_follows_the_step_and_not_the_updates():
+    """A skipped step must not delay the schedule: data and schedule stay in step after a resume."""
+    experiment = toys.experiment(**{"task.poison": 16 * 2 * 1 + 3, "optimizer.warmup_steps": 4})
+    _, rows = run(experiment, steps=3)
+    assert [r["skipped"] for r in rows] == [0, 1, 0]
+    np.testing.assert_allclose([r["learning_rate"] for r in rows], [0.0025, 0.005, 0.0075], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("mesh", "accumulation"), [({"fsdp": 8}, 4), ({"data": 8, "fsdp": 1}, 4)])
+def test_a_batch_that_does_not_divide_is_named_before_anything_runs(mesh, accumulation):
+    experiment = toys.experiment(**{"training.accumulation": accumulation})
+    with pytest.raises(
+        ConfigError, match=r"batch_size = 16 must be a multiple of .* = 32; the nearest are 32 and 32|nearest"
+    ):
+        Program.of(experiment, make_mesh(MeshConfig(**mesh))).check()

@@ -1,0 +1,227 @@
+"""Videos of any length to files of latents and back: parts are the whole, sizes come back, memory does not grow."""
+
+import json
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvgen.data.decode import encode_video, probe_file, read_frames
+from jvgen.data.latents import check_latents
+from jvgen.data.sources import open_source
+from jvgen.interop.digest import content_digest
+from jvgen.interop.from_torch import import_folder
+from jvgen.interop.to_torch import export_network
+from jvgen.models.cv_vae.config import CVVAEConfig
+from jvgen.models.cv_vae.model import CVVAE
+from jvgen.models.cv_vae.tiling import decode_tiled, encode_tiled
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.image_vae.model import ImageVAE
+from jvgen.nn.network import Network
+from jvgen.tasks.pixels import from_uint8, to_uint8
+from jvgen.tasks.streaming import VideoCoder
+from jvgen.tasks.vae_evaluation import evaluate_vae
+
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
+IMAGE = ImageVAEConfig(block_channels=(4, 8), layers_per_block=1, groups=2, mid_attention=False)
+CAUSAL = CVVAEConfig.causal(IMAGE)
+PUBLISHED = CVVAEConfig.sd3().replace(
+    latent_channels=4, block_channels=(4, 8), layers_per_block=1, groups=2, time_levels_down=(0,), time_levels_up=(0,),
+    tile_frames=4, tile_size=8, tile_overlap=0.25,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = {}
+
+    def export(config):
+        name = f"{type(config).__name__}-{getattr(config, 'class_name', '')}"
+        if name not in made:
+            kind = ImageVAE if isinstance(config, ImageVAEConfig) else CVVAE
+            network = Network.of(lambda rngs: kind(config, rngs=rngs))
+            parameters = jax.jit(network.init)(jax.random.key(1))
+            made[name] = export_network(config, parameters, tmp_path_factory.mktemp("vae") / "vae")
+        return made[name]
+
+    return export
+
+
+def frames_of(count: int, height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    start = rng.integers(0, 256, (1, height, width, 3))
+    return ((start + 3 * np.arange(count)[:, None, None, None]) % 256).astype(np.uint8)
+
+
+def coded(coder: VideoCoder, video: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    latents = list(coder.encode(iter(video), len(video)))
+    flat = np.concatenate(latents)
+    return latents, list(coder.decode(iter(flat), len(flat)))
+
+
+def whole(config, folder, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same by the network itself, of the whole video."""
+    network = Network.of(lambda rngs: CVVAE(config, rngs=rngs))
+    parameters = jax.device_put(import_folder(folder)[1])
+    encode, decode = (
+        lambda x, m=method: jax.jit(lambda p, x: network.apply(p, x, method=m))(parameters, x)
+        for method in ("encode", "decode")
+    )
+    clip = from_uint8(jnp.asarray(video[None]))
+    if not config.streams:
+        moments = encode_tiled(encode, clip, config)
+        return np.asarray(moments[0, ..., :4]), np.asarray(to_uint8(decode_tiled(decode, moments[..., :4], config)[0]))
+    moments = encode(clip)
+    return np.asarray(moments[0, ..., :4]), np.asarray(to_uint8(decode(moments[..., :4])[0]))
+
+
+@pytest.mark.parametrize("config", [CAUSAL, PUBLISHED], ids=["causal", "published"])
+def test_parts_are_the_whole(config, folder):
+    video = frames_of(9, 8, 12)
+    coder = VideoCoder(folder(config), part=4)
+    latents, shown = coded(coder, video)
+    assert [len(part) for part in latents] == [3, 2] and [len(part) for part in shown] == [5, 4]
+    expected, decoded = whole(config, folder(config), video)
+    np.testing.assert_allclose(np.concatenate(latents), expected, atol=1e-5)
+    assert np.abs(np.concatenate(shown).astype(int) - decoded).max() <= 1
+
+
+def test_images_are_coded_one_by_one(folder):
+    coder = VideoCoder(folder(IMAGE), part=3)
+    latents, shown = coded(coder, frames_of(5, 8, 8))
+    assert [part.shape for part in latents] == [(4, 4, 4, 4), (1, 4, 4, 4)]
+    alone = list(coder.encode(iter(frames_of(5, 8, 8)[4:]), 1))[0]
+    np.testing.assert_allclose(latents[1], alone, atol=1e-6)
+    assert np.concatenate(shown).shape == (5, 8, 8, 3)
+
+
+def test_sizes_are_filled_up_by_repeating_what_is_last(folder):
+    coder = VideoCoder(folder(CAUSAL))
+    video = frames_of(4, 7, 9)
+    assert coder.padded(4, 7, 9) == (5, 8, 10) and coder.latent_shape(4, 7, 9) == (3, 4, 5, 4)
+    filled = np.pad(np.concatenate([video, video[-1:]]), ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
+    np.testing.assert_array_equal(*(next(coder.encode(iter(v), len(v))) for v in (video, filled)))
+    with pytest.raises(ValueError, match="ends after 4 of 7 frames"):
+        list(coder.encode(iter(video), 7))
+
+
+def test_the_command_goes_there_and_back(jvgen, folder, tmp_path):
+    film = tmp_path / "film.mp4"
+    film.write_bytes(encode_video(frames_of(6, 14, 17) // 2 + 60, 12.0))
+    vae, latents, videos = folder(CAUSAL), tmp_path / "latents", tmp_path / "videos"
+    done = jvgen("encode", film, "--vae", vae, "--out", latents, "--part", 2, "--dtype", "float16")
+    assert done.status == 0 and "6 frames of 14x17, filled up to 7 of 14x18" in done.out, done.err
+    stored = np.load(latents / "film.npy")
+    assert stored.shape == (4, 7, 9, 4) and stored.dtype == np.float16
+    about = json.loads((latents / "film.json").read_text())
+    assert (about["frames"], about["height"], about["width"], about["frames_per_second"]) == (6, 14, 17, 12.0)
+    assert not list(latents.glob("*.partial"))
+
+    done = jvgen("decode", latents / "film.npy", "--vae", vae, "--out", videos, "--part", 2, "--quality", 1)
+    assert done.status == 0 and "6 frames of 14x17" in done.out, done.err
+    info = probe_file(videos / "film.mp4")
+    assert (info.frames, info.height, info.width, info.frames_per_second) == (6, 14, 17, 12.0)
+    _, expected = whole(
+        CAUSAL, vae, np.pad(np.stack(list(read_frames(film))), ((0, 1), (0, 0), (0, 1), (0, 0)), "edge")
+    )
+    seen = np.stack(list(read_frames(videos / "film.mp4"))).astype(int)
+    assert np.abs(seen - expected[:6, :14, :17]).mean() < 2
+
+    again = jvgen("encode", film, "--vae", vae, "--out", latents)
+    assert again.status == 2 and "film.npy exists" in again.err
+    other = jvgen("decode", latents / "film.npy", "--vae", folder(IMAGE), "--out", tmp_path / "other")
+    assert other.status == 2 and "was encoded by the autoencoder" in other.err
+
+
+def test_grey_transparent_and_uneven_videos(jvgen, folder, tmp_path):
+    grey, clear = tmp_path / "grey.mkv", tmp_path / "clear.png"
+    with av.open(str(grey), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 8, 8, "gray"
+        for number, frame in enumerate(frames_of(5, 8, 8)):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[..., 0]), format="gray")
+            # An uneven rate: frames are numbered, and their times are not looked at.
+            picture.pts = [0, 1, 5, 6, 30][number]
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    Image.fromarray(np.dstack([frames_of(1, 8, 8)[0], np.full((8, 8), 9, np.uint8)])).save(clear)
+    done = jvgen("encode", grey, clear, "--vae", folder(CAUSAL), "--out", tmp_path / "latents")
+    assert done.status == 0 and "5 frames of 8x8" in done.out and "1 frames of 8x8" in done.out, done.err
+    found = np.stack(list(read_frames(grey)))
+    np.testing.assert_array_equal(found, frames_of(5, 8, 8)[..., :1].repeat(3, axis=-1))
+    np.testing.assert_array_equal(next(read_frames(clear)), frames_of(1, 8, 8)[0])
+    done = jvgen("decode", tmp_path / "latents" / "clear.npy", "--vae", folder(CAUSAL), "--out", tmp_path / "back")
+    assert done.status == 0 and (tmp_path / "back" / "clear.png").is_file(), done.err
+
+
+def test_mistakes_are_told_before_anything_is_coded(jvgen, folder, tmp_path):
+    film = tmp_path / "film.mp4"
+    clip = encode_video(frames_of(40, 16, 16), 8.0)
+    film.write_bytes(clip)
+    cut, empty, text = tmp_path / "cut.mp4", tmp_path / "empty.mp4", tmp_path / "text.mp4"
+    cut.write_bytes(clip[: len(clip) // 2])
+    empty.write_bytes(b"")
+    text.write_text("no video")
+    vae, out = folder(CAUSAL), tmp_path / "latents"
+
+    def told(*words, by="encode"):
+        done = jvgen(by, *words, "--out", out)
+        assert done.status == 2, done.out
+        return done.err
+
+    assert "cut.mp4" in told(cut, "--vae", vae) and not list(out.glob("*.npy*"))
+    assert "empty" in told(empty, "--vae", vae) and "not a readable video" in told(text, "--vae", vae)
+    assert "no such file" in told(tmp_path / "none.mp4", "--vae", vae)
+    assert "--part 0" in told(film, "--vae", vae, "--part", 0)
+    (tmp_path / "twice").mkdir()
+    (tmp_path / "twice" / "film.webm").write_bytes(clip)
+    assert "several sources" in told(film, tmp_path / "twice" / "film.webm", "--vae", vae)
+    (tmp_path / "film.npy").write_bytes(b"nothing")
+    assert "film.json" in told(tmp_path / "film.npy", "--vae", vae, by="decode")
+    (tmp_path / "film.json").write_text("{}")
+    assert "damaged" in told(tmp_path / "film.npy", "--vae", vae, by="decode")
+
+
+def test_latents_of_a_data_set(jvgen, folder, scenes, tmp_path):
+    """Clips of 4 frames hold one group of 2 after their first frame; latents carry their moments."""
+    out = tmp_path / "latents"
+    done = jvgen("data", "build", "latents", scenes, "--vae", folder(CAUSAL), "--size", "16x16", "--out", out)
+    assert done.status == 0 and "deviation" in done.out, done.err
+    record = open_source(out, "train").read(0)
+    assert record.frames == 3 and record.latents.shape == (1, 2, 8, 8, 8)
+    assert check_latents(out, content_digest(str(folder(CAUSAL))))["group"] == 2
+
+
+def test_evaluating_an_exported_vae(jvgen, folder, scenes, tmp_path):
+    words = ["--data", scenes, "--size", "16x16", "--batches", 1, "--batch", 2]
+    done = jvgen(
+        "evaluate", "--vae", folder(CAUSAL), "--image-vae", folder(IMAGE), "--frames", 3, "--worst", 1,
+        "--out", tmp_path / "report", *words,
+    )  # fmt: skip
+    assert done.status == 0 and "perceptual_laplacian is no LPIPS" in done.out, done.err
+    report = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    found = report["metrics"]
+    assert {"psnr", "image_decoder/ssim", "image_latents/psnr", "latent/deviation_3", "image_latent/mean_0"} < set(
+        found
+    )
+    assert len(report["worst"]) == 1 and report["worst"][0]["psnr"] <= found["psnr"] + 1e-6
+    with Image.open(tmp_path / "report" / "worst.png") as sheet:
+        assert sheet.size == (3 * 16 + 4, 2 * 16 + 2)
+    # The distance of reconstructions, by features that are the clips' own means.
+    measured = evaluate_vae(
+        folder(CAUSAL), str(scenes), frames=3, size=(16, 16), batches=1, batch=2, image_vae=folder(IMAGE),
+        features=lambda clips: clips.mean(axis=(2, 3, 4)),
+    )  # fmt: skip
+    assert measured["rfvd_clips"] == 2 and measured["rfvd"] > 0 and measured["psnr"] == pytest.approx(found["psnr"])
+    for wrong, words_of in [
+        (["--vae", folder(CAUSAL), "--frames", 4], "--frames 4: this VAE takes 2n + 1; give 3 or 5"),
+        (["--vae", folder(CAUSAL), "--frames", 3, "--image-vae", folder(CAUSAL)], "not an image VAE"),
+        ([tmp_path, "--vae", folder(CAUSAL)], "either a run"),
+        ([], "either a run"),
+    ]:
+        done = jvgen("evaluate", *wrong, *words)
+        assert done.status == 2 and words_of in done.err, done.err

@@ -1,0 +1,433 @@
+"""The text-to-video task: its loss, latents, captions, sampling, frozen networks, and what it says of mistakes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvgen.config import ConfigError, validate_tree
+from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.diffusion.guidance import GuidanceConfig
+from jvgen.diffusion.objective import ObjectiveConfig
+from jvgen.diffusion.sampler import SamplerConfig, grid
+from jvgen.diffusion.schedule import ScheduleConfig
+from jvgen.interop.to_torch import export_network
+from jvgen.models.byte_text import tokenizer as byte_tokenizer
+from jvgen.models.byte_text.config import ByteTextConfig
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.t5.config import T5Config
+from jvgen.models.t5.model import T5Encoder
+from jvgen.models.video_dit.config import Positions, VideoDiTConfig
+from jvgen.nn.network import Network
+from jvgen.nn.stacked import Remat
+from jvgen.tasks.task import SampleRequest
+from jvgen.tasks.text import TextConfig
+from jvgen.tasks.text_to_video import TextToVideoConfig
+from jvgen.training.metrics import to_host
+from jvgen.training.step import accumulate
+
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
+VAE = ImageVAEConfig.tiny().replace(block_channels=(8, 8), groups=4)
+CONFIG = TextToVideoConfig(
+    denoiser=VideoDiTConfig(
+        layers=1, heads=2, head_width=8, in_channels=4, out_channels=4, text_width=8, text_length=6, condition_width=8,
+    ),
+    text=TextConfig(encoder=ByteTextConfig(width=8, layers=1, heads=2), length=6),
+    vae=VAE,
+    vae_weights="vae",
+    spatial_compression=2,
+    temporal_compression=1,
+    latent_scale=2.0,
+    latent_shift=0.25,
+    schedule=ScheduleConfig(kind="rectified_flow"),
+    objective=ObjectiveConfig(target="velocity"),
+    sampler=SamplerConfig(kind="euler", steps=2),
+    guidance=GuidanceConfig(kind="constant", scale=3.0),
+)  # fmt: skip
+BUCKET = BucketConfig(frames=3, height=8, width=8, batch_size=4)
+REQUEST = SampleRequest(frames=3, height=8, width=8)
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """Far from the start, where a caption hardly matters."""
+    rng = np.random.default_rng(0)
+    return {
+        name: jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape, np.float32)), network.shapes)
+        for name, network in CONFIG.build().networks.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return {"vae": jax.jit(CONFIG.build().frozen_networks["vae"].init)(jax.random.key(1))}
+
+
+def batch_of(config: TextToVideoConfig = CONFIG) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    arrays = {"slot": np.arange(BUCKET.batch_size, dtype=np.int32)}
+    for name, spec in config.build().fields(BUCKET).items():
+        shape = (BUCKET.batch_size, *spec.shape)
+        floating = spec.dtype == np.float32
+        arrays[name] = rng.standard_normal(shape, np.float32) if floating else rng.integers(0, 255, shape, spec.dtype)
+    return {name: jnp.asarray(value) for name, value in arrays.items()}
+
+
+# Loss.
+
+
+@pytest.fixture(scope="module")
+def losses(parameters):
+    """(loss, metrics) of one batch, in one and in two microbatches."""
+    task, key = CONFIG.replace(caption_dropout=0.5).build(), jax.random.key(5)
+
+    def run(parameters, batch, count):
+        return accumulate(lambda _, some: task.loss(parameters, {}, some, key), {}, batch, count)[0]
+
+    made = [jax.jit(run, static_argnums=2)(parameters, batch_of(), count) for count in (1, 2)]
+    return [(float(loss), to_host(metrics)) for loss, metrics in made]
+
+
+def test_microbatches_make_the_same_loss(losses):
+    """Noise, timesteps, dropped captions and posterior draws belong to a slot, not to its place in a microbatch."""
+    (whole, metrics), (parts, metrics_of_parts) = losses
+    assert np.isfinite(whole) and whole > 0
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert metrics_of_parts == pytest.approx(metrics, rel=1e-5)
+
+
+def test_bands_of_timesteps_add_up_to_the_loss(parameters):
+    task, batch, key = CONFIG.build(), batch_of(), jax.random.key(5)
+    loss, metrics = jax.jit(task.loss)(parameters, {}, batch, key)
+    total, count = (sum(float(getattr(pair, part)) for pair in metrics.values()) for part in ("total", "count"))
+    assert count == BUCKET.batch_size and total / count == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_captions_are_dropped_slot_by_slot(key):
+    task = CONFIG.replace(caption_dropout=0.25).build()
+    tokens = jnp.broadcast_to(jnp.arange(1, 7, dtype=jnp.int32), (2000, 6))
+    slots = jnp.arange(2000)
+    kept = np.asarray(task.drop_captions(tokens, key, slots))
+    dropped = (kept != np.asarray(tokens)).any(axis=1)
+    assert dropped.mean() == pytest.approx(0.25, abs=0.04)
+    np.testing.assert_array_equal(kept[dropped], np.broadcast_to(byte_tokenizer.tokenize("", 6), kept[dropped].shape))
+    again = np.asarray(task.drop_captions(tokens[:500], key, slots[700:1200]))
+    np.testing.assert_array_equal(again, kept[700:1200])
+    other = np.asarray(task.drop_captions(tokens, jax.random.fold_in(key, 1), slots))
+    assert (other != kept).any()
+    np.testing.assert_array_equal(CONFIG.replace(caption_dropout=0.0).build().drop_captions(tokens, key, slots), tokens)
+
+
+def test_cached_latents_are_those_of_the_pixels(frozen, key):
+    cached, pixels = CONFIG.build(), CONFIG.replace(latents="pixels").build()
+    batch = batch_of(CONFIG.replace(latents="pixels"))
+
+    @jax.jit
+    def run(frozen, batch):
+        moments = pixels.encode(frozen, batch["video"])
+        return (
+            moments,
+            cached.clean_latents(frozen, batch | {"latents": moments}, key),
+            pixels.clean_latents(frozen, batch, key),
+        )
+
+    moments, from_data, from_pixels = run(frozen, batch)
+    np.testing.assert_allclose(from_data, from_pixels, rtol=1e-5, atol=1e-5)
+    mean_only = CONFIG.replace(sample_posterior=False).build()
+    clean = mean_only.clean_latents(frozen, {"latents": moments, "slot": batch["slot"]}, key)
+    assert clean.shape == (4, 3, 4, 4, 4)
+    np.testing.assert_allclose(clean, (np.asarray(moments)[..., :4] - 0.25) * 2.0, rtol=1e-5)
+    assert np.abs(np.asarray(from_data) - np.asarray(clean)).max() > 0.1
+
+
+# Text.
+
+
+@pytest.mark.parametrize("null", ["empty", "zeros"])
+def test_no_caption_is_the_empty_one_or_zeros(parameters, null):
+    task = CONFIG.replace(text=CONFIG.text.replace(null=null)).build()
+    tokens = jnp.stack([task.text.null_tokens(), jnp.asarray(byte_tokenizer.tokenize("", 6))])
+    embeddings = np.asarray(task.text_embeddings(parameters, {}, tokens))
+    assert np.abs(embeddings[1]).max() > 0.1
+    np.testing.assert_array_equal(embeddings[0], 0 * embeddings[1] if null == "zeros" else embeddings[1])
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A folder with a small T5 encoder and a tokenizer of a few words, and the configuration that names it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("t5")
+    encoder = T5Config(vocabulary=20, width=8, layers=1, heads=2, head_width=4, hidden=16, buckets=8, max_distance=20)
+    weights = jax.jit(Network.of(lambda rngs: T5Encoder(encoder, rngs=rngs)).init)(jax.random.key(3))
+    export_network(encoder, weights, folder / "encoder")
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "ball": 5}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (folder / "words").mkdir()
+    model.save(str(folder / "words" / "tokenizer.json"))
+    text = TextConfig(
+        encoder=encoder, length=6, weights=str(folder / "encoder"), tokenizer=str(folder / "words"), null="zeros"
+    )
+    return CONFIG.replace(text=text, vae=None, vae_weights=None)
+
+
+def test_a_frozen_encoder_is_read_from_its_folder_and_not_trained(t5):
+    validate_tree(t5)
+    t5.check_weights()
+    task = t5.build()
+    assert set(task.networks) == set(task.network_configs) == {"denoiser"} and set(task.frozen_networks) == {
+        "text_encoder"
+    }
+    assert task.tokens(["a red ball", "a blue ball"]).tolist() == [[3, 4, 5, 0, 0, 0], [3, 2, 5, 0, 0, 0]]
+    frozen, parameters = task.load_frozen(), jax.jit(task.init)(jax.random.key(0))
+    assert len(task.frozen_digest()) == 64
+    batch = batch_of(t5) | {"tokens": jnp.asarray(task.tokens(["a red ball"] * 4))}
+
+    @jax.jit
+    def run(frozen, parameters, batch):
+        return task.loss(parameters, frozen, batch, jax.random.key(2))[0], task.text_embeddings(
+            parameters, frozen, batch["tokens"]
+        )
+
+    loss, embeddings = run(frozen, parameters, batch)
+    assert np.isfinite(loss) and embeddings.shape == (4, 6, 8) and np.abs(np.asarray(embeddings)).max() > 0
+    example = {"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": "a red ball"}
+    assert task.prepare(example)["tokens"].tolist() == [3, 4, 5, 0, 0, 0]
+
+
+def test_files_of_a_frozen_encoder_are_checked(t5, tmp_path):
+    def message(**changes) -> str:
+        with pytest.raises(ValueError) as error:
+            t5.replace(text=t5.text.replace(**changes)).check_weights()
+        return str(error.value)
+
+    assert "task.text.weights = none" in message(weights=None)
+    assert "task.text.tokenizer = none" in message(tokenizer=None)
+    assert "no such file or folder" in message(weights=str(tmp_path / "nowhere"))
+    assert "no tokenizer at" in message(tokenizer=str(tmp_path))
+    other = message(encoder=t5.text.encoder.replace(heads=4, head_width=2))
+    assert "task.text.weights" in other and "heads: 2 in the weights, 4 in the run" in other and "head_width" in other
+    # How a network is run is nothing that its weights know of.
+    t5.replace(text=t5.text.replace(encoder=t5.text.encoder.replace(remat=Remat.FULL, unroll=True))).check_weights()
+
+
+# Sampling.
+
+
+@pytest.fixture(scope="module")
+def generate(parameters, frozen):
+    task = CONFIG.build()
+    run = jax.jit(lambda p, f, tokens, slots, key: task.generate(p, f, tokens, slots, key, REQUEST))
+    return lambda prompts, slots, seed=0: np.asarray(
+        run(parameters, frozen, task.tokens(prompts), jnp.asarray(slots), jax.random.key(seed))
+    )
+
+
+def test_a_clip_depends_on_its_prompt_key_and_slot_only(generate):
+    clips = generate(["red", "blue", "red", "green"], [0, 1, 2, 3])
+    assert clips.shape == (4, 3, 8, 8, 3) and clips.dtype == np.uint8
+    assert clips.std() > 0 and (clips[0] != clips[2]).any()
+    others = generate(["green", "red", "red", "pink"], [3, 7, 0, 1])
+    np.testing.assert_array_equal(others[0], clips[3])
+    np.testing.assert_array_equal(others[2], clips[0])
+    assert (others[1] != clips[0]).any() and (others[3] != clips[1]).any()
+    assert (generate(["red"] * 4, [0] * 4, seed=1)[0] != clips[0]).any()
+
+
+def test_guidance_of_one_is_no_guidance(parameters, key):
+    task = CONFIG.build()
+    tokens, slots = jnp.asarray(task.tokens(["red", "blue"])), jnp.arange(2)
+
+    def latents(guidance):
+        run = jax.jit(
+            lambda parameters: task.generate_latents(
+                parameters, {}, tokens, slots, key, size=(3, 8, 8), sampler=CONFIG.sampler, guidance=guidance
+            )
+        )
+        return np.asarray(run(parameters))
+
+    one = latents(GuidanceConfig(kind="constant", scale=1.0))
+    np.testing.assert_allclose(one, latents(GuidanceConfig(kind="none")), rtol=1e-4, atol=1e-5)
+    assert np.abs(one - latents(GuidanceConfig(kind="constant", scale=4.0))).max() > 1e-3
+
+
+def test_a_request_goes_before_the_config():
+    sampler, guidance = CONFIG.sampling(REQUEST)
+    assert (sampler, guidance) == (CONFIG.sampler, CONFIG.guidance)
+    sampler, guidance = CONFIG.sampling(SampleRequest(3, 8, 8, steps=7, guidance=5.5))
+    assert (sampler.steps, guidance.kind, guidance.scale) == (7, "constant", 5.5)
+    assert CONFIG.sampling(SampleRequest(3, 8, 8, guidance=1.0))[1].kind == "none"
+    unguided = CONFIG.replace(guidance=GuidanceConfig(kind="none"))
+    assert unguided.sampling(SampleRequest(3, 8, 8, guidance=2.0))[1].kind == "constant"
+
+
+@pytest.mark.parametrize(
+    ("request_changes", "config_changes", "words"),
+    [
+        ({"frames": 0}, {}, ["frames = 0", "at least 1"]),
+        ({"height": 10}, {}, ["height = 10", "multiple of 4", "take 8"]),
+        ({"width": -4}, {}, ["width = -4", "at least 1"]),
+        ({"steps": 0}, {}, ["steps = 0", "1..1000"]),
+        ({"steps": 1001}, {}, ["steps = 1001", "1..1000"]),
+        ({}, {"vae": None}, ["task.vae = none", "vae_weights"]),
+    ],
+)
+def test_requests_that_cannot_be_served(request_changes, config_changes, words):
+    request = SampleRequest(**({"frames": 3, "height": 8, "width": 8} | request_changes))
+    with pytest.raises(ValueError) as error:
+        CONFIG.replace(**config_changes).check_request(request)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_clips_to_look_at(parameters, frozen):
+    task = CONFIG.replace(visualize_clips=2).build()
+    shown = jax.jit(task.visualize)(parameters, frozen, batch_of(), jax.random.key(0))
+    assert {name: (clip.shape, clip.dtype) for name, clip in shown.items()} == {
+        name: ((2, 3, 8, 8, 3), jnp.uint8) for name in ("data", "sample")
+    }
+    blind = CONFIG.replace(vae=None, vae_weights=None).build()
+    assert blind.visualize(parameters, {}, batch_of(), jax.random.key(0)) == {}
+
+
+SCHEDULERS = {
+    "flow": (
+        ScheduleConfig(kind="rectified_flow", flow_shift=3.0), "velocity",
+        SamplerConfig(kind="euler", spacing="linspace"),
+    ),
+    "flow by noise levels": (ScheduleConfig(kind="rectified_flow"), "velocity", SamplerConfig(kind="euler")),
+    "cogvideox": (ScheduleConfig(kind="cogvideox"), "v", SamplerConfig(kind="ddim")),
+    "cogvideox 5b": (ScheduleConfig(kind="cogvideox", snr_shift=1.0), "v", SamplerConfig(kind="dpm_solver_sde")),
+    "stable diffusion": (
+        ScheduleConfig(kind="scaled_linear"), "epsilon",
+        SamplerConfig(spacing="leading", steps_offset=1, ends_clean=False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_diffusers_samples_with_the_same_timesteps(name):
+    diffusers = pytest.importorskip("diffusers")
+    schedule, target, sampler = SCHEDULERS[name]
+    config = CONFIG.replace(
+        schedule=schedule, objective=ObjectiveConfig(target=target), sampler=sampler.replace(steps=20)
+    )
+    values = json.loads(config.build().exported_files()["scheduler/scheduler_config.json"])
+    scheduler = getattr(diffusers, values["_class_name"]).from_config(values)
+    levels = grid(config.sampler, config.schedule.build())
+    if name == "flow by noise levels":
+        scheduler.set_timesteps(sigmas=levels.sigma.tolist())
+    else:
+        scheduler.set_timesteps(20)
+    np.testing.assert_allclose(scheduler.timesteps.numpy(), levels.timesteps, rtol=1e-5)
+    if not schedule.continuous:
+        expected = config.schedule.build().alpha_bar
+        np.testing.assert_allclose(scheduler.alphas_cumprod.numpy(), expected, rtol=2e-4, atol=1e-7)
+        assert scheduler.config.prediction_type == {"v": "v_prediction", "epsilon": "epsilon"}[target]
+    else:
+        np.testing.assert_allclose(scheduler.sigmas.numpy()[:-1], levels.sigma, rtol=1e-5)
+
+
+def test_targets_that_no_scheduler_of_diffusers_knows_are_left_out():
+    for schedule, target in (
+        (ScheduleConfig(kind="rectified_flow"), "v"),
+        (ScheduleConfig(kind="cogvideox"), "velocity"),
+    ):
+        config = CONFIG.replace(schedule=schedule, objective=ObjectiveConfig(target=target))
+        assert config.build().exported_files() == {}
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"text": CONFIG.text.replace(encoder=ByteTextConfig(width=16, heads=2))},
+            ["text.width = 16", "text_width = 8", "equal"],
+        ),
+        ({"text": CONFIG.text.replace(length=9)}, ["text.length = 9", "text_length = 6"]),
+        ({"text": CONFIG.text.replace(length=0)}, ["task.text", "length = 0", "at least 1"]),
+        ({"text": CONFIG.text.replace(weights="t5")}, ["byte encoder", "weights"]),
+        (
+            {"text": CONFIG.text.replace(encoder=ByteTextConfig(width=8, heads=3))},
+            ["heads = 3", "width = 8", "divisor"],
+        ),
+        ({"latents": "pixels", "vae": None}, ["latents = 'pixels'", "needs vae"]),
+        ({"vae": VAE.replace(latent_channels=8)}, ["vae.latent_channels = 8", "out_channels = 4", "equal"]),
+        ({"temporal_compression": 4}, ["temporal_compression = 1", "image VAE"]),
+        ({"spatial_compression": 8}, ["spatial_compression = 8", "the VAE's is 2"]),
+        ({"caption_dropout": 1.0}, ["caption_dropout = 1.0", "0 up to 1"]),
+        ({"latent_scale": 0.0}, ["latent_scale = 0.0", "positive"]),
+        ({"objective": ObjectiveConfig(target="epsilon")}, ["target = 'epsilon'", "pure noise", "choose"]),
+        ({"denoiser": CONFIG.denoiser.replace(head_width=7)}, ["heads x head_width", "multiple of 16"]),
+        ({"denoiser": CONFIG.denoiser.replace(positions=Positions.ROTARY)}, ["head_width = 8", "multiple of 16"]),
+        ({"sampler": SamplerConfig(kind="euler", eta=0.5)}, ["eta = 0.5", "only ddim"]),
+    ],
+)
+def test_mistakes_in_the_config(changes, words):
+    with pytest.raises(ConfigError) as error:
+        validate_tree(CONFIG.replace(**changes), "task")
+    assert all(word in str(error.value) for word in ["task", *words]), error.value
+
+
+@pytest.mark.parametrize(
+    ("bucket_changes", "config_changes", "words"),
+    [
+        ({"height": 6}, {}, ["height = 6", "multiple of 4", "take 4"]),
+        ({"views": 2}, {}, ["views = 2", "views = 1"]),
+        ({"frames": 8}, {"vae": None, "temporal_compression": 4}, ["frames = 8", "4n + 1", "take 5"]),
+        ({"frames": 3}, {"denoiser": CONFIG.denoiser.replace(temporal_patch=2)}, ["3", "2"]),
+    ],
+)
+def test_batches_that_do_not_fit(bucket_changes, config_changes, words):
+    with pytest.raises(ValueError) as error:
+        CONFIG.replace(**config_changes).check_bucket(BUCKET.replace(**bucket_changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_examples_without_what_is_needed():
+    pixels = {"video": np.zeros((3, 8, 8, 3), np.uint8), "caption": "red"}
+    latents = {"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": "red"}
+    with pytest.raises(ValueError, match="jvgen data build latents"):
+        CONFIG.build().prepare(pixels)
+    with pytest.raises(ValueError, match="cached latents only"):
+        CONFIG.replace(latents="pixels").build().prepare(latents)
+    assert set(CONFIG.build().prepare(latents)) == set(CONFIG.build().fields(BUCKET))
+    assert set(CONFIG.replace(latents="pixels").build().prepare(pixels)) == {"video", "tokens"}
+
+
+def test_weights_of_the_vae_are_checked_before_they_are_read(tmp_path, frozen):
+    export_network(VAE, frozen["vae"], tmp_path / "vae")
+
+    def with_weights(folder, **changes) -> TextToVideoConfig:
+        return CONFIG.replace(vae_weights=None if folder is None else str(tmp_path / folder), **changes)
+
+    with_weights("vae").check_weights()
+    with_weights("vae", vae=VAE.replace(scaling_factor=0.5, sample_size=64, remat=Remat.FULL)).check_weights()
+    for config, words in (
+        (with_weights(None), ["task.vae_weights = none", "jvgen export"]),
+        (with_weights("nowhere"), ["nowhere", "no such file or folder"]),
+        (with_weights("."), ["no config.json", "vae"]),
+        (
+            with_weights("vae", vae=VAE.replace(block_channels=(8, 16), groups=8)),
+            [
+                "task.vae_weights",
+                "block_channels: (8, 8) in the weights, (8, 16) in the run",
+                "groups: 4",
+                "describe theirs",
+            ],
+        ),
+    ):
+        with pytest.raises(ValueError) as error:
+            config.check_weights()
+        assert all(word in str(error.value) for word in words), error.value
+
+
+def test_data_without_weights_to_compare_with_is_not_looked_at():
+    data = DataConfig(sources=(SourceConfig(path="nowhere"),), buckets=(BUCKET,))
+    CONFIG.replace(vae=None, vae_weights=None).check_data(data)

@@ -1,0 +1,291 @@
+"""The video VAE task: its losses and gradients, who moves what, latents shared with an image VAE, what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvgen.config import ConfigError, validate_tree
+from jvgen.data.config import BucketConfig
+from jvgen.interop.to_torch import export_network
+from jvgen.losses.adversarial import adaptive_weight, given_gradient, hinge_discriminator, hinge_generator
+from jvgen.losses.frame_mapping import draw_picks, map_frames
+from jvgen.losses.perceptual import PerceptualConfig
+from jvgen.models.clip_discriminator import flops as discriminator_flops
+from jvgen.models.clip_discriminator.config import ClipDiscriminatorConfig
+from jvgen.models.clip_discriminator.model import ClipDiscriminator, halve
+from jvgen.models.cv_vae.config import CVVAEConfig
+from jvgen.models.cv_vae.inflate import inflate
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.nn.network import Network
+from jvgen.tasks.adversary import AdversarialConfig
+from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
+from jvgen.training.metrics import to_host
+from jvgen.training.parameter_paths import flatten
+from jvgen.training.step import accumulate
+
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
+IMAGE = ImageVAEConfig(block_channels=(4, 8), layers_per_block=1, groups=2, mid_attention=False)
+BUCKET = BucketConfig(frames=5, height=12, width=12, batch_size=2)
+ADVERSARIAL = AdversarialConfig(network=ClipDiscriminatorConfig(width=4, halvings=1, groups=2), weight=0.7)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Against a discriminator, with latents shared on both sides."""
+    network = Network.of(lambda rngs: _image(rngs))
+    parameters = jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), jax.jit(network.init)(jax.random.key(5)))
+    folder = export_network(IMAGE, parameters, tmp_path_factory.mktemp("image") / "vae")
+    return VideoVAETaskConfig(
+        network=CVVAEConfig.causal(IMAGE),
+        image_vae=IMAGE,
+        image_vae_weights=str(folder),
+        shared=SharedLatentsConfig(decoder_weight=0.8, encoder_weight=0.6, mapping="random"),
+        perceptual=PerceptualConfig(kind="laplacian", levels=2),
+        kl_weight=1e-2,
+        adversarial=ADVERSARIAL,
+    )
+
+
+def _image(rngs):
+    from jvgen.models.image_vae.model import ImageVAE
+
+    return ImageVAE(IMAGE, rngs=rngs)
+
+
+@pytest.fixture(scope="module")
+def given(config):
+    """Parameters, frozen parameters and a batch."""
+    task = config.build()
+    parameters = jax.jit(task.init)(jax.random.key(0))
+    parameters["scales"] = {"reconstruction": jnp.array([0.3]), "shared": jnp.array([-0.2])}
+    video = np.random.default_rng(0).integers(0, 256, (2, 5, 12, 12, 3), dtype=np.uint8)
+    batch = {"video": jnp.asarray(video), "slot": jnp.arange(2), "step": jnp.full((2,), 7)}
+    return parameters, jax.device_put(task.load_frozen()), batch
+
+
+def gradient_of(method, parameters, frozen, batch, key=3):
+    run = jax.jit(jax.value_and_grad(method, has_aux=True))
+    (loss, metrics), gradient = run(parameters, frozen, batch, jax.random.key(key))
+    return float(loss), to_host(metrics), gradient
+
+
+@pytest.fixture(scope="module")
+def together(config, given):
+    return gradient_of(config.build().both_losses, *given)
+
+
+def test_the_gradient_is_that_of_the_losses_written_out(config, given, together):
+    """With the adaptive weight from derivatives with respect to the kernel itself, and no pass shared or cut short."""
+    parameters, frozen, batch = given
+    task = config.build()
+
+    def parts(parameters, key):
+        made, moments, latents = task._reconstruct(parameters["vae"], frozen, batch, key)
+        errors, _ = task._errors(frozen, made)
+        judged = [task.adversary.judge(jax.lax.stop_gradient(parameters["discriminator"]), m.clips) for m in made]
+        adversarial = 0.5 * sum(hinge_generator(one) for one in judged)
+        return errors, adversarial, made, moments, latents
+
+    def of_kernel(which, parameters, key):
+        def function(kernel):
+            decoder = parameters["vae"]["decoder"]
+            changed = {**decoder, "conv_out": {**decoder["conv_out"], "kernel": kernel}}
+            return parts({**parameters, "vae": {**parameters["vae"], "decoder": changed}}, key)[which]
+
+        return jax.grad(function)(parameters["vae"]["decoder"]["conv_out"]["kernel"])
+
+    def written_out(parameters, key):
+        errors, adversarial, made, moments, latents = parts(parameters, key)
+        scale, other = (parameters["scales"][name][0] for name in ("reconstruction", "shared"))
+        pull, push = (jnp.linalg.norm(of_kernel(which, parameters, key)) for which in (0, 1))
+        weight = jax.lax.stop_gradient(0.7 * jnp.exp(-scale) * pull / (push + 1e-4))
+        shared = task._shared_error(frozen, batch, key, latents)
+        from jvgen.models.image_vae import posterior
+
+        divergence = jnp.mean(posterior.kl_divergence(moments)) / (5 * 12 * 12 * 3)
+        real = jnp.asarray(batch["video"], jnp.float32) / 127.5 - 1
+        against = [
+            hinge_discriminator(
+                task.adversary.judge(parameters["discriminator"], real),
+                task.adversary.judge(parameters["discriminator"], jax.lax.stop_gradient(one.clips)),
+            )
+            for one in made
+        ]
+        return (
+            errors * jnp.exp(-scale) + scale + weight * adversarial
+            + 0.8 * (shared * jnp.exp(-other) + other) + 1e-2 * divergence + 0.5 * sum(against)
+        )  # fmt: skip
+
+    loss, expected = jax.jit(jax.value_and_grad(written_out))(parameters, jax.random.key(3))
+    found_loss, metrics, found = together
+    assert found_loss == pytest.approx(float(loss), rel=1e-5) and metrics["adaptive_weight"] > 1e-3
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for (path, got), (_, want) in zip(flatten(found), flatten(expected), strict=True):
+        atol = max(1e-4 * float(jnp.abs(want).max()), 1e-6 * largest)
+        np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=path)
+
+
+def test_turns_and_passes_together_are_the_same_game(config, given, together):
+    parameters, frozen, batch = given
+    task = config.build()
+    _, _, both = together
+    _, _, against = gradient_of(task.discriminator_loss, parameters, frozen, batch)
+    for (path, got), (_, want) in zip(flatten(both["discriminator"]), flatten(against["discriminator"]), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, float(jnp.abs(want).max())), err_msg=path)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(against["vae"]))
+
+
+def test_players(config):
+    together = config.build().objectives()
+    assert [o.name for o in together] == ["autoencoder", "scales", "discriminator"]
+    assert len({o.loss for o in together}) == 1 and {o.turn for o in together} == {(0, 1)}
+    alternate = config.replace(adversarial=ADVERSARIAL.replace(turns="alternate")).build().objectives()
+    assert [o.turn for o in alternate] == [(0, 2), (0, 2), (1, 2)]
+    assert alternate[0].loss == alternate[1].loss != alternate[2].loss
+    alone = config.replace(adversarial=None, learned_scales=False).build()
+    assert [o.name for o in alone.objectives()] == ["autoencoder"] and set(alone.networks) == {"vae"}
+    assert set(alone.network_configs) == {"vae"}
+
+
+def test_a_discriminator_that_has_not_started_does_nothing(config, given):
+    parameters, frozen, batch = given
+    late = config.replace(adversarial=ADVERSARIAL.replace(start=8), shared=None)
+    _, metrics, gradient = gradient_of(late.build().both_losses, parameters, frozen, batch)
+    assert metrics["adaptive_weight"] == metrics["hinge"] == 0.0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["discriminator"]))
+    assert np.any(gradient["vae"]["encoder"]["conv_in"]["kernel"])
+
+
+def test_microbatches_make_the_same_loss_and_draws(config, given):
+    parameters, frozen, batch = given
+    task = config.replace(adversarial=None).build()
+
+    def run(parameters, batch, count):
+        return accumulate(lambda _, some: task.loss(parameters, frozen, some, jax.random.key(3)), {}, batch, count)[0]
+
+    whole, parts = (jax.jit(functools.partial(run, count=count))(parameters, batch) for count in (1, 2))
+    np.testing.assert_allclose(whole[0], parts[0], rtol=1e-5)
+    found, expected = to_host(parts[1]), to_host(whole[1])
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert {"l1", "psnr", "perceptual_laplacian", "kl_per_element", "image_decoder_error"} < set(found)
+
+
+def test_evaluation_of_an_inflated_image_vae(config, given):
+    """Before any training the image decoder reads the video latents as well as its own, and the other way round."""
+    _, frozen, batch = given
+    task = config.build()
+    vae = inflate(IMAGE, jax.device_get(frozen["image_vae"]), config.network, task.networks["vae"].shapes)
+    run = jax.jit(lambda p, f, b: (task.evaluate(p, f, b, jax.random.key(0)), task.visualize(p, f, b, None)))
+    metrics, shown = run({"vae": vae}, frozen, batch)
+    found = to_host(metrics)
+    for measure in ("psnr", "ssim", "l1", "perceptual_laplacian"):
+        assert found[f"image_decoder/{measure}"] == pytest.approx(found[f"image_alone/{measure}"], abs=1e-4)
+        assert found[f"image_latents/{measure}"] == pytest.approx(found[measure], abs=1e-4)
+    assert found["latent/squared_distance"] < 1e-9
+    assert found["latent/mean_2"] == pytest.approx(found["image_latent/mean_2"], abs=1e-5)
+    assert {name: clip.shape for name, clip in shown.items()} == {
+        name: (2, 5, 12, 12, 3) for name in ("data", "reconstruction", "image_decoder", "image_latents")
+    }
+    np.testing.assert_array_equal(shown["image_decoder"][:, 3], shown["image_decoder"][:, 4])
+
+
+# Pure functions.
+
+
+def test_frames_that_stand_for_latents():
+    clip = jnp.broadcast_to(jnp.arange(9.0)[None, :, None, None, None], (2, 9, 1, 1, 1))
+
+    def numbers(mapping, picks=None):
+        return map_frames(clip, mapping, 4, picks)[..., 0, 0, 0].tolist()
+
+    assert numbers("first") == [[0.0]] * 2
+    assert numbers("slice") == [[0, 4, 8]] * 2
+    assert numbers("average") == [[0, 2.5, 6.5]] * 2
+    assert numbers("random", jnp.array([[0, 3], [2, 1]])) == [[0, 1, 8], [0, 3, 6]]
+    assert map_frames(clip[:, :1], "average", 4).shape == (2, 1, 1, 1, 1)
+    keys = jax.random.split(jax.random.key(0), 400)
+    picks = np.asarray(draw_picks(keys, 2, 4))
+    assert picks.shape == (400, 2) and set(picks.ravel()) == {0, 1, 2, 3}
+    assert (picks[:, 0] != picks[:, 1]).mean() > 0.6
+    np.testing.assert_array_equal(draw_picks(keys[7:9], 2, 4), picks[7:9])
+
+
+def test_hinge_and_its_weight():
+    real, made = jnp.array([2.0, 0.5]), jnp.array([-3.0, 0.0])
+    assert float(hinge_discriminator(real, made)) == 0.5 * (0.25 + 0.5) and float(hinge_generator(made)) == 1.5
+    pull, push = jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])
+    assert float(adaptive_weight(pull, push)) == pytest.approx(5 / 2.0001)
+    assert float(adaptive_weight(pull, 0 * push)) == 1e4 and float(adaptive_weight(pull, push, limit=1.0)) == 1.0
+    value, gradient = jax.value_and_grad(lambda x: given_gradient(x, jnp.array([5.0, -1.0])))(pull)
+    assert float(value) == 0.0 and gradient.tolist() == [5.0, -1.0]
+
+
+def test_the_discriminator():
+    published = ClipDiscriminatorConfig()
+    network = Network.of(lambda rngs: ClipDiscriminator(published, rngs=rngs))
+    assert sum(leaf.size for leaf in jax.tree.leaves(network.shapes)) == 29_015_041 - 722_304
+    for frames, out in {1: 1, 9: 2, 17: 3, 33: 5}.items():
+        clip = jax.ShapeDtypeStruct((1, frames, 64, 64, 3), jnp.float32)
+        assert jax.eval_shape(network.apply, network.shapes, clip).shape == (1, out, 8, 8, 1)
+    halved = halve(jnp.arange(3.0)[None, :, None, None, None] * jnp.ones((1, 3, 5, 4, 1)))
+    assert halved.shape == (1, 2, 2, 2, 1) and halved[0, :, 0, 0, 0].tolist() == [0.0, 1.5]
+    assert discriminator_flops.forward(published, 17, 64, 64) > 0
+    with pytest.raises(ValueError, match="groups = 32 does not divide width = 8"):
+        ClipDiscriminatorConfig(width=8).validate()
+
+
+# What it refuses.
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kl_weight": -1.0}, ["kl_weight = -1.0", "must not be negative"]),
+        ({"image_vae": None, "image_vae_weights": None}, ["shared needs image_vae"]),
+        ({"image_vae_weights": None}, ["belong together"]),
+        (
+            {"image_vae": IMAGE.replace(latent_channels=8)},
+            ["network.latent_channels = 4", "image_vae.latent_channels = 8"],
+        ),
+        ({"image_vae": IMAGE.replace(block_channels=(4, 4, 4))}, ["network.downsampling = 2", "= 4"]),
+        ({"shared": SharedLatentsConfig(encoder_weight=-1.0)}, ["encoder_weight = -1.0"]),
+        ({"adversarial": ADVERSARIAL.replace(start=-1)}, ["start = -1"]),
+    ],
+)
+def test_mistakes_in_the_config(config, changes, words):
+    with pytest.raises(ConfigError) as error:
+        validate_tree(config.replace(**changes), "task")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"frames": 6}, ["frames = 6", "2n + 1", "take 5 or 7"]),
+        ({"height": 13}, ["height = 13", "multiple of 2", "take 12"]),
+        ({"width": 8}, ["width = 8", "at least 11", "SSIM"]),
+        ({"views": 2}, ["views = 2", "take 1"]),
+    ],
+)
+def test_batches_that_do_not_fit(config, changes, words):
+    with pytest.raises(ValueError) as error:
+        config.check_bucket(BUCKET.replace(**changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_weights_of_another_image_vae_are_told_apart(config):
+    config.check_weights()
+    with pytest.raises(ValueError, match="task.image_vae_weights.*another network"):
+        config.replace(image_vae=IMAGE.replace(layers_per_block=2)).check_weights()
+    with pytest.raises(ValueError, match="no pixels"):
+        config.build().prepare({"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": ""})
+
+
+def test_flops_count_every_network(config):
+    parts = config.build().flops(BUCKET)
+    assert {"encoder convolutions", "decoder convolutions", "image decoder", "discriminator"} == set(parts)
+    assert all(value > 0 for value in parts.values())

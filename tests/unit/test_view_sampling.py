@@ -1,0 +1,163 @@
+"""`jvgen sample --cameras`: from a run of several views to files that can be checked, and what is said of mistakes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jvgen import config
+from jvgen.data.build import build_scenes
+from jvgen.data.decode import decode_window
+from jvgen.data.scenes import SceneConfig
+from jvgen.evaluation.epipolar_sheet import epipolar_sheet
+from jvgen.geometry import paths
+from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
+from jvgen.geometry.cameras import Cameras, project
+from jvgen.tasks.task import SampleRequest
+from jvgen.training.restore import write_first_checkpoint
+from jvgen.training.view_sampling import at_one_place, fitting_batch, read_views
+
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo_multiview.py"
+REQUEST = SampleRequest(frames=3, height=8, width=16)
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory, vae_folder) -> list[str]:
+    """What makes the demo's config tiny, on a few scenes: still clips of 5 frames, moving ones of 3."""
+    scenes = SceneConfig(
+        height=16, width=16, frames=5, kinds={"static": 0.5, "dynamic": 0.5}, supersampling=1, objects=(1, 1)
+    )
+    folder = str(tmp_path_factory.mktemp("multiview") / "scenes")
+    build_scenes(folder, scenes, train=24, validation=8, workers=1)
+    values = {
+        "task.vae.block_channels": "8,8", "task.vae.groups": "4", "task.vae.layers_per_block": "1",
+        "task.vae_weights": str(vae_folder(0)), "task.latents": "pixels", "task.spatial_compression": "2",
+        "task.sampler.steps": "2", "task.denoiser.layers": "1", "task.denoiser.heads": "2",
+        "task.denoiser.head_width": "8", "task.denoiser.text_width": "16", "task.denoiser.text_length": "16",
+        "task.denoiser.condition_width": "16", "task.denoiser.sync.every": "1", "task.denoiser.sync.groups": "4",
+        "task.text.length": "16", "task.text.encoder.width": "16", "task.text.encoder.layers": "1",
+        "task.text.encoder.heads": "2", "data.sources.0.path": folder, "data.evaluation_sources.0.path": folder,
+        "data.threads": "1", "optimizer.kind": "adamw", "training.steps": "2", "training.tensorboard": "false",
+        "checkpoint.every": "2",
+    }  # fmt: skip
+    for bucket, frames in ((0, 5), (1, 3)):
+        sizes = {"height": 16, "width": 16, "batch_size": 8, "frames": frames}
+        values |= {f"data.buckets.{bucket}.{name}": str(value) for name, value in sizes.items()}
+    return [f"{path}={value}" for path, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, changes):
+    """A run that has not begun."""
+    folder = tmp_path_factory.mktemp("run")
+    write_first_checkpoint(config.override(config.load(CONFIG), changes), folder / "run", {})
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_both_kinds_of_batches_are_trained_on(changes, tmp_path, jvgen):
+    words = [word for change in changes for word in ("--set", change)]
+    done = jvgen("train", CONFIG, *words, "--workdir", tmp_path / "run")
+    assert done.status == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["bucket"] for row in rows] == ["1x5x16x16", "1x3x16x16"]
+
+
+def test_views_of_a_named_path(run, jvgen, tmp_path):
+    words = ("sample", run, "--prompt", "a red ball", "--cameras", "circle", "--views", 3, "--out", tmp_path / "clips")
+    done = jvgen(*words)
+    assert done.status == 0, done.err
+    (folder,) = [path for path in (tmp_path / "clips").iterdir() if path.is_dir()]
+    names = {"grid.mp4", "epipolar.png"} | {f"view_{view}.{kind}" for view in range(3) for kind in ("mp4", "txt")}
+    assert {path.name for path in folder.iterdir()} == names
+    assert decode_window((folder / "view_2.mp4").read_bytes(), range(3)).shape == (3, 16, 16, 3)
+    assert decode_window((folder / "grid.mp4").read_bytes(), [0]).shape == (1, 32, 32, 3)
+    track = read_cameras(folder / "view_1.txt")
+    np.testing.assert_allclose(track.extrinsics, paths.named_paths("circle", 3, 3)[1], atol=1e-8)
+    row = json.loads((tmp_path / "clips" / "index.jsonl").read_text())
+    assert (row["cameras"], row["views"], row["frames"]) == (["circle"], 3, 3)
+    again = jvgen(*words)
+    assert again.status == 0 and "1 sets were there already" in again.out
+    other = jvgen(*words, "--seed", 1)
+    assert other.status == 2 and "made with other settings (seed = 0, now 1)" in other.err
+
+
+def test_mistakes_are_told_before_weights_are_read(run, jvgen, tmp_path):
+    def told(*words) -> str:
+        done = jvgen("sample", run, "--prompt", "a", "--out", tmp_path / "x", *words)
+        assert done.status == 2
+        return done.err
+
+    assert "cameras = 'spiral': no such path; there are circle" in told("--cameras", "spiral")
+    assert "camera file 'none.txt' does not exist" in told("--cameras", "none.txt")
+    assert "--cameras: name a path (circle, hemisphere, interpolate, dolly) or camera files" in told("--views", 2)
+    assert "--enhance: not with --cameras" in told("--cameras", "circle", "--enhance", 2.0)
+    assert "do not divide over 8 devices; take --batch 8" in told("--cameras", "circle", "--views", 3, "--batch", 2)
+
+
+def files_of(folder, frames: int = 6, count: int = 2) -> list[str]:
+    made = []
+    for view in range(count):
+        extrinsics = paths.named_paths("dolly", 2, frames)[view] @ np.block(
+            [[np.eye(3), np.ones((3, 1))], [0, 0, 0, 1]]
+        )
+        track = CameraTrack("x", np.arange(frames), np.tile([0.5, 0.89, 0.5, 0.5], (frames, 1)), extrinsics)
+        write_cameras(folder / f"{view}.txt", track)
+        made.append(str(folder / f"{view}.txt"))
+    return made
+
+
+def test_camera_files_are_fitted_to_the_clips(tmp_path):
+    files = files_of(tmp_path)
+    made = read_views(files, None, REQUEST, distance=0.5, one_world=False)
+    assert made.extrinsics.shape == (2, 3, 3, 4)
+    np.testing.assert_allclose(made.extrinsics[:, 0], np.broadcast_to(np.eye(3, 4), (2, 3, 4)), atol=1e-8)
+    np.testing.assert_allclose(made.extrinsics[1, -1], paths.named_paths("dolly", 2, 6)[1, -1], atol=1e-8)
+    # Square pixels stay square: fx of the width is fy of the height.
+    np.testing.assert_allclose(made.intrinsics[..., 0] * 16, made.intrinsics[..., 1] * 8, rtol=1e-3)
+    together = read_views(files, 2, REQUEST, distance=0.5, one_world=True)
+    assert np.abs(together.extrinsics[1, 0] - np.eye(3, 4)).max() < 1e-8, "both begin at one place of the world"
+
+
+def test_camera_files_that_do_not_go_together(tmp_path):
+    files = files_of(tmp_path)
+    with pytest.raises(
+        ValueError, match="--views 4, but 2 camera files: give one for each view, or the name of a path"
+    ):
+        read_views(files, 4, REQUEST, distance=0.5, one_world=False)
+    with pytest.raises(ValueError, match="0.txt has 6 cameras, fewer than the 9 frames asked for"):
+        read_views(files, 2, SampleRequest(9, 8, 16), distance=0.5, one_world=False)
+    (tmp_path / "longer").mkdir()
+    longer = files_of(tmp_path / "longer", frames=7)
+    with pytest.raises(ValueError, match="camera files of different lengths .*0.txt: 6, .*1.txt: 7.* cut them to one"):
+        read_views([files[0], longer[1]], 2, REQUEST, distance=0.5, one_world=False)
+
+
+def test_views_without_a_baseline_are_told():
+    apart = Cameras(paths.default_intrinsics(3, 4, 1.0), paths.named_paths("circle", 3, 4))
+    assert at_one_place(apart) == []
+    assert at_one_place(apart._replace(extrinsics=apart.extrinsics[[0, 1, 0]])) == [(0, 2)]
+
+
+@pytest.mark.parametrize("views, devices, least", [(4, 8, 2), (3, 8, 8), (2, 1, 1), (8, 4, 1), (6, 4, 2)])
+def test_views_fit_the_mesh(views, devices, least):
+    assert fitting_batch(None, views, devices) == least
+    assert fitting_batch(2 * least, views, devices) == 2 * least
+    assert least * views % devices == 0
+
+
+def test_lines_of_the_check_sheet_go_through_what_they_mark():
+    """A white dot in a black world, seen by two cameras: the line of its place in one crosses it in the other."""
+    extrinsics = np.stack([paths.named_paths("circle", 2, 2, distance=1.0)[view, -1:] for view in range(2)])
+    cameras = Cameras(paths.default_intrinsics(2, 1, 4 / 3), extrinsics)
+    point = np.array([[0.1, 0.05, 1.2]])
+    seen = [project(point, Cameras(*(part[view, 0] for part in cameras)), (192, 256))[0, :2] for view in range(2)]
+    videos = np.zeros((2, 1, 192, 256, 3), np.uint8)
+    sheet = epipolar_sheet(videos, cameras, points=[tuple(seen[0] / [256, 192])])
+    x, y = (int(round(value)) for value in seen[1])
+    near = sheet[y - 2 : y + 3, 258 + x - 2 : 258 + x + 3]
+    assert near.max() > 100, "the line passes within two pixels"
+    assert sheet[:, 258:].max(axis=-1).astype(bool).mean() < 0.05

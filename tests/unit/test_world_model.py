@@ -1,0 +1,214 @@
+"""A world model is stepped, rolled out, mapped over and lived in as an environment; what it refuses, and how."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvgen.control.world_model import WorldModel, to_pixels
+from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.models.ivideogpt.sampling import SamplingConfig
+from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
+from jvgen.models.ivideogpt.transformer import FrameTransformer
+from jvgen.nn.network import Network
+
+TOKENIZER = CompressiveTokenizerConfig(
+    resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
+    context_codes=18, future_codes=12, attention_side=8, attention_groups=4,
+)  # fmt: skip
+TRANSFORMER = FrameTransformerConfig(
+    vocabulary=32, width=24, layers=1, heads=3, hidden=40, max_positions=256, action_width=2, reward=True
+)
+FRAMES = 5
+
+
+def loud(shapes: dict, seed: int) -> dict:
+    """Random parameters large enough that everything matters."""
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(seed)
+    return structure.unflatten(
+        [(0.35 * rng.standard_normal(s.shape) + (s.ndim == 1)).astype(np.float32) for s in leaves]
+    )
+
+
+def world_of(transformer: FrameTransformerConfig = TRANSFORMER, **options) -> WorldModel:
+    of_tokenizer = Network.of(lambda rngs: CompressiveTokenizer(TOKENIZER, rngs=rngs))
+    of_transformer = Network.of(lambda rngs: FrameTransformer(transformer, rngs=rngs))
+    options = {"frames": FRAMES, "sampling": SamplingConfig(top_k=8), **options}
+    return WorldModel(TOKENIZER, loud(of_tokenizer.shapes, 0), transformer, loud(of_transformer.shapes, 1), **options)
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return world_of()
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 256, (2, 2, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def actions() -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(2, 3, 2)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def stepped(world, frames, actions):
+    """Three steps from two contexts: states, frames and rewards."""
+    state, made = world.reset(frames, 7), []
+    states = [state]
+    for number in range(3):
+        state, frame, reward = world.step(state, actions[:, number])
+        states.append(state)
+        made.append((np.asarray(frame), np.asarray(reward)))
+    return states, np.stack([f for f, _ in made], 1), np.stack([r for _, r in made], 1)
+
+
+def test_steps_are_what_a_rollout_is(world, frames, actions, stepped):
+    states, of_steps, rewards = stepped
+    assert (world.horizon, world.context_frames, world.action_width) == (3, 2, 2)
+    whole = world.rollout(frames, actions, 7)
+    np.testing.assert_allclose(of_steps, whole.frames, atol=2e-5)
+    np.testing.assert_allclose(rewards, whole.rewards, rtol=2e-4)
+    assert of_steps.shape == (2, 3, 16, 16, 3) and 0 <= of_steps.min() and of_steps.max() <= 1
+    assert [int(state.number) for state in states] == [0, 1, 2, 3]
+    np.testing.assert_array_equal(states[3].frames, of_steps[:, 1:])
+    # As many frames as actions.
+    np.testing.assert_array_equal(world.rollout(frames, actions[:, :2], 7).ids, whole.ids[:, :2])
+
+
+def test_actions_and_seeds_matter(world, frames, actions):
+    ids = [
+        np.asarray(world.rollout(frames, given, seed).ids)
+        for given, seed in ((actions, 7), (-actions, 7), (actions, 8))
+    ]
+    assert (ids[0] != ids[1]).any() and (ids[0] != ids[2]).any()
+    assert to_pixels(jnp.array([-1.0, 0.5, 2.0])).tolist() == [0, 128, 255]
+
+
+def test_it_can_be_mapped_over(world, frames, stepped):
+    """Candidate actions from one state, as a planner tries them; and under jit with the steps in a scan."""
+    states, *_ = stepped
+    candidates = jnp.asarray(np.random.default_rng(5).normal(size=(4, 2, 2)), jnp.float32)
+    mapped = jax.jit(jax.vmap(lambda action: world.step(states[1], action)[1:]))(candidates)
+    for number in (0, 3):
+        _, frame, reward = world.step(states[1], candidates[number])
+        np.testing.assert_allclose(mapped[0][number], frame, atol=2e-5)
+        np.testing.assert_allclose(mapped[1][number], reward, rtol=2e-4)
+
+
+def test_several_samples_of_a_context(world, frames):
+    same = np.zeros((6, 3, 2), np.float32)
+    made = world.rollout(frames, same, 1, samples=3)
+    assert made.frames.shape[0] == 6 and (made.ids[0] != made.ids[1]).any()
+    state = world.reset(frames, 1, samples=3)
+    _, first, _ = world.step(state, same[:, 0])
+    np.testing.assert_allclose(first, made.frames[:, 0], atol=2e-5)
+
+
+def test_the_horizon_and_beyond(world, actions, stepped):
+    states, of_steps, _ = stepped
+    with pytest.raises(ValueError, match="3 frames long, the horizon .* refresh"):
+        world.step(states[3], actions[:, 0])
+    fresh = world.refresh(states[3])
+    assert int(fresh.number) == 0
+    np.testing.assert_array_equal(fresh.frames, of_steps[:, 1:])
+    _, frame, _ = world.step(fresh, actions[:, 0])
+    assert np.isfinite(frame).all()
+
+
+def test_a_world_without_actions_or_rewards(frames):
+    plain = world_of(TRANSFORMER.replace(action_width=0, reward=False))
+    made = plain.rollout(frames)
+    assert made.frames.shape == (2, 3, 16, 16, 3) and made.rewards is None
+    state, frame, reward = plain.step(plain.reset(frames))
+    assert reward is None
+    with pytest.raises(ValueError, match="world without actions"):
+        plain.step(state, np.zeros((2, 2)))
+
+
+def test_what_it_refuses(world, frames, actions):
+    unit = frames / np.float32(255)
+    for wrong, words in (
+        (frames[:, :1], "begins at 2 frames of 16x16"),
+        (frames[:, :, :8], "begins at 2 frames of 16x16"),
+        (unit * 255, "floats must be in \\[0, 1\\]"),
+        (unit * np.nan, "floats must be in"),
+        (frames.astype(np.int32), "frames of int32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            world.reset(wrong)
+    state = world.reset(unit)
+    for wrong, words in (
+        (None, "stepped with 2 numbers"),
+        (np.zeros((2, 3)), "actions \\(2, 3\\): expected \\(2, 2\\)"),
+        (np.full((2, 2), np.nan), "reach nan"),
+        (np.full((2, 2), 1e6), "reach 1e\\+06"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            world.step(state, wrong)
+    with pytest.raises(ValueError, match="give 1..3 actions"):
+        world.rollout(frames, np.zeros((2, 4, 2)))
+    with pytest.raises(ValueError, match="give 1..3 actions"):
+        world.rollout(frames, np.zeros((2, 2)))
+
+
+def test_networks_that_do_not_belong_together():
+    with pytest.raises(ValueError, match="do not belong together"):
+        world_of(TRANSFORMER.replace(vocabulary=40))
+    with pytest.raises(ValueError, match="more than transformer.max_positions"):
+        world_of(frames=60)
+
+
+# Environment.
+
+
+@pytest.fixture(scope="module")
+def environment(world, frames):
+    pytest.importorskip("gymnasium")
+    from jvgen.control.environment import WorldModelEnvironment
+
+    return WorldModelEnvironment(world, frames, steps=5)
+
+
+def test_an_environment_keeps_the_rules(environment):
+    from gymnasium.utils.env_checker import check_env
+
+    check_env(environment, skip_render_check=True)
+
+
+def test_episodes(environment, world, frames):
+    first, info = environment.reset(seed=3, options={"start": 1})
+    np.testing.assert_array_equal(first, frames[1, -1])
+    assert info == {"start": 1}
+    made = []
+    for number in range(5):
+        frame, reward, terminated, truncated, _ = environment.step(np.array([0.3, 5.0]))
+        assert frame.dtype == np.uint8 and np.isfinite(reward) and not terminated and truncated == (number == 4)
+        made.append(frame)
+    np.testing.assert_array_equal(environment.render(), made[-1])
+    # The second component was clipped to its bound, and the same seed gives the same episode.
+    environment.reset(seed=3, options={"start": 1})
+    again = [environment.step(np.array([0.3, 1.0]))[0] for _ in range(3)]
+    np.testing.assert_array_equal(made[:3], again)
+
+
+def test_rewards_from_elsewhere_and_mistakes(world, frames):
+    pytest.importorskip("gymnasium")
+    from jvgen.control.environment import WorldModelEnvironment
+
+    own = WorldModelEnvironment(world, frames, reward=lambda frame, action: float(action.sum()))
+    own.reset(seed=0)
+    assert own.step(np.array([0.5, 0.25]))[1] == 0.75
+    for starts, options, words in (
+        (frames[:0], {}, "at least one"),
+        (frames / 255, {}, "expected uint8"),
+        (frames, {"low": 1.0}, "below its upper bound"),
+        (frames, {"steps": 0}, "steps = 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            WorldModelEnvironment(world, starts, **options)
+    fresh = WorldModelEnvironment(world, frames)
+    with pytest.raises(ValueError, match="step before reset"):
+        fresh.step(np.zeros(2))
