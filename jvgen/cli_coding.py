@@ -1,7 +1,6 @@
 """VAEs put to use: `jvgen encode`, `jvgen decode` and `jvgen evaluate --vae`."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from jvgen.cli_data import frame_size
@@ -118,6 +117,7 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate_vae(parsed: argparse.Namespace) -> int:
     """Measure an exported VAE."""
+    from jvgen.evaluation import i3d
     from jvgen.tasks.vae_evaluation import evaluate_vae
 
     if parsed.data is None:
@@ -125,12 +125,6 @@ def run_evaluate_vae(parsed: argparse.Namespace) -> int:
     evaluate_vae(
         parsed.vae, parsed.data, frames=parsed.frames, size=parsed.size, stride=parsed.stride, batches=parsed.batches,
         batch=parsed.batch, image_vae=parsed.image_vae, lpips=parsed.lpips, out=parsed.out, worst=parsed.worst,
-        features=None if parsed.fvd_weights is None else _features(parsed.fvd_weights),
+        features=None if parsed.fvd_weights is None else i3d.features(parsed.fvd_weights),
     )  # fmt: skip
     return 0
-
-
-def _features(weights: Path) -> Callable:
-    from jvgen.training.video_distance import i3d_features
-
-    return i3d_features(weights)

@@ -1,8 +1,13 @@
 """How far apart two sets of clips are as distributions: the Fréchet distance of their features (FVD)."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import numpy as np
+from jaxtyping import Float
+
+PIECE = 16  # clips that go through the feature network together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,40 @@ class Moments:
     def covariance(self) -> np.ndarray:
         """(D, D), divided by the count, as the published measurements have it."""
         return self.products / self.count - np.outer(self.mean, self.mean)
+
+
+class VideoDistance:
+    """The Fréchet distance of recorded clips and made ones, gathered batch after batch.
+
+    As published (Unterthiner et al. 2018; iVideoGPT): of whole clips, covariances divided by the count. Biased: compare
+    equal numbers of clips only.
+
+    Args:
+      features: clips in [0, 1], `N F H W 3`, to `N D`; see `jvgen.evaluation.i3d.features`.
+      name: of the measure in `result`.
+    """
+
+    def __init__(self, features: Callable[[jax.Array], jax.Array], name: str = "fvd"):
+        self._features, self._name = jax.jit(features), name
+        self._moments: list[Moments | None] = [None, None]
+
+    def add(self, recorded: Float[np.ndarray, "N F H W 3"], made: Float[np.ndarray, "M F H W 3"]) -> None:
+        """Take in clips of either side."""
+        for side, clips in enumerate((recorded, made)):
+            for start in range(0, len(clips), PIECE):
+                found = Moments.of(np.asarray(self._features(clips[start : start + PIECE])))
+                before = self._moments[side]
+                self._moments[side] = found if before is None else before + found
+
+    def result(self) -> dict[str, float]:
+        """The distance by its name, and how many clips of either side it is from."""
+        recorded, made = self._moments
+        assert recorded is not None and made is not None, "no batch was added"
+        return {
+            self._name: frechet_distance(recorded, made),
+            f"{self._name}_recorded_clips": float(recorded.count),
+            f"{self._name}_made_clips": float(made.count),
+        }
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:

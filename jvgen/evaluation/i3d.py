@@ -3,8 +3,9 @@
 Pure functions over a nested dict of parameters read from a local file; there are no weights here.
 """
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ def prepare(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F h w 3"]:
     frames = rearrange(video, "b f h w c -> (b f) h w c")
     resized = jax.image.resize(frames, (frames.shape[0], SIZE, SIZE, 3), "linear", antialias=False)
     return rearrange(2.0 * resized - 1.0, "(b f) h w c -> b f h w c", b=batch)
+
+
+def features(weights: str | Path) -> Callable[[jax.Array], jax.Array]:
+    """Clips in [0, 1] to the scores of an I3D with local weights, as the published measurements take them.
+
+    Raises:
+      ValueError: see `load_i3d`.
+    """
+    return functools.partial(_features, load_i3d(weights))
+
+
+def _features(parameters: Parameters, video: jax.Array) -> jax.Array:
+    return logits(parameters, prepare(video))
 
 
 def load_i3d(path: str | Path) -> dict[str, dict[str, np.ndarray]]:

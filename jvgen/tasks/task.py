@@ -114,6 +114,11 @@ class TaskConfig(Config):
         """Whether `Task.generate_views` makes several views of a scene."""
         return False
 
+    @property
+    def predicts_clips(self) -> bool:
+        """Whether `Task.predicted_clips` predicts recorded clips from their first frames."""
+        return False
+
     def frames_of(self, bucket: BucketConfig) -> int:
         """Frames of each clip that comes of a bucket's examples."""
         return bucket.frames
@@ -202,6 +207,13 @@ class Task(abc.ABC):
     ) -> dict[str, jax.Array]:
         """uint8 clips to look at, `B F H W 3` by name ("reconstruction", "sample"); traced under jit."""
         return {}
+
+    def predicted_clips(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Recorded clips `B F H W 3` and predictions of them `N F H W 3`, float32 in [0, 1], for tasks whose
+        configuration `predicts_clips`; traced under jit."""
+        raise NotImplementedError(f"{type(self).__name__} predicts no clips.")
 
     def look_at_layers(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array

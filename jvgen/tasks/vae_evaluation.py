@@ -15,7 +15,7 @@ from jvgen.data.latents import check_pixels
 from jvgen.data.loader import Loader
 from jvgen.data.sources import splits
 from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
-from jvgen.evaluation.distribution import Moments, frechet_distance
+from jvgen.evaluation.distribution import VideoDistance
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -85,8 +85,7 @@ def evaluate_vae(
     rows: dict[str, list[float]] = {}
     totals: dict[str, np.ndarray] = {}
     seen: list[tuple[float, str, np.ndarray, np.ndarray]] = []
-    distance = None if features is None else jax.jit(lambda clips: features(clips.astype(jnp.float32) / 255.0))
-    sides: list[list[np.ndarray]] = [[], []]
+    distance = None if features is None else VideoDistance(features, "rfvd")
     loader = _loader(data, frames, size, stride, batch)
     with loader.batches(0, batches) as stream:
         for loaded in progress(stream, "evaluating", unit="batch", total=batches):
@@ -97,15 +96,13 @@ def evaluate_vae(
             for name, (total, count) in statistics.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.array([total, count], np.float64)
             if distance is not None:
-                for side, clips in zip(sides, (video, shown["reconstruction"]), strict=True):
-                    side.append(np.asarray(distance(jnp.asarray(clips))))
+                distance.add(*(np.float32(clips) / 255.0 for clips in (video, shown["reconstruction"])))
             seen += zip(found["psnr"].tolist(), loaded.record_ids, video, shown["reconstruction"], strict=True)
             seen = sorted(seen, key=lambda row: row[0])[: max(worst, 0)]
     result = {name: float(np.mean(values)) for name, values in rows.items()}
     result |= _deviations({name: total / count for name, (total, count) in totals.items()})
     if distance is not None:
-        recorded, made = (Moments.of(np.concatenate(side)) for side in sides)
-        result |= {"rfvd": frechet_distance(recorded, made), "rfvd_clips": float(recorded.count)}
+        result |= distance.result()
     for name, value in sorted(result.items()):
         print(f"{name:36s} {value:.6g}")
     if perceptual.config.kind != "lpips":

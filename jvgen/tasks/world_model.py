@@ -101,6 +101,10 @@ class WorldModelConfig(TaskConfig):
         """Frames of a sequence: a goal comes before the frames of the clip."""
         return bucket.frames + self.goal
 
+    @property
+    def predicts_clips(self) -> bool:
+        return True
+
     def check_bucket(self, bucket: BucketConfig) -> None:
         check_frames(self.tokenizer, bucket)
         if bucket.segment is not None:

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jvgen.data.config import SourceConfig
 from jvgen.data.loader import Loader
 from jvgen.data.sources import splits
+from jvgen.evaluation import i3d
+from jvgen.evaluation.distribution import VideoDistance
 from jvgen.terminal import progress
 from jvgen.training.inference import open_run, read_experiment
 from jvgen.training.metrics import RunningMeans
 from jvgen.training.state import EVALUATE, key_for
-from jvgen.training.video_distance import VideoDistance, i3d_features
 
 
 def evaluate_run(
@@ -37,12 +39,16 @@ def evaluate_run(
       fvd_weights: safetensors file of an I3D, to measure the Fréchet video distance of predictions with as well.
 
     Raises:
-      ValueError: nothing to evaluate on; weights that are no I3D's.
+      ValueError: nothing to evaluate on; a run that predicts no clips; weights that are no I3D's.
     """
     if batches < 1:
         raise ValueError(f"--batches {batches}: average over at least one batch.")
-    features = None if fvd_weights is None else i3d_features(fvd_weights)
     experiment = read_experiment(run)
+    if fvd_weights is not None and not experiment.task.predicts_clips:
+        raise ValueError(
+            f"--fvd-weights: a {type(experiment.task).__name__} predicts no clips to measure; give a world model's run."
+        )
+    distance = None if fvd_weights is None else VideoDistance(i3d.features(fvd_weights))
     config = experiment.data
     if data is not None:
         split = "validation" if "validation" in splits(data) else "train"
@@ -53,15 +59,15 @@ def evaluate_run(
     loader = Loader(config, seed=experiment.seed, prepare=experiment.task.build().prepare, evaluation=True)
     loaded = open_run(run, ema, step, untrained)
     evaluate = loaded.program.evaluation("evaluate")
-    distance = None if features is None else VideoDistance(loaded.program, features)
+    predict = None if distance is None else loaded.program.evaluation("predicted_clips")
     means, key = RunningMeans(), jax.random.key(experiment.seed)
     with loader.batches(0, batches) as stream:
         for number, batch in enumerate(progress(stream, "evaluating", unit="batch", total=batches)):
             placed = loaded.program.place(batch.arrays, batch.bucket, 0, 1)
             given = loaded.parameters, loaded.frozen, placed, key_for(key, EVALUATE, number)
             means.add(evaluate(*given))
-            if distance is not None:
-                distance.add(*given)
+            if predict is not None:
+                distance.add(*map(np.asarray, predict(*given)))
     result = means.result() | ({} if distance is None else distance.result())
     for name, value in sorted(result.items()):
         print(f"{name:32s} {value:.6g}")

@@ -149,7 +149,7 @@ class Program:
         return dataclasses.replace(fresh, parameters=whole, ema=averages)
 
     def evaluation(self, method: str) -> Callable[[Parameters, Parameters, Batch, jax.Array], Metrics]:
-        """The task's "evaluate" or "visualize", jitted, with parameters cast as in training."""
+        """The task's "evaluate", "visualize" or "predicted_clips", jitted, with parameters cast as in training."""
         dtype = jnp.dtype(self.experiment.training.compute_dtype)
 
         def run(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Any:

@@ -13,6 +13,7 @@ from jvgen.nn.embeddings import token_grid
 from jvgen.nn.stacked import Remat
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import single_device_mesh
+from jvgen.preflight.ahead_of_time import Memory
 from jvgen.training.program import Program
 from jvgen.training.state import cast, size_of
 from tests.benchmarks.dit_step import Size, case_of, config_of
@@ -36,7 +37,7 @@ def run(settings: Settings) -> Result:
         notes=(
             "least = parameters + moments + average + batch (arguments) + gradients + what the remat policy saves",
             "for the backward pass. saved: counted in the traced program; formula: layers x rows x width (x 2 with",
-            "attention's output). compiled: arguments + outputs - donated + temporary, from XLA's own analysis.",
+            "attention's output). compiled: arguments + outputs - donated + temporary + code, from XLA's own analysis.",
         ),
     )
 
@@ -45,11 +46,7 @@ def _row(size: Size, remat: Remat) -> dict[str, Any]:
     config = config_of(size).replace(remat=remat)
     case = case_of(remat.value, size, config)
     program = Program.of(case.experiment(ema=(0.999,)), single_device_mesh())
-    analysis = program.lower(case.bucket).compile().memory_analysis()
-    compiled = (
-        analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )  # fmt: skip
+    memory = Memory.of(program.lower(case.bucket).compile())
     abstract = program.abstract_state()
     _, parameters = size_of(abstract.parameters)
     _, state = size_of(abstract.saved())
@@ -67,10 +64,10 @@ def _row(size: Size, remat: Remat) -> dict[str, Any]:
         "saved": saved / mib,
         "formula": _or_none(formula_bytes(config, size, remat), mib),
         "least": least / mib,
-        "arguments": analysis.argument_size_in_bytes / mib,
-        "temporary": analysis.temp_size_in_bytes / mib,
-        "compiled": compiled / mib,
-        "ratio": compiled / least,
+        "arguments": memory.arguments / mib,
+        "temporary": memory.temporaries / mib,
+        "compiled": memory.total / mib,
+        "ratio": memory.total / least,
     }
 
 

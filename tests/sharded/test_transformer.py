@@ -102,8 +102,8 @@ def assert_same(actual, expected):
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
     for got, want in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
-        # The gradient of the key's bias is zero but for rounding, so there is a floor.
-        atol = max(1e-5 * float(jnp.abs(want).max()), 5e-7 * largest)
+        # Processors round sums differently. The gradient of the key's bias is zero but for rounding: there is a floor.
+        atol = max(4e-5 * float(jnp.abs(want).max()), 2e-6 * largest)
         np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 

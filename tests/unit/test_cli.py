@@ -113,6 +113,8 @@ def test_training_writes_what_it_did(vae_run):
 
 
 def test_evaluation_measures_these_weights(jvgen, vae_run, tmp_path):
+    done = jvgen("evaluate", vae_run, "--fvd-weights", tmp_path / "none.safetensors")
+    assert done.status == 2 and "predicts no clips to measure" in done.err
     done = jvgen("evaluate", vae_run, "--batches", 1, "--out", tmp_path / "trained.json")
     assert done.status == 0, done.err
     measured = json.loads((tmp_path / "trained.json").read_text())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jvgen.evaluation import i3d
-from jvgen.evaluation.distribution import Moments, frechet_distance
+from jvgen.evaluation.distribution import Moments, VideoDistance, frechet_distance
 from jvgen.evaluation.prediction import best_of, by_horizon, with_context
 
 torch = pytest.importorskip("torch")
@@ -174,6 +174,19 @@ def test_distance_of_correlated_gaussians():
         frechet_distance(Moments.of(a[:1]), second)
     with pytest.raises(ValueError, match="expected \\(samples, width\\)"):
         Moments.of(a[0])
+
+
+def test_the_video_distance_is_gathered_over_batches():
+    """Features that are the clips' brightness: the distance of all of them at once; sides of different numbers."""
+    rng = np.random.default_rng(0)
+    batches = [[rng.random((count, 5, 4, 4, 3), np.float32) for count in (3, 40)] for _ in range(2)]
+    distance = VideoDistance(lambda clips: jnp.mean(clips, axis=(2, 3, 4)), "rfvd")
+    for recorded, made in batches:
+        distance.add(recorded, made)
+    found = distance.result()
+    assert (found["rfvd_recorded_clips"], found["rfvd_made_clips"]) == (6, 80)
+    sides = [np.concatenate([batch[side] for batch in batches]).mean(axis=(2, 3, 4)) for side in (0, 1)]
+    assert found["rfvd"] == pytest.approx(frechet_distance(*map(Moments.of, sides)), rel=1e-4)
 
 
 # Predictions.

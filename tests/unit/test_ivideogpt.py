@@ -60,8 +60,10 @@ def test_ids_that_are_no_codes_of_future_frames_become_the_first_or_last():
         LAYOUT.check_ids(np.concatenate([[-1], np.full(27, 3)])[None])
     with pytest.raises(ValueError, match="ids from 0 to 32"):
         LAYOUT.check_ids(np.concatenate([[32], np.zeros(27, int)]))
-    with pytest.raises(ValueError, match="a sequence of 27 ids: .* are 28"):
+    with pytest.raises(ValueError, match="a sequence of 27 ids: .* are 13, 3 future frames more 28"):
         LAYOUT.check_ids(np.zeros(27, int))
+    with pytest.raises(ValueError, match="ids from 32 to 32: this vocabulary has 0..31"):
+        Decoder(TINY, LAYOUT).prefill(None, jnp.full((1, LAYOUT.prompt_length), 32))
 
 
 # Codebook.

@@ -1,7 +1,6 @@
 """Training iVideoGPT's two networks: what the losses add up to, what they are made from, restarts, and bad input."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.records import Record
 from jvgen.data.segments import SegmentConfig
 from jvgen.data.writer import Writer
-from jvgen.evaluation.distribution import Moments, frechet_distance
 from jvgen.interop.to_torch import export_network
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.clip_discriminator.config import ClipDiscriminatorConfig
@@ -24,8 +22,6 @@ from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.models.weight_map import flatten
 from jvgen.nn.network import Network
 from jvgen.parallel.axes import LAYERS
-from jvgen.parallel.mesh import MeshConfig, make_mesh
-from jvgen.parallel.rules import Sharding
 from jvgen.tasks.adversary import AdversarialConfig
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.video_tokenizer import RestartConfig, VideoTokenizerConfig
@@ -33,7 +29,6 @@ from jvgen.tasks.world_model import WorldModelConfig
 from jvgen.training.metrics import to_host
 from jvgen.training.optimizer import OptimizerConfig, _decays, make_schedule
 from jvgen.training.step import accumulate
-from jvgen.training.video_distance import VideoDistance
 
 NETWORK = CompressiveTokenizerConfig(
     resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
@@ -303,24 +298,6 @@ def test_evaluation_rolls_out(networks):
     assert shown["data"].shape == shown["rollout"].shape == (2, 5, 16, 16, 3)
     assert shown["rollout"].dtype == np.uint8
     np.testing.assert_array_equal(shown["rollout"][:, :2], batch["video"][:2, :2])
-
-
-def test_the_video_distance_is_gathered_over_batches_and_samples():
-    """Features that are the clips' brightness: the distance of all of them at once."""
-    rng = np.random.default_rng(0)
-    batches = [(rng.random((3, 5, 4, 4, 3), np.float32), rng.random((40, 5, 4, 4, 3), np.float32)) for _ in range(2)]
-    task = types.SimpleNamespace(predicted_clips=lambda parameters, frozen, batch, key: batch)
-    program = types.SimpleNamespace(task=task, sharding=Sharding(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])))
-    distance = VideoDistance(program, lambda clips: jnp.mean(clips, axis=(2, 3, 4)))
-    for batch in batches:
-        distance.add({}, {}, batch, jax.random.key(0))
-    found = distance.result()
-    assert (found["fvd_recorded_clips"], found["fvd_predicted_clips"]) == (6, 80)
-    sides = [np.concatenate([batch[side] for batch in batches]).mean(axis=(2, 3, 4)) for side in (0, 1)]
-    assert found["fvd"] == pytest.approx(frechet_distance(*map(Moments.of, sides)), rel=1e-4)
-    program.task = TOKENIZER.build()
-    with pytest.raises(ValueError, match="--fvd-weights: only runs that predict clips"):
-        VideoDistance(program, jnp.mean)
 
 
 # The published optimiser.

@@ -124,7 +124,12 @@ class Decoder:
         """Read prompts (`Layout.prompt`); `samples` sequences can then be generated from each.
 
         Rows R = B x samples of everything generated are ordered by prompt, then by sample.
+
+        Raises:
+          ValueError: ids that are none of the vocabulary (not seen while a program is traced).
         """
+        if not isinstance(prompt, jax.core.Tracer):
+            self.layout.check_ids(prompt)
         x, kept = jnp.take(weights.embedding, prompt, axis=0), []
         rotation = self._rotation(jnp.arange(prompt.shape[1]))
         for layer in weights.layers:

@@ -137,12 +137,12 @@ class Layout:
         return tokens[:, self.prompt_length + 1 :], slice(self.prompt_length, self.length - 1)
 
     def check_ids(self, tokens: np.ndarray | jax.Array) -> None:
-        """Raise `ValueError` for ids outside of the vocabulary, or a sequence of another length (on the host)."""
+        """Raise `ValueError` for ids outside of the vocabulary, or neither a prompt nor a whole clip (on the host)."""
         tokens = np.asarray(tokens)
-        if tokens.shape[-1] != self.length:
+        if tokens.shape[-1] not in (self.prompt_length, self.length):
             raise ValueError(
-                f"a sequence of {tokens.shape[-1]} ids: {self.context_frames} context and {self.future_frames} future "
-                f"frames are {self.length}."
+                f"a sequence of {tokens.shape[-1]} ids: {self.context_frames} context frames are {self.prompt_length}, "
+                f"{self.future_frames} future frames more {self.length}."
             )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocabulary:

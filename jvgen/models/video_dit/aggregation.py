@@ -103,13 +103,14 @@ class Aggregation(nnx.Module):
         return network(blocks.variables(), self.values(), tokens, condition, constants)
 
 
-def mix(hidden: jax.Array, mean: jax.Array, gate: jax.Array) -> jax.Array:
-    """`hidden + gate (mean - hidden)` in float32, rounded once to the dtype of `hidden`.
+def mix(hidden: jax.Array, mean: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`hidden + gate (mean - hidden)` in float32, rounded once to the dtype of `hidden`; and the rounded difference.
 
     In this form a mean over the tokens themselves changes nothing and gives its gate no gradient.
     """
     exact = hidden.astype(jnp.float32)
-    return (exact + gate * (mean - exact)).astype(hidden.dtype)
+    difference = mean - exact
+    return (exact + gate * difference).astype(hidden.dtype), difference.astype(hidden.dtype)
 
 
 class Sum(NamedTuple):
@@ -125,7 +126,7 @@ class Sum(NamedTuple):
 
     def input(self, gate: jax.Array, count: jax.Array) -> jax.Array:
         """What the next layer reads."""
-        return mix(self.hidden, self.total / count, gate)
+        return mix(self.hidden, self.total / count, gate)[0]
 
     def after(self, output: jax.Array, resets: jax.Array) -> "Sum":
         """With the output of a layer added, or as the first of a new group."""
@@ -179,13 +180,15 @@ class _Layers:
             def body(carry: tuple, scanned: tuple) -> tuple[tuple, tuple]:
                 of_hidden, of_total, of_condition = carry
                 of_layer, gate, plan, hidden, kept = scanned
-                mean = _mean(between, plan, self.window)
-                read, mix_pullback = jax.vjp(mix, hidden, mean, gate)
+                # For the gate's gradient the difference is kept over the layer's backward pass, no wider than the tokens.
+                read, difference = mix(hidden, _mean(between, plan, self.window), gate)
                 pullback = restore[0](kept, (of_layer, read, condition, constants))
                 of_output = (of_hidden.astype(jnp.float32) + of_total).astype(of_hidden.dtype)
                 of_variables, of_read, more = pullback(of_output)
-                of_hidden, of_mean, of_gate = mix_pullback(of_read)
-                of_total = _placed(of_mean / plan.count + jnp.where(plan.resets, 0.0, of_total))
+                of_gate = jnp.sum(of_read.astype(jnp.float32) * difference, axis=(0, 1))
+                of_gate = of_gate if gate.shape == of_gate.shape else jnp.sum(of_gate, keepdims=True)
+                of_hidden = ((1.0 - gate) * of_read).astype(of_read.dtype)
+                of_total = _placed(gate / plan.count * of_read + jnp.where(plan.resets, 0.0, of_total))
                 of_condition = jax.tree.map(jnp.add, of_condition, more)
                 return (of_hidden, of_total, of_condition), (of_variables, of_gate)
 
