@@ -1,6 +1,7 @@
 """`jvgen play`: step a world model from the keyboard or an action file."""
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,11 @@ def open_world(model: Path, *, frames: int | None, greedy: bool, ema: str | None
       ValueError: neither; a run of another kind; networks that do not belong together; `frames` missing.
     """
     from jvgen.control.world_model import WorldModel
+    from jvgen.interop.digest import content_digest
     from jvgen.interop.from_torch import import_folder
     from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
     from jvgen.models.ivideogpt.sampling import SamplingConfig
-    from jvgen.tasks.world_model import WorldModelConfig
+    from jvgen.tasks.world_model import TRAINED_WITH, WorldModelConfig
     from jvgen.training.inference import open_run, read_experiment
 
     if (model / "tokenizer").is_dir() and (model / "transformer").is_dir():
@@ -89,6 +91,13 @@ def open_world(model: Path, *, frames: int | None, greedy: bool, ema: str | None
         )
         if not isinstance(tokenizer, CompressiveTokenizerConfig) or not isinstance(transformer, FrameTransformerConfig):
             raise ValueError(f"{model}: its tokenizer/ and transformer/ are not those of iVideoGPT.")
+        told = model / TRAINED_WITH
+        if told.is_file() and json.loads(told.read_text())["tokenizer"] != content_digest(model / "tokenizer"):
+            raise ValueError(
+                f"{model}: its tokenizer/ is not the one that its transformer/ was trained with; ids would mean other "
+                "things. Copy the run's task.tokenizer_weights there, or, if it was only stored anew, delete "
+                f"{told.name}."
+            )
         if frames is None:
             frames = _longest(tokenizer, transformer.max_positions)
         sampling = SamplingConfig(greedy=greedy)

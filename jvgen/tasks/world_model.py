@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -44,6 +46,8 @@ from jvgen.tasks.video_tokenizer import check_frames, to_uint8
 # Purposes of a step's key; numbers never change their meaning.
 DROPOUT_KEY = 48
 ROLLOUT_KEY = 49
+# File of an export that tells which tokenizer the transformer was trained with, by its content.
+TRAINED_WITH = "trained_with.json"
 # A recorded action beyond this is a mistake of the recording.
 LARGEST_ACTION = 1e3
 
@@ -171,6 +175,12 @@ class WorldModelTask(Task):
         weights = self.config.tokenizer_weights
         digests = ["" if weights is None else content_digest(weights), self.perceptual.digest()]
         return "+".join(digest for digest in digests if digest)
+
+    def exported_files(self) -> dict[str, str]:
+        weights = self.config.tokenizer_weights
+        if weights is None or not Path(weights).exists():
+            return {}
+        return {TRAINED_WITH: json.dumps({"tokenizer": content_digest(weights)}) + "\n"}
 
     # Batches.
 

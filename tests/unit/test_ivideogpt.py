@@ -53,7 +53,8 @@ def test_published_lengths(context, frames, length, targets):
     assert (layout.length, layout.is_target.sum(), layout.vocabulary) == (length, targets, 16386)
 
 
-def test_ids_that_are_no_codes_of_future_frames_become_the_first_or_last():
+def test_ids_that_are_no_codes_of_future_frames_become_the_first_or_last(parameters):
+    decoder = Decoder(TINY, LAYOUT)
     ids = jnp.array([0, 17, 18, 29, 30, 31])
     assert LAYOUT.future_codes_of(ids).tolist() == [0, 0, 0, 11, 11, 11]
     with pytest.raises(ValueError, match="ids from -1 to 3: this vocabulary has 0..31"):
@@ -63,7 +64,7 @@ def test_ids_that_are_no_codes_of_future_frames_become_the_first_or_last():
     with pytest.raises(ValueError, match="a sequence of 27 ids: .* are 13, 3 future frames more 28"):
         LAYOUT.check_ids(np.zeros(27, int))
     with pytest.raises(ValueError, match="ids from 32 to 32: this vocabulary has 0..31"):
-        Decoder(TINY, LAYOUT).prefill(None, jnp.full((1, LAYOUT.prompt_length), 32))
+        decoder.prefill(decoder.weights(parameters), jnp.full((1, LAYOUT.prompt_length), 32))
 
 
 # Codebook.

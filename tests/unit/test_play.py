@@ -2,11 +2,13 @@
 
 import io
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from jvgen.control import play
 from jvgen.data.decode import decode_window, encode_video
@@ -16,6 +18,7 @@ from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.tasks.world_model import WorldModelConfig
 from jvgen.training.inference import open_run
 
 TOKENIZER = CompressiveTokenizerConfig(
@@ -125,6 +128,27 @@ def test_an_episode_from_the_keyboard(model, data, jvgen, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("dwx"))
     done = jvgen("play", model, "--data", data, "--quiet")
     assert done.status == 0 and "a/d component 0" in done.out and "2 frames" in done.out
+
+
+def test_a_tokenizer_of_the_same_size_that_the_transformer_does_not_know(model, data, tmp_path, jvgen):
+    """A run's export says which tokenizer it was trained with; another one stops the game."""
+    together, other = tmp_path / "together", tmp_path / "other"
+    shutil.copytree(model, together)
+    task = WorldModelConfig(
+        tokenizer=TOKENIZER, tokenizer_weights=str(together / "tokenizer"), transformer=TRANSFORMER
+    ).build()
+    for name, text in task.exported_files().items():
+        (together / name).write_text(text)
+    (tmp_path / "actions.csv").write_text("0.5,0\n")
+    rest = ["--data", data, "--actions", tmp_path / "actions.csv", "--quiet"]
+    assert jvgen("play", together, *rest).status == 0
+    shutil.copytree(together, other)
+    weights = next((other / "tokenizer").glob("*.safetensors"))
+    tensors = load_file(weights)
+    first = sorted(tensors)[0]
+    save_file(tensors | {first: tensors[first] + 1}, weights)
+    done = jvgen("play", other, *rest)
+    assert done.status == 2 and "not the one that its transformer/ was trained with" in done.err
 
 
 def test_what_it_refuses(model, data, tmp_path, jvgen):

@@ -180,7 +180,7 @@ class _Layers:
             def body(carry: tuple, scanned: tuple) -> tuple[tuple, tuple]:
                 of_hidden, of_total, of_condition = carry
                 of_layer, gate, plan, hidden, kept = scanned
-                # For the gate's gradient the difference is kept over the layer's backward pass, no wider than the tokens.
+                # For the gate's gradient the difference outlives the layer's backward pass, no wider than the tokens.
                 read, difference = mix(hidden, _mean(between, plan, self.window), gate)
                 pullback = restore[0](kept, (of_layer, read, condition, constants))
                 of_output = (of_hidden.astype(jnp.float32) + of_total).astype(of_hidden.dtype)
