@@ -13,11 +13,21 @@ LARGEST_BLOCK = 1024
 
 
 class ValidKeys(splash_attention_mask.Mask):
-    """Every query sees the keys before `valid_length`; made block by block, so that no L x K array exists."""
+    """Every query sees the keys before `valid_length`; no L x K array exists.
+
+    Attributes:
+      q_sequence, mask_function: what the kernel computes the mask of partly visible blocks from. Stored blocks would be
+        kept for the backward pass of every layer.
+    """
 
     def __init__(self, shape: tuple[int, int], valid_length: int):
         self._shape = shape
         self.valid_length = valid_length
+        self.q_sequence = np.arange(shape[0], dtype=np.int32)
+
+    def mask_function(self, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
+        """Which keys are seen, for ids of one shape."""
+        return key_ids < self.valid_length
 
     @property
     def shape(self) -> tuple[int, int]:

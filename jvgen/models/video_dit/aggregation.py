@@ -103,14 +103,13 @@ class Aggregation(nnx.Module):
         return network(blocks.variables(), self.values(), tokens, condition, constants)
 
 
-def mix(hidden: jax.Array, mean: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`hidden + gate (mean - hidden)` in float32, rounded once to the dtype of `hidden`; and the rounded difference.
+def mix(hidden: jax.Array, mean: jax.Array, gate: jax.Array) -> jax.Array:
+    """`hidden + gate (mean - hidden)` in float32, rounded once to the dtype of `hidden`.
 
     In this form a mean over the tokens themselves changes nothing and gives its gate no gradient.
     """
     exact = hidden.astype(jnp.float32)
-    difference = mean - exact
-    return (exact + gate * difference).astype(hidden.dtype), difference.astype(hidden.dtype)
+    return (exact + gate * (mean - exact)).astype(hidden.dtype)
 
 
 class Sum(NamedTuple):
@@ -126,7 +125,7 @@ class Sum(NamedTuple):
 
     def input(self, gate: jax.Array, count: jax.Array) -> jax.Array:
         """What the next layer reads."""
-        return mix(self.hidden, self.total / count, gate)[0]
+        return mix(self.hidden, self.total / count, gate)
 
     def after(self, output: jax.Array, resets: jax.Array) -> "Sum":
         """With the output of a layer added, or as the first of a new group."""
@@ -180,13 +179,15 @@ class _Layers:
             def body(carry: tuple, scanned: tuple) -> tuple[tuple, tuple]:
                 of_hidden, of_total, of_condition = carry
                 of_layer, gate, plan, hidden, kept = scanned
-                # For the gate's gradient the difference outlives the layer's backward pass, no wider than the tokens.
-                read, difference = mix(hidden, _mean(between, plan, self.window), gate)
+                read = mix(hidden, _mean(between, plan, self.window), gate)
                 pullback = restore[0](kept, (of_layer, read, condition, constants))
                 of_output = (of_hidden.astype(jnp.float32) + of_total).astype(of_hidden.dtype)
                 of_variables, of_read, more = pullback(of_output)
+                # The mean is taken again, and not kept while the layer is gone back through.
+                plan, of_read = jax.lax.optimization_barrier((plan, of_read))
                 exact = of_read.astype(jnp.float32)
-                of_gate = jnp.sum(exact * difference.astype(jnp.float32), axis=(0, 1))
+                hidden = jax.lax.dynamic_index_in_dim(between, plan.layer, keepdims=False).astype(jnp.float32)
+                of_gate = jnp.sum(exact * (_mean(between, plan, self.window) - hidden), axis=(0, 1))
                 of_gate = of_gate if gate.shape == of_gate.shape else jnp.sum(of_gate, keepdims=True)
                 of_hidden = ((1.0 - gate) * exact).astype(of_read.dtype)
                 of_total = _placed(gate / plan.count * exact + jnp.where(plan.resets, 0.0, of_total))
@@ -229,11 +230,12 @@ def _placed(tokens: jax.Array) -> jax.Array:
 def _mean(between: Float[Array, "G B L D"], plan: Plan, window: int) -> Float[Array, "B L D"]:
     """What a layer averages, float32, from the inputs of all layers."""
     start = jnp.minimum(plan.first, between.shape[0] - window)
-    some = jax.lax.dynamic_slice_in_dim(between, start, window)
-    number = start + jnp.arange(window)
-    averaged = (number >= plan.first) & (number <= plan.layer)
-    exact = jnp.where(averaged[:, None, None, None], some.astype(jnp.float32), 0.0)
-    return jnp.sum(exact, axis=0) / plan.count
+    total = jnp.zeros(between.shape[1:], jnp.float32)
+    # One sum of slices, where a reduction over a window would be written out in float32.
+    for number in (start + offset for offset in range(window)):
+        tokens = jax.lax.dynamic_index_in_dim(between, number, keepdims=False).astype(jnp.float32)
+        total += jnp.where((number >= plan.first) & (number <= plan.layer), tokens, 0.0)
+    return total / plan.count
 
 
 def _without(pullback: Any, known: Any) -> tuple[list[jax.Array], list[Callable[[list, Any], Any]]]:
