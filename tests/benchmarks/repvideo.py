@@ -11,6 +11,8 @@ import numpy as np
 
 from jvgen.models.video_dit.config import AggregationConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
+from jvgen.models.video_dit.model import TokenLayout
+from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
 from jvgen.preflight.ahead_of_time import Memory
@@ -31,7 +33,7 @@ CPU = {
 GPU = {"2b_width": Size(1, (13, 60, 90), layers=8, heads=30, text=226, text_width=4096, dtype="bfloat16")}
 SHOWN = (
     "case", "what", "without_s", "with_s", "ratio_of_medians", "middle_half", "ratio_of_minima",
-    "ratio_of_processor_time", "without_MiB", "with_MiB", "ratio_of_MiB",
+    "ratio_of_processor_time", "share_alone", "without_MiB", "with_MiB", "ratio_of_MiB",
 )  # fmt: skip
 ENHANCED = {
     "enhanced": EnhanceConfig(),
@@ -47,7 +49,7 @@ def run(settings: Settings) -> Result:
     for name, size in sizes.items():
         training = {"training": _training(name, size)} if size.layers > 1 else {}
         for what, sides in {**training, **_sampling(size)}.items():
-            row, samples[f"{name} {what}"] = _compare(sides, settings.repeats)
+            row, samples[f"{name} {what}"] = _compare(sides, settings.repeats, size.layers)
             rows.append({"case": name, "what": what, **row})
     return Result(
         title="ratio = with / without",
@@ -58,7 +60,7 @@ def run(settings: Settings) -> Result:
         notes=(
             "training: forward, backward, AdamW, remat = attention, period 6; MiB: arguments + outputs - donated +",
             "temporary + code of the compiled step. enhanced: one step of a sampler with guidance, both halves in one",
-            "batch.",
+            "batch. share_alone: factors and scaling of all layers, as a program by itself, over the step without.",
         ),
     )
 
@@ -90,7 +92,11 @@ def _sampling(size: Size) -> dict[str, dict[str, _Side]]:
     inputs = (doubled["noisy"].astype(dtype), doubled["text"].astype(dtype), doubled["timesteps"])
     plain = _denoiser(network, parameters, inputs, None)
     return {
-        name: {"without": plain, "with": _denoiser(network, parameters, inputs, config)}
+        name: {
+            "without": plain,
+            "with": _denoiser(network, parameters, inputs, config),
+            "alone": _alone(size, 2 * size.batch, config),
+        }
         for name, config in ENHANCED.items()
     }
 
@@ -108,7 +114,25 @@ def _denoiser(network: Network, parameters: Any, inputs: tuple, config: EnhanceC
     return _Side(lambda: jax.block_until_ready(compiled(parameters, strengths, *inputs)), Memory.of(compiled).total)
 
 
-def _compare(sides: dict[str, _Side], repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _alone(size: Size, batch: int, config: EnhanceConfig) -> _Side:
+    """What one layer computes more, of queries and keys and of what attention returned."""
+    denoiser = config_of(size)
+    layout = TokenLayout(text=size.text, grid=token_grid(size.clip, denoiser.patch_shape))
+    shape, dtype = (batch, layout.length, size.heads, denoiser.head_width), jnp.dtype(size.dtype)
+    query, key, mixed = (jax.random.normal(jax.random.key(seed), shape, dtype) for seed in range(3))
+    hook = Enhancement(config, jnp.asarray(config.strengths(1)), clip_size=2)
+
+    @jax.jit
+    def scaled(query: jax.Array, key: jax.Array, mixed: jax.Array) -> jax.Array:
+        factor = hook(query, key, layout, jnp.int32(0))[:, None, :, None]
+        is_video = (jnp.arange(layout.length) >= layout.text)[:, None, None]
+        return jnp.where(is_video, mixed * factor.astype(dtype), mixed)
+
+    compiled = scaled.lower(query, key, mixed).compile()
+    return _Side(lambda: jax.block_until_ready(compiled(query, key, mixed)), Memory.of(compiled).total)
+
+
+def _compare(sides: dict[str, _Side], repeats: int, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
     began = time.perf_counter()
     for side in sides.values():
         side.run()
@@ -123,4 +147,6 @@ def _compare(sides: dict[str, _Side], repeats: int) -> tuple[dict[str, Any], dic
         "ratio_of_MiB": sides["with"].memory / sides["without"].memory,
         "seconds": time.perf_counter() - began,
     }
+    if "alone" in sides:
+        row["share_alone"] = samples["alone"].median * layers / samples["without"].median
     return row, {name: dataclasses.asdict(sample) for name, sample in samples.items()}
