@@ -11,6 +11,9 @@ from jvgen.data.index import Index
 from jvgen.data.records import Record
 
 METADATA = "jvgen.json"  # what the builder says of the data set, beside TFDS's own files
+# The first opening imports TFDS, whose lazy modules share one lock (functools.cached_property of Python 3.11): two
+# threads at it, one inside of an import and one about to import, would wait for each other forever.
+_OPENING = threading.Lock()
 
 
 class Source:
@@ -21,7 +24,6 @@ class Source:
         self.split = split
         self.index = Index.load(folder, split)
         self._reader: Any = None
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -43,7 +45,7 @@ class Source:
 
     def _open(self) -> Any:
         if self._reader is None:
-            with self._lock:
+            with _OPENING:
                 if self._reader is None:
                     reader = _builder(self.folder).as_data_source(self.split)
                     if len(reader) != len(self.index):
@@ -58,7 +60,7 @@ class Source:
         return {"folder": self.folder, "split": self.split, "index": self.index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _reader=None, _lock=threading.Lock())
+        self.__dict__.update(state, _reader=None)
 
     def __repr__(self) -> str:
         return f"Source({str(self.folder)!r}, {self.split!r}, {len(self)} records)"

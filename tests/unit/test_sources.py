@@ -8,11 +8,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jvgen.data import sources
 from jvgen.data.records import Record
 from jvgen.data.sources import Source, find_dataset, open_source, read_metadata, splits
 from jvgen.data.writer import Writer
@@ -78,6 +81,24 @@ def test_pickled_copies_and_threads(dataset: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_data_sets_are_opened_one_after_the_other(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lazy imports of TFDS in two threads at once would lock each other out, and a worker would hang."""
+    real, inside, most = sources._builder, [], []
+
+    def builder(folder: Path):
+        inside.append(folder)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return real(folder)
+
+    monkeypatch.setattr(sources, "_builder", builder)
+    opened = [open_source(dataset, "train") for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert len(list(threads.map(lambda source: source.read(0), opened))) == 4
+    assert most == [1, 1, 1, 1]
 
 
 def test_plain_tfds_reads_it_and_tensorflow_stays_out(dataset: Path) -> None:
