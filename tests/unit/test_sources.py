@@ -98,7 +98,7 @@ def test_data_sets_are_opened_one_after_the_other(dataset: Path, monkeypatch: py
     opened = [open_source(dataset, "train") for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
         assert len(list(threads.map(lambda source: source.read(0), opened))) == 4
-    assert most == [1, 1, 1, 1]
+    assert len(most) >= 4 and set(most) == {1}
 
 
 def test_plain_tfds_reads_it_and_tensorflow_stays_out(dataset: Path) -> None:
