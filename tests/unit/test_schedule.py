@@ -68,8 +68,8 @@ def test_device_tables_agree_with_host_levels(name):
     timesteps = np.arange(0, 1000, 37)
     alpha, sigma = schedule.levels(timesteps)
     device = jnp.asarray(timesteps, jnp.float32)
-    np.testing.assert_allclose(schedule.alpha(device), alpha, rtol=3e-6, atol=3e-7)
-    np.testing.assert_allclose(schedule.sigma(device), sigma, rtol=3e-6, atol=3e-7)
+    np.testing.assert_allclose(schedule.alpha(device), alpha, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(schedule.sigma(device), sigma, rtol=1e-6, atol=1e-7)
 
 
 def test_noising_keeps_the_variance_and_broadcasts_over_any_rank():

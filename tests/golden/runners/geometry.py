@@ -22,9 +22,8 @@ from jvgen.geometry.epipolar import (
 EPSILON = 1e-6  # the released code's, everywhere
 # Tolerances: a rounding of float32 times the numbers that are added up, not times what is left of them. What is
 # compared comes out of two sums of three products, a norm and rounded inputs at most: fewer than 16 half units.
-# Of one operation, whichever order a processor takes its parts in; and of a chain of them.
-ROUNDING = 2 * np.finfo(np.float32).eps
-CHAIN = 4 * ROUNDING
+ROUNDING = np.finfo(np.float32).eps
+CHAIN = 8 * ROUNDING
 
 
 def serves(name: str, config: dict) -> bool:
