@@ -67,7 +67,7 @@ class Scale:
 
 
 SMOKE = Scale(scenes=12, tokenizer=(2, 2), transformer=(2, 2), windows=4)
-STANDARD = Scale(scenes=300, tokenizer=(150, 700), transformer=(150, 250), windows=64)
+STANDARD = Scale(scenes=300, tokenizer=(700, 700), transformer=(400, 400), windows=64)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

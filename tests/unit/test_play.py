@@ -1,6 +1,7 @@
 """`jvgen play`: keys and files as actions, episodes in files and in the terminal, and what it refuses."""
 
 import io
+import json
 import re
 import shutil
 
@@ -14,6 +15,7 @@ from jvgen.control import play
 from jvgen.data.decode import decode_window, encode_video
 from jvgen.data.records import Record
 from jvgen.data.writer import Writer
+from jvgen.evaluation.distribution import Moments, frechet_distance
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
@@ -206,3 +208,36 @@ def test_released_weights_begin_a_run_with_other_actions(model, tmp_path, jvgen)
     _, given = import_folder(model / "transformer")
     np.testing.assert_array_equal(found["embedding"]["table"], given["embedding"]["table"])
     jax.tree.map(np.testing.assert_array_equal, found["blocks"], given["blocks"])
+
+
+def test_the_distance_of_a_runs_predictions_from_what_was_recorded(model, scenes, tmp_path, jvgen, monkeypatch):
+    """The way from a run to the measure; what an I3D makes of clips is tested with its network."""
+    alone = TRANSFORMER.replace(action_width=0, reward=False)
+    text = ADAPTED.format(transformer=alone, tokenizer=TOKENIZER, weights=model / "tokenizer")
+    (tmp_path / "alone.py").write_text(text.replace("<Remat.NONE: 'none'>", "Remat.NONE"))
+    words = ["import", model / "transformer", "--adapt", "--config", tmp_path / "alone.py", "--to", tmp_path / "run"]
+    assert jvgen(*words).status == 0
+    seen = []
+
+    def features(weights):
+        def brightness(clips):
+            jax.debug.callback(lambda found: seen.append(np.asarray(found)), clips)
+            return clips.mean(axis=(2, 3, 4))
+
+        assert str(weights) == "i3d.safetensors"
+        return brightness
+
+    monkeypatch.setattr("jvgen.evaluation.i3d.features", features)
+    words = ["evaluate", tmp_path / "run", "--data", scenes, "--batches", 3, "--out", tmp_path / "found.json"]
+    done = jvgen(*words, "--fvd-weights", "i3d.safetensors")
+    assert done.status == 0, done.err
+    found = json.loads((tmp_path / "found.json").read_text())["metrics"]
+    assert (found["fvd_recorded_clips"], found["fvd_made_clips"]) == (3, 3) and "psnr" in found
+    # Batches of one: recorded, made, recorded, ... whole clips, whose first frames are made of tokens too.
+    recorded, made = np.concatenate(seen[::2]), np.concatenate(seen[1::2])
+    assert recorded.shape == made.shape == (3, 4, 16, 16, 3)
+    levels = 255 * recorded
+    np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
+    assert made.min() >= 0 and made.max() <= 1 and np.abs(255 * made - (255 * made).round()).max() > 0.1
+    sides = [Moments.of(clips.mean(axis=(2, 3, 4))) for clips in (recorded, made)]
+    assert found["fvd"] == pytest.approx(frechet_distance(*sides), rel=1e-3)
