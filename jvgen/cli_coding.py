@@ -48,6 +48,9 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", type=int, default=16, help="frames coded together, where the network leaves it open: memory"
     )
+    parser.add_argument(
+        "--compute", choices=["float32", "bfloat16"], default="float32", help="of activations; bfloat16 halves memory"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write again what is there")
 
 
@@ -56,7 +59,7 @@ def run_encode(parsed: argparse.Namespace) -> int:
     from jvgen.tasks.latent_files import encode_file, open_coder
 
     targets = _targets(parsed.videos, parsed.out, ".npy", parsed.overwrite)
-    coder, digest = open_coder(parsed.vae, parsed.part)
+    coder, digest = open_coder(parsed.vae, parsed.part, parsed.compute)
     for source, target in targets:
         with progress_bar(f"encoding {source.name}", "frames") as report:
             video = encode_file(coder, digest, source, target, dtype=parsed.dtype, report=report)
@@ -75,7 +78,7 @@ def run_decode(parsed: argparse.Namespace) -> int:
 
     images = [read_latents(path)[0].frames_per_second == 0 for path in parsed.latents]
     targets = _targets(parsed.latents, parsed.out, ".mp4", parsed.overwrite)
-    coder, digest = open_coder(parsed.vae, parsed.part)
+    coder, digest = open_coder(parsed.vae, parsed.part, parsed.compute)
     for (source, target), image in zip(targets, images, strict=True):
         target = target.with_suffix(".png") if image else target
         with progress_bar(f"decoding {source.name}", "frames") as report:

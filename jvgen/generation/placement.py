@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvgen.interop.from_torch import import_folder
+from jvgen.nn.compute_dtype import compute_shapes
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import SEQ, MeshConfig, make_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.training import parameter_paths
-from jvgen.training.state import compute_shapes
 
 
 @dataclasses.dataclass(frozen=True)

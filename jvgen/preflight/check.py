@@ -15,6 +15,7 @@ from jvgen.config import ConfigError
 from jvgen.data.config import BucketConfig
 from jvgen.data.loader import Loader
 from jvgen.experiment import Experiment
+from jvgen.nn.compute_dtype import cast
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
 from jvgen.parallel.mesh import make_mesh
@@ -22,7 +23,7 @@ from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Task
 from jvgen.training import parameter_paths
 from jvgen.training.program import Program, check_batch
-from jvgen.training.state import cast, size_of
+from jvgen.training.state import size_of
 
 GIB = 2**30
 FIXES = {

@@ -149,6 +149,6 @@ def sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def open_coder(folder: Path, part: int) -> tuple[VideoCoder, str]:
+def open_coder(folder: Path, part: int, compute_dtype: str = "float32") -> tuple[VideoCoder, str]:
     """The autoencoder in a folder and its content hash."""
-    return VideoCoder(folder, part=part), content_digest(str(folder))
+    return VideoCoder(folder, part=part, compute_dtype=compute_dtype), content_digest(str(folder))

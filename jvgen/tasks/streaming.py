@@ -19,9 +19,11 @@ from jvgen.models.cogvideox_vae.model import frame_batches
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.tiling import chunk_bounds
 from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.tasks.clip_coder import ClipCoder, CoderConfig, temporal_downsampling
 from jvgen.tasks.pixels import from_uint8, to_uint8
+from jvgen.tasks.task import activation_dtype
 
 # A step of coding: (parameters, frames, what is remembered) -> (result, what to remember).
 Step = Callable[[Parameters, jax.Array, Any], tuple[jax.Array, Any]]
@@ -33,12 +35,13 @@ class VideoCoder:
     Args:
       folder: as `jvgen export` or diffusers write it.
       part: frames that are coded together where the network leaves it open; rounded to what it can take.
+      compute_dtype: of activations and of matrices; "bfloat16" takes half of the memory.
 
     Raises:
       ValueError: a folder without an autoencoder, or `part` below 1.
     """
 
-    def __init__(self, folder: str | Path, *, part: int = 16):
+    def __init__(self, folder: str | Path, *, part: int = 16, compute_dtype: str = "float32"):
         config = read_config(folder)
         if not isinstance(config, CoderConfig):
             raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not an autoencoder of images or clips.")
@@ -47,9 +50,11 @@ class VideoCoder:
         self.config = config
         self.group = temporal_downsampling(config)
         self._coder = ClipCoder(config)
-        self._parameters = jax.device_put(import_folder(folder)[1])
+        loaded, axes = import_folder(folder)[1], self._coder.network.axes
+        self._parameters = jax.jit(lambda tree: cast(tree, axes, jnp.dtype(compute_dtype)))(loaded)
         self._part = max(part // self.group, 1)  # latent frames
-        self._encode, self._decode = (jax.jit(step) for step in self._steps())
+        # What is remembered of a part is as large as the network's activations: the next part takes its place.
+        self._encode, self._decode = (jax.jit(step, donate_argnums=2) for step in self._steps())
 
     @property
     def side(self) -> int:
@@ -141,10 +146,10 @@ class VideoCoder:
         )
 
         def encode_on(parameters: Parameters, frames: jax.Array, past: Any) -> tuple[jax.Array, Any]:
-            return apply(parameters, from_uint8(frames), past, method=names[0])
+            return apply(parameters, from_uint8(frames, activation_dtype(parameters)), past, method=names[0])
 
         def decode_on(parameters: Parameters, latents: jax.Array, past: Any) -> tuple[jax.Array, Any]:
-            made, past = apply(parameters, latents, past, method=names[1])
+            made, past = apply(parameters, latents.astype(activation_dtype(parameters)), past, method=names[1])
             return to_uint8(made), past
 
         return encode_on, decode_on

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jvgen.experiment import Experiment
+from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Task
-from jvgen.training import identity, state
+from jvgen.training import identity
 from jvgen.training.checkpoint import Checkpoints
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.program import Program
@@ -52,7 +53,7 @@ class TrainedRun:
     def compute_parameters(self) -> Parameters:
         """Parameters in the dtypes that training computes with."""
         dtype = jnp.dtype(self.experiment.training.compute_dtype)
-        return jax.jit(lambda tree: state.cast(tree, self.task.axes(), dtype))(self.parameters)
+        return jax.jit(lambda tree: cast(tree, self.task.axes(), dtype))(self.parameters)
 
 
 def read_experiment(folder: Path) -> Experiment:

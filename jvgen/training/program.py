@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jvgen.config import ConfigError
 from jvgen.data.config import BucketConfig
 from jvgen.experiment import Experiment
+from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.rules import Sharding
@@ -154,7 +155,7 @@ class Program:
 
         def run(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Any:
             with axes.partitioned(self.sharding):
-                return getattr(self.task, method)(state.cast(parameters, self.task.axes(), dtype), frozen, batch, key)
+                return getattr(self.task, method)(cast(parameters, self.task.axes(), dtype), frozen, batch, key)
 
         return jax.jit(run, out_shardings=self.sharding.replicated)
 

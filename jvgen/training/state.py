@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvgen.nn.compute_dtype import compute_shapes, is_cast
 from jvgen.nn.network import Parameters
-from jvgen.parallel.axes import CODES, LAYERS
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Task
 from jvgen.training import ema, health, parameter_paths
@@ -127,31 +127,6 @@ def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> Tra
         key=sharding.replicated,
         frozen=sharding.storage(task.frozen_axes(), abstract.frozen) if abstract.frozen else {},
     )
-
-
-def is_cast(shape: tuple[int, ...], names: tuple[str | None, ...]) -> bool:
-    """Whether a parameter is computed with in the compute dtype: matrices and convolution kernels, stacked or not.
-
-    Vectors (biases, scales of norms) stay float32: they cost nothing, and norms compute in float32. So do codebooks:
-    which entry is nearest hangs on the last digits.
-    """
-    return len(shape) - (LAYERS in names) >= 2 and CODES not in names
-
-
-def cast(parameters: Parameters, axes: Parameters, dtype: jnp.dtype) -> Parameters:
-    """Parameters as the networks compute with them; differentiable, gradients come back in the original dtype."""
-    names = dict(parameter_paths.flatten(axes))
-
-    def leaf_cast(path: str, leaf: Any) -> Any:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(dtype) if floating and is_cast(leaf.shape, names[path]) else leaf
-
-    return parameter_paths.map_with_path(leaf_cast, parameters)
-
-
-def compute_shapes(shapes: Parameters, axes: Parameters, dtype: jnp.dtype) -> Parameters:
-    """Shapes and dtypes of `cast`."""
-    return jax.eval_shape(lambda tree: cast(tree, axes, dtype), shapes)
 
 
 def _frozen_dtype(task: Task, name: str, compute_dtype: jnp.dtype) -> jnp.dtype:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.rules import Sharding
@@ -16,7 +17,7 @@ from jvgen.training import ema, health, optimizer, parameter_paths
 from jvgen.training.config import TrainingConfig
 from jvgen.training.ema import EmaConfig
 from jvgen.training.optimizer import Optimizer
-from jvgen.training.state import TRAIN, TrainState, cast, key_for
+from jvgen.training.state import TRAIN, TrainState, key_for
 
 STEP = "step"
 

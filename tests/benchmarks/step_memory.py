@@ -9,13 +9,14 @@ import numpy as np
 from jax.extend.core import Var
 
 from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.nn.compute_dtype import cast
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.stacked import Remat
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import single_device_mesh
 from jvgen.preflight.ahead_of_time import Memory
 from jvgen.training.program import Program
-from jvgen.training.state import cast, size_of
+from jvgen.training.state import size_of
 from tests.benchmarks.dit_step import Size, case_of, config_of
 from tests.benchmarks.machine import Settings
 from tests.benchmarks.report import Result

@@ -12,9 +12,9 @@ from jvgen.models.video_dit.aggregation import Aggregation, plan
 from jvgen.models.video_dit.config import AggregationConfig, GateKind, Positions, VideoDiTConfig
 from jvgen.models.video_dit.model import VideoDiT
 from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat, Stacked
-from jvgen.training.state import cast
 
 # Unrolled layers and gradients are slow to compile, and nothing here depends on how well.
 pytestmark = pytest.mark.usefixtures("quick_compilations")

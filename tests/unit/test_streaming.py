@@ -90,6 +90,19 @@ def test_parts_are_the_whole(config, folder):
     assert np.abs(np.concatenate(shown).astype(int) - decoded).max() <= 1
 
 
+@pytest.mark.parametrize("config", [CAUSAL, IMAGE], ids=["causal", "image"])
+def test_bfloat16_computes_nearly_the_same(config, folder):
+    """Its unit is 2^-8; a few dozen layers later the error is a few of them."""
+    video = frames_of(9, 8, 12)
+    (exact, _), (near, shown) = (
+        coded(VideoCoder(folder(config), part=4, compute_dtype=dtype), video) for dtype in ("float32", "bfloat16")
+    )
+    exact, near = np.concatenate(exact), np.concatenate(near)
+    assert near.dtype == np.float32 and np.concatenate(shown).shape == (9, 8, 12, 3)
+    error = np.abs(near - exact).max() / np.abs(exact).max()
+    assert 0 < error < 8 * 2**-8
+
+
 def test_images_are_coded_one_by_one(folder):
     coder = VideoCoder(folder(IMAGE), part=3)
     latents, shown = coded(coder, frames_of(5, 8, 8))
