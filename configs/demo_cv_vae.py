@@ -36,15 +36,15 @@ def experiment() -> Experiment:
         data=DataConfig(
             sources=(SourceConfig(path=SCENES),),
             evaluation_sources=(SourceConfig(path=SCENES, split="validation"),),
-            buckets=(BucketConfig(frames=9, height=32, width=32, batch_size=4, kinds=("static", "dynamic")),),
+            buckets=(BucketConfig(frames=9, height=32, width=32, batch_size=2, kinds=("static", "dynamic")),),
             threads=2,
         ),
         optimizer=OptimizerConfig(
-            kind="muon", learning_rate=2e-3, warmup_steps=10, schedule="cosine", weight_decay=1e-3
+            kind="adamw", learning_rate=2e-4, warmup_steps=10, schedule="cosine", weight_decay=1e-3
         ),
-        training=TrainingConfig(steps=100, compute_dtype="float32", log_every=20),
+        training=TrainingConfig(steps=120, compute_dtype="float32", log_every=20),
         ema=EmaConfig(decays=(0.98,), parameters="vae/"),
-        checkpoint=CheckpointConfig(every=50, keep_last=2),
+        checkpoint=CheckpointConfig(every=60, keep_last=2),
         # Few clips do not divide over many devices; their rows do.
         mesh=MeshConfig(fsdp=1, seq=-1),
         sharding=ShardingConfig(compute=dict(COMPUTE_IN_SPACE)),

@@ -77,7 +77,7 @@ def demo(workdir: Path, configs: Path) -> int:
     parts.run(
         "evaluate_video_vae",
         ["evaluate", "--vae", video_vae, "--image-vae", image_vae, "--data", scenes, "--frames", FRAMES, "--size", size,
-         "--batch", 8, "--batches", HELD_OUT_SCENES // 8, "--out", workdir / "video_vae_evaluation"],
+         "--batch", 8, "--batches", 4, "--out", workdir / "video_vae_evaluation"],
     )  # fmt: skip
 
     parts.run(
