@@ -1,6 +1,7 @@
 """The demo's causal CV-VAE: 32x32 clips of the embedded scenes, grown out of the demo's image VAE, on a CPU in minutes.
 
-Should reach: TODO. Begin with
+Should reach: a PSNR of 31 dB on held-out clips of 29 frames, 4x4x4 pixels a latent, with latents that the image VAE's
+decoder reads within 1 dB of its own. Begin with
 `jvgen import runs/demo/export/image_vae/vae --inflate --config configs/demo_cv_vae.py --to runs/demo/video_vae`.
 Run by `make demo`.
 """
