@@ -82,9 +82,8 @@ def demo(workdir: Path, configs: Path) -> int:
 
     parts.run(
         "latents",
-        ["data", "build", "latents", scenes, "--vae", video_vae, "--size", size, "--batch", FRAMES, "--out", latents,
-         "--overwrite"],
-    )  # fmt: skip
+        ["data", "build", "latents", scenes, "--vae", video_vae, "--size", size, "--out", latents, "--overwrite"],
+    )
     statistics = json.loads((latents / "latent_statistics.json").read_text())
     train = [
         "train", configs / "demo_text_to_video.py", "--workdir", run, *_data(latents),
