@@ -14,7 +14,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: help setup setup-test demo test test-slow bench lint clean
 
 help:
-	@echo "make demo       build the embedded data, train a VAE and a video DiT, resume, sample, export, report (CPU, minutes)"
+	@echo "make demo       build the embedded data, train two VAEs and a video DiT, resume, sample, export, report (CPU, minutes)"
 	@echo "make test       the whole test suite, except what is marked slow"
 	@echo "make test-slow  the checks that take longer (pod-sized compilations, long resume runs)"
 	@echo "make bench      timings against PyTorch"

@@ -1,7 +1,9 @@
 """`jvgen demo`: the whole way on a small scale, as the commands that a user would type, and a report of what came out.
 
-Every part is a `jvgen` command in a process of its own; both training runs are interrupted once, one by SIGKILL and one
-by SIGTERM, and go on. Parts that are done already are not done again.
+An image VAE is trained and grown into a causal video VAE that shares its latents; a video DiT is trained on the video
+VAE's latents, four frames for one, and what it makes is decoded by either. Every part is a `jvgen` command in a process
+of its own; the image VAE and the DiT are interrupted once, one by SIGKILL and one by SIGTERM, and go on. Parts that are
+done already are not done again.
 """
 
 import json
@@ -16,8 +18,10 @@ from pathlib import Path
 
 from jvgen.demo_report import write_report
 
+# Eight latent frames of the video VAE: one of the first frame, then four frames for one.
+FRAMES, SIZE = 29, 32
 SCENES = (
-    "frames=8", "height=32", "width=32", "background=plain", "wander=0.0", "shapes=ball,cube",
+    f"frames={FRAMES}", f"height={SIZE}", f"width={SIZE}", "background=plain", "wander=0.0", "shapes=ball,cube",
     "colors=red,yellow,green,blue,purple,cyan",
 )  # fmt: skip
 TRAIN_SCENES, HELD_OUT_SCENES = 900, 64
@@ -35,13 +39,13 @@ def demo(workdir: Path, configs: Path) -> int:
 
     Args:
       workdir: gets data sets, runs, exports, samples, a log of commands and the report.
-      configs: folder with `demo_image_vae.py` and `demo_text_to_video.py`.
+      configs: folder with `demo_image_vae.py`, `demo_cv_vae.py` and `demo_text_to_video.py`.
 
     Raises:
       ValueError: the config files are not there.
       DemoFailed: a part failed; its output is in `workdir/logs`.
     """
-    for name in ("demo_image_vae.py", "demo_text_to_video.py"):
+    for name in ("demo_image_vae.py", "demo_cv_vae.py", "demo_text_to_video.py"):
         if not (configs / name).is_file():
             raise ValueError(
                 f"{configs / name}: no such file; run the demo in a checkout, or name the folder with --configs."
@@ -49,8 +53,10 @@ def demo(workdir: Path, configs: Path) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     parts = Parts(workdir)
     scenes, latents = workdir / "scenes", workdir / "latents"
-    vae_run, video_run, export = workdir / "image_vae", workdir / "text_to_video", workdir / "export"
-    vae_folder = export / "image_vae" / "vae"
+    image_run, vae_run, run = workdir / "image_vae", workdir / "video_vae", workdir / "text_to_video"
+    export = workdir / "export"
+    image_vae, video_vae = export / "image_vae" / "vae", export / "video_vae" / "vae"
+    size = f"{SIZE}x{SIZE}"
 
     sets = [word for field in SCENES for word in ("--set", field)]
     parts.run(
@@ -59,37 +65,48 @@ def demo(workdir: Path, configs: Path) -> int:
     )  # fmt: skip
     parts.run("data_show", ["data", "show", scenes, "--out", workdir / "pictures"])
 
-    vae = ["train", configs / "demo_image_vae.py", "--workdir", vae_run, *_data(scenes)]
-    parts.interrupt("train_vae", vae, vae_run, signal.SIGKILL)
-    parts.run("evaluate_vae", ["evaluate", vae_run, "--batches", 8, "--out", workdir / "evaluation_vae.json"])
-    parts.run("export_vae", ["export", vae_run, "--to", export / "image_vae"])
+    train = ["train", configs / "demo_image_vae.py", "--workdir", image_run, *_data(scenes)]
+    parts.interrupt("train_image_vae", train, image_run, signal.SIGKILL)
+    parts.run("evaluate_image_vae", ["evaluate", image_run, "--batches", 8, "--out", workdir / "image_vae.json"])
+    parts.run("export_image_vae", ["export", image_run, "--to", export / "image_vae"])
+
+    grown = [configs / "demo_cv_vae.py", *_data(scenes), "--set", f"task.image_vae_weights={image_vae}"]
+    parts.run("inflate", ["import", image_vae, "--inflate", "--config", *grown, "--to", vae_run])
+    parts.run("train_video_vae", ["train", *grown, "--workdir", vae_run])
+    parts.run("export_video_vae", ["export", vae_run, "--to", export / "video_vae"])
+    parts.run(
+        "evaluate_video_vae",
+        ["evaluate", "--vae", video_vae, "--image-vae", image_vae, "--data", scenes, "--frames", FRAMES, "--size", size,
+         "--batch", 8, "--batches", 4, "--out", workdir / "video_vae_evaluation"],
+    )  # fmt: skip
 
     parts.run(
         "latents",
-        ["data", "build", "latents", scenes, "--vae", vae_folder, "--size", "32x32", "--out", latents, "--overwrite"],
+        ["data", "build", "latents", scenes, "--vae", video_vae, "--size", size, "--out", latents, "--overwrite"],
     )
     statistics = json.loads((latents / "latent_statistics.json").read_text())
-    video = [
-        "train", configs / "demo_text_to_video.py", "--workdir", video_run, *_data(latents),
-        "--set", f"task.vae_weights={vae_folder}",
+    train = [
+        "train", configs / "demo_text_to_video.py", "--workdir", run, *_data(latents),
+        "--set", f"task.vae_weights={video_vae}",
         "--set", f"task.latent_shift={statistics['mean']:.6g}",
         "--set", f"task.latent_scale={1 / statistics['deviation']:.6g}",
     ]  # fmt: skip
-    parts.interrupt("train_video", video, video_run, signal.SIGTERM)
-    parts.run("evaluate_video", ["evaluate", video_run, "--batches", 2, "--out", workdir / "evaluation_video.json"])
+    parts.interrupt("train_text_to_video", train, run, signal.SIGTERM)
+    parts.run("evaluate_text_to_video", ["evaluate", run, "--batches", 2, "--out", workdir / "text_to_video.json"])
 
     prompts = workdir / "prompts.txt"
     prompts.write_text("".join(f"{prompt}\n" for prompt in demo_prompts()))
-    request = ["--prompts", prompts, "--batch", 24, "--seed", 1]
-    parts.run("sample", ["sample", video_run, *request, "--num", CLIPS_PER_PROMPT, "--out", workdir / "samples"])
-    parts.run(
-        "sample_untrained", ["sample", video_run, *request, "--untrained", "--out", workdir / "samples_untrained"]
-    )
+    sample = ["sample", run, "--prompts", prompts, "--batch", 24, "--seed", 1]
+    several = [*sample, "--num", CLIPS_PER_PROMPT]
+    parts.run("sample", [*several, "--out", workdir / "samples"])
+    # The same seed gives the same latents; the image VAE's decoder makes one frame of each.
+    parts.run("sample_swapped", [*several, "--vae", image_vae, "--out", workdir / "samples_swapped"])
+    parts.run("sample_untrained", [*sample, "--untrained", "--out", workdir / "samples_untrained"])
 
-    parts.run("export_video", ["export", video_run, "--to", export / "text_to_video"])
+    parts.run("export_text_to_video", ["export", run, "--to", export / "text_to_video"])
     if _has_torch():
-        parts.run("verify_vae", ["verify", vae_folder])
-        parts.run("verify_video", ["verify", export / "text_to_video" / "denoiser"])
+        parts.run("verify_image_vae", ["verify", image_vae])
+        parts.run("verify_denoiser", ["verify", export / "text_to_video" / "denoiser"])
 
     report = write_report(workdir, parts.log)
     print(f"report: {report}")

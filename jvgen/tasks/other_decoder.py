@@ -13,7 +13,8 @@ from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig
 class OtherDecoder:
     """An exported autoencoder in place of the run's own.
 
-    A video autoencoder makes 4(n - 1) + 1 frames of the latents that an image autoencoder would make n frames of.
+    A video autoencoder makes 4(n - 1) + 1 frames of the latents that an image autoencoder would make n frames of; an
+    image autoencoder makes n frames of those that a video autoencoder would make 4(n - 1) + 1 of.
 
     Args:
       folder: as `jvgen export` or diffusers write it.
@@ -35,7 +36,8 @@ class OtherDecoder:
             if ours != theirs:
                 raise ValueError(f"--vae {folder}: its {name} is {theirs}, that of the run's VAE {ours}: take another.")
         group = temporal_downsampling(self._config)
-        if task.temporal_compression not in (1, group):
+        # One of images reads any latents, frame by frame.
+        if group != 1 and task.temporal_compression not in (1, group):
             raise ValueError(
                 f"--vae {folder}: {group} frames share a latent, but {task.temporal_compression} in the run; "
                 f"take a VAE of {task.temporal_compression}."

@@ -55,7 +55,7 @@ def sample_run(
       seed: clip i of prompt p depends on (seed, p, i) only, not on `batch` or on what was made before.
       batch: clips made together.
       vae: exported folder of an autoencoder that shares its latents with the run's, to decode with: where the run knows
-        images and this one clips, n frames that the run makes become 4(n - 1) + 1.
+        images and this one clips, n frames that the run makes become 4(n - 1) + 1; the other way round they are n.
 
     Returns:
       The files, in order.

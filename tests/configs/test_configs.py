@@ -49,8 +49,8 @@ TOY = {
 TOY_SIZE, TOY_FRAMES = 32, 5
 # Tracing and compiling these takes long; others of the same make, or the tests of their tasks, do it in any case.
 SLOW = {
-    "cogvideox_2b", "cv_vae_causal", "cv_vae_sd21", "cv_vae_sd3", "cvd_2b", "demo_cv_vae", "demo_ivideogpt_tokenizer",
-    "demo_multiview",
+    "cogvideox_2b", "cv_vae_causal", "cv_vae_sd21", "cv_vae_sd3", "cvd_2b", "demo_cv_vae", "demo_image_latents",
+    "demo_ivideogpt_tokenizer", "demo_multiview",
     "image_vae_sd", "repvideo_2b", "repvideo_2b_scratch",
 }  # fmt: skip
 SLOW |= {path.stem for path in FILES if path.stem.startswith("ivideogpt_")}

@@ -9,9 +9,9 @@
 
 Every row's video VAE is grown out of one image VAE (the demo's, `--image-vae`, or one that is trained first), trained
 on the same clips for as many steps, and measured on held-out clips: fidelity of reconstructions; the frozen image
-decoder on video latents; the video decoder on image latents; the distance of the two kinds of latents. The demo's
-scenes are rendered again with four frames for one, so that what its diffusion model makes can be decoded by the
-result. A second call goes on where the first was cut short; tables are written after every row.
+decoder on video latents; the video decoder on image latents; the distance of the two kinds of latents. With `--demo`
+clips are of scenes like the demo's, rendered again without single images, so that what its diffusion model makes can
+be decoded by the result. A second call goes on where the first was cut short; tables are written after every row.
 """
 
 import argparse
@@ -213,7 +213,6 @@ def _scenes(chosen: argparse.Namespace) -> Path:
         frames, height, width = _size(chosen)
         if chosen.demo is not None:
             scenes = configuration.override(SceneConfig(), SCENES)
-            scenes = scenes.replace(frames=4 * (scenes.frames - 1) + 1)
         else:
             scenes = SceneConfig(frames=2 * frames - 1, height=height, width=width, supersampling=1)
         scenes = scenes.replace(kinds={"image": 0.0, "static": 0.3, "dynamic": 0.7})

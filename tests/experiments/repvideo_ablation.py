@@ -25,8 +25,10 @@ from jvgen.data.scene_labels import COLORS, Labels, captions_of, labels_of
 from jvgen.evaluation.motion import score
 from jvgen.evaluation.temporal import adjacent_similarity, smoothness
 from jvgen.experiment import Experiment
+from jvgen.interop.from_torch import read_config
 from jvgen.models.video_dit.config import AggregationConfig, GateKind
 from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.tasks.clip_coder import temporal_downsampling
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.analysing import analyse_run
 from jvgen.training.inference import open_run
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--demo", type=Path, default=None, help="work folder of `make demo`: its latents and VAE")
     parser.add_argument("--latents", type=Path, default=None, help="data set of cached latents instead")
     parser.add_argument("--vae", type=Path, default=None, help="exported folder of the VAE that made them")
-    parser.add_argument("--size", default="8x32x32", metavar="FxHxW", help="of clips, in pixels")
+    parser.add_argument("--size", default="29x32x32", metavar="FxHxW", help="of clips, in pixels")
     parser.add_argument("--workdir", type=Path, required=True, help="one run below it for every variant and seed")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write; the numbers go beside it")
     parser.add_argument("--steps", type=int, default=460)
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{unknown[0]!r} is no variant; they are {', '.join(VARIANTS)}")
     setting = Setting(
         latents=chosen.latents or chosen.demo / "latents",
-        vae=chosen.vae or chosen.demo / "export" / "image_vae" / "vae",
+        vae=chosen.vae or chosen.demo / "export" / "video_vae" / "vae",
         workdir=chosen.workdir,
         steps=chosen.steps,
         seeds=tuple(int(seed) for seed in chosen.seeds.split(",")),
@@ -126,12 +128,17 @@ def experiment(setting: Setting, name: str, seed: int) -> Experiment:
     base: Experiment = configuration.load(CONFIG)
     statistics_of = json.loads((setting.latents / "latent_statistics.json").read_text())
     frames, height, width = setting.size
+    vae = read_config(str(setting.vae))
+    group = temporal_downsampling(vae)
     base = base.replace(
         name=_slug(name),
         seed=seed,
         task=base.task.replace(
-            denoiser=base.task.denoiser.replace(aggregation=VARIANTS[name]),
+            denoiser=base.task.denoiser.replace(aggregation=VARIANTS[name], temporal_compression=group),
+            vae=vae,
             vae_weights=str(setting.vae),
+            spatial_compression=vae.downsampling,
+            temporal_compression=group,
             latent_shift=statistics_of["mean"],
             latent_scale=1 / statistics_of["deviation"],
             objective=base.task.objective.replace(bands=5),

@@ -87,11 +87,11 @@ def vae_words(scenes) -> list[str]:
 
 @pytest.fixture(scope="session")
 def video_words() -> Callable[[Path, Path], list[str]]:
-    """`CONFIG --set ...` for latents and the VAE that made them: the demo's video DiT with one layer, three steps."""
+    """`CONFIG --set ...` for latents and the VAE that made them: a DiT of one layer on image latents, three steps."""
 
     def words(latents: Path, vae: Path) -> list[str]:
         network = {f"task.vae.{name}": value for name, value in NETWORK.items()} | {"task.vae_weights": str(vae)}
-        return [str(CONFIGS / "demo_text_to_video.py"), *settings(RUN | VIDEO | network | sources(latents))]
+        return [str(CONFIGS / "demo_image_latents.py"), *settings(RUN | VIDEO | network | sources(latents))]
 
     return words
 

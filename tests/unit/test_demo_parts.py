@@ -1,14 +1,19 @@
-"""The demo's parts: run once, interrupted and taken up again, told when they fail; its prompts are understood."""
+"""The demo's parts: run once, interrupted and taken up again, told when they fail; its commands fit together."""
 
 import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from jvgen import demo
+from jvgen import config, demo, demo_report
+from jvgen.cli import build_parser
 from jvgen.data.scene_labels import labels_of
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 # Stands in for a training run: saves, and waits to be told to stop unless it finds what it saved.
 TRAIN = """
@@ -97,3 +102,44 @@ def test_it_says_when_its_configs_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="demo_image_vae.py: no such file.*--configs"):
         demo.demo(tmp_path / "work", tmp_path)
     assert not (tmp_path / "work").exists()
+
+
+def test_every_command_is_understood_and_configs_fit_the_scenes(tmp_path, monkeypatch):
+    commands: dict[str, list[str]] = {}
+
+    def note(self, name, words, *signal_and_run):
+        commands[name] = [str(word) for word in words]
+        if name == "latents":
+            folder = tmp_path / "latents"
+            folder.mkdir()
+            (folder / "latent_statistics.json").write_text('{"mean": 0.5, "deviation": 4.0}')
+
+    for method in ("run", "interrupt"):
+        monkeypatch.setattr(demo.Parts, method, note)
+    monkeypatch.setattr(demo, "write_report", lambda workdir, parts: workdir / "report.html")
+    assert demo.demo(tmp_path, CONFIGS) == 0
+    parsed = {name: build_parser().parse_args(words) for name, words in commands.items()}
+    experiments = {}
+    for name, words in parsed.items():
+        if name.startswith("train_"):
+            experiments[name] = config.override(config.load(words.config), words.assignments)
+            config.validate_tree(experiments[name])
+    task = experiments["train_text_to_video"].task
+    (bucket,) = experiments["train_text_to_video"].data.buckets
+    assert (bucket.frames, bucket.height, bucket.width) == (demo.FRAMES, demo.SIZE, demo.SIZE)
+    assert task.latent_shape(demo.FRAMES, demo.SIZE, demo.SIZE) == (8, 8, 8) and task.latent_scale == 0.25
+    # What one part writes is what the next reads.
+    assert Path(task.vae_weights) == parsed["evaluate_video_vae"].vae == Path(parsed["latents"].vae)
+    assert parsed["sample_swapped"].vae == parsed["evaluate_video_vae"].image_vae == parsed["inflate"].weights
+    assert task.vae == experiments["train_video_vae"].task.network
+    assert parsed["inflate"].to == parsed["train_video_vae"].workdir == parsed["export_video_vae"].run
+    assert parsed["sample_swapped"].seed == parsed["sample"].seed
+
+
+def test_frames_of_latents_are_held_and_the_decoders_compared():
+    still = np.array([10, 20, 40], np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    moving = np.array([11, 13, 15, 17, 19, 20, 21, 22, 39], np.uint8)[:, None, None, None] * np.ones_like(still[:1])
+    assert demo_report._held(still, 4)[:, 0, 0, 0].tolist() == [10, 20, 20, 20, 20, 40, 40, 40, 40]
+    found = demo_report._swap([moving], [still])
+    assert found["psnr"] == pytest.approx(10 * np.log10(255**2))
+    assert found["video_decoder"] == [1.5, 1.5, 1.5, 9.5] and found["image_decoder"] == 15.0

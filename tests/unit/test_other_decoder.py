@@ -60,9 +60,20 @@ def test_latents_that_cannot_be_shared(config, words, tmp_path):
         OtherDecoder(exported(config, zeros, tmp_path / "vae"), CONFIG)
 
 
+def test_an_image_decoder_makes_a_frame_of_each_latent_of_a_run_on_clips(image, tmp_path):
+    config = CONFIG.replace(vae=CVVAEConfig.causal(CONFIG.vae), temporal_compression=2)
+    other = OtherDecoder(exported(CONFIG.vae, image, tmp_path / "vae"), config)
+    latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4, 4)), jnp.float32)
+    frames = jax.jit(other.of(config.build()).decode)({"vae": other.load()}, latents)
+    np.testing.assert_array_equal(frames, jax.jit(CONFIG.build().decode)({"vae": image}, latents))
+    assert frames.shape == (2, 3, 8, 8, 3)
+
+
 def test_other_groups_and_other_runs(image, tmp_path):
-    folder = exported(CONFIG.vae, image, tmp_path / "vae")
-    with pytest.raises(ValueError, match="1 frames share a latent, but 4 in the run"):
+    video = CVVAEConfig.causal(CONFIG.vae)
+    shapes = Network.of(lambda rngs: CVVAE(video, rngs=rngs)).shapes
+    folder = exported(video, inflate(CONFIG.vae, image, video, shapes), tmp_path / "vae")
+    with pytest.raises(ValueError, match="2 frames share a latent, but 4 in the run"):
         OtherDecoder(folder, CONFIG.replace(temporal_compression=4))
     with pytest.raises(ValueError, match="only text-to-video runs"):
         OtherDecoder(folder, SimpleNamespace(vae=None))
