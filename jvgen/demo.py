@@ -9,6 +9,7 @@ done already are not done again.
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,10 +139,13 @@ class Parts:
         self.log: list[dict] = json.loads(self._path.read_text()) if self._path.exists() else []
 
     def run(self, name: str, words: Sequence[object]) -> None:
-        """Run one command to its end, unless an earlier demo in this folder did."""
+        """Run one command to its end, unless an earlier demo in this folder did; its `--to` folder begins empty."""
         if self._done(name):
             print(f"[{name}] done before")
             return
+        if "--to" in words and (self._logs / f"{name}.log").exists():
+            # What a part that was killed had begun to write stands in its way.
+            shutil.rmtree(words[words.index("--to") + 1], ignore_errors=True)
         began = time.perf_counter()
         self._announce(name, words)
         status = self._start(name, words).wait()

@@ -64,6 +64,20 @@ def test_a_part_that_fails_says_why_and_is_run_again(parts, tmp_path):
     assert [part["status"] for part in json.loads((tmp_path / "parts.json").read_text())] == [3, 3]
 
 
+def test_a_part_that_was_killed_begins_with_an_empty_folder(parts, tmp_path):
+    """Exports refuse folders that hold something; one that no part of this demo began is left to that refusal."""
+    program = "import pathlib, sys; folder = pathlib.Path(sys.argv[2]); folder.mkdir(); (folder / 'whole').touch()"
+    for name in ("half", "foreign"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").touch()
+    (tmp_path / "logs" / "export.log").write_text("killed")
+    parts.run("export", [program, "--to", tmp_path / "half"])
+    assert [path.name for path in (tmp_path / "half").iterdir()] == ["whole"]
+    with pytest.raises(demo.DemoFailed, match="FileExistsError"):
+        parts.run("other", [program, "--to", tmp_path / "foreign"])
+    assert (tmp_path / "foreign" / "part").exists()
+
+
 @pytest.mark.parametrize(("by", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
 def test_training_is_interrupted_once_and_goes_on(parts, tmp_path, by, status):
     words = [TRAIN, tmp_path / "run"]
