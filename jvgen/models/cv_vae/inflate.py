@@ -37,10 +37,9 @@ def inflate(image_config: ImageVAEConfig, image: Parameters, config: CVVAEConfig
     found = {path: np.asarray(value) for path, value in flatten(image).items()}
     if image_config.quant_convolutions and not config.quant_convolutions:
         _fold_quantisation(found)
-    result = {}
+    result, blended = {}, config.frames_between == "blended"
     for path, value in flatten(start).items():
         if path in found:
-            blended = config.frames_between == "blended"
             result[path] = _grown(found.pop(path), tuple(value.shape), _is_causal(path, config), blended)
         else:
             assert "/temporal/" in path, f"an image autoencoder has no {path}"
