@@ -1,8 +1,9 @@
 """The causal CV-VAE on Stable Diffusion 3's latents: streams clips of any length, and begins as the image VAE itself.
 
 Should reach: more than `configs/cv_vae_sd3.py` (PSNR 32.0 on WebVid's validation clips) at the same compatibility: it
-has as many parameters, starts from exact images and clips instead of shifted ones, and trains both players in every
-step. That is not measured at this size. Chips: 32 (v5p:2x4x4, or 32 GPUs of 80 GB). Data: images and clips as jvgen
+has as many parameters, starts from exact images and latents instead of shifted ones, with what lies between two latents
+blended instead of held, and trains both players in every step. That is not measured at this size; on a small scale it
+is in `jvgen/models/cv_vae/README.md`. Chips: 32 (v5p:2x4x4, or 32 GPUs of 80 GB). Data: images and clips as jvgen
 data sets; Stable Diffusion 3's VAE and LPIPS as local files. Begin with `jvgen import weights/sd3_vae --inflate
 --config configs/cv_vae_causal.py --to runs/cv_vae_causal`.
 """
@@ -29,7 +30,8 @@ def experiment() -> Experiment:
     return Experiment(
         name="cv_vae_causal",
         task=VideoVAETaskConfig(
-            network=CVVAEConfig.causal(image),
+            # Motion between two latents' frames begins as a blend of theirs, not as a copy of the newer.
+            network=CVVAEConfig.causal(image).replace(frames_between="blended"),
             image_vae=image,
             image_vae_weights="weights/sd3_vae",
             shared=SharedLatentsConfig(decoder_weight=1.0, mapping="random"),

@@ -19,6 +19,7 @@ SAID_ONLY = {
         "tile_frames",
         "tile_size",
         "tile_overlap",
+        "frames_between",
     },
     "ImageVAEConfig": {"sample_size", "scaling_factor", "shift_factor"},
     "VideoDiTConfig": {"sample_height", "sample_width", "sample_frames", "temporal_compression", "text_length"},

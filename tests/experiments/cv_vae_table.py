@@ -3,6 +3,7 @@
     make demo
     python -m tests.experiments.cv_vae_table --demo runs/demo --out runs/cv_vae               # the paper's rows
     python -m tests.experiments.cv_vae_table --demo runs/demo --out runs/cv_vae --compare     # published networks, ours
+    python -m tests.experiments.cv_vae_table --demo runs/demo --out runs/cv_vae --compare --seeds 3 --only causal
     python -m tests.experiments.cv_vae_table --out runs/x                    # other scenes, an image VAE of their own
     python -m tests.experiments.cv_vae_table --out runs/y --data data/clips --size 9x64x64    # other clips
     python -m tests.experiments.cv_vae_table --out runs/x --quick            # shows that it runs
@@ -12,11 +13,14 @@ on the same clips for as many steps, and measured on held-out clips: fidelity of
 decoder on video latents; the video decoder on image latents; the distance of the two kinds of latents. With `--demo`
 clips are of scenes like the demo's, rendered again without single images, so that what its diffusion model makes can
 be decoded by the result. A second call goes on where the first was cut short; tables are written after every row.
+An image VAE that is trained here has attention over pixels, which rows with attention along time need; the demo's has
+none.
 """
 
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +40,7 @@ from jvgen.training.loop import train
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 CAUSAL = ["temporal_attention=none"]
+BLENDED = ["frames_between=blended"]
 SD21 = ["norm_over=clip", "norm_epsilon=1e-5", "decoder_time=zeros", "upsample_time=repeat"]
 SD3 = ["norm_over=clip", "border=repeat", "downsample_sides=around", "decoder_time=repeat", "upsample_time=repeat"]
 
@@ -61,6 +66,11 @@ NETWORKS: dict[str, list[str]] = {
     "published, for Stable Diffusion 3": _shared(1, 0, "random", SD3),
     "causal": SHARING["decoder, random"],
     "causal, attention along time": _shared(1, 0, "random", ["temporal_attention=added", "temporal_window=4"]),
+    "causal, frames between blended": _shared(1, 0, "random", [*CAUSAL, *BLENDED]),
+    "published, z = 4, without attention along time, frames between blended": _shared(1, 0, "random", SD21 + BLENDED),
+    "causal, frames between blended, attention along time": _shared(
+        1, 0, "random", ["temporal_attention=added", "temporal_window=4", *BLENDED]
+    ),
     "causal encoder, decoder of both sides": _shared(1, 0, "random", ["decoder_time=repeat", "upsample_time=repeat"]),
     "causal, norms over clips": _shared(1, 0, "random", ["norm_over=clip"]),
 }
@@ -77,7 +87,8 @@ COLUMNS = (
     ("mean gap", "mean_gap", 3),
     ("deviation ratio", "deviation_ratio", 3),
 )
-UNTRAINED = "before training"
+# Rows without training; tables of networks have the second, too.
+UNTRAINED, UNTRAINED_BLENDED = "before training", "before training, frames between blended"
 # Attention along time follows attention over pixels: rows that an image VAE without it cannot be grown into.
 SEEING = ("temporal_attention=replacing", "temporal_attention=added")
 
@@ -104,13 +115,20 @@ def summary(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown."""
+def table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Markdown of each row's results, one a seed: their mean, and their deviation if there are several."""
     lines = ["| | " + " | ".join(title for title, _, _ in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
-    for name, row in rows.items():
-        cells = [f"{row[metric]:.{digits}f}" if metric in row else "-" for _, metric, digits in COLUMNS]
+    for name, seeds in rows.items():
+        cells = [_cell([row[metric] for row in seeds if metric in row], digits) for _, metric, digits in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lpips", default=None, help="LPIPS weights for the measures; training keeps its substitute")
     parser.add_argument("--held-out", type=int, default=64, help="clips that are measured on, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of every row, each with a seed of its own")
     parser.add_argument("--quick", action="store_true", help="tiny, two rows, two steps: measures nothing")
     chosen = parser.parse_args(arguments)
     rows = NETWORKS if chosen.compare else SHARING
@@ -160,25 +179,42 @@ def run(rows: Mapping[str, Sequence[str]], chosen: argparse.Namespace) -> str:
         }
     done = chosen.out / "rows.json"
     known: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.is_file() else {}
-    wanted = {UNTRAINED: SHARING["decoder, random"], **rows}
-    for name, changes in wanted.items():
-        twin = next((other for other in known if {**SHARING, **NETWORKS}.get(other) == changes), None)
-        if name not in known and twin is not None and name != UNTRAINED:
-            known[name] = known[twin]
-        elif name not in known:
-            known[name] = _row(name, changes, chosen, data, image)
-            done.write_text(json.dumps(known, indent=1) + "\n")
-        _write(chosen, {name: known[name] for name in wanted if name in known})
-    return table({name: known[name] for name in wanted})
+    untrained = {UNTRAINED: SHARING["decoder, random"]}
+    if chosen.compare:
+        untrained[UNTRAINED_BLENDED] = NETWORKS["causal, frames between blended"]
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, changes in {**untrained, **rows}.items():
+        for seed in range(chosen.seed, chosen.seed + (1 if name in untrained else chosen.seeds)):
+            ending = "" if seed == chosen.seed else f", seed {seed}"
+            key = name + ending
+            twins = [other + ending for other, same in {**SHARING, **NETWORKS}.items() if same == changes]
+            twin = next((other for other in twins if other in known), None)
+            if key not in known and twin is not None and name not in untrained:
+                known[key] = known[twin]
+            elif key not in known:
+                known[key] = _row(key, changes, chosen, data, image, seed, trained=name not in untrained)
+                done.write_text(json.dumps(known, indent=1) + "\n")
+            found.setdefault(name, []).append(known[key])
+            _write(chosen, found)
+    return table(found)
 
 
-def _row(name: str, changes: Sequence[str], chosen: argparse.Namespace, data: Path, image: Path) -> dict[str, float]:
+def _row(
+    name: str,
+    changes: Sequence[str],
+    chosen: argparse.Namespace,
+    data: Path,
+    image: Path,
+    seed: int,
+    *,
+    trained: bool,
+) -> dict[str, float]:
     folder = chosen.out / name.replace(",", "").replace(" ", "_")
-    experiment = _video(chosen, data, image, changes)
+    experiment = _video(chosen, data, image, [*changes, f"seed={seed}"])
     began = time.perf_counter()
     if not (folder / "checkpoints").is_dir():
         import_run(image, experiment, folder, inflate=True)
-    if name != UNTRAINED:
+    if trained:
         status = train(experiment, folder)
         assert status == 0, f"{folder} ended with status {status}"
     seconds = time.perf_counter() - began
@@ -190,10 +226,10 @@ def _row(name: str, changes: Sequence[str], chosen: argparse.Namespace, data: Pa
         folder / "export" / "vae", str(data), frames=frames, size=(height, width), batch=batch,
         batches=max(chosen.held_out // batch, 1), image_vae=image, lpips=chosen.lpips, out=folder / "report",
     )  # fmt: skip
-    return summary(found) | ({} if name == UNTRAINED else {"training_seconds": seconds})
+    return summary(found) | ({"training_seconds": seconds} if trained else {})
 
 
-def _write(chosen: argparse.Namespace, rows: Mapping[str, Mapping[str, float]]) -> None:
+def _write(chosen: argparse.Namespace, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     hidden = ("out", "only", "compare")
     about = {name: str(value) for name, value in vars(chosen).items() if value not in (None, False)}
     about = {name: Path(value).name if "/" in value else value for name, value in about.items() if name not in hidden}
@@ -251,7 +287,7 @@ def _video(chosen: argparse.Namespace, data: Path, image: Path, changes: Sequenc
         task=demo.task.replace(image_vae=config, image_vae_weights=str(image), network=CVVAEConfig.causal(config)),
     )
     fields = [
-        *_sources(data), f"seed={chosen.seed}", *_schedule(chosen.steps), f"optimizer.kind={chosen.optimizer}",
+        *_sources(data), *_schedule(chosen.steps), f"optimizer.kind={chosen.optimizer}",
         f"optimizer.learning_rate={chosen.learning_rate}", *changes,
     ]  # fmt: skip
     return _changed(demo, fields)

@@ -77,6 +77,25 @@ def test_an_inflated_image_autoencoder_is_itself_on_images_and_clips(image, fram
     np.testing.assert_allclose(decode(latents)[0], held, atol=1e-5)
 
 
+def test_frames_between_two_latents_can_be_blended(image):
+    """Images, latents and every fourth frame stay the image autoencoder's; what is between changes evenly."""
+    parameters, (encode_image, decode_image) = image
+    config = CAUSAL.replace(frames_between="blended")
+    start = jax.jit(network_of(config).init)(jax.random.key(1))
+    encode, decode = coders(config, inflate(IMAGE, parameters, config, start))
+    clip = clip_of(9)
+    latents = encode(clip)[..., :4]
+    np.testing.assert_allclose(latents[0], encode_image(clip[0])[::4, ..., :4], atol=1e-5)
+    images, decoded = decode_image(latents[0]), decode(latents)[0]
+    np.testing.assert_allclose(decoded[::4], images, atol=1e-5)
+    np.testing.assert_allclose(decode(latents[:, ::-1])[0], decoded[::-1], atol=1e-5)
+    np.testing.assert_allclose(
+        decode(jnp.repeat(latents[:, 1:2], 3, axis=1))[0], jnp.repeat(images[1:2], 9, axis=0), atol=1e-5
+    )
+    changes = [float(jnp.abs(decoded[k] - decoded[k - 1]).mean()) for k in range(1, 9)]
+    assert min(changes) > 0.1 * float(jnp.abs(images[1] - images[0]).mean())
+
+
 @pytest.mark.slow
 def test_an_inflated_published_architecture_keeps_images(image):
     """Symmetric windows, no quantisation convolutions: images inside their outermost pixels, norms as they were."""
@@ -266,6 +285,7 @@ def test_published_sizes(config, parameters, tensors, encode, decode):
         ),
         (CVVAEConfig.causal(), "CVVAE"),
         (CAUSAL, "CVVAE"),
+        (CAUSAL.replace(frames_between="blended"), "CVVAE"),
         (CVVAEConfig.sd21().replace(groups=16), "CVVAE"),
     ],
 )

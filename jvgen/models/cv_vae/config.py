@@ -41,6 +41,8 @@ class CVVAEConfig(Config):
         values are what the attention over pixels returned, which reaches the output on no other way (published,
         z = 4). "added": causal, added to the result, and zero at the start.
       temporal_window: latent frames that "added" sees, its own among them.
+      frames_between: what an inflated decoder makes of the frames between those of two latents, before it is trained:
+        "held", copies of the newer one's, or "blended" with the older one's. Only `inflate` reads it.
       scaling_factor, shift_factor: what diffusion sees is `(latent - shift_factor) * scaling_factor`.
       tile_frames: long clips are coded in chunks of this many frames and the one before; None for whole clips.
       tile_size: large frames are coded in tiles of this many pixels a side, blended where they overlap; None for none.
@@ -67,6 +69,7 @@ class CVVAEConfig(Config):
     second_convolution: Literal["frame", "clip"] = "frame"
     temporal_attention: Literal["none", "replacing", "added"] = "none"
     temporal_window: int = 8
+    frames_between: Literal["held", "blended"] = "held"
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
     tile_frames: int | None = 16

@@ -17,11 +17,13 @@ def inflate(image_config: ImageVAEConfig, image: Parameters, config: CVVAEConfig
 
     An image's kernel becomes the one frame of a clip's kernel that stands at the output's own frame: the last of a
     causal window, the middle of a symmetric one; the others are zero. Where a convolution gives two frames for one,
-    both are the image's.
+    both are the image's; with `frames_between="blended"`, the earlier one is the mean of the image's here and in the
+    frame before, so that features change evenly from one latent to the next.
 
     With `norm_over="frame"`, `downsample_sides="after"`, `border="zeros"` and no replacing attention, the result equals
     the image autoencoder on clips too: latent frame j is the image latent of frame 4j, and decoded frame k the image
-    decoded from latent frame ceil(k / 4). Otherwise it is a start and not an equal.
+    decoded from latent frame ceil(k / 4) ("blended": for k = 4j, and for all k of a clip that stands still). Otherwise
+    it is a start and not an equal.
 
     Args:
       image_config, image: the image autoencoder and its parameters, numpy or JAX arrays.
@@ -35,10 +37,10 @@ def inflate(image_config: ImageVAEConfig, image: Parameters, config: CVVAEConfig
     found = {path: np.asarray(value) for path, value in flatten(image).items()}
     if image_config.quant_convolutions and not config.quant_convolutions:
         _fold_quantisation(found)
-    result = {}
+    result, blended = {}, config.frames_between == "blended"
     for path, value in flatten(start).items():
         if path in found:
-            result[path] = _grown(found.pop(path), tuple(value.shape), _is_causal(path, config))
+            result[path] = _grown(found.pop(path), tuple(value.shape), _is_causal(path, config), blended)
         else:
             assert "/temporal/" in path, f"an image autoencoder has no {path}"
             result[path] = np.asarray(value)
@@ -65,15 +67,21 @@ def _is_causal(path: str, config: CVVAEConfig) -> bool:
     return (config.upsample_time if "/resample/" in path else config.decoder_time) == "causal"
 
 
-def _grown(value: np.ndarray, shape: tuple[int, ...], causal: bool) -> np.ndarray:
+def _grown(value: np.ndarray, shape: tuple[int, ...], causal: bool, blended: bool) -> np.ndarray:
     """A kernel or bias of an image autoencoder in the shape of a video autoencoder's."""
-    if value.shape[-1] != shape[-1]:
+    width = value.shape[-1]
+    doubles = width != shape[-1]
+    if doubles:
         # Two frames for one: the outer part of the channel counts them.
-        value = np.concatenate([value] * (shape[-1] // value.shape[-1]), axis=-1)
+        value = np.concatenate([value] * (shape[-1] // width), axis=-1)
     if value.ndim == len(shape):
         return value.reshape(shape)
     grown = np.zeros(shape, value.dtype)
-    grown[-1 if causal else shape[0] // 2] = value
+    now = shape[0] - 1 if causal else shape[0] // 2
+    grown[now] = value
+    if doubles and blended:
+        earlier = value[..., :width] / 2
+        grown[now, ..., :width] = grown[now - 1, ..., :width] = earlier
     return grown
 
 
