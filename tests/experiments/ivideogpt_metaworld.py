@@ -5,8 +5,8 @@
 FOLDER has Meta-World episodes as npz files, below a folder a task (iVideoGPT's demonstrations are such files). One
 episode in five is held out. Two models are finetuned from the same weights, with actions and without; both predict the
 held-out episodes from two frames, eight recorded frames a step, and so does copying the last frame. The model that has
-seen scenes alone predicts held-out scenes. A quarter of an hour on two idle cores; what was done before is not done
-again. `--longer 4` trains four times as long, `--smoke` shows that everything runs.
+seen scenes alone predicts held-out scenes. Half an hour or more on two cores; what was done before is not done again.
+`--longer 4` trains four times as long, `--smoke` shows that everything runs.
 
 The report: PSNR and SSIM of predicted frames by horizon, over all pixels and over those that move; how much worse the
 models are with the actions of other windows; the error of their rewards; pictures.
