@@ -168,9 +168,9 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
 
     report.section("The video VAE")
     report.text(
-        "It begins as the image VAE, grown into time: its latents are the image VAE's, and its decoder makes the frames "
-        "between two of them as blends. Training adds what happens in between, and keeps its latents such that the frozen "
-        "image decoder reads them."
+        "It begins as the image VAE, grown into time: its latents are the image VAE's, and its decoder makes the "
+        "frames between two of them as blends. Training adds what happens in between, and keeps its latents such that "
+        "the frozen image decoder reads them."
     )
     report.table(
         [
