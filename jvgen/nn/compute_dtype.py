@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jvgen.nn.network import Parameters
 from jvgen.parallel.axes import CODES, LAYERS
@@ -16,7 +17,7 @@ def is_cast(shape: tuple[int, ...], names: tuple[str | None, ...]) -> bool:
     return len(shape) - (LAYERS in names) >= 2 and CODES not in names
 
 
-def cast(parameters: Parameters, axes: Parameters, dtype: jnp.dtype) -> Parameters:
+def cast(parameters: Parameters, axes: Parameters, dtype: DTypeLike) -> Parameters:
     """Parameters as the networks compute with them; differentiable, gradients come back in the original dtype."""
 
     def leaf_cast(leaf: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -26,6 +27,6 @@ def cast(parameters: Parameters, axes: Parameters, dtype: jnp.dtype) -> Paramete
     return jax.tree.map(leaf_cast, parameters, axes)
 
 
-def compute_shapes(shapes: Parameters, axes: Parameters, dtype: jnp.dtype) -> Parameters:
+def compute_shapes(shapes: Parameters, axes: Parameters, dtype: DTypeLike) -> Parameters:
     """Shapes and dtypes of `cast`."""
     return jax.eval_shape(lambda tree: cast(tree, axes, dtype), shapes)
