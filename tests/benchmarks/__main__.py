@@ -23,7 +23,12 @@ BENCHMARKS = {
     "epipolar": "epipolar",
 }
 # Takes minutes and runs only when named.
-ON_REQUEST = {"memory_tpu": "step_memory_tpu", "repvideo_tpu": "repvideo_tpu", "epipolar_tpu": "epipolar_tpu"}
+ON_REQUEST = {
+    "memory_tpu": "step_memory_tpu",
+    "repvideo_tpu": "repvideo_tpu",
+    "epipolar_tpu": "epipolar_tpu",
+    "cv_vae_memory": "cv_vae_memory",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
