@@ -4,67 +4,33 @@ Should reach: sampled clips whose colour and direction of motion are those of th
 `jvgen sample RUN --vae runs/demo/export/video_vae/vae` clips of 29 frames from the same latents, without tuning
 (`notebooks/cv_vae.ipynb`). Data, after `make demo`: `jvgen data build latents runs/demo/scenes --vae
 runs/demo/export/image_vae/vae --size 32x32 --stride 4 --out runs/demo/image_latents`. Set `task.latent_shift` and
-`task.latent_scale` as that command prints them.
+`task.latent_scale` as that command prints them. All else is `demo_text_to_video.py`'s.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.diffusion.guidance import GuidanceConfig
-from jvgen.diffusion.objective import ObjectiveConfig, TimestepConfig
-from jvgen.diffusion.sampler import SamplerConfig
-from jvgen.diffusion.schedule import ScheduleConfig
+from pathlib import Path
+
+from jvgen import config
 from jvgen.experiment import Experiment
-from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
-from jvgen.models.video_dit.config import VideoDiTConfig
-from jvgen.tasks.text import TextConfig
-from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
 
 LATENTS = "runs/demo/image_latents"
 
 
 def experiment() -> Experiment:
-    return Experiment(
+    made = config.load(Path(__file__).with_name("demo_text_to_video.py"))
+    task, data = made.task, made.data
+    (bucket,), (training,), (held_out,) = data.buckets, data.sources, data.evaluation_sources
+    return made.replace(
         name="demo_image_latents",
-        task=TextToVideoConfig(
-            denoiser=VideoDiTConfig(
-                layers=6,
-                heads=2,
-                head_width=64,
-                in_channels=4,
-                out_channels=4,
-                text_width=128,
-                text_length=48,
-                condition_width=128,
-                sample_height=8,
-                sample_width=8,
-                sample_frames=8,
-                spatial_scale=1.0,
-                temporal_compression=1,
-            ),
-            text=TextConfig(encoder=ByteTextConfig(width=128, layers=2, heads=4), length=48),
+        task=task.replace(
+            denoiser=task.denoiser.replace(temporal_compression=1),
             vae=ImageVAEConfig.tiny(),
             vae_weights="runs/demo/export/image_vae/vae",
-            spatial_compression=4,
             temporal_compression=1,
-            schedule=ScheduleConfig(kind="rectified_flow"),
-            objective=ObjectiveConfig(target="velocity", timesteps=TimestepConfig(kind="logit_normal")),
-            sampler=SamplerConfig(kind="euler", steps=25),
-            guidance=GuidanceConfig(kind="constant", scale=3.0),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(path=LATENTS),),
-            evaluation_sources=(SourceConfig(path=LATENTS, split="validation"),),
-            buckets=(BucketConfig(frames=8, height=32, width=32, batch_size=16, kinds=("static", "dynamic")),),
-            kind_weights={"static": 0.05, "dynamic": 0.95},
-            threads=2,
+        data=data.replace(
+            buckets=(bucket.replace(frames=8),),
+            sources=(training.replace(path=LATENTS),),
+            evaluation_sources=(held_out.replace(path=LATENTS),),
         ),
-        optimizer=OptimizerConfig(
-            kind="muon", learning_rate=6e-3, warmup_steps=10, schedule="cosine", weight_decay=0.01
-        ),
-        training=TrainingConfig(steps=460, compute_dtype="float32", log_every=20),
-        ema=EmaConfig(decays=(0.98,)),
-        checkpoint=CheckpointConfig(every=120, keep_last=2),
     )

@@ -49,7 +49,7 @@ def _shared(parser: argparse.ArgumentParser) -> None:
         "--part", type=int, default=16, help="frames coded together, where the network leaves it open: memory"
     )
     parser.add_argument(
-        "--compute", choices=["float32", "bfloat16"], default="float32", help="dtype of activations; bfloat16 takes half"
+        "--compute", choices=["float32", "bfloat16"], default="float32", help="of activations; bfloat16 takes half"
     )
     parser.add_argument("--overwrite", action="store_true", help="write again what is there")
 
