@@ -33,6 +33,7 @@ from jvgen.data.scene_labels import COLORS, labels_of
 from jvgen.data.scenes import SceneConfig
 from jvgen.data.sources import open_source
 from jvgen.data.transforms import load_example
+from jvgen.demo_report import DIRECTIONS
 from jvgen.evaluation.camera_pose import PoseScore, across_views, sift, views_mse
 from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
 from jvgen.evaluation.motion import classify_clip
@@ -52,7 +53,6 @@ CONFIG = Path(__file__).parents[2] / "configs" / "demo_multiview.py"
 NONE, FULL = "no synchronisation", "full"
 VARIANTS = (NONE, "no epipolar bias", "static only", "no homography", FULL)
 MORE_VARIANTS = ("joint attention", "one layer")
-DIRECTIONS = ("left", "right", "toward", "away")
 PALETTE = {name: COLORS[name] for name in ("red", "yellow", "green", "blue", "purple", "cyan")}
 ENLARGED = 256  # pixels along a side of what matches are looked for in
 # The clips that the demo's autoencoder knows; 15 frames fold into two views of 8.
