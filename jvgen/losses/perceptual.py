@@ -35,7 +35,7 @@ class PerceptualConfig(Config):
       kind: "none", "lpips" (Zhang et al. 2018 on VGG-16, needs `weights`), or "laplacian" (L1 of a Laplacian pyramid:
         a substitute that needs no weights and is not comparable with LPIPS).
       weights: safetensors file for lpips: VGG-16's convolutions and the five linear layers, under the names of
-        torchvision and of the lpips or taming-transformers packages.
+        torchvision and of the lpips or taming-transformers packages. `jvgen lpips` makes it.
       levels: of the pyramid.
     """
 
@@ -155,11 +155,14 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"LPIPS weights {str(path)!r}: no such file; give safetensors with VGG-16 and lin0..lin4.")
+        raise ValueError(
+            f"LPIPS weights {str(path)!r}: no such file; `jvgen lpips --help` says how to make it (safetensors with "
+            "VGG-16 and lin0..lin4)."
+        )
     tensors, wanted = {}, {}
     with safe_open(path, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping
-            tensors[_canonical(name)] = np.asarray(file.get_tensor(name), np.float32)
+            tensors[canonical_name(name)] = np.asarray(file.get_tensor(name), np.float32)
     for index, features_in, features_out in _convolutions():
         wanted[f"{index}.weight"] = (features_out, features_in, 3, 3)
         wanted[f"{index}.bias"] = (features_out,)
@@ -185,7 +188,8 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """A published tensor's name without what packages put before it: "N.weight", "N.bias", "linK"."""
     convolution = re.search(r"(?:features|slice\d)\.(\d+\.(?:weight|bias))$", name)
     if convolution:
         return convolution.group(1)

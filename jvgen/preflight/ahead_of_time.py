@@ -5,6 +5,7 @@ import io
 import json
 import re
 import time
+from collections.abc import Callable
 
 import jax
 from rich.console import Console
@@ -180,12 +181,15 @@ def _memory_table(memory: Memory, minimum: Estimate, hbm: float) -> Table:
     return table
 
 
-def compile_ahead(experiment: Experiment, topology_name: str) -> CompileReport:
+def compile_ahead(
+    experiment: Experiment, topology_name: str, *, each: Callable[[CompileReport], None] = lambda report: None
+) -> CompileReport:
     """Compile the training step of every batch shape for a described TPU pod; nothing is allocated, no data is read.
 
     Args:
       experiment: the run; its mesh must fit the topology.
       topology_name: such as "v5p:4x4x8".
+      each: called with the report so far after every batch shape: one can take half an hour.
 
     Raises:
       ConfigError: libtpu is missing, the topology is unknown, or the run does not divide over it.
@@ -194,15 +198,19 @@ def compile_ahead(experiment: Experiment, topology_name: str) -> CompileReport:
     mesh = make_mesh(experiment.mesh, pod.devices)
     program = Program.of(experiment, mesh)
     program.check()
-    return CompileReport(
+    report = CompileReport(
         topology=pod.name,
         chip=pod.chip.name,
         mesh=describe_mesh(mesh),
         devices=len(pod.devices),
         hbm_bytes=pod.hbm_bytes,
         peak_flops=pod.peak_flops,
-        buckets=tuple(compile_bucket(program, bucket) for bucket in experiment.data.buckets),
+        buckets=(),
     )
+    for bucket in experiment.data.buckets:
+        report = dataclasses.replace(report, buckets=(*report.buckets, compile_bucket(program, bucket)))
+        each(report)
+    return report
 
 
 def compile_bucket(program: Program, bucket: BucketConfig) -> BucketReport:

@@ -2,10 +2,14 @@
 
 The authors' code is compared with where the environment variable JVGEN_CV_VAE_CODE names a checkout of it
 (github.com/AILab-CVC/CV-VAE): their network of the Stable Diffusion 3 variant, with our weights and equal outputs.
+The clip is noise, or recorded where JVGEN_REAL_DATA names a folder with video/*.mp4.
 """
 
+import ctypes
 import dataclasses
+import gc
 import importlib
+import itertools
 import os
 import sys
 import threading
@@ -13,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +25,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from einops import rearrange
 
+from jvgen.data.decode import read_frames
 from jvgen.models.cv_vae import flops
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.model import CVVAE
@@ -45,7 +51,7 @@ class Size:
 
 
 QUICK = {"tiny": Size((4, 4, 4, 4), 5, 16, groups=2, layers=1)}
-CPU = {"quarter": Size((32, 64, 128, 128), 9, 64)}
+CPU = {"quarter": Size((32, 64, 128, 128), 9, 64), "published": Size((128, 256, 512, 512), 9, 96)}
 GPU = {"published": Size((128, 256, 512, 512), 17, 256, dtype="bfloat16")}
 # Ours by name: the published network, and this library's causal one.
 OURS = {"sd3": CVVAEConfig.sd3(), "causal": CVVAEConfig.causal().replace(latent_channels=16, quant_convolutions=False)}
@@ -107,6 +113,19 @@ def authors(size: Size, weights: dict[str, np.ndarray]) -> tuple[torch.nn.Module
     return encoder.eval(), decoder.eval()
 
 
+def clip_of(size: Size) -> np.ndarray:
+    """One clip in [-1, 1], recorded if there is a recording: its first frames' middle squares."""
+    recordings = sorted((Path(os.environ.get("JVGEN_REAL_DATA", "")) / "video").glob("*.mp4"))
+    if not recordings:
+        return np.random.default_rng(1).uniform(-1, 1, (1, size.frames, size.side, size.side, 3)).astype(np.float32)
+    fitted = []
+    for frame in itertools.islice(read_frames(recordings[0]), size.frames):
+        short, left = min(frame.shape[:2]), (frame.shape[1] - min(frame.shape[:2])) // 2
+        square = frame[:short, left : left + short]
+        fitted.append(cv2.resize(square, (size.side, size.side), interpolation=cv2.INTER_AREA))
+    return np.stack(fitted)[None].astype(np.float32) / 127.5 - 1
+
+
 def peak_MiB(function: Callable[[], object]) -> float:  # noqa: N802
     """Largest memory of this process during a call, over that before it."""
     if jax.default_backend() == "gpu":
@@ -121,6 +140,9 @@ def peak_MiB(function: Callable[[], object]) -> float:  # noqa: N802
         while not done.wait(0.002):
             peak[0] = max(peak[0], resident())
 
+    # What was freed goes back first, or it would be used again and not be seen.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident()
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -137,7 +159,7 @@ def compare(case: str, name: str, size: Size, settings: Settings) -> tuple[list[
     parameters = parameters_of(network)
     device, dtype = ("cuda", torch.bfloat16) if size.dtype == "bfloat16" else ("cpu", torch.float32)
     rng = np.random.default_rng(1)
-    clip = rng.uniform(-1, 1, (1, size.frames, size.side, size.side, 3)).astype(np.float32)
+    clip = clip_of(size)
     latent = (1, config.latent_frames(size.frames), *config.latent_size(size.side, size.side), config.latent_channels)
     given = {"encode": clip, "decode": rng.standard_normal(latent).astype(np.float32)}
     weights = dict(weight_map(config).to_torch(parameters)) if name == "sd3" else {}

