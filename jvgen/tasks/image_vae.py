@@ -12,8 +12,7 @@ from jvgen.data.config import BucketConfig, DataConfig
 from jvgen.data.latents import check_pixels
 from jvgen.diffusion.objective import slot_keys, slot_normal
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
-from jvgen.interop.digest import content_digest
-from jvgen.losses.perceptual import LPIPS, PerceptualConfig, laplacian_distance, load_lpips
+from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.losses.reconstruction import absolute_error, squared_error
 from jvgen.models.image_vae import flops as image_vae_flops
 from jvgen.models.image_vae import posterior
@@ -21,6 +20,7 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
+from jvgen.tasks.perceptual import Perceptual, check_weights
 from jvgen.tasks.pixels import from_uint8, to_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Task, TaskConfig, activation_dtype
 
@@ -78,8 +78,7 @@ class ImageVAETaskConfig(TaskConfig):
             )
 
     def check_weights(self) -> None:
-        if self.perceptual.weights is not None:
-            load_lpips(self.perceptual.weights)
+        check_weights(self.perceptual)
 
     def check_data(self, data: DataConfig) -> None:
         for source in (*data.sources, *data.evaluation_sources):
@@ -96,18 +95,14 @@ class ImageVAETask(Task):
         self.config = config
         self.networks = {"vae": Network.of(lambda rngs: ImageVAE(config.network, rngs=rngs))}
         self.network_configs = {"vae": config.network}
-        self.frozen_networks = {}
-        if config.perceptual.kind == "lpips":
-            self.frozen_networks["lpips"] = Network.of(lambda rngs: LPIPS(rngs=rngs))
+        self.perceptual = Perceptual(config.perceptual)
+        self.frozen_networks = dict(self.perceptual.networks)
 
     def load_frozen(self) -> Parameters:
-        if self.config.perceptual.kind != "lpips":
-            return {}
-        return {"lpips": load_lpips(self.config.perceptual.weights)}
+        return self.perceptual.load()
 
     def frozen_digest(self) -> str:
-        weights = self.config.perceptual.weights
-        return "" if weights is None else content_digest(weights)
+        return self.perceptual.digest()
 
     # Batches.
 
@@ -145,21 +140,21 @@ class ImageVAETask(Task):
         target = from_uint8(images)
         error = absolute_error if config.reconstruction == "l1" else squared_error
         reconstruction = jnp.mean(error(made, target))
-        perceptual = jnp.mean(self.perceptual_distance(frozen, made.astype(jnp.float32), target))
+        perceptual = jnp.mean(self.perceptual.distance(frozen, made, target))
         elements = posterior.mode(moments)[0].size
         divergence = jnp.mean(posterior.kl_divergence(moments)) / elements
         total = reconstruction + config.perceptual_weight * perceptual + config.kl_weight * divergence
         count = jnp.float32(images.shape[0])
         metrics: Metrics = {
             "reconstruction": reconstruction,
-            f"perceptual_{config.perceptual.kind}": perceptual,
+            self.perceptual.metric: perceptual,
             "kl_per_element": divergence,
             "psnr": Mean(
                 jnp.sum(peak_signal_to_noise(jnp.clip(made, -1, 1).astype(jnp.float32), target, data_range=2.0)), count
             ),
         }
-        if config.perceptual.kind == "none":
-            del metrics["perceptual_none"]
+        if not self.perceptual.measures:
+            del metrics[self.perceptual.metric]
         return total, metrics
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
@@ -173,9 +168,9 @@ class ImageVAETask(Task):
             "ssim": Mean(jnp.sum(structural_similarity(made, target, data_range=2.0)), count),
             "l1": Mean(jnp.sum(absolute_error(made, target)), count),
         }
-        if self.config.perceptual.kind != "none":
-            distance = self.perceptual_distance(frozen, made, target)
-            metrics[f"perceptual_{self.config.perceptual.kind}"] = Mean(jnp.sum(distance), count)
+        if self.perceptual.measures:
+            distance = self.perceptual.distance(frozen, made, target)
+            metrics[self.perceptual.metric] = Mean(jnp.sum(distance), count)
         mean, _ = posterior.split_moments(moments)
         metrics["latent_mean"] = Mean(jnp.mean(mean) * count, count)
         metrics["latent_square"] = Mean(jnp.mean(jnp.square(mean)) * count, count)
@@ -186,15 +181,6 @@ class ImageVAETask(Task):
         pixels = from_uint8(images, activation_dtype(parameters["vae"]))
         moments = self.networks["vae"].apply(parameters["vae"], pixels, method="encode")
         return self.networks["vae"].apply(parameters["vae"], posterior.mode(moments), method="decode"), moments
-
-    def perceptual_distance(self, frozen: Parameters, made: jax.Array, target: jax.Array) -> jax.Array:
-        """The configured distance of images in [-1, 1], one an image."""
-        kind = self.config.perceptual.kind
-        if kind == "lpips":
-            return self.frozen_networks["lpips"].apply(frozen["lpips"], made, target)
-        if kind == "laplacian":
-            return laplacian_distance(made, target, self.config.perceptual.levels)
-        return jnp.zeros(made.shape[:1], jnp.float32)
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
