@@ -12,6 +12,7 @@ from jvgen.kernels.attention import chunked, cpu, gpu, reference, tpu
 from jvgen.nn import attention as front
 from jvgen.nn.attention import AttentionKernel, attention, choose
 from jvgen.nn.stacked import Remat, checkpointed
+from jvgen.preflight import topology
 
 
 def arrays(key, length=40, keys=56, heads=3, width=16, batch=2, dtype=jnp.float32):
@@ -135,6 +136,21 @@ def test_splash_mask_is_made_in_blocks():
 @pytest.mark.parametrize("length,block", [(17920, 896), (4480, 896), (17776, 896), (130, 256), (64, 128), (2048, 1024)])
 def test_splash_blocks_pad_least(length, block):
     assert tpu.block_size(length) == block
+
+
+@pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
+@pytest.mark.parametrize("width", [128, 512])
+def test_splash_blocks_fit_a_tpus_core(width):
+    """Stable Diffusion's autoencoders attend with one head of 512 channels."""
+    device = topology.describe("v5e:2x2").devices[0]
+    tokens = jax.ShapeDtypeStruct((2, 1024, 1, width), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
+
+    def loss(*arrays):
+        return jnp.sum(tpu.attention(*arrays, scale=width**-0.5).astype(jnp.float32))
+
+    with jax.default_matmul_precision("default"):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(tokens, tokens, tokens).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4 * 1024 * 1024
 
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.REFERENCE, AttentionKernel.GPU])

@@ -10,6 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 LANES = 128
 LARGEST_BLOCK = 1024
+# Heads wider than the lanes: a block of 1024 tokens of 512 channels does not fit into the memory of a TPU's core.
+LARGEST_WIDE_BLOCK = 512
 
 
 class ValidKeys(splash_attention_mask.Mask):
@@ -73,7 +75,8 @@ def attention(
       interpret: run the kernel's steps on the host, for tests without a TPU.
     """
     query_length, key_length, heads = query.shape[1], key.shape[1], query.shape[2]
-    query_block, key_block = block_size(query_length), block_size(key_length)
+    largest = LARGEST_BLOCK if query.shape[3] <= LANES else LARGEST_WIDE_BLOCK
+    query_block, key_block = block_size(query_length, largest), block_size(key_length, largest)
     query_HLD = _padded(query * jnp.asarray(scale, query.dtype), query_block)
     key_HKD, value_HKD = _padded(key, key_block), _padded(value, key_block)
     shape = (query_HLD.shape[2], key_HKD.shape[2])
