@@ -74,6 +74,9 @@ NETWORKS: dict[str, list[str]] = {
     "causal encoder, decoder of both sides": _shared(1, 0, "random", ["decoder_time=repeat", "upsample_time=repeat"]),
     "causal, norms over clips": _shared(1, 0, "random", ["norm_over=clip"]),
 }
+SHARING_BLENDED = {
+    f"{name}, blended": [*changes, *(f"task.network.{field}" for field in BLENDED)] for name, changes in SHARING.items()
+}
 # Columns: title, metric, digits; those that no row has are left out.
 COLUMNS = (
     ("PSNR", "psnr", 2),
@@ -140,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="work folder; a second call goes on in it")
     parser.add_argument("--compare", action="store_true", help="networks instead of ways to share latents")
+    parser.add_argument("--blended", action="store_true", help="ways to share latents, of networks that begin blended")
     parser.add_argument("--only", nargs="+", default=None, metavar="ROW", help="some rows")
     parser.add_argument("--demo", type=Path, default=None, help="work folder of `make demo`: its image VAE and scenes")
     parser.add_argument("--data", type=Path, default=None, help="data set of clips instead of rendered scenes")
@@ -161,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs of every row, each with a seed of its own")
     parser.add_argument("--quick", action="store_true", help="tiny, two rows, two steps: measures nothing")
     chosen = parser.parse_args(arguments)
-    rows = NETWORKS if chosen.compare else SHARING
+    rows = NETWORKS if chosen.compare else SHARING_BLENDED if chosen.blended else SHARING
     unknown = [name for name in chosen.only or () if name not in rows]
     if unknown:
         parser.error(f"{unknown[0]!r} is no row; they are {'; '.join(rows)}")
@@ -184,14 +188,16 @@ def run(rows: Mapping[str, Sequence[str]], chosen: argparse.Namespace) -> str:
     done = chosen.out / "rows.json"
     known: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.is_file() else {}
     untrained = {UNTRAINED: SHARING["decoder, random"]}
-    if chosen.compare:
+    if chosen.compare or chosen.blended:
         untrained[UNTRAINED_BLENDED] = NETWORKS["causal, frames between blended"]
     found: dict[str, list[dict[str, float]]] = {}
     for name, changes in {**untrained, **rows}.items():
         for seed in range(chosen.seed, chosen.seed + (1 if name in untrained else chosen.seeds)):
             ending = "" if seed == chosen.seed else f", seed {seed}"
             key = name + ending
-            twins = [other + ending for other, same in {**SHARING, **NETWORKS}.items() if same == changes]
+            twins = [
+                other + ending for other, same in {**SHARING, **SHARING_BLENDED, **NETWORKS}.items() if same == changes
+            ]
             twin = next((other for other in twins if other in known), None)
             if key not in known and twin is not None and name not in untrained:
                 known[key] = known[twin]
@@ -237,7 +243,7 @@ def _write(chosen: argparse.Namespace, rows: Mapping[str, Sequence[Mapping[str, 
     hidden = ("out", "only", "compare")
     about = {name: str(value) for name, value in vars(chosen).items() if value not in (None, False)}
     about = {name: Path(value).name if "/" in value else value for name, value in about.items() if name not in hidden}
-    name = "networks" if chosen.compare else "table"
+    name = "networks" if chosen.compare else "sharing_blended" if chosen.blended else "table"
     (chosen.out / f"{name}.json").write_text(json.dumps({"settings": about, "rows": rows}, indent=1) + "\n")
     settings = ", ".join(f"{key} {value}" for key, value in about.items())
     (chosen.out / f"{name}.md").write_text(f"{table(rows)}\nSettings: {settings}.\n")
