@@ -2,8 +2,8 @@
 
 Should reach: PSNR 28.5, SSIM 0.82, LPIPS 0.14 on WebVid's validation clips (33 frames of 256x256, every third) after
 200,000 steps, and image decoders that read its latents (arXiv 2405.20279, tables 2 and 6). Chips: 16 (v5p:2x2x4, or 16
-GPUs of 80 GB). Data: images and clips as jvgen data sets; Stable Diffusion 2.1's VAE and LPIPS as local files. Begin
-with `jvgen import weights/sd21_vae --inflate --config configs/cv_vae_sd21.py --to runs/cv_vae_sd21`.
+GPUs of 80 GB). Data: images and clips as jvgen data sets; Stable Diffusion 2.1's VAE and LPIPS (`jvgen lpips`) as local
+files. Begin with `jvgen import weights/sd21_vae --inflate --config configs/cv_vae_sd21.py --to runs/cv_vae_sd21`.
 
 Not as in the released code: its KL is added up over clips against a frame's error (F times too heavy for clips of F
 frames); its learned log-variance shares the clipping of gradients with the network, which it starves; LPIPS's dropout

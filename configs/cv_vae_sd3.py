@@ -2,9 +2,9 @@
 
 Should reach: PSNR 32.0, SSIM 0.90, LPIPS 0.09 on WebVid's validation clips (33 frames of 256x256, every third) after
 200,000 steps (arXiv 2405.20279, table 2). Chips: 8 (v5p:2x2x2, or 8 GPUs of 80 GB). Data: images and clips as jvgen
-data sets; Stable Diffusion 3's VAE and LPIPS as local files. Begin with `jvgen import weights/sd3_vae --inflate
---config configs/cv_vae_sd3.py --to runs/cv_vae_sd3`. The network's borders are not Stable Diffusion's, so it does not
-begin as that image VAE; `configs/cv_vae_causal.py` does.
+data sets; Stable Diffusion 3's VAE and LPIPS (`jvgen lpips`) as local files. Begin with `jvgen import weights/sd3_vae
+--inflate --config configs/cv_vae_sd3.py --to runs/cv_vae_sd3`. The network's borders are not Stable Diffusion's, so it
+does not begin as that image VAE; `configs/cv_vae_causal.py` does.
 
 Not as in the released code, beside what `configs/cv_vae_sd21.py` lists: its cosine rises again after 60,000 steps, as
 nothing holds it at its end; its Adam has an epsilon of 1e-4, as large as its clipped gradients. As there, each player

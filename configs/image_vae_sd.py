@@ -1,9 +1,8 @@
 """Stable Diffusion's image autoencoder (z = 4) from scratch at 256x256, on images and frames of clips.
 
 Should reach: the published AutoencoderKL reports PSNR 26 on COCO at f8, z = 4; this recipe has no discriminator yet, so
-expect a similar PSNR and softer texture. Chips: v5e-64 or v5p-16, or 8 GPUs of 80 GB.
-Data: two data sets built with `jvgen data build images` and `jvgen data build videos`; LPIPS weights as a safetensors
-file.
+expect a similar PSNR and softer texture. Chips: v5e-64 or v5p-16, or 8 GPUs of 80 GB. Data: two data sets built with
+`jvgen data build images` and `jvgen data build videos`; LPIPS weights (`jvgen lpips`) as a safetensors file.
 """
 
 from jvgen.data.config import BucketConfig, DataConfig, SourceConfig

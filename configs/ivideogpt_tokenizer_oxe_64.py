@@ -2,7 +2,7 @@
 
 Should reach: the released tokenizer, which took 17 GPU days on four A100s; here v5e-16 or 4 GPUs of 24 GB. Data: one
 data set an entry of `jvgen.data.oxe_mix` (`jvgen data build robot-episodes`), and Something-Something clips at 64x64;
-LPIPS weights as a safetensors file.
+LPIPS weights as a safetensors file (`jvgen lpips`).
 
 Steps are updates: the released script counts twice as many, every other one of which does nothing while its
 discriminator is off. Not taken over from it: frames of Something-Something are augmented too, and validation is not.
