@@ -8,11 +8,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 from safetensors import safe_open
 
 from jvgen.config import Config
+from jvgen.parallel.axes import BATCH, constrain
 
 # VGG-16's convolutions by stage: (index in torchvision's `features`, input channels, output channels).
 STAGES = (
@@ -104,16 +106,19 @@ class LPIPS(nnx.Module):
         if min(prediction.shape[1:3]) < 16:
             raise ValueError(f"LPIPS needs sides of at least 16 pixels, got images of {prediction.shape[1:3]}.")
         distance = jnp.zeros(prediction.shape[:1], jnp.float32)
-        # One pass over both images: twice the batch, half the calls.
-        features = jnp.concatenate([prediction, target])
+        # One pass over both images. Pairs stay together, on the device that has them: one after the other, every
+        # device's share would be of both, and XLA gathers all features on all devices.
+        features = constrain(rearrange([prediction, target], "p b h w c -> (b p) h w c"), BATCH, None, None, None)
         features = (features - jnp.asarray(SHIFT, features.dtype)) / jnp.asarray(SCALE, features.dtype)
         for stage, layers in enumerate(STAGES):
             if stage:
                 features = _max_pool(features)
             for index, _, _ in layers:
                 layer = self.convolutions[str(index)]
-                features = _convolve(features, layer["kernel"][...], layer["bias"][...])
-            first, second = jnp.split(_unit(features.astype(jnp.float32)), 2)
+                kernel = constrain(layer["kernel"][...], None, None, None, None)
+                features = _convolve(features, kernel, layer["bias"][...])
+            features = constrain(features, BATCH, None, None, None)
+            first, second = rearrange(_unit(features.astype(jnp.float32)), "(b p) h w c -> p b h w c", p=2)
             weights = self.weights[str(stage)][...]
             distance += jnp.mean(jnp.sum(jnp.square(first - second) * weights, axis=-1), axis=(1, 2))
         return distance
