@@ -35,7 +35,9 @@ PARSERS = {parser.prog: parser for parser in verbs(cli.build_parser())}
 
 def test_the_verbs_are_there(jvgen):
     names = {prog.split()[1] for prog in PARSERS}
-    wanted = "train sample evaluate analyse export import verify encode decode play data config compile demo".split()
+    wanted = (
+        "train sample evaluate analyse export import verify encode decode lpips play data config compile demo".split()
+    )
     assert names == set(wanted)
     shown = jvgen("--help")
     assert shown.status == 0 and all(name in shown.out for name in wanted)
