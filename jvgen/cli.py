@@ -362,6 +362,14 @@ def _run_compile(parsed: argparse.Namespace) -> int:
     from jvgen.preflight.ahead_of_time import CompileReport, compile_ahead
 
     experiment = _experiment(parsed)
+    if parsed.json:
+        # Before half an hour of compiling, not after.
+        if parsed.json.is_dir():
+            raise ValueError(f"--json {parsed.json}: this is a folder; name a file.")
+        try:
+            parsed.json.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--json {parsed.json}: its folder cannot be made ({error}).") from error
 
     def each(report: CompileReport) -> None:
         done, total = len(report.buckets), len(experiment.data.buckets)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from jvgen.interop import safetensors_file
 from jvgen.interop.pickle_file import open_pickle
 from jvgen.interop.safetensors_file import TensorSpec
-from jvgen.losses.perceptual import STAGES, canonical_name, load_lpips
+from jvgen.losses.perceptual import STAGES, canonical_name, checked_tensors
 
 _MEMBER = "weights/vgg16.ckpt"
 _MOST_BYTES = 200_000_000
@@ -31,23 +31,24 @@ def write_lpips(sources: Sequence[Path], out: Path) -> None:
       out: file to create; nothing is left of it if weights are missing.
 
     Raises:
-      ValueError: a file is not there, is of no such kind, or holds something besides arrays; or weights are missing.
+      ValueError: `out` exists; a file is not there, is of no such kind, or holds something besides arrays; or weights
+        are missing.
     """
+    if out.exists():
+        raise ValueError(f"{out} exists; give another --out, or take it away first.")
     found: dict[str, np.ndarray] = {}
     for source in sources:
         if not source.is_file():
             raise ValueError(f"{source}: no such file.")
         found |= {canonical_name(name): array for name, array in _read(source).items()}
-    wanted = [f"{index}.{kind}" for layers in STAGES for index, _, _ in layers for kind in ("weight", "bias")]
-    wanted += [f"lin{stage}" for stage in range(len(STAGES))]
-    kept = {_published_name(name): np.asarray(found[name], np.float32) for name in wanted if name in found}
+    kept = checked_tensors(found, f"LPIPS weights in {', '.join(map(str, sources))}")
+    kept = {_published_name(name): array for name, array in kept.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     try:
         safetensors_file.write(
             partial, {name: TensorSpec(array.shape, array.dtype) for name, array in kept.items()}, kept.items()
         )
-        load_lpips(partial)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)

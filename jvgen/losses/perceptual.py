@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,23 +165,9 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
             f"LPIPS weights {str(path)!r}: no such file; `jvgen lpips --help` says how to make it (safetensors with "
             "VGG-16 and lin0..lin4)."
         )
-    tensors, wanted = {}, {}
     with safe_open(path, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            tensors[canonical_name(name)] = np.asarray(file.get_tensor(name), np.float32)
-    for index, features_in, features_out in _convolutions():
-        wanted[f"{index}.weight"] = (features_out, features_in, 3, 3)
-        wanted[f"{index}.bias"] = (features_out,)
-    for stage, layers in enumerate(STAGES):
-        wanted[f"lin{stage}"] = (1, layers[-1][2], 1, 1)
-    problems = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in tensors]
-    problems += [
-        f"{name} has shape {tensors[name].shape}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise ValueError(f"LPIPS weights {str(path)!r}: " + "; ".join(problems))
+        tensors = {canonical_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    tensors = checked_tensors(tensors, f"LPIPS weights {str(path)!r}")
     return {
         "convolutions": {
             str(index): {
@@ -191,6 +178,29 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
         },
         "weights": {str(stage): tensors[f"lin{stage}"].reshape(-1) for stage in range(len(STAGES))},
     }
+
+
+def checked_tensors(found: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Those of LPIPS among the found tensors, float32, by canonical name in the network's order.
+
+    Raises:
+      ValueError: some are missing or of wrong shape; all are listed, after `source`.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for index, features_in, features_out in _convolutions():
+        wanted[f"{index}.weight"] = (features_out, features_in, 3, 3)
+        wanted[f"{index}.bias"] = (features_out,)
+    for stage, layers in enumerate(STAGES):
+        wanted[f"lin{stage}"] = (1, layers[-1][2], 1, 1)
+    problems = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
+    problems += [
+        f"{name} has shape {found[name].shape}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name].shape != shape
+    ]
+    if problems:
+        raise ValueError(f"{source}: " + "; ".join(problems))
+    return {name: np.asarray(found[name], np.float32) for name in wanted}
 
 
 def canonical_name(name: str) -> str:

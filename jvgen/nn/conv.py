@@ -70,11 +70,21 @@ def _local(
     """The convolution of what one device holds."""
     repeated = [pair if border == "repeat" else (0, 0) for pair, border in zip(padding, borders, strict=True)]
     if any(any(pair) for pair in repeated):
-        inputs = jnp.pad(inputs, ((0, 0), *repeated, (0, 0)), mode="edge")
+        inputs = _repeat_edges(inputs, repeated)
         padding = tuple((0, 0) if border == "repeat" else p for p, border in zip(padding, borders, strict=True))
     if len(strides) == 3 and platform() == "cpu":
         return _by_taps(inputs, kernel, strides, padding)
     return _convolve(inputs, kernel, strides, tuple(padding))
+
+
+def _repeat_edges(inputs: jax.Array, padding: Padding) -> jax.Array:
+    # Not by `jnp.pad`: it cuts the edges off every axis, if only to repeat them no times, and those of a batch that is
+    # split over devices are sent around when gradients come back.
+    for axis, (before, after) in enumerate(padding, start=1):
+        first, last = (jax.lax.slice_in_dim(inputs, at, at + 1, axis=axis) for at in (0, inputs.shape[axis] - 1))
+        parts = [first] * before + [inputs] + [last] * after
+        inputs = jnp.concatenate(parts, axis=axis) if len(parts) > 1 else inputs
+    return inputs
 
 
 def _by_taps(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Padding) -> jax.Array:

@@ -77,6 +77,15 @@ NETWORKS: dict[str, list[str]] = {
 SHARING_BLENDED = {
     f"{name}, blended": [*changes, *(f"task.network.{field}" for field in BLENDED)] for name, changes in SHARING.items()
 }
+# Rows without training.
+UNTRAINED = {"before training": SHARING["decoder, random"]}
+UNTRAINED_BLENDED = {"before training, frames between blended": NETWORKS["causal, frames between blended"]}
+# Tables by name: rows without training, and those that are trained.
+TABLES: dict[str, tuple[Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]]] = {
+    "table": (UNTRAINED, SHARING),
+    "sharing_blended": (UNTRAINED | UNTRAINED_BLENDED, SHARING_BLENDED),
+    "networks": (UNTRAINED | UNTRAINED_BLENDED, NETWORKS),
+}
 # Columns: title, metric, digits; those that no row has are left out.
 COLUMNS = (
     ("PSNR", "psnr", 2),
@@ -92,8 +101,6 @@ COLUMNS = (
     ("mean gap", "mean_gap", 3),
     ("deviation ratio", "deviation_ratio", 3),
 )
-# Rows without training; tables of networks have the second, too.
-UNTRAINED, UNTRAINED_BLENDED = "before training", "before training, frames between blended"
 # Attention along time follows attention over pixels: rows that an image VAE without it cannot be grown into.
 SEEING = ("temporal_attention=replacing", "temporal_attention=added")
 
@@ -142,8 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.experiments.cv_vae_table", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="work folder; a second call goes on in it")
-    parser.add_argument("--compare", action="store_true", help="networks instead of ways to share latents")
-    parser.add_argument("--blended", action="store_true", help="ways to share latents, of networks that begin blended")
+    parser.set_defaults(table="table")
+    which = parser.add_mutually_exclusive_group()
+    for flag, name, about in (
+        ("--compare", "networks", "networks instead of ways to share latents"),
+        ("--blended", "sharing_blended", "ways to share latents, of networks that begin blended"),
+    ):
+        which.add_argument(flag, dest="table", action="store_const", const=name, help=about)
     parser.add_argument("--only", nargs="+", default=None, metavar="ROW", help="some rows")
     parser.add_argument("--demo", type=Path, default=None, help="work folder of `make demo`: its image VAE and scenes")
     parser.add_argument("--data", type=Path, default=None, help="data set of clips instead of rendered scenes")
@@ -165,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs of every row, each with a seed of its own")
     parser.add_argument("--quick", action="store_true", help="tiny, two rows, two steps: measures nothing")
     chosen = parser.parse_args(arguments)
-    rows = NETWORKS if chosen.compare else SHARING_BLENDED if chosen.blended else SHARING
+    _, rows = TABLES[chosen.table]
     unknown = [name for name in chosen.only or () if name not in rows]
     if unknown:
         parser.error(f"{unknown[0]!r} is no row; they are {'; '.join(rows)}")
@@ -187,17 +199,15 @@ def run(rows: Mapping[str, Sequence[str]], chosen: argparse.Namespace) -> str:
         }
     done = chosen.out / "rows.json"
     known: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.is_file() else {}
-    untrained = {UNTRAINED: SHARING["decoder, random"]}
-    if chosen.compare or chosen.blended:
-        untrained[UNTRAINED_BLENDED] = NETWORKS["causal, frames between blended"]
+    untrained, _ = TABLES[chosen.table]
+    # The same row may be in another table under another name: it is trained once.
+    everything = {name: changes for _, trained in TABLES.values() for name, changes in trained.items()}
     found: dict[str, list[dict[str, float]]] = {}
     for name, changes in {**untrained, **rows}.items():
         for seed in range(chosen.seed, chosen.seed + (1 if name in untrained else chosen.seeds)):
             ending = "" if seed == chosen.seed else f", seed {seed}"
             key = name + ending
-            twins = [
-                other + ending for other, same in {**SHARING, **SHARING_BLENDED, **NETWORKS}.items() if same == changes
-            ]
+            twins = [other + ending for other, same in everything.items() if same == changes]
             twin = next((other for other in twins if other in known), None)
             if key not in known and twin is not None and name not in untrained:
                 known[key] = known[twin]
@@ -240,13 +250,12 @@ def _row(
 
 
 def _write(chosen: argparse.Namespace, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    hidden = ("out", "only", "compare")
+    hidden = ("out", "only", "table")
     about = {name: str(value) for name, value in vars(chosen).items() if value not in (None, False)}
     about = {name: Path(value).name if "/" in value else value for name, value in about.items() if name not in hidden}
-    name = "networks" if chosen.compare else "sharing_blended" if chosen.blended else "table"
-    (chosen.out / f"{name}.json").write_text(json.dumps({"settings": about, "rows": rows}, indent=1) + "\n")
+    (chosen.out / f"{chosen.table}.json").write_text(json.dumps({"settings": about, "rows": rows}, indent=1) + "\n")
     settings = ", ".join(f"{key} {value}" for key, value in about.items())
-    (chosen.out / f"{name}.md").write_text(f"{table(rows)}\nSettings: {settings}.\n")
+    (chosen.out / f"{chosen.table}.md").write_text(f"{table(rows)}\nSettings: {settings}.\n")
 
 
 def _size(chosen: argparse.Namespace) -> tuple[int, ...]:

@@ -51,20 +51,25 @@ def build(films: Path, out: Path, held_out: Sequence[str], *, overwrite: bool = 
     """Write the data set; films whose names contain one of `held_out` are its validation split.
 
     Raises:
-      ValueError: no films, or a name of `held_out` that no film has.
+      ValueError: no films, a name of `held_out` that no film has, or no film besides them.
     """
-    found = sorted(path for path in films.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+    found = sorted(path for path in films.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES) if films.is_dir() else []
+    if not found:
+        raise ValueError(f"{films}: no video files ({', '.join(sorted(VIDEO_SUFFIXES))}) in this folder.")
+    names = ", ".join(film.name for film in found)
     nobody = [name for name in held_out if not any(name in film.stem for film in found)]
-    if not found or nobody:
-        raise ValueError(f"{films} has {[film.name for film in found]}: none of them is held out by {nobody}.")
+    if nobody:
+        raise ValueError(f"--held-out {' '.join(nobody)}: no film has this in its name; there are {names}.")
+    if all(any(name in film.stem for name in held_out) for film in found):
+        raise ValueError(f"--held-out {' '.join(held_out)}: nothing is left to train on; there are {names}.")
     tasks = []
     for film in found:
         split = "validation" if any(name in film.stem for name in held_out) else "train"
-        tasks += [Task(split, f"{film.stem} {number}", clip) for number, clip in enumerate(tiles(film, **cut))]
-        print(f"{film.name}: {sum(task.name.startswith(film.stem + ' ') for task in tasks)} clips, {split}")
-    named = [Task(task.split, task.name, (task.name, task.payload)) for task in tasks]
+        clips = [(f"{film.stem} {number}", clip) for number, clip in enumerate(tiles(film, **cut))]
+        tasks += [Task(split, named[0], named) for named in clips]
+        print(f"{film.name}: {len(clips)} clips, {split}")
     return assemble(
-        out, named, _record, description="Squares of films, in which something moves.",
+        out, tasks, _record, description="Squares of films, in which something moves.",
         metadata={"origin": "films", "options": {"held_out": list(held_out), **cut}}, workers=1, overwrite=overwrite,
     )  # fmt: skip
 
@@ -85,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.experiments.film_tiles", description=__doc__.split("\n")[0])
     parser.add_argument("films", type=Path, help="folder of video files")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--held-out", nargs="+", default=(), metavar="NAME", help="films to measure on, by their names")
+    parser.add_argument(
+        "--held-out", nargs="+", required=True, metavar="NAME", help="films to measure on: parts of their names"
+    )
     parser.add_argument("--shorter-side", type=int, default=144, help="of a film before it is cut, in pixels")
     parser.add_argument("--side", type=int, default=64, help="of a clip, in pixels")
     parser.add_argument("--frames", type=int, default=9, help="of a clip")

@@ -10,6 +10,7 @@ from jvgen.nn.conv import convolve
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import COMPUTE_IN_SPACE, COMPUTE_IN_TIME, Sharding, ShardingConfig
+from jvgen.preflight import collectives
 
 SPACE, TIME = ShardingConfig(compute=COMPUTE_IN_SPACE), ShardingConfig(compute=COMPUTE_IN_TIME)
 ROWS = MeshConfig(fsdp=1, seq=8)
@@ -75,3 +76,22 @@ def test_only_edges_move():
     text = jax.jit(run).lower(shape, jnp.zeros((3, 3, 3, 3, 8))).compile().as_text()
     assert text.count("collective-permute(") + text.count("collective-permute-start(") == 2
     assert "all-gather" not in text and "all-reduce" not in text
+
+
+def test_gradients_of_repeated_borders_stay_with_their_clip():
+    sharding = Sharding(make_mesh(MeshConfig(fsdp=8)), ShardingConfig())
+    shape = (16, 5, 8, 8, 4)
+    places = sharding.activation((axes.BATCH, None, None, None, None), shape)
+    clips = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=places)
+
+    def loss(clips, kernel):
+        for _ in range(2):
+            clips = convolve(jnp.sin(clips), kernel, strides=(1, 1, 1), padding=SAME, borders=REPEAT)
+        return jnp.sum(jnp.square(clips))
+
+    def run(clips, kernel):
+        with axes.partitioned(sharding):
+            return jax.grad(loss, argnums=(0, 1))(clips, kernel)
+
+    compiled = jax.jit(run, out_shardings=(places, None)).lower(clips, jnp.zeros((3, 3, 3, 4, 4))).compile()
+    assert {one.kind for one in collectives.read(compiled.as_text())} == {"all-reduce"}  # of the kernel's gradient

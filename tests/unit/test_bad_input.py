@@ -343,6 +343,21 @@ CASES = {
         lambda w: ["compile", ROOT / "configs/cogvideox_2b.py", "--topology", "v5p:banana"],
         ("v5p:banana", "CHIP:SHAPE"),
     ),
+    "report over a folder": Case(
+        lambda w: ["compile", ROOT / "configs/cogvideox_2b.py", "--topology", "v5p:4x4x8", "--json", w.root],
+        ("--json", "is a folder"),
+    ),
+    "report below a file": Case(
+        lambda w: [
+            "compile",
+            ROOT / "configs/cogvideox_2b.py",
+            "--topology",
+            "v5p:4x4x8",
+            "--json",
+            ROOT / "Makefile/report",
+        ],
+        ("--json", "Makefile"),
+    ),
 }
 
 

