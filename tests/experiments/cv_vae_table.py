@@ -20,6 +20,7 @@ none.
 import argparse
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -172,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon takes longer to compile")
     parser.add_argument("--lpips", default=None, help="LPIPS weights for the measures; training keeps its substitute")
+    parser.add_argument(
+        "--set", nargs="+", default=(), metavar="FIELD=VALUE", help="changes of every row's config; --out of its own"
+    )
     parser.add_argument("--held-out", type=int, default=64, help="clips that are measured on, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="runs of every row, each with a seed of its own")
@@ -230,7 +234,7 @@ def _row(
     trained: bool,
 ) -> dict[str, float]:
     folder = chosen.out / name.replace(",", "").replace(" ", "_")
-    experiment = _video(chosen, data, image, [*changes, f"seed={seed}"])
+    experiment = _video(chosen, data, image, [*changes, *chosen.set, f"seed={seed}"])
     began = time.perf_counter()
     if not (folder / "checkpoints").is_dir():
         import_run(image, experiment, folder, inflate=True)
@@ -251,11 +255,18 @@ def _row(
 
 def _write(chosen: argparse.Namespace, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     hidden = ("out", "only", "table")
-    about = {name: str(value) for name, value in vars(chosen).items() if value not in (None, False)}
-    about = {name: Path(value).name if "/" in value else value for name, value in about.items() if name not in hidden}
+    about = {
+        name: _without_folders(value)
+        for name, value in vars(chosen).items()
+        if value not in (None, False, ()) and name not in hidden
+    }
     (chosen.out / f"{chosen.table}.json").write_text(json.dumps({"settings": about, "rows": rows}, indent=1) + "\n")
     settings = ", ".join(f"{key} {value}" for key, value in about.items())
     (chosen.out / f"{chosen.table}.md").write_text(f"{table(rows)}\nSettings: {settings}.\n")
+
+
+def _without_folders(value: object) -> str:
+    return re.sub(r"[^\s=]*/", "", " ".join(value) if isinstance(value, list | tuple) else str(value))
 
 
 def _size(chosen: argparse.Namespace) -> tuple[int, ...]:
