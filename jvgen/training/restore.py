@@ -15,10 +15,13 @@ from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Task
 from jvgen.training import ema as averages
 from jvgen.training import identity, parameter_paths
-from jvgen.training.checkpoint import Checkpoints
+from jvgen.training.checkpoint import CheckpointError, Checkpoints
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
+
+# In a work folder for as long as its first checkpoint is being written: a run must not begin at random in its place.
+UNFINISHED = "import_unfinished"
 
 
 def restore_state(
@@ -33,7 +36,7 @@ def restore_state(
 
     Raises:
       ConfigError: the checkpoint is of another model, data set or seed; all differences are listed.
-      CheckpointError: there are checkpoints and none can be used.
+      CheckpointError: there are checkpoints and none can be used, or the first one's writing was cut short.
     """
     accepted = (".*",) if allow_changes else program.experiment.checkpoint.accept_changes
 
@@ -44,6 +47,12 @@ def restore_state(
 
     restored = checkpoints.restore(program.abstract_state().saved(), check)
     if restored is None:
+        unfinished = checkpoints.folder.parent / UNFINISHED
+        if unfinished.exists():
+            raise CheckpointError(
+                f"{unfinished.parent}: weights were being imported into it, and that was cut short. Import them "
+                f"again, or remove {unfinished.name} to start with random ones."
+            )
         say(f"fresh start with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
         return program.init()
     say(f"restored step {restored.step} from {checkpoints.folder}, all digests right")
@@ -144,14 +153,19 @@ def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Pa
 
     Raises:
       ConfigError: the folder holds checkpoints already.
+      CheckpointError: it could not be written.
     """
     check_new_run(workdir)
-    checkpoints = Checkpoints(workdir, experiment.checkpoint)
+    unfinished = Path(workdir) / UNFINISHED
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
+    checkpoints = Checkpoints(workdir, experiment.checkpoint.replace(on_failed_save="stop"))
     try:
         # One device holds any batch: the mesh of this machine need not be the run's.
         program = Program.of(experiment, single_device_mesh())
         state = program.start_from(parameters)
         checkpoints.save(0, state.saved(), {}, identity.run_document(experiment, program.task))
         checkpoints.wait()
+        unfinished.unlink()
     finally:
         checkpoints.close()

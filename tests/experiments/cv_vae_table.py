@@ -236,7 +236,8 @@ def _row(
     folder = chosen.out / name.replace(",", "").replace(" ", "_")
     experiment = _video(chosen, data, image, [*changes, *chosen.set, f"seed={seed}"])
     began = time.perf_counter()
-    if not (folder / "checkpoints").is_dir():
+    checkpoints = folder / "checkpoints"
+    if not (checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())):
         import_run(image, experiment, folder, inflate=True)
     if trained:
         status = train(experiment, folder)

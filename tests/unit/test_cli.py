@@ -11,6 +11,7 @@ import pytest
 from jvgen import cli, config
 from jvgen.data.decode import decode_window, probe
 from jvgen.data.sources import open_source
+from jvgen.training.checkpoint import Checkpoints
 from jvgen.training.clip_folder import plan_clips, write_clip
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
@@ -147,6 +148,23 @@ def test_training_goes_on_from_imported_weights(jvgen, work, vae_words, vae_expo
     assert trained.status == 0, trained.err
     assert "restored step 0" in trained.out
     assert rows(work / "imported")[0]["loss"] != rows(work / "vae")[0]["loss"]
+
+
+def test_a_run_does_not_begin_at_random_where_an_import_was_cut_short(jvgen, work, vae_words, vae_export, monkeypatch):
+    folder = work / "cut_short"
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            jvgen("import", vae_export, "--config", *vae_words, "--to", folder)
+    refused = jvgen("train", *vae_words, "--workdir", folder, "--stop-after", 1)
+    assert refused.status == 2 and "import_unfinished" in refused.err and "cut short" in refused.err
+    assert jvgen("import", vae_export, "--config", *vae_words, "--to", folder).status == 0
+    trained = jvgen("train", *vae_words, "--workdir", folder, "--stop-after", 1)
+    assert trained.status == 0 and "restored step 0" in trained.out
 
 
 # The video transformer: latents, train, resume, sample, export.
