@@ -60,11 +60,12 @@ def build(films: Path, out: Path, held_out: Sequence[str], *, overwrite: bool = 
     nobody = [name for name in held_out if not any(name in film.stem for film in found)]
     if nobody:
         raise ValueError(f"--held-out {' '.join(nobody)}: no film has this in its name; there are {names}.")
-    if all(any(name in film.stem for name in held_out) for film in found):
+    measured = [film for film in found if any(name in film.stem for name in held_out)]
+    if measured == found:
         raise ValueError(f"--held-out {' '.join(held_out)}: nothing is left to train on; there are {names}.")
     tasks = []
     for film in found:
-        split = "validation" if any(name in film.stem for name in held_out) else "train"
+        split = "validation" if film in measured else "train"
         clips = [(f"{film.stem} {number}", clip) for number, clip in enumerate(tiles(film, **cut))]
         tasks += [Task(split, named[0], named) for named in clips]
         print(f"{film.name}: {len(clips)} clips, {split}")

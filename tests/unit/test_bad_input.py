@@ -27,6 +27,7 @@ from jvgen.training.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 ROOT = Path(__file__).parents[2]
+COMPILE = ("compile", ROOT / "configs/cogvideox_2b.py", "--topology")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,28 +336,11 @@ CASES = {
         lambda w: ["import", w.weights, "--config", *w.vae, "--to", w.run], ("already holds checkpoints of steps 0",)
     ),
     # Pods.
-    "unknown chip": Case(
-        lambda w: ["compile", ROOT / "configs/cogvideox_2b.py", "--topology", "v9x:2x2"],
-        ("v9x:2x2", "CHIP:SHAPE", "v5p:4x4x8"),
-    ),
-    "unknown shape": Case(
-        lambda w: ["compile", ROOT / "configs/cogvideox_2b.py", "--topology", "v5p:banana"],
-        ("v5p:banana", "CHIP:SHAPE"),
-    ),
-    "report over a folder": Case(
-        lambda w: ["compile", ROOT / "configs/cogvideox_2b.py", "--topology", "v5p:4x4x8", "--json", w.root],
-        ("--json", "is a folder"),
-    ),
+    "unknown chip": Case(lambda w: [*COMPILE, "v9x:2x2"], ("v9x:2x2", "CHIP:SHAPE", "v5p:4x4x8")),
+    "unknown shape": Case(lambda w: [*COMPILE, "v5p:banana"], ("v5p:banana", "CHIP:SHAPE")),
+    "report over a folder": Case(lambda w: [*COMPILE, "v5p:4x4x8", "--json", w.root], ("--json", "is a folder")),
     "report below a file": Case(
-        lambda w: [
-            "compile",
-            ROOT / "configs/cogvideox_2b.py",
-            "--topology",
-            "v5p:4x4x8",
-            "--json",
-            ROOT / "Makefile/report",
-        ],
-        ("--json", "Makefile"),
+        lambda w: [*COMPILE, "v5p:4x4x8", "--json", ROOT / "Makefile/report"], ("--json", "Makefile")
     ),
 }
 

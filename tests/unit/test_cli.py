@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jvgen import cli, config
@@ -165,6 +166,15 @@ def test_a_run_does_not_begin_at_random_where_an_import_was_cut_short(jvgen, wor
     assert jvgen("import", vae_export, "--config", *vae_words, "--to", folder).status == 0
     trained = jvgen("train", *vae_words, "--workdir", folder, "--stop-after", 1)
     assert trained.status == 0 and "restored step 0" in trained.out
+
+
+def test_an_import_that_cannot_be_written_fails(jvgen, work, vae_words, vae_export, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    failed = jvgen("import", vae_export, "--config", *vae_words, "--to", work / "full")
+    assert failed.status == 2 and "no space left on device" in failed.err and "go on with" not in failed.out
 
 
 # The video transformer: latents, train, resume, sample, export.
