@@ -6,12 +6,11 @@ prints memory and collectives for each. Data: latents of CogVideoX's VAE, cached
 XXL folder.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
 from jvgen.models.t5.config import xxl
 from jvgen.models.video_dit.config import cogvideox_2b
 from jvgen.nn.stacked import Remat
@@ -19,8 +18,9 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

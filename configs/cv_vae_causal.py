@@ -8,8 +8,7 @@ sets; Stable Diffusion 3's VAE and LPIPS (`jvgen lpips`) as local files. Begin w
 --inflate --config configs/cv_vae_causal.py --to runs/cv_vae_causal`.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -19,8 +18,9 @@ from jvgen.parallel.rules import COMPUTE_IN_SPACE, ShardingConfig
 from jvgen.tasks.adversary import AdversarialConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 ADAM = OptimizerConfig(learning_rate=1e-4, warmup_steps=2000, schedule="cosine", beta2=0.98, weight_decay=0.01)
 

@@ -12,8 +12,7 @@ bound is the same for images and clips, scales have an optimizer of their own, L
 clip by clip, and the weight is of the whole batch.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -22,8 +21,9 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.tasks.adversary import AdversarialConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 STRIDES = (1, 2, 3, 4, 5, 6, 7, 8)
 ADAM = OptimizerConfig(learning_rate=1e-4, warmup_steps=1000, schedule="cosine", beta2=0.98, weight_decay=0.01)

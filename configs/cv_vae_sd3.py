@@ -11,8 +11,7 @@ nothing holds it at its end; its Adam has an epsilon of 1e-4, as large as its cl
 acts in every other step, and schedules are in steps of the run.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -21,8 +20,9 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.tasks.adversary import AdversarialConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 ADAM = OptimizerConfig(
     learning_rate=4e-5, warmup_steps=1000, schedule="cosine", final_fraction=0.005, beta2=0.98, weight_decay=0.01

@@ -9,14 +9,13 @@ Weights: CogVideoX-2B's transformer, autoencoder and T5 v1.1 XXL in `weights/`. 
 exported by itself. Samples: `jvgen sample RUN --cameras circle --views 4`.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.pairs import HomographyConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.pairs import HomographyConfig
 from jvgen.diffusion.collaborative import PairingConfig
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.models.t5.config import xxl
@@ -25,8 +24,9 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.tasks.multiview import MultiViewConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 WEIGHTS = "weights/CogVideoX-2b"
 

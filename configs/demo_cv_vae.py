@@ -6,8 +6,7 @@ decoder reads within 1 dB of its own. Begin with
 Run by `make demo`.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -15,8 +14,9 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import COMPUTE_IN_SPACE, ShardingConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 SCENES = "runs/demo/scenes"
 

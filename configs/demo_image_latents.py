@@ -10,8 +10,8 @@ runs/demo/export/image_vae/vae --size 32x32 --stride 4 --out runs/demo/image_lat
 from pathlib import Path
 
 from jvgen import config
-from jvgen.experiment import Experiment
 from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.training.experiment import Experiment
 
 LATENTS = "runs/demo/image_latents"
 

@@ -3,14 +3,14 @@
 Should reach 30 dB PSNR on held-out frames. Data: `jvgen data build scenes --out runs/demo/scenes`. Run by `make demo`.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 SCENES = "runs/demo/scenes"
 

@@ -5,14 +5,14 @@ Should reach: 20.8 dB PSNR on held-out future frames of scenes after 700 steps o
 kinds.image=0 --set kinds.static=0`. Run, with what follows on it, by `python -m tests.experiments.ivideogpt_metaworld`.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.segments import SegmentConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.segments import SegmentConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
 from jvgen.tasks.video_tokenizer import RestartConfig, VideoTokenizerConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 SCENES = "runs/world/scenes"
 

@@ -4,13 +4,13 @@ Should reach: rolled out frames nearer to the true ones than the last frame is, 
 in `demo_ivideogpt_tokenizer.py`, whose export it reads. Run by `python -m tests.experiments.ivideogpt_metaworld`.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.tasks.world_model import WorldModelConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 SCENES = "runs/world/scenes"
 

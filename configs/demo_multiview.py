@@ -11,21 +11,21 @@ Data, after `make demo` (whose image VAE it takes):
         --out runs/multiview/latents
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.collaborative import PairingConfig
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig, TimestepConfig
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.tasks.multiview import MultiViewConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 LATENTS = "runs/multiview/latents"
 

@@ -5,12 +5,11 @@ often). Data: `jvgen data build latents runs/demo/scenes --vae runs/demo/export/
 runs/demo/latents`. Run by `make demo`, which also sets the latents' scale and shift as that command prints them.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig, TimestepConfig
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -18,8 +17,9 @@ from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 LATENTS = "runs/demo/latents"
 

@@ -5,16 +5,16 @@ expect a similar PSNR and softer texture. Chips: v5e-64 or v5p-16, or 8 GPUs of 
 `jvgen data build images` and `jvgen data build videos`; LPIPS weights (`jvgen lpips`) as a safetensors file.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

@@ -9,17 +9,17 @@ data.buckets.0.segment.horizon=12 --set optimizer.learning_rate=1e-4 --set train
 the paper turns on for its last third is not there.
 """
 
-from jvgen.data.augment import AugmentationConfig
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.oxe_mix import sources
-from jvgen.data.segments import SegmentConfig
-from jvgen.experiment import Experiment
+from jvgen.data.builders.oxe_mix import sources
+from jvgen.data.stream.augment import AugmentationConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.segments import SegmentConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.video_tokenizer import VideoTokenizerConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

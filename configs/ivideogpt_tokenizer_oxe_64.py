@@ -1,7 +1,8 @@
 """iVideoGPT's tokenizer of 64x64 frames, pretrained on Open X-Embodiment and Something-Something v2 (arXiv 2405.15223).
 
 Should reach: the released tokenizer, which took 17 GPU days on four A100s; here v5e-16 or 4 GPUs of 24 GB. Data: one
-data set an entry of `jvgen.data.oxe_mix` (`jvgen data build robot-episodes`), and Something-Something clips at 64x64;
+data set per entry of `jvgen.data.builders.oxe_mix` (`jvgen data build robot-episodes`), and Something-Something clips
+at 64x64;
 LPIPS weights as a safetensors file (`jvgen lpips`).
 
 Steps are updates: the released script counts twice as many, every other one of which does nothing while its
@@ -10,16 +11,16 @@ For the goal-conditioned model train on with two random frames as context, 275,0
 data.buckets.0.segment.choice=shuffled --set data.buckets.0.segment.context=0`.
 """
 
-from jvgen.data.augment import AugmentationConfig
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.oxe_mix import sources
-from jvgen.data.segments import SegmentConfig
-from jvgen.experiment import Experiment
+from jvgen.data.builders.oxe_mix import sources
+from jvgen.data.stream.augment import AugmentationConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.segments import SegmentConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
 from jvgen.tasks.video_tokenizer import VideoTokenizerConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

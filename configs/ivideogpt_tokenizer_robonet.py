@@ -9,15 +9,15 @@ training.steps=100000`.
 Steps are updates, half of what the released script counts.
 """
 
-from jvgen.data.augment import AugmentationConfig
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.segments import SegmentConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.augment import AugmentationConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.segments import SegmentConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
 from jvgen.tasks.video_tokenizer import VideoTokenizerConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

@@ -9,14 +9,14 @@ configs/ivideogpt_transformer_bair.py --to runs/bair`. Data as in `ivideogpt_tok
 What is not taken over from the released script as in `ivideogpt_transformer_oxe_64.py`.
 """
 
-from jvgen.data.augment import AugmentationConfig
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.augment import AugmentationConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.world_model import WorldModelConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

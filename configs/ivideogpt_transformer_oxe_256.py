@@ -8,15 +8,15 @@ data.buckets.0.frames=12 --set data.buckets.0.batch_size=32 --set task.transform
 training.steps=500000`.
 """
 
-from jvgen.data.augment import AugmentationConfig
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.oxe_mix import sources
-from jvgen.experiment import Experiment
+from jvgen.data.builders.oxe_mix import sources
+from jvgen.data.stream.augment import AugmentationConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.world_model import WorldModelConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

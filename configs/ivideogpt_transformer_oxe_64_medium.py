@@ -4,15 +4,15 @@ Should reach: the released ivideogpt-oxe-64-act-free-medium; here v5e-32 or 8 GP
 `ivideogpt_transformer_oxe_64.py`, tokenizer included.
 """
 
-from jvgen.data.augment import AugmentationConfig
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.oxe_mix import sources
-from jvgen.experiment import Experiment
+from jvgen.data.builders.oxe_mix import sources
+from jvgen.data.stream.augment import AugmentationConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.world_model import WorldModelConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

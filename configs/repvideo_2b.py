@@ -11,12 +11,11 @@ as a jvgen data set; a local T5 v1.1 XXL folder. Begin with
 Gates start at 0.5, as released: the network begins far from CogVideoX's outputs. From `initial=0` it begins with them.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
 from jvgen.models.t5.config import xxl
 from jvgen.models.video_dit.config import repvideo_2b
 from jvgen.nn.stacked import Remat
@@ -24,8 +23,9 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 def experiment() -> Experiment:

@@ -8,12 +8,11 @@ every batch is about one clip of 17,776 tokens for 4 chips. Data: latents of Cog
 Lower resolutions get less noise: timesteps shift with the number of tokens, and the last stage is CogVideoX's recipe.
 """
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig, TimestepConfig
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
 from jvgen.models.t5.config import xxl
 from jvgen.models.video_dit.config import repvideo_2b
 from jvgen.nn.stacked import Remat
@@ -21,9 +20,10 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.curriculum import Stage, staged_buckets, staged_rates, total_steps
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.curriculum import Stage, staged_buckets, staged_rates, total_steps
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 IMAGES = BucketConfig(frames=1, height=256, width=384, batch_size=2048, kinds=("image", "dynamic"))
 SHORT = BucketConfig(frames=17, height=256, width=384, batch_size=512, kinds=("dynamic",))

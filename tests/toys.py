@@ -14,9 +14,8 @@ import numpy as np
 from flax import nnx
 
 from jvgen import config
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.loader import LoadedBatch
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.loader import LoadedBatch
 from jvgen.nn.linear import Linear
 from jvgen.nn.network import Network
 from jvgen.nn.norm import RMSNorm
@@ -26,8 +25,9 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.tasks.task import ArraySpec, Mean, Objective, Task, TaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 
 
 class Layer(nnx.Module):
@@ -154,7 +154,7 @@ class GameTask(ToyTask):
 
 
 class FakeLoader:
-    """The interface of `jvgen.data.loader.Loader` over numbers made from (seed, step, slot)."""
+    """The interface of `jvgen.data.stream.loader.Loader` over numbers made from (seed, step, slot)."""
 
     def __init__(self, data, *, seed, prepare, host=0, hosts=1, evaluation=False, quarantine_log=None, delay=0.0):
         self.data, self.seed, self.host, self.hosts, self.delay = data, seed, host, hosts, delay

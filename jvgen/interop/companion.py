@@ -13,22 +13,7 @@ import numpy as np
 from jvgen.config import Config
 from jvgen.interop.formats import Format
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
-from jvgen.models.weight_map import WeightMap, flatten, unflatten
-
-
-def split(tree: Mapping[str, Any], table: WeightMap) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A tree of parameters (or shapes) as the part that a table is about, and the rest."""
-    covered = {entry.ours for entry in table.entries}
-    flat = flatten(tree)
-    return (
-        unflatten({path: leaf for path, leaf in flat.items() if path in covered}),
-        unflatten({path: leaf for path, leaf in flat.items() if path not in covered}),
-    )
-
-
-def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees of different parameters as one."""
-    return unflatten({**flatten(first), **flatten(second)})
+from jvgen.nested import flatten
 
 
 def write_companion(folder: Path, form: Format, config: Config, rest: Mapping[str, Any], dtype: np.dtype) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jvgen import nested
 from jvgen.config import Config
-from jvgen.interop.companion import merge, read_companion, split, with_companion
+from jvgen.interop.companion import read_companion, with_companion
 from jvgen.interop.formats import Format, format_named, format_of
 from jvgen.interop.pickle_file import open_pickle
 from jvgen.interop.safetensors_file import SafetensorsFile
@@ -52,9 +53,9 @@ def import_folder(
         table = form.weight_map(config, reader)
         if form.companion_map(config) is None:
             return config, table.from_torch(reader, wanted, place)
-        wanted, rest = split(wanted, table)
+        wanted, rest = nested.split(wanted, table.covers)
         parameters = table.from_torch(reader, wanted, place)
-        return config, merge(parameters, read_companion(_folder(path), form, config, rest, place))
+        return config, nested.merge(parameters, read_companion(_folder(path), form, config, rest, place))
 
 
 def check_weights(path: str | Path) -> None:
@@ -64,7 +65,7 @@ def check_weights(path: str | Path) -> None:
     with _told(Path(path), form):
         reader, shapes = open_weights(Path(path), form), form.network(config).shapes
         table = form.weight_map(config, reader)
-        table.check(reader, split(shapes, table)[0] if form.companion_map(config) else shapes)
+        table.check(reader, nested.split(shapes, table.covers)[0] if form.companion_map(config) else shapes)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jvgen import nested
 from jvgen.config import Config
-from jvgen.interop.companion import split, write_companion
+from jvgen.interop.companion import write_companion
 from jvgen.interop.formats import Format, format_of
 from jvgen.interop.safetensors_file import TensorSpec, write
 
@@ -105,7 +106,7 @@ class _Plan:
         self.config, self.dtype = config, dtype
         self.map, self.rest = self.format.weight_map(config), {}
         if self.format.companion_map(config) is not None:
-            parameters, self.rest = split(parameters, self.map)
+            parameters, self.rest = nested.split(parameters, self.map.covers)
         self.parameters = parameters
         self.specs = {name: TensorSpec(shape, dtype) for name, shape in self.map.torch_shapes(parameters).items()}
         self.nbytes = sum(spec.nbytes for spec in self.specs.values())

@@ -14,7 +14,7 @@ import numpy as np
 from jvgen.config import Config
 from jvgen.interop.formats import Format, format_of
 from jvgen.interop.from_torch import import_folder, open_weights
-from jvgen.models.weight_map import flatten
+from jvgen.nested import flatten
 from jvgen.nn.network import Network
 
 

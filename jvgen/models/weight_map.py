@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jvgen.nested import flatten, unflatten
+
 LAYER = "{layer}"
 
 
@@ -178,6 +180,10 @@ class WeightMap:
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
 
+    def covers(self, path: str) -> bool:
+        """Whether the parameter at this path has a row."""
+        return any(entry.ours == path for entry in self.entries)
+
     def torch_shapes(self, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of theirs, in the order in which `to_torch` yields them.
 
@@ -298,27 +304,6 @@ class WeightMap:
         shape = _piece_shape(row, flat)
         part = row.entry.theirs_part
         return shape if part is None else _with_length(shape, part.axis, part.total(shape[part.axis]))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of a nested dict by path, "blocks/layers/attention/query/kernel"."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}/{name}" if prefix else str(name)
-        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict that `flatten` flattens to `flat`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        *parents, name = path.split("/")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
 
 
 def _piece(row: _Row, flat: Mapping[str, Any]) -> np.ndarray:

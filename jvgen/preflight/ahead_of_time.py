@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from jvgen.config import ConfigError
-from jvgen.data.config import BucketConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.parallel.mesh import make_mesh
 from jvgen.preflight import collectives, topology
 from jvgen.preflight.collectives import Collective
 from jvgen.preflight.estimate import Estimate, estimate
+from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
-from jvgen.training.throughput import step_flops
+from jvgen.training.telemetry.throughput import step_flops
 
 GIB = 2**30
 MIB = 2**20

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jvgen import nested
 from jvgen.config import ConfigError
-from jvgen.data.config import BucketConfig
-from jvgen.data.loader import Loader
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.loader import Loader
 from jvgen.nn.compute_dtype import cast
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
 from jvgen.parallel.mesh import make_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Task
-from jvgen.training import parameter_paths
+from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program, check_batch
 from jvgen.training.state import size_of
 
@@ -159,8 +159,8 @@ def _trace(program: Program, bucket: BucketConfig, witness: _Witness) -> None:
     task: Task = program.task
     dtype = jnp.dtype(program.experiment.training.compute_dtype)
     parameter_axes = task.axes()
-    by_path = dict(parameter_paths.flatten(parameter_axes))
-    for path, leaf in parameter_paths.flatten(program.abstract.parameters):
+    by_path = nested.flatten(parameter_axes)
+    for path, leaf in nested.flatten(program.abstract.parameters).items():
         witness.activation(by_path[path], leaf.shape)
 
     def loss(parameters, frozen, batch, key):

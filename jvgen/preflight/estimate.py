@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvgen.data.config import BucketConfig
+from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel import axes
 from jvgen.training.program import Program
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from jvgen.data.config import BucketConfig
-from jvgen.data.pairs import HomographyConfig
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.pairs import HomographyConfig
 from jvgen.diffusion import collaborative
 from jvgen.diffusion.collaborative import PairingConfig
 from jvgen.diffusion.guidance import GuidanceConfig, guided, unguided

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvgen.config import Config
-from jvgen.data.config import BucketConfig, DataConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.axes import Axes
@@ -173,7 +173,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Turn one decoded example (see `jvgen.data.transforms`) into the arrays of `fields`, on the host, in numpy."""
+        """Turn one decoded example (see `jvgen.data.stream.transforms`) into the arrays of `fields`, in numpy."""
 
     @abc.abstractmethod
     def loss(

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jvgen.data.config import BucketConfig
-from jvgen.data.pairs import HomographyConfig, folded, latent_valid, warped_pair
-from jvgen.data.records import KINDS
+from jvgen.data.store.records import KINDS
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.pairs import HomographyConfig, folded, latent_valid, warped_pair
 from jvgen.geometry.cameras import of_latent_frames
 from jvgen.parallel import axes
 from jvgen.tasks.task import ArraySpec
@@ -89,7 +89,7 @@ def fields(
 def prepare(
     example: dict[str, Any], homography: HomographyConfig, *, from_pixels: bool, spatial: int, temporal: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of `fields` but the caption's, from a decoded example (see `jvgen.data.transforms.load_example`).
+    """The arrays of `fields` but the caption's, from an example of `jvgen.data.stream.transforms.load_example`.
 
     Args:
       example: of one clip, or of several views.

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jvgen.data.decode import encode_image, encode_video
-from jvgen.data.loader import LoadedBatch
+from jvgen import nested
+from jvgen.data.stream.loader import LoadedBatch
+from jvgen.data.video_files import encode_image, encode_video
 from jvgen.nn.network import Parameters
 from jvgen.tasks.task import Batch
-from jvgen.training import parameter_paths
-from jvgen.training.metrics import RunningMeans
 from jvgen.training.program import Program
 from jvgen.training.state import EVALUATE, VISUALIZE, TrainState, key_for
+from jvgen.training.telemetry.metrics import RunningMeans
 
 # Frames per second of written samples whose own rate is not known.
 DISPLAY_RATE = 8
@@ -69,9 +69,7 @@ RAW = "raw"
 
 def weights(state: TrainState) -> dict[str, Parameters]:
     """The parameters to evaluate: "raw", then every average from the fastest to the slowest."""
-    averages = {
-        f"ema_{name}": parameter_paths.merge(state.parameters, state.ema[name]) for name in sorted(state.ema, key=float)
-    }
+    averages = {f"ema_{name}": nested.merge(state.parameters, state.ema[name]) for name in sorted(state.ema, key=float)}
     return {RAW: state.parameters} | averages
 
 

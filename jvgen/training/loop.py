@@ -15,20 +15,21 @@ import jax
 
 from jvgen import config as configuration
 from jvgen.config import ConfigError
-from jvgen.data.config import BucketConfig
-from jvgen.data.loader import LoadedBatch, Loader
-from jvgen.data.quarantine import TooManyFailures
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.loader import LoadedBatch, Loader
+from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.parallel.mesh import DATA, FSDP, describe, make_mesh
 from jvgen.tasks.task import Metrics
-from jvgen.training import console, digest, identity, throughput
-from jvgen.training.checkpoint import Checkpoints
+from jvgen.training.checkpoint import digest, identity
+from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.checkpoint.restore import restore_state
 from jvgen.training.evaluation import Evaluator, write_samples
-from jvgen.training.metrics import RowLog, Summaries, read_rows, to_host
+from jvgen.training.experiment import Experiment
 from jvgen.training.preemption import EXIT_RESTART, Preemption
 from jvgen.training.program import Program
-from jvgen.training.restore import restore_state
 from jvgen.training.state import TrainState
+from jvgen.training.telemetry import console, throughput
+from jvgen.training.telemetry.metrics import RowLog, Summaries, read_rows, to_host
 from jvgen.training.watchdog import Watchdog
 
 EXIT_DONE = 0

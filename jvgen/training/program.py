@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jvgen import nested
 from jvgen.config import ConfigError
-from jvgen.data.config import BucketConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig
 from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Batch, Metrics, Task
-from jvgen.training import parameter_paths, state
-from jvgen.training.optimizer import Optimizer, make_optimizer
+from jvgen.training import state
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.optimizer import Optimizer, make_optimizer
 from jvgen.training.state import TrainState
 from jvgen.training.step import make_train_step
 
@@ -71,7 +72,7 @@ class Program:
             raise ConfigError(
                 f"optimizers: {unknown[0]!r} is not an objective of this task; it has {list(optimizers)}."
             )
-        for path, _ in parameter_paths.flatten(task.axes()):
+        for path in nested.flatten(task.axes()):
             movers = [name for name, optimizer in optimizers.items() if optimizer.trains(path)]
             assert len(movers) <= 1, f"{path} belongs to several objectives: {movers}"
         dtype = jnp.dtype(experiment.training.compute_dtype)
@@ -136,17 +137,15 @@ class Program:
     def start_from(self, parameters: Parameters) -> TrainState:
         """A fresh state that begins with these parameters (of all or some networks), its averages too."""
         fresh = self.init()
-        places = dict(parameter_paths.flatten(self.shardings.parameters))
+        places = nested.flatten(self.shardings.parameters)
 
         def put(path: str, value: Any) -> jax.Array:
             assert places.get(path) is not None, f"{path} is not a parameter of this task"
             return jax.device_put(np.asarray(value, np.float32), places[path])
 
-        given = parameter_paths.map_with_path(put, parameters)
-        whole = parameter_paths.merge(fresh.parameters, given)
-        averages = {
-            name: jax.tree.map(jnp.copy, parameter_paths.select(whole, average)) for name, average in fresh.ema.items()
-        }
+        given = nested.map_with_path(put, parameters)
+        whole = nested.merge(fresh.parameters, given)
+        averages = {name: jax.tree.map(jnp.copy, nested.select(whole, average)) for name, average in fresh.ema.items()}
         return dataclasses.replace(fresh, parameters=whole, ema=averages)
 
     def evaluation(self, method: str) -> Callable[[Parameters, Parameters, Batch, jax.Array], Metrics]:

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvgen import nested
 from jvgen.nn.compute_dtype import compute_shapes, is_cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Task
-from jvgen.training import ema, health, parameter_paths
-from jvgen.training.ema import EmaConfig
-from jvgen.training.health import Health
-from jvgen.training.optimizer import Optimizer
+from jvgen.training.optimization import ema, health, parameter_paths
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.health import Health
+from jvgen.training.optimization.optimizer import Optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -68,12 +69,12 @@ def init(
 ) -> TrainState:
     """A fresh state; pure, to be traced under `jax.jit` with `out_shardings`."""
     parameters = task.init(jax.random.fold_in(key, INIT))
-    trained, _ = parameter_paths.split(parameters, lambda path: any(o.trains(path) for o in optimizers.values()))
+    trained, _ = nested.split(parameters, lambda path: any(o.trains(path) for o in optimizers.values()))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,
         optimizer={
-            name: optimizer.init(parameter_paths.split(parameters, optimizer.trains)[0])
+            name: optimizer.init(nested.split(parameters, optimizer.trains)[0])
             for name, optimizer in optimizers.items()
         },
         ema=ema.init(averages, trained),
@@ -106,8 +107,8 @@ def abstract_state(
 def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> TrainState:
     """Where each array of the state lies: moments and averages as their parameters, scalars everywhere."""
     parameters = sharding.storage(task.axes(), abstract.parameters)
-    by_path = dict(parameter_paths.flatten(parameters))
-    shapes = {path: leaf.shape for path, leaf in parameter_paths.flatten(abstract.parameters)}
+    by_path = nested.flatten(parameters)
+    shapes = {path: leaf.shape for path, leaf in nested.flatten(abstract.parameters).items()}
 
     def place(path: Any, leaf: Any) -> Any:
         keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
@@ -122,7 +123,7 @@ def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> Tra
         step=sharding.replicated,
         parameters=parameters,
         optimizer=jax.tree_util.tree_map_with_path(place, abstract.optimizer),
-        ema={name: parameter_paths.select(parameters, average) for name, average in abstract.ema.items()},
+        ema={name: nested.select(parameters, average) for name, average in abstract.ema.items()},
         health=jax.tree.map(lambda _: sharding.replicated, abstract.health),
         key=sharding.replicated,
         frozen=sharding.storage(task.frozen_axes(), abstract.frozen) if abstract.frozen else {},
@@ -138,8 +139,8 @@ def place_frozen(task: Task, compute_dtype: jnp.dtype, shardings: Parameters) ->
     loaded = task.load_frozen()
     if not loaded:
         return {}
-    axes = dict(parameter_paths.flatten(task.frozen_axes()))
-    places = dict(parameter_paths.flatten(shardings))
+    axes = nested.flatten(task.frozen_axes())
+    places = nested.flatten(shardings)
 
     def put(path: str, value: np.ndarray) -> jax.Array:
         floating = jnp.issubdtype(value.dtype, jnp.floating)
@@ -149,7 +150,7 @@ def place_frozen(task: Task, compute_dtype: jnp.dtype, shardings: Parameters) ->
             value.shape, places[path], lambda index: np.asarray(value[index]).astype(dtype)
         )
 
-    return parameter_paths.map_with_path(put, loaded)
+    return nested.map_with_path(put, loaded)
 
 
 def size_of(tree: Any) -> tuple[int, int]:

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jvgen import nested
 from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Batch, Mean, Metrics, Objective, Task
-from jvgen.training import ema, health, optimizer, parameter_paths
 from jvgen.training.config import TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import Optimizer
+from jvgen.training.optimization import ema, health, optimizer
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import Optimizer
 from jvgen.training.state import TRAIN, TrainState, key_for
 
 STEP = "step"
@@ -62,7 +63,7 @@ def make_train_step(
         for index, group in enumerate(groups):
             first, names = group[0], [objective.name for objective in group]
             moved = [optimizers[name].trains for name in names]
-            trained, rest = parameter_paths.split(state.parameters, lambda path, m=moved: any(t(path) for t in m))
+            trained, rest = nested.split(state.parameters, lambda path, m=moved: any(t(path) for t in m))
             group_key = jax.random.fold_in(key, index)
 
             def loss(
@@ -72,7 +73,7 @@ def make_train_step(
                 rest: Parameters = rest,
                 key: jax.Array = group_key,
             ) -> tuple[jax.Array, Metrics]:
-                parameters = cast(parameter_paths.merge(rest, trained), parameter_axes, dtype)
+                parameters = cast(nested.merge(rest, trained), parameter_axes, dtype)
                 return objective.loss(parameters, state.frozen, microbatch, key)
 
             def play(trained: Parameters, loss: Any = loss) -> Any:
@@ -91,7 +92,7 @@ def make_train_step(
             prefix = f"{first.name}/" if len(groups) > 1 else ""
             metrics |= {f"{prefix}{name}": metric for name, metric in extra.items()}
             for name in names:
-                losses[name], gradients[name] = value, parameter_paths.split(gradient, optimizers[name].trains)[0]
+                losses[name], gradients[name] = value, nested.split(gradient, optimizers[name].trains)[0]
                 norms[name] = optimizer.global_norm(gradients[name])
 
         sound = health.is_sound(training, state.health, losses, norms)
@@ -100,7 +101,7 @@ def make_train_step(
             name, prefix = objective.name, f"{objective.name}/" if len(objectives) > 1 else ""
             mine = optimizers[name]
             rate = mine.learning_rate(state.step)
-            trained, _ = parameter_paths.split(state.parameters, mine.trains)
+            trained, _ = nested.split(state.parameters, mine.trains)
             gradient = optimizer.clip(gradients[name], norms[name], mine.clip_norm)
             updates, moments[name] = mine.update(gradient, state.optimizer[name], trained, rate)
             told: Metrics = {"gradient_norm": norms[name], "update_norm": optimizer.global_norm(updates)}
@@ -110,7 +111,7 @@ def make_train_step(
                 moments[name] = _where(acts, moments[name], state.optimizer[name])
                 told = _counted(told, acts)
             metrics |= {f"{prefix}{key}": value for key, value in told.items()} | {f"{prefix}learning_rate": rate}
-            parameters = parameter_paths.merge(parameters, jax.tree.map(jnp.add, trained, updates))
+            parameters = nested.merge(parameters, jax.tree.map(jnp.add, trained, updates))
         averaged = ema.update(averages, state.ema, parameters, state.health.count)
 
         parameters = _where(sound, parameters, state.parameters)
@@ -227,5 +228,5 @@ def _placed(gradient: Parameters, parameter_axes: Parameters, sharding: Sharding
     """Gradients lie as the stored parameters do: a reduce-scatter, and a norm over shards."""
     if sharding is None:
         return gradient
-    shardings = sharding.storage(parameter_paths.select(parameter_axes, gradient), gradient)
+    shardings = sharding.storage(nested.select(parameter_axes, gradient), gradient)
     return jax.lax.with_sharding_constraint(gradient, shardings)

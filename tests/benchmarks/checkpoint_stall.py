@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import torch
 
-from jvgen.training.checkpoint import Checkpoints
+from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.state import TrainState, size_of
 from tests.benchmarks.dit_step import QUICK, Size, case_of

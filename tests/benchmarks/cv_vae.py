@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from einops import rearrange
 
-from jvgen.data.decode import read_frames
+from jvgen.data.video_files import read_frames
 from jvgen.models.cv_vae import flops
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.model import CVVAE

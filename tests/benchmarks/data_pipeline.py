@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 import torch
 
-from jvgen.data.build import build_videos
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.decode import encode_video
-from jvgen.data.loader import Loader
-from jvgen.data.sources import open_source
+from jvgen.data.builders.folders import build_videos
+from jvgen.data.store.sources import open_source
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.loader import Loader
+from jvgen.data.video_files import encode_video
 from tests.benchmarks import timing
 from tests.benchmarks.machine import Settings, usable_cores
 from tests.benchmarks.report import Result

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jvgen import config as configuration
-from jvgen.experiment import Experiment
 from jvgen.models.video_dit.config import AggregationConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
 from jvgen.parallel import axes
@@ -16,8 +15,9 @@ from jvgen.parallel.mesh import make_mesh
 from jvgen.preflight import collectives, topology
 from jvgen.preflight.ahead_of_time import GIB, Memory
 from jvgen.preflight.topology import Topology
+from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
-from jvgen.training.throughput import step_flops
+from jvgen.training.telemetry.throughput import step_flops
 from tests.benchmarks.machine import Settings
 from tests.benchmarks.report import Result
 from tests.benchmarks.step_memory_tpu import CONFIG, QUICK

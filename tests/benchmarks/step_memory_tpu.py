@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from jvgen import config as configuration
-from jvgen.experiment import Experiment
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import make_mesh
 from jvgen.preflight import topology
 from jvgen.preflight.ahead_of_time import GIB, compile_bucket
 from jvgen.preflight.estimate import saved_between_layers
+from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
 from tests.benchmarks.machine import Settings
 from tests.benchmarks.report import Result

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.models.weight_map import WeightMap
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.mesh import single_device_mesh
 from jvgen.tasks.task import ArraySpec, Batch, Metrics, Task, TaskConfig, activation_dtype
 from jvgen.training.config import TrainingConfig
-from jvgen.training.ema import EmaConfig
-from jvgen.training.optimizer import OptimizerConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
 from tests.benchmarks import timing

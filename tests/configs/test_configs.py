@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jvgen import config
-from jvgen.data.config import BucketConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.parallel.mesh import make_mesh, single_device_mesh
 from jvgen.tasks.task import Task
-from jvgen.training.metrics import to_host
+from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
+from jvgen.training.telemetry.metrics import to_host
 
 ROOT = Path(__file__).parents[2]
 DUMPS = Path(__file__).parent / "dumps"

@@ -27,15 +27,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jvgen import config as configuration
-from jvgen.data.build import build_scenes
-from jvgen.data.config import BucketConfig
-from jvgen.data.scenes import SceneConfig
-from jvgen.demo import SCENES
-from jvgen.experiment import Experiment
+from jvgen.autoencoding.evaluation import evaluate_vae
+from jvgen.data.builders.folders import build_scenes
+from jvgen.data.scenes.scenes import SceneConfig
+from jvgen.data.stream.config import BucketConfig
+from jvgen.demo.demo import SCENES
 from jvgen.interop.from_torch import read_config
 from jvgen.models.cv_vae.config import CVVAEConfig
-from jvgen.tasks.vae_evaluation import evaluate_vae
-from jvgen.training.exporting import export_run, import_run
+from jvgen.runs.exporting import export_run, import_run
+from jvgen.training.experiment import Experiment
 from jvgen.training.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -13,10 +13,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from jvgen.data.assemble import Summary, Task, assemble
-from jvgen.data.build import VIDEO_SUFFIXES
-from jvgen.data.decode import encode_video, probe_file, read_frames
-from jvgen.data.records import Record
+from jvgen.data.builders.build_loop import Summary, Task, assemble
+from jvgen.data.builders.folders import VIDEO_SUFFIXES
+from jvgen.data.store.records import Record
+from jvgen.data.video_files import encode_video, probe_file, read_frames
 
 
 def tiles(film: Path, *, shorter_side: int, side: int, frames: int, rate: float, least: float) -> Iterator[np.ndarray]:

@@ -26,16 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvgen.control.world_model import WorldModel, to_pixels
-from jvgen.data.config import BucketConfig
-from jvgen.data.plan import Sample
-from jvgen.data.sources import open_source
-from jvgen.data.transforms import load_example
-from jvgen.demo import Parts
+from jvgen.data.store.sources import open_source
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.plan import Sample
+from jvgen.data.stream.transforms import load_example
+from jvgen.demo.demo import Parts
 from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
 from jvgen.evaluation.line_chart import Series, line_chart
 from jvgen.evaluation.prediction import by_horizon
 from jvgen.evaluation.reconstruction import peak_signal_to_noise, structural_similarity
-from jvgen.training.inference import open_run
+from jvgen.runs.inference import open_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIDE, FRAMES, STRIDE = 32, 8, 8

@@ -25,29 +25,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvgen import config as configuration
-from jvgen.data.build import build_scenes
-from jvgen.data.latents import build_latents
-from jvgen.data.pairs import folded
-from jvgen.data.plan import Sample
-from jvgen.data.scene_labels import COLORS, labels_of
-from jvgen.data.scenes import SceneConfig
-from jvgen.data.sources import open_source
-from jvgen.data.transforms import load_example
-from jvgen.demo_report import DIRECTIONS
+from jvgen.autoencoding.encoding import FrameEncoder
+from jvgen.data.builders.folders import build_scenes
+from jvgen.data.builders.latents import build_latents
+from jvgen.data.scenes.labels import COLORS, labels_of
+from jvgen.data.scenes.scenes import SceneConfig
+from jvgen.data.store.sources import open_source
+from jvgen.data.stream.pairs import folded
+from jvgen.data.stream.plan import Sample
+from jvgen.data.stream.transforms import load_example
+from jvgen.demo.report import DIRECTIONS
 from jvgen.evaluation.camera_pose import PoseScore, across_views, sift, views_mse
 from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
 from jvgen.evaluation.motion import classify_clip
-from jvgen.experiment import Experiment
 from jvgen.geometry.cameras import Cameras, relative
 from jvgen.geometry.epipolar import fundamental_matrices
 from jvgen.interop.digest import content_digest
 from jvgen.models.multiview.sync import SyncMode
-from jvgen.tasks.encoding import FrameEncoder
+from jvgen.runs.evaluation import evaluate_run
+from jvgen.runs.exporting import export_run
+from jvgen.runs.inference import open_run
 from jvgen.tasks.task import SampleRequest
-from jvgen.training.exporting import export_run
-from jvgen.training.inference import open_run
+from jvgen.training.experiment import Experiment
 from jvgen.training.loop import train
-from jvgen.training.measuring import evaluate_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo_multiview.py"
 NONE, FULL = "no synchronisation", "full"

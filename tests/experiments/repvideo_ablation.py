@@ -21,19 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvgen import config as configuration
-from jvgen.data.scene_labels import COLORS, Labels, captions_of, labels_of
+from jvgen.data.scenes.labels import COLORS, Labels, captions_of, labels_of
 from jvgen.evaluation.motion import score
 from jvgen.evaluation.temporal import adjacent_similarity, smoothness
-from jvgen.experiment import Experiment
 from jvgen.interop.from_torch import read_config
 from jvgen.models.video_dit.config import AggregationConfig, GateKind
 from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.runs.analysis import analyse_run
+from jvgen.runs.evaluation import evaluate_run
+from jvgen.runs.inference import open_run
 from jvgen.tasks.clip_coder import temporal_downsampling
 from jvgen.tasks.task import SampleRequest
-from jvgen.training.analysing import analyse_run
-from jvgen.training.inference import open_run
+from jvgen.training.experiment import Experiment
 from jvgen.training.loop import train
-from jvgen.training.measuring import evaluate_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo_text_to_video.py"
 BASELINE = "CogVideoX"

@@ -15,7 +15,8 @@ from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.cogvideox_vae.model import CogVideoXVAE, streamed
 from jvgen.models.cogvideox_vae.tiling import Tiling, tiled
 from jvgen.models.cogvideox_vae.torch_map import from_diffusers_config, to_diffusers_config, weight_map, weight_map_sat
-from jvgen.models.weight_map import WeightError, flatten
+from jvgen.models.weight_map import WeightError
+from jvgen.nested import flatten
 from jvgen.nn.network import Network
 
 torch = pytest.importorskip("torch")

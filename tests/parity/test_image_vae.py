@@ -11,7 +11,7 @@ from jvgen.models.image_vae import flops, posterior
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.models.image_vae.torch_map import from_diffusers_config, to_diffusers_config, weight_map
-from jvgen.models.weight_map import flatten
+from jvgen.nested import flatten
 from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
 

@@ -18,7 +18,8 @@ from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
 from jvgen.models.ivideogpt.tokenizer_map import tokenizer_map
 from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.models.ivideogpt.transformer_map import transformer_from_json, transformer_map, transformer_to_json
-from jvgen.models.weight_map import WeightError, flatten, unflatten
+from jvgen.models.weight_map import WeightError
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
 
 torch = pytest.importorskip("torch")

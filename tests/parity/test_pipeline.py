@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen import cli
+from jvgen.cli import main as cli
 from jvgen.diffusion.sampler import step_noise
-from jvgen.generation.placement import Placement
+from jvgen.runs.published.placement import Placement
 from jvgen.tasks.text_to_video import SAMPLER_KEY
 
 torch = pytest.importorskip("torch")

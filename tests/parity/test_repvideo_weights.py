@@ -18,7 +18,8 @@ from jvgen.interop.verify import verify
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.video_dit.config import AggregationConfig, GateKind, Positions, VideoDiTConfig
 from jvgen.models.video_dit.torch_map import weight_map_sat
-from jvgen.models.weight_map import WeightError, flatten, unflatten
+from jvgen.models.weight_map import WeightError
+from jvgen.nested import flatten, unflatten
 
 CASES = Path(__file__).parents[1] / "golden" / "cases"
 REPVIDEO = VideoDiTConfig(
@@ -177,8 +178,8 @@ def test_what_the_sat_code_cannot_compute_is_not_written(tmp_path, parameters):
 
 def test_cogvideox_begins_a_repvideo_run(tmp_path, video_run):
     experiment, weights = video_run
-    from jvgen.training.exporting import import_run
-    from jvgen.training.restore import load_for_inference
+    from jvgen.runs.exporting import import_run
+    from jvgen.training.checkpoint.restore import load_for_inference
 
     with pytest.raises(ConfigError, match="--new-gates"):
         import_run(weights, experiment, tmp_path / "refused")
@@ -193,12 +194,12 @@ def test_cogvideox_begins_a_repvideo_run(tmp_path, video_run):
 @pytest.fixture(scope="module")
 def video_run(tmp_path_factory):
     """A RepVideo run of the tiny network, and CogVideoX's weights of it in a folder."""
-    from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-    from jvgen.experiment import Experiment
+    from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
     from jvgen.models.byte_text.config import ByteTextConfig
     from jvgen.tasks.text import TextConfig
     from jvgen.tasks.text_to_video import TextToVideoConfig
     from jvgen.training.config import TrainingConfig
+    from jvgen.training.experiment import Experiment
 
     task = TextToVideoConfig(
         denoiser=REPVIDEO.replace(aggregation=AggregationConfig(initial=0.25)),

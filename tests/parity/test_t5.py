@@ -10,7 +10,7 @@ from jvgen.models.t5.config import T5Config, small, xxl
 from jvgen.models.t5.flops import forward_flops
 from jvgen.models.t5.model import T5Encoder, relative_buckets
 from jvgen.models.t5.torch_map import from_diffusers_config, to_diffusers_config, weight_map
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
 
 torch = pytest.importorskip("torch")

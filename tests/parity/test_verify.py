@@ -12,7 +12,7 @@ from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import Positions, VideoDiTConfig
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")

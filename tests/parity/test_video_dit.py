@@ -8,7 +8,8 @@ import pytest
 from jvgen.models.video_dit.config import Positions, VideoDiTConfig
 from jvgen.models.video_dit.model import VideoDiT
 from jvgen.models.video_dit.torch_map import from_diffusers_config, to_diffusers_config, weight_map, weight_map_sat
-from jvgen.models.weight_map import WeightError, flatten, unflatten
+from jvgen.models.weight_map import WeightError
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
 from jvgen.nn.rope import RotaryGrid
 

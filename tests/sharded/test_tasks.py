@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -23,6 +22,7 @@ from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import TrainingConfig
+from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
 
 VIDEO = TextToVideoConfig(

@@ -8,7 +8,7 @@ import pytest
 from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
 from jvgen.models.video_dit.model import VideoDiT
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
 from jvgen.parallel import axes

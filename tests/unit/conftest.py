@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen import cli
-from jvgen.data.build import build_scenes
-from jvgen.data.scenes import SceneConfig
+from jvgen.cli import main as cli
+from jvgen.data.builders.folders import build_scenes
+from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.interop.to_torch import export_network
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
+from jvgen.nested import map_with_path
 from jvgen.nn.network import Network
-from jvgen.training.parameter_paths import map_with_path
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_VAE = ImageVAEConfig.tiny().replace(block_channels=(8, 8), groups=4)

@@ -11,7 +11,7 @@ from flax import nnx
 from jvgen.models.video_dit.aggregation import Aggregation, plan
 from jvgen.models.video_dit.config import AggregationConfig, GateKind, Positions, VideoDiTConfig
 from jvgen.models.video_dit.model import VideoDiT
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat, Stacked

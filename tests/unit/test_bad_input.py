@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen import cli, config
-from jvgen.data.build import build_scenes
-from jvgen.data.decode import encode_video
-from jvgen.data.latents import build_latents
-from jvgen.data.loader import Loader
-from jvgen.data.quarantine import TooManyFailures
-from jvgen.data.scenes import SceneConfig
-from jvgen.demo import DemoFailed
+from jvgen import config
+from jvgen.cli import main as cli
+from jvgen.data.builders.folders import build_scenes
+from jvgen.data.builders.latents import build_latents
+from jvgen.data.scenes.scenes import SceneConfig
+from jvgen.data.stream.loader import Loader
+from jvgen.data.stream.quarantine import TooManyFailures
+from jvgen.data.video_files import encode_video
+from jvgen.demo.demo import DemoFailed
 from jvgen.interop.digest import content_digest
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.preflight import check
 from jvgen.training import loop
-from jvgen.training.checkpoint import CheckpointError, Checkpoints
+from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
 from jvgen.training.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvgen.data.assemble import BuildError, FilterConfig, split_of
-from jvgen.data.build import build_images, build_scenes, build_videos
-from jvgen.data.decode import decode_window, encode_image, encode_video, probe
-from jvgen.data.latents import build_latents, check_latents
-from jvgen.data.scene_labels import labels_of
-from jvgen.data.scenes import SceneConfig, render_scene
-from jvgen.data.show import show
-from jvgen.data.sources import open_source, read_metadata, splits
-from jvgen.data.tfds_images import build_tfds_images
+from jvgen.data.builders.build_loop import BuildError, FilterConfig, split_of
+from jvgen.data.builders.folders import build_images, build_scenes, build_videos
+from jvgen.data.builders.latents import build_latents, check_latents
+from jvgen.data.builders.tfds_images import build_tfds_images
+from jvgen.data.scenes.labels import labels_of
+from jvgen.data.scenes.scenes import SceneConfig, render_scene
+from jvgen.data.store.show import show
+from jvgen.data.store.sources import open_source, read_metadata, splits
+from jvgen.data.video_files import decode_window, encode_image, encode_video, probe
 
 SCENES = SceneConfig(height=24, width=32, frames=5, background="plain")
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from jvgen.data.decode import decode_window, encode_image, encode_video
-from jvgen.data.realestate10k import build_realestate10k
-from jvgen.data.sources import open_source
-from jvgen.data.webvid import build_webvid
+from jvgen.data.builders.realestate10k import build_realestate10k
+from jvgen.data.builders.webvid import build_webvid
+from jvgen.data.store.sources import open_source
+from jvgen.data.video_files import decode_window, encode_image, encode_video
 from jvgen.geometry import paths
 from jvgen.geometry.camera_file import CameraTrack, write_cameras
 

@@ -10,7 +10,7 @@ from jvgen.models.byte_text.flops import forward_flops
 from jvgen.models.byte_text.model import ByteTextEncoder
 from jvgen.models.byte_text.tokenizer import END, FIRST_BYTE, PAD, VOCABULARY, detokenize, tokenize
 from jvgen.models.byte_text.torch_map import from_diffusers_config, to_diffusers_config, weight_map
-from jvgen.models.weight_map import flatten
+from jvgen.nested import flatten
 from jvgen.nn.network import Network
 
 TINY = ByteTextConfig(width=32, layers=2, heads=2)

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from jvgen.data.decode import decode_window
-from jvgen.data.scenes import SceneConfig, render_scene
+from jvgen.data.scenes.scenes import SceneConfig, render_scene
+from jvgen.data.video_files import decode_window
 from jvgen.evaluation.camera_pose import (
     Matches,
     PairError,

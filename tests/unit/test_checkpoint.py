@@ -15,8 +15,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvgen.config import ConfigError
-from jvgen.training import checkpoint
-from jvgen.training.checkpoint import CheckpointError, Checkpoints
+from jvgen.training.checkpoint import manager as checkpoint
+from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
 from jvgen.training.config import CheckpointConfig
 
 # Orbax leaves coroutines behind when one of several concurrent reads fails, which is what happens to damaged files.

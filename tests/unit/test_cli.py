@@ -9,11 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jvgen import cli, config
-from jvgen.data.decode import decode_window, probe
-from jvgen.data.sources import open_source
-from jvgen.training.checkpoint import Checkpoints
-from jvgen.training.clip_folder import plan_clips, write_clip
+from jvgen import config
+from jvgen.cli import main as cli
+from jvgen.data.store.sources import open_source
+from jvgen.data.video_files import decode_window, probe
+from jvgen.runs.clip_folder import plan_clips, write_clip
+from jvgen.training.checkpoint.manager import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 ROOT = Path(__file__).parents[2]

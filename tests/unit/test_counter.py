@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jvgen.data import counter
+from jvgen.data.stream import counter
 
 
 @settings(max_examples=60, deadline=None)

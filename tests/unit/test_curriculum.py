@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError, from_json, to_json, validate_tree
-from jvgen.data.config import BucketConfig
-from jvgen.data.stages import BucketTurns, check_stages
-from jvgen.training.curriculum import Stage, staged_buckets, staged_rates, total_steps
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.stages import BucketTurns, check_stages
 from jvgen.training.loop import train
-from jvgen.training.metrics import read_rows
-from jvgen.training.optimizer import OptimizerConfig, RateStage, make_schedule
+from jvgen.training.optimization.curriculum import Stage, staged_buckets, staged_rates, total_steps
+from jvgen.training.optimization.optimizer import OptimizerConfig, RateStage, make_schedule
+from jvgen.training.telemetry.metrics import read_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402

@@ -16,9 +16,8 @@ from jvgen.models.cv_vae.tiling import chunk_bounds, decode_tiled, encode_tiled,
 from jvgen.models.cv_vae.torch_map import from_diffusers_config, to_diffusers_config, weight_map
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
-from jvgen.models.weight_map import flatten
+from jvgen.nested import flatten, map_with_path
 from jvgen.nn.network import Network
-from jvgen.training.parameter_paths import map_with_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

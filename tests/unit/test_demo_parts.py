@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen import config, demo, demo_report
-from jvgen.cli import build_parser
-from jvgen.data.scene_labels import labels_of
+from jvgen import config
+from jvgen.cli.main import build_parser
+from jvgen.data.scenes.labels import labels_of
+from jvgen.demo import demo
+from jvgen.demo import report as demo_report
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

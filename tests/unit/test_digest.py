@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvgen.training import digest
+from jvgen.training.checkpoint import digest
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "bool"]
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen.training import ema
-from jvgen.training.ema import EmaConfig
+from jvgen.training.optimization import ema
+from jvgen.training.optimization.ema import EmaConfig
 
 
 def follow(config: EmaConfig, values: list[float]) -> dict[str, float]:

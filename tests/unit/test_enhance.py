@@ -10,7 +10,7 @@ from jvgen.models.video_dit import enhance
 from jvgen.models.video_dit.config import AggregationConfig, Positions, VideoDiTConfig
 from jvgen.models.video_dit.enhance import OFF, EnhanceConfig, Enhancement, mean_diagonal, shared, with_mean
 from jvgen.models.video_dit.model import TokenLayout, VideoDiT
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
 from jvgen.parallel import axes
 

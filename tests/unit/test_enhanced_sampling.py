@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen import cli, cli_sample
+from jvgen.cli import main as cli
+from jvgen.cli import sample as cli_sample
 from jvgen.config import ConfigError, validate_tree
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
@@ -14,9 +15,9 @@ from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.nested import map_with_path
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.parameter_paths import map_with_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

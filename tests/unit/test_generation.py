@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.data.decode import decode_window, probe
-from jvgen.generation.noise import read_noise
-from jvgen.generation.placement import Placement
-from jvgen.generation.prompts import read_prompts
+from jvgen.data.video_files import decode_window, probe
 from jvgen.interop import schedulers
 from jvgen.interop.formats import format_of
 from jvgen.interop.to_torch import export_networks
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.nested import map_with_path
+from jvgen.runs.clip_folder import plan_clips
+from jvgen.runs.noise import read_noise
+from jvgen.runs.prompts import read_prompts
+from jvgen.runs.published.placement import Placement
 from jvgen.tasks.pipeline_folder import default_request, frames_per_second, is_pipeline, read_pipeline
-from jvgen.training.clip_folder import plan_clips
-from jvgen.training.parameter_paths import map_with_path
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -362,9 +362,9 @@ def test_clips_split_over_devices_are_the_same(whole, jvgen, tmp_path, quick_com
 
 
 CONFIG = """
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
+from jvgen.training.experiment import Experiment
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.tasks.text import TextConfig

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError, validate_tree
-from jvgen.data.config import BucketConfig
+from jvgen.data.stream.config import BucketConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.tasks.task import SampleRequest
-from jvgen.training.metrics import to_host
 from jvgen.training.step import accumulate
+from jvgen.training.telemetry.metrics import to_host
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

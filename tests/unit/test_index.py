@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.data.index import COLUMNS, Index, path_of
-from jvgen.data.records import Record
+from jvgen.data.store.index import COLUMNS, Index, path_of
+from jvgen.data.store.records import Record
 
 
 def index_of(count: int = 4, checksum: int = 7) -> Index:

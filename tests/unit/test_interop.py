@@ -19,7 +19,8 @@ from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.to_torch import ExportError, export_network, export_networks
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
-from jvgen.models.weight_map import WeightError, flatten, unflatten
+from jvgen.models.weight_map import WeightError
+from jvgen.nested import flatten, unflatten
 
 VAE = ImageVAEConfig(block_channels=(4, 8), layers_per_block=1, groups=4, sample_size=8)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError, validate_tree
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.records import Record
-from jvgen.data.segments import SegmentConfig
-from jvgen.data.writer import Writer
+from jvgen.data.store.records import Record
+from jvgen.data.store.writer import Writer
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.segments import SegmentConfig
 from jvgen.interop.to_torch import export_network
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.clip_discriminator.config import ClipDiscriminatorConfig
@@ -19,16 +19,16 @@ from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTrans
 from jvgen.models.ivideogpt.objective import symlog
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.transformer import FrameTransformer
-from jvgen.models.weight_map import flatten
+from jvgen.nested import flatten
 from jvgen.nn.network import Network
 from jvgen.parallel.axes import LAYERS
 from jvgen.tasks.adversary import AdversarialConfig
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.video_tokenizer import RestartConfig, VideoTokenizerConfig
 from jvgen.tasks.world_model import WorldModelConfig
-from jvgen.training.metrics import to_host
-from jvgen.training.optimizer import OptimizerConfig, _decays, make_schedule
+from jvgen.training.optimization.optimizer import OptimizerConfig, _decays, make_schedule
 from jvgen.training.step import accumulate
+from jvgen.training.telemetry.metrics import to_host
 
 NETWORK = CompressiveTokenizerConfig(
     resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
@@ -321,7 +321,7 @@ def test_what_decays_and_how_the_rate_falls():
 
 
 def write(folder, *, actions: int | None = 2, rewards: bool = True, value: float = 0.0) -> DataConfig:
-    from jvgen.data.decode import encode_video
+    from jvgen.data.video_files import encode_video
 
     video = np.full((6, 16, 16, 3), 90, np.uint8)
     with Writer(folder, description="toy", metadata={"origin": "toy"}) as writer:

@@ -13,11 +13,11 @@ from jvgen.evaluation.heat_map import colors, heat_maps
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
 from jvgen.models.video_dit.model import TokenLayout
+from jvgen.nested import map_with_path
+from jvgen.runs.analysis import draw, table
 from jvgen.tasks.layer_analysis import frame_groups, row_groups
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.analysing import draw, table
-from jvgen.training.parameter_paths import map_with_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.decode import encode_image, encode_video
-from jvgen.data.loader import Loader
-from jvgen.data.quarantine import TooManyFailures
-from jvgen.data.records import Record
-from jvgen.data.writer import Writer
+from jvgen.data.store.records import Record
+from jvgen.data.store.writer import Writer
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.loader import Loader
+from jvgen.data.stream.quarantine import TooManyFailures
+from jvgen.data.video_files import encode_image, encode_video
 
 
 def clip(number: int, frames: int = 12) -> bytes:
@@ -162,8 +162,8 @@ def test_a_program_that_just_ends_leaks_nothing_and_says_nothing(data, tmp_path,
     program.write_text(
         textwrap.dedent(f"""
         import numpy as np
-        from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-        from jvgen.data.loader import Loader
+        from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+        from jvgen.data.stream.loader import Loader
 
         def prepare(example):
             return {{"video": np.repeat(example["video"], 8, axis=1)}}

@@ -15,16 +15,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
+from jvgen import nested
 from jvgen.config import ConfigError  # noqa: E402
-from jvgen.data.quarantine import TooManyFailures  # noqa: E402
+from jvgen.data.stream.quarantine import TooManyFailures  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
-from jvgen.training import loop, parameter_paths  # noqa: E402
-from jvgen.training.checkpoint import CheckpointError, Checkpoints  # noqa: E402
+from jvgen.training import loop
+from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints  # noqa: E402
+from jvgen.training.checkpoint.restore import load_for_inference, write_first_checkpoint  # noqa: E402
 from jvgen.training.config import CheckpointConfig, TrainingConfig  # noqa: E402
 from jvgen.training.loop import EXIT_DIVERGED, EXIT_DONE, EXIT_UNSAVED, train  # noqa: E402
-from jvgen.training.metrics import read_rows  # noqa: E402
 from jvgen.training.preemption import EXIT_RESTART  # noqa: E402
-from jvgen.training.restore import load_for_inference, write_first_checkpoint  # noqa: E402
+from jvgen.training.telemetry.metrics import read_rows  # noqa: E402
 from jvgen.training.watchdog import Watchdog  # noqa: E402
 
 # What differs between two runs of the same thing.
@@ -229,8 +230,8 @@ def test_inference_reads_the_average_asked_for(finished):
     _, _, averaged, _ = load_for_inference(finished, 0.9)
     _, _, best, _ = load_for_inference(finished)
     pairs = {
-        path: (dict(parameter_paths.flatten(averaged))[path], dict(parameter_paths.flatten(best))[path], value)
-        for path, value in parameter_paths.flatten(raw)
+        path: (nested.flatten(averaged)[path], nested.flatten(best)[path], value)
+        for path, value in nested.flatten(raw).items()
     }
     for path, (ema, default, value) in pairs.items():
         assert np.array_equal(ema, default) and not np.array_equal(ema, value), path

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jvgen import cli
+from jvgen.cli import main as cli
 from jvgen.losses.perceptual import STAGES, load_lpips
 
 CONVOLUTIONS = [layer for layers in STAGES for layer in layers]

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from jvgen.tasks.task import Mean
-from jvgen.training import console
-from jvgen.training.metrics import RowLog, RunningMeans, Summaries, read_rows, to_host
-from jvgen.training.throughput import host_rss_mib, utilisation
+from jvgen.training.telemetry import console
+from jvgen.training.telemetry.metrics import RowLog, RunningMeans, Summaries, read_rows, to_host
+from jvgen.training.telemetry.throughput import host_rss_mib, utilisation
 
 
 def test_numbers_keep_their_type_and_a_mean_of_nothing_is_left_out():
@@ -99,7 +99,7 @@ def test_without_a_folder_nothing_is_written():
 def test_training_does_not_import_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; import jvgen.training.loop\n"
-        "from jvgen.training.metrics import Summaries\n"
+        "from jvgen.training.telemetry.metrics import Summaries\n"
         f"Summaries(Path({str(tmp_path)!r}), 0).close(); sys.exit(bool({{'torch', 'tensorflow'}} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

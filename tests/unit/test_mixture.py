@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jvgen.data.mixture import PERIOD, Quota, check_kind_weights, integer_shares, pool_weights
+from jvgen.data.stream.mixture import PERIOD, Quota, check_kind_weights, integer_shares, pool_weights
 
 WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 

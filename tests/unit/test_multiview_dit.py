@@ -21,7 +21,7 @@ from jvgen.models.multiview.sync import SyncMode, ViewLayout
 from jvgen.models.multiview.views import Views, camera_band, homography_band, ray_patches, token_cameras
 from jvgen.models.video_dit.config import AggregationConfig, Positions
 from jvgen.models.video_dit.model import VideoDiT
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
 

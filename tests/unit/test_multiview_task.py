@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError, from_json, to_json, validate_tree
-from jvgen.data.config import BucketConfig
-from jvgen.data.records import KINDS
+from jvgen.data.store.records import KINDS
+from jvgen.data.stream.config import BucketConfig
 from jvgen.diffusion.collaborative import PairingConfig
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
@@ -22,7 +22,7 @@ from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.tasks.multiview import MultiViewConfig, view_slots
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text import TextConfig
-from jvgen.training.metrics import to_host
+from jvgen.training.telemetry.metrics import to_host
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

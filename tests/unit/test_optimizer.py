@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.parallel.axes import EMBED, LAYERS, MLP, VOCABULARY
-from jvgen.training import optimizer, parameter_paths
-from jvgen.training.optimizer import OptimizerConfig, make_optimizer
+from jvgen.training.optimization import optimizer, parameter_paths
+from jvgen.training.optimization.optimizer import OptimizerConfig, make_optimizer
 
 AXES = {
     "net": {
@@ -31,23 +32,23 @@ SHAPES = {
 
 def random_tree(seed: int):
     rng = np.random.default_rng(seed)
-    return parameter_paths.map_with_path(lambda _, s: jnp.asarray(rng.standard_normal(s), jnp.float32), SHAPES)
+    return nested.map_with_path(lambda _, s: jnp.asarray(rng.standard_normal(s), jnp.float32), SHAPES)
 
 
 def run(config: OptimizerConfig, updates: int = 3):
     made = make_optimizer(config, AXES, 100)
-    parameters, _ = parameter_paths.split(random_tree(0), made.trains)
+    parameters, _ = nested.split(random_tree(0), made.trains)
     state = made.init(parameters)
     update = jax.jit(made.update)
     for number in range(updates):
-        gradients = parameter_paths.select(random_tree(number + 1), parameters)
+        gradients = nested.select(random_tree(number + 1), parameters)
         moves, state = update(gradients, state, parameters, jnp.float32(0.1))
         parameters = jax.tree.map(jnp.add, parameters, moves)
-    return dict(parameter_paths.flatten(parameters)), state
+    return nested.flatten(parameters), state
 
 
 def test_adamw_is_optax_adamw():
-    mask = parameter_paths.map_with_path(lambda path, _: path.endswith("kernel"), SHAPES)
+    mask = nested.map_with_path(lambda path, _: path.endswith("kernel"), SHAPES)
     reference = optax.adamw(0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, mask=mask)
     expected = random_tree(0)
     state = reference.init(expected)
@@ -56,7 +57,7 @@ def test_adamw_is_optax_adamw():
             moves, state = jax.jit(reference.update)(random_tree(number + 1), state, expected)
         expected = optax.apply_updates(expected, moves)
     ours, _ = run(OptimizerConfig(weight_decay=0.05))
-    for path, value in parameter_paths.flatten(expected):
+    for path, value in nested.flatten(expected).items():
         np.testing.assert_allclose(ours[path], value, rtol=2e-6, atol=1e-6, err_msg=path)
 
 
@@ -85,7 +86,7 @@ def test_multipliers_scale_the_learning_rate_and_the_first_match_counts():
     plain, _ = run(OptimizerConfig(weight_decay=0.0), 1)
     config = OptimizerConfig(weight_decay=0.0, multipliers={"net/out": 0.5, "net/": 2.0})
     scaled, _ = run(config, 1)
-    start = dict(parameter_paths.flatten(random_tree(0)))
+    start = nested.flatten(random_tree(0))
     for path in plain:
         factor = 0.5 if path.startswith("net/out") else 2.0
         np.testing.assert_allclose(
@@ -126,7 +127,7 @@ def test_muon_moves_each_stacked_layer_as_a_matrix_of_its_own():
 
 def test_muon_directions_are_orthogonal_with_the_stated_size():
     config = OptimizerConfig(kind="muon", weight_decay=0.0, muon_rms=0.2)
-    start = dict(parameter_paths.flatten(random_tree(0)))
+    start = nested.flatten(random_tree(0))
     moved, _ = run(config, 1)
     for path, matrix in {
         "net/out/kernel": lambda x: x,

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from jvgen.data.pairs import HomographyConfig, folded, latent_valid, warped_pair
+from jvgen.data.stream.pairs import HomographyConfig, folded, latent_valid, warped_pair
 from jvgen.geometry.homography import homographies, moved
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.index import Index
-from jvgen.data.plan import Plan
-from jvgen.data.records import KINDS
+from jvgen.data.store.index import Index
+from jvgen.data.store.records import KINDS
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.plan import Plan
 
 
 def index_of(count: int, *, kind="dynamic", frames=40, height=64, width=64, views=1, captions=2, seed=0, **columns):
@@ -322,7 +322,7 @@ def test_the_digest_does_not_care_how_fast_or_from_where():
 
 
 def test_the_plan_is_that_of_every_other_machine():
-    """Frozen: a change here is a change of `jvgen.data.plan.VERSION`."""
+    """Frozen: a change here is a change of `jvgen.data.stream.plan.VERSION`."""
     plan = mixed_plan(seed=123)
     assert plan.at(10**9).row.tolist() == [3, 8, 2, 4, 15, 12, 1, 0]
     sample = plan.sample(10**9, 1)

@@ -12,16 +12,16 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jvgen.control import play
-from jvgen.data.decode import decode_window, encode_video
-from jvgen.data.records import Record
-from jvgen.data.writer import Writer
+from jvgen.data.store.records import Record
+from jvgen.data.store.writer import Writer
+from jvgen.data.video_files import decode_window, encode_video
 from jvgen.evaluation.distribution import Moments, frechet_distance
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.runs.inference import open_run
 from jvgen.tasks.world_model import WorldModelConfig
-from jvgen.training.inference import open_run
 
 TOKENIZER = CompressiveTokenizerConfig(
     resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
@@ -172,8 +172,8 @@ def test_what_it_refuses(model, data, tmp_path, jvgen):
 # Weights put to another use, as the finetuning recipes do.
 
 ADAPTED = """
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.experiment import Experiment
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.training.experiment import Experiment
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.tasks.world_model import WorldModelConfig
 from jvgen.training.config import TrainingConfig

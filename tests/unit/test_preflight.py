@@ -10,10 +10,9 @@ import pytest
 
 from jvgen import config
 from jvgen.config import ConfigError
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.experiment import Experiment
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn.stacked import Remat
@@ -27,6 +26,7 @@ from jvgen.preflight.estimate import estimate, local_bytes, saved_between_layers
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import TrainingConfig
+from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

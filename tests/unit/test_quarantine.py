@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from jvgen.data.quarantine import MINIMUM, Failure, Quarantine, TooManyFailures, append_line, host_log
+from jvgen.data.stream.quarantine import MINIMUM, Failure, Quarantine, TooManyFailures, append_line, host_log
 
 
 def failure(row: int, step: int = 0) -> Failure:

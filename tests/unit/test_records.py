@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jvgen.data.records import Record, decode, encode, features
+from jvgen.data.store.records import Record, decode, encode, features
 
 
 def full_record(id: str = "clip/1") -> Record:

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.data.assemble import BuildError
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.decode import DecodeError, decode_window, encode_image, encode_video
-from jvgen.data.episode_files import find_episodes
-from jvgen.data.loader import Loader
-from jvgen.data.oxe_mix import MIX, sources, weights
-from jvgen.data.robot_episodes import EpisodeOptions, build_robot_episodes, frames_and_actions, read_episode
-from jvgen.data.sources import open_source
+from jvgen.data.builders.build_loop import BuildError
+from jvgen.data.builders.episode_files import find_episodes
+from jvgen.data.builders.oxe_mix import MIX, sources, weights
+from jvgen.data.builders.robot_episodes import EpisodeOptions, build_robot_episodes, frames_and_actions, read_episode
+from jvgen.data.store.sources import open_source
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.loader import Loader
+from jvgen.data.video_files import DecodeError, decode_window, encode_image, encode_video
 
 REAL = os.environ.get("JVGEN_REAL_DATA")
 needs_real = pytest.mark.skipif(not REAL, reason="JVGEN_REAL_DATA names no folder of real data")

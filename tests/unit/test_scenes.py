@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError, override, validate_tree
-from jvgen.data import records
-from jvgen.data.decode import decode_window
-from jvgen.data.scene_labels import (
+from jvgen.data.scenes.labels import (
     CAMERA_MOTIONS,
     COLORS,
     DIRECTIONS,
@@ -17,8 +15,10 @@ from jvgen.data.scene_labels import (
     labels_of,
     nearest_color,
 )
-from jvgen.data.scene_renderer import SHAPES, Body, Camera, Renderer, Stage, project
-from jvgen.data.scenes import SceneConfig, render_scene, scene_record
+from jvgen.data.scenes.renderer import SHAPES, Body, Camera, Renderer, Stage, project
+from jvgen.data.scenes.scenes import SceneConfig, render_scene, scene_record
+from jvgen.data.store import records
+from jvgen.data.video_files import decode_window
 
 STAGE = Stage((0.6, 0.6, 0.6), (0.8, 0.8, 0.9), (0.6, 0.7, 0.9))
 SMALL = SceneConfig(height=48, width=48, frames=5)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError, validate_tree
-from jvgen.data.augment import NUMBERS, Augmentation, AugmentationConfig
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.decode import encode_video
-from jvgen.data.index import Index
-from jvgen.data.plan import Plan
-from jvgen.data.records import Record
-from jvgen.data.segments import SegmentConfig
-from jvgen.data.transforms import load_example
+from jvgen.data.store.index import Index
+from jvgen.data.store.records import Record
+from jvgen.data.stream.augment import NUMBERS, Augmentation, AugmentationConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.plan import Plan
+from jvgen.data.stream.segments import SegmentConfig
+from jvgen.data.stream.transforms import load_example
+from jvgen.data.video_files import encode_video
 
 LATER = SegmentConfig(choice="later", horizon=8, context=2)
 SHUFFLED = SegmentConfig(choice="shuffled", horizon=8)

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.data import sources
-from jvgen.data.records import Record
-from jvgen.data.sources import Source, find_dataset, open_source, read_metadata, splits
-from jvgen.data.writer import Writer
+from jvgen.data.store import sources
+from jvgen.data.store.records import Record
+from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
+from jvgen.data.store.writer import Writer
 
 
 def record(number: int) -> Record:
@@ -110,7 +110,7 @@ def test_plain_tfds_reads_it_and_tensorflow_stays_out(dataset: Path) -> None:
         assert len(source) == 12 and source[3]["id"] == b"r3", source[3]
         assert len(source[3]["clips"]) == 1 and source[2]["intrinsics"].shape == (0, 4)
         assert builder.info.splits["validation"].num_examples == 3
-        from jvgen.data.sources import open_source
+        from jvgen.data.store.sources import open_source
         assert open_source({str(dataset)!r}, "train").read(3).id == "r3"
         assert not [name for name in sys.modules if name == "tensorflow" or name.startswith("tensorflow.")]
     """
@@ -202,8 +202,8 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch:
 def test_a_killed_build_leaves_no_folder_that_looks_finished(tmp_path: Path) -> None:
     code = f"""
         import os, signal
-        from jvgen.data.records import Record
-        from jvgen.data.writer import Writer
+        from jvgen.data.store.records import Record
+        from jvgen.data.store.writer import Writer
         with Writer({str(tmp_path / "set")!r}, description="") as writer:
             for number in range(50):
                 writer.add("train", Record(id=str(number), kind="image", clips=(b"x" * 1000,), height=1, width=1))

@@ -12,16 +12,20 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
-from jvgen import config  # noqa: E402
+from jvgen import (
+    config,  # noqa: E402
+    nested,
+)
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh  # noqa: E402
 from jvgen.tasks.task import Objective  # noqa: E402
-from jvgen.training import health, parameter_paths, state  # noqa: E402
+from jvgen.training import state  # noqa: E402
 from jvgen.training.config import TrainingConfig  # noqa: E402
-from jvgen.training.health import Health  # noqa: E402
-from jvgen.training.metrics import to_host  # noqa: E402
-from jvgen.training.optimizer import OptimizerConfig  # noqa: E402
+from jvgen.training.optimization import health, parameter_paths
+from jvgen.training.optimization.health import Health  # noqa: E402
+from jvgen.training.optimization.optimizer import OptimizerConfig  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
+from jvgen.training.telemetry.metrics import to_host  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,7 +70,10 @@ def compiled_step(experiment, mesh, bucket: int):
 
 
 def assert_close(ours, theirs, tolerance=2e-6):
-    for (path, a), (_, b) in zip(parameter_paths.flatten(ours), parameter_paths.flatten(theirs), strict=True):
+    theirs = nested.flatten(theirs)
+    assert nested.flatten(ours).keys() == theirs.keys()
+    for path, a in nested.flatten(ours).items():
+        b = theirs[path]
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=tolerance, err_msg=path)
 
 
@@ -116,7 +123,7 @@ def test_compute_dtype_casts_matrices_and_keeps_gradients_and_state_in_float32()
 
     class Watching(toys.ToyTask):
         def loss(self, parameters, frozen, batch, key):
-            seen.update(parameter_paths.flatten(jax.tree.map(lambda leaf: leaf.dtype, parameters)))
+            seen.update(nested.flatten(jax.tree.map(lambda leaf: leaf.dtype, parameters)))
             return super().loss(parameters, frozen, batch, key)
 
     experiment = toys.experiment(**{"training.compute_dtype": "bfloat16"})

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvgen.data.decode import encode_video, probe_file, read_frames
-from jvgen.data.latents import check_latents
-from jvgen.data.sources import open_source
+from jvgen.autoencoding.evaluation import evaluate_vae
+from jvgen.autoencoding.streaming import VideoCoder
+from jvgen.data.builders.latents import check_latents
+from jvgen.data.store.sources import open_source
+from jvgen.data.video_files import encode_video, probe_file, read_frames
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
@@ -22,8 +24,6 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network
 from jvgen.tasks.pixels import from_uint8, to_uint8
-from jvgen.tasks.streaming import VideoCoder
-from jvgen.tasks.vae_evaluation import evaluate_vae
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

@@ -14,7 +14,7 @@ from jvgen.models.multiview.pose_encoder import PoseEncoder, PoseEncoderConfig
 from jvgen.models.multiview.released import ReleasedModules, ReleasedModulesConfig
 from jvgen.models.multiview.sync import Kernels, Synchronisation, SyncMode, ViewLayout
 from jvgen.models.multiview.torch_map import pose_encoder_map, released_map
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError, validate_tree
-from jvgen.data.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.sampler import SamplerConfig, grid
@@ -25,8 +25,8 @@ from jvgen.nn.stacked import Remat
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.metrics import to_host
 from jvgen.training.step import accumulate
+from jvgen.training.telemetry.metrics import to_host
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

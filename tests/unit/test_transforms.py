@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jvgen.data import transforms
-from jvgen.data.config import BucketConfig
-from jvgen.data.decode import DecodeError, encode_image
-from jvgen.data.plan import Sample
-from jvgen.data.records import Record
+from jvgen.data.store.records import Record
+from jvgen.data.stream import transforms
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.plan import Sample
+from jvgen.data.video_files import DecodeError, encode_image
 
 
 def sample(**changes) -> Sample:

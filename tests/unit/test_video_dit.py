@@ -10,7 +10,7 @@ import pytest
 from jvgen.models.video_dit.config import Positions, VideoDiTConfig, cogvideox1_5_5b, cogvideox_2b, cogvideox_5b
 from jvgen.models.video_dit.flops import forward_flops
 from jvgen.models.video_dit.model import VideoDiT
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
 from jvgen.nn.rope import RotaryGrid
 from jvgen.nn.stacked import Remat

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError, validate_tree
-from jvgen.data.config import BucketConfig
+from jvgen.data.stream.config import BucketConfig
 from jvgen.interop.to_torch import export_network
 from jvgen.losses.adversarial import adaptive_weight, given_gradient, hinge_discriminator, hinge_generator
 from jvgen.losses.frame_mapping import draw_picks, map_frames
@@ -19,12 +19,12 @@ from jvgen.models.clip_discriminator.model import ClipDiscriminator, halve
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.inflate import inflate
 from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.nested import flatten
 from jvgen.nn.network import Network
 from jvgen.tasks.adversary import AdversarialConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
-from jvgen.training.metrics import to_host
-from jvgen.training.parameter_paths import flatten
 from jvgen.training.step import accumulate
+from jvgen.training.telemetry.metrics import to_host
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from jvgen import config
-from jvgen.data.build import build_scenes
-from jvgen.data.decode import decode_window
-from jvgen.data.scenes import SceneConfig
+from jvgen.data.builders.folders import build_scenes
+from jvgen.data.scenes.scenes import SceneConfig
+from jvgen.data.video_files import decode_window
 from jvgen.evaluation.epipolar_sheet import epipolar_sheet
 from jvgen.geometry import paths
 from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, project
+from jvgen.runs.view_sampling import at_one_place, fitting_batch, read_views
 from jvgen.tasks.task import SampleRequest
-from jvgen.training.restore import write_first_checkpoint
-from jvgen.training.view_sampling import at_one_place, fitting_batch, read_views
+from jvgen.training.checkpoint.restore import write_first_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

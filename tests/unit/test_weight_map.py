@@ -16,12 +16,11 @@ from jvgen.models.weight_map import (
     Part,
     WeightError,
     WeightMap,
-    flatten,
     fused,
     joined,
     pointwise,
-    unflatten,
 )
+from jvgen.nested import flatten, unflatten
 
 RANKS = {IDENTITY: 1, LINEAR: 2, CONV2D: 4, CONV3D: 5, pointwise(2): 2}
 DTYPES = [np.float32, np.float16, np.int32, ml_dtypes.bfloat16]

@@ -7,7 +7,7 @@ import numpy as np
 
 from jvgen.models.cv_vae.config import SHARED, CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 
 Parameters = Mapping[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
-from jvgen.models.weight_map import flatten, unflatten
+from jvgen.nested import flatten, unflatten
 
 # What may differ between transformers: their heads, and what is of training or of the longest sequence only.
 TRANSFORMER_FIELDS = (

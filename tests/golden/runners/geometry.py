@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvgen.data.pairs import folded, latent_valid
+from jvgen.data.stream.pairs import folded, latent_valid
 from jvgen.geometry import homography, paths, plucker
 from jvgen.geometry.camera_file import from_rows
 from jvgen.geometry.cameras import Cameras, inverse, relative, resized_and_cropped

@@ -1,0 +1,171 @@
+"""Measuring exported VAEs on held-out clips: fidelity, and how well a video VAE shares latents with an image VAE."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvgen.data.builders.latents import check_pixels
+from jvgen.data.store.sources import splits
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.loader import Loader
+from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
+from jvgen.evaluation.distribution import VideoDistance
+from jvgen.interop.from_torch import import_folder, read_config
+from jvgen.losses.perceptual import PerceptualConfig
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.nn.network import Parameters
+from jvgen.tasks import compatibility
+from jvgen.tasks.clip_coder import ClipCoder, CoderConfig, temporal_downsampling
+from jvgen.tasks.perceptual import Perceptual
+from jvgen.tasks.pixels import from_uint8
+from jvgen.terminal import progress
+
+SHEET_FRAMES = 8
+
+
+def evaluate_vae(
+    vae: Path,
+    data: str,
+    *,
+    frames: int,
+    size: tuple[int, int],
+    stride: int = 1,
+    batches: int = 16,
+    batch: int = 2,
+    image_vae: Path | None = None,
+    lpips: str | None = None,
+    out: Path | None = None,
+    worst: int = 4,
+    features: Callable[[jax.Array], jax.Array] | None = None,
+) -> dict[str, float]:
+    """Print and return means over the first clips of a data set, the same ones every time.
+
+    Args:
+      vae: exported folder of an image or video VAE.
+      data: data set folder; its validation split if it has one.
+      frames, size, stride: of the clips: number of frames, (height, width), recorded frames between two.
+      batches, batch: how many batches at most, of how many clips.
+      image_vae: exported folder of the image VAE that latents are to be shared with.
+      lpips: LPIPS weights; without, the distance is a Laplacian pyramid's, and its name says so.
+      out: folder for metrics.json and worst.png, the clips with the lowest PSNR: originals and reconstructions.
+      worst: how many.
+      features: of clips in [0, 1], `N F H W 3` to `N D` (an I3D's): also the reconstructions' Fréchet distance, "rfvd".
+        It is biased: compare equal numbers of clips only.
+
+    Raises:
+      ValueError: folders of other networks, or clips that they cannot take.
+    """
+    if batches < 1 or batch < 1:
+        raise ValueError(f"--batches {batches}, --batch {batch}: at least 1 each.")
+    config, image_config = _coder_config(vae), None
+    _check_clip(config, frames, size)
+    if image_vae is not None:
+        image_config = read_config(image_vae)
+        if not isinstance(image_config, ImageVAEConfig):
+            raise ValueError(f"--image-vae {image_vae}: holds a {type(image_config).__name__}, not an image VAE.")
+    kind = PerceptualConfig(kind="lpips", weights=lpips) if lpips else PerceptualConfig(kind="laplacian")
+    perceptual, coder = Perceptual(kind), ClipCoder(config)
+    image_coder = None if image_config is None else ClipCoder(image_config)
+
+    @jax.jit
+    def run(tree: Parameters, image_tree: Parameters, frozen: Parameters, video: jax.Array) -> Any:
+        clips, means = compatibility.reconstructions(coder, tree, from_uint8(video), image_coder, image_tree)
+        shown = compatibility.shown(clips)
+        return compatibility.fidelity(clips, perceptual, frozen), compatibility.statistics(means), shown
+
+    parameters = jax.device_put(import_folder(vae)[1])
+    image_parameters = None if image_vae is None else jax.device_put(import_folder(image_vae)[1])
+    frozen = jax.device_put(perceptual.load())
+    rows: dict[str, list[float]] = {}
+    totals: dict[str, np.ndarray] = {}
+    seen: list[tuple[float, str, np.ndarray, np.ndarray]] = []
+    distance = None if features is None else VideoDistance(features, "rfvd")
+    loader = _loader(data, frames, size, stride, batch)
+    with loader.batches(0, batches) as stream:
+        for loaded in progress(stream, "evaluating", unit="batch", total=batches):
+            video = loaded.arrays["video"]
+            found, statistics, shown = jax.device_get(run(parameters, image_parameters, frozen, jnp.asarray(video)))
+            for name, values in found.items():
+                rows.setdefault(name, []).extend(values.tolist())
+            for name, (total, count) in statistics.items():
+                totals[name] = totals.get(name, np.zeros(2)) + np.array([total, count], np.float64)
+            if distance is not None:
+                distance.add(*(np.float32(clips) / 255.0 for clips in (video, shown["reconstruction"])))
+            seen += zip(found["psnr"].tolist(), loaded.record_ids, video, shown["reconstruction"], strict=True)
+            seen = sorted(seen, key=lambda row: row[0])[: max(worst, 0)]
+    result = {name: float(np.mean(values)) for name, values in rows.items()}
+    result |= _deviations({name: total / count for name, (total, count) in totals.items()})
+    if distance is not None:
+        result |= distance.result()
+    for name, value in sorted(result.items()):
+        print(f"{name:36s} {value:.6g}")
+    if perceptual.config.kind != "lpips":
+        print("perceptual_laplacian is no LPIPS: give --lpips FILE for that.")
+    if out is not None:
+        _write(out, vae, data, result, seen)
+    return result
+
+
+def _write(
+    out: Path, vae: Path, data: str, result: dict[str, float], seen: list[tuple[float, str, np.ndarray, np.ndarray]]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    worst = [{"record": name, "psnr": value} for value, name, _, _ in seen]
+    document = {"vae": str(vae), "data": str(data), "metrics": result, "worst": worst}
+    (out / "metrics.json").write_text(json.dumps(document, indent=1) + "\n")
+    if seen:
+        pairs = [clip for _, _, original, made in seen for clip in (original, made)]
+        (out / "worst.png").write_bytes(png_bytes(contact_sheet(pairs, frames=SHEET_FRAMES)))
+    print(f"wrote {out / 'metrics.json'}" + (f" and {out / 'worst.png'}" if seen else ""))
+
+
+def _coder_config(folder: Path) -> CoderConfig:
+    config = read_config(folder)
+    if not isinstance(config, CoderConfig):
+        raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not a VAE.")
+    return config
+
+
+def _check_clip(config: CoderConfig, frames: int, size: tuple[int, int]) -> None:
+    group, side = temporal_downsampling(config), config.downsampling
+    if frames < 1 or (frames - 1) % group:
+        nearest = max(frames - 1, 0) // group * group + 1
+        raise ValueError(f"--frames {frames}: this VAE takes {group}n + 1; give {nearest} or {nearest + group}.")
+    if any(length % side for length in size):
+        raise ValueError(f"--size {size[0]}x{size[1]}: both must be multiples of {side} for this VAE.")
+
+
+def _loader(data: str, frames: int, size: tuple[int, int], stride: int, batch: int) -> Loader:
+    source = SourceConfig(path=data, split="validation" if "validation" in splits(data) else "train")
+    check_pixels(source)
+    kinds = ("image", "static", "dynamic") if frames == 1 else ("static", "dynamic")
+    bucket = BucketConfig(
+        frames=frames, height=size[0], width=size[1], batch_size=batch, strides=(stride,), kinds=kinds
+    )
+    config = DataConfig(
+        sources=(source,),
+        evaluation_sources=(source,),
+        buckets=(bucket,),
+        resize="center_crop",
+        upscale=True,
+        threads=2,
+    )
+    return Loader(config, seed=0, prepare=lambda example: {"video": example["video"]}, evaluation=True)
+
+
+def _deviations(statistics: dict[str, float]) -> dict[str, float]:
+    """Mean squares of latent channels as standard deviations."""
+    found = {}
+    for name, value in statistics.items():
+        if "/square_" in name:
+            mean = statistics[name.replace("/square_", "/mean_")]
+            found[name.replace("/square_", "/deviation_")] = math.sqrt(max(value - mean**2, 0.0))
+        else:
+            found[name] = value
+    return found

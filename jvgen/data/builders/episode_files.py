@@ -1,0 +1,295 @@
+"""Where episodes lie in files: numpy archives, hdf5, RLDS data sets as TFDS prepares them, folders of frames."""
+
+import dataclasses
+import functools
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jvgen.data.video_files import DecodeError, decode_window, is_image, probe
+
+INSTRUCTIONS = ("language_instruction", "natural_language_instruction", "instruction")
+NUMPY, HDF5, SHARDS = (".npz",), (".hdf5", ".h5"), (".tfrecord-", ".array_record-")
+IMAGES = (".jpg", ".jpeg", ".png")
+_LENGTH, _CHECKSUM = 8, 4  # bytes of a TFRecord's header
+
+
+class Raw(NamedTuple):
+    """An episode as it is stored.
+
+    Attributes:
+      arrays: by name; frames may still be `Pictures`.
+      captions: what was told to do.
+    """
+
+    arrays: dict[str, Any]
+    captions: tuple[str, ...] = ()
+
+
+class Episode(NamedTuple):
+    """A place in a file: a name that is unique in the folder, and what reads it (`DecodeError` if it is damaged)."""
+
+    name: str
+    read: Callable[[], Raw]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Frames that are still encoded.
+
+    Attributes:
+      clips: an image a frame, or one video.
+      swapped: red and blue are in each other's place.
+      limit: frames to keep; none for all.
+    """
+
+    clips: tuple[bytes, ...]
+    swapped: bool = False
+    limit: int | None = None
+
+    def decode(self) -> np.ndarray:
+        """uint8 (T, H, W, 3), RGB."""
+        if len(self.clips) == 1 and not is_image(self.clips[0]):
+            frames = decode_window(self.clips[0], range(probe(self.clips[0]).frames)[: self.limit])
+        else:
+            frames = [decode_window(clip, [0])[0] for clip in self.clips[: self.limit]]
+            if len({frame.shape for frame in frames}) > 1:
+                raise DecodeError(f"frames change size: {sorted({frame.shape[:2] for frame in frames})}")
+            frames = np.stack(frames)
+        return frames[..., ::-1] if self.swapped else frames
+
+
+def find_episodes(folder: Path) -> list[Episode]:
+    """All episodes below a folder, by name.
+
+    Raises:
+      ValueError: no file of a kind that can be read, or hdf5 files without h5py.
+    """
+    found: list[Episode] = []
+    frames: dict[Path, list[Path]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in NUMPY:
+            found.append(Episode(name, functools.partial(read_numpy, path)))
+        elif path.suffix in HDF5:
+            found += _in_hdf5(path, name)
+        elif any(mark in path.name for mark in SHARDS):
+            found += _in_shard(path, name)
+        elif path.suffix.lower() in IMAGES and _natural(path.stem)[0] != path.stem:
+            frames.setdefault(path.parent, []).append(path)
+    for place, paths in frames.items():
+        found.append(Episode(place.relative_to(folder).as_posix(), functools.partial(read_frames, tuple(paths))))
+    if not found:
+        raise ValueError(
+            f"{folder} holds no .npz or .hdf5 files, no shards of a TFDS data set and no numbered images, at any depth."
+        )
+    return sorted(found, key=lambda episode: _natural(episode.name))
+
+
+def read_frames(paths: Sequence[Path]) -> Raw:
+    """Numbered images, a frame each, as Something-Something is used: in the order of their numbers."""
+    try:
+        return Raw(
+            {"image": Pictures(tuple(path.read_bytes() for path in sorted(paths, key=lambda p: _natural(p.stem))))}
+        )
+    except OSError as error:
+        raise DecodeError(f"cannot be read ({error})") from error
+
+
+def read_numpy(path: Path) -> Raw:
+    """The arrays of an npz file; `DecodeError` if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Raw({name: file[name] for name in file.files})
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DecodeError(f"cannot be read as npz ({error})") from error
+
+
+# RLDS. A record is one episode: a tf.train.Example whose features "steps/..." hold a value for every step. Numbers with
+# several components lie flat, pictures are encoded one by one.
+
+
+def _in_shard(path: Path, name: str) -> Iterator[Episode]:
+    places = _array_records(path) if ".array_record-" in path.name else _tf_records(path)
+    for number, read in enumerate(places):
+        yield Episode(f"{name}/{number:06d}", functools.partial(_read_steps, read))
+
+
+def _array_records(path: Path) -> Iterator[Callable[[], bytes]]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    def read(number: int) -> bytes:
+        reader = ArrayRecordReader(str(path))
+        try:
+            return reader.read([number])[0]
+        except (IndexError, RuntimeError) as error:
+            raise DecodeError(f"cannot be read as ArrayRecord ({error})") from error
+        finally:
+            reader.close()
+
+    reader = ArrayRecordReader(str(path))
+    count = reader.num_records()
+    reader.close()
+    return (functools.partial(read, number) for number in range(count))
+
+
+def _tf_records(path: Path) -> Iterator[Callable[[], bytes]]:
+    """Places of the records: each is a length, its checksum, the bytes, and theirs."""
+
+    def read(offset: int, length: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(offset)
+            found = file.read(length)
+        if len(found) < length:
+            raise DecodeError("truncated: the file ends within this record")
+        return found
+
+    size, offset = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while offset < size:
+            file.seek(offset)
+            head = file.read(_LENGTH)
+            # A length that cannot be read leaves one record that says so.
+            length = struct.unpack("<Q", head)[0] if len(head) == _LENGTH else size
+            offset += _LENGTH + _CHECKSUM
+            yield functools.partial(read, offset, length)
+            offset += length + _CHECKSUM
+
+
+def _read_steps(read: Callable[[], bytes]) -> Raw:
+    # What protobuf raises for damaged bytes is not public there.
+    from google.protobuf.message import DecodeError as NotAMessage
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    try:
+        features = tf_example_pb2.Example.FromString(read()).features.feature
+    except NotAMessage as error:
+        raise DecodeError(f"not an example of TFDS ({error})") from error
+    values = {
+        name.removeprefix("steps/"): getattr(feature, feature.WhichOneof("kind")).value
+        for name, feature in features.items()
+        if name.startswith("steps/") and feature.WhichOneof("kind")
+    }
+    steps = min((len(value) for value in values.values()), default=0)
+    if not steps:
+        raise DecodeError("holds no steps (RLDS)")
+    arrays: dict[str, Any] = {}
+    captions: list[str] = []
+    for name, value in sorted(values.items()):
+        short = name.removeprefix("observation/")
+        if not isinstance(value[0], bytes):
+            if len(value) % steps == 0:
+                arrays[short] = np.asarray(value).reshape(steps, -1)
+        elif is_image(value[0]):
+            arrays[short] = Pictures(tuple(value))
+        elif short in INSTRUCTIONS and value[0]:
+            captions.append(value[0].decode(errors="replace"))
+    return Raw(_joined(arrays), tuple(captions))
+
+
+def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Components of an action that are features of their own, side by side, ordered by name."""
+    parts = [name for name in sorted(arrays) if name.startswith("action/")]
+    if parts and "action" not in arrays:
+        arrays["action"] = np.concatenate([np.asarray(arrays[name], np.float32) for name in parts], axis=1)
+    return arrays
+
+
+# hdf5.
+
+
+def _in_hdf5(path: Path, name: str) -> list[Episode]:
+    """One episode a file, or one a group of `data` (robomimic's layout, which VP2 has)."""
+    h5py = _h5py()
+    try:
+        with h5py.File(path, "r") as file:
+            groups = sorted(file["data"], key=_natural) if "data" in file and hasattr(file["data"], "keys") else []
+    except OSError:
+        groups = []
+    if not groups:
+        return [Episode(name, functools.partial(read_hdf5, path))]
+    return [Episode(f"{name}/{group}", functools.partial(read_hdf5, path, f"data/{group}")) for group in groups]
+
+
+def read_hdf5(path: Path, group: str = "/") -> Raw:
+    """An episode of an hdf5 file: RoboNet's layout, robomimic's, or arrays at the top as in an npz file.
+
+    Raises:
+      DecodeError: cannot be read.
+      ValueError: h5py is not installed.
+    """
+    h5py = _h5py()
+    try:
+        with h5py.File(path, "r") as file:
+            if "env" in file and "policy" in file:
+                return _robonet(file)
+            arrays: dict[str, Any] = {}
+            inside = file[group]
+            for prefix, held in (("", inside), ("obs/", inside.get("obs", {}))):
+                names = [name for name in held if isinstance(held[name], h5py.Dataset)]
+                arrays |= {f"{prefix}{name}".removeprefix("obs/"): held[name][()] for name in names}
+            return Raw(arrays)
+    except (OSError, KeyError) as error:
+        raise DecodeError(f"cannot be read as hdf5 ({error})") from error
+
+
+def _robonet(file: Any) -> Raw:
+    """RoboNet (Dasari et al. 2019): encoded cameras, one action less than states; a gripper that closes by itself."""
+    actions, states = file["policy/actions"][()], file["env/state"][()]
+    limit = min(len(states), len(actions) + 1)
+    arrays: dict[str, Any] = {"action": actions[: limit - 1]}
+    for name in sorted(name for name in file["env"] if name.startswith("cam") and name.endswith("_video")):
+        camera = file["env"][name]
+        video = "frames" in camera
+        pieces = [camera["frames"]] if video else [camera[f"frame{number}"] for number in range(len(camera))]
+        order = _text(pieces[0].attrs.get("image_format", "RGB" if video else "BGR"))
+        # Images were written by a library that takes blue first: given red first, they hold red and blue swapped.
+        swapped = order == "BGR" if video else order == "RGB"
+        clips = tuple(np.asarray(piece[()], np.uint8).tobytes() for piece in pieces)
+        arrays[name.removesuffix("_video")] = Pictures(clips, swapped, limit)
+    low, high = (_bound(file, f"{name}_bound") for name in ("low", "high"))
+    automatic = "metadata" in file and _text(file["metadata"].attrs.get("primitives", "")) == "autograsp"
+    if automatic and low is not None and high is not None:
+        closed = states[1:limit, -1] > (low + high) / 2
+        arrays["gripper"] = np.where(closed, high, low)[:, None]
+    return Raw(arrays)
+
+
+def _bound(file: Any, name: str) -> float | None:
+    """The gripper's bound: the last of those of the state."""
+    for group in ("misc", "env"):
+        if group in file and name in file[group]:
+            return float(np.ravel(file[group][name][()])[-1])
+    found = file["metadata"].attrs.get(name) if "metadata" in file else None
+    return None if found is None else float(np.ravel(found)[-1])
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """demo_10 after demo_9."""
+    digits = name[len(name.rstrip("0123456789")) :]
+    return name[: len(name) - len(digits)], int(digits or 0)
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError("reading hdf5 files needs h5py: install jvgen[hdf5].") from error
+    return h5py
+
+
+def names_of(arrays: dict[str, Any]) -> Sequence[str]:
+    """Names of the arrays that are frames: (T, H, W, 3), or still encoded."""
+    return [
+        name
+        for name, array in arrays.items()
+        if isinstance(array, Pictures) or (np.ndim(array) == 4 and np.shape(array)[-1] == 3)
+    ]

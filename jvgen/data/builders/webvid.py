@@ -1,0 +1,76 @@
+"""WebVid: a csv table of captions beside a folder of videos (Bain et al. 2021, arXiv 2104.00650)."""
+
+import csv
+import functools
+from pathlib import Path
+
+from jvgen.data.builders.build_loop import FilterConfig, Progress, Summary
+from jvgen.data.builders.folders import VIDEO_SUFFIXES, Media, assemble_media, video_record
+
+COLUMNS = ("videoid", "name")
+
+
+def build_webvid(
+    table: str | Path,
+    videos: str | Path,
+    out: str | Path,
+    *,
+    shorter_side: int | None = None,
+    keyframe_every: int | None = None,
+    filters: FilterConfig | None = None,
+    validation: float = 0.05,
+    refuse_budget: float = 0.0,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Take in the videos of a table that are there, as moving clips with their captions.
+
+    Args:
+      table: csv with the columns videoid and name (the caption), and page_dir where videos lie in such folders.
+      videos: folder with PAGE_DIR/VIDEOID.mp4 or VIDEOID.mp4.
+      out: folder of the data set.
+      shorter_side, keyframe_every, filters, validation, refuse_budget, workers, overwrite, progress: as in
+        `jvgen.data.builders.folders.build_videos`.
+
+    Raises:
+      BuildError: more damaged files than the budget allows.
+      ValueError: no table, a table of other columns, no folder, or no video of the table in it.
+    """
+    folder = Path(videos).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"videos = {str(folder)!r} is not a folder.")
+    rows = read_table(Path(table).expanduser())
+    there = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES}
+    media = [Media(there[key], key, (caption,)) for key, caption in rows.items() if key in there]
+    if not media:
+        shown = ", ".join(path.name for path in list(there.values())[:3]) or "no videos"
+        raise ValueError(
+            f"{folder} holds none of the {len(rows)} videos of {table}: expected VIDEOID.mp4, as "
+            f"{next(iter(rows))}.mp4, at any depth; it has {shown}."
+        )
+    options = {"kind": "dynamic", "shorter_side": shorter_side, "keyframe_every": keyframe_every}
+    return assemble_media(
+        media, functools.partial(video_record, **options), out,
+        description="Moving clips with captions, from WebVid.", origin="webvid", folder=folder, options=options,
+        captions_optional=False, filters=filters, validation=validation, refuse_budget=refuse_budget, workers=workers,
+        overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+
+
+def read_table(path: Path) -> dict[str, str]:
+    """Captions by video id.
+
+    Raises:
+      ValueError: no such file, other columns, or no rows.
+    """
+    if not path.is_file():
+        raise ValueError(f"table = {str(path)!r}: no such file; WebVid's lists are csv files.")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if not set(COLUMNS) <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: its columns are {reader.fieldnames}; it needs {' and '.join(COLUMNS)}.")
+        rows = {row["videoid"].strip(): row["name"].strip() for row in reader if row["videoid"] and row["name"]}
+    if not rows:
+        raise ValueError(f"{path}: has no rows with a videoid and a name.")
+    return rows

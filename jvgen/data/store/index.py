@@ -1,0 +1,177 @@
+"""The index of a split: one row a record, in columns, so that plans are made without reading a single record."""
+
+import dataclasses
+import functools
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from jvgen.data.store.records import KINDS, Record
+
+# Columns and dtypes on disk. `checksum` makes the digest depend on what the records hold, not only on their sizes.
+COLUMNS = {
+    "id": np.str_,
+    "kind": np.uint8,
+    "frames": np.int32,
+    "height": np.int32,
+    "width": np.int32,
+    "views": np.int32,
+    "frames_per_second": np.float32,
+    "has_camera": np.bool_,
+    "has_action": np.bool_,
+    "captions": np.int32,
+    "latent_frames": np.int32,
+    "checksum": np.uint64,
+}
+
+# What reading a damaged npz has been seen to raise.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    NotImplementedError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """Columns of equal length; row r describes record r of the split.
+
+    Attributes:
+      id: record ids (numpy unicode).
+      kind: index into `jvgen.data.store.records.KINDS`.
+      frames, height, width, views: int32.
+      frames_per_second: float32, 0 for images.
+      has_camera, has_action: bool.
+      captions: int32, number of captions.
+      latent_frames: int32, frames of the cached latents, 0 without.
+      checksum: uint64 over the record's serialised bytes.
+    """
+
+    id: np.ndarray
+    kind: np.ndarray
+    frames: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    views: np.ndarray
+    frames_per_second: np.ndarray
+    has_camera: np.ndarray
+    has_action: np.ndarray
+    captions: np.ndarray
+    latent_frames: np.ndarray
+    checksum: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name, dtype in COLUMNS.items():
+            column = np.asarray(getattr(self, name))
+            if name != "id":
+                column = column.astype(dtype, copy=False)
+            elif column.dtype.kind != "U":
+                column = column.astype(np.str_)
+            assert column.shape == (len(self),), f"column {name} has shape {column.shape}, not ({len(self)},)"
+            object.__setattr__(self, name, column)
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 over every column: equal if and only if the records are the same, in the same order."""
+        state = hashlib.sha256()
+        for name in COLUMNS:
+            column = getattr(self, name)
+            state.update(f"{name}:{len(self)}\n".encode())
+            # Joined, not raw: the width of a numpy string column is no property of the data.
+            state.update(
+                "\0".join(column.tolist()).encode() if name == "id" else np.ascontiguousarray(column).tobytes()
+            )
+        return state.hexdigest()
+
+    def kind_name(self, row: int) -> str:
+        """The kind of a row as text."""
+        return KINDS[int(self.kind[row])]
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Record, int]]) -> "Index":
+        """The index of records, each with its checksum, in the order given."""
+        lists: dict[str, list] = {name: [] for name in COLUMNS}
+        for record, checksum in rows:
+            for name, value in describe(record, checksum).items():
+                lists[name].append(value)
+        return cls.of_columns(lists)
+
+    @classmethod
+    def of_columns(cls, columns: dict[str, list]) -> "Index":
+        """The index of lists, one a column."""
+        return cls(**{name: np.asarray(columns[name], dtype) for name, dtype in COLUMNS.items()})
+
+    def take(self, rows: np.ndarray) -> "Index":
+        """The index of some of the rows."""
+        return Index(**{name: getattr(self, name)[rows] for name in COLUMNS})
+
+    def save(self, folder: str | Path, split: str) -> Path:
+        """Write `index-<split>.npz` into the folder and return its path."""
+        path = path_of(folder, split)
+        with path.open("wb") as file:
+            np.savez(file, digest=np.str_(self.digest), **{name: getattr(self, name) for name in COLUMNS})
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path, split: str) -> "Index":
+        """Read the index that was written beside a data set.
+
+        Raises:
+          ValueError: no index there, an index with missing columns, or one whose digest does not match its content.
+        """
+        path = path_of(folder, split)
+        if not path.is_file():
+            raise ValueError(
+                f"{folder}: there is no {path.name} beside the data set, so it was not written by `jvgen data build` "
+                f"or is incomplete. Build it again."
+            )
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                columns = {name: stored[name] for name in COLUMNS}
+                digest = str(stored["digest"])
+        except _UNREADABLE as error:
+            raise ValueError(f"{path}: cannot be read as an index ({error}). Build the data set again.") from error
+        index = cls(**columns)
+        if index.digest != digest:
+            raise ValueError(f"{path}: damaged; its digest is {index.digest[:12]}, but {digest[:12]} was written.")
+        return index
+
+
+def path_of(folder: str | Path, split: str) -> Path:
+    """Where the index of a split lies."""
+    return Path(folder) / f"index-{split}.npz"
+
+
+def describe(record: Record, checksum: int) -> dict[str, object]:
+    """The row of one record."""
+    return {
+        "id": record.id,
+        "kind": KINDS.index(record.kind),
+        "frames": record.frames,
+        "height": record.height,
+        "width": record.width,
+        "views": record.views,
+        "frames_per_second": record.frames_per_second,
+        "has_camera": record.has_camera,
+        "has_action": record.has_action,
+        "captions": len(record.captions),
+        "latent_frames": record.latents.shape[1] if record.latents.size else 0,
+        "checksum": checksum,
+    }
+
+
+def checksum_of(serialised: bytes) -> int:
+    """64 bits over a record's serialised bytes."""
+    return int.from_bytes(hashlib.blake2b(serialised, digest_size=8).digest(), "little")

@@ -1,0 +1,144 @@
+"""Reading data sets on disk: random access to the records of one split, from any thread or process."""
+
+import difflib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from jvgen.data.store import records
+from jvgen.data.store.index import Index
+from jvgen.data.store.records import Record
+
+METADATA = "jvgen.json"  # what the builder says of the data set, beside TFDS's own files
+# The first opening imports TFDS, whose lazy modules share one lock (functools.cached_property of Python 3.11): two
+# threads at it, one inside of an import and one about to import, would wait for each other forever.
+_OPENING = threading.Lock()
+
+
+class Source:
+    """Records of one split of a data set, by row. Thread-safe; a pickled copy opens its own files."""
+
+    def __init__(self, folder: Path, split: str):
+        self.folder = folder
+        self.split = split
+        self.index = Index.load(folder, split)
+        self._reader: Any = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, row: int) -> Record:
+        """The record of a row, 0 <= row < len(self).
+
+        Raises:
+          IndexError: no such row.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self.folder} [{self.split}], which has {len(self)} records")
+        return records.decode(self._open()[int(row)])
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the builder wrote about the data set (origin, options, digests); see `jvgen.data.store.writer`."""
+        return read_metadata(self.folder)
+
+    def _open(self) -> Any:
+        if self._reader is None:
+            with _OPENING:
+                if self._reader is None:
+                    reader = _builder(self.folder).as_data_source(self.split)
+                    if len(reader) != len(self.index):
+                        raise ValueError(
+                            f"{self.folder} [{self.split}]: the index has {len(self.index)} rows, the data set "
+                            f"{len(reader)} records. Build it again."
+                        )
+                    self._reader = reader
+        return self._reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "split": self.split, "index": self.index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _reader=None)
+
+    def __repr__(self) -> str:
+        return f"Source({str(self.folder)!r}, {self.split!r}, {len(self)} records)"
+
+
+def open_source(path: str | Path, split: str) -> Source:
+    """Open one split of the data set in a folder (or in the only data set below it).
+
+    Raises:
+      ValueError: no folder, a folder without a data set (or with several), an unknown split, a missing index; the
+        message lists what there is.
+    """
+    folder = find_dataset(path)
+    names = splits(folder)
+    if split not in names:
+        known = ", ".join(f"{name} ({count} records)" for name, count in names.items()) or "none"
+        raise ValueError(f"{folder} has no split {split!r}. Its splits: {known}.")
+    return Source(folder, split)
+
+
+def find_dataset(path: str | Path) -> Path:
+    """The folder with `dataset_info.json`: `path` itself, or the only one below it (two levels deep).
+
+    Raises:
+      ValueError: as `open_source`.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
+        hint = f"Did you mean {' or '.join(near)}?" if near else "`jvgen data build` makes data sets."
+        raise ValueError(f"data set folder {str(path)!r} does not exist. {hint}")
+    if not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file; a data set is a folder with dataset_info.json.")
+    if (path / "dataset_info.json").is_file():
+        return path
+    # Folders that begin with a dot are builds that never finished.
+    found = sorted(
+        info.parent
+        for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
+        for info in path.glob(pattern)
+        if not any(part.startswith(".") for part in info.relative_to(path).parts)
+    )
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{path} holds {len(found)} data sets; name one: {', '.join(str(p) for p in found[:8])}.")
+    names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"{path} holds no data set (no dataset_info.json here or below; it has: {names}). "
+        "Make one with `jvgen data build`."
+    )
+
+
+def splits(folder: str | Path) -> dict[str, int]:
+    """Split names of a data set with their numbers of records."""
+    return {name: int(split.num_examples) for name, split in _builder(find_dataset(folder)).info.splits.items()}
+
+
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """What the builder wrote about the data set.
+
+    Raises:
+      ValueError: the data set was not written by `jvgen data build`.
+    """
+    path = Path(folder) / METADATA
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {METADATA}: it was not written by `jvgen data build`.")
+    return json.loads(path.read_text())
+
+
+def _builder(folder: Path) -> Any:
+    import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
+
+    try:
+        return tfds.builder_from_directory(str(folder))
+    except (FileNotFoundError, ValueError, KeyError, ParseError) as error:
+        raise ValueError(
+            f"{folder}: dataset_info.json or features.json cannot be read as TFDS metadata ({error})."
+        ) from error

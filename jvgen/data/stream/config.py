@@ -1,0 +1,136 @@
+"""What a run reads: sources (data sets on disk with weights) and buckets (the shapes of its batches)."""
+
+import dataclasses
+from typing import Literal
+
+from jvgen.config import Config
+from jvgen.data.stream.augment import AugmentationConfig
+from jvgen.data.stream.segments import SegmentConfig
+
+Kind = Literal["image", "static", "dynamic"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig(Config):
+    """One TFDS data set in ArrayRecord, written by `jvgen data build`.
+
+    Attributes:
+      path: folder of the data set (the one with `dataset_info.json`, or a parent with exactly one inside).
+      split: TFDS split name.
+      weight: share of the samples of a bucket, relative to the other sources that can fill it.
+      kinds: use only records of these kinds; empty for all.
+      step: recorded frames that count as one here: strides of buckets are multiplied by it, so that recordings at
+        different rates move alike. Recordings too short for it are taken with the largest step that fits them.
+    """
+
+    path: str
+    split: str = "train"
+    weight: float = 1.0
+    kinds: tuple[Kind, ...] = ()
+    step: int = 1
+
+    def validate(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight = {self.weight}: must be positive; leave the source out to give it no share.")
+        if self.step < 1:
+            raise ValueError(f"step = {self.step}: recorded frames that count as one, 1 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BucketConfig(Config):
+    """One batch shape.
+
+    Attributes:
+      frames, height, width: size of a clip in pixels; frames 1 for images.
+      batch_size: global batch, over all hosts.
+      views: synchronised cameras per example.
+      strides: frame strides to draw from; a clip of F frames spans (F-1)*stride+1 recorded frames.
+      kinds: record kinds that may fill the bucket.
+      weight: share of the steps.
+      segment: which frames of a longer window; none for all frames of a window.
+      begins, ends: the first step that may have this shape, and the first that may not any more; none for the end of
+        the run. `jvgen.training.optimization.curriculum` sets them from stages.
+    """
+
+    frames: int
+    height: int
+    width: int
+    batch_size: int
+    views: int = 1
+    strides: tuple[int, ...] = (1,)
+    kinds: tuple[Kind, ...] = ("image", "static", "dynamic")
+    weight: float = 1.0
+    segment: SegmentConfig | None = None
+    begins: int = 0
+    ends: int | None = None
+
+    @property
+    def horizon(self) -> int:
+        """Frames, at the stride, of the window that an example is taken from."""
+        return self.frames if self.segment is None else self.segment.horizon
+
+    @property
+    def name(self) -> str:
+        """A short name for logs: views x frames x height x width."""
+        return f"{self.views}x{self.frames}x{self.height}x{self.width}"
+
+    def validate(self) -> None:
+        for field in ("frames", "height", "width", "batch_size", "views"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} = {getattr(self, field)}: must be at least 1.")
+        if not self.strides or min(self.strides) < 1:
+            raise ValueError(f"strides = {self.strides}: needs at least one stride, each 1 or more.")
+        if not self.kinds:
+            raise ValueError("kinds = (): name at least one of image, static, dynamic.")
+        if self.weight <= 0:
+            raise ValueError(f"weight = {self.weight}: must be positive; leave the bucket out to give it no steps.")
+        if self.begins < 0 or (self.ends is not None and self.ends <= self.begins):
+            raise ValueError(f"begins = {self.begins}, ends = {self.ends}: steps, 0 <= begins < ends; or ends = none.")
+        if self.segment is not None:
+            self.segment.check(self.frames)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Sources, buckets, and how the host reads them.
+
+    Attributes:
+      sources: training data sets.
+      buckets: batch shapes; every step uses one.
+      evaluation_sources: data sets for evaluation (usually another split of the same).
+      kind_weights: share of samples by record kind within a bucket that admits several; a missing kind counts 1.
+      resize: how a frame becomes the bucket's size: "crop" keeps the aspect ratio and crops what is over.
+      upscale: also use records that are smaller than the bucket.
+      flip: mirror clips at random (never for records with cameras or actions).
+      augmentation: random crops and colours; none for the whole frame as it is.
+      threads: reading and decoding threads a host (or a worker).
+      workers: reading processes a host; 0 reads in this process.
+      prefetch: batches kept ready.
+      error_budget: share of records that may fail to decode before the run stops.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    buckets: tuple[BucketConfig, ...]
+    evaluation_sources: tuple[SourceConfig, ...] = ()
+    kind_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    resize: Literal["crop", "center_crop", "squash"] = "crop"
+    upscale: bool = False
+    flip: bool = False
+    augmentation: AugmentationConfig | None = None
+    threads: int = 8
+    workers: int = 0
+    prefetch: int = 4
+    error_budget: float = 0.001
+
+    def validate(self) -> None:
+        if not self.sources:
+            raise ValueError("sources = (): name at least one data set; build one with `jvgen data build`.")
+        if not self.buckets:
+            raise ValueError("buckets = (): name at least one batch shape.")
+        if self.threads < 1 or self.workers < 0 or self.prefetch < 1:
+            raise ValueError(
+                f"threads = {self.threads}, workers = {self.workers}, prefetch = {self.prefetch}: "
+                "threads and prefetch must be at least 1, workers at least 0."
+            )
+        if not 0 <= self.error_budget < 1:
+            raise ValueError(f"error_budget = {self.error_budget}: a share of records, from 0 up to 1.")

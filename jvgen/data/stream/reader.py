@@ -1,0 +1,167 @@
+"""Reading one batch: records by row, examples by decoding, substitutes for what cannot be decoded."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jvgen.data.store.records import Record
+from jvgen.data.store.sources import Source
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.plan import Plan
+from jvgen.data.stream.quarantine import Failure, Quarantine, TooManyFailures
+from jvgen.data.stream.transforms import Resize, load_example
+from jvgen.data.video_files import DecodeError
+
+Prepare = Callable[[dict[str, Any]], dict[str, np.ndarray]]
+
+
+class _Slot(NamedTuple):
+    id: str
+    arrays: dict[str, np.ndarray]
+    substituted: bool
+
+
+class BatchReader:
+    """Calls with a step give this host's part of the step's batch: a pure function of the step and the records.
+
+    Picklable: a copy, in this process or another, has its own threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        sources: Sequence[Source],
+        prepare: Prepare,
+        resize: Resize,
+        host: int,
+        hosts: int,
+        threads: int,
+        quarantine: Quarantine,
+    ):
+        self.plan = plan
+        self.sources = tuple(sources)
+        self.prepare = prepare
+        self.resize: Resize = resize
+        self.host, self.hosts = host, hosts
+        self.threads = threads
+        self.quarantine = quarantine
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """`step`, `arrays` stacked over the host's slots, `record_ids`, `substitutes`.
+
+        Raises:
+          TooManyFailures: no substitute is left, or the error budget is spent.
+          ValueError: `prepare` gave arrays of different names, shapes or dtypes.
+        """
+        planned = self.plan.at(step)
+        source, row = planned.source.tolist(), planned.row.tolist()
+        share = planned.bucket.batch_size // self.hosts
+        threads = self._threads()
+        pending = [
+            threads.submit(self._read, step, slot, planned.bucket, source[slot], row[slot])
+            for slot in range(self.host * share, (self.host + 1) * share)
+        ]
+        try:
+            slots = [future.result() for future in pending]
+        finally:
+            for future in pending:
+                future.cancel()
+        return {
+            "step": step,
+            "arrays": _stack(slots, planned.bucket),
+            "record_ids": [slot.id for slot in slots],
+            "substitutes": sum(slot.substituted for slot in slots),
+        }
+
+    def close(self) -> None:
+        """Let the threads go, after the clips that they are at. A closed reader reads no more; copies of it do."""
+        with self._lock:
+            self._closed = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, step: int, slot: int, bucket: BucketConfig, source: int, row: int) -> _Slot:
+        attempt = 0
+        while True:
+            sample = self.plan.draw(step, slot, attempt, source, row)
+            try:
+                record = _record(self.sources[source], row)
+                example = load_example(record, sample, bucket, self.resize)
+            except DecodeError as error:
+                failure = self._failure(step, slot, source, row, error)
+            else:
+                self.quarantine.succeeded()
+                return _Slot(record.id, self.prepare(example), attempt > 0)
+            self.quarantine.failed(failure)
+            attempt += 1
+            place = self.plan.substitute(step, slot, attempt)
+            if place is None:
+                raise TooManyFailures(
+                    f"no record of the kind and source of {failure.id} ({failure.source}) that fits bucket "
+                    f"{bucket.name} can be decoded; the last error: {failure.error}"
+                )
+            source, row = place
+
+    def _failure(self, step: int, slot: int, source: int, row: int, error: DecodeError) -> Failure:
+        config = self.plan.sources[source]
+        return Failure(
+            step=step,
+            slot=slot,
+            source=f"{config.path} [{config.split}]",
+            row=row,
+            id=str(self.sources[source].index.id[row]),
+            error=str(error),
+        )
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the reader is closed")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="jvgen-read")
+            return self._pool
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_pool": None, "_closed": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def _record(source: Source, row: int) -> Record:
+    try:
+        return source.read(row)
+    except RuntimeError as error:
+        # What ArrayRecord raises when the hash of a stored chunk does not match; storage that fails is another matter.
+        if "corrupted" not in str(error).lower():
+            raise
+        raise DecodeError(f"damaged on disk ({str(error).splitlines()[0][:200]})") from error
+
+
+def _stack(slots: Sequence[_Slot], bucket: BucketConfig) -> dict[str, np.ndarray]:
+    first = {name: np.asarray(array) for name, array in slots[0].arrays.items()}
+    for slot in slots[1:]:
+        got = {name: np.asarray(array) for name, array in slot.arrays.items()}
+        if {n: (a.shape, a.dtype) for n, a in got.items()} != {n: (a.shape, a.dtype) for n, a in first.items()}:
+            differ = sorted(
+                n
+                for n in first.keys() | got.keys()
+                if n not in first or n not in got or (first[n].shape, first[n].dtype) != (got[n].shape, got[n].dtype)
+            )
+            raise ValueError(
+                f"bucket {bucket.name}: records {slots[0].id!r} and {slot.id!r} were prepared to different arrays: "
+                + "; ".join(f"{name}: {_say(first.get(name))} and {_say(got.get(name))}" for name in differ)
+                + ". Every example of a bucket must give the same names, shapes and dtypes."
+            )
+    return {name: np.stack([slot.arrays[name] for slot in slots]) for name in first}
+
+
+def _say(array: np.ndarray | None) -> str:
+    return "missing" if array is None else f"{array.dtype}{list(array.shape)}"

@@ -1,0 +1,130 @@
+"""Generated clips as files: their names, an index of how they were made, and what is there already."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jvgen.data.video_files import encode_image, encode_video
+from jvgen.training.telemetry.metrics import read_rows
+
+# Slots of different prompts never meet: clip i of prompt p has the slot p * CLIPS_PER_PROMPT + i.
+CLIPS_PER_PROMPT = 1 << 12
+MOST_PROMPTS = 1 << 19
+INDEX = "index.jsonl"
+LONGEST_NAME = 255  # bytes, on every common file system
+
+# "numbered": 0003_01_a_red_ball.mp4; "vbench": a red ball-1.mp4, where VBench's evaluation looks for it.
+Naming = Literal["numbered", "vbench"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One clip to be made: where to, of which prompt, and the slot that its draws belong to."""
+
+    path: Path
+    prompt: int
+    slot: int
+
+
+def plan_clips(
+    prompts: Sequence[str], count: int, out: Path, *, frames: int, batch: int, naming: Naming = "numbered"
+) -> list[Clip]:
+    """Every clip of a request, `count` for each prompt.
+
+    Args:
+      out: a folder, or one file (.mp4, .png for single frames, .npy for numbers) for one clip.
+      frames: of a clip.
+      batch: clips made together.
+
+    Raises:
+      ValueError: numbers that do not work, files in the way, prompts that give no file name.
+    """
+    if not 1 <= count <= CLIPS_PER_PROMPT or not 1 <= len(prompts) <= MOST_PROMPTS or batch < 1:
+        raise ValueError(
+            f"--num {count}, --batch {batch}, {len(prompts)} prompts: --num must lie in 1..{CLIPS_PER_PROMPT}, "
+            f"--batch be 1 or more, and there can be 1..{MOST_PROMPTS} prompts."
+        )
+    suffix = ".mp4" if frames > 1 else ".png"
+    if is_one_file(out):
+        if len(prompts) * count != 1:
+            raise ValueError(f"--out {out}: one file, but {len(prompts) * count} clips are asked for; give a folder.")
+        if out.suffix not in (suffix, ".npy"):
+            raise ValueError(f"--out {out}: {frames} frames are written as {suffix}; change the ending.")
+        if out.exists():
+            raise ValueError(f"--out {out}: exists, and is not written over; remove it, or give another name.")
+        return [Clip(out, 0, 0)]
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file, and neither .mp4 nor .png; give a folder.")
+    names = _vbench_name if naming == "vbench" else _numbered_name
+    clips = [
+        Clip(out / names(prompt, p, i, suffix), p, p * CLIPS_PER_PROMPT + i)
+        for p, prompt in enumerate(prompts)
+        for i in range(count)
+    ]
+    assert len({clip.path for clip in clips}) == len(clips), "prompts are unique where names are made of them alone"
+    return clips
+
+
+def is_one_file(out: Path) -> bool:
+    """Whether `--out` names one clip and not a folder."""
+    return out.suffix in (".mp4", ".png", ".npy")
+
+
+def note_clips(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the index before the clips, so that a call that was cut short can be told from another request's.
+
+    Args:
+      out: folder of the clips; made if it is not there.
+      rows: `{"file": name, ...}` and how that clip is made, one a clip.
+
+    Raises:
+      ValueError: clips are there that were made with other settings.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    index = out / INDEX
+    before = read_rows(index)
+    known = {row["file"]: row for row in before}
+    for row in rows:
+        if (out / row["file"]).exists() and known.get(row["file"]) != row:
+            old = known.get(row["file"], {})
+            differ = ", ".join(f"{k} = {old[k]!r}, now {row[k]!r}" for k in row if k in old and old[k] != row[k])
+            raise ValueError(
+                f"--out {out}: {row['file']} is there and was made with other settings "
+                f"({differ or 'not in the index'}); give another folder, or remove this one."
+            )
+    listed = {row["file"] for row in rows}
+    kept = [row for row in before if row["file"] not in listed and (out / row["file"]).exists()]
+    partial = index.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]))
+    partial.replace(index)
+
+
+def write_clip(path: Path, clip: np.ndarray, frames_per_second: float) -> None:
+    """Write a clip `F H W 3`, whole or not at all: uint8 as a video or a picture, floats as numbers (.npy)."""
+    partial = path.with_name(f".{path.name}.partial")
+    if path.suffix == ".npy":
+        with partial.open("wb") as stream:
+            np.save(stream, clip)
+    else:
+        partial.write_bytes(encode_video(clip, frames_per_second) if len(clip) > 1 else encode_image(clip[0]))
+    partial.rename(path)
+
+
+def _numbered_name(prompt: str, number: int, index: int, suffix: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:48]
+    return f"{number:04d}_{index:02d}_{slug}{suffix}"
+
+
+def _vbench_name(prompt: str, number: int, index: int, suffix: str) -> str:
+    name = f"{prompt}-{index}{suffix}"
+    if "/" in prompt or "\0" in prompt or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"prompt {number}, {prompt[:60]!r}: cannot be part of a file name, as VBench has it (a slash, or more than "
+            f"{LONGEST_NAME} bytes); use --naming numbered."
+        )
+    return name

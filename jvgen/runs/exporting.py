@@ -1,0 +1,181 @@
+"""Between runs and PyTorch folders: export a run, begin one from published weights, say what a folder holds."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from jvgen import __version__
+from jvgen.config import Config, ConfigError, dump
+from jvgen.interop.architecture import differences
+from jvgen.interop.formats import format_of
+from jvgen.interop.from_torch import import_folder, read_config
+from jvgen.interop.inflate import inflate_folder
+from jvgen.interop.sat_file import export_sat
+from jvgen.interop.to_torch import export_networks
+from jvgen.nn.network import Parameters
+from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, adopt_pipeline, is_pipeline, read_pipeline
+from jvgen.tasks.task import Task
+from jvgen.training.checkpoint.restore import check_new_run, load_for_inference, write_first_checkpoint
+from jvgen.training.experiment import Experiment
+
+
+def export_run(
+    run: Path,
+    folder: Path,
+    *,
+    ema: str | None = None,
+    step: int | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    layout: Literal["folders", "sat"] = "folders",
+) -> Path:
+    """Write every trained network of a run as a sub-folder that diffusers or transformers loads.
+
+    Args:
+      run: work folder.
+      folder: to write; it appears complete or not at all.
+      ema, step: which weights, see `jvgen.training.checkpoint.restore.load_for_inference`.
+      dtype: of the files: float32, bfloat16 or float16.
+      overwrite: replace what is there.
+      layout: "sat" writes the denoiser alone, as one file with the names of the code that CogVideoX and RepVideo were
+        trained in (`jvgen.interop.sat_file`).
+    """
+    experiment, task, parameters, trained = load_for_inference(run, ema, step=step)
+    if layout == "sat":
+        return _export_sat(task, parameters, Path(folder), dtype)
+    about = {
+        "jvgen": __version__,
+        "experiment": experiment.name,
+        "step": trained,
+        "ema": str(ema or "best"),
+        "dtype": dtype,
+    }
+    files = {"jvgen_run.json": json.dumps(about, indent=2) + "\n", **task.exported_files()}
+    written = export_networks(task.network_configs, parameters, folder, files=files, dtype=dtype, overwrite=overwrite)
+    for name in sorted(task.network_configs):
+        size = sum(path.stat().st_size for path in (Path(written) / name).iterdir())
+        print(f"{Path(written) / name}: {size / 1e6:.1f} MB")
+    return Path(written)
+
+
+def _export_sat(task: Task, parameters: Parameters, folder: Path, dtype: str) -> Path:
+    if "denoiser" not in task.network_configs:
+        raise ConfigError(f"--layout sat: the run trains {', '.join(sorted(task.network_configs))}, and no denoiser.")
+    written = export_sat(
+        task.network_configs["denoiser"], parameters["denoiser"], folder / "denoiser.safetensors", dtype=dtype
+    )
+    print(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+    return folder
+
+
+def import_run(
+    weights: Path,
+    experiment: Experiment,
+    workdir: Path,
+    *,
+    network: str | None = None,
+    inflate: bool = False,
+    new_gates: bool = False,
+    adapt: bool = False,
+) -> None:
+    """Make a work folder whose training begins at step 0 with the weights of a PyTorch folder.
+
+    Args:
+      weights: diffusers or transformers folder, or one safetensors file. Of a whole CogVideoX pipeline, the denoiser is
+        trained on; the text encoder and the autoencoder are read from there by the run.
+      experiment: its task has a network of the same architecture.
+      workdir: to create.
+      network: which network takes the weights; the one with that kind of configuration unless given.
+      inflate: the weights are of an image autoencoder, and the task's video autoencoder grows out of them.
+      adapt: the weights may lack what the network has and have what it lacks (iVideoGPT: frames of context, heads).
+      new_gates: the weights are CogVideoX's, and the run is RepVideo's: its gates start as the config says.
+
+    Raises:
+      ConfigError: no network of the task takes these weights, or several do.
+      WeightError: the tensors do not fit; all are listed.
+    """
+    if is_pipeline(weights):
+        experiment = experiment.replace(task=adopt_pipeline(experiment.task, weights.resolve()))
+        weights = weights / DENOISER
+    task = experiment.task.build()
+    if network is not None and network not in task.network_configs:
+        raise ConfigError(f"--network {network}: the task trains {', '.join(sorted(task.network_configs))}.")
+    configs = dict(task.network_configs)
+    if new_gates:
+        configs = {name: _without_gates(config) for name, config in configs.items()}
+    wanted = configs[network] if network else None
+    if inflate:
+        network = network or _only_video_autoencoder(task.network_configs)
+        check_new_run(workdir)
+        _begin(experiment, workdir, network, inflate_folder(weights, task.network_configs[network]), weights)
+        return
+    # A lone file does not say what it is: the experiment does.
+    alone = weights.is_file() and not (weights.parent / "config.json").is_file()
+    if alone and wanted is None:
+        candidates = sorted(task.network_configs)
+        if len(candidates) != 1:
+            raise ConfigError(
+                f"{weights} has no config.json beside it: say which of {', '.join(candidates)} with --network."
+            )
+        network, wanted = candidates[0], configs[candidates[0]]
+    found = wanted if alone else read_config(weights)
+    if network is None:
+        matching = [name for name, config in sorted(configs.items()) if type(config) is type(found)]
+        if len(matching) != 1:
+            raise ConfigError(
+                f"{weights} holds a {type(found).__name__}; networks of this kind in the task: "
+                f"{', '.join(matching) or 'none'}. Choose another config, or name the network with --network."
+            )
+        network = matching[0]
+    lines = differences(found, configs[network])
+    if lines and adapt and not alone:
+        check_new_run(workdir)
+        parameters = format_of(found).adapted(import_folder(weights)[1], found, configs[network])
+        _begin(experiment, workdir, network, parameters, weights)
+        return
+    if lines:
+        raise ConfigError(
+            f"{weights} holds another network than {network!r} of {experiment.name}:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + f"\nSet task fields of {network!r} to those of the weights, or take other weights."
+            + ("\nCogVideoX's weights begin a RepVideo run with --new-gates." if _lacks_gates(lines) else "")
+        )
+    check_new_run(workdir)
+    _, parameters = import_folder(weights, wanted if alone else None)
+    _begin(experiment, workdir, network, parameters, weights)
+
+
+def _without_gates(config: Config) -> Config:
+    return config.replace(aggregation=None) if getattr(config, "aggregation", None) is not None else config
+
+
+def _lacks_gates(lines: list[str]) -> bool:
+    return any(line.startswith("aggregation: None in the weights") for line in lines)
+
+
+def _begin(experiment: Experiment, workdir: Path, network: str, parameters: Parameters, weights: Path) -> None:
+    write_first_checkpoint(experiment, workdir, {network: parameters})
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    print(f"{workdir}: step 0 with {count:,} parameters of {weights} as {network!r}; go on with `jvgen train`")
+
+
+def _only_video_autoencoder(configs: Mapping[str, Config]) -> str:
+    """The network that grows: the one whose configuration says how many frames share a latent."""
+    names = [name for name, config in sorted(configs.items()) if hasattr(config, "temporal_downsampling")]
+    if len(names) != 1:
+        raise ConfigError(f"--inflate: video autoencoders in the task: {', '.join(names) or 'none'}; need one.")
+    return names[0]
+
+
+def describe_weights(weights: Path) -> str:
+    """What a folder holds: the network (of a pipeline, each of them), its configuration, number of parameters."""
+    if is_pipeline(weights):
+        read_pipeline(weights)
+        return "\n".join(describe_weights(weights / name) for name in NETWORKS)
+    config, parameters = import_folder(weights)
+    leaves = jax.tree.leaves(parameters)
+    count = sum(leaf.size for leaf in leaves)
+    return f"{weights}: {count:,} parameters in {len(leaves)} arrays\n{dump(config)}"

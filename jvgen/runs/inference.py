@@ -1,0 +1,94 @@
+"""A trained run put to use: its parameters on this machine's devices, ready to sample from and to be measured."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jvgen.nn.compute_dtype import cast
+from jvgen.nn.network import Parameters
+from jvgen.parallel.mesh import MeshConfig, make_mesh
+from jvgen.parallel.rules import Sharding
+from jvgen.tasks.task import Task
+from jvgen.training.checkpoint import identity
+from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.checkpoint.restore import load_for_inference
+from jvgen.training.config import CheckpointConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run opened for use.
+
+    Attributes:
+      program: the run on the devices of this machine.
+      parameters: float32, as training stores them.
+      frozen: parameters of frozen networks.
+      step: steps trained; 0 for random weights.
+    """
+
+    program: Program
+    parameters: Parameters
+    frozen: Parameters
+    step: int
+
+    @property
+    def experiment(self) -> Experiment:
+        """Its description."""
+        return self.program.experiment
+
+    @property
+    def task(self) -> Task:
+        """What it trains."""
+        return self.program.task
+
+    @property
+    def devices(self) -> int:
+        """Devices that a batch is split over."""
+        return self.program.sharding.mesh.size
+
+    def compute_parameters(self) -> Parameters:
+        """Parameters in the dtypes that training computes with."""
+        dtype = jnp.dtype(self.experiment.training.compute_dtype)
+        return jax.jit(lambda tree: cast(tree, self.task.axes(), dtype))(self.parameters)
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """The description of a run, from its newest readable checkpoint; no array is read.
+
+    Raises:
+      CheckpointError: no such run, or no readable checkpoint.
+    """
+    checkpoints = Checkpoints(Path(folder), CheckpointConfig(), read_only=True)
+    try:
+        return identity.experiment_of(checkpoints.run_document())
+    finally:
+        checkpoints.close()
+
+
+def open_run(folder: Path, ema: str | None = None, step: int | None = None, untrained: bool = False) -> TrainedRun:
+    """Read a run onto all devices of this machine, parameters sharded over them.
+
+    Args:
+      folder: work folder of the run.
+      ema, step: see `load_for_inference`.
+      untrained: random weights from the run's seed instead of the checkpoint's, as a baseline.
+
+    Raises:
+      CheckpointError, ConfigError: see `load_for_inference`.
+      ValueError: weights of frozen networks are missing or of other networks.
+    """
+    experiment = read_experiment(folder)
+    experiment.task.check_weights()
+    sharding = Sharding(make_mesh(MeshConfig(fsdp=-1), jax.local_devices()))
+    if untrained:
+        program = Program.of(experiment, sharding.mesh)
+        fresh = program.init()
+        return TrainedRun(program, fresh.parameters, fresh.frozen, 0)
+    experiment, task, parameters, trained = load_for_inference(folder, ema, step=step, sharding=sharding)
+    program = Program.of(experiment, sharding.mesh, task)
+    _, frozen = program.given()
+    return TrainedRun(program, parameters, frozen, trained)

@@ -1,0 +1,297 @@
+"""`jvgen sample --weights`: prompts to clips with a published pipeline, network after network."""
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvgen.config import to_json
+from jvgen.diffusion.guidance import GuidanceConfig
+from jvgen.diffusion.objective import slot_normal
+from jvgen.diffusion.sampler import SamplerConfig
+from jvgen.interop.from_torch import check_weights
+from jvgen.models.cogvideox_vae.tiling import Tiling
+from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.runs.clip_folder import Clip, Naming, is_one_file, note_clips, plan_clips, write_clip
+from jvgen.runs.noise import read_noise
+from jvgen.runs.published.placement import Placement, default_dtype
+from jvgen.runs.published.stages import Batch, Decoder, Denoiser, encode_captions
+from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, default_request, frames_per_second, read_pipeline
+from jvgen.tasks.pixels import to_uint8
+from jvgen.tasks.task import SampleRequest
+from jvgen.tasks.text_to_video import START_KEY, TextToVideo, TextToVideoConfig
+from jvgen.terminal import progress_bar
+from jvgen.training.telemetry.throughput import peak_memory
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishedRequest:
+    """What `jvgen sample --weights` is asked for; None leaves it to the pipeline.
+
+    Attributes:
+      frames, size, steps, guidance: of the clips; size is (height, width) in pixels. Guidance of 1 or less is none.
+      dynamic_guidance: CogVideoX's scale that changes with the timestep.
+      sampler, spacing: kind and spacing of `SamplerConfig`; the pipeline's scheduler if None.
+      levels: see `SamplerConfig`; "sat" has a spacing of its own.
+      negative_prompt: what guidance leads away from.
+      null: what stands for no prompt: the embeddings of the negative prompt, or zeros (as CogVideoX was trained).
+      seed: clip i of prompt p depends on (seed, p, i) only.
+      batch: clips denoised together.
+      noise: file with the noise to start from, see `read_noise`.
+      dtype: "float32", "bfloat16" or "float16".
+      in_tiles: decode tile by tile.
+      frames_per_second: of the files.
+      devices: how many of this machine's to use; all if None.
+      enhance: scaling of attention across frames.
+    """
+
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    dynamic_guidance: bool = False
+    sampler: str | None = None
+    spacing: str | None = None
+    levels: Literal["schedule", "sat"] = "schedule"
+    negative_prompt: str = ""
+    null: Literal["empty", "zeros"] = "empty"
+    seed: int = 0
+    batch: int = 1
+    noise: Path | None = None
+    dtype: str | None = None
+    in_tiles: bool = False
+    frames_per_second: float | None = None
+    devices: int | None = None
+    enhance: EnhanceConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request that was found possible: nothing is loaded yet.
+
+    Attributes:
+      config: the pipeline as a task.
+      clip: size of the clips.
+      sampler, guidance: how they are made.
+      latents: frames, height, width and channels that are sampled.
+      noise: see `read_noise`; None to draw it.
+      dtype: see `PublishedRequest`.
+    """
+
+    config: TextToVideoConfig
+    clip: SampleRequest
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
+    latents: tuple[int, int, int, int]
+    noise: np.ndarray | None
+    dtype: str
+
+
+def sample_published(
+    weights: Path,
+    prompts: Sequence[str],
+    out: Path,
+    request: PublishedRequest,
+    *,
+    count: int = 1,
+    naming: Naming = "numbered",
+) -> list[Path]:
+    """Generate `count` clips a prompt; clips that are there already are not made again.
+
+    Args:
+      weights: folder of a pipeline, see `read_pipeline`.
+      prompts: texts, each once.
+      out: folder for the clips and `index.jsonl`, or one file for one clip: .mp4, .png, or .npy for float32 frames in
+        0..1 as the decoder gives them.
+      request: see `PublishedRequest`.
+      count: clips a prompt.
+      naming: of files in a folder.
+
+    Returns:
+      The files, in order.
+
+    Raises:
+      ValueError: everything that can be known to be wrong before weights are read.
+    """
+    prepared = prepare(weights, len(prompts) * count, request)
+    clip = prepared.clip
+    clips = plan_clips(prompts, count, out, frames=clip.frames, batch=request.batch, naming=naming)
+    for name in NETWORKS:
+        check_weights(weights / name)
+    if not is_one_file(out):
+        made = _settings(weights, prepared, request)
+        note_clips(out, [{"file": c.path.name, "prompt": prompts[c.prompt], "slot": c.slot, **made} for c in clips])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    todo = [(number, clip) for number, clip in enumerate(clips) if not clip.path.exists()]
+    if todo:
+        _make(weights, prompts, todo, prepared, request)
+    if len(todo) < len(clips):
+        print(f"{len(clips) - len(todo)} clips were there already in {out}")
+    return [clip.path for clip in clips]
+
+
+def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
+    """Check a request against a pipeline; reads small files only.
+
+    Raises:
+      ValueError: a pipeline that cannot be read, or a request that it cannot serve.
+    """
+    if request.dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype {request.dtype}: one of {', '.join(DTYPES)}.")
+    if request.null == "zeros" and request.negative_prompt:
+        raise ValueError("--null zeros stands in the place of --negative-prompt: give one of them.")
+    if request.frames_per_second is not None and not request.frames_per_second > 0:
+        raise ValueError(f"--fps {request.frames_per_second}: must be more than 0.")
+    available = len(jax.local_devices())
+    if request.devices is not None and not 1 <= request.devices <= available:
+        raise ValueError(f"--devices {request.devices}: this machine has {available}.")
+    config = read_pipeline(weights)
+    asked = {"kind": request.sampler, "spacing": request.spacing}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if request.levels == "sat":
+        asked = {"spacing": "trailing", "goes_to": "next", "levels": "sat"} | asked
+    config = config.replace(sampler=config.sampler.replace(**asked))
+    if request.dynamic_guidance:
+        config = config.replace(guidance=config.guidance.replace(kind="dynamic"))
+    made_for = default_request(config)
+    height, width = (made_for.height, made_for.width) if request.size is None else request.size
+    guidance = config.guidance.scale if request.guidance is None else request.guidance
+    clip = SampleRequest(
+        frames=made_for.frames if request.frames is None else request.frames,
+        height=height,
+        width=width,
+        steps=request.steps,
+        # As diffusers has it: what is not more than 1 is a single pass.
+        guidance=guidance if guidance > 1 else 1.0,
+        enhance=request.enhance,
+    )
+    config.check_request(clip)
+    if request.in_tiles:
+        Tiling.decoding(config.vae)
+    sampler, strength = config.sampling(clip)
+    latents = (*config.sampled_shape(clip.frames, height, width), config.denoiser.out_channels)
+    noise = None if request.noise is None else read_noise(request.noise, latents, clips)
+    return Prepared(config, clip, sampler, strength, latents, noise, request.dtype or default_dtype())
+
+
+def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> dict[str, Any]:
+    """Everything that decides what a clip of a prompt looks like, for the index."""
+    clip, sampler, guidance = prepared.clip, prepared.sampler, prepared.guidance
+    noise = prepared.noise
+    return {
+        "weights": str(weights.resolve()), "seed": request.seed, "frames": clip.frames, "height": clip.height,
+        "width": clip.width, "sampler": sampler.kind, "spacing": sampler.spacing, "levels": sampler.levels,
+        "steps": sampler.steps, "guidance": guidance.kind,
+        "scale": guidance.scale, "negative_prompt": request.negative_prompt, "null": request.null,
+        "dtype": prepared.dtype, "in_tiles": request.in_tiles,
+        "enhance": None if request.enhance is None else json.loads(to_json(request.enhance)),
+        "noise": None if noise is None else hashlib.sha256(np.ascontiguousarray(noise)).hexdigest(),
+    }  # fmt: skip
+
+
+def _make(
+    weights: Path,
+    prompts: Sequence[str],
+    todo: Sequence[tuple[int, Clip]],
+    prepared: Prepared,
+    request: PublishedRequest,
+) -> None:
+    """Make clips and write each as soon as its batch is done; `todo` has the number of each clip among all."""
+    began = time.perf_counter()
+    batch = min(request.batch, len(todo))
+    placement = Placement.of(batch, jnp.dtype(prepared.dtype), jax.local_devices()[: request.devices])
+    denoiser_config = prepared.config.denoiser.replace(token_multiple=placement.devices_a_clip)
+    task = prepared.config.replace(denoiser=denoiser_config).build()
+    wanted = [prompts[clip.prompt] for _, clip in todo]
+    _tell_cut_prompts(task, [*wanted, request.negative_prompt])
+    embeddings = encode_captions(task, [*wanted, request.negative_prompt], placement)
+    empty = embeddings[request.negative_prompt]
+    if request.null == "zeros":
+        empty = np.zeros_like(empty)
+    encoded = time.perf_counter()
+    scale = task.enhancement(request.enhance, prepared.sampler, prepared.guidance)
+    denoiser = Denoiser(task, weights / DENOISER, placement, prepared.sampler, prepared.guidance, scale)
+    decoder = Decoder(task, placement, in_tiles=request.in_tiles)
+    rate = request.frames_per_second or frames_per_second(prepared.config)
+    loaded = time.perf_counter()
+    steps, total = [], -(-len(todo) // batch) * prepared.sampler.steps
+    decoding = 0.0
+    with progress_bar("sampling", unit="steps") as report:
+        for begin in range(0, len(todo), batch):
+            chosen = todo[begin : begin + batch]
+            # The last batch is filled up with repeats, so that every batch has the shape that was compiled.
+            filled = [chosen[index % len(chosen)] for index in range(batch)]
+            inputs = _inputs(filled, prompts, embeddings, empty, prepared, request)
+            before = time.perf_counter()
+            for reached in denoiser(inputs, jax.random.key(request.seed)):
+                latents, now = reached, time.perf_counter()
+                steps.append(now - before)
+                before = now
+                report(len(steps), total)
+            latents = latents[:, -prepared.config.clip_frames(prepared.clip.frames) :]
+            _write(chosen, decoder, latents, rate)
+            decoding += time.perf_counter() - before
+    whole = time.perf_counter() - began
+    print(
+        f"{len(todo)} clips of {prepared.clip.frames}x{prepared.clip.height}x{prepared.clip.width} in {whole:.1f} s: "
+        f"captions {encoded - began:.1f} s, loading {loaded - encoded:.1f} s, {len(steps)} steps of "
+        f"{statistics.median(steps[1:] or steps):.3g} s (median; the first, with its compilation, {steps[0]:.1f} s), "
+        f"decoding {decoding:.1f} s"
+    )
+    print(f"peak memory: {peak_memory(placement.sharding.mesh.devices.flat[0])}")
+
+
+def _inputs(
+    filled: Sequence[tuple[int, Clip]],
+    prompts: Sequence[str],
+    embeddings: Mapping[str, np.ndarray],
+    empty: np.ndarray,
+    prepared: Prepared,
+    request: PublishedRequest,
+) -> Batch:
+    slots = np.array([clip.slot for _, clip in filled], np.int32)
+    if prepared.noise is None:
+        key = jax.random.fold_in(jax.random.key(request.seed), START_KEY)
+        start = slot_normal(key, (len(filled), *prepared.latents), jnp.asarray(slots))
+    else:
+        start = jnp.asarray(prepared.noise[[number for number, _ in filled]])
+    text = np.stack([embeddings[prompts[clip.prompt]] for _, clip in filled])
+    return Batch(text=text, empty=np.stack([empty] * len(filled)), start=start, slots=slots)
+
+
+def _write(chosen: Sequence[tuple[int, Clip]], decoder: Decoder, latents: jax.Array, rate: float) -> None:
+    """Decode a batch, and write its clips without the repeats that filled it up."""
+    convert = _to_unit if chosen[0][1].path.suffix == ".npy" else _to_uint8
+    pieces = [np.asarray(convert(frames)) for frames in decoder(latents)]
+    for (_, clip), frames in zip(chosen, np.concatenate(pieces, axis=1), strict=False):
+        write_clip(clip.path, frames, rate)
+
+
+_to_uint8 = jax.jit(to_uint8)
+
+
+@jax.jit
+def _to_unit(values: jax.Array) -> jax.Array:
+    """-1..1 to float32 in 0..1, clipped."""
+    return jnp.clip(values.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+
+def _tell_cut_prompts(task: TextToVideo, prompts: Sequence[str]) -> None:
+    for prompt in dict.fromkeys(prompts):
+        left_over = task.text.left_over(prompt)
+        if left_over:
+            print(
+                f"warning: a prompt has more than {task.config.text.length} tokens; cut off: {left_over!r}",
+                file=sys.stderr,
+            )

@@ -1,0 +1,156 @@
+"""A text-to-video pipeline in three stages, each with its own network: captions, denoising, pixels."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvgen.diffusion.guidance import GuidanceConfig, guided, unguided
+from jvgen.diffusion.sampler import SamplerConfig, advance, coefficients, step_noise, table_rows
+from jvgen.models.cogvideox_vae.model import streamed
+from jvgen.models.cogvideox_vae.tiling import Tiling, tiled
+from jvgen.models.video_dit.model import AttentionScale
+from jvgen.nn.network import Parameters
+from jvgen.runs.published.placement import Placement
+from jvgen.tasks.text_to_video import SAMPLER_KEY, TextToVideo
+
+# Captions encoded together.
+CAPTIONS = 8
+
+# Given the timesteps of a step, float32 `B`, what scales attention in it (`TextToVideo.enhancement` makes one).
+ScaleOfStep = Callable[[jax.Array], AttentionScale]
+
+
+def encode_captions(task: TextToVideo, captions: Sequence[str], placement: Placement) -> dict[str, np.ndarray]:
+    """Embeddings `L C` of each caption, in the host's memory; the text encoder is on the devices only meanwhile."""
+    if placement.dtype == jnp.float16:
+        # The published encoder overflows in float16.
+        placement = dataclasses.replace(placement, dtype=jnp.dtype(jnp.bfloat16))
+    unique = list(dict.fromkeys(captions))
+    tokens = np.stack([task.text.tokenize(caption) for caption in unique])
+    parameters = placement.load(task.config.text.weights)
+    embed = placement.jit(task.text.embed)
+    batch = min(CAPTIONS, len(unique))
+    embeddings = []
+    for start in range(0, len(unique), batch):
+        some = tokens[start : start + batch]
+        # Filled up to one shape, so that there is one program.
+        filled = np.concatenate([some, np.repeat(some[:1], batch - len(some), axis=0)])
+        embeddings += list(np.asarray(embed(parameters, filled))[: len(some)])
+    return dict(zip(unique, embeddings, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Clips that are denoised together.
+
+    Attributes:
+      text: embeddings of the captions, `B L C`.
+      empty: embeddings of what guidance leads away from, `B L C`.
+      start: standard normal noise that sampling starts from, `B F H W C` float32.
+      slots: numbers of the clips among all, int32 `B`: their noise depends on them and not on the batch.
+    """
+
+    text: np.ndarray
+    empty: np.ndarray
+    start: jax.Array
+    slots: np.ndarray
+
+
+class Denoiser:
+    """Denoises batches of clips, step by step from the host; one program for all steps and batches.
+
+    Args:
+      task: of the pipeline.
+      weights: folder of its network.
+      placement: where it is loaded to.
+      sampler, guidance: how clips are made.
+      attention_scale: see `ScaleOfStep`; None for none.
+    """
+
+    def __init__(
+        self,
+        task: TextToVideo,
+        weights: Path,
+        placement: Placement,
+        sampler: SamplerConfig,
+        guidance: GuidanceConfig,
+        attention_scale: ScaleOfStep | None = None,
+    ):
+        self._task, self._placement, self._sampler, self._guidance = task, placement, sampler, guidance
+        self._attention_scale = attention_scale
+        table = coefficients(sampler, task.schedule, task.config.objective.target, guidance)
+        rows = jax.tree.map(np.asarray, table_rows(table))
+        self._rows = [{name: column[step] for name, column in rows.items()} for step in range(sampler.steps)]
+        self._parameters = {"denoiser": placement.load(weights)}
+        self._step = placement.jit(self._advance)
+
+    def __call__(self, batch: Batch, key: jax.Array) -> Iterator[jax.Array]:
+        """Noisy latents `B F H W C` after each step; the last ones are clean. Each step is waited for."""
+        place = self._placement.sharding.batch(batch.start)
+        given = jax.device_put((batch.text, batch.empty, batch.slots, key))
+        noisy, previous = batch.start, jnp.zeros_like(batch.start)
+        for row in self._rows:
+            # Placed in the same way at every step, so that the step is compiled once.
+            noisy, previous = jax.device_put((noisy, previous), place)
+            noisy, previous = jax.block_until_ready(self._step(self._parameters, noisy, previous, row, *given))
+            yield noisy
+
+    def _advance(
+        self,
+        parameters: Parameters,
+        noisy: jax.Array,
+        previous: jax.Array,
+        row: dict[str, jax.Array],
+        text: jax.Array,
+        empty: jax.Array,
+        slots: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        def denoise(noisy: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
+            scale = None if self._attention_scale is None else self._attention_scale(timesteps)
+            return self._task.denoise(parameters, noisy, timesteps, text, attention_scale=scale)
+
+        if self._guidance.kind == "none":
+            predict = unguided(denoise, text)
+        else:
+            predict = guided(denoise, text, empty, rescale=self._guidance.rescale)
+        fresh = None
+        if self._sampler.needs_key:
+            fresh = step_noise(jax.random.fold_in(key, SAMPLER_KEY), row["step"], noisy.shape, slots)
+        return advance(predict, row, noisy, previous, fresh)
+
+
+class Decoder:
+    """Latents to pixels, a batch of frames at a time, or tile by tile.
+
+    Args:
+      task: of the pipeline.
+      placement: where its autoencoder is loaded to.
+      in_tiles: decode tiles of half the trained height and width and blend them: less memory, other numbers.
+
+    Raises:
+      ValueError: tiles that do not fit together, see `Tiling`.
+    """
+
+    def __init__(self, task: TextToVideo, placement: Placement, *, in_tiles: bool = False):
+        self._config, self._dtype = task.config, placement.dtype
+        self._tiling = Tiling.decoding(task.config.vae) if in_tiles else None
+        self._parameters = placement.load(task.config.vae_weights)
+        network = task.coder.network
+        self._frames = placement.jit(lambda p, x, past: network.apply(p, x, past, method="decode_frames"))
+        self._whole = placement.jit(lambda p, x: network.apply(p, x, method="decode"))
+
+    def __call__(self, latents: jax.Array) -> Iterator[jax.Array]:
+        """Consecutive frames `B F H W 3`, in [-1, 1] up to the error of the network, of clean latents `B F H W C`."""
+        config = self._config
+        latents = (latents / config.latent_scale + config.latent_shift).astype(self._dtype)
+        if self._tiling is not None and self._tiling.needed(*latents.shape[2:4]):
+            yield tiled(lambda tile: self._whole(self._parameters, tile), latents, self._tiling)
+            return
+        yield from streamed(
+            lambda frames, past: self._frames(self._parameters, frames, past), latents, config.vae.decode_batch
+        )

@@ -1,0 +1,225 @@
+"""Several views of a scene from a prompt and cameras: one file a view, all side by side, and a sheet to check them."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from jvgen.evaluation.contact_sheet import png_bytes
+from jvgen.evaluation.epipolar_sheet import epipolar_sheet
+from jvgen.geometry import paths
+from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
+from jvgen.geometry.cameras import Cameras, relative, resized_and_cropped, share_a_center
+from jvgen.nn.network import Parameters
+from jvgen.parallel import axes
+from jvgen.runs.clip_folder import Clip, note_clips, plan_clips, write_clip
+from jvgen.runs.inference import TrainedRun, open_run, read_experiment
+from jvgen.runs.sampling import FRAMES_PER_SECOND
+from jvgen.tasks.task import SampleRequest
+from jvgen.terminal import progress
+from jvgen.training.experiment import Experiment
+
+MOST_PROMPTS = 1 << 14  # views of more would draw the same noise
+
+
+def sample_views(
+    run: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    cameras: Sequence[str],
+    views: int | None = None,
+    distance: float = 0.5,
+    one_world: bool = False,
+    ema: str | None = None,
+    step: int | None = None,
+    count: int = 1,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    untrained: bool = False,
+) -> list[Path]:
+    """Generate `count` sets of views a prompt.
+
+    Args:
+      run: work folder of a run that sees several views.
+      prompts: texts.
+      out: folder; each set gets a folder in it, with view_0.mp4, view_0.txt (its cameras), ..., grid.mp4, epipolar.png.
+      cameras: the name of a path (see `jvgen.geometry.paths.PATHS`), or a camera file for each view.
+      views: how many; as many as there are files, or 2, if not given.
+      distance: how far named paths go.
+      one_world: camera files are of one world; otherwise each begins at the same place, as views do in training.
+      ema, step, untrained: which weights, see `jvgen.runs.inference.open_run`.
+      frames, size, steps, guidance: see `jvgen.runs.sampling.sample_run`.
+      seed: set i of prompt p depends on (seed, p, i) only.
+      batch: sets made together; the fewest that the devices share evenly if not given.
+
+    Returns:
+      The folders, in order.
+
+    Raises:
+      ValueError: a request or cameras that the run cannot serve, a batch that the devices cannot share, or sets of
+        another request in the way.
+      CheckpointError: no such run, or no sound checkpoint.
+    """
+    request = _request(read_experiment(run), frames, size, steps, guidance)
+    chosen = read_views(cameras, views, request, distance=distance, one_world=one_world)
+    number = chosen.intrinsics.shape[0]
+    for one, other in at_one_place(chosen):
+        print(
+            f"views {one} and {other} have no baseline: their cameras share their place in every frame. They are "
+            "generated as what is far away, near lines of random directions."
+        )
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"{len(prompts)} prompts: at most {MOST_PROMPTS} with several views.")
+    if out.suffix:
+        raise ValueError(f"--out {out}: several views are several files; give a folder.")
+    loaded = open_run(run, ema, step, untrained)
+    batch = fitting_batch(batch, number, loaded.devices)
+    plan = plan_clips(prompts, count, out, frames=2, batch=batch)
+    sets = [Clip(clip.path.with_suffix(""), clip.prompt, clip.slot) for clip in plan]
+    asked = {
+        "cameras": list(cameras), "views": number, "distance": distance, "one_world": one_world, "seed": seed,
+        "ema": ema or "best", "untrained": untrained, "steps": steps, "guidance": guidance, "frames": request.frames,
+        "height": request.height, "width": request.width, "step": loaded.step,
+    }  # fmt: skip
+    note_clips(out, [{"file": one.path.name, "prompt": prompts[one.prompt], **asked} for one in sets])
+    todo = [one for one in sets if not (one.path / "grid.mp4").exists()]
+    if todo:
+        took = _make(loaded, prompts, todo, chosen, jax.random.key(seed), request, batch)
+        print(f"{len(todo)} sets of {number} views in {took:.1f} s, compilation included, in {out}")
+    if len(todo) < len(sets):
+        print(f"{len(sets) - len(todo)} sets were there already in {out}")
+    return [one.path for one in sets]
+
+
+def _request(
+    experiment: Experiment, frames: int | None, size: tuple[int, int] | None, steps: int | None, guidance: float | None
+) -> SampleRequest:
+    task = experiment.task
+    largest = max(experiment.data.buckets, key=lambda bucket: (task.frames_of(bucket), bucket.height * bucket.width))
+    height, width = (largest.height, largest.width) if size is None else size
+    request = SampleRequest(task.frames_of(largest) if frames is None else frames, height, width, steps, guidance)
+    task.check_request(request)
+    if not task.sees_views:
+        raise ValueError("--cameras: this run sees one clip at a time; it needs a run of jvgen.tasks.multiview.")
+    return request
+
+
+def read_views(
+    cameras: Sequence[str], views: int | None, request: SampleRequest, *, distance: float, one_world: bool
+) -> Cameras:
+    """The cameras of every view, `V F 4` and `V F 3 4`, float64, from a path's name or from files.
+
+    Raises:
+      ValueError: no cameras, as many files as views are not, names and files mixed, files with too few cameras or of
+        different lengths.
+    """
+    if not cameras:
+        raise ValueError(f"--cameras: name a path ({', '.join(paths.PATHS)}) or camera files.")
+    aspect = request.width / request.height
+    if len(cameras) == 1 and not Path(cameras[0]).is_file() and "." not in cameras[0]:
+        count = 2 if views is None else views
+        return Cameras(
+            paths.default_intrinsics(count, request.frames, aspect),
+            paths.named_paths(cameras[0], count, request.frames, distance),
+        )
+    if views is not None and views != len(cameras):
+        raise ValueError(
+            f"--views {views}, but {len(cameras)} camera files: give one for each view, or the name of a path "
+            f"({', '.join(paths.PATHS)})."
+        )
+    tracks = [read_cameras(path) for path in cameras]
+    if len({len(track) for track in tracks}) > 1:
+        lengths = ", ".join(f"{path}: {len(track)}" for path, track in zip(cameras, tracks, strict=True))
+        raise ValueError(
+            f"camera files of different lengths ({lengths}): frame k of a view belongs to frame k of the others; "
+            "cut them to one length."
+        )
+    tracks = [track.evenly(request.frames, path) for track, path in zip(tracks, cameras, strict=True)]
+    extrinsics = np.stack([track.extrinsics for track in tracks])
+    start = extrinsics[:1, :1] if one_world else extrinsics[:, :1]
+    size = (request.height, request.width)
+    # Pixels are square: fy over fx tells the shape of the pictures that a file's numbers are divided by.
+    fitted = [
+        resized_and_cropped(
+            track.intrinsics, (1000, round(1000 * track.intrinsics[0, 1] / track.intrinsics[0, 0])), size
+        )
+        for track in tracks
+    ]
+    return Cameras(np.stack(fitted), relative(extrinsics, start))
+
+
+def at_one_place(cameras: Cameras) -> list[tuple[int, int]]:
+    """Pairs of views `V F ...` whose cameras share their place in every frame, so that no line is between them."""
+    views = cameras.extrinsics.shape[0]
+    return [
+        (one, other)
+        for one in range(views)
+        for other in range(one + 1, views)
+        if share_a_center(cameras.extrinsics[one], cameras.extrinsics[other]).all()
+    ]
+
+
+def fitting_batch(batch: int | None, views: int, devices: int) -> int:
+    """Sets made together, so that their clips are shared evenly by the devices.
+
+    Raises:
+      ValueError: a number that does not fit, with those that do.
+    """
+    least = devices // np.gcd(views, devices)
+    if batch is None:
+        return int(least)
+    if batch < 1 or batch % least:
+        raise ValueError(
+            f"--batch {batch} with {views} views: {batch * views} clips do not divide over {devices} devices; take "
+            f"--batch {least} or a multiple of it."
+        )
+    return batch
+
+
+def _make(
+    loaded: TrainedRun, prompts: Sequence[str], todo: Sequence[Clip], cameras: Cameras, key: jax.Array,
+    request: SampleRequest, batch: int,
+) -> float:  # fmt: skip
+    """Make sets of views and write each as soon as its batch is done; returns seconds."""
+    task, sharding = loaded.task, loaded.program.sharding
+    tokens = task.tokens(prompts)
+
+    @jax.jit
+    def generate(parameters: Parameters, frozen: Parameters, tokens: jax.Array, slots: jax.Array, told: Cameras):
+        with axes.partitioned(sharding):
+            return task.generate_views(parameters, frozen, tokens, told, slots, key, request)
+
+    told = Cameras(*(jnp.asarray(np.broadcast_to(part, (batch, *part.shape)), jnp.float32) for part in cameras))
+    began, parameters = time.perf_counter(), loaded.compute_parameters()
+    for start in progress(range(0, len(todo), batch), "sampling", unit="batches"):
+        chosen = todo[start : start + batch]
+        filled = [chosen[i % len(chosen)] for i in range(batch)]
+        slots = jnp.asarray([one.slot for one in filled], jnp.int32)
+        made = generate(parameters, loaded.frozen, tokens[[one.prompt for one in filled]], slots, told)
+        for one, videos in zip(chosen, np.asarray(made), strict=False):
+            write_views(one.path, videos, cameras)
+    return time.perf_counter() - began
+
+
+def write_views(folder: Path, videos: np.ndarray, cameras: Cameras) -> None:
+    """Write views, uint8 `V F H W 3`, with their cameras, a grid and a check sheet; the grid comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    times = np.arange(videos.shape[1]) * round(1e6 / FRAMES_PER_SECOND)
+    for view, video in enumerate(videos):
+        write_clip(folder / f"view_{view}.mp4", video, FRAMES_PER_SECOND)
+        track = CameraTrack(f"view {view}", times, *(np.asarray(part[view], np.float64) for part in cameras))
+        write_cameras(folder / f"view_{view}.txt", track)
+    (folder / "epipolar.png").write_bytes(png_bytes(epipolar_sheet(videos, cameras)))
+    columns = int(np.ceil(np.sqrt(len(videos))))
+    filled = np.zeros((-(-len(videos) // columns) * columns, *videos.shape[1:]), np.uint8)
+    filled[: len(videos)] = videos
+    write_clip(folder / "grid.mp4", rearrange(filled, "(r c) f h w x -> f (r h) (c w) x", c=columns), FRAMES_PER_SECOND)

@@ -1,0 +1,173 @@
+"""From checkpoints back to a state to train on, or to parameters to use."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jvgen import nested
+from jvgen.config import ConfigError
+from jvgen.nn.network import Parameters
+from jvgen.parallel.mesh import single_device_mesh
+from jvgen.parallel.rules import Sharding
+from jvgen.tasks.task import Task
+from jvgen.training.checkpoint import identity
+from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
+from jvgen.training.config import CheckpointConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization import ema as averages
+from jvgen.training.optimization import parameter_paths
+from jvgen.training.program import Program
+from jvgen.training.state import TrainState
+
+# In a work folder for as long as its first checkpoint is being written: a run must not begin at random in its place.
+UNFINISHED = "import_unfinished"
+
+
+def restore_state(
+    program: Program,
+    checkpoints: Checkpoints,
+    loader: Any,
+    document: dict[str, Any],
+    allow_changes: bool,
+    say: Callable[[str], None],
+) -> TrainState:
+    """The state of the newest sound checkpoint on the program's mesh, or a fresh one if there is no checkpoint.
+
+    Raises:
+      ConfigError: the checkpoint is of another model, data set or seed; all differences are listed.
+      CheckpointError: there are checkpoints and none can be used, or the first one's writing was cut short.
+    """
+    accepted = (".*",) if allow_changes else program.experiment.checkpoint.accept_changes
+
+    def check(data: dict[str, Any], run: dict[str, Any]) -> None:
+        identity.check_same_run(run, document, accepted)
+        if data and ".*" not in accepted:
+            loader.check_state(data)
+
+    restored = checkpoints.restore(program.abstract_state().saved(), check)
+    if restored is None:
+        unfinished = checkpoints.folder.parent / UNFINISHED
+        if unfinished.exists():
+            raise CheckpointError(
+                f"{unfinished.parent}: weights were being imported into it, and that was cut short. Import them "
+                f"again, or remove {unfinished.name} to start with random ones."
+            )
+        say(f"fresh start with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
+        return program.init()
+    say(f"restored step {restored.step} from {checkpoints.folder}, all digests right")
+    key, frozen = program.given()
+    return dataclasses.replace(program.abstract, key=key, frozen=frozen).with_saved(restored.arrays)
+
+
+def load_for_inference(
+    run: Path, ema: float | str | None = None, *, step: int | None = None, sharding: Sharding | None = None
+) -> tuple[Experiment, Task, Parameters, int]:
+    """Read a trained run's parameters, without its optimizer.
+
+    Args:
+      run: work folder.
+      ema: decay of the average to use (0.9999 or "0.9999"); "raw" for the parameters themselves; None or "best" for
+        the slowest average that the run keeps, or the parameters if it keeps none.
+      step: of the checkpoint; the newest sound one if not given.
+      sharding: where to put them; one device if not given.
+
+    Returns:
+      experiment, task, float32 parameters (`{network: ...}`), steps trained.
+
+    Raises:
+      CheckpointError: no such run, or no sound checkpoint.
+      ConfigError: an average that the run does not keep.
+    """
+    checkpoints = Checkpoints(Path(run), CheckpointConfig(), read_only=True)
+    try:
+        experiment = identity.experiment_of(checkpoints.run_document())
+        task = experiment.task.build()
+        sharding = sharding or Sharding(single_device_mesh())
+        shapes = {name: network.shapes for name, network in sorted(task.networks.items())}
+        places = sharding.storage(task.axes(), shapes)
+        paths = nested.flatten(shapes)
+        sources = _sources(experiment, task, ema)
+        located = nested.flatten(places)
+        wanted = {
+            sources[path]: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=located[path])
+            for path, shape in paths.items()
+        }
+        restored = checkpoints.restore(wanted, step=step, partial=True)
+    finally:
+        checkpoints.close()
+    assert restored is not None, "run_document() found a checkpoint"
+    parameters = nested.unflatten({path: restored.arrays[sources[path]] for path in paths})
+    return experiment, task, parameters, restored.step
+
+
+def _sources(experiment: Experiment, task: Task, ema: float | str | None) -> dict[str, str]:
+    """Parameter path -> name of the array in the checkpoint that it is read from."""
+    decay = _decay(experiment, ema)
+    program_paths = list(nested.flatten(task.axes()))
+    if decay == "raw":
+        return {path: f"parameters/{path}" for path in program_paths}
+    config = experiment.ema
+    frozen = [experiment.optimizers.get(o.name, experiment.optimizer).frozen for o in task.objectives()]
+    patterns = [o.parameters for o in task.objectives()]
+
+    def averaged(path: str) -> bool:
+        trained = any(
+            parameter_paths.matches(pattern, path) and not parameter_paths.matches(still, path)
+            for pattern, still in zip(patterns, frozen, strict=True)
+        )
+        return trained and parameter_paths.matches(config.parameters, path)
+
+    return {path: f"ema/{decay}/{path}" if averaged(path) else f"parameters/{path}" for path in program_paths}
+
+
+def _decay(experiment: Experiment, ema: float | str | None) -> str | Literal["raw"]:
+    kept = experiment.ema.decays
+    if ema in (None, "best"):
+        return averages.name_of(max(kept)) if kept else "raw"
+    if ema == "raw":
+        return "raw"
+    try:
+        decay = float(ema)
+    except ValueError as error:
+        raise ConfigError(f"ema = {ema!r}: expected a decay such as 0.9999, raw or best.") from error
+    if decay not in kept:
+        listed = ", ".join(averages.name_of(d) for d in kept) or "none"
+        raise ConfigError(f"ema = {ema}: this run keeps averages with decay {listed}; take one of these, or raw.")
+    return averages.name_of(decay)
+
+
+def check_new_run(workdir: Path) -> None:
+    """Raise `ConfigError` if a work folder holds checkpoints already."""
+    folder = Path(workdir) / "checkpoints"
+    steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    if steps:
+        raise ConfigError(f"{workdir} already holds checkpoints of steps {', '.join(steps)}; take another folder.")
+
+
+def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Parameters) -> None:
+    """Make a work folder whose training begins with these parameters (of all or some networks) at step 0.
+
+    Args:
+      parameters: `{network: ...}`, host or device arrays; networks that are left out start at random.
+
+    Raises:
+      ConfigError: the folder holds checkpoints already.
+      CheckpointError: it could not be written.
+    """
+    check_new_run(workdir)
+    unfinished = Path(workdir) / UNFINISHED
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
+    checkpoints = Checkpoints(workdir, experiment.checkpoint.replace(on_failed_save="stop"))
+    try:
+        # One device holds any batch: the mesh of this machine need not be the run's.
+        program = Program.of(experiment, single_device_mesh())
+        state = program.start_from(parameters)
+        checkpoints.save(0, state.saved(), {}, identity.run_document(experiment, program.task))
+        checkpoints.wait()
+        unfinished.unlink()
+    finally:
+        checkpoints.close()

@@ -1,0 +1,72 @@
+"""The complete description of a run: what a file in `configs/` returns."""
+
+import dataclasses
+
+from jvgen.config import Config
+from jvgen.data.stream.config import DataConfig
+from jvgen.data.stream.stages import check_stages
+from jvgen.parallel.mesh import MeshConfig
+from jvgen.parallel.rules import ShardingConfig
+from jvgen.tasks.task import TaskConfig
+from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(Config):
+    """One run.
+
+    Attributes:
+      name: for logs and reports.
+      seed: of parameters, of the order and augmentation of data, and of every draw in training.
+      task: what is trained.
+      data: what it is trained on.
+      optimizer: of every objective that `optimizers` does not name.
+      training, ema, checkpoint: length and watching, averages, saving.
+      mesh, sharding: devices, and how arrays lie on them.
+      optimizers: by objective name, for tasks with several players.
+    """
+
+    name: str
+    task: TaskConfig
+    data: DataConfig
+    training: TrainingConfig
+    seed: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    sharding: ShardingConfig = dataclasses.field(default_factory=ShardingConfig)
+    optimizers: dict[str, OptimizerConfig] = dataclasses.field(default_factory=dict)
+
+    def validate(self) -> None:
+        if self.seed < 0 or self.seed >= 2**31:
+            raise ValueError(f"seed = {self.seed}: a whole number from 0 up to 2**31 - 1.")
+        for number, bucket in enumerate(self.data.buckets):
+            try:
+                self.task.check_bucket(bucket)
+            except ValueError as error:
+                raise ValueError(f"data.buckets.{number}: {error}") from error
+            if bucket.batch_size % self.training.accumulation:
+                raise ValueError(
+                    f"data.buckets {bucket.name}: batch_size = {bucket.batch_size} is not a multiple of "
+                    f"training.accumulation = {self.training.accumulation}; change one of them."
+                )
+        try:
+            check_stages(self.data.buckets, self.training.steps)
+        except ValueError as error:
+            raise ValueError(f"data: {error}") from error
+        evaluates = self.training.evaluate_every or self.training.visualize_every
+        if evaluates and not self.data.evaluation_sources:
+            raise ValueError(
+                "training.evaluate_every or visualize_every is set, but data.evaluation_sources is empty: name a "
+                "held-out data set there, or set both to 0."
+            )
+        best = self.checkpoint.best_metric
+        every = self.training.evaluate_every
+        if best is not None and (not every or self.checkpoint.every % every):
+            raise ValueError(
+                f"checkpoint.best_metric = {best!r}: checkpoint.every = {self.checkpoint.every} must be a multiple of "
+                f"training.evaluate_every = {every}, so that every saved step has been evaluated."
+            )
