@@ -1,3 +1,3 @@
-"""jvgen: pretraining of video generators at pod scale, in JAX."""
+"""Pretraining of video generators at pod scale, in JAX."""
 
 __version__ = "0.1.0"

@@ -1,16 +1,14 @@
-"""Configuration: frozen dataclasses, dotted overrides with did-you-mean, text dumps, and a round trip through JSON.
+"""Configuration: frozen dataclasses, dotted overrides with did-you-mean, and text dumps.
 
-A component owns the dataclass that it reads (`class OptimizerConfig(Config)` lives beside the optimizer). A run is
-described by a Python file with one function `experiment()` that returns the complete, nested description.
+A component owns the dataclass that it reads (`class OptimizerConfig(Config)` is defined beside the optimizer). A run
+is described by a Python file with one function `experiment()` that returns the complete, nested description.
+`jvgen.saved_config` writes configs as JSON and reads them back, also those of earlier versions.
 """
 
 import dataclasses
 import difflib
 import enum
-import importlib
 import importlib.util
-import json
-import sys
 import types
 import typing
 from pathlib import Path
@@ -23,7 +21,21 @@ class Config:
 
     Subclasses are `@dataclasses.dataclass(frozen=True, kw_only=True)` and may override `validate`, which raises
     `ValueError` with a message that names the field, the value, the rule and the fix.
+
+    Attributes:
+      renamed_fields: fields as earlier versions saved them -> their names now.
     """
+
+    renamed_fields: typing.ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def upgrade(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Convert the fields that an earlier version saved to those of this version.
+
+        Args:
+          saved: decoded JSON by field name, without `class`; nested configs are dicts with `class` and their fields.
+        """
+        return {cls.renamed_fields.get(name, name): value for name, value in saved.items()}
 
     def validate(self) -> None:
         """Raise `ValueError` if the fields cannot work together. Called for every node by `validate_tree`."""
@@ -53,7 +65,7 @@ def validate_tree(config: Any, path: str = "") -> None:
         return
     if not dataclasses.is_dataclass(config):
         return
-    hints = _hints(type(config))
+    hints = field_hints(type(config))
     for field in dataclasses.fields(config):
         where = f"{path}.{field.name}".lstrip(".")
         value = getattr(config, field.name)
@@ -91,7 +103,7 @@ def override(config: Any, assignments: typing.Sequence[str]) -> Any:
 def _assign(node: Any, parts: list[str], text: str, full: str, hint: Any) -> Any:
     name, rest = parts[0], parts[1:]
     if dataclasses.is_dataclass(node):
-        hints = _hints(type(node))
+        hints = field_hints(type(node))
         names = [field.name for field in dataclasses.fields(node) if field.init]
         if name not in names:
             raise ConfigError(_unknown(full, name, names, type(node).__name__))
@@ -104,14 +116,14 @@ def _assign(node: Any, parts: list[str], text: str, full: str, hint: Any) -> Any
                 f"{full}: {name!r} is not an index into a tuple of {len(node)} items (0..{len(node) - 1})."
             )
         index = int(name)
-        item_hint = _item_hint(hint, index)
-        value = _assign(node[index], rest, text, full, item_hint) if rest else parse(text, item_hint, full)
+        child_hint = item_hint(hint, index)
+        value = _assign(node[index], rest, text, full, child_hint) if rest else parse(text, child_hint, full)
         return (*node[:index], value, *node[index + 1 :])
     if isinstance(node, dict):
         if rest and name not in node:
             raise ConfigError(_unknown(full, name, list(node), "this mapping"))
-        item_hint = typing.get_args(hint)[1] if typing.get_args(hint) else Any
-        value = _assign(node[name], rest, text, full, item_hint) if rest else parse(text, item_hint, full)
+        child_hint = typing.get_args(hint)[1] if typing.get_args(hint) else Any
+        value = _assign(node[name], rest, text, full, child_hint) if rest else parse(text, child_hint, full)
         return {**node, name: value}
     raise ConfigError(
         f"{full}: cannot go below {name!r}, because the value above it is {node!r}, not a group of fields."
@@ -126,7 +138,7 @@ def _unknown(full: str, name: str, names: list[str], owner: str) -> str:
 
 def parse(text: str, hint: Any, path: str = "value") -> Any:
     """Parse the text of one command-line value by a type annotation; raises ConfigError if it does not fit."""
-    for option in _options(hint):
+    for option in options(hint):
         try:
             return _parse_one(text, option, path)
         except _NoFit:
@@ -168,7 +180,7 @@ def _parse_one(text: str, hint: Any, path: str) -> Any:
                 return member
     elif origin is tuple:
         items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
-        return tuple(parse(item, _item_hint(hint, index), path) for index, item in enumerate(items))
+        return tuple(parse(item, item_hint(hint, index), path) for index, item in enumerate(items))
     elif dataclasses.is_dataclass(hint):
         names = ", ".join(field.name for field in dataclasses.fields(hint))
         raise ConfigError(f"{path} = {text!r}: this is a group of fields; set one of them instead ({path}.X: {names}).")
@@ -203,93 +215,41 @@ def load(path: str | Path) -> Any:
 
 
 def dump(config: Any, path: str = "") -> str:
-    """One line a leaf, `dotted.path = value`, in field order. Stable: made for text diffs and golden files."""
-    return "\n".join(f"{name} = {value}" for name, value in _leaves(config, path)) + "\n"
+    """One line per field, `dotted.path = value`, in field order. Stable: made for text diffs and golden files."""
+    return "\n".join(f"{name} = {value}" for name, value in leaves(config, path)) + "\n"
 
 
-def _leaves(node: Any, path: str) -> typing.Iterator[tuple[str, str]]:
+def leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, str]]:
+    """Dotted path and printed value of every field, in field order; the class name for a group of fields."""
     if dataclasses.is_dataclass(node):
         yield (path or "(root)"), type(node).__name__
         for field in dataclasses.fields(node):
-            yield from _leaves(getattr(node, field.name), f"{path}.{field.name}".lstrip("."))
+            yield from leaves(getattr(node, field.name), f"{path}.{field.name}".lstrip("."))
     elif isinstance(node, tuple) and any(dataclasses.is_dataclass(item) for item in node):
         for index, item in enumerate(node):
-            yield from _leaves(item, f"{path}.{index}")
+            yield from leaves(item, f"{path}.{index}")
     elif isinstance(node, dict) and node:
         for key, item in node.items():
-            yield from _leaves(item, f"{path}.{key}")
+            yield from leaves(item, f"{path}.{key}")
     else:
         yield path, repr(node.value if isinstance(node, enum.Enum) else node)
 
 
-def to_json(config: Any) -> str:
-    """The config as JSON text, with the class of every node, readable by `from_json`."""
-    return json.dumps(_encode(config), indent=1)
-
-
-def _encode(node: Any) -> Any:
-    if dataclasses.is_dataclass(node):
-        name = f"{type(node).__module__}:{type(node).__qualname__}"
-        return {"class": name, **{f.name: _encode(getattr(node, f.name)) for f in dataclasses.fields(node)}}
-    if isinstance(node, enum.Enum):
-        return node.value
-    if isinstance(node, (tuple, list)):
-        return [_encode(item) for item in node]
-    if isinstance(node, dict):
-        return {"mapping": {key: _encode(item) for key, item in node.items()}}
-    return node
-
-
-def from_json(text: str) -> Any:
-    """Rebuild a config written by `to_json`.
-
-    Only `Config` classes of jvgen, or of modules that the program has already imported, are built.
-
-    Raises:
-      ConfigError: a class that may not be built, a field that this version does not have.
-    """
-    return _decode(json.loads(text), Any)
-
-
-def _decode(node: Any, hint: Any) -> Any:
-    if isinstance(node, dict) and "class" in node:
-        module_name, _, class_name = node["class"].partition(":")
-        if module_name.split(".")[0] != "jvgen" and module_name not in sys.modules:
-            raise ConfigError(f"saved config names {node['class']!r}: import its module first, then load the config.")
-        cls = getattr(importlib.import_module(module_name), class_name, None)
-        if not (isinstance(cls, type) and issubclass(cls, Config)):
-            raise ConfigError(f"saved config names {node['class']!r}, which is not a Config class of this version.")
-        hints = _hints(cls)
-        values = {key: value for key, value in node.items() if key != "class"}
-        unknown = sorted(set(values) - set(hints))
-        if unknown:
-            raise ConfigError(f"saved config: {class_name} has no field {', '.join(unknown)} in this version of jvgen.")
-        return cls(**{key: _decode(value, hints[key]) for key, value in values.items()})
-    if isinstance(node, dict) and "mapping" in node:
-        return {key: _decode(value, Any) for key, value in node["mapping"].items()}
-    if isinstance(node, list):
-        return tuple(_decode(item, _item_hint(hint, index)) for index, item in enumerate(node))
-    for option in _options(hint):
-        if isinstance(option, type) and issubclass(option, enum.Enum):
-            return option(node)
-        if option is float and isinstance(node, int) and not isinstance(node, bool):
-            return float(node)
-    return node
-
-
-def _hints(cls: type) -> dict[str, Any]:
+def field_hints(cls: type) -> dict[str, Any]:
+    """Resolved annotation of every field."""
     return typing.get_type_hints(cls)
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def options(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a union, None first (so that "none" is not read as a string), numbers before strings."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(sorted(typing.get_args(hint), key=lambda h: (h is not type(None), h is str)))
     return (hint,)
 
 
-def _item_hint(hint: Any, index: int) -> Any:
-    for option in _options(hint):
+def item_hint(hint: Any, index: int) -> Any:
+    """Annotation of one item of a tuple."""
+    for option in options(hint):
         arguments = typing.get_args(option)
         if typing.get_origin(option) is tuple and arguments:
             if len(arguments) == 2 and arguments[1] is Ellipsis:
@@ -299,7 +259,7 @@ def _item_hint(hint: Any, index: int) -> Any:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    return any(_matches_one(value, option) for option in _options(hint))
+    return any(_matches_one(value, option) for option in options(hint))
 
 
 def _matches_one(value: Any, hint: Any) -> bool:
@@ -313,7 +273,7 @@ def _matches_one(value: Any, hint: Any) -> bool:
             return False
         if not (len(arguments) == 2 and arguments[1] is Ellipsis) and len(value) != len(arguments):
             return False
-        return all(_matches(item, _item_hint(hint, index)) for index, item in enumerate(value))
+        return all(_matches(item, item_hint(hint, index)) for index, item in enumerate(value))
     if origin is dict:
         return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
     if origin is not None:
@@ -326,9 +286,9 @@ def _matches_one(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    options = _options(hint)
-    if len(options) > 1:
-        return " or ".join(_describe(option) for option in options)
+    choices = options(hint)
+    if len(choices) > 1:
+        return " or ".join(_describe(choice) for choice in choices)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is type(None):
         return "none"

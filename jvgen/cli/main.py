@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jvgen import __version__, config
+from jvgen import __version__, config, saved_config
 from jvgen.cli.data import add_data_commands
 from jvgen.cli.play import add_play_command
 from jvgen.cli.sample import add_sample_arguments
@@ -105,14 +105,9 @@ def _run_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -
 
 
 def _experiment(parsed: argparse.Namespace):
-    from jvgen.training.experiment import Experiment
+    from jvgen.training.experiment import load_experiment
 
-    experiment = config.load(parsed.config)
-    if not isinstance(experiment, Experiment):
-        raise ValueError(f"{parsed.config}: experiment() returns {type(experiment).__name__}, not an Experiment.")
-    experiment = config.override(experiment, parsed.assignments)
-    config.validate_tree(experiment)
-    return experiment
+    return load_experiment(parsed.config, parsed.assignments)
 
 
 # train ---------------------------------------------------------------------------------------------------------------
@@ -341,7 +336,7 @@ def _config(verbs) -> None:
 
 def _run_config_show(parsed: argparse.Namespace) -> int:
     experiment = _experiment(parsed)
-    sys.stdout.write(config.to_json(experiment) + "\n" if parsed.json else config.dump(experiment))
+    sys.stdout.write(saved_config.to_json(experiment) + "\n" if parsed.json else config.dump(experiment))
     return 0
 
 

@@ -1,8 +1,12 @@
 """The complete description of a run: what a file in `configs/` returns."""
 
 import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
-from jvgen.config import Config
+from jvgen import config, saved_config
+from jvgen.config import Config, ConfigError
 from jvgen.data.stream.config import DataConfig
 from jvgen.data.stream.stages import check_stages
 from jvgen.parallel.mesh import MeshConfig
@@ -70,3 +74,33 @@ class Experiment(Config):
                 f"checkpoint.best_metric = {best!r}: checkpoint.every = {self.checkpoint.every} must be a multiple of "
                 f"training.evaluate_every = {every}, so that every saved step has been evaluated."
             )
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment, apply overrides and validate it.
+
+    Args:
+      path: a config file (Python, with a function `experiment()`), or the `config.json` of a run directory.
+      overrides: assignments such as `"optimizer.learning_rate=3e-4"`.
+
+    Raises:
+      ConfigError: no such file, not an experiment, an unknown field, or a value that does not fit.
+    """
+    path = Path(path)
+    experiment = _read_json(path) if path.suffix == ".json" and path.is_file() else config.load(path)
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"{path}: holds {type(experiment).__name__}, not an Experiment.")
+    experiment = config.override(experiment, overrides)
+    config.validate_tree(experiment)
+    return experiment
+
+
+def _read_json(path: Path) -> object:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not a saved config: {error}") from error
+    try:
+        return saved_config.decode(document.get("experiment", document) if isinstance(document, dict) else document)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jvgen import config
+from jvgen import config, saved_config
 from jvgen.data.stream.config import BucketConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.parallel.mesh import make_mesh, single_device_mesh
@@ -94,7 +94,7 @@ def test_there_are_configs():
 def test_it_is_sound_and_survives_json(file, experiment):
     assert isinstance(experiment, Experiment) and experiment.name == file.stem
     config.validate_tree(experiment)
-    assert config.from_json(config.to_json(experiment)) == experiment
+    assert saved_config.from_json(saved_config.to_json(experiment)) == experiment
     text = file.read_text()
     assert "Should reach" in text.split('"""')[1], "the docstring says what the run should reach, on what, how long"
 

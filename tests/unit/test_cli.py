@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jvgen import config
+from jvgen import config, saved_config
 from jvgen.cli import main as cli
 from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window, probe
@@ -68,7 +68,7 @@ def test_config_show(jvgen):
     assert shown.status == 0 and "training.steps = 7\n" in shown.out
     changed = config.override(config.load(file), ["training.steps=7"])
     assert shown.out == config.dump(changed)
-    assert config.from_json(jvgen("config", "show", file, "--json").out) == config.load(file)
+    assert saved_config.from_json(jvgen("config", "show", file, "--json").out) == config.load(file)
 
 
 # Data.

@@ -2,10 +2,16 @@
 
 import dataclasses
 import enum
+import importlib
+import json
+import pkgutil
+from typing import ClassVar
 
 import pytest
 
-from jvgen.config import Config, ConfigError, dump, from_json, load, override, to_json, validate_tree
+import jvgen
+from jvgen.config import Config, ConfigError, dump, load, override, validate_tree
+from jvgen.saved_config import HOMES, from_json, stable_name, to_json
 
 
 class Color(enum.Enum):
@@ -102,12 +108,52 @@ def test_json_round_trip_keeps_types():
 
 
 def test_json_refuses_classes_that_are_not_configurations():
-    with pytest.raises(ConfigError, match="import its module"):
+    with pytest.raises(ConfigError, match="import it first"):
         from_json('{"class": "antigravity:Flight"}')
-    with pytest.raises(ConfigError, match="not a Config class"):
+    with pytest.raises(ConfigError, match="not a Config class of this version"):
         from_json('{"class": "jvgen.config:ConfigError"}')
     with pytest.raises(ConfigError, match="no field speed"):
         from_json(to_json(Inner())[:-2] + ', "speed": 1}')
+
+
+def all_config_classes() -> set[type]:
+    for module in pkgutil.walk_packages(jvgen.__path__, "jvgen."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found, stack = set(), [Config]
+    while stack:
+        for cls in stack.pop().__subclasses__():
+            stack.append(cls)
+            found |= {cls} if cls.__module__.split(".")[0] == "jvgen" else set()
+    return found
+
+
+def test_every_config_class_has_a_stable_name():
+    assert {cls.__qualname__: cls.__module__ for cls in all_config_classes()} == HOMES
+    assert not [cls for cls in all_config_classes() if stable_name(cls) != cls.__qualname__]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renamed(Config):
+    start_step: int = 0
+    added_later: str = "default"
+    renamed_fields: ClassVar[dict[str, str]] = {"begins": "start_step"}
+
+
+def test_a_saved_config_with_old_and_missing_fields_is_read():
+    saved = {"class": stable_name(Renamed), "begins": 7}
+    assert from_json(json.dumps(saved)) == Renamed(start_step=7)
+
+
+@pytest.mark.parametrize("name", ["jvgen.gone.module:VanishedConfig", "VanishedConfig"])
+def test_a_missing_class_is_named(name):
+    with pytest.raises(ConfigError, match=name):
+        from_json(json.dumps({"class": name}))
+
+
+def test_a_missing_required_field_is_named():
+    with pytest.raises(ConfigError, match="BucketConfig lacks a field.*batch_size"):
+        from_json('{"class": "BucketConfig", "frames": 1}')
 
 
 def test_load_names_near_files(tmp_path):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen.config import ConfigError, from_json, to_json, validate_tree
+from jvgen.config import ConfigError, validate_tree
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.stages import BucketTurns, check_stages
+from jvgen.saved_config import from_json, to_json
 from jvgen.training.loop import train
 from jvgen.training.optimization.curriculum import Stage, staged_buckets, staged_rates, total_steps
 from jvgen.training.optimization.optimizer import OptimizerConfig, RateStage, make_schedule

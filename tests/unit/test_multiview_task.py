@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen.config import ConfigError, from_json, to_json, validate_tree
+from jvgen.config import ConfigError, validate_tree
 from jvgen.data.store.records import KINDS
 from jvgen.data.stream.config import BucketConfig
 from jvgen.diffusion.collaborative import PairingConfig
@@ -19,6 +19,7 @@ from jvgen.interop.to_torch import export_network
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
+from jvgen.saved_config import from_json, to_json
 from jvgen.tasks.multiview import MultiViewConfig, view_slots
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text import TextConfig

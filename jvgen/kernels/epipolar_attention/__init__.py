@@ -1,1 +1,3 @@
-"""Attention along epipolar lines: the bias of a tile is made from three numbers a query and three a key."""
+"""Attention along epipolar lines: the bias of a tile follows from three numbers per query and three per key, so it is
+never stored. `reference` is the oracle of the tests.
+"""

@@ -1,1 +1,1 @@
-"""A discriminator of clips and images by patches, for autoencoders."""
+"""A patch discriminator of images and clips, for the adversarial training of autoencoders."""

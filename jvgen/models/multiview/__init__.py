@@ -1,1 +1,3 @@
-"""Several videos of one scene that agree (CVD) on the video transformer."""
+"""CVD (arXiv 2405.17414) on the video DiT: several consistent videos of one scene, by synchronization along epipolar
+lines.
+"""

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jvgen.config import from_json, to_json
 from jvgen.models.multiview.adapter import MATRICES
 from jvgen.models.multiview.config import MultiViewDiTConfig
 from jvgen.models.multiview.pose_encoder import PoseEncoderConfig
 from jvgen.models.multiview.released import ReleasedModulesConfig
 from jvgen.models.weight_map import CONV2D, IDENTITY, LAYER, LINEAR, Entry, Transform, WeightMap, fused
+from jvgen.saved_config import from_json, to_json
 
 CLASS_NAME = "ViewParts"
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v"}

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvgen.config import to_json
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import slot_normal
 from jvgen.diffusion.sampler import SamplerConfig
@@ -25,6 +24,7 @@ from jvgen.runs.clip_folder import Clip, Naming, is_one_file, note_clips, plan_c
 from jvgen.runs.noise import read_noise
 from jvgen.runs.published.placement import Placement, default_dtype
 from jvgen.runs.published.stages import Batch, Decoder, Denoiser, encode_captions
+from jvgen.saved_config import to_json
 from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, default_request, frames_per_second, read_pipeline
 from jvgen.tasks.pixels import to_uint8
 from jvgen.tasks.task import SampleRequest

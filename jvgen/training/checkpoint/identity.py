@@ -1,26 +1,28 @@
-"""What a checkpoint says about the run that wrote it, and whether another run may go on from it."""
+"""What a checkpoint says about the run that wrote it, and whether another run may resume from it."""
 
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jvgen import config
+from jvgen import config, saved_config
 from jvgen.config import ConfigError
 from jvgen.tasks.task import Task
 from jvgen.training.experiment import Experiment
 
 PACKAGES = ("jvgen", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# The parts of an experiment that decide what the parameters and the batches are; the rest may change at a resume.
-BINDING = ("seed", "task", "data.sources", "data.buckets", "data.kind_weights", "data.resize", "data.flip")
+# Parts of an experiment that decide what the parameters and the batches are; everything else may change at a resume.
+RESUME_CRITICAL = ("seed", "task", "data.sources", "data.buckets", "data.kind_weights", "data.resize", "data.flip")
+MAX_LISTED = 40
 
 
 def run_document(experiment: Experiment, task: Task) -> dict[str, Any]:
     """The resolved config, package versions, git commit and frozen weights' digest, for a checkpoint."""
     return {
-        "experiment": json.loads(config.to_json(experiment)),
+        "experiment": json.loads(saved_config.to_json(experiment)),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "git": git_commit(),
         "frozen": task.frozen_digest(),
@@ -28,8 +30,12 @@ def run_document(experiment: Experiment, task: Task) -> dict[str, Any]:
 
 
 def experiment_of(document: dict[str, Any]) -> Experiment:
-    """The experiment that a run document describes."""
-    return config.from_json(json.dumps(document["experiment"]))
+    """The experiment that a run document describes.
+
+    Raises:
+      ConfigError: it names a class that this version does not have.
+    """
+    return saved_config.decode(document["experiment"])
 
 
 def git_commit() -> str:
@@ -47,50 +53,57 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], accepted: tuple[str, ...]) -> None:
-    """Raise `ConfigError` listing every difference in model, data or seed between a checkpoint and this run.
+def check_same_run(
+    saved: dict[str, Any], current: dict[str, Any], accepted: tuple[str, ...], log: Callable[[str], None]
+) -> None:
+    """Compare the run that wrote a checkpoint with the one that resumes from it.
+
+    The saved config is read by today's classes first, so a field that it lacks counts as its default. Differences that
+    do not bind (learning rate, steps, dtype ...) and accepted ones are logged.
 
     Args:
       saved, current: run documents.
       accepted: regular expressions of dotted paths that may differ.
+      log: takes the list of allowed differences as text.
+
+    Raises:
+      ConfigError: lists every difference in model, data or seed; or the saved config cannot be read.
     """
-    before, now = _binding(saved), _binding(current)
-    differences = [
-        f"  {path}: checkpoint {before.get(path, 'has none')}, now {now.get(path, 'none')}"
-        for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path) and not any(re.match(pattern, path) for pattern in accepted)
-    ]
-    if differences:
+    try:
+        before, now = _fields(saved), _fields(current)
+    except ConfigError as error:
+        if ".*" not in accepted:
+            raise
+        log(f"WARNING: the checkpoint's config cannot be compared with this run's: {error}")
+        return
+    allowed, refused = [], []
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) == now.get(path):
+            continue
+        line = f"  {path}: checkpoint {before.get(path, 'has none')}, now {now.get(path, 'none')}"
+        free = not _is_critical(path) or any(re.match(pattern, path) for pattern in accepted)
+        (allowed if free else refused).append(line)
+    if refused:
         raise ConfigError(
-            "the checkpoints in this work folder are of another model or data set:\n"
-            + "\n".join(differences[:40])
-            + (f"\n  and {len(differences) - 40} more" if len(differences) > 40 else "")
-            + "\nRestore these settings, or take another work folder; to go on in spite of it, say --allow-changes or "
-            "name the paths in checkpoint.accept_changes."
+            "the checkpoints in this run directory are of another model or data set:\n"
+            + _listed(refused)
+            + "\nRestore these settings, or use another run directory; to resume anyway, pass --allow-changes or "
+            "list the paths in checkpoint.accept_changes."
         )
+    if allowed:
+        log("settings that differ from the checkpoint's:\n" + _listed(allowed))
 
 
-def _binding(document: dict[str, Any]) -> dict[str, str]:
-    leaves = _leaves(document["experiment"], "")
-    chosen = {
-        path: value
-        for path, value in leaves.items()
-        if any(path == part or path.startswith(f"{part}.") for part in BINDING)
-    }
-    return chosen | ({"frozen weights": document["frozen"]} if document.get("frozen") else {})
+def _fields(document: dict[str, Any]) -> dict[str, str]:
+    fields = dict(config.leaves(experiment_of(document)))
+    return fields | ({"frozen weights": document["frozen"]} if document.get("frozen") else {})
 
 
-def _leaves(node: Any, path: str) -> dict[str, str]:
-    """Dotted path -> printed value. Works on the saved JSON itself: its classes may be gone by now."""
-    if isinstance(node, dict):
-        # A dict of a config is saved under this name; a field may have it too.
-        inner = node.get("mapping")
-        items = list((inner if isinstance(inner, dict) else node).items())
-    elif isinstance(node, list) and any(isinstance(item, (dict, list)) for item in node):
-        items = [(str(index), item) for index, item in enumerate(node)]
-    else:
-        return {path: repr(node)}
-    found: dict[str, str] = {}
-    for key, item in items:
-        found |= _leaves(item, f"{path}.{key}".lstrip("."))
-    return found
+def _is_critical(path: str) -> bool:
+    parts = (*RESUME_CRITICAL, "frozen weights")
+    return any(path == part or path.startswith(f"{part}.") for part in parts)
+
+
+def _listed(lines: list[str]) -> str:
+    more = f"\n  and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
+    return "\n".join(lines[:MAX_LISTED]) + more

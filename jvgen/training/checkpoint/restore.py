@@ -43,7 +43,7 @@ def restore_state(
     accepted = (".*",) if allow_changes else program.experiment.checkpoint.accept_changes
 
     def check(data: dict[str, Any], run: dict[str, Any]) -> None:
-        identity.check_same_run(run, document, accepted)
+        identity.check_same_run(run, document, accepted, say)
         if data and ".*" not in accepted:
             loader.check_state(data)
 

@@ -1,0 +1,163 @@
+"""Configs as JSON, with a stable name for every class: what a checkpoint keeps, readable by later versions.
+
+A saved config names classes, not modules, so that moving a class never orphans a run. A field that the saved config
+lacks takes its default; renamed fields and classes are listed where they were renamed.
+"""
+
+import dataclasses
+import enum
+import importlib
+import json
+import sys
+from typing import Any
+
+from jvgen.config import Config, ConfigError, field_hints, item_hint, options
+
+# Stable name of each class -> the module that defines it now. Names never change; rows follow classes that move.
+HOMES = {
+    "AdversarialConfig": "jvgen.tasks.adversary",
+    "AggregationConfig": "jvgen.models.video_dit.config",
+    "AugmentationConfig": "jvgen.data.stream.augment",
+    "BucketConfig": "jvgen.data.stream.config",
+    "ByteTextConfig": "jvgen.models.byte_text.config",
+    "CVVAEConfig": "jvgen.models.cv_vae.config",
+    "CheckpointConfig": "jvgen.training.config",
+    "ClipDiscriminatorConfig": "jvgen.models.clip_discriminator.config",
+    "CogVideoXVAEConfig": "jvgen.models.cogvideox_vae.config",
+    "CompressiveTokenizerConfig": "jvgen.models.ivideogpt.config",
+    "DataConfig": "jvgen.data.stream.config",
+    "EmaConfig": "jvgen.training.optimization.ema",
+    "EnhanceConfig": "jvgen.models.video_dit.enhance",
+    "Experiment": "jvgen.training.experiment",
+    "FilterConfig": "jvgen.data.builders.build_loop",
+    "FrameTransformerConfig": "jvgen.models.ivideogpt.config",
+    "GuidanceConfig": "jvgen.diffusion.guidance",
+    "HomographyConfig": "jvgen.data.stream.pairs",
+    "ImageVAEConfig": "jvgen.models.image_vae.config",
+    "ImageVAETaskConfig": "jvgen.tasks.image_vae",
+    "MeshConfig": "jvgen.parallel.mesh",
+    "MultiViewConfig": "jvgen.tasks.multiview",
+    "MultiViewDiTConfig": "jvgen.models.multiview.config",
+    "ObjectiveConfig": "jvgen.diffusion.objective",
+    "OptimizerConfig": "jvgen.training.optimization.optimizer",
+    "PairingConfig": "jvgen.diffusion.collaborative",
+    "PerceptualConfig": "jvgen.losses.perceptual",
+    "PoseEncoderConfig": "jvgen.models.multiview.pose_encoder",
+    "RateStage": "jvgen.training.optimization.optimizer",
+    "ReleasedModulesConfig": "jvgen.models.multiview.released",
+    "RestartConfig": "jvgen.tasks.video_tokenizer",
+    "SamplerConfig": "jvgen.diffusion.sampler",
+    "SamplingConfig": "jvgen.models.ivideogpt.sampling",
+    "SceneConfig": "jvgen.data.scenes.scenes",
+    "ScheduleConfig": "jvgen.diffusion.schedule",
+    "SegmentConfig": "jvgen.data.stream.segments",
+    "SharedLatentsConfig": "jvgen.tasks.video_vae",
+    "ShardingConfig": "jvgen.parallel.rules",
+    "SourceConfig": "jvgen.data.stream.config",
+    "SyncConfig": "jvgen.models.multiview.config",
+    "T5Config": "jvgen.models.t5.config",
+    "TaskConfig": "jvgen.tasks.task",
+    "TextConfig": "jvgen.tasks.text",
+    "TextToVideoConfig": "jvgen.tasks.text_to_video",
+    "TimestepConfig": "jvgen.diffusion.objective",
+    "TrainingConfig": "jvgen.training.config",
+    "VideoDiTConfig": "jvgen.models.video_dit.config",
+    "VideoTokenizerConfig": "jvgen.tasks.video_tokenizer",
+    "VideoVAETaskConfig": "jvgen.tasks.video_vae",
+    "WorldModelConfig": "jvgen.tasks.world_model",
+}
+
+# Names that earlier versions saved -> names now.
+RENAMED_CLASSES: dict[str, str] = {}
+
+
+def to_json(config: Any) -> str:
+    """The config as JSON text, with the stable name of every node's class, readable by `from_json`."""
+    return json.dumps(_encode(config), indent=1)
+
+
+def from_json(text: str) -> Any:
+    """Rebuild a config written by `to_json` of this version or an earlier one.
+
+    Only `Config` classes of jvgen, or of modules that the program has already imported, are built.
+
+    Raises:
+      ConfigError: a class or module that does not exist or may not be built, or a field that this version lacks.
+    """
+    return decode(json.loads(text))
+
+
+def decode(node: Any) -> Any:
+    """`from_json` for text that is already parsed, such as a part of a run document."""
+    return _decode(node, Any)
+
+
+def stable_name(cls: type) -> str:
+    """Name of a config class in saved configs: the class name for jvgen's own, `module:Class` for a user's."""
+    if HOMES.get(cls.__qualname__) == cls.__module__:
+        return cls.__qualname__
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _encode(node: Any) -> Any:
+    if dataclasses.is_dataclass(node):
+        fields = {field.name: _encode(getattr(node, field.name)) for field in dataclasses.fields(node)}
+        return {"class": stable_name(type(node)), **fields}
+    if isinstance(node, enum.Enum):
+        return node.value
+    if isinstance(node, (tuple, list)):
+        return [_encode(item) for item in node]
+    if isinstance(node, dict):
+        return {"mapping": {key: _encode(item) for key, item in node.items()}}
+    return node
+
+
+def _decode(node: Any, hint: Any) -> Any:
+    if isinstance(node, dict) and "class" in node:
+        return _build(node)
+    if isinstance(node, dict) and "mapping" in node:
+        return {key: _decode(value, Any) for key, value in node["mapping"].items()}
+    if isinstance(node, list):
+        return tuple(_decode(item, item_hint(hint, index)) for index, item in enumerate(node))
+    for option in options(hint):
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            try:
+                return option(node)
+            except ValueError as error:
+                choices = ", ".join(repr(member.value) for member in option)
+                raise ConfigError(f"saved config: {node!r} is none of {option.__name__}'s {choices}.") from error
+        if option is float and isinstance(node, int) and not isinstance(node, bool):
+            return float(node)
+    return node
+
+
+def _build(node: dict[str, Any]) -> Config:
+    cls = _class_of(node["class"])
+    saved = cls.upgrade({key: value for key, value in node.items() if key != "class"})
+    hints = field_hints(cls)
+    unknown = sorted(set(saved) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise ConfigError(f"saved config: {cls.__name__} has no field {', '.join(unknown)} in this version of jvgen.")
+    try:
+        return cls(**{key: _decode(value, hints[key]) for key, value in saved.items()})
+    except TypeError as error:
+        raise ConfigError(f"saved config: {cls.__name__} lacks a field that has no default ({error}).") from error
+
+
+def _class_of(name: str) -> type[Config]:
+    """The class with a stable name, or with the `module:Class` name of a user's class or of version 0.1.0."""
+    module, _, class_name = name.rpartition(":")
+    if not module or module.split(".")[0] == "jvgen":
+        class_name = RENAMED_CLASSES.get(class_name, class_name)
+        if class_name not in HOMES:
+            raise ConfigError(f"saved config names {name!r}, which is not a Config class of this version of jvgen.")
+        module = HOMES[class_name]
+        importlib.import_module(module)
+    if module not in sys.modules:
+        raise ConfigError(
+            f"saved config names {name!r}, but its module is not imported: import it first, then load the config."
+        )
+    cls = getattr(sys.modules[module], class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Config)):
+        raise ConfigError(f"saved config names {name!r}, but module {module!r} has no Config class {class_name!r}.")
+    return cls
