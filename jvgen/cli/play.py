@@ -1,7 +1,6 @@
 """`jvgen play`: step a world model from the keyboard or an action file."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +48,11 @@ def run_play(parsed: argparse.Namespace) -> int:
     import itertools
 
     from jvgen.control import play as playing
+    from jvgen.runs.world_models import load_world_model, read_context
 
     if parsed.out is not None and parsed.out.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {parsed.out}: episodes are written as .mp4 or .gif; change the ending.")
-    world = open_world(parsed.model, frames=parsed.frames, greedy=parsed.greedy, ema=parsed.ema, step=parsed.step)
+    world = load_world_model(parsed.model, frames=parsed.frames, greedy=parsed.greedy, ema=parsed.ema, step=parsed.step)
     context = read_context(world, parsed.data, parsed.split, parsed.record, parsed.start, parsed.stride)
     width = world.action_width
     if not width:
@@ -69,87 +69,6 @@ def run_play(parsed: argparse.Namespace) -> int:
     if parsed.out is not None:
         _write(parsed.out, frames, rewards)
     return 0
-
-
-def open_world(model: Path, *, frames: int | None, greedy: bool, ema: str | None = None, step: int | None = None):
-    """The world of a run's work folder, or of a folder with exported networks.
-
-    Raises:
-      ValueError: neither; a run of another kind; networks that do not belong together; `frames` missing.
-    """
-    from jvgen.control.world_model import WorldModel
-    from jvgen.interop.digest import content_digest
-    from jvgen.interop.from_torch import import_folder
-    from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
-    from jvgen.models.ivideogpt.sampling import SamplingConfig
-    from jvgen.runs.inference import open_run, read_experiment
-    from jvgen.tasks.world_model import TRAINED_WITH, WorldModelConfig
-
-    if (model / "tokenizer").is_dir() and (model / "transformer").is_dir():
-        (tokenizer, tokenizer_parameters), (transformer, parameters) = (
-            import_folder(model / name) for name in ("tokenizer", "transformer")
-        )
-        if not isinstance(tokenizer, CompressiveTokenizerConfig) or not isinstance(transformer, FrameTransformerConfig):
-            raise ValueError(f"{model}: its tokenizer/ and transformer/ are not those of iVideoGPT.")
-        told = model / TRAINED_WITH
-        if told.is_file() and json.loads(told.read_text())["tokenizer"] != content_digest(model / "tokenizer"):
-            raise ValueError(
-                f"{model}: its tokenizer/ is not the one that its transformer/ was trained with; ids would mean other "
-                "things. Copy the run's task.tokenizer_weights there, or, if it was only stored anew, delete "
-                f"{told.name}."
-            )
-        if frames is None:
-            frames = _longest(tokenizer, transformer.max_positions)
-        sampling = SamplingConfig(greedy=greedy)
-        return WorldModel(tokenizer, tokenizer_parameters, transformer, parameters, frames=frames, sampling=sampling)
-    if not (model / "checkpoints").is_dir():
-        raise ValueError(f"{model}: neither a run's work folder nor a folder with tokenizer/ and transformer/.")
-    experiment = read_experiment(model)
-    task = experiment.task
-    if not isinstance(task, WorldModelConfig):
-        raise ValueError(f"{model}: a run of {type(task).__name__}; `jvgen play` needs one of WorldModelConfig.")
-    run = open_run(model, ema, step)
-    longest = max(task.frames(bucket) for bucket in experiment.data.buckets)
-    return WorldModel(
-        task.tokenizer, run.frozen["tokenizer"], task.transformer, run.parameters["transformer"],
-        frames=longest if frames is None else frames, sampling=task.sampling.replace(greedy=greedy),
-    )  # fmt: skip
-
-
-def _longest(tokenizer, positions: int) -> int:
-    """Frames whose sequence has at most so many ids."""
-    frames = tokenizer.context_frames + 1
-    while tokenizer.layout(frames + 1).length <= positions:
-        frames += 1
-    return frames
-
-
-def read_context(world, data: str, split: str | None, record: int, start: int, stride: int) -> np.ndarray:
-    """The first frames of an episode, uint8 `T H W 3`, from a recording.
-
-    Raises:
-      ValueError: no such recording, or one that is too short.
-    """
-    from jvgen.data.store.sources import open_source, splits
-    from jvgen.data.stream.config import BucketConfig
-    from jvgen.data.stream.plan import Sample
-    from jvgen.data.stream.transforms import load_example
-
-    found = splits(data)
-    split = split or ("validation" if "validation" in found else "train")
-    source = open_source(data, split)
-    if not 0 <= record < len(source):
-        raise ValueError(f"--record {record}: {data} [{split}] has recordings 0 to {len(source) - 1}.")
-    if stride < 1:
-        raise ValueError(f"--stride {stride}: 1 or more.")
-    count, side = world.context_frames, world.tokenizer.resolution
-    recording = source.read(record)
-    last = start + stride * (count - 1)
-    if start < 0 or last >= recording.frames:
-        raise ValueError(f"--start {start}: the context reaches frame {last}; the recording has {recording.frames}.")
-    sample = Sample(start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
-    bucket = BucketConfig(frames=count, height=side, width=side, batch_size=1)
-    return load_example(recording, sample, bucket, "center_crop")["video"]
 
 
 def _write(out: Path, frames: np.ndarray, rewards: list[float]) -> None:

@@ -1,0 +1,114 @@
+"""Load a world model from a run or from exported networks, and the frames that an episode starts from."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jvgen.config import ConfigError
+from jvgen.control.world_model import WorldModel
+from jvgen.data.store.sources import open_source, splits
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.plan import Sample
+from jvgen.data.stream.transforms import load_example
+from jvgen.interop.digest import content_digest
+from jvgen.interop.from_torch import import_folder
+from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.models.ivideogpt.sampling import SamplingConfig
+from jvgen.runs.inference import open_run, read_experiment
+from jvgen.tasks.world_model import TRAINED_WITH, WorldModelConfig
+
+
+def load_world_model(
+    folder: str | Path,
+    *,
+    frames: int | None = None,
+    greedy: bool = False,
+    ema: str | None = None,
+    step: int | None = None,
+) -> WorldModel:
+    """Load a world model.
+
+    Args:
+      folder: run directory of a world model, or a folder with exported `tokenizer/` and `transformer/`.
+      frames: longest sequence, context included; by default that of the run's longest bucket, or what the exported
+        transformer has positions for.
+      greedy: choose the most likely ids instead of drawing them.
+      ema, step: weights of a run, see `jvgen.training.checkpoint.restore.load_for_inference`.
+
+    Raises:
+      ConfigError: neither kind of folder, a run of another task, or networks that do not belong together.
+      CheckpointError: the run has no valid checkpoint.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer").is_dir() and (folder / "transformer").is_dir():
+        return _load_exported(folder, frames, greedy)
+    if not (folder / "checkpoints").is_dir():
+        raise ConfigError(f"{folder}: neither a run directory nor a folder with tokenizer/ and transformer/.")
+    experiment = read_experiment(folder)
+    task = experiment.task
+    if not isinstance(task, WorldModelConfig):
+        raise ConfigError(f"{folder}: a run of {type(task).__name__}; expected one of WorldModelConfig.")
+    run = open_run(folder, ema, step)
+    longest = max(task.frames(bucket) for bucket in experiment.data.buckets)
+    return WorldModel(
+        task.tokenizer, run.frozen["tokenizer"], task.transformer, run.parameters["transformer"],
+        frames=longest if frames is None else frames, sampling=task.sampling.replace(greedy=greedy),
+    )  # fmt: skip
+
+
+def _load_exported(folder: Path, frames: int | None, greedy: bool) -> WorldModel:
+    (tokenizer, tokenizer_parameters), (transformer, parameters) = (
+        import_folder(folder / name) for name in ("tokenizer", "transformer")
+    )
+    if not isinstance(tokenizer, CompressiveTokenizerConfig) or not isinstance(transformer, FrameTransformerConfig):
+        raise ConfigError(f"{folder}: its tokenizer/ and transformer/ are not those of iVideoGPT.")
+    record = folder / TRAINED_WITH
+    if record.is_file() and json.loads(record.read_text())["tokenizer"] != content_digest(folder / "tokenizer"):
+        raise ConfigError(
+            f"{folder}: its tokenizer/ is not the one that its transformer/ was trained with; token ids would have "
+            "other meanings. Copy the run's task.tokenizer_weights there, or, if the same weights were only saved "
+            f"again, delete {record.name}."
+        )
+    if frames is None:
+        frames = _max_frames(tokenizer, transformer.max_positions)
+    sampling = SamplingConfig(greedy=greedy)
+    return WorldModel(tokenizer, tokenizer_parameters, transformer, parameters, frames=frames, sampling=sampling)
+
+
+def _max_frames(tokenizer: CompressiveTokenizerConfig, positions: int) -> int:
+    """Frames of the longest sequence that fits into this many positions."""
+    frames = tokenizer.context_frames + 1
+    while tokenizer.layout(frames + 1).length <= positions:
+        frames += 1
+    return frames
+
+
+def read_context(
+    world: WorldModel, data: str, split: str | None = None, record: int = 0, start: int = 0, stride: int = 1
+) -> np.ndarray:
+    """The first frames of an episode from a recording, uint8 `T H W 3`.
+
+    Args:
+      world: decides how many frames (T) and their size.
+      data: data set folder.
+      split: validation if there is one, else train, by default.
+      record, start, stride: which recording, its first frame, and the distance between frames.
+
+    Raises:
+      ValueError: no such recording, or one that is too short.
+    """
+    split = split or ("validation" if "validation" in splits(data) else "train")
+    source = open_source(data, split)
+    if not 0 <= record < len(source):
+        raise ValueError(f"--record {record}: {data} [{split}] has recordings 0 to {len(source) - 1}.")
+    if stride < 1:
+        raise ValueError(f"--stride {stride}: 1 or more.")
+    count, side = world.context_frames, world.tokenizer.resolution
+    recording = source.read(record)
+    last = start + stride * (count - 1)
+    if start < 0 or last >= recording.frames:
+        raise ValueError(f"--start {start}: the context reaches frame {last}; the recording has {recording.frames}.")
+    sample = Sample(start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
+    bucket = BucketConfig(frames=count, height=side, width=side, batch_size=1)
+    return load_example(recording, sample, bucket, "center_crop")["video"]
