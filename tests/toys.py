@@ -156,8 +156,25 @@ class GameTask(ToyTask):
 class FakeLoader:
     """The interface of `jvgen.data.stream.loader.Loader` over numbers made from (seed, step, slot)."""
 
-    def __init__(self, data, *, seed, prepare, host=0, hosts=1, evaluation=False, quarantine_log=None, delay=0.0):
-        self.data, self.seed, self.host, self.hosts, self.delay = data, seed, host, hosts, delay
+    def __init__(
+        self,
+        data,
+        *,
+        seed,
+        preprocess,
+        process_index=0,
+        process_count=1,
+        evaluation=False,
+        quarantine_log=None,
+        delay=0.0,
+    ):
+        self.data, self.seed, self.process_index, self.process_count, self.delay = (
+            data,
+            seed,
+            process_index,
+            process_count,
+            delay,
+        )
         self.stream = 10**6 if evaluation else 0
 
     width = 16
@@ -181,8 +198,8 @@ class FakeLoader:
 
     def at(self, step: int) -> LoadedBatch:
         bucket = self.bucket(step)
-        size = bucket.batch_size // self.hosts
-        slots = range(self.host * size, (self.host + 1) * size)
+        size = bucket.batch_size // self.process_count
+        slots = range(self.process_index * size, (self.process_index + 1) * size)
         rows = [step * bucket.batch_size + slot for slot in slots]
         draws = [np.random.default_rng([self.seed, self.stream, row]) for row in rows]
         x = np.stack([rng.standard_normal((bucket.frames, self.width), np.float32) for rng in draws])

@@ -156,7 +156,7 @@ def _loader(data: str, frames: int, size: tuple[int, int], stride: int, batch: i
         upscale=True,
         threads=2,
     )
-    return Loader(config, seed=0, prepare=lambda example: {"video": example["video"]}, evaluation=True)
+    return Loader(config, seed=0, preprocess=lambda example: {"video": example["video"]}, evaluation=True)
 
 
 def _deviations(statistics: dict[str, float]) -> dict[str, float]:

@@ -64,7 +64,7 @@ def analyse_run(
     if not config.evaluation_sources:
         raise ValueError("the run names no data.evaluation_sources; say which data set with --data FOLDER.")
     experiment.task.check_data(config.replace(sources=config.evaluation_sources))
-    loader = Loader(config, seed=experiment.seed, prepare=experiment.task.build().prepare, evaluation=True)
+    loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().prepare, evaluation=True)
     loaded = open_run(run, ema, step, untrained)
     found = _measure(loaded, loader, timesteps, batches, jax.random.key(experiment.seed))
     out.mkdir(parents=True, exist_ok=True)

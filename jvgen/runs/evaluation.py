@@ -56,7 +56,7 @@ def evaluate_run(
     if not config.evaluation_sources:
         raise ValueError("the run names no data.evaluation_sources; say which data set with --data FOLDER.")
     experiment.task.check_data(config.replace(sources=config.evaluation_sources))
-    loader = Loader(config, seed=experiment.seed, prepare=experiment.task.build().prepare, evaluation=True)
+    loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().prepare, evaluation=True)
     loaded = open_run(run, ema, step, untrained)
     evaluate = loaded.program.evaluation("evaluate")
     predict = None if distance is None else loaded.program.evaluation("predicted_clips")

@@ -9,7 +9,7 @@ from jvgen.config import ConfigError
 from jvgen.control.world_model import WorldModel
 from jvgen.data.store.sources import open_source, splits
 from jvgen.data.stream.config import BucketConfig
-from jvgen.data.stream.plan import Sample
+from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
@@ -109,6 +109,6 @@ def read_context(
     last = start + stride * (count - 1)
     if start < 0 or last >= recording.frames:
         raise ValueError(f"--start {start}: the context reaches frame {last}; the recording has {recording.frames}.")
-    sample = Sample(start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
+    sample = ClipSpec(start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
     bucket = BucketConfig(frames=count, height=side, width=side, batch_size=1)
     return load_example(recording, sample, bucket, "center_crop")["video"]

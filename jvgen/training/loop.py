@@ -117,7 +117,12 @@ class _Run:
                 f"mesh: {self.hosts} hosts read different examples, but data x fsdp = {replicas}; make it a multiple "
                 "of the number of hosts."
             )
-        shared = {"seed": experiment.seed, "prepare": task.prepare, "host": self.host, "hosts": self.hosts}
+        shared = {
+            "seed": experiment.seed,
+            "preprocess": task.prepare,
+            "process_index": self.host,
+            "process_count": self.hosts,
+        }
         self.loader = make_loader(experiment.data, **shared, quarantine_log=workdir / "quarantine.jsonl")
         self.evaluator = None
         if self.training.evaluate_every or self.training.visualize_every:

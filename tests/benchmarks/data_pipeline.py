@@ -74,7 +74,7 @@ def windows_of(loader: Loader, files: Path, ids: np.ndarray, size: Size) -> list
     for step in range(size.batches):
         rows = loader.plan.at(step).row
         for slot in range(size.batch):
-            sample = loader.plan.sample(step, slot)
+            sample = loader.plan.clip_spec(step, slot)
             room = (scaled[0] - fitted[0] + 1, scaled[1] - fitted[1] + 1)
             corner = (int(sample.crop_y * room[0]), int(sample.crop_x * room[1]))
             path = str(files / str(ids[rows[slot]]))
@@ -86,7 +86,7 @@ class OurPass:
     """One pass over the batches with our Loader."""
 
     def __init__(self, config: DataConfig, size: Size, threads: int):
-        self.loader = Loader(config.replace(threads=threads, prefetch=2), seed=0, prepare=prepare)
+        self.loader = Loader(config.replace(threads=threads, prefetch=2), seed=0, preprocess=prepare)
         self.batches = size.batches
 
     def __call__(self) -> np.ndarray:
@@ -122,7 +122,7 @@ def run(settings: Settings) -> Result:
             sources=(SourceConfig(path=str(out)),),
             buckets=(BucketConfig(frames=frames, height=height, width=width, batch_size=size.batch),),
         )
-        loader = Loader(config, seed=0, prepare=prepare)
+        loader = Loader(config, seed=0, preprocess=prepare)
         windows = windows_of(loader, files, open_source(out, "train").index.id, size)
         rows, samples = [], {}
         available = usable_cores()

@@ -28,7 +28,7 @@ import numpy as np
 from jvgen.control.world_model import WorldModel, to_pixels
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig
-from jvgen.data.stream.plan import Sample
+from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
 from jvgen.demo.demo import Parts
 from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
@@ -190,7 +190,7 @@ def held_out(folder: Path, count: int, stride: int) -> tuple[np.ndarray, np.ndar
         record = source.read(number % len(source))
         last = record.frames - (FRAMES - 1) * stride - 1
         start = round(last * (number // len(source)) / max(rows - 1, 1))
-        sample = Sample(start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
+        sample = ClipSpec(start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
         windows.append(load_example(record, sample, bucket, "center_crop"))
     return tuple(np.stack([window[name] for window in windows]) for name in ("video", "actions", "rewards"))
 

@@ -32,7 +32,7 @@ from jvgen.data.scenes.labels import COLORS, labels_of
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.pairs import folded
-from jvgen.data.stream.plan import Sample
+from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
 from jvgen.demo.report import DIRECTIONS
 from jvgen.evaluation.camera_pose import PoseScore, across_views, sift, views_mse
@@ -236,7 +236,7 @@ def held_out(setting: Setting, frames: int, size: tuple[int, int]) -> tuple[list
     """Captions, folded cameras `B 2 F ...` and the real views `B 2 F H W 3` of held-out still scenes."""
     source = open_source(setting.latents, "validation")
     bucket = configuration.load(CONFIG).data.buckets[0].replace(frames=frames, height=size[0], width=size[1])
-    sample = Sample(start=0, stride=1, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=0)
+    sample = ClipSpec(start=0, stride=1, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=0)
     captions, intrinsics, extrinsics, videos = [], [], [], []
     for row in range(len(source)):
         record = source.read(row)

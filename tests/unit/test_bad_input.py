@@ -385,7 +385,7 @@ def test_data_set_replaced_behind_a_checkpoint(world, jvgen, tmp_path, monkeypat
     words = train(f"data.sources.0.path={place}", f"data.evaluation_sources.0.path={place}")(world)[1:-2]
     experiment = config.override(config.load(words[0]), words[2::2])
     # As training saves it: with the state of the data.
-    state = Loader(experiment.data, seed=experiment.seed, prepare=dict).state(0)
+    state = Loader(experiment.data, seed=experiment.seed, preprocess=dict).state(0)
     save = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, arrays, data, run: save(self, step, arrays, state, run))
     assert jvgen("import", world.weights, "--config", *words, "--to", tmp_path / "run").status == 0

@@ -9,7 +9,7 @@ import pytest
 
 from jvgen.config import ConfigError, validate_tree
 from jvgen.data.stream.config import BucketConfig
-from jvgen.data.stream.stages import BucketTurns, check_stages
+from jvgen.data.stream.stages import BucketSchedule, check_stages
 from jvgen.saved_config import from_json, to_json
 from jvgen.training.loop import train
 from jvgen.training.optimization.curriculum import Stage, staged_buckets, staged_rates, total_steps
@@ -45,7 +45,7 @@ def test_turns_are_counted_over_all_stages():
     buckets = (
         bucket(8, ends=40), bucket(16, begins=10, ends=25), bucket(32, begins=25, weight=2.0), bucket(64, weight=0.5),
     )  # fmt: skip
-    turns, given = BucketTurns(buckets), [0] * 4
+    turns, given = BucketSchedule(buckets), [0] * 4
     expected = []
     for step in range(200):
         number, before = turns.at(step)
@@ -61,7 +61,7 @@ def test_turns_are_counted_over_all_stages():
 
 
 def test_evaluation_takes_every_shape_at_any_step():
-    turns = BucketTurns(BUCKETS, always=True)
+    turns = BucketSchedule(BUCKETS, always=True)
     assert {turns.at(step)[0] for step in range(20)} == {0, 1, 2, 3}
 
 
@@ -99,7 +99,7 @@ class StagedLoader(toys.FakeLoader):
     """Made-up numbers, in the order of shapes that the plan of real data has."""
 
     def bucket(self, step: int) -> BucketConfig:
-        return self.buckets[BucketTurns(self.buckets).at(step)[0]]
+        return self.buckets[BucketSchedule(self.buckets).at(step)[0]]
 
 
 def test_a_run_goes_on_within_and_between_stages(tmp_path, quick_compilations):

@@ -1,4 +1,4 @@
-"""The loader on real data sets: the same batches for any hosts, threads, workers and start; failures; clean endings."""
+"""The loader on real data: the same batches for any processes, threads, workers and start step; failures; shutdown."""
 
 import dataclasses
 import hashlib
@@ -75,7 +75,7 @@ def config(data: Path, name: str = "clips", **changes) -> DataConfig:
     return DataConfig(**fields)
 
 
-def prepare(example: dict) -> dict[str, np.ndarray]:
+def preprocess(example: dict) -> dict[str, np.ndarray]:
     return {
         "video": example["video"],
         "caption": np.frombuffer(example["caption"].encode().ljust(16)[:16], np.uint8),
@@ -84,11 +84,11 @@ def prepare(example: dict) -> dict[str, np.ndarray]:
 
 
 def loader(settings: DataConfig, **changes) -> Loader:
-    return Loader(settings, **{"seed": 5, "prepare": prepare, **changes})
+    return Loader(settings, **{"seed": 5, "preprocess": preprocess, **changes})
 
 
 def digests(stream: Loader, start: int, stop: int) -> list[str]:
-    """One line a batch, over every byte."""
+    """One digest per batch, over every byte."""
     found = []
     with stream.batches(start, stop) as batches:
         for batch in batches:
@@ -130,12 +130,14 @@ def test_a_later_start_continues_the_same_stream(data):
     assert digests(stream, far + 1, far + 3) == digests(loader(config(data)), far, far + 3)[1:]
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", ["clips", "broken"])
-def test_any_number_of_hosts_gives_the_same_global_batches(data, hosts, name):
+def test_any_number_of_processes_gives_the_same_global_batches(data, processes, name):
     settings = config(data, name, error_budget=0.9)
     whole = collect(loader(settings), 0, 6)
-    parts = [collect(loader(settings, host=host, hosts=hosts), 0, 6) for host in range(hosts)]
+    parts = [
+        collect(loader(settings, process_index=index, process_count=processes), 0, 6) for index in range(processes)
+    ]
     for step, batch in enumerate(whole):
         assert {part[step].bucket for part in parts} == {batch.bucket}
         for key, array in batch.arrays.items():
@@ -157,7 +159,7 @@ def test_workers_give_the_same_bytes_and_leave_nothing_behind(data):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_program_that_just_ends_leaks_nothing_and_says_nothing(data, tmp_path, workers):
+def test_a_program_that_exits_without_closing_leaks_nothing_and_prints_nothing(data, tmp_path, workers):
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent(f"""
@@ -165,14 +167,14 @@ def test_a_program_that_just_ends_leaks_nothing_and_says_nothing(data, tmp_path,
         from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
         from jvgen.data.stream.loader import Loader
 
-        def prepare(example):
+        def preprocess(example):
             return {{"video": np.repeat(example["video"], 8, axis=1)}}
 
         if __name__ == "__main__":
             bucket = BucketConfig(frames=5, height=32, width=32, batch_size=4)
             source = SourceConfig(path={str(data / "clips")!r})
             config = DataConfig(sources=(source,), buckets=(bucket,), workers={workers}, prefetch=4)
-            batches = Loader(config, seed=0, prepare=prepare).batches(0)
+            batches = Loader(config, seed=0, preprocess=preprocess).batches(0)
             batch = next(batches)
             batch = next(batches)
             print(batch.arrays["video"].shape)
@@ -203,7 +205,7 @@ def test_closing_stops_threads_and_ends_the_iterator(data):
     assert reading() == before
 
 
-def test_two_iterators_of_one_loader_do_not_disturb_each_other(data):
+def test_two_iterators_of_one_loader_are_independent(data):
     stream = loader(config(data))
     first, second = stream.batches(0, 4), stream.batches(0, 4)
     one = next(first)
@@ -230,26 +232,26 @@ def test_a_record_that_cannot_be_decoded_is_replaced_and_the_rest_stays(data, tm
                 assert np.array_equal(batch.arrays["video"][slot], other.arrays["video"][slot])
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert replaced == sum(batch.substitutes for batch in patched) > 3
-    # A substitute may be bad as well: each attempt is one line.
+    # A substitute may be corrupt too: each attempt is one line.
     assert len(lines) >= replaced and {line["id"] for line in lines} <= bad
     for line in lines:
         assert line["source"].endswith("broken [train]") and line["error"] and line["row"] == int(line["id"][-2:])
 
 
 def test_a_flipped_byte_on_disk_is_one_lost_record(data, tmp_path):
-    damaged = tmp_path / "clips"
-    shutil.copytree(data / "clips", damaged)
-    file = next(damaged.glob("*train.array_record*"))
+    corrupt = tmp_path / "clips"
+    shutil.copytree(data / "clips", corrupt)
+    file = next(corrupt.glob("*train.array_record*"))
     content = bytearray(file.read_bytes())
-    # Inside the compressed pixels of one of the records: those bytes are found again in the file.
+    # Inside the compressed pixels of one of the records.
     place = content.find(clip(4)[2000:2032])
     assert place > 0
     content[place] ^= 1
     file.write_bytes(content)
     log = tmp_path / "quarantine.jsonl"
-    batches = collect(loader(config(tmp_path, sources=(SourceConfig(path=str(damaged)),)), quarantine_log=log), 0, 9)
+    batches = collect(loader(config(tmp_path, sources=(SourceConfig(path=str(corrupt)),)), quarantine_log=log), 0, 9)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert {line["id"] for line in lines} == {"clip-04"} and "damaged on disk" in lines[0]["error"]
+    assert {line["id"] for line in lines} == {"clip-04"} and "corrupt on disk" in lines[0]["error"]
     assert "clip-04" not in {name for batch in batches for name in batch.record_ids}
 
 
@@ -267,7 +269,7 @@ def test_no_budget_stops_at_the_first_failure(data, tmp_path, workers):
     assert log.read_text().endswith("}\n")
 
 
-def test_a_pool_without_a_decodable_record_stops(data):
+def test_a_pool_without_a_decodable_record_stops_the_run(data):
     settings = config(data, "ruined", error_budget=0.9)
     settings = dataclasses.replace(settings, sources=settings.sources[:1], buckets=settings.buckets[:1])
     with pytest.raises(TooManyFailures, match="no record of the kind and source of clip-.*ruined.*can be decoded"):
@@ -281,7 +283,7 @@ def test_evaluation_gives_the_same_batches_each_time(data):
     assert ids == {f"clip-{number}" for number in range(20, 25)}
 
 
-def test_the_state_is_the_step_and_two_hashes(data):
+def test_the_state_is_the_step_and_two_digests(data):
     stream = loader(config(data))
     state = stream.state(41)
     assert state == {"step": 41, "manifest": stream.plan.manifest, "plan": stream.plan.digest}
@@ -294,9 +296,11 @@ def test_the_state_is_the_step_and_two_hashes(data):
         loader(config(data), seed=6).check_state(state)
 
 
-def test_a_batch_that_hosts_cannot_share_is_refused(data):
-    with pytest.raises(ValueError, match="buckets.0.batch_size = 4: does not divide over 3 hosts"):
-        loader(config(data), host=0, hosts=3)
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused(data):
+    with pytest.raises(
+        ValueError, match="batch_size = 4: is not divisible by the number of processes; use a multiple of 3"
+    ):
+        loader(config(data), process_index=0, process_count=3)
 
 
 def test_a_missing_data_set_is_refused(data):
@@ -308,19 +312,21 @@ def test_arrays_that_do_not_stack_name_their_records(data):
     def ragged(example):
         return {"text": np.zeros(len(example["caption"]), np.uint8)}
 
-    with pytest.raises(ValueError, match=r"records '\S+' and '\S+' were prepared.*text: uint8\[\d+\] and") as caught:
-        collect(loader(config(data), prepare=ragged), 0, 6)
+    with pytest.raises(
+        ValueError, match=r"records '\S+' and '\S+' were preprocessed.*text: uint8\[\d+\] and"
+    ) as caught:
+        collect(loader(config(data), preprocess=ragged), 0, 6)
     assert "grain" not in str(caught.value).lower()
 
 
-def test_waiting_is_measured(data):
+def test_waiting_time_is_measured(data):
     def slow(example):
         time.sleep(0.05)
-        return prepare(example)
+        return preprocess(example)
 
     def patient(settings):
         waits = []
-        with loader(settings, prepare=slow).batches(0, 4) as batches:
+        with loader(settings, preprocess=slow).batches(0, 4) as batches:
             for batch in batches:
                 waits.append(batch.read_seconds)
                 time.sleep(0.6)

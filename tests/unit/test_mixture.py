@@ -1,4 +1,4 @@
-"""Quotas: counts never stray from the weights, and are known in closed form at any turn."""
+"""Interleave: counts stay within one of the weights and are known in closed form at any position."""
 
 import time
 
@@ -7,33 +7,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jvgen.data.stream.mixture import PERIOD, Quota, check_kind_weights, integer_shares, pool_weights
+from jvgen.data.stream.mixture import MAX_PERIOD, Interleave, check_kind_weights, integer_shares, pool_weights
 
 WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
 @settings(max_examples=60, deadline=None)
 @given(weights=WEIGHTS)
-def test_every_prefix_is_within_one_turn_of_the_weights(weights):
-    quota = Quota(weights)
-    turns = 2 * quota.period + 3
-    member, ordinal = quota.at(np.arange(turns))
+def test_every_prefix_is_within_one_of_the_weights(weights):
+    order = Interleave(weights)
+    length = 2 * order.period + 3
+    member, ordinal = order.at(np.arange(length))
     counts = np.cumsum(member[:, None] == np.arange(len(weights)), axis=0)
-    owed = np.outer(np.arange(1, turns + 1), np.array(weights) / sum(weights))
+    owed = np.outer(np.arange(1, length + 1), np.array(weights) / sum(weights))
     assert np.max(np.abs(counts - owed)) < 1
-    # The ordinal counts the member's own turns from 0.
-    assert np.array_equal(ordinal, counts[np.arange(turns), member] - 1)
+    # The ordinal counts the member's own positions from 0.
+    assert np.array_equal(ordinal, counts[np.arange(length), member] - 1)
 
 
 @settings(max_examples=60, deadline=None)
-@given(weights=WEIGHTS, turn=st.integers(0, 10**15))
-def test_before_agrees_with_at_anywhere(weights, turn):
-    quota = Quota(weights)
-    member, ordinal = quota.at(np.array([turn]))
-    before, after = quota.before(turn), quota.before(turn + 1)
-    assert before.sum() == turn and before[member[0]] == ordinal[0]
+@given(weights=WEIGHTS, position=st.integers(0, 10**15))
+def test_before_agrees_with_at_anywhere(weights, position):
+    order = Interleave(weights)
+    member, ordinal = order.at(np.array([position]))
+    before, after = order.before(position), order.before(position + 1)
+    assert before.sum() == position and before[member[0]] == ordinal[0]
     assert np.array_equal(after - before, np.arange(len(weights)) == member[0])
-    assert np.max(np.abs(before - turn * np.array(weights) / sum(weights))) < 1.5
+    assert np.max(np.abs(before - position * np.array(weights) / sum(weights))) < 1.5
 
 
 def test_decimal_and_repeating_weights_are_exact():
@@ -46,11 +46,11 @@ def test_decimal_and_repeating_weights_are_exact():
 def test_awkward_weights_are_rounded_to_fine_shares():
     weights = np.array([0.123456789, np.pi, 1.0])
     shares = np.array(integer_shares(weights.tolist()))
-    assert abs(shares.sum() - PERIOD) <= 3
-    assert np.allclose(shares / shares.sum(), weights / weights.sum(), atol=2 / PERIOD)
+    assert abs(shares.sum() - MAX_PERIOD) <= 3
+    assert np.allclose(shares / shares.sum(), weights / weights.sum(), atol=2 / MAX_PERIOD)
 
 
-def test_a_weight_too_small_for_a_turn_is_refused():
+def test_a_weight_too_small_for_a_share_is_refused():
     with pytest.raises(ValueError, match="1e-07 is less than 5e-05 of their sum"):
         integer_shares([1.0, 1e-7])
     with pytest.raises(ValueError, match="not positive"):
@@ -78,5 +78,5 @@ def test_kind_weights_are_checked():
 
 def test_the_longest_period_is_built_quickly():
     began = time.process_time()
-    Quota([0.111111117, 0.37, 0.9, 2.71828])
+    Interleave([0.111111117, 0.37, 0.9, 2.71828])
     assert time.process_time() - began < 2

@@ -11,7 +11,7 @@ from jvgen.geometry.homography import homographies, moved
 def test_clips_are_folded_in_their_middle():
     np.testing.assert_array_equal(folded(np.arange(7)), [[3, 2, 1, 0], [3, 4, 5, 6]])
     np.testing.assert_array_equal(folded(np.arange(1)), [[0], [0]])
-    with pytest.raises(ValueError, match="8 frames cannot be folded: take an odd number, 2N - 1 for two views of N"):
+    with pytest.raises(ValueError, match="8 frames cannot be folded: use an odd number, 2N - 1 for two views of N"):
         folded(np.arange(8))
 
 

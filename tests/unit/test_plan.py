@@ -68,7 +68,7 @@ def test_a_step_is_the_same_in_any_order_of_asking(order):
     expected = {step: first.at(step) for step in sorted(order)}
     for step in order:
         assert same(second.at(step), expected[step])
-        assert second.sample(step, 3) == first.sample(step, 3)
+        assert second.clip_spec(step, 3) == first.clip_spec(step, 3)
 
 
 def test_buckets_sources_and_kinds_follow_their_weights():
@@ -79,7 +79,7 @@ def test_buckets_sources_and_kinds_follow_their_weights():
     counts = collections.Counter()
     for step in steps:
         if step.bucket_index == 0:
-            for source, row in zip(*step.slots, strict=True):
+            for source, row in zip(step.source, step.row, strict=True):
                 counts[int(source), KINDS[index.kind[row]] if source == 0 else "dynamic"] += 1
     # Source 0 has weight 3 over two kinds, of which static counts three times.
     weights = {(0, "static"): 4.5, (0, "dynamic"): 1.5, (1, "dynamic"): 1.0}
@@ -117,7 +117,7 @@ def test_seeds_make_different_plans():
     first, second = mixed_plan(seed=1), mixed_plan(seed=2)
     assert first.digest != second.digest and first.manifest == second.manifest
     assert not all(np.array_equal(first.at(step).row, second.at(step).row) for step in range(5))
-    assert [first.sample(step, 0) for step in range(9)] != [second.sample(step, 0) for step in range(9)]
+    assert [first.clip_spec(step, 0) for step in range(9)] != [second.clip_spec(step, 0) for step in range(9)]
 
 
 def test_samples_stay_within_their_records():
@@ -127,7 +127,7 @@ def test_samples_stay_within_their_records():
     for step in range(250):
         rows = plan.at(step).row
         for slot in range(6):
-            sample = plan.sample(step, slot)
+            sample = plan.clip_spec(step, slot)
             recorded = frames[rows[slot]]
             assert 0 <= sample.start and sample.start + 8 * sample.stride < recorded
             assert 0 <= sample.crop_y < 1 and 0 <= sample.crop_x < 1
@@ -143,7 +143,7 @@ def test_samples_stay_within_their_records():
 
 def test_several_views_are_distinct_and_in_any_order():
     plan = Plan(config(buckets=(bucket(views=2),), sources=1), [index_of(6, views=3)], 0)
-    views = {plan.sample(step, slot).views for step in range(40) for slot in range(6)}
+    views = {plan.clip_spec(step, slot).views for step in range(40) for slot in range(6)}
     assert views == {(a, b) for a in range(3) for b in range(3) if a != b}
 
 
@@ -152,7 +152,7 @@ def test_windows_differ_between_epochs():
     starts = collections.defaultdict(set)
     for step in range(20):
         for slot, row in enumerate(plan.at(step).row):
-            starts[int(row)].add(plan.sample(step, slot).start)
+            starts[int(row)].add(plan.clip_spec(step, slot).start)
     assert all(len(values) > 5 for values in starts.values())
 
 
@@ -164,18 +164,18 @@ def test_only_clips_without_cameras_actions_and_latents_are_mirrored():
     flips = collections.defaultdict(set)
     for step in range(40):
         for slot, row in enumerate(plan.at(step).row):
-            flips[int(row)].add(plan.sample(step, slot).flip)
+            flips[int(row)].add(plan.clip_spec(step, slot).flip)
     assert flips == {0: {True, False}, 1: {False}, 2: {False}, 3: {False}}
 
 
 def test_merged_latents_start_at_the_first_frame():
     plan = Plan(config(buckets=(bucket(),), sources=1), [index_of(6, frames=41, latent_frames=11)], 0)
-    assert {(plan.sample(step, 0).start, plan.sample(step, 0).stride) for step in range(30)} == {(0, 1)}
+    assert {(plan.clip_spec(step, 0).start, plan.clip_spec(step, 0).stride) for step in range(30)} == {(0, 1)}
 
 
 def test_a_record_without_captions_has_none():
     plan = Plan(config(buckets=(bucket(),), sources=1), [index_of(6, captions=0)], 0)
-    assert plan.sample(0, 0).caption == -1
+    assert plan.clip_spec(0, 0).caption == -1
 
 
 def test_substitutes_are_of_the_same_pool_and_reach_all_of_it():
@@ -194,7 +194,7 @@ def test_substitutes_are_of_the_same_pool_and_reach_all_of_it():
             assert row in {r for _, r in found}
         else:
             assert len(found) == 13
-    assert plan.sample(5, 0, 2) == mixed_plan().sample(5, 0, 2) != plan.sample(5, 0)
+    assert plan.clip_spec(5, 0, 2) == mixed_plan().clip_spec(5, 0, 2) != plan.clip_spec(5, 0)
 
 
 def test_seek_is_constant_time():
@@ -224,7 +224,7 @@ def test_evaluation_is_in_recorded_order_whatever_the_seed():
     plans = [Plan(settings, [index_of(6, frames=20)], seed, evaluation=True) for seed in (0, 99)]
     assert plans[0].digest == plans[1].digest
     assert [plans[0].at(step).row.tolist() for step in range(3)] == [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]]
-    samples = {plans[number].sample(step, slot) for number in (0, 1) for step in range(3) for slot in range(4)}
+    samples = {plans[number].clip_spec(step, slot) for number in (0, 1) for step in range(3) for slot in range(4)}
     assert len(samples) == 1
     sample = samples.pop()
     assert (sample.start, sample.stride, sample.crop_y, sample.flip, sample.caption) == (6, 1, 0.5, False, 0)
@@ -325,6 +325,6 @@ def test_the_plan_is_that_of_every_other_machine():
     """Frozen: a change here is a change of `jvgen.data.stream.plan.VERSION`."""
     plan = mixed_plan(seed=123)
     assert plan.at(10**9).row.tolist() == [3, 8, 2, 4, 15, 12, 1, 0]
-    sample = plan.sample(10**9, 1)
+    sample = plan.clip_spec(10**9, 1)
     assert (sample.start, sample.stride, sample.caption) == (30, 2, 1)
     assert sample.crop_y == 0.1427265929693915

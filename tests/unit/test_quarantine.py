@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from jvgen.data.stream.quarantine import MINIMUM, Failure, Quarantine, TooManyFailures, append_line, host_log
+from jvgen.data.stream.quarantine import MIN_FAILURES, Failure, Quarantine, TooManyFailures, append_line, process_log
 
 
 def failure(row: int, step: int = 0) -> Failure:
@@ -27,11 +27,11 @@ def test_each_failure_is_a_line(tmp_path):
 
 def test_the_minimum_comes_before_the_share():
     quarantine = Quarantine(None, 0.001)
-    for row in range(MINIMUM):
+    for row in range(MIN_FAILURES):
         quarantine.failed(failure(row))
     with pytest.raises(TooManyFailures) as caught:
-        quarantine.failed(failure(MINIMUM))
-    for row in range(MINIMUM + 1):
+        quarantine.failed(failure(MIN_FAILURES))
+    for row in range(MIN_FAILURES + 1):
         assert f"clip-{row} (clips [train], row {row}): truncated" in str(caught.value)
     assert "error_budget = 0.001" in str(caught.value)
 
@@ -86,11 +86,11 @@ def test_lines_of_many_writers_are_whole(tmp_path):
 
 def test_a_copy_in_another_process_starts_at_zero_and_keeps_its_log(tmp_path):
     quarantine = Quarantine(tmp_path / "log.jsonl", 0.001)
-    for row in range(MINIMUM):
+    for row in range(MIN_FAILURES):
         quarantine.failed(failure(row))
     copy = pickle.loads(pickle.dumps(quarantine))
     copy.failed(failure(99))
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == MINIMUM + 1
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == MIN_FAILURES + 1
 
 
 def test_errors_can_be_sent_between_processes():
@@ -100,5 +100,5 @@ def test_errors_can_be_sent_between_processes():
 
 def test_each_host_has_its_own_log(tmp_path):
     log = tmp_path / "quarantine.jsonl"
-    assert host_log(log, 0, 1) == log
-    assert host_log(log, 3, 8) == tmp_path / "quarantine-00003.jsonl"
+    assert process_log(log, 0, 1) == log
+    assert process_log(log, 3, 8) == tmp_path / "quarantine-00003.jsonl"

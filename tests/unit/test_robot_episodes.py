@@ -315,7 +315,7 @@ def window(folder: Path, frames: int, side: int) -> dict:
     bucket = BucketConfig(frames=frames, height=side, width=side, batch_size=1)
     source = SourceConfig(path=str(folder))
     config = DataConfig(sources=(source,), evaluation_sources=(source,), buckets=(bucket,), threads=1)
-    loader = Loader(config, seed=0, prepare=lambda example: {
+    loader = Loader(config, seed=0, preprocess=lambda example: {
         name: example[name] for name in ("video", "actions", "rewards")
     }, evaluation=True)  # fmt: skip
     with loader.batches(0, 1) as batches:

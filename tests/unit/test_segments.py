@@ -6,7 +6,7 @@ import pytest
 from jvgen.config import ConfigError, validate_tree
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import Record
-from jvgen.data.stream.augment import NUMBERS, Augmentation, AugmentationConfig
+from jvgen.data.stream.augment import UNIFORMS, Augmentation, AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.plan import Plan
 from jvgen.data.stream.segments import SegmentConfig
@@ -35,7 +35,7 @@ def plan(bucket: BucketConfig, *, step: int = 1, frames=FRAMES, evaluation=False
 
 
 def samples(made: Plan, steps: int = 6) -> list:
-    return [made.sample(step, slot) for step in range(steps) for slot in range(4)]
+    return [made.clip_spec(step, slot) for step in range(steps) for slot in range(4)]
 
 
 @pytest.mark.parametrize("stride", [1, 3])
@@ -78,7 +78,7 @@ def test_a_source_with_a_step_moves_as_fast_as_the_others_and_takes_short_record
 def test_a_segment_has_its_frames_and_no_actions():
     whole = record(actions=np.ones((FRAMES, 2), np.float32), rewards=np.ones(FRAMES, np.float32))
     bucket = BUCKET.replace(segment=LATER)
-    sample = plan(bucket).sample(0, 1)
+    sample = plan(bucket).clip_spec(0, 1)
     example = load_example(whole, sample, bucket)
     expected = np.linspace(20, 220, FRAMES)[list(sample.frames)]
     np.testing.assert_allclose(example["video"].mean(axis=(1, 2, 3)), expected, atol=2)
@@ -104,7 +104,7 @@ def test_plans_without_any_of_this_are_what_they_were():
 
 
 def draw(seed: int, **changes) -> Augmentation:
-    return Augmentation(AugmentationConfig(**changes), tuple(np.random.default_rng(seed).random(NUMBERS).tolist()))
+    return Augmentation(AugmentationConfig(**changes), tuple(np.random.default_rng(seed).random(UNIFORMS).tolist()))
 
 
 def test_crops_are_of_the_area_and_shape_asked_for():
@@ -129,12 +129,12 @@ def test_all_frames_are_changed_alike():
 def test_colours():
     still = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     video = np.random.default_rng(0).integers(60, 190, (2, 8, 8, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(draw(0, **still).recolor(video), video)
-    numbers = draw(0).numbers[: 4 * 10]
+    np.testing.assert_array_equal(draw(0, **still).jitter(video), video)
+    numbers = draw(0).uniforms[: 4 * 10]
     ordered = (0.1, 0.2, 0.3, 0.4)
 
     def changed(values, **only):
-        return Augmentation(AugmentationConfig(**still | only), (*numbers, *values, *ordered)).recolor(video)
+        return Augmentation(AugmentationConfig(**still | only), (*numbers, *values, *ordered)).jitter(video)
 
     # The last number of its range: half of the way up, or down.
     brighter = changed((0.75, 0, 0, 0), brightness=0.4)

@@ -47,7 +47,7 @@ def shared_compilations(tmp_path_factory):
 def run(experiment, steps: int = 2, mesh=None, bucket: int = 0, change_batch=None):
     """The last state and the metrics of some steps; the batches are those of the fake loader for one bucket."""
     program, compiled = compiled_step(experiment, mesh or single_device_mesh(), bucket)
-    loader, shape = toys.FakeLoader(experiment.data, seed=0, prepare=None), experiment.data.buckets[bucket]
+    loader, shape = toys.FakeLoader(experiment.data, seed=0, preprocess=None), experiment.data.buckets[bucket]
     current, rows = program.init(), []
     for step in range(steps):
         arrays = loader.at(step * len(experiment.data.buckets) + bucket).arrays
@@ -183,7 +183,7 @@ def play(task, steps: int):
     program = Program.of(experiment, single_device_mesh(), task)
     shape = experiment.data.buckets[0]
     compiled = program.lower(shape).compile(compiler_options={"xla_backend_optimization_level": 0})
-    arrays = toys.FakeLoader(experiment.data, seed=0, prepare=None).at(0).arrays
+    arrays = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
     current, rows = program.init(), []
     for _ in range(steps):
         current, metrics = compiled(current, program.place(arrays, shape, 0, 1))
@@ -299,7 +299,7 @@ def test_state_is_donated():
     experiment = toys.experiment()
     program, compiled = compiled_step(experiment, single_device_mesh(), 0)
     fresh = program.init()
-    batch = toys.FakeLoader(experiment.data, seed=0, prepare=None).at(0).arrays
+    batch = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
     compiled(fresh, program.place(batch, experiment.data.buckets[0], 0, 1))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(fresh.parameters))
     analysis = compiled.memory_analysis()

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from jvgen.data.store.records import Record
 from jvgen.data.stream import transforms
 from jvgen.data.stream.config import BucketConfig
-from jvgen.data.stream.plan import Sample
+from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.video_files import DecodeError, encode_image
 
 
-def sample(**changes) -> Sample:
+def sample(**changes) -> ClipSpec:
     fields = {"start": 0, "stride": 1, "views": (0,), "crop_y": 0.0, "crop_x": 0.0, "flip": False, "caption": -1}
-    return Sample(**{**fields, **changes})
+    return ClipSpec(**{**fields, **changes})
 
 
 def bucket(**changes) -> BucketConfig:

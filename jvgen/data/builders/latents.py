@@ -11,8 +11,8 @@ from jvgen.data.builders.build_loop import Progress, Summary, Task, assemble, pr
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
 from jvgen.data.stream.config import SourceConfig
-from jvgen.data.stream.plan import Sample
-from jvgen.data.stream.transforms import between_frames, fit, fit_intrinsics
+from jvgen.data.stream.plan import ClipSpec
+from jvgen.data.stream.transforms import fit, fit_intrinsics, sum_over_stride
 from jvgen.data.video_files import DecodeError, decode_window, encode_image, encode_video
 
 LATENTS_FORMAT = 1  # raised when the way from a record to what the encoder sees changes
@@ -131,7 +131,7 @@ def _prepared(
         raise DecodeError("holds latents already, and no pixels")
     kept = list(range(0, record.frames, stride))[:frames]
     kept = kept[: (len(kept) - 1) // group * group + 1]
-    whole = Sample(start=0, stride=stride, views=(), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
+    whole = ClipSpec(start=0, stride=stride, views=(), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
     video, intrinsics, extrinsics = [], [], []
     for view, clip in enumerate(record.clips):
         pixels = decode_window(clip, kept)
@@ -146,9 +146,9 @@ def _prepared(
         changes |= {"intrinsics": np.concatenate(intrinsics), "extrinsics": np.concatenate(extrinsics)}
     changes["frames_per_second"] = record.frames_per_second / stride
     if record.has_action:
-        changes["actions"] = between_frames(record.actions, 0, stride, len(kept))
+        changes["actions"] = sum_over_stride(record.actions, 0, stride, len(kept))
     if record.rewards.size:
-        changes["rewards"] = between_frames(record.rewards, 0, stride, len(kept))
+        changes["rewards"] = sum_over_stride(record.rewards, 0, stride, len(kept))
     return record.replace(clips=(), **changes), np.stack(video)
 
 

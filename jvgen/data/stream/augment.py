@@ -1,6 +1,6 @@
-"""Augmentation of clips: one crop and one change of colours for all frames, drawn from numbers that the plan gives.
+"""Augmentation of clips: one crop and one color jitter for all frames, from uniform numbers that the plan draws.
 
-Random resized crops and colour jitter as iVideoGPT trains with (arXiv 2405.15223, appendix A.3, and its released code).
+Random resized crops and color jitter as in iVideoGPT (arXiv 2405.15223, appendix A.3, and its released code).
 """
 
 import dataclasses
@@ -11,20 +11,20 @@ import numpy as np
 
 from jvgen.config import Config
 
-TRIES = 10
-# Four for each try of a crop, four factors, four for their order.
-NUMBERS = 4 * TRIES + 8
+MAX_CROP_TRIES = 10
+# Uniform numbers per clip: four per try of a crop, four jitter factors, four for their order.
+UNIFORMS = 4 * MAX_CROP_TRIES + 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentationConfig(Config):
-    """How much clips are changed. Clips with cameras or cached latents are left as they are.
+    """Ranges of the augmentation. Clips with cameras or cached latents are not augmented.
 
     Attributes:
-      crop_area: least and greatest area of the crop, as a share of the largest square that fits the frame.
-      crop_ratio: least and greatest width over height of the crop, drawn on a logarithmic scale.
+      crop_area: smallest and largest area of the crop, as a fraction of the largest square that fits the frame.
+      crop_ratio: smallest and largest aspect ratio (width / height) of the crop, drawn log-uniformly.
       brightness, contrast, saturation: factors are drawn from 1 - x to 1 + x.
-      hue: shifts are drawn from -x to x, in turns of the colour wheel.
+      hue: shifts are drawn from -x to x, in revolutions of the color wheel.
     """
 
     crop_area: tuple[float, float] = (0.8, 1.0)
@@ -38,28 +38,28 @@ class AugmentationConfig(Config):
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"{name} = {(low, high)}: least and greatest, both positive.")
+                raise ValueError(f"{name} = {(low, high)}: smallest and largest, both positive.")
         for name in ("brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: from 0 up to 1.")
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue = {self.hue}: from 0 to 0.5 turns.")
+            raise ValueError(f"hue = {self.hue}: from 0 to 0.5 revolutions.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """One draw: the configuration, and `NUMBERS` numbers in [0, 1) that it is read off."""
+    """The augmentation of one clip: the configuration and `UNIFORMS` numbers in [0, 1)."""
 
     config: AugmentationConfig
-    numbers: tuple[float, ...]
+    uniforms: tuple[float, ...]
 
     def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, height and width of the crop in a frame: the first of ten draws that fits, else the middle."""
+        """Top, left, height and width of the crop: the first try that fits, else the largest center square."""
         side = min(height, width)
         low, high = self.config.crop_area
         ratios = [math.log(ratio) for ratio in self.config.crop_ratio]
-        for turn in range(TRIES):
-            area, ratio, top, left = self.numbers[4 * turn : 4 * turn + 4]
+        for number in range(MAX_CROP_TRIES):
+            area, ratio, top, left = self.uniforms[4 * number : 4 * number + 4]
             area = (low + area * (high - low)) * side * side
             ratio = math.exp(ratios[0] + ratio * (ratios[1] - ratios[0]))
             rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
@@ -68,18 +68,18 @@ class Augmentation:
         return (height - side) // 2, (width - side) // 2, side, side
 
     def apply(self, video: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Crop uint8 frames `F h w 3`, resize them to `size` (height, width), change their colours; uint8."""
+        """Crop uint8 frames `F h w 3`, resize them to `size` (height, width) and jitter their colors; uint8."""
         top, left, rows, columns = self.crop(*video.shape[1:3])
         height, width = size
         shrinks = height <= rows and width <= columns
         interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         cropped = video[:, top : top + rows, left : left + columns]
         resized = np.stack([cv2.resize(frame, (width, height), interpolation=interpolation) for frame in cropped])
-        return self.recolor(resized)
+        return self.jitter(resized)
 
-    def recolor(self, video: np.ndarray) -> np.ndarray:
-        """The same changes of brightness, contrast, saturation and hue of all frames, in a drawn order; uint8."""
-        drawn = np.asarray(self.numbers[4 * TRIES :], np.float32)
+    def jitter(self, video: np.ndarray) -> np.ndarray:
+        """Change brightness, contrast, saturation and hue, equally in all frames and in random order; uint8."""
+        drawn = np.asarray(self.uniforms[4 * MAX_CROP_TRIES :], np.float32)
         order = np.argsort(drawn[4:])
         spans = (self.config.brightness, self.config.contrast, self.config.saturation)
         factors = [np.float32(1 + span * (2 * number - 1)) for span, number in zip(spans, drawn[:3], strict=True)]
@@ -89,27 +89,27 @@ class Augmentation:
             if change == 0:
                 frames = frames * factors[0]
             elif change == 1:
-                # Towards the mean grey of each frame.
-                grey = _grey(frames).mean(axis=(1, 2, 3), keepdims=True)
-                frames = grey + factors[1] * (frames - grey)
+                # Toward the mean gray of each frame.
+                gray = _gray(frames).mean(axis=(1, 2, 3), keepdims=True)
+                frames = gray + factors[1] * (frames - gray)
             elif change == 2:
-                grey = _grey(frames)
-                frames = grey + factors[2] * (frames - grey)
+                gray = _gray(frames)
+                frames = gray + factors[2] * (frames - gray)
             else:
-                frames = _turned(frames, shift)
+                frames = _shift_hue(frames, shift)
             frames = np.clip(frames, 0.0, 255.0)
         return np.rint(frames).astype(np.uint8)
 
 
-def _grey(frames: np.ndarray) -> np.ndarray:
+def _gray(frames: np.ndarray) -> np.ndarray:
     return frames @ np.array([[0.299], [0.587], [0.114]], np.float32)
 
 
-def _turned(frames: np.ndarray, shift: float) -> np.ndarray:
-    """Hues shifted by a share of a turn."""
-    turned = np.empty_like(frames)
+def _shift_hue(frames: np.ndarray, shift: float) -> np.ndarray:
+    """Hues shifted by a fraction of a revolution; `F H W 3` float32 in 0..255."""
+    shifted = np.empty_like(frames)
     for number, frame in enumerate(frames):
         hsv = cv2.cvtColor(frame / np.float32(255), cv2.COLOR_RGB2HSV)
         hsv[..., 0] = (hsv[..., 0] + np.float32(360) * shift) % np.float32(360)
-        turned[number] = 255.0 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    return turned
+        shifted[number] = 255.0 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    return shifted

@@ -1,4 +1,4 @@
-"""What a run reads: sources (data sets on disk with weights) and buckets (the shapes of its batches)."""
+"""Configuration of the input pipeline: sources (weighted data sets on disk) and buckets (batch shapes)."""
 
 import dataclasses
 from typing import Literal
@@ -15,9 +15,9 @@ class SourceConfig(Config):
     """One TFDS data set in ArrayRecord, written by `jvgen data build`.
 
     Attributes:
-      path: folder of the data set (the one with `dataset_info.json`, or a parent with exactly one inside).
+      path: folder of the data set (with `dataset_info.json`, or a parent that contains exactly one data set).
       split: TFDS split name.
-      weight: share of the samples of a bucket, relative to the other sources that can fill it.
+      weight: share of the samples of a bucket, relative to the other sources that fit it.
       kinds: use only records of these kinds; empty for all.
       step: recorded frames that count as one here: strides of buckets are multiplied by it, so that recordings at
         different rates move alike. Recordings too short for it are taken with the largest step that fits them.
@@ -31,7 +31,7 @@ class SourceConfig(Config):
 
     def validate(self) -> None:
         if self.weight <= 0:
-            raise ValueError(f"weight = {self.weight}: must be positive; leave the source out to give it no share.")
+            raise ValueError(f"weight = {self.weight}: must be positive; remove the source to give it no share.")
         if self.step < 1:
             raise ValueError(f"step = {self.step}: recorded frames that count as one, 1 or more.")
 
@@ -42,12 +42,12 @@ class BucketConfig(Config):
 
     Attributes:
       frames, height, width: size of a clip in pixels; frames 1 for images.
-      batch_size: global batch, over all hosts.
-      views: synchronised cameras per example.
+      batch_size: global batch size, over all processes.
+      views: synchronized cameras per example.
       strides: frame strides to draw from; a clip of F frames spans (F-1)*stride+1 recorded frames.
       kinds: record kinds that may fill the bucket.
-      weight: share of the steps.
-      segment: which frames of a longer window; none for all frames of a window.
+      weight: share of the steps, relative to the other active buckets.
+      segment: draw the frames from a longer window; none for every frame of the window.
       begins, ends: the first step that may have this shape, and the first that may not any more; none for the end of
         the run. `jvgen.training.optimization.curriculum` sets them from stages.
     """
@@ -66,12 +66,12 @@ class BucketConfig(Config):
 
     @property
     def horizon(self) -> int:
-        """Frames, at the stride, of the window that an example is taken from."""
+        """Length of the window that an example is taken from, in frames at the bucket's stride."""
         return self.frames if self.segment is None else self.segment.horizon
 
     @property
     def name(self) -> str:
-        """A short name for logs: views x frames x height x width."""
+        """Short name for logs: views x frames x height x width."""
         return f"{self.views}x{self.frames}x{self.height}x{self.width}"
 
     def validate(self) -> None:
@@ -81,9 +81,9 @@ class BucketConfig(Config):
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides = {self.strides}: needs at least one stride, each 1 or more.")
         if not self.kinds:
-            raise ValueError("kinds = (): name at least one of image, static, dynamic.")
+            raise ValueError("kinds = (): use at least one of image, static, dynamic.")
         if self.weight <= 0:
-            raise ValueError(f"weight = {self.weight}: must be positive; leave the bucket out to give it no steps.")
+            raise ValueError(f"weight = {self.weight}: must be positive; remove the bucket to give it no steps.")
         if self.begins < 0 or (self.ends is not None and self.ends <= self.begins):
             raise ValueError(f"begins = {self.begins}, ends = {self.ends}: steps, 0 <= begins < ends; or ends = none.")
         if self.segment is not None:
@@ -92,21 +92,23 @@ class BucketConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """Sources, buckets, and how the host reads them.
+    """Sources, buckets, and how each process reads them.
 
     Attributes:
       sources: training data sets.
       buckets: batch shapes; every step uses one.
       evaluation_sources: data sets for evaluation (usually another split of the same).
-      kind_weights: share of samples by record kind within a bucket that admits several; a missing kind counts 1.
-      resize: how a frame becomes the bucket's size: "crop" keeps the aspect ratio and crops what is over.
+      kind_weights: relative share of samples by record kind, within a bucket that takes several; a missing kind
+        counts 1.
+      resize: how a frame is brought to the bucket's size. "crop": keep the aspect ratio, crop at random; "center_crop":
+        keep the aspect ratio, crop the center; "squash": change the aspect ratio.
       upscale: also use records that are smaller than the bucket.
-      flip: mirror clips at random (never for records with cameras or actions).
-      augmentation: random crops and colours; none for the whole frame as it is.
-      threads: reading and decoding threads a host (or a worker).
-      workers: reading processes a host; 0 reads in this process.
-      prefetch: batches kept ready.
-      error_budget: share of records that may fail to decode before the run stops.
+      flip: flip clips horizontally at random (never records with cameras, actions or cached latents).
+      augmentation: random crops and color jitter; none to disable.
+      threads: reading and decoding threads per process (or per worker).
+      workers: worker processes per process; 0 reads in the process itself.
+      prefetch: number of batches read ahead.
+      error_budget: fraction of the records read that may fail to decode before the run stops.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -124,13 +126,13 @@ class DataConfig(Config):
 
     def validate(self) -> None:
         if not self.sources:
-            raise ValueError("sources = (): name at least one data set; build one with `jvgen data build`.")
+            raise ValueError("sources = (): add at least one data set; build one with `jvgen data build`.")
         if not self.buckets:
-            raise ValueError("buckets = (): name at least one batch shape.")
+            raise ValueError("buckets = (): add at least one batch shape.")
         if self.threads < 1 or self.workers < 0 or self.prefetch < 1:
             raise ValueError(
                 f"threads = {self.threads}, workers = {self.workers}, prefetch = {self.prefetch}: "
                 "threads and prefetch must be at least 1, workers at least 0."
             )
         if not 0 <= self.error_budget < 1:
-            raise ValueError(f"error_budget = {self.error_budget}: a share of records, from 0 up to 1.")
+            raise ValueError(f"error_budget = {self.error_budget}: a fraction of records, from 0 up to 1.")

@@ -1,4 +1,4 @@
-"""The stream of batches: Grain reads, decodes and prefetches what the plan names, one element a step."""
+"""The stream of batches: Grain reads, decodes and prefetches the records of the plan, one element per step."""
 
 import copy
 import dataclasses
@@ -17,24 +17,24 @@ from absl import flags
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.plan import Plan
-from jvgen.data.stream.quarantine import Quarantine, host_log
-from jvgen.data.stream.reader import BatchReader, Prepare
+from jvgen.data.stream.quarantine import Quarantine, process_log
+from jvgen.data.stream.reader import BatchReader, Preprocess
 
-# Steps are counted up to here when no end is given; Python's ranges must fit a machine word.
+# The stop step when none is given; `len` of a sequence must fit in 64 bits.
 _ENDLESS = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBatch:
-    """This host's part of one global batch.
+    """This process's part of one global batch. A slot is the index of an example in the global batch.
 
     Attributes:
-      step: the training step that it belongs to.
-      bucket: its shape; every host has the same bucket at a step.
-      arrays: prepared arrays by name, stacked over the host's contiguous slots.
-      record_ids: ids of the records, one a slot (of the substitute where a record could not be decoded).
-      read_seconds: how long the consumer waited for it.
-      substitutes: how many slots hold a substitute.
+      step: training step.
+      bucket: shape of the batch; the same for every process at a step.
+      arrays: preprocessed arrays by name, stacked over the contiguous slots of the process.
+      record_ids: ids of the records, one per slot (of the substitute where a record could not be decoded).
+      read_seconds: time that the consumer waited for the batch.
+      substitutes: number of slots filled by a substitute.
     """
 
     step: int
@@ -46,19 +46,20 @@ class LoadedBatch:
 
 
 class Loader:
-    """Batches of a run by step: the same for any number of hosts, workers and threads, from any step on.
+    """Batches of a run by step: the same for any number of processes, workers and threads, and from any start step.
 
     Args:
-      config: what to read.
-      seed: of the run.
-      prepare: turns an example (`jvgen.data.stream.transforms.load_example`) into named arrays, the same shapes for
-        every example of a bucket. With workers it is pickled, and it must not touch a device.
-      host, hosts: this process reads slots [host * B / hosts, (host + 1) * B / hosts) of every batch of B.
+      config: sources and buckets.
+      seed: seed of the run.
+      preprocess: maps an example (`jvgen.data.stream.transforms.load_example`) to named arrays, with the same shapes
+        for every example of a bucket. With workers it is pickled, and it must not use a device.
+      process_index, process_count: process i of n reads the slots [i * B / n, (i + 1) * B / n) of every batch of B.
       evaluation: read `config.evaluation_sources` in a fixed order instead.
-      quarantine_log: JSON-lines file of records that could not be decoded; with several hosts each has its own.
+      quarantine_log: JSON-lines file of records that could not be decoded; one per process if there are several.
 
     Raises:
-      ValueError: a data set that cannot be opened, a bucket that cannot be filled, a batch that the hosts cannot share.
+      ValueError: a data set that cannot be opened, a bucket that cannot be filled, a batch size that does not divide
+        over the processes.
     """
 
     def __init__(
@@ -66,38 +67,38 @@ class Loader:
         config: DataConfig,
         *,
         seed: int,
-        prepare: Prepare,
-        host: int = 0,
-        hosts: int = 1,
+        preprocess: Preprocess,
+        process_index: int = 0,
+        process_count: int = 1,
         evaluation: bool = False,
         quarantine_log: Path | None = None,
     ):
-        assert 0 <= host < hosts
+        assert 0 <= process_index < process_count
         for number, bucket in enumerate(config.buckets):
-            if bucket.batch_size % hosts:
+            if bucket.batch_size % process_count:
                 raise ValueError(
-                    f"buckets.{number}.batch_size = {bucket.batch_size}: does not divide over {hosts} hosts; "
-                    f"take a multiple of {hosts}."
+                    f"buckets.{number}.batch_size = {bucket.batch_size}: is not divisible by the number of processes; "
+                    f"use a multiple of {process_count}."
                 )
-        # Evaluation is short and begins again and again: starting processes for it takes longer than reading.
+        # Evaluation is short and repeated: starting workers would take longer than reading.
         self.config = config.replace(workers=0) if evaluation else config
         sources = [open_source(s.path, s.split) for s in (config.evaluation_sources if evaluation else config.sources)]
         self.plan = Plan(config, [source.index for source in sources], seed, evaluation=evaluation)
-        log = None if quarantine_log is None else host_log(Path(quarantine_log), host, hosts)
+        log = None if quarantine_log is None else process_log(Path(quarantine_log), process_index, process_count)
         self._reader = BatchReader(
             plan=self.plan,
             sources=sources,
-            prepare=prepare,
+            preprocess=preprocess,
             resize=config.resize,
-            host=host,
-            hosts=hosts,
+            process_index=process_index,
+            process_count=process_count,
             threads=config.threads,
             quarantine=Quarantine(log, config.error_budget),
         )
 
     @property
     def buckets(self) -> tuple[BucketConfig, ...]:
-        """The shapes that batches come in."""
+        """The batch shapes in use."""
         return self.plan.buckets
 
     def bucket(self, step: int) -> BucketConfig:
@@ -105,41 +106,41 @@ class Loader:
         return self.plan.bucket(step)
 
     def batches(self, start_step: int, stop_step: int | None = None) -> "Batches":
-        """Batches of steps [start_step, stop_step), or without end. Close it, or use it as a context manager."""
+        """Batches of steps [start_step, stop_step), endless without a stop. Close it or use it in a `with` block."""
         return Batches(self._reader, self.config, start_step, _ENDLESS if stop_step is None else stop_step)
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint stores to continue with batch `step`: the step and two hashes."""
+        """The state to checkpoint for resuming at batch `step`: the step and two digests."""
         return {"step": step, "manifest": self.plan.manifest, "plan": self.plan.digest}
 
     def check_state(self, saved: dict[str, Any]) -> None:
-        """Check that the stream which stored `saved` had the same batches as this one.
+        """Check that the stream which saved this state had the same batches.
 
         Raises:
-          ValueError: the data sets hold other records, or the plan is another.
+          ValueError: the records of the data sets or the plan differ.
         """
         if saved["manifest"] != self.plan.manifest:
             paths = ", ".join(f"{source.path} [{source.split}]" for source in self.plan.sources)
             raise ValueError(
                 f"data.sources ({paths}): hold other records than when the checkpoint was saved (manifest "
-                f"{self.plan.manifest[:12]}, saved {saved['manifest'][:12]}), so the run cannot continue where it was. "
+                f"{self.plan.manifest[:12]}, saved {saved['manifest'][:12]}), so the run cannot resume. "
                 "Point sources at the same data sets, in the same order, or start a new run from these weights."
             )
         if saved["plan"] != self.plan.digest:
             raise ValueError(
                 f"data (buckets, weights, kinds, resize, upscale, flip) or seed: differ from the checkpoint's (plan "
                 f"{self.plan.digest[:12]}, saved {saved['plan'][:12]}), so the same step has another batch. Restore "
-                "them, or start a new run from these weights."
+                "the old values, or start a new run from these weights."
             )
 
 
 class Batches(Iterator[LoadedBatch]):
-    """Iterator over batches that owns threads, and processes if there are workers, until it is closed."""
+    """Iterator over batches. Owns its threads, and its workers if there are any, until it is closed."""
 
     def __init__(self, reader: BatchReader, config: DataConfig, start: int, stop: int):
         self._plan, self._workers = reader.plan, config.workers > 0
-        reader = copy.copy(reader)  # threads of its own: another iterator of the same loader may be closed meanwhile
-        # In a list that closing empties: Grain's iterators complain when they die after the modules that they use.
+        reader = copy.copy(reader)  # own threads: another iterator of the same loader may be closed earlier
+        # In a list that close() empties: Grain's iterators must be destroyed before interpreter shutdown.
         self._iterators = [iter(_dataset(_Steps(reader, start, stop), config))]
         self._close = weakref.finalize(self, _close, self._iterators, reader, config.workers)
 
@@ -152,7 +153,7 @@ class Batches(Iterator[LoadedBatch]):
         return LoadedBatch(
             step=element["step"],
             bucket=self._plan.bucket(element["step"]),
-            # Arrays from a worker lie in shared memory that closing would take away.
+            # Arrays of a worker are in shared memory, which close() releases.
             arrays={name: np.array(array, copy=self._workers or None) for name, array in element["arrays"].items()},
             record_ids=tuple(element["record_ids"]),
             read_seconds=waited,
@@ -160,7 +161,7 @@ class Batches(Iterator[LoadedBatch]):
         )
 
     def close(self) -> None:
-        """Stop reading ahead and release threads, processes and shared memory. Harmless when repeated."""
+        """Stop reading ahead and release threads, workers and shared memory. Idempotent."""
         self._close()
 
     def __enter__(self) -> Self:
@@ -173,7 +174,7 @@ class Batches(Iterator[LoadedBatch]):
 
 
 class _Steps:
-    """A random-access sequence of steps, as Grain wants it."""
+    """Random-access sequence of steps, as Grain's sources are."""
 
     def __init__(self, read: Callable[[int], dict[str, Any]], start: int, stop: int):
         assert 0 <= start <= stop
@@ -187,10 +188,10 @@ class _Steps:
 
 
 def _dataset(steps: _Steps, config: DataConfig) -> grain.IterDataset:
-    # Otherwise Grain ends every error message with advice about a flag that `jvgen` does not have.
+    # Otherwise Grain appends advice about a flag that `jvgen` does not have to every error message.
     grain.config.update("py_traceback_filtering", "off")
-    # Grain's threads put batches together and mostly wait: the reader's own threads, shared by all batches in order,
-    # decode. So the first batch comes as soon as all threads can make it.
+    # Grain's threads assemble batches and mostly wait. The reader's threads decode, shared by all batches in order, so
+    # all of them work on the first batch.
     each = config.prefetch if not config.workers else max(1, -(-config.prefetch // config.workers) // 2)
     dataset = grain.MapDataset.source(steps).to_iter_dataset(
         grain.ReadOptions(num_threads=each, prefetch_buffer_size=each)
@@ -198,7 +199,7 @@ def _dataset(steps: _Steps, config: DataConfig) -> grain.IterDataset:
     if not config.workers:
         return dataset
     if not flags.FLAGS.is_parsed():
-        # Grain reads an absl flag there, and absl refuses before flags were parsed, which is for programs to do.
+        # Grain reads an absl flag, which absl allows only after flags are parsed.
         flags.FLAGS.mark_as_parsed()
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=each))
 
@@ -208,5 +209,5 @@ def _close(iterators: list[grain.DatasetIterator], reader: BatchReader, workers:
     iterators.clear()
     reader.close()
     if workers:
-        # The last arrays of each worker hang on frames of Grain's StopIteration, in a cycle that keeps their memory.
+        # Frames of Grain's StopIteration keep the last arrays of each worker alive in a reference cycle.
         gc.collect()

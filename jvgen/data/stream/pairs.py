@@ -1,4 +1,4 @@
-"""Pairs of views made of single clips: a static clip folded in its middle, a dynamic clip beside a warped copy."""
+"""Pairs of views from single clips: a static clip folded at its middle frame, a dynamic clip and its warped copy."""
 
 import dataclasses
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from jvgen.geometry.homography import Motion, growing, homographies, in_pixels
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HomographyConfig(Config):
-    """Standard deviations of the motion that the last frame of a copy is warped by; frames before it by less.
+    """Standard deviations of the homography of a copy's last frame; the motion grows linearly up to it.
 
-    The paper gives none of these numbers. Lengths are in heights of the image, so that resolution changes nothing.
+    The paper (arXiv 2405.17414) gives no values. Lengths are in image heights, so they do not depend on resolution.
 
     Attributes:
-      translation: to the right and down.
-      rotation: radians.
-      scale: growth of width and height.
+      translation: right and down, in image heights.
+      rotation: in radians.
+      scale: relative growth of width and height.
       shear: of x by y and of y by x.
-      projection: how much the depth changes over one height.
-      strength: factor on all of them; 0 for copies that are not warped.
+      projection: change of depth over one image height.
+      strength: factor on all of them; 0 disables the warp.
     """
 
     translation: float = 0.08
@@ -41,8 +41,8 @@ class HomographyConfig(Config):
         """One motion, float64, for images of `height` pixels: a pure function of the seed."""
         rng = np.random.default_rng(seed)
 
-        def normal(deviation: float, *shape: int) -> np.ndarray:
-            return self.strength * deviation * rng.standard_normal(shape)
+        def normal(std: float, *shape: int) -> np.ndarray:
+            return self.strength * std * rng.standard_normal(shape)
 
         return Motion(
             translation=height * normal(self.translation, 2),
@@ -58,8 +58,8 @@ class WarpedPair(NamedTuple):
 
     Attributes:
       video: uint8 (2, F, H, W, 3).
-      homographies: float32 (F, 3, 3), from pixels of the clip to pixels of the copy, relative to the middle.
-      valid: bool (2, F, H, W): pixels that show something; of the clip itself all do.
+      homographies: float32 (F, 3, 3), from pixels of the clip to pixels of the copy, relative to the image center.
+      valid: bool (2, F, H, W): pixels with image content; all True for the clip itself.
     """
 
     video: np.ndarray
@@ -68,27 +68,27 @@ class WarpedPair(NamedTuple):
 
 
 def folded(values: np.ndarray) -> np.ndarray:
-    """Two views of N frames of a still scene, out of 2N - 1 frames of it: `2N-1 ...` to `2 N ...`.
+    """Two views of N frames of a still scene from one clip of 2N - 1 frames: `2N-1 ...` to `2 N ...`.
 
-    The first runs back in time from the middle frame and the second forward, so that both begin with the same frame
+    The first runs backward in time from the middle frame and the second forward, so both start with the same frame
     (arXiv 2405.17414, section 4.2).
 
     Raises:
       ValueError: an even number of frames.
     """
     if len(values) % 2 == 0:
-        raise ValueError(f"{len(values)} frames cannot be folded: take an odd number, 2N - 1 for two views of N.")
+        raise ValueError(f"{len(values)} frames cannot be folded: use an odd number, 2N - 1 for two views of N.")
     middle = len(values) // 2
     return np.stack([values[middle::-1], values[middle:]])
 
 
 def warped_pair(video: np.ndarray, config: HomographyConfig, seed: int) -> WarpedPair:
-    """A clip beside a copy that a homography moves away from it, more with every frame (appendix A.2.1).
+    """A clip and a copy warped by a homography that grows with every frame (arXiv 2405.17414, appendix A.2.1).
 
     Args:
       video: uint8 (F, H, W, 3).
-      config: strengths.
-      seed: of the motion.
+      config: distribution of the motion.
+      seed: seed of the motion.
     """
     frames, height, width = video.shape[:3]
     matrices = homographies(growing(config.draw(seed, height), frames))
@@ -97,18 +97,18 @@ def warped_pair(video: np.ndarray, config: HomographyConfig, seed: int) -> Warpe
     for number, matrix in enumerate(matrices):
         warp = in_pixels(matrix, (height, width))
         copy[number] = cv2.warpPerspective(video[number], warp, (width, height), flags=cv2.INTER_LINEAR)
-        # A pixel counts if it is made of pixels of the picture alone.
+        # A pixel is valid if it is interpolated from pixels of the image only.
         valid[1, number] = cv2.warpPerspective(white, warp, (width, height), flags=cv2.INTER_LINEAR) == 255
     return WarpedPair(np.stack([video, copy]), matrices.astype(np.float32), valid)
 
 
 def latent_valid(valid: np.ndarray, spatial: int, temporal: int) -> np.ndarray:
-    """Latents that are made of valid pixels alone: bool `V F H W` to `V f h w`.
+    """Latents whose pixels are all valid: bool `V F H W` to `V f h w`.
 
     Args:
-      valid: of r n + 1 frames.
-      spatial: pixels a latent along rows and columns.
-      temporal: frames a latent frame, r; the first latent frame is of one frame.
+      valid: masks of r n + 1 frames.
+      spatial: pixels per latent along rows and columns.
+      temporal: frames per latent frame, r; the first latent frame covers one frame.
     """
     views, frames, height, width = valid.shape
     cells = valid.reshape(views, frames, height // spatial, spatial, width // spatial, spatial).all(axis=(3, 5))

@@ -10,13 +10,13 @@ import numpy as np
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
 from jvgen.data.stream import counter
-from jvgen.data.stream.augment import NUMBERS, Augmentation
+from jvgen.data.stream.augment import UNIFORMS, Augmentation
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.stream.mixture import Quota, check_kind_weights, pool_weights
-from jvgen.data.stream.pools import Census, Pool, bucket_pools, explain
-from jvgen.data.stream.stages import BucketTurns
+from jvgen.data.stream.mixture import Interleave, check_kind_weights, pool_weights
+from jvgen.data.stream.pools import FilterStats, Pool, bucket_pools, explain
+from jvgen.data.stream.stages import BucketSchedule
 
-# Raise it with every change that makes the same configuration name other batches: old checkpoints then say so.
+# Increment with every change that gives the same configuration other batches; old checkpoints then refuse to resume.
 VERSION = 1
 
 
@@ -25,9 +25,9 @@ class StepPlan:
     """The records of one global batch: slot i is record `row[i]` of source `source[i]`.
 
     Attributes:
-      step: the training step.
+      step: training step.
       bucket: shape of the batch.
-      bucket_index: its place in `DataConfig.buckets`.
+      bucket_index: its index in `DataConfig.buckets`.
       source, row: int64 (batch_size,).
     """
 
@@ -37,26 +37,21 @@ class StepPlan:
     source: np.ndarray
     row: np.ndarray
 
-    @property
-    def slots(self) -> tuple[np.ndarray, np.ndarray]:
-        """(source, row)."""
-        return self.source, self.row
-
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """Which part of a record is used.
+class ClipSpec:
+    """The part of a record that makes an example.
 
     Attributes:
       start: first frame.
-      stride: distance between the frames kept.
-      views: which cameras of the record, as many as the bucket has.
-      crop_y, crop_x: where the crop lies in the room that it has, from 0 (top, left) up to 1.
-      flip: whether the clip is mirrored left to right.
-      caption: which caption; -1 when the record has none.
-      frames: numbers of the frames, where these are not those from `start` on in steps of `stride`.
-      augmentation: what is done to the frames; None for nothing.
-      seed: of what a task draws on the host for this sample.
+      stride: frame stride.
+      views: views of the record, as many as the bucket has.
+      crop_y, crop_x: position of the crop, from 0 (top, left) up to 1 (bottom, right).
+      flip: flip the clip horizontally.
+      caption: index of the caption; -1 when the record has none.
+      frames: frame numbers of a segment; None for the frames from `start` on at `stride`.
+      augmentation: None to disable.
+      seed: seed for random numbers of the task's preprocessing.
     """
 
     start: int
@@ -73,11 +68,11 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Bucket:
-    """A bucket with its pools laid end to end."""
+    """A bucket with its pools concatenated: pool p has `sizes[p]` rows from `offsets[p]` on."""
 
     index: int
     config: BucketConfig
-    quota: Quota
+    order: Interleave
     sources: np.ndarray
     sizes: np.ndarray
     offsets: np.ndarray
@@ -86,23 +81,24 @@ class _Bucket:
 
 
 class Plan:
-    """Batches by step, in O(1) at any step and in any order of asking.
+    """Batches by step, in O(1) for any step.
 
-    A step's bucket, and within a bucket each sample's pool (source and kind), follow fixed quotas, so how many samples
-    a pool gave before a step is known in closed form. A pool's rows come in a pseudo-random permutation of their own
-    in each epoch: every row once before any row twice, without end.
+    Buckets over steps, and pools (source, kind) over the samples of a bucket, are interleaved by weighted round robin,
+    so the number of samples of a pool before any step is known in closed form. The rows of a pool are visited in a new
+    pseudo-random permutation in each epoch: every row once before any row twice.
 
-    With `evaluation`, sources are `config.evaluation_sources`, rows come in recorded order, windows and crops are the
-    middle ones, the first caption is used and nothing is mirrored: the same batches for every seed. Buckets that no
-    evaluation source can fill are left out.
+    With `evaluation`, sources are `config.evaluation_sources`, rows come in recorded order, windows and crops are
+    centered, the first caption is used, and clips are neither flipped nor augmented: the same batches for every seed.
+    Buckets that no evaluation source can fill are left out.
 
     Attributes:
       buckets: the buckets in use, in the order of the configuration.
-      digest: changes when the same step might name other rows or other parts of them.
-      manifest: digest of the indices of all sources: changes when the records do.
+      digest: changes when a step may have other rows or other parts of them.
+      manifest: digest of the indices of all sources; changes when the records do.
 
     Raises:
-      ValueError: a bucket that cannot be filled, a source that fills none; with the counts of the reasons.
+      ValueError: a bucket that cannot be filled or a source that fits no bucket, with the number of rejected records
+        by reason.
     """
 
     def __init__(self, config: DataConfig, indices: Sequence[Index], seed: int, *, evaluation: bool = False):
@@ -111,22 +107,22 @@ class Plan:
         check_kind_weights(config.kind_weights)
         self.seed = 0 if evaluation else seed
         self.evaluation = evaluation
-        self._mirror = config.flip and not evaluation
+        self._flip = config.flip and not evaluation
         self._augmentation = None if evaluation else config.augmentation
-        # Only the columns that windows are drawn from: a plan is sent to worker processes, ids would be most of it.
+        # Only the columns that clips are drawn from: a plan is sent to workers, and ids would be most of it.
         self._columns = [
             {
                 "frames": index.frames,
                 "views": index.views,
                 "captions": index.captions,
                 "compressed": (index.latent_frames != 0) & (index.latent_frames != index.frames),
-                "as_it_is": index.has_camera | (index.latent_frames > 0),
-                "mirrored": ~(index.has_camera | index.has_action | (index.latent_frames > 0)),
+                "no_augment": index.has_camera | (index.latent_frames > 0),
+                "can_flip": ~(index.has_camera | index.has_action | (index.latent_frames > 0)),
             }
             for index in indices
         ]
         found = [bucket_pools(config, bucket, self.sources, indices) for bucket in config.buckets]
-        self._census: list[list[Census]] = [census for _, census in found]
+        self._filter_stats: list[list[FilterStats]] = [stats for _, stats in found]
         self._pools: list[list[Pool]] = [pools for pools, _ in found]
         self._all_buckets = config.buckets
         self.validate()
@@ -134,7 +130,7 @@ class Plan:
             self._bucket(index, config) for index, pools in enumerate(self._pools) if pools or not evaluation
         ]
         self.buckets: tuple[BucketConfig, ...] = tuple(bucket.config for bucket in self._buckets)
-        self._bucket_turns = BucketTurns(self.buckets, always=evaluation)
+        self._schedule = BucketSchedule(self.buckets, always=evaluation)
         self.manifest = _sha256([index.digest for index in indices])
         self.digest = self._digest(config)
 
@@ -142,104 +138,107 @@ class Plan:
         """Check that every bucket can be filled and every source is used; the constructor calls this.
 
         Raises:
-          ValueError: names the bucket, the sources, and how many records were turned away for which reason.
+          ValueError: names the bucket, the sources, and the number of rejected records by reason.
         """
         field = "evaluation_sources" if self.evaluation else "sources"
         if not self.sources:
-            raise ValueError(f"{field} = (): name at least one data set, or do without this stream.")
-        for index, (bucket, pools, census) in enumerate(zip(self._all_buckets, self._pools, self._census, strict=True)):
+            raise ValueError(f"{field} = (): add at least one data set, or disable this stream.")
+        for index, (bucket, pools, stats) in enumerate(
+            zip(self._all_buckets, self._pools, self._filter_stats, strict=True)
+        ):
             rows = sum(len(pool.rows) for pool in pools)
             if not self.evaluation and rows < bucket.batch_size:
                 problem = "cannot be filled by any source" if not rows else f"has only {rows} records for a batch"
                 raise ValueError(
                     f"buckets.{index} ({bucket.name}, batch_size {bucket.batch_size}) {problem}.\n"
-                    f"{explain(field, self.sources, bucket, census)}\n"
+                    f"{explain(field, self.sources, bucket, stats)}\n"
                     "Change the bucket (frames, strides, size, batch_size, kinds) or add a source that fits."
                 )
         used = {pool.source for pools in self._pools for pool in pools}
         for source, config in enumerate(self.sources):
             if source not in used:
                 lines = [
-                    explain(field, self.sources, bucket, [census[source]])
-                    for bucket, census in zip(self._all_buckets, self._census, strict=True)
+                    explain(field, self.sources, bucket, [stats[source]])
+                    for bucket, stats in zip(self._all_buckets, self._filter_stats, strict=True)
                 ]
                 raise ValueError(
                     f"{field}.{source} ({config.path} [{config.split}]) has no record for any bucket.\n"
                     + "\n".join(lines)
-                    + "\nLeave the source out, or add a bucket that it fits."
+                    + "\nRemove the source, or add a bucket that it fits."
                 )
 
     def at(self, step: int) -> StepPlan:
         """The global batch of a step."""
-        bucket, turns = self._turn(step)
-        pool, row = self._rows(bucket, turns)
+        bucket, positions = self._positions(step)
+        pool, row = self._rows(bucket, positions)
         return StepPlan(step, bucket.config, bucket.index, bucket.sources[pool], row)
 
     def bucket(self, step: int) -> BucketConfig:
         """The shape of a step's batch."""
-        return self._buckets[self._bucket_turns.at(step)[0]].config
+        return self._buckets[self._schedule.at(step)[0]].config
 
     def substitute(self, step: int, slot: int, attempt: int) -> tuple[int, int] | None:
-        """(source, row) that stands in for a slot's record when it and `attempt - 1` substitutes cannot be decoded.
+        """(source, row) of a slot's substitute number `attempt`, for records that cannot be decoded.
 
-        Of the same pool, in a fixed pseudo-random order that reaches every row of it; None when there are no more.
+        Substitutes are of the same pool, in a fixed pseudo-random order over all its rows; None when there are no more.
         """
         assert attempt >= 1
-        bucket, turns = self._turn(step, np.array([slot]))
-        pool, row = self._rows(bucket, turns, attempt)
+        bucket, positions = self._positions(step, np.array([slot]))
+        pool, row = self._rows(bucket, positions, attempt)
         if attempt > int(bucket.sizes[pool[0]]):
             return None
         return int(bucket.sources[pool[0]]), int(row[0])
 
-    def sample(self, step: int, slot: int, attempt: int = 0) -> Sample:
-        """Which part of a slot's record is used; with `attempt`, of the substitute of that number."""
+    def clip_spec(self, step: int, slot: int, attempt: int = 0) -> ClipSpec:
+        """The clip of a slot; with `attempt`, of its substitute of that number."""
         if attempt:
             place = self.substitute(step, slot, attempt)
             assert place is not None, f"slot {slot} of step {step} has fewer than {attempt} substitutes"
-            return self.draw(step, slot, attempt, *place)
-        bucket, turns = self._turn(step, np.array([slot]))
-        pool, row = self._rows(bucket, turns)
-        return self.draw(step, slot, 0, int(bucket.sources[pool[0]]), int(row[0]))
+            return self.sample_spec(step, slot, attempt, *place)
+        bucket, positions = self._positions(step, np.array([slot]))
+        pool, row = self._rows(bucket, positions)
+        return self.sample_spec(step, slot, 0, int(bucket.sources[pool[0]]), int(row[0]))
 
-    def draw(self, step: int, slot: int, attempt: int, source: int, row: int) -> Sample:
-        """As `sample`, for a caller who knows the slot's source and row from `at` or `substitute`."""
+    def sample_spec(self, step: int, slot: int, attempt: int, source: int, row: int) -> ClipSpec:
+        """As `clip_spec`, when the slot's source and row are already known from `at` or `substitute`."""
         bucket = self.bucket(step)
         columns = {name: column[row] for name, column in self._columns[source].items()}
         frames, views, captions = int(columns["frames"]), int(columns["views"]), int(columns["captions"])
         if self.evaluation:
-            numbers = np.array([0.0, 0.5, 0.5, 0.5, 1.0, 0.0])
+            # Stride, start, crop_y, crop_x, flip, caption.
+            uniforms = np.array([0.0, 0.5, 0.5, 0.5, 1.0, 0.0])
             chosen = tuple(range(bucket.views))
         else:
-            more = NUMBERS + bucket.frames if self._augmentation or bucket.segment else 0
-            numbers = counter.uniforms(6 + bucket.views + more, self.seed, step, slot, attempt)
-            chosen = _choose(views, numbers[6 : 6 + bucket.views])
-        by_source = self.sources[source].step
-        strides = [by_source * n for n in bucket.strides if (bucket.horizon - 1) * by_source * n < frames]
+            more = UNIFORMS + bucket.frames if self._augmentation or bucket.segment else 0
+            uniforms = counter.uniforms(6 + bucket.views + more, self.seed, step, slot, attempt)
+            chosen = _choose(views, uniforms[6 : 6 + bucket.views])
+        own_stride = self.sources[source].step
+        strides = [own_stride * n for n in bucket.strides if (bucket.horizon - 1) * own_stride * n < frames]
         strides = strides or [(frames - 1) // max(bucket.horizon - 1, 1)]
-        stride = strides[int(numbers[0] * len(strides))]
-        start = int(numbers[1] * (frames - (bucket.horizon - 1) * stride))
-        further = numbers[6 + bucket.views :]
+        stride = strides[int(uniforms[0] * len(strides))]
+        start = int(uniforms[1] * (frames - (bucket.horizon - 1) * stride))
+        further = uniforms[6 + bucket.views :]
         augmentation = None
-        if self._augmentation is not None and not columns["as_it_is"]:
-            augmentation = Augmentation(self._augmentation, tuple(further[:NUMBERS].tolist()))
+        if self._augmentation is not None and not columns["no_augment"]:
+            augmentation = Augmentation(self._augmentation, tuple(further[:UNIFORMS].tolist()))
         if columns["compressed"]:
-            # Latents that merge frames are exact only from the first frame on, one after the other.
+            # Temporally compressed latents are exact only from the first frame on, at stride 1.
             start, stride = 0, 1
-        return Sample(
+        return ClipSpec(
             start=start,
             stride=stride,
             views=chosen,
-            crop_y=float(numbers[2]),
-            crop_x=float(numbers[3]),
-            flip=self._mirror and bool(columns["mirrored"]) and bool(numbers[4] < 0.5),
-            caption=int(numbers[5] * captions) if captions else -1,
-            frames=bucket.segment and bucket.segment.frames(bucket.frames, start, stride, further[NUMBERS:]),
+            crop_y=float(uniforms[2]),
+            crop_x=float(uniforms[3]),
+            flip=self._flip and bool(columns["can_flip"]) and bool(uniforms[4] < 0.5),
+            caption=int(uniforms[5] * captions) if captions else -1,
+            frames=bucket.segment and bucket.segment.frames(bucket.frames, start, stride, further[UNIFORMS:]),
             augmentation=augmentation,
             seed=0 if self.evaluation else counter.fold(self.seed, step, slot, attempt),
         )
 
     def records(self, bucket: int) -> dict[tuple[str, str], int]:
-        """How many records may fill a bucket in use, by (source path, kind)."""
+        """Number of records that fit bucket number `bucket` of `buckets`, by (source path, kind)."""
         pools = self._pools[self._buckets[bucket].index]
         return {(self.sources[pool.source].path, KINDS[pool.kind]): len(pool.rows) for pool in pools}
 
@@ -252,7 +251,7 @@ class Plan:
         return _Bucket(
             index=index,
             config=config.buckets[index],
-            quota=Quota(weights),
+            order=Interleave(weights),
             sources=np.array([pool.source for pool in pools], np.int64),
             sizes=sizes,
             offsets=np.cumsum(sizes) - sizes,
@@ -260,22 +259,22 @@ class Plan:
             rows=np.concatenate([pool.rows for pool in pools]),
         )
 
-    def _turn(self, step: int, slots: np.ndarray | None = None) -> tuple[_Bucket, np.ndarray]:
-        """The bucket of a step, and the numbers, among all its samples ever, of some slots (or all)."""
-        member, before = self._bucket_turns.at(step)
+    def _positions(self, step: int, slots: np.ndarray | None = None) -> tuple[_Bucket, np.ndarray]:
+        """The bucket of a step, and the positions of some slots (or all) among all samples of the bucket so far."""
+        member, before = self._schedule.at(step)
         bucket = self._buckets[member]
         if slots is None:
             slots = np.arange(bucket.config.batch_size)
         assert np.all((slots >= 0) & (slots < bucket.config.batch_size))
         return bucket, before * bucket.config.batch_size + slots
 
-    def _rows(self, bucket: _Bucket, turns: np.ndarray, attempt: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self, bucket: _Bucket, positions: np.ndarray, attempt: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Pool and row, int64, of some of the bucket's samples (or of their substitutes)."""
-        pool, ordinal = bucket.quota.at(turns)
+        pool, ordinal = bucket.order.at(positions)
         sizes = bucket.sizes[pool]
         epoch, position = np.divmod(ordinal, sizes)
         if attempt:
-            # Another permutation than any epoch's, so that the neighbours of a slot are no more likely than others.
+            # Another permutation than any epoch's: neighbors of a slot are no more likely substitutes than other rows.
             keys = counter.fold_array(~bucket.keys[pool], epoch)
             position = counter.permute((position + attempt - 1) % sizes, sizes, keys)
         elif not self.evaluation:
@@ -283,29 +282,29 @@ class Plan:
         return pool, bucket.rows[bucket.offsets[pool] + position].astype(np.int64)
 
     def _digest(self, config: DataConfig) -> str:
-        # Not the paths: a data set may move. What it holds is the manifest's business.
+        # Without paths: a data set may be moved. The manifest covers its content.
         sources = [{"weight": source.weight, "kinds": list(source.kinds)} for source in self.sources]
         buckets = [dataclasses.asdict(bucket) for bucket in config.buckets]
         fields = {name: getattr(config, name) for name in ("kind_weights", "resize", "upscale", "flip")}
-        # Fields that came later count only where they are used: the plans of older runs are still what they were.
-        for source, said in zip(self.sources, sources, strict=True):
-            said |= {"step": source.step} if source.step != 1 else {}
-        for said in buckets:
+        # Fields added after version 0.1 count only if used, so that digests of older runs stay the same.
+        for source, hashed in zip(self.sources, sources, strict=True):
+            hashed |= {"step": source.step} if source.step != 1 else {}
+        for hashed in buckets:
             for name, unused in (("segment", None), ("begins", 0), ("ends", None)):
-                if said[name] == unused:
-                    del said[name]
+                if hashed[name] == unused:
+                    del hashed[name]
         if config.augmentation is not None:
             fields["augmentation"] = dataclasses.asdict(config.augmentation)
         return _sha256({"version": VERSION, "seed": self.seed, "sources": sources, "buckets": buckets, **fields})
 
 
-def _choose(views: int, numbers: np.ndarray) -> tuple[int, ...]:
-    """The first `len(numbers)` members of a random order of 0..views-1."""
+def _choose(views: int, uniforms: np.ndarray) -> tuple[int, ...]:
+    """The first `len(uniforms)` elements of a random permutation of 0..views-1."""
     order = list(range(views))
-    for place, number in enumerate(numbers):
-        other = place + int(number * (views - place))
+    for place, uniform in enumerate(uniforms):
+        other = place + int(uniform * (views - place))
         order[place], order[other] = order[other], order[place]
-    return tuple(order[: len(numbers)])
+    return tuple(order[: len(uniforms)])
 
 
 def _sha256(content: object) -> str:

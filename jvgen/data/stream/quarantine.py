@@ -1,4 +1,4 @@
-"""Records that cannot be decoded: a line in a log for each, and an end to the run when there are too many."""
+"""Quarantine: records that cannot be decoded are logged, and the run stops when there are too many."""
 
 import dataclasses
 import json
@@ -7,10 +7,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# A budget above zero lets this many records fail before their share counts: one failure among the first ten records
-# is no sign of a bad data set.
-MINIMUM = 5
-_NAMED = 10
+# With a budget above zero this many records may fail before the fraction counts: one failure among the first ten
+# records does not make a bad data set.
+MIN_FAILURES = 5
+_MAX_NAMED = 10
 
 
 class TooManyFailures(RuntimeError):
@@ -22,11 +22,11 @@ class Failure:
     """One record that could not be decoded.
 
     Attributes:
-      step, slot: where in the stream it was asked for.
+      step, slot: its position in the stream.
       source: path and split of its data set.
-      row: its row there.
+      row: its row in the data set.
       id: its record id.
-      error: what the decoder said.
+      error: message of the decoder.
     """
 
     step: int
@@ -40,12 +40,12 @@ class Failure:
 class Quarantine:
     """Counts failing records against a budget and logs them, from any number of threads.
 
-    Every process of a host appends to the host's file, a whole line in one write, so lines are never torn. Counts are a
-    process's own: a data set that fails beyond the budget does so in each.
+    Workers of a process append to the same file, each line in one write, so lines are never interleaved. Each worker
+    has its own counts: a data set that exceeds the budget does so in every worker.
 
     Args:
-      log: JSON-lines file, one `Failure` a line; None keeps no log.
-      budget: share of the samples read so far that distinct failing records may amount to; 0 allows no failure at all.
+      log: JSON-lines file, one `Failure` per line; None disables the log.
+      budget: allowed number of distinct failing records, as a fraction of the samples read so far; 0 allows none.
     """
 
     def __init__(self, log: Path | None, budget: float):
@@ -64,14 +64,14 @@ class Quarantine:
         """Log a failure.
 
         Raises:
-          TooManyFailures: the budget is spent.
+          TooManyFailures: the budget is exhausted.
         """
         if self.log is not None:
             append_line(self.log, dataclasses.asdict(failure))
         with self._lock:
             self._read += 1
             self._failed[failure.source, failure.row] = failure
-            allowed = max(MINIMUM, self.budget * self._read) if self.budget else 0
+            allowed = max(MIN_FAILURES, self.budget * self._read) if self.budget else 0
             if len(self._failed) <= allowed:
                 return
             message = (
@@ -89,9 +89,9 @@ class Quarantine:
 
 
 def describe(failures: list[Failure]) -> str:
-    """The failing records by name, the last ones if there are many."""
-    lines = [f"\n  {f.id} ({f.source}, row {f.row}): {f.error}" for f in failures[-_NAMED:]]
-    more = f"\n  and {len(failures) - _NAMED} before" if len(failures) > _NAMED else ""
+    """The failing records, the last ones if there are many."""
+    lines = [f"\n  {f.id} ({f.source}, row {f.row}): {f.error}" for f in failures[-_MAX_NAMED:]]
+    more = f"\n  and {len(failures) - _MAX_NAMED} before" if len(failures) > _MAX_NAMED else ""
     return "They are:" + "".join(lines) + more
 
 
@@ -105,6 +105,6 @@ def append_line(path: Path, content: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def host_log(log: Path, host: int, hosts: int) -> Path:
-    """The log file of one host: the file itself when there is one host, else one with the host in its name."""
-    return log if hosts == 1 else log.with_name(f"{log.stem}-{host:05d}{log.suffix}")
+def process_log(log: Path, process_index: int, process_count: int) -> Path:
+    """The log file of one process: `log` for a single process, else a file with the process index in its name."""
+    return log if process_count == 1 else log.with_name(f"{log.stem}-{process_index:05d}{log.suffix}")

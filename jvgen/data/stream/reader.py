@@ -1,4 +1,4 @@
-"""Reading one batch: records by row, examples by decoding, substitutes for what cannot be decoded."""
+"""Reads one batch: looks up records by row, decodes them, and substitutes records that cannot be decoded."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from jvgen.data.stream.quarantine import Failure, Quarantine, TooManyFailures
 from jvgen.data.stream.transforms import Resize, load_example
 from jvgen.data.video_files import DecodeError
 
-Prepare = Callable[[dict[str, Any]], dict[str, np.ndarray]]
+Preprocess = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 
 
 class _Slot(NamedTuple):
@@ -25,9 +25,9 @@ class _Slot(NamedTuple):
 
 
 class BatchReader:
-    """Calls with a step give this host's part of the step's batch: a pure function of the step and the records.
+    """Callable: step -> this process's part of the batch, a pure function of the step and the records.
 
-    Picklable: a copy, in this process or another, has its own threads.
+    Picklable; every copy has its own threads.
     """
 
     def __init__(
@@ -35,18 +35,18 @@ class BatchReader:
         *,
         plan: Plan,
         sources: Sequence[Source],
-        prepare: Prepare,
+        preprocess: Preprocess,
         resize: Resize,
-        host: int,
-        hosts: int,
+        process_index: int,
+        process_count: int,
         threads: int,
         quarantine: Quarantine,
     ):
         self.plan = plan
         self.sources = tuple(sources)
-        self.prepare = prepare
+        self.preprocess = preprocess
         self.resize: Resize = resize
-        self.host, self.hosts = host, hosts
+        self.process_index, self.process_count = process_index, process_count
         self.threads = threads
         self.quarantine = quarantine
         self._lock = threading.Lock()
@@ -54,19 +54,19 @@ class BatchReader:
         self._closed = False
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """`step`, `arrays` stacked over the host's slots, `record_ids`, `substitutes`.
+        """`step`, `arrays` stacked over the slots of this process, `record_ids`, `substitutes`.
 
         Raises:
-          TooManyFailures: no substitute is left, or the error budget is spent.
-          ValueError: `prepare` gave arrays of different names, shapes or dtypes.
+          TooManyFailures: no substitute is left, or the error budget is exhausted.
+          ValueError: `preprocess` returned arrays of different names, shapes or dtypes.
         """
         planned = self.plan.at(step)
         source, row = planned.source.tolist(), planned.row.tolist()
-        share = planned.bucket.batch_size // self.hosts
+        share = planned.bucket.batch_size // self.process_count
         threads = self._threads()
         pending = [
             threads.submit(self._read, step, slot, planned.bucket, source[slot], row[slot])
-            for slot in range(self.host * share, (self.host + 1) * share)
+            for slot in range(self.process_index * share, (self.process_index + 1) * share)
         ]
         try:
             slots = [future.result() for future in pending]
@@ -81,7 +81,7 @@ class BatchReader:
         }
 
     def close(self) -> None:
-        """Let the threads go, after the clips that they are at. A closed reader reads no more; copies of it do."""
+        """Shut down the threads after their current clips. A closed reader cannot be used again; its copies can."""
         with self._lock:
             self._closed = True
         if self._pool is not None:
@@ -90,22 +90,22 @@ class BatchReader:
     def _read(self, step: int, slot: int, bucket: BucketConfig, source: int, row: int) -> _Slot:
         attempt = 0
         while True:
-            sample = self.plan.draw(step, slot, attempt, source, row)
+            spec = self.plan.sample_spec(step, slot, attempt, source, row)
             try:
                 record = _record(self.sources[source], row)
-                example = load_example(record, sample, bucket, self.resize)
+                example = load_example(record, spec, bucket, self.resize)
             except DecodeError as error:
                 failure = self._failure(step, slot, source, row, error)
             else:
                 self.quarantine.succeeded()
-                return _Slot(record.id, self.prepare(example), attempt > 0)
+                return _Slot(record.id, self.preprocess(example), attempt > 0)
             self.quarantine.failed(failure)
             attempt += 1
             place = self.plan.substitute(step, slot, attempt)
             if place is None:
                 raise TooManyFailures(
                     f"no record of the kind and source of {failure.id} ({failure.source}) that fits bucket "
-                    f"{bucket.name} can be decoded; the last error: {failure.error}"
+                    f"{bucket.name} can be decoded; last error: {failure.error}"
                 )
             source, row = place
 
@@ -139,10 +139,10 @@ def _record(source: Source, row: int) -> Record:
     try:
         return source.read(row)
     except RuntimeError as error:
-        # What ArrayRecord raises when the hash of a stored chunk does not match; storage that fails is another matter.
+        # What ArrayRecord raises when a stored chunk does not match its checksum; other I/O errors are not data errors.
         if "corrupted" not in str(error).lower():
             raise
-        raise DecodeError(f"damaged on disk ({str(error).splitlines()[0][:200]})") from error
+        raise DecodeError(f"corrupt on disk ({str(error).splitlines()[0][:200]})") from error
 
 
 def _stack(slots: Sequence[_Slot], bucket: BucketConfig) -> dict[str, np.ndarray]:
@@ -156,12 +156,12 @@ def _stack(slots: Sequence[_Slot], bucket: BucketConfig) -> dict[str, np.ndarray
                 if n not in first or n not in got or (first[n].shape, first[n].dtype) != (got[n].shape, got[n].dtype)
             )
             raise ValueError(
-                f"bucket {bucket.name}: records {slots[0].id!r} and {slot.id!r} were prepared to different arrays: "
-                + "; ".join(f"{name}: {_say(first.get(name))} and {_say(got.get(name))}" for name in differ)
-                + ". Every example of a bucket must give the same names, shapes and dtypes."
+                f"bucket {bucket.name}: records {slots[0].id!r} and {slot.id!r} were preprocessed to different arrays: "
+                + "; ".join(f"{name}: {_format(first.get(name))} and {_format(got.get(name))}" for name in differ)
+                + ". Every example of a bucket must have the same names, shapes and dtypes."
             )
     return {name: np.stack([slot.arrays[name] for slot in slots]) for name in first}
 
 
-def _say(array: np.ndarray | None) -> str:
+def _format(array: np.ndarray | None) -> str:
     return "missing" if array is None else f"{array.dtype}{list(array.shape)}"

@@ -1,4 +1,4 @@
-"""Which frames of a recording make an example, where these are not simply every nth frame from some start on."""
+"""Segments: examples whose frames are drawn from a longer window instead of being consecutive at one stride."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from jvgen.config import Config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentConfig(Config):
-    """Frames that iVideoGPT's tokenizer is trained on (arXiv 2405.15223, appendix A.3, and its released code).
+    """Training frames of iVideoGPT's tokenizer (arXiv 2405.15223, appendix A.3, and its released code).
 
-    A window of `horizon` frames at the bucket's stride is placed as for any bucket. Of it the example has
+    A window of `horizon` frames at the bucket's stride is placed as for any bucket. The example has
 
-    * "later": the first `context` frames, then frames drawn from all recorded ones after them (also those that the
-      stride leaves out), each at most once, in order;
-    * "shuffled": frames drawn from the window, each at most once, in the order in which they are drawn.
+    * "later": the first `context` frames, then frames drawn without replacement from all recorded ones after them
+      (including those that the stride skips), in temporal order;
+    * "shuffled": frames drawn from the window without replacement, in random order.
 
-    Actions and rewards of such examples are left out: their frames do not follow on each other.
+    Such examples have no actions and rewards: their frames are not consecutive.
 
     Attributes:
-      choice: see above.
-      horizon: frames of the window.
-      context: frames that are not drawn.
+      choice: how frames are drawn, see above.
+      horizon: number of frames of the window.
+      context: number of leading frames that are always kept ("later").
     """
 
     choice: Literal["later", "shuffled"]
@@ -37,22 +37,22 @@ class SegmentConfig(Config):
         if not 0 <= self.context < self.horizon:
             raise ValueError(f"context = {self.context}: from 0 up to horizon = {self.horizon}.")
         if self.choice == "later" and self.context < 1:
-            raise ValueError("context = 0: 'later' needs at least 1 frame that the others come after.")
+            raise ValueError("context = 0: 'later' needs at least 1 context frame.")
 
     def check(self, frames: int) -> None:
-        """Raise `ValueError` unless examples of so many frames can be drawn, from any recording."""
+        """Raise `ValueError` unless examples of `frames` frames can be drawn from any recording."""
         if not self.context < frames <= self.horizon:
             raise ValueError(
                 f"frames = {frames}: a segment with context = {self.context} and horizon = {self.horizon} gives "
                 f"{self.context + 1}..{self.horizon} frames."
             )
 
-    def frames(self, count: int, start: int, stride: int, numbers: Sequence[float]) -> tuple[int, ...]:
+    def frames(self, count: int, start: int, stride: int, uniforms: Sequence[float]) -> tuple[int, ...]:
         """Recorded frame numbers of an example of `count` frames.
 
         Args:
           start, stride: of the window.
-          numbers: at least `count` numbers in [0, 1); empty for the same spread-out choice every time.
+          uniforms: at least `count` numbers in [0, 1); empty for evenly spaced frames (evaluation).
         """
         window = start + stride * np.arange(self.horizon)
         kept, candidates = window[: self.context], window
@@ -61,19 +61,19 @@ class SegmentConfig(Config):
         else:
             kept = window[:0]
         wanted = count - len(kept)
-        if not len(numbers):
+        if not len(uniforms):
             drawn = candidates[np.linspace(0, len(candidates) - 1, wanted).round().astype(int)]
         else:
-            drawn = candidates[_distinct(len(candidates), numbers[:wanted])]
+            drawn = candidates[_distinct(len(candidates), uniforms[:wanted])]
         if self.choice == "later":
             drawn = np.sort(drawn)
         return tuple(int(frame) for frame in (*kept, *drawn))
 
 
-def _distinct(size: int, numbers: Sequence[float]) -> list[int]:
-    """As many different indices below `size` as there are numbers: the head of a shuffle."""
+def _distinct(size: int, uniforms: Sequence[float]) -> list[int]:
+    """`len(uniforms)` distinct indices below `size`: the head of a Fisher-Yates shuffle."""
     order = list(range(size))
-    for place, number in enumerate(numbers):
-        other = place + int(number * (size - place))
+    for place, uniform in enumerate(uniforms):
+        other = place + int(uniform * (size - place))
         order[place], order[other] = order[other], order[place]
-    return order[: len(numbers)]
+    return order[: len(uniforms)]

@@ -1,4 +1,4 @@
-"""Which bucket makes the batch of a step, when buckets are in use for some of the steps only: in closed form."""
+"""The bucket of each step, when buckets are active for some of the steps only: in closed form."""
 
 import bisect
 import dataclasses
@@ -7,52 +7,56 @@ from collections.abc import Sequence
 import numpy as np
 
 from jvgen.data.stream.config import BucketConfig
-from jvgen.data.stream.mixture import Quota
+from jvgen.data.stream.mixture import Interleave
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stage:
-    """Steps with the same buckets: the first of them, the buckets' numbers, and the batches that each gave before."""
+    """A range of steps with the same active buckets.
 
-    begins: int
-    members: tuple[int, ...]
-    quota: Quota
+    Attributes:
+      start: its first step.
+      buckets: indices of the active buckets.
+      order: the order in which they are used.
+      before: batches of each active bucket before the stage.
+    """
+
+    start: int
+    buckets: tuple[int, ...]
+    order: Interleave
     before: tuple[int, ...]
 
 
-class BucketTurns:
-    """The bucket of any step and how many batches it gave before; shares hold within each stage.
+class BucketSchedule:
+    """The bucket of any step and the number of its batches before that step; weights hold within each stage.
 
     Args:
-      buckets: batch shapes, each with the steps that it is in use in.
-      always: take them all for every step (evaluation).
+      buckets: batch shapes, each with the steps in which it is active.
+      always: treat all of them as active at every step (evaluation).
     """
 
     def __init__(self, buckets: Sequence[BucketConfig], *, always: bool = False):
         spans = [(0, None) if always else (bucket.begins, bucket.ends) for bucket in buckets]
         self._stages: list[_Stage] = []
-        given = [0] * len(buckets)
+        count = [0] * len(buckets)
         borders = sorted({border for span in spans for border in span if border is not None})
-        for begins, ends in zip(borders, [*borders[1:], None], strict=True):
-            members = tuple(
-                n for n, (first, last) in enumerate(spans) if first <= begins and (last or begins + 1) > begins
-            )
-            if not members:
+        for start, end in zip(borders, [*borders[1:], None], strict=True):
+            active = tuple(i for i, (first, last) in enumerate(spans) if first <= start and (last or start + 1) > start)
+            if not active:
                 continue
-            quota = Quota([buckets[number].weight for number in members])
-            self._stages.append(_Stage(begins, members, quota, tuple(given)))
-            if ends is not None:
-                for number, count in zip(members, quota.before(ends - begins), strict=True):
-                    given[number] += int(count)
-        self._begins = [stage.begins for stage in self._stages]
+            order = Interleave([buckets[i].weight for i in active])
+            self._stages.append(_Stage(start, active, order, tuple(count[i] for i in active)))
+            if end is not None:
+                for i, batches in zip(active, order.before(end - start), strict=True):
+                    count[i] += int(batches)
+        self._starts = [stage.start for stage in self._stages]
 
     def at(self, step: int) -> tuple[int, int]:
-        """(number of the bucket, batches that it gave before the step)."""
+        """(index of the bucket, number of its batches before the step)."""
         assert step >= 0, f"step {step} is negative"
-        stage = self._stages[max(bisect.bisect_right(self._begins, step) - 1, 0)]
-        member, before = stage.quota.at(np.array(step - stage.begins, np.int64))
-        number = stage.members[int(member)]
-        return number, stage.before[number] + int(before)
+        stage = self._stages[max(bisect.bisect_right(self._starts, step) - 1, 0)]
+        member, before = stage.order.at(np.array(step - stage.start, np.int64))
+        return stage.buckets[int(member)], stage.before[int(member)] + int(before)
 
 
 def check_stages(buckets: Sequence[BucketConfig], steps: int) -> None:
@@ -62,5 +66,5 @@ def check_stages(buckets: Sequence[BucketConfig], steps: int) -> None:
         reach = [steps if b.ends is None else b.ends for b in buckets if b.begins <= step and (b.ends or steps) > step]
         if not reach:
             known = ", ".join(f"{b.name} {b.begins}..{'end' if b.ends is None else b.ends}" for b in buckets)
-            raise ValueError(f"no bucket is in use at step {step} of {steps}: they are {known}. Close the gap.")
+            raise ValueError(f"no bucket is active at step {step} of {steps}; buckets: {known}. Close the gap.")
         step = max(reach)
