@@ -208,13 +208,13 @@ def _analyse(verbs) -> None:
 
 
 def _run_analyse(parsed: argparse.Namespace) -> int:
-    from jvgen.runs.analysis import analyse_run
+    from jvgen.runs.analysis import analyze_run
 
     try:
         timesteps = [float(word) for word in parsed.timesteps.split(",")]
     except ValueError as error:
         raise ValueError(f"--timesteps {parsed.timesteps}: numbers with commas between, as 900,50.") from error
-    analyse_run(
+    analyze_run(
         parsed.run, parsed.out, ema=parsed.ema, step=parsed.step, data=parsed.data, timesteps=timesteps,
         batches=parsed.batches, untrained=parsed.untrained,
     )  # fmt: skip

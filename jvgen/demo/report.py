@@ -1,4 +1,4 @@
-"""The demo's report: what was trained, what it looks like, how it was measured, and the command behind each part."""
+"""The demo's report: what was trained, its clips and curves, how they were measured, and the commands."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from jvgen.tasks.clip_coder import ClipCoder
 from jvgen.tasks.pixels import from_uint8
 
 DIRECTIONS = ("left", "right", "toward", "away")
-FRAMES_PER_SECOND = 16.0  # of the page's clips
-# How the numbers of `jvgen evaluate --vae` begin, and what they are of.
+FRAMES_PER_SECOND = 16.0  # of the clips on the page
+# Prefixes of the metrics of `jvgen evaluate --vae`, and what they measure.
 CODED = {
     "": "video VAE",
     "image_decoder/": "video latents, image decoder: the frame at each latent",
@@ -32,7 +32,7 @@ CODED = {
 
 
 def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `workdir/report.html` and `workdir/measurements.json` from what the parts left there."""
+    """Write `workdir/report.html` and `workdir/measurements.json` from the files that the parts wrote there."""
     vae = json.loads((workdir / "image_vae.json").read_text())["metrics"]
     video_vae = json.loads((workdir / "video_vae_evaluation" / "metrics.json").read_text())["metrics"]
     video = json.loads((workdir / "text_to_video.json").read_text())["metrics"]
@@ -57,16 +57,16 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
     report = Report(
         "jvgen demo",
         f"An image VAE, a video VAE that shares its latents and a text-to-video diffusion transformer, trained from "
-        f"nothing on {os.cpu_count()} CPU cores in {sum(seconds.values()) / 60:.1f} minutes. jvgen {__version__}, "
+        f"scratch on {os.cpu_count()} CPU cores in {sum(seconds.values()) / 60:.1f} minutes. jvgen {__version__}, "
         f"jax {jax.__version__}.",
     )
     report.section("Clips from captions")
     good = scores["sampled"]
     report.text(
-        f"Each clip of {len(sampled[0])} frames was made from its caption alone. A classifier of plain pixels (no "
-        f"learned parts) finds the colour and the direction of motion that the caption names in "
+        f"Each clip of {len(sampled[0])} frames is generated from its caption alone. A classifier of plain pixels (no "
+        f"learned parts) finds the color and the direction of motion that the caption names in "
         f"{good['color_accuracy']:.0%} and {good['direction_accuracy']:.0%} of {int(good['count'])} sampled clips; "
-        f"guessing would give {good['color_chance']:.0%} and {good['direction_chance']:.0%}."
+        f"guessing gives {good['color_chance']:.0%} and {good['direction_chance']:.0%}."
     )
     first = {prompt: number for number, prompt in reversed(list(enumerate(prompts)))}
     first_untrained = {prompt: number for number, prompt in reversed(list(enumerate(untrained_prompts)))}
@@ -86,9 +86,9 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
             [name, s["color_accuracy"], s["direction_accuracy"], s["both_accuracy"], s["found"], int(s["count"])]
             for name, s in scores.items()
         ],
-        ["clips", "colour right", "direction right", "both right", "object found", "number"],
-        caption=f"Clips that show what the caption says; chance is {good['color_chance']:.2f} for the colour and "
-        f"{good['direction_chance']:.2f} for the direction. Held-out data shows how good the classifier is.",
+        ["clips", "correct color", "correct direction", "both correct", "object found", "number"],
+        caption=f"Share of clips that show what the caption says; chance is {good['color_chance']:.2f} for the color and "
+        f"{good['direction_chance']:.2f} for the direction. Held-out data shows the accuracy of the classifier itself.",
     )
     report.contact_sheet(
         [sampled[first[prompt]] for prompt in picked[:6]], "Sampled clips, every fourth frame.", scale=3
@@ -97,37 +97,37 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
     report.section("Two decoders of one latent space")
     group, swap = (len(sampled[0]) - 1) // (len(swapped[0]) - 1), measured["swap"]
     report.text(
-        f"The diffusion model makes {len(swapped[0])} latent frames. The video VAE's decoder makes {len(sampled[0])} "
-        f"frames of them. The decoder of the image VAE, as it was before there was a video VAE, makes "
-        f"{len(swapped[0])} of the same ones, each held here until the next. The classifier finds colour and "
+        f"The diffusion model generates {len(swapped[0])} latent frames. The video VAE decodes them to "
+        f"{len(sampled[0])} frames. The frozen decoder of the image VAE decodes the same latents to "
+        f"{len(swapped[0])} frames, each shown here until the next. The classifier finds color and "
         f"direction in {scores['sampled, image decoder']['color_accuracy']:.0%} and "
-        f"{scores['sampled, image decoder']['direction_accuracy']:.0%} of the image decoder's clips. Where both make a "
-        f"frame, theirs are {swap['psnr']:.1f} dB (PSNR) apart.",
+        f"{scores['sampled, image decoder']['direction_accuracy']:.0%} of the image decoder's clips. Where both decode "
+        f"a frame, the PSNR between the two is {swap['psnr']:.1f} dB.",
     )
     pairs = [first[prompt] for prompt in picked[:6]]
-    held = {index: _held(swapped[index], group) for index in pairs}
+    repeated = {index: _repeated(swapped[index], group) for index in pairs}
     report.clips(
         {
             f"video decoder, {len(sampled[0])} frames": [sampled[index] for index in pairs],
-            f"image decoder, {len(swapped[0])} frames": [held[index] for index in pairs],
+            f"image decoder, {len(swapped[0])} frames": [repeated[index] for index in pairs],
         },
         picked[:6],
         frames_per_second=FRAMES_PER_SECOND,
         scale=4,
     )
     report.contact_sheet(
-        [clip for index in pairs[:3] for clip in (sampled[index], held[index])],
-        "Every other frame of three of them: the video decoder's above, the image decoder's below.",
+        [clip for index in pairs[:3] for clip in (sampled[index], repeated[index])],
+        "Every other frame of three of them: video decoder above, image decoder below.",
         frames=len(sampled[0]) // 2 + 1,
         scale=2,
     )
     report.table(
         [
             ["video decoder", *swap["video_decoder"]],
-            ["image decoder, held", swap["image_decoder"], *[0.0] * (group - 1)],
+            ["image decoder, repeated", swap["image_decoder"], *[0.0] * (group - 1)],
         ],
-        ["mean change of a pixel, of 255", *(f"step {step + 1}" for step in range(group))],
-        caption=f"From a frame to the next, by its place among the {group} steps to the next latent.",
+        ["mean change per pixel (0 to 255)", *(f"step {step + 1}" for step in range(group))],
+        caption=f"Between consecutive frames, by their position among the {group} frames of a latent frame.",
     )
 
     report.section("Real, reconstructed, sampled")
@@ -142,7 +142,7 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
         [caption for _, _, caption in shown],
         frames_per_second=FRAMES_PER_SECOND,
         scale=4,
-        caption="A clip unseen in training, the same clip encoded and decoded, and one sampled for the same colour and "
+        caption="A held-out clip, the same clip encoded and decoded, and a clip sampled for the same color and "
         "direction.",
     )
 
@@ -151,11 +151,11 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
         [
             ["PSNR (dB)", vae["psnr"]],
             ["SSIM", vae["ssim"]],
-            ["L1 of values in [-1, 1]", vae["l1"]],
+            ["L1 in [-1, 1]", vae["l1"]],
             ["L1 of the Laplacian pyramid", vae["perceptual_laplacian"]],
         ],
         ["reconstruction of held-out frames", "value"],
-        caption="From the mean of the posterior, averaged weights, pixels clipped to their range.",
+        caption="From the mean of the posterior, with EMA weights; pixels clipped to their range.",
     )
     pairs = _visualized(workdir / "image_vae" / "samples")
     if pairs:
@@ -163,14 +163,14 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
             _pairs(pairs["data"], pairs["reconstruction"]), "Held-out frames above, reconstructions below.", scale=4
         )
     rows = _rows(workdir / "image_vae")
-    report.chart(rows, {"loss": "loss"}, logarithmic=True, smoothing=0.9, caption="Training loss of the VAE.")
-    report.chart(rows, {"psnr": "PSNR (dB)"}, smoothing=0.9, caption="PSNR on training batches.")
+    report.plot(rows, {"loss": "loss"}, logarithmic=True, smoothing=0.9, caption="Training loss of the VAE.")
+    report.plot(rows, {"psnr": "PSNR (dB)"}, smoothing=0.9, caption="PSNR on training batches.")
 
     report.section("The video VAE")
     report.text(
-        "It begins as the image VAE, grown into time: its latents are the image VAE's, and its decoder makes the "
-        "frames between two of them as blends. Training adds what happens in between, and keeps its latents such that "
-        "the frozen image decoder reads them."
+        "It is initialized by inflating the image VAE: at first its latents are those of the image VAE, and its decoder "
+        "blends the frames between two latents. Training adds the motion in between and keeps the latents readable "
+        "by the frozen image decoder."
     )
     report.table(
         [
@@ -178,7 +178,7 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
             for prefix, name in CODED.items()
         ],
         ["held-out clips", "PSNR (dB)", "SSIM", "Laplacian pyramid"],
-        caption=f"Clips of {len(sampled[0])} frames, from posterior means with averaged weights.",
+        caption=f"Clips of {len(sampled[0])} frames, from posterior means with EMA weights.",
     )
     report.clips(
         {
@@ -190,30 +190,30 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
         [caption for _, _, caption in shown[:4]],
         frames_per_second=FRAMES_PER_SECOND,
         scale=4,
-        caption="The image VAE codes every fourth frame; the video decoder was never trained on its latents, and makes "
-        "the frames between them.",
+        caption="The image VAE encodes every fourth frame; the video decoder, never trained on its latents, adds the "
+        "frames in between.",
     )
     curve = _rows(workdir / "video_vae")
-    report.chart(curve, {"loss": "loss"}, smoothing=0.9, caption="Training loss of the video VAE.")
-    report.chart(curve, {"psnr": "PSNR (dB)"}, smoothing=0.9, caption="PSNR on training batches.")
+    report.plot(curve, {"loss": "loss"}, smoothing=0.9, caption="Training loss of the video VAE.")
+    report.plot(curve, {"psnr": "PSNR (dB)"}, smoothing=0.9, caption="PSNR on training batches.")
 
     report.section("The video transformer")
     rows = _rows(workdir / "text_to_video")
     bands = [name for name in (rows[-1] if rows else {}) if name.startswith("loss_t")]
-    report.chart(
-        rows, {"loss": "loss"}, smoothing=0.95, caption="Training loss: squared error of the predicted velocity."
+    report.plot(
+        rows, {"loss": "loss"}, smoothing=0.95, caption="Training loss: mean squared error of the predicted velocity."
     )
-    report.chart(
+    report.plot(
         rows, {name: _band(name) for name in bands}, smoothing=0.95,
-        caption="The same by timestep: 0 is clean, 1000 is noise.",
+        caption="Training loss by timestep: 0 is clean, 1000 is noise.",
     )  # fmt: skip
-    report.text(f"Loss on held-out clips with averaged weights: {video['loss']:.4f}.")
+    report.text(f"Loss on held-out clips with EMA weights: {video['loss']:.4f}.")
 
     report.section("Interrupted and resumed")
     interrupted = [part for part in parts if "interrupted_by" in part]
     report.text(
-        "Two runs were stopped after their first checkpoint, and the same command was given again. The curves above "
-        "are of runs that were cut: a resumed run sees the batches and draws that it would have seen."
+        "Two runs were stopped after their first checkpoint and restarted with the same command. A resumed run sees the "
+        "same batches and random numbers as an uninterrupted one; the curves above are those of the resumed runs."
     )
     report.table(
         [
@@ -231,18 +231,18 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
     report.section("PyTorch")
     checked = [(name, _last_line(workdir, name)) for name in ("verify_image_vae", "verify_denoiser") if name in seconds]
     if checked:
-        report.text("The exported folders were loaded strictly by diffusers' own classes, and outputs compared.")
+        report.text("The exported folders were loaded strictly by the classes of diffusers, and the outputs compared.")
         report.table([[name, line] for name, line in checked], ["check", "result"])
     else:
-        report.text("torch and diffusers are not installed here: the exports were written, not compared.")
+        report.text("torch and diffusers are not installed: the exports were written but not compared.")
 
-    report.section("How it was measured")
+    report.section("Metrics")
     report.definitions(
         {
-            "colour, direction": "pixels that differ from the clip's median background vote for the nearest colour "
-            "of the palette; the winner's centroid and apparent size over time give the direction",
+            "color, direction": "pixels that differ from the median background of the clip vote for the nearest color "
+            "of the palette; the centroid and apparent size of the winner over time give the direction",
             "PSNR": "10 log10(peak^2 / mean squared error), averaged over frames",
-            "SSIM": "Gaussian window of 11 pixels, deviation 1.5, averaged over channels and frames",
+            "SSIM": "Gaussian window of 11 pixels, standard deviation 1.5, averaged over channels and frames",
             "untrained weights": "the same network, sampler and captions with random weights",
         }
     )
@@ -273,7 +273,7 @@ def _held_out(folder: Path) -> tuple[list[np.ndarray], list[str]]:
 def _side_by_side(
     real: Sequence[np.ndarray], real_prompts: Sequence[str], sampled: Sequence[np.ndarray], prompts: Sequence[str]
 ) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """Held-out clips with a sampled clip of the same colour and direction, one for each direction and then others."""
+    """Held-out clips, each with a sampled clip of the same color and direction."""
     made = {
         (labels_of(prompt).color, labels_of(prompt).direction): clip
         for clip, prompt in zip(sampled, prompts, strict=True)
@@ -301,13 +301,13 @@ def _coded(folder: Path, clips: Sequence[np.ndarray]) -> dict[str, list[np.ndarr
     return {name: [one[name][0] for one in made] for name in made[0]}
 
 
-def _held(clip: np.ndarray, group: int) -> np.ndarray:
-    """The frames of a clip of latents, each held until the next one, as long as the clip of the video decoder."""
+def _repeated(clip: np.ndarray, group: int) -> np.ndarray:
+    """Each frame of the image decoder repeated until the next, to the length of the video decoder's clip."""
     return np.concatenate([clip[:1], clip[1:].repeat(group, axis=0)])
 
 
 def _swap(sampled: Sequence[np.ndarray], swapped: Sequence[np.ndarray]) -> dict[str, Any]:
-    """How far the two decoders' frames are apart where both make one, and how much moves between frames."""
+    """PSNR between the two decoders where both decode a frame, and the mean change between consecutive frames."""
     moving, still = np.stack(sampled).astype(np.float64), np.stack(swapped).astype(np.float64)
     group = (moving.shape[1] - 1) // (still.shape[1] - 1)
     change = np.abs(np.diff(moving, axis=1)).mean(axis=(0, 2, 3, 4)).reshape(-1, group).mean(axis=0)
@@ -350,7 +350,7 @@ def _band(name: str) -> str:
 def _resumed(workdir: Path, part: str) -> str:
     log = workdir / "logs" / f"{part.removesuffix('_interrupted')}.log"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("restored step")]
-    return lines[0].split(" from ")[0] if lines else "started anew"
+    return lines[0].split(" from ")[0] if lines else "restarted from step 0"
 
 
 def _last_line(workdir: Path, part: str) -> str:

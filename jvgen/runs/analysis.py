@@ -1,4 +1,4 @@
-"""`jvgen analyse`: what the layers of a trained run do with held-out clips, as pictures and numbers."""
+"""`jvgen analyze`: measures of every layer of a trained run on held-out clips, as plots and numbers."""
 
 import json
 from collections.abc import Sequence
@@ -12,20 +12,19 @@ import numpy as np
 from jvgen.data.store.sources import splits
 from jvgen.data.stream.config import SourceConfig
 from jvgen.data.stream.loader import Loader
-from jvgen.evaluation.contact_sheet import png_bytes
-from jvgen.evaluation.heat_map import heat_maps
+from jvgen.evaluation.plots import heat_maps, save_plot
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.runs.inference import TrainedRun, open_run, read_experiment
 from jvgen.tasks.task import Batch
 from jvgen.training.state import EVALUATE, key_for
 
-# The four stages of denoising that RepVideo's paper shows, as raw timesteps.
+# Raw timesteps of the four stages of denoising in RepVideo's figures.
 TIMESTEPS = (900.0, 600.0, 300.0, 50.0)
 SIMILARITIES = ("before", "mean", "read", "after")
 
 
-def analyse_run(
+def analyze_run(
     run: Path,
     out: Path,
     *,
@@ -36,21 +35,21 @@ def analyse_run(
     batches: int = 1,
     untrained: bool = False,
 ) -> dict[str, Any]:
-    """Write `analysis.json` and pictures of a video DiT's layers.
+    """Write `analysis.json` and plots of a video DiT's layers.
 
     Args:
-      run: work folder.
+      run: run directory.
       out: folder for the files.
       ema, step, untrained: which weights, see `jvgen.runs.inference.open_run`.
       data: data set folder instead of the run's evaluation sources; its validation split if it has one.
-      timesteps: noise levels to look at, raw, 0 (clean) up to 999.
+      timesteps: raw noise levels, from 0 (clean) to 999.
       batches: held-out batches to average over.
 
     Returns:
       What `analysis.json` holds: for every timestep the measures of `jvgen.tasks.task.Task.look_at_layers`.
 
     Raises:
-      ValueError: a run whose task has no layers to look at, nothing to look at, timesteps out of range.
+      ValueError: a task without layers to analyze, a run without evaluation data, or timesteps out of range.
     """
     if not timesteps or min(timesteps) < 0 or max(timesteps) > 999:
         raise ValueError(f"--timesteps {','.join(f'{t:g}' for t in timesteps)}: raw timesteps from 0 to 999.")
@@ -62,7 +61,7 @@ def analyse_run(
         split = "validation" if "validation" in splits(data) else "train"
         config = config.replace(evaluation_sources=(SourceConfig(path=data, split=split),))
     if not config.evaluation_sources:
-        raise ValueError("the run names no data.evaluation_sources; say which data set with --data FOLDER.")
+        raise ValueError("the run has no data.evaluation_sources; give a data set with --data FOLDER.")
     experiment.task.check_data(config.replace(sources=config.evaluation_sources))
     loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().prepare, evaluation=True)
     loaded = open_run(run, ema, step, untrained)
@@ -70,7 +69,6 @@ def analyse_run(
     out.mkdir(parents=True, exist_ok=True)
     document = {
         "run": str(run), "step": loaded.step, "batches": batches,
-        # Six digits: more would say nothing.
         "timesteps": {f"{t:g}": {name: np.vectorize(lambda x: float(f"{x:.6g}"))(array).tolist()
                                  for name, array in measures.items()} for t, measures in found},
     }  # fmt: skip
@@ -87,7 +85,7 @@ def _measure(
     task, sharding = loaded.task, loaded.program.sharding
 
     @jax.jit
-    def look(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array) -> Any:
+    def measure(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array) -> Any:
         with axes.partitioned(sharding):
             return task.look_at_layers(parameters, frozen, batch, key, timestep)
 
@@ -97,54 +95,56 @@ def _measure(
         for number, batch in enumerate(stream):
             placed = loaded.program.place(batch.arrays, batch.bucket, 0, 1)
             for total, timestep in zip(totals, timesteps, strict=True):
-                found = look(parameters, loaded.frozen, placed, key_for(key, EVALUATE, number), jnp.float32(timestep))
+                found = measure(
+                    parameters, loaded.frozen, placed, key_for(key, EVALUATE, number), jnp.float32(timestep)
+                )
                 for name, value in found.items():
                     total[name] = total.get(name, 0.0) + np.asarray(value, np.float64) / batches
     return list(zip(timesteps, totals, strict=True))
 
 
 def draw(found: Sequence[tuple[float, dict[str, np.ndarray]]], out: Path) -> list[Path]:
-    """Write the pictures: one of similarities, and two of attention for every timestep."""
-    written = []
+    """Write the plots as PNG and SVG: one of similarities, and two of attention for every timestep."""
+    written: list[Path] = []
     shown = [(t, name, measures[f"similarity_{name}"]) for t, measures in found for name in SIMILARITIES
              if f"similarity_{name}" in measures]  # fmt: skip
     if shown:
-        sheet = heat_maps(
+        figure = heat_maps(
             [array for _, _, array in shown],
-            [f"t {t:g}: {name}" for t, name, _ in shown],
+            [f"t = {t:g}, {name}" for t, name, _ in shown],
+            x_label="pair of neighboring frames",
+            y_label="layer",
+            color_label="cosine similarity",
+            title="Similarity of neighboring frames",
             columns=len(SIMILARITIES),
-            size=200,
-            note="cosine of neighbouring frames; down: layers, right: pairs of frames.",
         )
-        written.append(_write(out / "similarity.png", sheet))
+        written += save_plot(figure, out / "similarity")
     for t, measures in found:
-        for kind in ("frames", "rows"):
+        for kind, unit in (("frames", "frame (0: text)"), ("rows", "stretch of the sequence, text first")):
             maps = list(measures[f"attention_of_{kind}"])
-            sheet = heat_maps(
-                # Most weights are small: their roots show more.
+            figure = heat_maps(
+                # Most weights are small: their square roots show more.
                 [np.sqrt(matrix) for matrix in maps],
                 [f"layer {number}" for number in range(len(maps))],
-                note=f"roots of attention at t {t:g}; from (down) and to (right): text, then frames in order.",
+                x_label=f"to {unit}",
+                y_label=f"from {unit}",
+                color_label="square root of attention",
+                title=f"Attention at t = {t:g}",
             )
-            written.append(_write(out / f"attention_of_{kind}_t{t:03.0f}.png", sheet))
+            written += save_plot(figure, out / f"attention_of_{kind}_t{t:03.0f}")
     return written
 
 
 def table(found: Sequence[tuple[float, dict[str, np.ndarray]]]) -> str:
-    """Similarities of neighbouring frames by layer and timestep, as text."""
+    """Similarities of neighboring frames by layer and timestep, as text."""
     lines = []
     for t, measures in found:
         if "similarity_before" not in measures:
             continue
-        lines.append(f"t {t:g}: cosine of neighbouring frames, mean over pairs; attention across frames")
+        lines.append(f"t {t:g}: cosine of neighboring frames, mean over pairs; attention across frames")
         lines.append("layer  " + "  ".join(f"{name:>7s}" for name in (*SIMILARITIES, "across")))
         columns = [measures[f"similarity_{name}"].mean(axis=1) for name in SIMILARITIES]
         columns.append(measures["intensity"].mean(axis=1))
         for layer, values in enumerate(zip(*columns, strict=True)):
             lines.append(f"{layer:5d}  " + "  ".join(f"{value:7.4f}" for value in values))
     return "\n".join(lines)
-
-
-def _write(path: Path, picture: np.ndarray) -> Path:
-    path.write_bytes(png_bytes(picture))
-    return path

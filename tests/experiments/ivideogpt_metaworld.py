@@ -32,7 +32,7 @@ from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
 from jvgen.demo.demo import Parts
 from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
-from jvgen.evaluation.line_chart import Series, line_chart
+from jvgen.evaluation.plots import Series, line_plot, save_plot
 from jvgen.evaluation.prediction import by_horizon
 from jvgen.evaluation.reconstruction import peak_signal_to_noise, structural_similarity
 from jvgen.runs.inference import open_run
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = compare(parsed.workdir, scale)
     (parsed.workdir / "report.json").write_text(json.dumps(report, indent=1))
     (parsed.workdir / "report.md").write_text(as_markdown(report))
-    (parsed.workdir / "psnr.svg").write_text(chart(report))
+    save_plot(plot(report), parsed.workdir / "psnr")
     print(as_markdown(report))
     return 0
 
@@ -325,13 +325,13 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def chart(report: dict[str, Any]) -> str:
-    """SVG: PSNR of moving pixels by horizon, robots."""
+def plot(report: dict[str, Any]) -> Any:
+    """PSNR of moving pixels by horizon, robots: a matplotlib figure."""
     series = [
         Series(name=name, x=list(range(1, len(scores["psnr"]) + 1)), y=scores["psnr_moving"])
         for name, scores in report["robots"]["scores"].items()
     ]
-    return line_chart(series, x_label="steps ahead", y_label="PSNR of moving pixels, dB")
+    return line_plot(series, x_label="steps ahead", y_label="PSNR of moving pixels (dB)")
 
 
 if __name__ == "__main__":

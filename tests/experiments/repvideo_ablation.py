@@ -27,7 +27,7 @@ from jvgen.evaluation.temporal import adjacent_similarity, smoothness
 from jvgen.interop.from_torch import read_config
 from jvgen.models.video_dit.config import AggregationConfig, GateKind
 from jvgen.models.video_dit.enhance import EnhanceConfig
-from jvgen.runs.analysis import analyse_run
+from jvgen.runs.analysis import analyze_run
 from jvgen.runs.evaluation import evaluate_run
 from jvgen.runs.inference import open_run
 from jvgen.tasks.clip_coder import temporal_downsampling
@@ -169,7 +169,7 @@ def measure(setting: Setting, name: str, seed: int, enhanced: bool) -> dict[str,
     status = train(experiment(setting, name, seed), run)
     assert status == 0, f"{run} ended with status {status}"
     trained = time.perf_counter() - began
-    layers = analyse_run(run, run / "analysis", timesteps=TIMESTEPS, batches=setting.batches)["timesteps"]
+    layers = analyze_run(run, run / "analysis", timesteps=TIMESTEPS, batches=setting.batches)["timesteps"]
     row = {
         "asked": wanted,
         "seconds": trained,

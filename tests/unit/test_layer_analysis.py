@@ -1,4 +1,4 @@
-"""Measures of layers: what they are on tokens made for the purpose, and that looking changes nothing."""
+"""Measures of layers on constructed tokens and on small networks, their plots and their table."""
 
 import json
 
@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from jvgen.evaluation.features import attention_between, frame_similarity
-from jvgen.evaluation.heat_map import colors, heat_maps
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
 from jvgen.models.video_dit.model import TokenLayout
@@ -113,23 +112,14 @@ def test_a_network_without_aggregation_shows_what_a_mean_would_be(measures):
     assert np.abs(found["similarity_mean"][3] - found["similarity_before"][3]).max() > 1e-3
 
 
-def test_pictures_and_table(measures, tmp_path):
+def test_plots_and_table(measures, tmp_path):
     found = [(500.0, measures["repvideo"]), (50.0, measures["plain"])]
     written = draw(found, tmp_path)
-    assert [path.name for path in written] == [
-        "similarity.png", "attention_of_frames_t500.png", "attention_of_rows_t500.png", "attention_of_frames_t050.png",
-        "attention_of_rows_t050.png",
-    ]  # fmt: skip
-    for path in written:
-        picture = np.asarray(Image.open(path))
-        assert picture.ndim == 3 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    stems = ("similarity", "attention_of_frames_t500", "attention_of_rows_t500", "attention_of_frames_t050",
+             "attention_of_rows_t050")  # fmt: skip
+    assert [path.name for path in written] == [f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")]
+    for path in written[::2]:
+        pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+        assert len(np.unique(pixels, axis=0)) > 20
     assert table(found).count("\n") == 2 * (2 + 4) - 1
     assert json.dumps({"x": measures["plain"]["intensity"].tolist()})
-
-
-def test_heat_maps():
-    assert colors(np.array([0.0, 1.0, np.nan]), 0, 1).tolist() == [[68, 1, 84], [253, 231, 37], [200, 200, 200]]
-    sheet = heat_maps([np.eye(4), np.ones((2, 8))], ["a", "b"], size=64)
-    assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
-    with pytest.raises(ValueError, match="1 maps and 0 titles"):
-        heat_maps([np.eye(2)], [])
