@@ -87,7 +87,7 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
             for name, s in scores.items()
         ],
         ["clips", "correct color", "correct direction", "both correct", "object found", "number"],
-        caption=f"Share of clips that show what the caption says; chance is {good['color_chance']:.2f} for the color and "
+        caption=f"Share of clips that show what the caption says; chance is {good['color_chance']:.2f} for the color, "
         f"{good['direction_chance']:.2f} for the direction. Held-out data shows the accuracy of the classifier itself.",
     )
     report.contact_sheet(
@@ -168,8 +168,8 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
 
     report.section("The video VAE")
     report.text(
-        "It is initialized by inflating the image VAE: at first its latents are those of the image VAE, and its decoder "
-        "blends the frames between two latents. Training adds the motion in between and keeps the latents readable "
+        "It is initialized by inflating the image VAE: at first its latents are those of the image VAE, and its "
+        "decoder blends the frames between two latents. Training adds the motion in between and keeps the latents readable "
         "by the frozen image decoder."
     )
     report.table(
@@ -212,8 +212,8 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
     report.section("Interrupted and resumed")
     interrupted = [part for part in parts if "interrupted_by" in part]
     report.text(
-        "Two runs were stopped after their first checkpoint and restarted with the same command. A resumed run sees the "
-        "same batches and random numbers as an uninterrupted one; the curves above are those of the resumed runs."
+        "Two runs were stopped after their first checkpoint and restarted with the same command. A resumed run sees "
+        "the same batches and random numbers as an uninterrupted one; the curves above are those of the resumed runs."
     )
     report.table(
         [

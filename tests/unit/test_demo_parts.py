@@ -155,7 +155,7 @@ def test_every_command_is_understood_and_configs_fit_the_scenes(tmp_path, monkey
 def test_frames_of_latents_are_held_and_the_decoders_compared():
     still = np.array([10, 20, 40], np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     moving = np.array([11, 13, 15, 17, 19, 20, 21, 22, 39], np.uint8)[:, None, None, None] * np.ones_like(still[:1])
-    assert demo_report._held(still, 4)[:, 0, 0, 0].tolist() == [10, 20, 20, 20, 20, 40, 40, 40, 40]
+    assert demo_report._repeated(still, 4)[:, 0, 0, 0].tolist() == [10, 20, 20, 20, 20, 40, 40, 40, 40]
     found = demo_report._swap([moving], [still])
     assert found["psnr"] == pytest.approx(10 * np.log10(255**2))
     assert found["video_decoder"] == [1.5, 1.5, 1.5, 9.5] and found["image_decoder"] == 15.0
