@@ -169,8 +169,8 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
     report.section("The video VAE")
     report.text(
         "It is initialized by inflating the image VAE: at first its latents are those of the image VAE, and its "
-        "decoder blends the frames between two latents. Training adds the motion in between and keeps the latents readable "
-        "by the frozen image decoder."
+        "decoder blends the frames between two latents. Training adds the motion in between and keeps the latents "
+        "readable by the frozen image decoder."
     )
     report.table(
         [

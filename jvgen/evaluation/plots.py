@@ -116,7 +116,7 @@ def heat_maps(
     columns: int = 4,
     limits: tuple[float, float] | None = None,
 ) -> "Figure":
-    """A grid of matrices on one color scale, row 0 at the top, with one color bar. Cells that are not finite stay empty.
+    """A grid of matrices on one color scale, row 0 at the top, with one color bar. Non-finite cells stay empty.
 
     Args:
       maps: 2-D arrays.
