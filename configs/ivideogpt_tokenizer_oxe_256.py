@@ -9,9 +9,9 @@ data.buckets.0.segment.horizon=12 --set optimizer.learning_rate=1e-4 --set train
 the paper turns on for its last third is not there.
 """
 
-from jvgen.data.builders.oxe_mix import sources
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.oxe_mix import sources
 from jvgen.data.stream.segments import SegmentConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
@@ -31,7 +31,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             sources=sources("data/oxe"),
-            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", step=2),),
+            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", frame_stride=2),),
             buckets=(
                 BucketConfig(
                     frames=8,

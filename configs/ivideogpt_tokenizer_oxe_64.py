@@ -1,7 +1,7 @@
 """iVideoGPT's tokenizer of 64x64 frames, pretrained on Open X-Embodiment and Something-Something v2 (arXiv 2405.15223).
 
 Should reach: the released tokenizer, which took 17 GPU days on four A100s; here v5e-16 or 4 GPUs of 24 GB. Data: one
-data set per entry of `jvgen.data.builders.oxe_mix` (`jvgen data build robot-episodes`), and Something-Something clips
+data set per entry of `jvgen.data.stream.oxe_mix` (`jvgen data build robot-episodes`), and Something-Something clips
 at 64x64;
 LPIPS weights as a safetensors file (`jvgen lpips`).
 
@@ -11,9 +11,9 @@ For the goal-conditioned model train on with two random frames as context, 275,0
 data.buckets.0.segment.choice=shuffled --set data.buckets.0.segment.context=0`.
 """
 
-from jvgen.data.builders.oxe_mix import sources
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.oxe_mix import sources
 from jvgen.data.stream.segments import SegmentConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
@@ -32,7 +32,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             sources=sources("data/oxe", something="data/something"),
-            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", step=2),),
+            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", frame_stride=2),),
             buckets=(
                 BucketConfig(
                     frames=8,

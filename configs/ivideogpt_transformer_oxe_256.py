@@ -8,9 +8,9 @@ data.buckets.0.frames=12 --set data.buckets.0.batch_size=32 --set task.transform
 training.steps=500000`.
 """
 
-from jvgen.data.builders.oxe_mix import sources
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.oxe_mix import sources
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.world_model import WorldModelConfig
@@ -29,7 +29,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             sources=sources("data/oxe"),
-            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", step=2),),
+            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", frame_stride=2),),
             buckets=(BucketConfig(frames=16, height=256, width=256, batch_size=16),),
             upscale=True,
             augmentation=AugmentationConfig(),

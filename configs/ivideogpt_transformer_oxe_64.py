@@ -10,9 +10,9 @@ does not), checkpoints are kept whatever the loss is, validation is not augmente
 task.goal=true --set training.steps=1000000`, with the tokenizer trained on random frames.
 """
 
-from jvgen.data.builders.oxe_mix import sources
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.oxe_mix import sources
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.world_model import WorldModelConfig
@@ -31,7 +31,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             sources=sources("data/oxe"),
-            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", step=2),),
+            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", frame_stride=2),),
             buckets=(BucketConfig(frames=16, height=64, width=64, batch_size=64),),
             upscale=True,
             augmentation=AugmentationConfig(),

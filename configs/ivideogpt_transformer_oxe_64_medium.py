@@ -4,9 +4,9 @@ Should reach: the released ivideogpt-oxe-64-act-free-medium; here v5e-32 or 8 GP
 `ivideogpt_transformer_oxe_64.py`, tokenizer included.
 """
 
-from jvgen.data.builders.oxe_mix import sources
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.oxe_mix import sources
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.world_model import WorldModelConfig
@@ -25,7 +25,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             sources=sources("data/oxe"),
-            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", step=2),),
+            evaluation_sources=(SourceConfig(path="data/oxe/bridge", split="validation", frame_stride=2),),
             buckets=(BucketConfig(frames=16, height=64, width=64, batch_size=64),),
             upscale=True,
             augmentation=AugmentationConfig(),

@@ -34,7 +34,7 @@ BUCKETS = staged_buckets(STAGES)
 
 def test_stages_say_when_each_shape_is_in_use():
     assert total_steps(STAGES) == 9
-    assert [(b.height, b.batch_size, b.begins, b.ends) for b in BUCKETS] == [
+    assert [(b.height, b.batch_size, b.start_step, b.end_step) for b in BUCKETS] == [
         (8, 4, 0, 3), (8, 2, 3, 7), (16, 2, 3, 7), (16, 1, 7, 9),
     ]  # fmt: skip
     check_stages(BUCKETS, 9)
@@ -43,13 +43,14 @@ def test_stages_say_when_each_shape_is_in_use():
 def test_turns_are_counted_over_all_stages():
     """At any step, asked in any order: as many batches before it as counting from the start gives."""
     buckets = (
-        bucket(8, ends=40), bucket(16, begins=10, ends=25), bucket(32, begins=25, weight=2.0), bucket(64, weight=0.5),
+        bucket(8, end_step=40), bucket(16, start_step=10, end_step=25), bucket(32, start_step=25, weight=2.0),
+        bucket(64, weight=0.5),
     )  # fmt: skip
     turns, given = BucketSchedule(buckets), [0] * 4
     expected = []
     for step in range(200):
         number, before = turns.at(step)
-        assert buckets[number].begins <= step < (buckets[number].ends or 200)
+        assert buckets[number].start_step <= step < (buckets[number].end_step or 200)
         assert before == given[number], step
         given[number] += 1
         expected.append((number, before))
@@ -67,8 +68,9 @@ def test_evaluation_takes_every_shape_at_any_step():
 
 @pytest.mark.parametrize(
     "buckets, steps, words",
-    [((bucket(8, ends=4), bucket(16, begins=5)), 9, "step 4 of 9"), ((bucket(8, begins=1),), 3, "step 0 of 3"),
-     ((bucket(8, ends=3),), 4, "step 3 of 4")],
+    [((bucket(8, end_step=4), bucket(16, start_step=5)), 9, "step 4 of 9"),
+     ((bucket(8, start_step=1),), 3, "step 0 of 3"),
+     ((bucket(8, end_step=3),), 4, "step 3 of 4")],
 )  # fmt: skip
 def test_gaps_between_stages_are_named(buckets, steps, words):
     with pytest.raises(ValueError, match=words):

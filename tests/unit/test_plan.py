@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
+from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.plan import Plan
+from jvgen.data.stream.segments import SegmentConfig
+from jvgen.saved_config import from_json
 
 
 def index_of(count: int, *, kind="dynamic", frames=40, height=64, width=64, views=1, captions=2, seed=0, **columns):
@@ -328,3 +331,33 @@ def test_the_plan_is_that_of_every_other_machine():
     sample = plan.clip_spec(10**9, 1)
     assert (sample.start, sample.stride, sample.caption) == (30, 2, 1)
     assert sample.crop_y == 0.1427265929693915
+
+
+def test_digests_are_those_of_version_0_1():
+    """Constants computed by version 0.1.0, with and without the fields that a digest leaves out if unused."""
+    indices = [index_of(20), index_of(13, seed=1)]
+    plain = Plan(config(), indices, 0)
+    assert plain.digest == "d5122c6d946a0b231d9198c27d97586d7c0f3918423a1beb9322abd0d073b6f9"
+    assert plain.manifest == "b8c689d544ccc607d392497bd1a2ba23802191d57512fba21800608f00558523"
+    first, second = config().sources
+    full = DataConfig(
+        sources=(first.replace(frame_stride=2, kinds=("dynamic",)), second),
+        evaluation_sources=(SourceConfig(path="held", frame_stride=3),),
+        buckets=(
+            bucket(segment=SegmentConfig(choice="later", horizon=12, context=2), end_step=100),
+            bucket(start_step=50, views=1),
+            bucket(start_step=20, end_step=70),
+        ),
+        augmentation=AugmentationConfig(), flip=True, upscale=True, resize="squash", kind_weights={"dynamic": 0.5},
+    )  # fmt: skip
+    assert Plan(full, indices, 7).digest == "a796fc743a955fadefa59904a9f2aa16bbc644824bc7cf4967813510b307baf5"
+    evaluation = Plan(full, indices[:1], 7, evaluation=True)
+    assert evaluation.digest == "f99dd7dc46d040ef14093be824d052eb56f9a17aa01f930777ce0115233fa6d2"
+
+
+def test_configs_of_version_0_1_are_read():
+    saved = """{"class": "jvgen.data.config:BucketConfig", "frames": 9, "height": 64, "width": 64, "batch_size": 6,
+                "strides": [1, 2], "begins": 3, "ends": 7}"""
+    assert from_json(saved) == bucket(start_step=3, end_step=7)
+    saved = """{"class": "jvgen.data.config:SourceConfig", "path": "set0", "step": 2}"""
+    assert from_json(saved) == SourceConfig(path="set0", frame_stride=2)

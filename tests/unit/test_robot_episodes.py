@@ -9,11 +9,11 @@ import pytest
 
 from jvgen.data.builders.build_loop import BuildError
 from jvgen.data.builders.episode_files import find_episodes
-from jvgen.data.builders.oxe_mix import MIX, sources, weights
 from jvgen.data.builders.robot_episodes import EpisodeOptions, build_robot_episodes, frames_and_actions, read_episode
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.loader import Loader
+from jvgen.data.stream.oxe_mix import MIX, sources, weights
 from jvgen.data.video_files import DecodeError, decode_window, encode_image, encode_video
 
 REAL = os.environ.get("JVGEN_REAL_DATA")
@@ -304,7 +304,7 @@ def test_the_mix_is_the_published_one():
     assert views == pytest.approx(0.022, abs=5e-4) and shares["cmu_stretch"] == pytest.approx(0.0055, abs=5e-5)
     chosen = sources("data/oxe", something="data/something")
     assert len(chosen) == 39 and sum(source.weight for source in chosen) == pytest.approx(1.0)
-    assert {source.path: source.step for source in chosen}["data/oxe/toto"] == 10
+    assert {source.path: source.frame_stride for source in chosen}["data/oxe/toto"] == 10
     assert sum(source.weight for source in sources("data/oxe")) == pytest.approx(1.0)
 
 

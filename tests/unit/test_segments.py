@@ -27,8 +27,10 @@ def record(number: int = 0, frames: int = FRAMES, **fields) -> Record:
     )  # fmt: skip
 
 
-def plan(bucket: BucketConfig, *, step: int = 1, frames=FRAMES, evaluation=False, augmentation=None, **fields) -> Plan:
-    source = SourceConfig(path="x", step=step)
+def plan(
+    bucket: BucketConfig, *, frame_stride: int = 1, frames=FRAMES, evaluation=False, augmentation=None, **fields
+) -> Plan:
+    source = SourceConfig(path="x", frame_stride=frame_stride)
     config = DataConfig(sources=(source,), evaluation_sources=(source,), buckets=(bucket,), augmentation=augmentation)
     index = Index.of([(record(i, frames, **fields), i) for i in range(8)])
     return Plan(config, [index], seed=3, evaluation=evaluation)
@@ -64,13 +66,13 @@ def test_evaluation_takes_the_same_spread_out_frames_every_time():
     assert {(sample.frames, sample.augmentation) for sample in drawn} == {((11, 12, 13, 15, 18), None)}
 
 
-def test_a_source_with_a_step_moves_as_fast_as_the_others_and_takes_short_recordings():
-    assert {sample.stride for sample in samples(plan(BUCKET, step=3))} == {3}
-    assert {sample.stride for sample in samples(plan(BUCKET.replace(strides=(1, 2)), step=2))} == {2, 4}
+def test_the_stride_of_a_source_multiplies_the_buckets_and_adapts_to_short_recordings():
+    assert {sample.stride for sample in samples(plan(BUCKET, frame_stride=3))} == {3}
+    assert {sample.stride for sample in samples(plan(BUCKET.replace(strides=(1, 2)), frame_stride=2))} == {2, 4}
     # Ten frames hold no five at a distance of three; at two they do.
-    assert {sample.stride for sample in samples(plan(BUCKET, step=3, frames=10))} == {2}
+    assert {sample.stride for sample in samples(plan(BUCKET, frame_stride=3, frames=10))} == {2}
     with pytest.raises(ValueError, match="too short"):
-        plan(BUCKET, step=3, frames=4)
+        plan(BUCKET, frame_stride=3, frames=4)
     with pytest.raises(ValueError, match="too short"):
         plan(BUCKET.replace(strides=(3,)), frames=10)
 
@@ -90,7 +92,7 @@ def test_plans_without_any_of_this_are_what_they_were():
     assert plain.digest == "80db470c7aaa0270a00862db29425c2eeae439dc2cbdd05b01a7a9e9f811852b"
     others = {
         plan(BUCKET.replace(segment=LATER)).digest,
-        plan(BUCKET, step=2).digest,
+        plan(BUCKET, frame_stride=2).digest,
         plan(BUCKET, augmentation=AugmentationConfig()).digest,
         plain.digest,
     }
@@ -159,7 +161,7 @@ def test_clips_with_cameras_are_left_as_they_are():
         (BUCKET.replace(segment=LATER.replace(horizon=4)), "frames = 5: .*context = 2 and horizon = 4 gives 3..4"),
         (BUCKET.replace(segment=LATER.replace(context=0)), "context = 0: 'later' needs"),
         (BUCKET.replace(segment=SHUFFLED.replace(horizon=1)), "horizon = 1"),
-        (SourceConfig(path="x", step=0), "step = 0"),
+        (SourceConfig(path="x", frame_stride=0), "frame_stride = 0"),
         (AugmentationConfig(hue=0.7), "hue = 0.7"),
         (AugmentationConfig(crop_area=(1.0, 0.5)), "crop_area"),
         (AugmentationConfig(contrast=1.0), "contrast = 1.0"),

@@ -1,7 +1,7 @@
 """Configuration of the input pipeline: sources (weighted data sets on disk) and buckets (batch shapes)."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jvgen.config import Config
 from jvgen.data.stream.augment import AugmentationConfig
@@ -19,21 +19,23 @@ class SourceConfig(Config):
       split: TFDS split name.
       weight: share of the samples of a bucket, relative to the other sources that fit it.
       kinds: use only records of these kinds; empty for all.
-      step: recorded frames that count as one here: strides of buckets are multiplied by it, so that recordings at
-        different rates move alike. Recordings too short for it are taken with the largest step that fits them.
+      frame_stride: stride of the source itself, by which strides of buckets are multiplied, so that recordings at
+        different frame rates move at similar speeds. Recordings that are too short use the largest stride that fits.
     """
+
+    renamed_fields: ClassVar[dict[str, str]] = {"step": "frame_stride"}
 
     path: str
     split: str = "train"
     weight: float = 1.0
     kinds: tuple[Kind, ...] = ()
-    step: int = 1
+    frame_stride: int = 1
 
     def validate(self) -> None:
         if self.weight <= 0:
             raise ValueError(f"weight = {self.weight}: must be positive; remove the source to give it no share.")
-        if self.step < 1:
-            raise ValueError(f"step = {self.step}: recorded frames that count as one, 1 or more.")
+        if self.frame_stride < 1:
+            raise ValueError(f"frame_stride = {self.frame_stride}: must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,11 @@ class BucketConfig(Config):
       kinds: record kinds that may fill the bucket.
       weight: share of the steps, relative to the other active buckets.
       segment: draw the frames from a longer window; none for every frame of the window.
-      begins, ends: the first step that may have this shape, and the first that may not any more; none for the end of
-        the run. `jvgen.training.optimization.curriculum` sets them from stages.
+      start_step, end_step: the bucket is active in steps [start_step, end_step); none for the end of the run.
+        `jvgen.training.optimization.curriculum` sets them from stages.
     """
+
+    renamed_fields: ClassVar[dict[str, str]] = {"begins": "start_step", "ends": "end_step"}
 
     frames: int
     height: int
@@ -61,8 +65,8 @@ class BucketConfig(Config):
     kinds: tuple[Kind, ...] = ("image", "static", "dynamic")
     weight: float = 1.0
     segment: SegmentConfig | None = None
-    begins: int = 0
-    ends: int | None = None
+    start_step: int = 0
+    end_step: int | None = None
 
     @property
     def horizon(self) -> int:
@@ -84,8 +88,11 @@ class BucketConfig(Config):
             raise ValueError("kinds = (): use at least one of image, static, dynamic.")
         if self.weight <= 0:
             raise ValueError(f"weight = {self.weight}: must be positive; remove the bucket to give it no steps.")
-        if self.begins < 0 or (self.ends is not None and self.ends <= self.begins):
-            raise ValueError(f"begins = {self.begins}, ends = {self.ends}: steps, 0 <= begins < ends; or ends = none.")
+        if self.start_step < 0 or (self.end_step is not None and self.end_step <= self.start_step):
+            raise ValueError(
+                f"start_step = {self.start_step}, end_step = {self.end_step}: 0 <= start_step < end_step, or "
+                "end_step = none."
+            )
         if self.segment is not None:
             self.segment.check(self.frames)
 

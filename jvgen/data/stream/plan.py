@@ -18,6 +18,8 @@ from jvgen.data.stream.stages import BucketSchedule
 
 # Increment with every change that gives the same configuration other batches; old checkpoints then refuse to resume.
 VERSION = 1
+# Fields of a bucket that digests contain under their names of version 0.1.0.
+_DIGEST_NAMES = {"start_step": "begins", "end_step": "ends"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Plan:
             more = UNIFORMS + bucket.frames if self._augmentation or bucket.segment else 0
             uniforms = counter.uniforms(6 + bucket.views + more, self.seed, step, slot, attempt)
             chosen = _choose(views, uniforms[6 : 6 + bucket.views])
-        own_stride = self.sources[source].step
+        own_stride = self.sources[source].frame_stride
         strides = [own_stride * n for n in bucket.strides if (bucket.horizon - 1) * own_stride * n < frames]
         strides = strides or [(frames - 1) // max(bucket.horizon - 1, 1)]
         stride = strides[int(uniforms[0] * len(strides))]
@@ -284,11 +286,14 @@ class Plan:
     def _digest(self, config: DataConfig) -> str:
         # Without paths: a data set may be moved. The manifest covers its content.
         sources = [{"weight": source.weight, "kinds": list(source.kinds)} for source in self.sources]
-        buckets = [dataclasses.asdict(bucket) for bucket in config.buckets]
+        buckets = [
+            {_DIGEST_NAMES.get(name, name): value for name, value in dataclasses.asdict(bucket).items()}
+            for bucket in config.buckets
+        ]
         fields = {name: getattr(config, name) for name in ("kind_weights", "resize", "upscale", "flip")}
-        # Fields added after version 0.1 count only if used, so that digests of older runs stay the same.
+        # Fields that were added later count only if used, so that digests of older runs stay the same.
         for source, hashed in zip(self.sources, sources, strict=True):
-            hashed |= {"step": source.step} if source.step != 1 else {}
+            hashed |= {"step": source.frame_stride} if source.frame_stride != 1 else {}
         for hashed in buckets:
             for name, unused in (("segment", None), ("begins", 0), ("ends", None)):
                 if hashed[name] == unused:

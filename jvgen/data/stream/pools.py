@@ -81,7 +81,7 @@ def _rules(
 ) -> list[tuple[str, np.ndarray]]:
     """(reason, bool per row: rejected), in the order in which they are counted."""
     # A source with its own stride uses a smaller one for recordings that are too short.
-    span = (bucket.horizon - 1) * (min(bucket.strides) if source.step == 1 else 1) + 1
+    span = (bucket.horizon - 1) * (min(bucket.strides) if source.frame_stride == 1 else 1) + 1
     rules = [
         (f"of kind {kind}, which {where}", index.kind == code)
         for code, kind in enumerate(KINDS)

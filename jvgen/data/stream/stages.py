@@ -36,7 +36,7 @@ class BucketSchedule:
     """
 
     def __init__(self, buckets: Sequence[BucketConfig], *, always: bool = False):
-        spans = [(0, None) if always else (bucket.begins, bucket.ends) for bucket in buckets]
+        spans = [(0, None) if always else (bucket.start_step, bucket.end_step) for bucket in buckets]
         self._stages: list[_Stage] = []
         count = [0] * len(buckets)
         borders = sorted({border for span in spans for border in span if border is not None})
@@ -63,8 +63,10 @@ def check_stages(buckets: Sequence[BucketConfig], steps: int) -> None:
     """Raise `ValueError` unless every step of a run has a bucket."""
     step = 0
     while step < steps:
-        reach = [steps if b.ends is None else b.ends for b in buckets if b.begins <= step and (b.ends or steps) > step]
-        if not reach:
-            known = ", ".join(f"{b.name} {b.begins}..{'end' if b.ends is None else b.ends}" for b in buckets)
+        active = [b for b in buckets if b.start_step <= step and (b.end_step or steps) > step]
+        if not active:
+            known = ", ".join(
+                f"{b.name} {b.start_step}..{'end' if b.end_step is None else b.end_step}" for b in buckets
+            )
             raise ValueError(f"no bucket is active at step {step} of {steps}; buckets: {known}. Close the gap.")
-        step = max(reach)
+        step = max(steps if b.end_step is None else b.end_step for b in active)

@@ -44,7 +44,7 @@ def staged_buckets(stages: Sequence[Stage]) -> tuple[BucketConfig, ...]:
     begins = 0
     buckets = []
     for stage in stages:
-        buckets += [bucket.replace(begins=begins, ends=begins + stage.steps) for bucket in stage.buckets]
+        buckets += [bucket.replace(start_step=begins, end_step=begins + stage.steps) for bucket in stage.buckets]
         begins += stage.steps
     return tuple(buckets)
 

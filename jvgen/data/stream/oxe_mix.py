@@ -1,7 +1,4 @@
-"""The mix of Open X-Embodiment data sets that iVideoGPT is pretrained on: weights and steps (2405.15223, table 4).
-
-A data set's step is how many recorded frames count as one, so that robots recorded at different rates move alike.
-"""
+"""The mix of Open X-Embodiment data sets that iVideoGPT is pretrained on (arXiv 2405.15223, table 4)."""
 
 from typing import NamedTuple
 
@@ -12,19 +9,19 @@ class Entry(NamedTuple):
     """One data set.
 
     Attributes:
-      name: its TFDS name in Open X-Embodiment; views of one data set are entries of their own.
-      trajectories: episodes used.
-      step: recorded frames that count as one.
+      name: its TFDS name in Open X-Embodiment; each view of a data set with several is a separate entry.
+      trajectories: number of episodes used.
+      frame_stride: see `SourceConfig`; it evens out frame rates.
       camera: key of the frames.
     """
 
     name: str
     trajectories: int
-    step: int
+    frame_stride: int
     camera: str = "image"
 
 
-# Shares before Something-Something v2 takes its part; the small ones share the rest equally.
+# Shares without Something-Something v2; the other data sets share the rest equally.
 WEIGHTS = {
     "fractal20220817_data": 0.15,
     "bridge": 0.15,
@@ -77,7 +74,7 @@ MIX = (
 
 
 def weights(*, something: bool) -> dict[str, float]:
-    """Share of every entry of the mix; with `something`, what Something-Something v2 leaves them."""
+    """Weight of every entry of the mix; with `something`, scaled down by the share of Something-Something v2."""
     small = [entry.name for entry in MIX if entry.name not in WEIGHTS]
     shares = WEIGHTS | {name: SMALL_SHARE / len(small) for name in small}
     left = 1 - SOMETHING_SHARE if something else 1.0
@@ -88,13 +85,15 @@ def sources(folder: str, *, something: str | None = None, split: str = "train") 
     """The mix as sources of a run.
 
     Args:
-      folder: with one data set an entry, of its name (`jvgen data build robot-episodes FOLDER/NAME --out ...`).
-      something: data set of Something-Something v2 clips, for the tokenizer of 64x64 frames.
-      split: of every data set.
+      folder: folder with one data set per entry, under its name (see `jvgen data build robot-episodes`).
+      something: path of a data set of Something-Something v2 clips (tokenizer of 64x64 frames); None to leave it out.
+      split: split of every data set.
     """
     shares = weights(something=something is not None)
     chosen = [
-        SourceConfig(path=f"{folder}/{entry.name}", split=split, weight=shares[entry.name], step=entry.step)
+        SourceConfig(
+            path=f"{folder}/{entry.name}", split=split, weight=shares[entry.name], frame_stride=entry.frame_stride
+        )
         for entry in MIX
     ]
     if something is not None:
