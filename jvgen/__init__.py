@@ -1,3 +1,33 @@
-"""Pretraining of video generators at pod scale, in JAX."""
+"""Pretraining of video generators at pod scale, in JAX.
 
-__version__ = "0.1.0"
+The names below are the stable interface: `import jvgen` is fast, imports neither JAX nor torch and touches no device;
+each name is loaded when it is first used. Other modules may change between minor versions.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.2.0.dev0"
+
+_PUBLIC = {
+    "Experiment": "jvgen.training.experiment",
+    "load_experiment": "jvgen.training.experiment",
+    "load_run": "jvgen.runs.run",
+    "load_vae": "jvgen.autoencoding.vae",
+    "load_world_model": "jvgen.runs.world_models",
+    "train": "jvgen.training.loop",
+}
+
+__all__ = ["__version__", "models", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "models":
+        return importlib.import_module("jvgen.models")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'jvgen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,7 +15,7 @@ from jvgen.data.stream.loader import Loader
 from jvgen.evaluation.plots import heat_maps, save_plot
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
-from jvgen.runs.inference import TrainedRun, open_run, read_experiment
+from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.tasks.task import Batch
 from jvgen.training.state import EVALUATE, key_for
 
@@ -80,7 +80,7 @@ def analyze_run(
 
 
 def _measure(
-    loaded: TrainedRun, loader: Loader, timesteps: Sequence[float], batches: int, key: jax.Array
+    loaded: LoadedRun, loader: Loader, timesteps: Sequence[float], batches: int, key: jax.Array
 ) -> list[tuple[float, dict[str, np.ndarray]]]:
     task, sharding = loaded.task, loaded.program.sharding
 

@@ -1,4 +1,4 @@
-"""Generated clips as files: their names, an index of how they were made, and what is there already."""
+"""Generated clips as files: their names, an index of how each was made, and which exist already."""
 
 import dataclasses
 import json
@@ -10,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from jvgen.data.video_files import encode_image, encode_video
+from jvgen.runs.generation import CLIPS_PER_PROMPT, slot_of
 from jvgen.training.telemetry.metrics import read_rows
 
-# Slots of different prompts never meet: clip i of prompt p has the slot p * CLIPS_PER_PROMPT + i.
-CLIPS_PER_PROMPT = 1 << 12
-MOST_PROMPTS = 1 << 19
+MAX_PROMPTS = 1 << 19
 INDEX = "index.jsonl"
-LONGEST_NAME = 255  # bytes, on every common file system
+MAX_NAME_BYTES = 255  # on every common file system
 
 # "numbered": 0003_01_a_red_ball.mp4; "vbench": a red ball-1.mp4, where VBench's evaluation looks for it.
 Naming = Literal["numbered", "vbench"]
@@ -24,7 +23,7 @@ Naming = Literal["numbered", "vbench"]
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One clip to be made: where to, of which prompt, and the slot that its draws belong to."""
+    """One clip to make: its file, the number of its prompt, and the slot that its random draws belong to."""
 
     path: Path
     prompt: int
@@ -37,17 +36,17 @@ def plan_clips(
     """Every clip of a request, `count` for each prompt.
 
     Args:
-      out: a folder, or one file (.mp4, .png for single frames, .npy for numbers) for one clip.
-      frames: of a clip.
-      batch: clips made together.
+      out: a folder, or, for one clip, a file (.mp4, .png for a single frame, .npy for floats).
+      frames: per clip.
+      batch: clips per batch.
 
     Raises:
-      ValueError: numbers that do not work, files in the way, prompts that give no file name.
+      ValueError: a count out of range, a file that exists, a prompt that cannot be a file name.
     """
-    if not 1 <= count <= CLIPS_PER_PROMPT or not 1 <= len(prompts) <= MOST_PROMPTS or batch < 1:
+    if not 1 <= count <= CLIPS_PER_PROMPT or not 1 <= len(prompts) <= MAX_PROMPTS or batch < 1:
         raise ValueError(
             f"--num {count}, --batch {batch}, {len(prompts)} prompts: --num must lie in 1..{CLIPS_PER_PROMPT}, "
-            f"--batch be 1 or more, and there can be 1..{MOST_PROMPTS} prompts."
+            f"--batch be 1 or more, and there can be 1..{MAX_PROMPTS} prompts."
         )
     suffix = ".mp4" if frames > 1 else ".png"
     if is_one_file(out):
@@ -56,13 +55,13 @@ def plan_clips(
         if out.suffix not in (suffix, ".npy"):
             raise ValueError(f"--out {out}: {frames} frames are written as {suffix}; change the ending.")
         if out.exists():
-            raise ValueError(f"--out {out}: exists, and is not written over; remove it, or give another name.")
+            raise ValueError(f"--out {out}: exists already; remove it, or give another name.")
         return [Clip(out, 0, 0)]
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, and neither .mp4 nor .png; give a folder.")
     names = _vbench_name if naming == "vbench" else _numbered_name
     clips = [
-        Clip(out / names(prompt, p, i, suffix), p, p * CLIPS_PER_PROMPT + i)
+        Clip(out / names(prompt, p, i, suffix), p, slot_of(p, i))
         for p, prompt in enumerate(prompts)
         for i in range(count)
     ]
@@ -76,14 +75,14 @@ def is_one_file(out: Path) -> bool:
 
 
 def note_clips(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the index before the clips, so that a call that was cut short can be told from another request's.
+    """Write the index before the clips, so that an interrupted call can be told from a different request.
 
     Args:
-      out: folder of the clips; made if it is not there.
-      rows: `{"file": name, ...}` and how that clip is made, one a clip.
+      out: folder of the clips, created if needed.
+      rows: one per clip: `{"file": name, ...}` and how that clip is made.
 
     Raises:
-      ValueError: clips are there that were made with other settings.
+      ValueError: the folder holds clips made with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
     index = out / INDEX
@@ -94,7 +93,7 @@ def note_clips(out: Path, rows: Sequence[dict[str, Any]]) -> None:
             old = known.get(row["file"], {})
             differ = ", ".join(f"{k} = {old[k]!r}, now {row[k]!r}" for k in row if k in old and old[k] != row[k])
             raise ValueError(
-                f"--out {out}: {row['file']} is there and was made with other settings "
+                f"--out {out}: {row['file']} exists and was made with other settings "
                 f"({differ or 'not in the index'}); give another folder, or remove this one."
             )
     listed = {row["file"] for row in rows}
@@ -105,7 +104,7 @@ def note_clips(out: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_clip(path: Path, clip: np.ndarray, frames_per_second: float) -> None:
-    """Write a clip `F H W 3`, whole or not at all: uint8 as a video or a picture, floats as numbers (.npy)."""
+    """Write a clip `F H W 3` atomically: uint8 as a video or a picture, floats as .npy."""
     partial = path.with_name(f".{path.name}.partial")
     if path.suffix == ".npy":
         with partial.open("wb") as stream:
@@ -122,9 +121,9 @@ def _numbered_name(prompt: str, number: int, index: int, suffix: str) -> str:
 
 def _vbench_name(prompt: str, number: int, index: int, suffix: str) -> str:
     name = f"{prompt}-{index}{suffix}"
-    if "/" in prompt or "\0" in prompt or len(name.encode()) > LONGEST_NAME:
+    if "/" in prompt or "\0" in prompt or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(
             f"prompt {number}, {prompt[:60]!r}: cannot be part of a file name, as VBench has it (a slash, or more than "
-            f"{LONGEST_NAME} bytes); use --naming numbered."
+            f"{MAX_NAME_BYTES} bytes); use --naming numbered."
         )
     return name

@@ -1,9 +1,9 @@
-"""Between runs and PyTorch folders: export a run, begin one from published weights, say what a folder holds."""
+"""Between runs and PyTorch folders: export a run, start one from published weights, describe a folder."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -32,28 +32,46 @@ def export_run(
     overwrite: bool = False,
     layout: Literal["folders", "sat"] = "folders",
 ) -> Path:
-    """Write every trained network of a run as a sub-folder that diffusers or transformers loads.
+    """Export the run in a folder, see `export`.
 
     Args:
-      run: work folder.
-      folder: to write; it appears complete or not at all.
+      run: run directory.
       ema, step: which weights, see `jvgen.training.checkpoint.restore.load_for_inference`.
-      dtype: of the files: float32, bfloat16 or float16.
-      overwrite: replace what is there.
-      layout: "sat" writes the denoiser alone, as one file with the names of the code that CogVideoX and RepVideo were
-        trained in (`jvgen.interop.sat_file`).
+
+    Raises:
+      CheckpointError: no such run, or no valid checkpoint.
     """
     experiment, task, parameters, trained = load_for_inference(run, ema, step=step)
+    about = {"experiment": experiment.name, "step": trained, "ema": str(ema or "best")}
+    return export(task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout)
+
+
+def export(
+    task: Task,
+    parameters: Parameters,
+    folder: Path,
+    about: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    layout: Literal["folders", "sat"] = "folders",
+) -> Path:
+    """Write every trained network of a task as a subfolder that diffusers or transformers loads.
+
+    Args:
+      task: names the networks.
+      parameters: `{network: ...}`.
+      folder: to write; it appears complete or not at all.
+      about: written to `jvgen_run.json`: experiment, step, which weights.
+      dtype: dtype of the exported tensors: float32, bfloat16 or float16.
+      overwrite: replace an existing folder.
+      layout: "sat" writes the denoiser alone, as one file with the parameter names of the code that CogVideoX and
+        RepVideo were trained with (`jvgen.interop.sat_file`).
+    """
     if layout == "sat":
         return _export_sat(task, parameters, Path(folder), dtype)
-    about = {
-        "jvgen": __version__,
-        "experiment": experiment.name,
-        "step": trained,
-        "ema": str(ema or "best"),
-        "dtype": dtype,
-    }
-    files = {"jvgen_run.json": json.dumps(about, indent=2) + "\n", **task.exported_files()}
+    record = {"jvgen": __version__, **about, "dtype": dtype}
+    files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **task.exported_files()}
     written = export_networks(task.network_configs, parameters, folder, files=files, dtype=dtype, overwrite=overwrite)
     for name in sorted(task.network_configs):
         size = sum(path.stat().st_size for path in (Path(written) / name).iterdir())
@@ -81,17 +99,17 @@ def import_run(
     new_gates: bool = False,
     adapt: bool = False,
 ) -> None:
-    """Make a work folder whose training begins at step 0 with the weights of a PyTorch folder.
+    """Make a run directory whose training starts at step 0 with the weights of a PyTorch folder.
 
     Args:
-      weights: diffusers or transformers folder, or one safetensors file. Of a whole CogVideoX pipeline, the denoiser is
-        trained on; the text encoder and the autoencoder are read from there by the run.
+      weights: diffusers or transformers folder, or one safetensors file. Of a whole CogVideoX pipeline the denoiser is
+        imported; the run reads the frozen text encoder and autoencoder from that folder.
       experiment: its task has a network of the same architecture.
       workdir: to create.
       network: which network takes the weights; the one with that kind of configuration unless given.
-      inflate: the weights are of an image autoencoder, and the task's video autoencoder grows out of them.
-      adapt: the weights may lack what the network has and have what it lacks (iVideoGPT: frames of context, heads).
-      new_gates: the weights are CogVideoX's, and the run is RepVideo's: its gates start as the config says.
+      inflate: the weights are of an image autoencoder, and initialize the task's video autoencoder.
+      adapt: the weights may lack parameters of the network and hold others (iVideoGPT: context frames, heads).
+      new_gates: the weights are CogVideoX's and the run is RepVideo's: its gates are initialized as configured.
 
     Raises:
       ConfigError: no network of the task takes these weights, or several do.
@@ -110,9 +128,9 @@ def import_run(
     if inflate:
         network = network or _only_video_autoencoder(task.network_configs)
         check_new_run(workdir)
-        _begin(experiment, workdir, network, inflate_folder(weights, task.network_configs[network]), weights)
+        _start(experiment, workdir, network, inflate_folder(weights, task.network_configs[network]), weights)
         return
-    # A lone file does not say what it is: the experiment does.
+    # A single file does not name its architecture: the experiment does.
     alone = weights.is_file() and not (weights.parent / "config.json").is_file()
     if alone and wanted is None:
         candidates = sorted(task.network_configs)
@@ -134,18 +152,18 @@ def import_run(
     if lines and adapt and not alone:
         check_new_run(workdir)
         parameters = format_of(found).adapted(import_folder(weights)[1], found, configs[network])
-        _begin(experiment, workdir, network, parameters, weights)
+        _start(experiment, workdir, network, parameters, weights)
         return
     if lines:
         raise ConfigError(
-            f"{weights} holds another network than {network!r} of {experiment.name}:\n"
+            f"{weights} is not the architecture of {network!r} in {experiment.name}:\n"
             + "\n".join(f"  {line}" for line in lines)
-            + f"\nSet task fields of {network!r} to those of the weights, or take other weights."
-            + ("\nCogVideoX's weights begin a RepVideo run with --new-gates." if _lacks_gates(lines) else "")
+            + f"\nSet task fields of {network!r} to those of the weights, or import other weights."
+            + ("\nTo start a RepVideo run from CogVideoX's weights, pass --new-gates." if _lacks_gates(lines) else "")
         )
     check_new_run(workdir)
     _, parameters = import_folder(weights, wanted if alone else None)
-    _begin(experiment, workdir, network, parameters, weights)
+    _start(experiment, workdir, network, parameters, weights)
 
 
 def _without_gates(config: Config) -> Config:
@@ -156,22 +174,24 @@ def _lacks_gates(lines: list[str]) -> bool:
     return any(line.startswith("aggregation: None in the weights") for line in lines)
 
 
-def _begin(experiment: Experiment, workdir: Path, network: str, parameters: Parameters, weights: Path) -> None:
+def _start(experiment: Experiment, workdir: Path, network: str, parameters: Parameters, weights: Path) -> None:
     write_first_checkpoint(experiment, workdir, {network: parameters})
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    print(f"{workdir}: step 0 with {count:,} parameters of {weights} as {network!r}; go on with `jvgen train`")
+    print(f"{workdir}: step 0 with {count:,} parameters from {weights} as {network!r}; train with `jvgen train`")
 
 
 def _only_video_autoencoder(configs: Mapping[str, Config]) -> str:
-    """The network that grows: the one whose configuration says how many frames share a latent."""
+    """The network to initialize: the one whose config has a temporal compression."""
     names = [name for name, config in sorted(configs.items()) if hasattr(config, "temporal_downsampling")]
     if len(names) != 1:
-        raise ConfigError(f"--inflate: video autoencoders in the task: {', '.join(names) or 'none'}; need one.")
+        raise ConfigError(
+            f"--inflate: the task has the video autoencoders {', '.join(names) or '(none)'}; expected exactly one."
+        )
     return names[0]
 
 
 def describe_weights(weights: Path) -> str:
-    """What a folder holds: the network (of a pipeline, each of them), its configuration, number of parameters."""
+    """Describe a folder: its network (for a pipeline, each of them), configuration, number of parameters."""
     if is_pipeline(weights):
         read_pipeline(weights)
         return "\n".join(describe_weights(weights / name) for name in NETWORKS)

@@ -1,4 +1,4 @@
-"""A trained run put to use: its parameters on this machine's devices, ready to sample from and to be measured."""
+"""A trained run loaded onto the devices of this machine, to sample from and to evaluate."""
 
 import dataclasses
 from pathlib import Path
@@ -20,29 +20,31 @@ from jvgen.training.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedRun:
-    """A run opened for use.
+class LoadedRun:
+    """A run's experiment, program and parameters.
 
     Attributes:
       program: the run on the devices of this machine.
       parameters: float32, as training stores them.
       frozen: parameters of frozen networks.
       step: steps trained; 0 for random weights.
+      ema: which weights these are: an EMA decay, "raw", or "best" for the largest decay that the run keeps.
     """
 
     program: Program
     parameters: Parameters
     frozen: Parameters
     step: int
+    ema: str = "best"
 
     @property
     def experiment(self) -> Experiment:
-        """Its description."""
+        """The description of the run."""
         return self.program.experiment
 
     @property
     def task(self) -> Task:
-        """What it trains."""
+        """What was trained."""
         return self.program.task
 
     @property
@@ -57,7 +59,7 @@ class TrainedRun:
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """The description of a run, from its newest readable checkpoint; no array is read.
+    """The description of a run, from its latest readable checkpoint; no array is read.
 
     Raises:
       CheckpointError: no such run, or no readable checkpoint.
@@ -69,17 +71,19 @@ def read_experiment(folder: Path) -> Experiment:
         checkpoints.close()
 
 
-def open_run(folder: Path, ema: str | None = None, step: int | None = None, untrained: bool = False) -> TrainedRun:
-    """Read a run onto all devices of this machine, parameters sharded over them.
+def open_run(
+    folder: Path, ema: str | float | None = None, step: int | None = None, untrained: bool = False
+) -> LoadedRun:
+    """Load a run onto all devices of this machine, parameters sharded over them.
 
     Args:
-      folder: work folder of the run.
+      folder: run directory.
       ema, step: see `load_for_inference`.
       untrained: random weights from the run's seed instead of the checkpoint's, as a baseline.
 
     Raises:
       CheckpointError, ConfigError: see `load_for_inference`.
-      ValueError: weights of frozen networks are missing or of other networks.
+      ValueError: weights of frozen networks are missing or belong to other networks.
     """
     experiment = read_experiment(folder)
     experiment.task.check_weights()
@@ -87,8 +91,8 @@ def open_run(folder: Path, ema: str | None = None, step: int | None = None, untr
     if untrained:
         program = Program.of(experiment, sharding.mesh)
         fresh = program.init()
-        return TrainedRun(program, fresh.parameters, fresh.frozen, 0)
+        return LoadedRun(program, fresh.parameters, fresh.frozen, 0, "raw")
     experiment, task, parameters, trained = load_for_inference(folder, ema, step=step, sharding=sharding)
     program = Program.of(experiment, sharding.mesh, task)
     _, frozen = program.given()
-    return TrainedRun(program, parameters, frozen, trained)
+    return LoadedRun(program, parameters, frozen, trained, str(ema or "best"))

@@ -1,24 +1,21 @@
-"""Clips from prompts with a trained run, written as files beside an index; what is already there is not made again."""
+"""Sample clips from prompts with a trained run, as arrays or as files with an index; existing files are kept."""
 
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from jvgen.models.video_dit.enhance import EnhanceConfig
-from jvgen.nn.network import Parameters
-from jvgen.parallel import axes
-from jvgen.runs.clip_folder import Clip, is_one_file, note_clips, plan_clips, write_clip
-from jvgen.runs.inference import TrainedRun, open_run, read_experiment
+from jvgen.runs.clip_folder import is_one_file, note_clips, plan_clips, write_clip
+from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
+from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.tasks.other_decoder import OtherDecoder
-from jvgen.tasks.task import SampleRequest, Task
-from jvgen.terminal import progress
-from jvgen.training.experiment import Experiment
+from jvgen.tasks.task import SampleRequest
 from jvgen.training.telemetry.throughput import peak_memory
 
 FRAMES_PER_SECOND = 8
@@ -42,32 +39,33 @@ def sample_run(
     untrained: bool = False,
     vae: Path | None = None,
 ) -> list[Path]:
-    """Generate `count` clips a prompt.
+    """Generate `count` clips per prompt as files.
 
     Args:
-      run: work folder of a text-to-video run.
+      run: run directory of a text-to-video run.
       prompts: texts.
-      out: folder for numbered mp4 files (png for single frames) and `index.jsonl`; or one file with such an ending, for
-        one clip.
+      out: folder for numbered mp4 files (png for single frames) and `index.jsonl`; or, for one clip, a file with such
+        an ending.
       ema, step, untrained: which weights, see `jvgen.runs.inference.open_run`.
-      frames, size: frames, and (height, width), of the clips; those of the run's largest bucket if not given.
-      steps, guidance, enhance: of the sampler; the run's if not given.
-      seed: clip i of prompt p depends on (seed, p, i) only, not on `batch` or on what was made before.
-      batch: clips made together.
-      vae: exported folder of an autoencoder that shares its latents with the run's, to decode with: where the run knows
-        images and this one clips, n frames that the run makes become 4(n - 1) + 1; the other way round they are n.
+      frames, size: frames, and (height, width), of a clip; by default those of the run's largest bucket.
+      steps, guidance, enhance: of the sampler; by default the run's.
+      seed: clip i of prompt p depends on (seed, p, i) only, not on `batch` or on what exists.
+      batch: clips per batch.
+      vae: exported folder of another autoencoder to decode with, whose latents are the run's. If the run's is an image
+        autoencoder and this a video autoencoder, n frames become 4(n - 1) + 1; the other way round they stay n.
 
     Returns:
       The files, in order.
 
     Raises:
-      ValueError: a request that the run cannot serve, or clips of another request in the way.
-      CheckpointError: no such run, or no sound checkpoint.
+      ValueError: a request that the run cannot serve, or a folder with clips of another request.
+      CheckpointError: no such run, or no valid checkpoint.
     """
-    request = _request(read_experiment(run), frames, size, steps, guidance, enhance)
+    experiment = read_experiment(run)
+    request = sample_request(experiment, frames, size, steps, guidance, enhance)
     clips = plan_clips(prompts, count, out, frames=request.frames, batch=batch)
     if out.suffix == ".npy":
-        raise ValueError(f"--out {out}: clips of a run are pixels of 8 bits; name an .mp4 or .png file, or a folder.")
+        raise ValueError(f"--out {out}: clips of a run are 8-bit pixels; name an .mp4 or .png file, or a folder.")
     asked = {
         "seed": seed, "ema": ema or "best", "untrained": untrained, "steps": steps, "guidance": guidance,
         "frames": request.frames, "height": request.height, "width": request.width,
@@ -76,7 +74,7 @@ def sample_run(
         asked["vae"] = str(vae)
     if enhance is not None:
         asked["enhance"] = json.loads(json.dumps(dataclasses.asdict(enhance)))
-    other = None if vae is None else OtherDecoder(vae, read_experiment(run).task)
+    other = None if vae is None else OtherDecoder(vae, experiment.task)
     loaded = open_run(run, ema, step, untrained)
     asked["step"] = loaded.step
     if not is_one_file(out):
@@ -84,62 +82,64 @@ def sample_run(
     out.parent.mkdir(parents=True, exist_ok=True)
     todo = [clip for clip in clips if not clip.path.exists()]
     if todo:
-        task, frozen = loaded.task, loaded.frozen
-        if other is not None:
-            weights = jax.device_put(other.load(), loaded.program.sharding.replicated)
-            task, frozen = other.of(task), {**frozen, "vae": weights}
-        took = _make(loaded, task, frozen, prompts, todo, jax.random.key(seed), request, batch)
-        print(f"{len(todo)} clips in {took:.1f} s ({took / len(todo):.2f} s a clip, compilation included) in {out}")
+        began = time.perf_counter()
+        wanted = [(clip.prompt, clip.slot) for clip in todo]
+        for index, pixels in _generate(loaded, prompts, wanted, request, seed, batch, other):
+            write_clip(todo[index].path, pixels, FRAMES_PER_SECOND)
+        took = time.perf_counter() - began
+        print(f"{len(todo)} clips in {took:.1f} s ({took / len(todo):.2f} s/clip, compilation included) in {out}")
         print(f"peak memory: {peak_memory(loaded.program.sharding.mesh.devices.flat[0])}")
     if len(todo) < len(clips):
-        print(f"{len(clips) - len(todo)} clips were there already in {out}")
+        print(f"{len(clips) - len(todo)} clips existed already in {out}")
     return [clip.path for clip in clips]
 
 
-def _request(
-    experiment: Experiment,
-    frames: int | None,
-    size: tuple[int, int] | None,
-    steps: int | None,
-    guidance: float | None,
-    enhance: EnhanceConfig | None,
-) -> SampleRequest:
-    """What is asked for, with the run's own values where nothing is said; checked by the task."""
-    largest = max(experiment.data.buckets, key=lambda bucket: (bucket.frames, bucket.height * bucket.width))
-    height, width = (largest.height, largest.width) if size is None else size
-    frames = experiment.task.frames_of(largest) if frames is None else frames
-    request = SampleRequest(frames, height, width, steps, guidance, enhance)
-    experiment.task.check_request(request)
-    return request
-
-
-def _make(
-    loaded: TrainedRun,
-    task: Task,
-    frozen: Parameters,
+def sample_arrays(
+    loaded: LoadedRun,
     prompts: Sequence[str],
-    todo: Sequence[Clip],
-    key: jax.Array,
+    *,
+    count: int = 1,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    enhance: EnhanceConfig | None = None,
+    seed: int = 0,
+    batch: int = 8,
+    vae: Path | None = None,
+) -> np.ndarray:
+    """Generate `count` clips per prompt: uint8 `P C F H W 3` for P prompts and C clips of each.
+
+    Arguments are those of `sample_run`; the same seed gives the same clips.
+
+    Raises:
+      ValueError: a request that the run cannot serve.
+    """
+    request = sample_request(loaded.experiment, frames, size, steps, guidance, enhance)
+    other = None if vae is None else OtherDecoder(vae, loaded.experiment.task)
+    wanted = [(prompt, slot_of(prompt, index)) for prompt in range(len(prompts)) for index in range(count)]
+    clips = [pixels for _, pixels in _generate(loaded, prompts, wanted, request, seed, batch, other)]
+    return rearrange(np.stack(clips), "(p c) f h w x -> p c f h w x", c=count)
+
+
+def _generate(
+    loaded: LoadedRun,
+    prompts: Sequence[str],
+    wanted: Sequence[tuple[int, int]],
     request: SampleRequest,
+    seed: int,
     batch: int,
-) -> float:
-    """Make clips and write each as soon as its batch is done; returns seconds."""
-    sharding = loaded.program.sharding
-    tokens = task.tokens(prompts)
-    batch = -(-min(batch, len(todo)) // loaded.devices) * loaded.devices
-
-    @jax.jit
-    def generate(parameters: Parameters, frozen: Parameters, tokens: jax.Array, slots: jax.Array) -> jax.Array:
-        with axes.partitioned(sharding):
-            return task.generate(parameters, frozen, tokens, slots, key, request)
-
-    began, parameters = time.perf_counter(), loaded.compute_parameters()
-    for start in progress(range(0, len(todo), batch), "sampling", unit="batches"):
-        chosen = todo[start : start + batch]
-        # The last batch is filled up with repeats, so that every batch has the shape that was compiled.
-        filled = [chosen[i % len(chosen)] for i in range(batch)]
-        slots = np.array([clip.slot for clip in filled], np.int32)
-        made = generate(parameters, frozen, tokens[[clip.prompt for clip in filled]], jnp.asarray(slots))
-        for clip, pixels in zip(chosen, np.asarray(made), strict=False):
-            write_clip(clip.path, pixels, FRAMES_PER_SECOND)
-    return time.perf_counter() - began
+    other: OtherDecoder | None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    task, frozen, key = loaded.task, loaded.frozen, jax.random.key(seed)
+    if other is not None:
+        weights = jax.device_put(other.load(), loaded.program.sharding.replicated)
+        task, frozen = other.of(task), {**frozen, "vae": weights}
+    batch = batch_for_devices(batch, len(wanted), loaded.devices)
+    return generate_in_batches(
+        loaded,
+        lambda task, parameters, frozen, tokens, slots: task.generate(
+            parameters, frozen, tokens, slots, key, request
+        ),
+        prompts, wanted, batch, task=task, frozen=frozen,
+    )  # fmt: skip

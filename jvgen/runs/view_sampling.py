@@ -1,7 +1,7 @@
-"""Several views of a scene from a prompt and cameras: one file a view, all side by side, and a sheet to check them."""
+"""Sample several views of a scene from a prompt and cameras: a file per view, a grid, and an epipolar check sheet."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,16 +14,14 @@ from jvgen.evaluation.epipolar_sheet import epipolar_sheet
 from jvgen.geometry import paths
 from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, relative, resized_and_cropped, share_a_center
-from jvgen.nn.network import Parameters
-from jvgen.parallel import axes
 from jvgen.runs.clip_folder import Clip, note_clips, plan_clips, write_clip
-from jvgen.runs.inference import TrainedRun, open_run, read_experiment
+from jvgen.runs.generation import generate_in_batches, sample_request, slot_of
+from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.runs.sampling import FRAMES_PER_SECOND
 from jvgen.tasks.task import SampleRequest
-from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
 
-MOST_PROMPTS = 1 << 14  # views of more would draw the same noise
+MAX_PROMPTS = 1 << 14  # views of more would draw the same noise
 
 
 def sample_views(
@@ -46,39 +44,41 @@ def sample_views(
     batch: int | None = None,
     untrained: bool = False,
 ) -> list[Path]:
-    """Generate `count` sets of views a prompt.
+    """Generate `count` sets of views per prompt as files.
 
     Args:
-      run: work folder of a run that sees several views.
+      run: run directory of a multi-view run.
       prompts: texts.
       out: folder; each set gets a folder in it, with view_0.mp4, view_0.txt (its cameras), ..., grid.mp4, epipolar.png.
-      cameras: the name of a path (see `jvgen.geometry.paths.PATHS`), or a camera file for each view.
-      views: how many; as many as there are files, or 2, if not given.
+      cameras: the name of a path (see `jvgen.geometry.paths.PATHS`), or one camera file per view.
+      views: how many; by default as many as there are camera files, or 2.
       distance: how far named paths go.
-      one_world: camera files are of one world; otherwise each begins at the same place, as views do in training.
+      one_world: camera files share a world frame; otherwise all views start at the same camera, as in training.
       ema, step, untrained: which weights, see `jvgen.runs.inference.open_run`.
       frames, size, steps, guidance: see `jvgen.runs.sampling.sample_run`.
       seed: set i of prompt p depends on (seed, p, i) only.
-      batch: sets made together; the fewest that the devices share evenly if not given.
+      batch: sets per batch; by default the fewest whose clips divide over the devices.
 
     Returns:
       The folders, in order.
 
     Raises:
-      ValueError: a request or cameras that the run cannot serve, a batch that the devices cannot share, or sets of
-        another request in the way.
-      CheckpointError: no such run, or no sound checkpoint.
+      ValueError: a request or cameras that the run cannot serve, a batch that does not divide over the devices, or a
+        folder with sets of another request.
+      CheckpointError: no such run, or no valid checkpoint.
     """
-    request = _request(read_experiment(run), frames, size, steps, guidance)
+    experiment = read_experiment(run)
+    check_views(experiment)
+    request = sample_request(experiment, frames, size, steps, guidance)
     chosen = read_views(cameras, views, request, distance=distance, one_world=one_world)
     number = chosen.intrinsics.shape[0]
-    for one, other in at_one_place(chosen):
+    for one, other in pairs_without_baseline(chosen):
         print(
-            f"views {one} and {other} have no baseline: their cameras share their place in every frame. They are "
-            "generated as what is far away, near lines of random directions."
+            f"views {one} and {other} have no baseline: their camera centers coincide in every frame, so "
+            "epipolar lines are not defined; random directions are used instead."
         )
-    if len(prompts) > MOST_PROMPTS:
-        raise ValueError(f"{len(prompts)} prompts: at most {MOST_PROMPTS} with several views.")
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"{len(prompts)} prompts: at most {MAX_PROMPTS} with several views.")
     if out.suffix:
         raise ValueError(f"--out {out}: several views are several files; give a folder.")
     loaded = open_run(run, ema, step, untrained)
@@ -93,24 +93,56 @@ def sample_views(
     note_clips(out, [{"file": one.path.name, "prompt": prompts[one.prompt], **asked} for one in sets])
     todo = [one for one in sets if not (one.path / "grid.mp4").exists()]
     if todo:
-        took = _make(loaded, prompts, todo, chosen, jax.random.key(seed), request, batch)
+        began = time.perf_counter()
+        wanted = [(one.prompt, one.slot) for one in todo]
+        for index, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch):
+            write_views(todo[index].path, videos, chosen)
+        took = time.perf_counter() - began
         print(f"{len(todo)} sets of {number} views in {took:.1f} s, compilation included, in {out}")
     if len(todo) < len(sets):
-        print(f"{len(sets) - len(todo)} sets were there already in {out}")
+        print(f"{len(sets) - len(todo)} sets existed already in {out}")
     return [one.path for one in sets]
 
 
-def _request(
-    experiment: Experiment, frames: int | None, size: tuple[int, int] | None, steps: int | None, guidance: float | None
-) -> SampleRequest:
-    task = experiment.task
-    largest = max(experiment.data.buckets, key=lambda bucket: (task.frames_of(bucket), bucket.height * bucket.width))
-    height, width = (largest.height, largest.width) if size is None else size
-    request = SampleRequest(task.frames_of(largest) if frames is None else frames, height, width, steps, guidance)
-    task.check_request(request)
-    if not task.sees_views:
-        raise ValueError("--cameras: this run sees one clip at a time; it needs a run of jvgen.tasks.multiview.")
-    return request
+def sample_view_arrays(
+    loaded: LoadedRun,
+    prompts: Sequence[str],
+    *,
+    cameras: Sequence[str],
+    views: int | None = None,
+    distance: float = 0.5,
+    one_world: bool = False,
+    count: int = 1,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+) -> tuple[np.ndarray, Cameras]:
+    """Generate `count` sets of views per prompt.
+
+    Arguments are those of `sample_views`; the same seed gives the same views.
+
+    Returns:
+      uint8 `P C V F H W 3` for P prompts and C sets of each, and the cameras `V F ...` of every set.
+
+    Raises:
+      ValueError: a request or cameras that the run cannot serve.
+    """
+    check_views(loaded.experiment)
+    request = sample_request(loaded.experiment, frames, size, steps, guidance)
+    chosen = read_views(cameras, views, request, distance=distance, one_world=one_world)
+    batch = fitting_batch(batch, chosen.intrinsics.shape[0], loaded.devices)
+    wanted = [(prompt, slot_of(prompt, index)) for prompt in range(len(prompts)) for index in range(count)]
+    sets = [videos for _, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch)]
+    return rearrange(np.stack(sets), "(p c) v f h w x -> p c v f h w x", c=count), chosen
+
+
+def check_views(experiment: Experiment) -> None:
+    """Raise `ValueError` if the run's task generates single clips."""
+    if not experiment.task.sees_views:
+        raise ValueError("--cameras: this run generates single clips; it needs a run of jvgen.tasks.multiview.")
 
 
 def read_views(
@@ -157,8 +189,8 @@ def read_views(
     return Cameras(np.stack(fitted), relative(extrinsics, start))
 
 
-def at_one_place(cameras: Cameras) -> list[tuple[int, int]]:
-    """Pairs of views `V F ...` whose cameras share their place in every frame, so that no line is between them."""
+def pairs_without_baseline(cameras: Cameras) -> list[tuple[int, int]]:
+    """Pairs of views `V F ...` whose camera centers coincide in every frame, so that epipolar lines are undefined."""
     views = cameras.extrinsics.shape[0]
     return [
         (one, other)
@@ -169,10 +201,10 @@ def at_one_place(cameras: Cameras) -> list[tuple[int, int]]:
 
 
 def fitting_batch(batch: int | None, views: int, devices: int) -> int:
-    """Sets made together, so that their clips are shared evenly by the devices.
+    """Sets per batch, such that their clips divide over the devices.
 
     Raises:
-      ValueError: a number that does not fit, with those that do.
+      ValueError: a batch that does not divide; the message names those that do.
     """
     least = devices // np.gcd(views, devices)
     if batch is None:
@@ -185,29 +217,24 @@ def fitting_batch(batch: int | None, views: int, devices: int) -> int:
     return batch
 
 
-def _make(
-    loaded: TrainedRun, prompts: Sequence[str], todo: Sequence[Clip], cameras: Cameras, key: jax.Array,
-    request: SampleRequest, batch: int,
-) -> float:  # fmt: skip
-    """Make sets of views and write each as soon as its batch is done; returns seconds."""
-    task, sharding = loaded.task, loaded.program.sharding
-    tokens = task.tokens(prompts)
-
-    @jax.jit
-    def generate(parameters: Parameters, frozen: Parameters, tokens: jax.Array, slots: jax.Array, told: Cameras):
-        with axes.partitioned(sharding):
-            return task.generate_views(parameters, frozen, tokens, told, slots, key, request)
-
-    told = Cameras(*(jnp.asarray(np.broadcast_to(part, (batch, *part.shape)), jnp.float32) for part in cameras))
-    began, parameters = time.perf_counter(), loaded.compute_parameters()
-    for start in progress(range(0, len(todo), batch), "sampling", unit="batches"):
-        chosen = todo[start : start + batch]
-        filled = [chosen[i % len(chosen)] for i in range(batch)]
-        slots = jnp.asarray([one.slot for one in filled], jnp.int32)
-        made = generate(parameters, loaded.frozen, tokens[[one.prompt for one in filled]], slots, told)
-        for one, videos in zip(chosen, np.asarray(made), strict=False):
-            write_views(one.path, videos, cameras)
-    return time.perf_counter() - began
+def _generate(
+    loaded: LoadedRun,
+    prompts: Sequence[str],
+    wanted: Sequence[tuple[int, int]],
+    cameras: Cameras,
+    request: SampleRequest,
+    seed: int,
+    batch: int,
+) -> Iterator[tuple[int, np.ndarray]]:
+    key = jax.random.key(seed)
+    repeated = Cameras(*(jnp.asarray(np.broadcast_to(part, (batch, *part.shape)), jnp.float32) for part in cameras))
+    return generate_in_batches(
+        loaded,
+        lambda task, parameters, frozen, tokens, slots: task.generate_views(
+            parameters, frozen, tokens, repeated, slots, key, request
+        ),
+        prompts, wanted, batch,
+    )  # fmt: skip
 
 
 def write_views(folder: Path, videos: np.ndarray, cameras: Cameras) -> None:

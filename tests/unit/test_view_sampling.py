@@ -14,7 +14,7 @@ from jvgen.evaluation.epipolar_sheet import epipolar_sheet
 from jvgen.geometry import paths
 from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, project
-from jvgen.runs.view_sampling import at_one_place, fitting_batch, read_views
+from jvgen.runs.view_sampling import fitting_batch, pairs_without_baseline, read_views
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.checkpoint.restore import write_first_checkpoint
 
@@ -138,8 +138,8 @@ def test_camera_files_that_do_not_go_together(tmp_path):
 
 def test_views_without_a_baseline_are_told():
     apart = Cameras(paths.default_intrinsics(3, 4, 1.0), paths.named_paths("circle", 3, 4))
-    assert at_one_place(apart) == []
-    assert at_one_place(apart._replace(extrinsics=apart.extrinsics[[0, 1, 0]])) == [(0, 2)]
+    assert pairs_without_baseline(apart) == []
+    assert pairs_without_baseline(apart._replace(extrinsics=apart.extrinsics[[0, 1, 0]])) == [(0, 2)]
 
 
 @pytest.mark.parametrize("views, devices, least", [(4, 8, 2), (3, 8, 8), (2, 1, 1), (8, 4, 1), (6, 4, 2)])

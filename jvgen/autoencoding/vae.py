@@ -1,0 +1,61 @@
+"""An exported VAE as two functions of whole videos."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jvgen.autoencoding.streaming import VideoCoder
+from jvgen.config import Config
+
+
+class VAE:
+    """An image or video autoencoder that encodes and decodes videos of any length; made by `jvgen.load_vae`.
+
+    Attributes:
+      config: of the network.
+    """
+
+    def __init__(self, folder: str | Path, *, compute_dtype: str = "float32"):
+        self._coder = VideoCoder(folder, compute_dtype=compute_dtype)
+
+    @property
+    def config(self) -> Config:
+        """Configuration of the network."""
+        return self._coder.config
+
+    def encode(self, video: np.ndarray) -> np.ndarray:
+        """Latents (posterior means) of a video: uint8 `F H W 3` -> float32 `f h w z`.
+
+        Frames, rows and columns are filled up to whole latents by repeating the last ones.
+
+        Raises:
+          ValueError: not a uint8 array of that shape.
+        """
+        if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
+            raise ValueError(f"video of shape {video.shape} and {video.dtype}: expected uint8 frames F H W 3.")
+        return np.concatenate(list(self._coder.encode(iter(video), len(video))))
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """The video of latents: float32 `f h w z` -> uint8 `F H W 3`.
+
+        Raises:
+          ValueError: another number of channels.
+        """
+        if latents.ndim != 4 or latents.shape[-1] != self._coder.latent_channels or not len(latents):
+            raise ValueError(
+                f"latents of shape {latents.shape}: expected f h w z with z = {self._coder.latent_channels}."
+            )
+        return np.concatenate(list(self._coder.decode(iter(latents), len(latents))))
+
+
+def load_vae(folder: str | Path, *, compute_dtype: str = "float32") -> VAE:
+    """Load an autoencoder that `jvgen export` or diffusers wrote.
+
+    Args:
+      folder: with `config.json` and the weights.
+      compute_dtype: "bfloat16" halves the memory.
+
+    Raises:
+      ValueError: the folder holds no autoencoder.
+    """
+    return VAE(folder, compute_dtype=compute_dtype)

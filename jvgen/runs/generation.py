@@ -1,0 +1,96 @@
+"""Generate clips in batches of one compiled shape, for trained runs, with or without several views."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.nn.network import Parameters
+from jvgen.parallel import axes
+from jvgen.runs.inference import LoadedRun
+from jvgen.tasks.task import SampleRequest, Task
+from jvgen.terminal import progress
+from jvgen.training.experiment import Experiment
+
+# Slots of different prompts never meet: clip i of prompt p has the slot p * CLIPS_PER_PROMPT + i.
+CLIPS_PER_PROMPT = 1 << 12
+
+# (task, parameters, frozen parameters, tokens, slots) -> pixels, traced under `jax.jit`.
+Generate = Callable[[Task, Parameters, Parameters, jax.Array, jax.Array], jax.Array]
+
+
+def sample_request(
+    experiment: Experiment,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    enhance: EnhanceConfig | None = None,
+) -> SampleRequest:
+    """What to generate, with the run's own values for what is None; checked by the task.
+
+    Args:
+      experiment: its largest bucket gives frames and size.
+      frames, size: frames, and (height, width), of a clip.
+      steps, guidance, enhance: of the sampler.
+
+    Raises:
+      ValueError: a request that the task cannot serve.
+    """
+    task = experiment.task
+    largest = max(experiment.data.buckets, key=lambda bucket: (task.frames_of(bucket), bucket.height * bucket.width))
+    height, width = (largest.height, largest.width) if size is None else size
+    frames = task.frames_of(largest) if frames is None else frames
+    request = SampleRequest(frames, height, width, steps, guidance, enhance)
+    task.check_request(request)
+    return request
+
+
+def generate_in_batches(
+    loaded: LoadedRun,
+    generate: Generate,
+    prompts: Sequence[str],
+    wanted: Sequence[tuple[int, int]],
+    batch: int,
+    *,
+    task: Task | None = None,
+    frozen: Parameters | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield `(index into wanted, pixels)` as soon as a batch is done.
+
+    Args:
+      loaded: the run.
+      generate: makes a batch.
+      prompts: texts.
+      wanted: prompt number and slot of every clip.
+      batch: clips per batch; the last batch is filled with repeats, so that all have the shape that was compiled.
+      task, frozen: instead of the run's own.
+    """
+    task = loaded.task if task is None else task
+    frozen = loaded.frozen if frozen is None else frozen
+    tokens = task.tokens(prompts)
+
+    @jax.jit
+    def compiled(parameters: Parameters, frozen: Parameters, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+        with axes.partitioned(loaded.program.sharding):
+            return generate(task, parameters, frozen, tokens, slots)
+
+    parameters = loaded.compute_parameters()
+    for start in progress(range(0, len(wanted), batch), "sampling", unit="batches"):
+        chosen = list(range(start, min(start + batch, len(wanted))))
+        filled = [wanted[chosen[i % len(chosen)]] for i in range(batch)]
+        slots = jnp.asarray([slot for _, slot in filled], jnp.int32)
+        pixels = np.asarray(compiled(parameters, frozen, tokens[[prompt for prompt, _ in filled]], slots))
+        yield from zip(chosen, pixels, strict=False)
+
+
+def batch_for_devices(batch: int, clips: int, devices: int) -> int:
+    """Clips per batch: at most as many as there are, rounded up to a multiple of the devices."""
+    return -(-min(batch, clips) // devices) * devices
+
+
+def slot_of(prompt: int, index: int) -> int:
+    """The slot that the random draws of clip `index` of a prompt belong to."""
+    return prompt * CLIPS_PER_PROMPT + index

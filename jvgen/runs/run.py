@@ -1,0 +1,125 @@
+"""A trained run as an object: its networks and parameters, sampling, evaluation and export. What notebooks use."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jvgen.config import Config, ConfigError
+from jvgen.geometry.cameras import Cameras
+from jvgen.nn.network import Network, Parameters
+from jvgen.runs.evaluation import evaluate
+from jvgen.runs.exporting import export
+from jvgen.runs.inference import LoadedRun, open_run
+from jvgen.runs.sampling import sample_arrays
+from jvgen.runs.view_sampling import sample_view_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedNetwork:
+    """One network with its parameters.
+
+    Attributes:
+      config: its configuration; None for networks that have none.
+      network: its structure; `network.apply` is a pure function of parameters and inputs.
+      parameters: nested dict of arrays.
+    """
+
+    config: Config | None
+    network: Network
+    parameters: Parameters
+
+    def __call__(self, *inputs: Any, method: str | None = None, **options: Any) -> Any:
+        """Apply the network, or one of its methods, to inputs, compiled."""
+        if method is not None:
+            options["method"] = method
+        return jax.jit(lambda parameters, *arrays: self.network.apply(parameters, *arrays, **options))(
+            self.parameters, *inputs
+        )
+
+
+class Run(LoadedRun):
+    """A run loaded onto this machine's devices; made by `jvgen.load_run`."""
+
+    def network(self, name: str) -> LoadedNetwork:
+        """A trained or frozen network of the task.
+
+        Raises:
+          ConfigError: the task has no network of this name.
+        """
+        networks = {**self.task.networks, **self.task.frozen_networks}
+        if name not in networks:
+            raise ConfigError(f"network {name!r}: this run has {', '.join(sorted(networks))}.")
+        trained = name in self.task.networks
+        parameters = self.parameters[name] if trained else self.frozen[name]
+        return LoadedNetwork(self.task.network_configs.get(name), networks[name], parameters)
+
+    def sample(self, prompts: str | Sequence[str], **options: Any) -> np.ndarray:
+        """Generate clips: uint8 `P C F H W 3` for P prompts and C clips of each.
+
+        Args:
+          prompts: a text or several.
+          options: `count`, `frames`, `size`, `steps`, `guidance`, `enhance`, `seed`, `batch`, `vae`, see
+            `jvgen.runs.sampling.sample_run`.
+
+        Raises:
+          ValueError: a request that the run cannot serve.
+        """
+        return sample_arrays(self, _texts(prompts), **options)
+
+    def sample_views(
+        self, prompts: str | Sequence[str], cameras: str | Sequence[str], **options: Any
+    ) -> tuple[np.ndarray, Cameras]:
+        """Generate several views of a scene: uint8 `P C V F H W 3`, and the cameras `V F ...`.
+
+        Args:
+          prompts: a text or several.
+          cameras: the name of a camera path (`jvgen.geometry.paths.PATHS`), or one camera file per view.
+          options: `views`, `distance`, `count`, `frames`, `steps`, `seed` ..., see
+            `jvgen.runs.view_sampling.sample_views`.
+
+        Raises:
+          ValueError: the run generates single clips, or a request or cameras that it cannot serve.
+        """
+        return sample_view_arrays(self, _texts(prompts), cameras=_texts(cameras), **options)
+
+    def evaluate(self, **options: Any) -> dict[str, float]:
+        """Average the task's metrics over held-out batches.
+
+        Args:
+          options: `data`, `batches`, `fvd_weights`, see `jvgen.runs.evaluation.evaluate`.
+        """
+        return evaluate(self, **options)
+
+    def export(self, folder: str | Path, **options: Any) -> Path:
+        """Write every trained network as a folder for `from_pretrained` of diffusers or transformers.
+
+        Args:
+          folder: to write; it appears complete or not at all.
+          options: `dtype`, `overwrite`, `layout`, see `jvgen.runs.exporting.export`.
+        """
+        about = {"experiment": self.experiment.name, "step": self.step, "ema": self.ema}
+        return export(self.task, self.parameters, Path(folder), about, **options)
+
+
+def load_run(folder: str | Path, ema: str | float | None = None, step: int | None = None) -> Run:
+    """Load a trained run onto all devices of this machine.
+
+    Args:
+      folder: run directory, what `jvgen train --workdir` wrote.
+      ema: an EMA decay that the run keeps (0.9999), "raw" for the parameters themselves, or None for the largest decay.
+      step: checkpoint step; by default the latest valid one.
+
+    Raises:
+      CheckpointError: no such run, or no valid checkpoint.
+      ConfigError: an EMA that the run does not keep.
+    """
+    loaded = open_run(Path(folder), ema, step)
+    return Run(**{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)})
+
+
+def _texts(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
