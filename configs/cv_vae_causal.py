@@ -14,7 +14,7 @@ from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import MeshConfig
-from jvgen.parallel.rules import COMPUTE_IN_SPACE, ShardingConfig
+from jvgen.parallel.rules import SPATIAL_SHARDING, ShardingConfig
 from jvgen.tasks.adversary import AdversarialConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
@@ -61,5 +61,5 @@ def experiment() -> Experiment:
         # One clip over two chips, by rows. 3 GiB of state fit on each device; split, convolutions would wait for the
         # parts of their kernels.
         mesh=MeshConfig(data=-1, fsdp=1, seq=2),
-        sharding=ShardingConfig(compute=dict(COMPUTE_IN_SPACE)),
+        sharding=ShardingConfig(compute=dict(SPATIAL_SHARDING)),
     )

@@ -11,7 +11,7 @@ from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.parallel.mesh import MeshConfig
-from jvgen.parallel.rules import COMPUTE_IN_SPACE, ShardingConfig
+from jvgen.parallel.rules import SPATIAL_SHARDING, ShardingConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
@@ -48,5 +48,5 @@ def experiment() -> Experiment:
         checkpoint=CheckpointConfig(every=60, keep_last=2),
         # Few clips do not divide over many devices; their rows do.
         mesh=MeshConfig(fsdp=1, seq=-1),
-        sharding=ShardingConfig(compute=dict(COMPUTE_IN_SPACE)),
+        sharding=ShardingConfig(compute=dict(SPATIAL_SHARDING)),
     )

@@ -21,7 +21,7 @@ from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
-from jvgen.training.optimization.curriculum import Stage, staged_buckets, staged_rates, total_steps
+from jvgen.training.optimization.curriculum import Stage, staged_buckets, staged_learning_rate, total_steps
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
 
@@ -31,7 +31,7 @@ LONG = BucketConfig(frames=49, height=480, width=720, batch_size=64, kinds=("dyn
 STAGES = (
     Stage(steps=100_000, buckets=(IMAGES,), learning_rate=2e-4),
     Stage(steps=200_000, buckets=(IMAGES.replace(weight=0.25), SHORT), learning_rate=2e-4),
-    Stage(steps=220_000, buckets=(SHORT.replace(weight=0.1), LONG), learning_rate=1e-4, rise=1000),
+    Stage(steps=220_000, buckets=(SHORT.replace(weight=0.1), LONG), learning_rate=1e-4, warmup_steps=1000),
 )
 
 
@@ -62,7 +62,7 @@ def experiment() -> Experiment:
             threads=16,
         ),
         optimizer=OptimizerConfig(
-            warmup_steps=1000, weight_decay=1e-4, beta2=0.95, clip_norm=1.0, **staged_rates(STAGES)
+            warmup_steps=1000, weight_decay=1e-4, beta2=0.95, clip_norm=1.0, **staged_learning_rate(STAGES)
         ),
         training=TrainingConfig(steps=total_steps(STAGES), log_every=20, evaluate_every=2000),
         ema=EmaConfig(decays=(0.9999,)),

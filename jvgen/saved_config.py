@@ -35,6 +35,7 @@ HOMES = {
     "HomographyConfig": "jvgen.data.stream.pairs",
     "ImageVAEConfig": "jvgen.models.image_vae.config",
     "ImageVAETaskConfig": "jvgen.tasks.image_vae",
+    "LRStage": "jvgen.training.optimization.optimizer",
     "MeshConfig": "jvgen.parallel.mesh",
     "MultiViewConfig": "jvgen.tasks.multiview",
     "MultiViewDiTConfig": "jvgen.models.multiview.config",
@@ -43,7 +44,6 @@ HOMES = {
     "PairingConfig": "jvgen.diffusion.collaborative",
     "PerceptualConfig": "jvgen.losses.perceptual",
     "PoseEncoderConfig": "jvgen.models.multiview.pose_encoder",
-    "RateStage": "jvgen.training.optimization.optimizer",
     "ReleasedModulesConfig": "jvgen.models.multiview.released",
     "RestartConfig": "jvgen.tasks.video_tokenizer",
     "SamplerConfig": "jvgen.diffusion.sampler",
@@ -64,11 +64,12 @@ HOMES = {
     "VideoDiTConfig": "jvgen.models.video_dit.config",
     "VideoTokenizerConfig": "jvgen.tasks.video_tokenizer",
     "VideoVAETaskConfig": "jvgen.tasks.video_vae",
+    "WandbConfig": "jvgen.training.config",
     "WorldModelConfig": "jvgen.tasks.world_model",
 }
 
 # Names that earlier versions saved -> names now.
-RENAMED_CLASSES: dict[str, str] = {}
+RENAMED_CLASSES: dict[str, str] = {"RateStage": "LRStage"}
 
 
 def to_json(config: Any) -> str:

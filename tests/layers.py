@@ -25,6 +25,7 @@ INNER_LAYERS: dict[str, list[list[str]]] = {
     "data": [["builders"], ["stream", "scenes"], ["store"], ["video_files"]],
     "training": [
         ["loop"],
+        ["session"],
         ["checkpoint", "evaluation"],
         ["program"],
         ["step", "telemetry"],

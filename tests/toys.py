@@ -1,4 +1,4 @@
-"""Tiny tasks and a loader without files, for tests of the training loop; this module also runs as a script."""
+"""Tiny tasks and a loader without files, for tests of the training loop; also a script that trains one of them."""
 
 import argparse
 import dataclasses
@@ -125,7 +125,7 @@ class Vector(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GameConfig(TaskConfig):
-    """Two players on the saddle x * y, with gradients that differ for each."""
+    """Two objectives on the saddle x * y, with different gradients."""
 
     def build(self) -> "GameTask":
         return GameTask()
@@ -168,13 +168,8 @@ class FakeLoader:
         quarantine_log=None,
         delay=0.0,
     ):
-        self.data, self.seed, self.process_index, self.process_count, self.delay = (
-            data,
-            seed,
-            process_index,
-            process_count,
-            delay,
-        )
+        self.data, self.seed, self.delay = data, seed, delay
+        self.process_index, self.process_count = process_index, process_count
         self.stream = 10**6 if evaluation else 0
 
     width = 16
@@ -227,7 +222,7 @@ class FakeBatches(Iterator):
 
 
 def experiment(**changes: Any) -> Experiment:
-    """A run of 20 steps on two batch shapes that mixes the devices of any mesh; changes are dotted overrides."""
+    """A run of 20 steps on two batch shapes that divide over any mesh; changes are dotted overrides."""
     base = Experiment(
         name="toy",
         task=ToyConfig(),
@@ -273,7 +268,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # So that configs saved by this script name a module that tests import too.
+    # Configs saved by this script then name a module that tests can import.
     sys.modules["toys"] = sys.modules["__main__"]
     for cls in (ToyConfig, GameConfig):
         cls.__module__ = "toys"

@@ -58,7 +58,7 @@ def run_block(block: Any, remat: Remat, inputs: jax.Array, *more: Any) -> Any:
 
     def body(state: Any, inputs: jax.Array, *more: Any) -> Any:
         inputs = checkpoint_name(inputs, LAYER_INPUT)
-        return nnx.merge(graph, axes.constrain_parameters(state, block_axes))(inputs, *more)
+        return nnx.merge(graph, axes.fsdp_all_gather(state, block_axes))(inputs, *more)
 
     return checkpointed(body, remat)(state, inputs, *more)
 
@@ -119,4 +119,4 @@ class Stacked(nnx.Module):
             stacked,
             is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
         )
-        return nnx.merge(graph, axes.constrain_parameters(variables, names))
+        return nnx.merge(graph, axes.fsdp_all_gather(variables, names))

@@ -1,6 +1,6 @@
-"""The logical names of array axes: what layers say about their parameters and activations.
+"""Logical names of array axes, with which layers annotate their parameters and activations.
 
-A layer knows these names and nothing of meshes. `jvgen.parallel.rules` maps them to mesh axes.
+A layer uses these names only and never names a mesh axis. `jvgen.parallel.rules` maps them to mesh axes.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ MLP = "mlp"  # hidden width of a feed-forward block
 HEADS = "heads"  # attention heads times head width, or heads alone
 KV = "kv"  # head width
 VOCABULARY = "vocabulary"
-CODES = "codes"  # entries of a codebook: computed with in float32 whatever the compute dtype
+CODES = "codes"  # entries of a codebook: always float32, whatever the compute dtype
 CONDITION = "condition"  # width of a conditioning vector (timestep embedding)
 CONV_IN = "conv_in"  # input channels of a convolution
 CONV_OUT = "conv_out"  # output channels of a convolution
@@ -40,7 +40,7 @@ Axes = tuple[str | None, ...]
 
 @runtime_checkable
 class Partitioner(Protocol):
-    """What the current run knows about placing arrays (see `jvgen.parallel.rules.Sharding`)."""
+    """Places arrays while a step is traced; implemented by `jvgen.parallel.rules.Sharding`."""
 
     mesh: jax.sharding.Mesh
 
@@ -48,7 +48,7 @@ class Partitioner(Protocol):
 
     def constrain(self, value: jax.Array, axes: Axes) -> jax.Array: ...
 
-    def constrain_parameters(self, parameters: Any, axes: Any) -> Any: ...
+    def fsdp_all_gather(self, parameters: Any, axes: Any) -> Any: ...
 
 
 _current: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar("partitioner", default=None)
@@ -56,7 +56,7 @@ _current: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar("p
 
 @contextlib.contextmanager
 def partitioned(partitioner: Partitioner | None) -> Iterator[None]:
-    """Within this context (while a step is traced) `constrain` places activations by the given partitioner."""
+    """Within this context `constrain` and `fsdp_all_gather` use the given partitioner; enter it to trace a step."""
     token = _current.set(partitioner)
     try:
         yield
@@ -65,23 +65,23 @@ def partitioned(partitioner: Partitioner | None) -> Iterator[None]:
 
 
 def current() -> Partitioner | None:
-    """The partitioner of the enclosing `partitioned` context; None for single-device code."""
+    """The partitioner of the enclosing `partitioned` context; None outside of one (single-device code)."""
     return _current.get()
 
 
 def platform() -> str:
-    """What the traced program will run on ("cpu", "gpu", "tpu"): a described pod's when compiled ahead of time."""
+    """Target of the traced program ("cpu", "gpu", "tpu"): that of the described pod when compiling ahead of time."""
     partitioner = _current.get()
     return jax.default_backend() if partitioner is None else partitioner.mesh.devices.flat[0].platform
 
 
 def constrain(value: jax.Array, *axes: str | None) -> jax.Array:
-    """Say how an activation lies over the mesh, one logical name (or None) an axis. Identity without a context."""
+    """Constrain an activation's sharding by one logical name (or None) per axis. Identity outside of a context."""
     partitioner = _current.get()
     return value if partitioner is None else partitioner.constrain(value, axes)
 
 
-def constrain_parameters(parameters: Any, axes: Any) -> Any:
-    """Move the parameters of one layer from storage to compute sharding (the all-gather of FSDP)."""
+def fsdp_all_gather(parameters: Any, axes: Any) -> Any:
+    """All-gather the parameters of one layer from storage to compute sharding. Identity outside of a context."""
     partitioner = _current.get()
-    return parameters if partitioner is None else partitioner.constrain_parameters(parameters, axes)
+    return parameters if partitioner is None else partitioner.fsdp_all_gather(parameters, axes)

@@ -1,4 +1,4 @@
-"""What one accelerator chip can hold and compute: the denominators of memory reports and of model FLOPs utilisation.
+"""Memory and peak FLOP/s of accelerator chips: the denominators of memory reports and of model FLOPs utilization.
 
 Peaks are the vendors' dense bfloat16 figures. HBM of TPUs is what XLA's compiler lets a program use (it says so when a
 program does not fit), a little under the nominal size; HBM of GPUs is nominal.

@@ -1,4 +1,4 @@
-"""The device mesh: which devices a run uses and how they are arranged along the four mesh axes."""
+"""The device mesh: the devices of a run, arranged along the four mesh axes."""
 
 import dataclasses
 import math
@@ -11,20 +11,20 @@ from jax.sharding import AxisType, Mesh
 
 from jvgen.config import Config
 
-# Mesh axes, outermost first: neighbours along the last axis are nearest in the network.
-DATA = "data"  # whole replicas of the parameters, each with its own examples
+# Mesh axes, outermost first: neighbors along the last axis are nearest in the network.
+DATA = "data"  # data parallelism: full replicas of the parameters, each with its own examples
 FSDP = "fsdp"  # examples are split, and so are the stored parameters
-SEQ = "seq"  # tokens of one example are split
-TENSOR = "tensor"  # heads and hidden units of one layer are split
+SEQ = "seq"  # sequence (context) parallelism: tokens of one example are split
+TENSOR = "tensor"  # tensor parallelism: heads and hidden units of one layer are split
 MESH_AXES = (DATA, FSDP, SEQ, TENSOR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Config):
-    """How many devices lie along each mesh axis; one axis may be -1, which takes what the others leave.
+    """Number of devices along each mesh axis; one axis may be -1, which takes the remaining devices.
 
     Attributes:
-      data: replicas; on several slices or nodes this axis crosses the slow network first.
+      data: replicas; on several slices or nodes this axis is the first to cross the slow network.
       fsdp: shards of parameters, optimizer state and examples.
       seq: shards of the token sequence of one example.
       tensor: shards of attention heads and feed-forward units.
@@ -39,14 +39,18 @@ class MeshConfig(Config):
         sizes = self.sizes
         for name, size in sizes.items():
             if size != -1 and size < 1:
-                raise ValueError(f"{name} = {size}: a mesh axis has at least 1 device, or -1 for all that are left.")
+                raise ValueError(
+                    f"{name} = {size}: a mesh axis has at least 1 device, or -1 for all remaining devices."
+                )
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1:
-            raise ValueError(f"{' and '.join(free)} are both -1: only one axis can take the rest; give others a size.")
+            raise ValueError(
+                f"{' and '.join(free)} are both -1: only one axis can take the remaining devices; set the others."
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis name -> configured size, in mesh order, -1 not yet resolved."""
+        """Axis name -> configured size in mesh order; -1 is not resolved."""
         return {name: getattr(self, name) for name in MESH_AXES}
 
     def resolve(self, devices: int) -> dict[str, int]:
@@ -68,8 +72,7 @@ class MeshConfig(Config):
             return {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
         if fixed != devices:
             raise ValueError(
-                f"mesh {written}: needs {fixed} devices, but there are {devices}; "
-                "change a size, or set one axis to -1 to take the rest."
+                f"mesh {written}: needs {fixed} devices, but there are {devices}; change a size, or set one axis to -1."
             )
         return sizes
 
@@ -107,12 +110,12 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
-    """A mesh of one device, for code that always wants a mesh."""
+    """A mesh of one device, for code that requires a mesh."""
     return make_mesh(MeshConfig(fsdp=1), [jax.devices()[0] if device is None else device])
 
 
 def describe(mesh: Mesh) -> str:
-    """One line for the start-up print: axis sizes, device count and kind."""
+    """One line for the start-up log: axis sizes, device count and kind."""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     return f"mesh {sizes} = {mesh.size} devices ({kind})"

@@ -1,4 +1,4 @@
-"""From logical axis names to mesh axes: one table for how parameters are stored, one for how they are computed with."""
+"""Sharding rules from logical axis names to mesh axes: one table for stored parameters, one for computation."""
 
 import dataclasses
 import functools
@@ -33,22 +33,23 @@ COMPUTE: Rules = {
     axes.ACTIVATION_HEADS: (TENSOR,),
     axes.ACTIVATION_MLP: (TENSOR,),
 }
-# For autoencoders of large clips, whose layers have no heads and no tokens: one clip over `seq` by rows and over
-# `tensor` by columns, or over `seq` in time and over `tensor` by rows. Convolutions exchange edges (`jvgen.nn.halo`).
-COMPUTE_IN_SPACE: Rules = COMPUTE | {axes.HEIGHT: (SEQ,), axes.WIDTH: (TENSOR,)}
-COMPUTE_IN_TIME: Rules = COMPUTE | {axes.FRAMES: (SEQ,), axes.HEIGHT: (TENSOR,)}
+# Compute tables for autoencoders of large clips, whose layers have no heads and no tokens. Each clip is split by rows
+# over `seq` and by columns over `tensor`, or by frames over `seq` and by rows over `tensor`. Convolutions exchange
+# halos (`jvgen.nn.halo`).
+SPATIAL_SHARDING: Rules = COMPUTE | {axes.HEIGHT: (SEQ,), axes.WIDTH: (TENSOR,)}
+TEMPORAL_SHARDING: Rules = COMPUTE | {axes.FRAMES: (SEQ,), axes.HEIGHT: (TENSOR,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingConfig(Config):
-    """Two tables from logical axis names to mesh axes. A name that is in neither is replicated.
+    """Two tables from logical axis names to mesh axes. A name that is in neither table is replicated.
 
-    FSDP is the difference between them: storage splits `embed` over `fsdp`, compute does not, so each layer's
-    parameters are gathered where they are used and their gradients are scattered back.
+    FSDP is the difference between the two: storage splits `embed` over `fsdp` and compute does not, so each layer's
+    parameters are all-gathered where they are used and their gradients are reduce-scattered.
 
     Attributes:
-      storage: how parameters, optimizer state and averages lie in memory between uses.
-      compute: how parameters and activations lie while a layer runs.
+      storage: sharding of parameters, optimizer state and EMA between uses.
+      compute: sharding of parameters and activations while a layer runs.
       replicate_below: parameters with fewer elements than this (norms, biases) are not split over `fsdp`.
     """
 
@@ -74,18 +75,18 @@ class ShardingConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """The tables applied to a mesh: implements `jvgen.parallel.axes.Partitioner`."""
+    """The two tables applied to a mesh: implements `jvgen.parallel.axes.Partitioner`."""
 
     mesh: Mesh
     config: ShardingConfig = dataclasses.field(default_factory=ShardingConfig)
 
     @property
     def replicated(self) -> NamedSharding:
-        """Every device holds the whole array."""
+        """The sharding in which every device holds the whole array."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def storage(self, axes_tree: Any, shapes_tree: Any) -> Any:
-        """Sharding of each parameter between uses; the trees have the same structure, leaves with `.shape`."""
+        """Sharding of each stored parameter. The trees have equal structure; leaves of the second have a `.shape`."""
         return _map_axes(lambda names, leaf: self.storage_of(names, leaf.shape), axes_tree, shapes_tree)
 
     def compute(self, axes_tree: Any, shapes_tree: Any) -> Any:
@@ -95,12 +96,12 @@ class Sharding:
     def storage_of(self, names: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """Sharding of one stored parameter.
 
-        Mesh axes go to the dimensions that the storage table names. A mesh axis that does not divide its dimension is
-        dropped. `fsdp`, if it is not placed by then, goes to the largest dimension that it divides (the first of
-        equals, never `layers`), unless one layer's parameter is smaller than `replicate_below`.
+        Mesh axes are assigned to the dimensions that the storage table names. A mesh axis that does not divide its
+        dimension is dropped. If `fsdp` is still unassigned, it goes to the largest dimension that it divides (the
+        first of equals, never `layers`), unless one layer's parameter has fewer than `replicate_below` elements.
         """
-        of_a_layer = math.prod(n for name, n in zip(names, shape, strict=True) if name != axes.LAYERS)
-        small = of_a_layer < self.config.replicate_below
+        layer_size = math.prod(n for name, n in zip(names, shape, strict=True) if name != axes.LAYERS)
+        small = layer_size < self.config.replicate_below
         table = self.config.storage
         if small:
             table = {name: tuple(a for a in mesh_axes if a != FSDP) for name, mesh_axes in table.items()}
@@ -117,7 +118,7 @@ class Sharding:
         return self._sharding(spec)
 
     def activation(self, names: Axes, shape: tuple[int, ...]) -> NamedSharding:
-        """Sharding of an activation, or of a parameter in use; mesh axes that do not divide are dropped."""
+        """Sharding of an activation or of a parameter in use; mesh axes that do not divide are dropped."""
         return self._sharding(self._place(names, shape, self.config.compute))
 
     def batch(self, spec: Any) -> NamedSharding | Any:
@@ -127,14 +128,16 @@ class Sharding:
         )
 
     def constrain(self, value: jax.Array, names: Axes) -> jax.Array:
-        """Lay an activation over the mesh by the compute table."""
+        """Constrain an activation to its sharding in the compute table."""
         assert len(names) == value.ndim, f"{len(names)} axis names {names} for an array of shape {value.shape}"
         return jax.lax.with_sharding_constraint(value, self.activation(names, value.shape))
 
-    def constrain_parameters(self, parameters: Any, axes_tree: Any) -> Any:
-        """Move parameters from storage to compute sharding; their gradients go back to storage sharding."""
+    def fsdp_all_gather(self, parameters: Any, axes_tree: Any) -> Any:
+        """All-gather parameters from storage to compute sharding; their gradients are reduce-scattered to storage."""
         return _map_axes(
-            lambda names, leaf: _gather(self.activation(names, leaf.shape), self.storage_of(names, leaf.shape), leaf),
+            lambda names, leaf: _all_gather(
+                self.activation(names, leaf.shape), self.storage_of(names, leaf.shape), leaf
+            ),
             axes_tree,
             parameters,
         )
@@ -159,7 +162,7 @@ class Sharding:
 
 
 def _map_axes(function: Any, axes_tree: Any, tree: Any) -> Any:
-    """Map over two trees of the same structure, where the leaves of the first are tuples of names."""
+    """Map over two trees of the same structure; the leaves of the first are tuples of axis names."""
     leaves, structure = jax.tree.flatten(tree)
     names = jax.tree.leaves(axes_tree, is_leaf=_is_axes)
     return structure.unflatten([function(n, leaf) for n, leaf in zip(names, leaves, strict=True)])
@@ -170,21 +173,21 @@ def _is_axes(node: Any) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(compute: NamedSharding, storage: NamedSharding, value: jax.Array) -> jax.Array:
-    # The two constraints in a row pin the point of the all-gather: here, and not where the value was made.
+def _all_gather(compute: NamedSharding, storage: NamedSharding, value: jax.Array) -> jax.Array:
+    # Two constraints in a row pin the all-gather to this point instead of where the value was made.
     value = jax.lax.with_sharding_constraint(value, storage)
     return jax.lax.with_sharding_constraint(value, compute)
 
 
-def _gather_forward(compute: NamedSharding, storage: NamedSharding, value: jax.Array) -> tuple[jax.Array, None]:
-    return _gather(compute, storage, value), None
+def _all_gather_forward(compute: NamedSharding, storage: NamedSharding, value: jax.Array) -> tuple[jax.Array, None]:
+    return _all_gather(compute, storage, value), None
 
 
-def _gather_backward(
+def _all_gather_backward(
     compute: NamedSharding, storage: NamedSharding, residuals: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-    # Without this the transpose would leave the gradient whole on every device: an all-reduce, not a reduce-scatter.
+    # Without this the transpose would leave the whole gradient on every device: all-reduce, not reduce-scatter.
     return (jax.lax.with_sharding_constraint(gradient, storage),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)

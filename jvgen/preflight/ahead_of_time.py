@@ -196,7 +196,7 @@ def compile_ahead(
     """
     pod = topology.describe(topology_name)
     mesh = make_mesh(experiment.mesh, pod.devices)
-    program = Program.of(experiment, mesh)
+    program = Program.build(experiment, mesh)
     program.check()
     report = CompileReport(
         topology=pod.name,

@@ -56,7 +56,7 @@ def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax
         sharding = Sharding(mesh, experiment.sharding)
         for bucket in experiment.data.buckets:
             problems += _attempt(lambda bucket=bucket: check_batch(experiment, bucket, sharding))[1]
-        program, broken = _attempt(lambda: Program.of(experiment, mesh, task))
+        program, broken = _attempt(lambda: Program.build(experiment, mesh, task))
         problems += broken
         if program is not None:
             problems += _workdir(workdir, program)

@@ -93,7 +93,7 @@ def _measure(
     totals: list[dict[str, np.ndarray]] = [{} for _ in timesteps]
     with loader.batches(0, batches) as stream:
         for number, batch in enumerate(stream):
-            placed = loaded.program.place(batch.arrays, batch.bucket, 0, 1)
+            placed = loaded.program.shard_batch(batch.arrays, batch.bucket)
             for total, timestep in zip(totals, timesteps, strict=True):
                 found = measure(
                     parameters, loaded.frozen, placed, key_for(key, EVALUATE, number), jnp.float32(timestep)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jvgen.data.video_files import encode_image, encode_video
 from jvgen.runs.generation import CLIPS_PER_PROMPT, slot_of
-from jvgen.training.telemetry.metrics import read_rows
+from jvgen.training.telemetry.json_lines import read_rows
 
 MAX_PROMPTS = 1 << 19
 INDEX = "index.jsonl"

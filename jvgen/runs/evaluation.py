@@ -99,7 +99,7 @@ def _evaluate(loaded: LoadedRun, loader: Loader, batches: int, distance: VideoDi
     means, key = RunningMeans(), jax.random.key(loaded.experiment.seed)
     with loader.batches(0, batches) as stream:
         for number, batch in enumerate(progress(stream, "evaluating", unit="batch", total=batches)):
-            placed = loaded.program.place(batch.arrays, batch.bucket, 0, 1)
+            placed = loaded.program.shard_batch(batch.arrays, batch.bucket)
             arguments = loaded.parameters, loaded.frozen, placed, key_for(key, EVALUATE, number)
             means.add(compiled(*arguments))
             if predict is not None:

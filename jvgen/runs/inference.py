@@ -89,10 +89,10 @@ def open_run(
     experiment.task.check_weights()
     sharding = Sharding(make_mesh(MeshConfig(fsdp=-1), jax.local_devices()))
     if untrained:
-        program = Program.of(experiment, sharding.mesh)
+        program = Program.build(experiment, sharding.mesh)
         fresh = program.init()
         return LoadedRun(program, fresh.parameters, fresh.frozen, 0, "raw")
     experiment, task, parameters, trained = load_for_inference(folder, ema, step=step, sharding=sharding)
-    program = Program.of(experiment, sharding.mesh, task)
-    _, frozen = program.given()
+    program = Program.build(experiment, sharding.mesh, task)
+    _, frozen = program.external_inputs()
     return LoadedRun(program, parameters, frozen, trained, str(ema or "best"))

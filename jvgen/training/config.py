@@ -1,4 +1,4 @@
-"""What the training loop and the checkpoints read from a run's description."""
+"""Configs of the training loop and of checkpoints."""
 
 import dataclasses
 import re
@@ -8,25 +8,43 @@ from jvgen.config import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbConfig(Config):
+    """Logging to Weights & Biases (package `wandb`), from process 0.
+
+    Attributes:
+      project: W&B project; none for no logging to W&B.
+      entity: team or user; none for the default of the account.
+      mode: "online", or "offline" to write to the run directory only (`wandb sync` uploads it later).
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
-    """How long to train, how a step is made, and what is watched.
+    """Length of the run, how a step is computed, guards and logging.
 
     Attributes:
       steps: length of the run in optimizer steps; learning-rate schedules end here.
-      accumulation: microbatches a step; the batch of every bucket must be a multiple of accumulation x data devices.
-      compute_dtype: matrices and convolution kernels are cast to this once a step; parameters stay float32.
-      log_every: steps between printed lines (metrics.jsonl has every step).
+      accumulation: microbatches per step; the batch size of every bucket must be a multiple of accumulation x data
+        devices.
+      compute_dtype: matrices and convolution kernels are cast to this once per step; parameters stay float32.
+      log_every: steps between lines on the console (metrics.jsonl has every step).
       evaluate_every: steps between evaluations; 0 for none.
-      evaluation_batches: batches of the evaluation stream, always the same ones.
-      visualize_every: steps between clips to look at; 0 for none.
-      spike_sigma: a step is skipped when a gradient norm exceeds mean + spike_sigma x deviation; 0 turns this off.
+      evaluation_batches: batches per evaluation, the same ones every time.
+      visualize_every: steps between samples of the task (`Task.visualize`); 0 for none.
+      spike_sigma: a step is skipped if a gradient norm exceeds its running mean by more than spike_sigma standard
+        deviations; 0 turns this off.
       spike_decay: decay of the running mean and variance of gradient norms.
-      spike_warmup: steps at the start (of the statistics) that are never called spikes.
-      max_consecutive_skips, max_skips: the run stops when more steps than this were skipped in a row, or in all.
-      hang_seconds: a step that takes longer gets the stacks of all threads printed; 0 turns the watchdog off.
-      hang_action: "report" prints, "exit" also ends the process with the code on which launchers restart.
-      peak_flops: bfloat16 peak of one device in FLOP/s for the printed utilisation; none for the built-in table.
-      tensorboard: write TensorBoard files beside metrics.jsonl.
+      spike_warmup: number of steps at the start of the statistics that are never skipped as spikes.
+      max_consecutive_skips, max_skips: the run stops when more consecutive steps, or more steps in total, are skipped.
+      hang_seconds: if a step takes longer, the stacks of all threads are printed; 0 turns this watchdog off.
+      hang_action: "report" prints, "exit" also exits with status 75, on which launchers restart.
+      peak_flops: bfloat16 peak of one device in FLOP/s, for the logged MFU; none for the built-in table.
+      tensorboard: write TensorBoard files to the run directory.
+      wandb: logging to Weights & Biases.
     """
 
     steps: int
@@ -45,6 +63,7 @@ class TrainingConfig(Config):
     hang_action: Literal["report", "exit"] = "report"
     peak_flops: float | None = None
     tensorboard: bool = True
+    wandb: WandbConfig = WandbConfig()
 
     def validate(self) -> None:
         for field in ("steps", "accumulation", "log_every", "evaluation_batches"):
@@ -64,18 +83,18 @@ class TrainingConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Config):
-    """When checkpoints are written, which are kept, and what happens when one cannot be written.
+    """When checkpoints are written, which are kept, and what happens if one cannot be written.
 
     Attributes:
       every: steps between checkpoints; the last step is always saved.
-      keep_last: newest checkpoints that are kept; two or more leave something to fall back to.
-      keep_every: also keep those whose step is a multiple of this; 0 for none.
+      keep_last: number of latest checkpoints to keep; with two or more a corrupt one can be replaced by the one before.
+      keep_every: also keep checkpoints whose step is a multiple of this; 0 for none.
       best_metric: also keep the checkpoint with the best value of this evaluation metric ("loss", "ema_0.9999/psnr");
-        none for no such rule. Evaluation has to be due at the steps that are saved.
-      best_mode: which values of it are better.
-      on_failed_save: "continue" trains on and says so, "stop" ends the run; the older checkpoints stay in both cases.
+        none for no such rule. Every saved step must be one at which evaluation is due.
+      best_mode: whether the smallest or the largest value is best.
+      on_failed_save: "continue" logs a warning and trains on, "stop" ends the run; older checkpoints stay either way.
       accept_changes: regular expressions of dotted config paths that may differ from the checkpoint's when resuming,
-        for what changes the program and not the result.
+        for settings that change the program and not the result.
     """
 
     every: int = 1000

@@ -27,9 +27,9 @@ class Experiment(Config):
       task: what is trained.
       data: what it is trained on.
       optimizer: of every objective that `optimizers` does not name.
-      training, ema, checkpoint: length and watching, averages, saving.
-      mesh, sharding: devices, and how arrays lie on them.
-      optimizers: by objective name, for tasks with several players.
+      training, ema, checkpoint: the loop, EMA parameters, saving.
+      mesh, sharding: arrangement of the devices, and of arrays on them.
+      optimizers: by objective name, for tasks with several objectives.
     """
 
     name: str

@@ -1,371 +1,269 @@
-"""The training loop, one for every task: restore, then evaluate, save, read, step and log in a fixed order."""
+"""The training loop of every task: evaluate, save, next batch, step and log, in a fixed order."""
 
-import contextlib
 import dataclasses
-import json
-import math
-import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jvgen import config as configuration
-from jvgen.config import ConfigError
-from jvgen.data.stream.config import BucketConfig
+from jvgen import config
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import TooManyFailures
-from jvgen.parallel.mesh import DATA, FSDP, describe, make_mesh
 from jvgen.tasks.task import Metrics
-from jvgen.training.checkpoint import digest, identity
-from jvgen.training.checkpoint.manager import Checkpoints
-from jvgen.training.checkpoint.restore import restore_state
-from jvgen.training.evaluation import Evaluator, write_samples
+from jvgen.training.config import TrainingConfig
 from jvgen.training.experiment import Experiment
-from jvgen.training.preemption import EXIT_RESTART, Preemption
-from jvgen.training.program import Program
-from jvgen.training.state import TrainState
-from jvgen.training.telemetry import console, throughput
-from jvgen.training.telemetry.metrics import RowLog, Summaries, read_rows, to_host
-from jvgen.training.watchdog import Watchdog
+from jvgen.training.preemption import EXIT_RESTART
+from jvgen.training.session import Session, prepare
+from jvgen.training.telemetry import throughput
+from jvgen.training.telemetry.console import ConsoleLog
+from jvgen.training.telemetry.hooks import Hook, HookList, RunInfo
+from jvgen.training.telemetry.metrics import to_host
+from jvgen.training.telemetry.run_files import RunFiles
+from jvgen.training.telemetry.tensorboard import TensorBoard
+from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases
 
 EXIT_DONE = 0
-# EX_DATAERR: too many steps were skipped; starting again would not help.
+# EX_DATAERR: too many steps were skipped; a restart would not help.
 EXIT_DIVERGED = 65
-# EX_IOERR: the last checkpoint could not be written; the run is at an older one.
+# EX_IOERR: the last checkpoint could not be written; the latest one is older.
 EXIT_UNSAVED = 74
 
 
-@dataclasses.dataclass
-class _Pending:
-    """A step that was sent to the devices and whose metrics have not been read."""
-
-    step: int
-    metrics: Metrics
-    batch: LoadedBatch
-    waited: float
-
-
 class TrainingDiverged(Exception):
-    """More steps were skipped than the budget allows; the message names the records."""
+    """More steps were skipped than the config allows; the message names the records."""
 
 
 def train(
     experiment: Experiment,
     workdir: Path,
     *,
+    hooks: Sequence[Hook] = (),
     resume: bool = True,
     stop_after: int | None = None,
     allow_changes: bool = False,
     make_loader: Callable[..., Any] = Loader,
 ) -> int:
-    """Train to the end of the run, going on from the newest sound checkpoint of the work folder.
+    """Train to the end of the run, resuming from the latest valid checkpoint in the run directory.
 
     Args:
       experiment: the run.
-      workdir: gets `checkpoints/`, `metrics.jsonl`, `evaluation.jsonl`, `samples/`, `tensorboard/`, `config.json`.
-      resume: with False the work folder must not hold checkpoints yet.
-      stop_after: save and leave after this many steps of the run.
-      allow_changes: go on although model, data or seed are not those of the checkpoint.
+      workdir: run directory; gets `checkpoints/`, `metrics.jsonl`, `evaluation.jsonl`, `samples/`, `tensorboard/`,
+        `config.json`.
+      hooks: called at the events of the run, after jvgen's own (console, files, TensorBoard, Weights & Biases).
+      resume: with False the run directory must not hold checkpoints.
+      stop_after: save and stop after this many steps of the run.
+      allow_changes: resume although model, data or seed differ from the checkpoint's.
       make_loader: `Loader`, or something with its interface.
 
     Returns:
-      Exit status: 0 done (or `stop_after` reached), 75 asked to stop by SIGTERM or SIGINT and saved (start the same
-      command again), 65 too many skipped steps, 74 the last checkpoint could not be written.
+      Exit status: 0 done (or `stop_after` reached), 75 stopped by SIGTERM or SIGINT and saved (start the same command
+      again to resume), 65 too many skipped steps, 74 the last checkpoint could not be written.
 
     Raises:
       ConfigError: a mistake in the experiment, or a checkpoint of another run.
-      CheckpointError: checkpoints exist and none can be used, or a save failed and the policy is to stop.
+      CheckpointError: there are checkpoints and none is valid, or a save failed and the config says to stop.
+      HookError: a hook raised.
     """
-    configuration.validate_tree(experiment)
-    workdir = Path(workdir)
+    config.validate_tree(experiment)
+    training, workdir = experiment.training, Path(workdir)
+    console = ConsoleLog(experiment.name, training.steps, training.log_every)
+    first_process = jax.process_index() == 0
+    all_hooks = HookList([*configured_hooks(training), console, *hooks] if first_process else [])
     workdir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        return _Run(experiment, workdir, resume, allow_changes, make_loader, stack).loop(stop_after)
+    status = None
+    try:
+        with prepare(
+            experiment, workdir, hooks=all_hooks, log=console.log,
+            resume=resume, allow_changes=allow_changes, make_loader=make_loader,
+        ) as session:  # fmt: skip
+            all_hooks.on_start(RunInfo(experiment, workdir, session.start_step, session.document))
+            status = _Loop(session).run(stop_after)
+    finally:
+        all_hooks.on_end(status)
+    return status
 
 
-class _Run:
-    """What the loop needs at hand; built in the order in which it is printed."""
+def configured_hooks(training: TrainingConfig) -> list[Hook]:
+    """The hooks that a config asks for, besides the console."""
+    hooks: list[Hook] = [RunFiles()]
+    if training.tensorboard:
+        hooks.append(TensorBoard())
+    if training.wandb.project is not None:
+        hooks.append(WeightsAndBiases(training.wandb))
+    return hooks
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        workdir: Path,
-        resume: bool,
-        allow_changes: bool,
-        make_loader: Callable[..., Any],
-        stack: contextlib.ExitStack,
-    ):
-        self.experiment, self.training, self.workdir = experiment, experiment.training, workdir
-        self.host, self.hosts = jax.process_index(), jax.process_count()
-        self.printer = console.Printer(experiment.name, self.training.steps)
-        stack.callback(self.printer.close)
-        self.say = self.printer.say
-        mesh = make_mesh(experiment.mesh)
-        self.say(describe(mesh))
-        self.program = program = Program.of(experiment, mesh)
-        program.check()
-        experiment.task.check_weights()
-        experiment.task.check_data(experiment.data)
-        task = program.task
-        replicas = mesh.shape[DATA] * mesh.shape[FSDP]
-        if replicas % self.hosts:
-            raise ConfigError(
-                f"mesh: {self.hosts} hosts read different examples, but data x fsdp = {replicas}; make it a multiple "
-                "of the number of hosts."
-            )
-        shared = {
-            "seed": experiment.seed,
-            "preprocess": task.prepare,
-            "process_index": self.host,
-            "process_count": self.hosts,
-        }
-        self.loader = make_loader(experiment.data, **shared, quarantine_log=workdir / "quarantine.jsonl")
-        self.evaluator = None
-        if self.training.evaluate_every or self.training.visualize_every:
-            held_out = make_loader(experiment.data, **shared, evaluation=True)
-            self.evaluator = Evaluator(program, held_out.batches)
 
-        moved = [optimizer.trains for optimizer in program.optimizers.values()]
-        self.say(
-            console.parameter_table(
-                "parameters", program.abstract.parameters, program.shardings.parameters,
-                lambda path: any(trains(path) for trains in moved),
-            )
-        )  # fmt: skip
-        if program.abstract.frozen:
-            self.say(
-                console.parameter_table(
-                    "frozen networks", program.abstract.frozen, program.shardings.frozen, lambda path: False
-                )
-            )
-        self.scores: dict[int, float] = {}
-        self.checkpoints = Checkpoints(workdir, experiment.checkpoint, scores=self.scores, say=self.say)
-        stack.callback(self.checkpoints.close)
-        if not resume and self.checkpoints.steps():
-            raise ConfigError(
-                f"{workdir} already holds checkpoints of steps {self.checkpoints.steps()}: take another work folder, "
-                "or leave resume on to continue them."
-            )
-        # restore: the newest sound checkpoint, else a fresh state.
-        self.document = identity.run_document(experiment, task)
-        self.state: TrainState = restore_state(
-            program, self.checkpoints, self.loader, self.document, allow_changes, self.say
-        )
-        self.start = int(self.state.step)
-        began = time.perf_counter()
-        digest.of_arrays(self.state.saved())
-        self.say(f"compiled digests of {len(self.state.saved())} arrays in {time.perf_counter() - began:.1f} s")
-        if self.host == 0:
-            (workdir / "config.json").write_text(json.dumps(self.document, indent=1))
+@dataclasses.dataclass
+class _Pending:
+    """A step that was dispatched to the devices and whose metrics have not been read."""
 
-        self.flops: dict[BucketConfig, dict[str, float]] = {}
-        self.steps = self._compile()
-        self.peak = throughput.peak_flops(mesh.devices.flat[0], self.training.peak_flops)
-        self.devices = mesh.size
-        self.say(f"{throughput.FORMULA}; peak {f'{self.peak:.4g} FLOP/s' if self.peak else 'of this device not known'}")
-        first = self.host == 0
-        self.rows = RowLog(workdir / "metrics.jsonl", self.start) if first else None
-        self.evaluations = RowLog(workdir / "evaluation.jsonl", self.start + 1) if first else None
-        for log in (self.rows, self.evaluations):
-            if log is not None:
-                stack.callback(log.close)
-        for row in read_rows(workdir / "evaluation.jsonl"):
-            self._note_score(row["step"], row)
-        self.summaries = Summaries(workdir / "tensorboard" if first and self.training.tensorboard else None, self.start)
-        stack.callback(self.summaries.close)
-        self.summaries.text(self.start, "config", configuration.dump(experiment))
-        leave = (lambda: os._exit(EXIT_RESTART)) if self.training.hang_action == "exit" else None
-        self.watchdog = Watchdog(self.training.hang_seconds, workdir / f"stacks_{self.host}.txt", leave)
-        stack.callback(self.watchdog.close)
-        self.preemption = stack.enter_context(Preemption())
-        self.batches = stack.enter_context(self.loader.batches(self.start, self.training.steps))
+    step: int
+    metrics: Metrics
+    batch: LoadedBatch
+    wait_seconds: float
+
+
+class _Loop:
+    """The loop over a session, with what changes from step to step."""
+
+    def __init__(self, session: Session):
+        self.session, self.experiment, self.training = session, session.experiment, session.experiment.training
+        self.state = session.state
         self.pending: _Pending | None = None
+        self.save_stall = 0.0
         self.last_read = time.perf_counter()
-        self.window: list[dict[str, Any]] = []
-        self.stall = 0.0
 
-    def loop(self, stop_after: int | None) -> int:
-        """The loop. Its order never changes: evaluate if due, save if due, next batch, step, log."""
-        step, steps = self.start, self.training.steps
-        end = steps if stop_after is None else min(steps, stop_after)
-        self.printer.start(step)
-        self.last_read = time.perf_counter()
-        while True:
-            stopping = self.preemption.requested(step)
-            try:
-                self._read_pending_before(step, end, stopping)
-                if step > self.start:
-                    self._evaluate(step)
-                if step >= end or stopping or (step > self.start and step % self.experiment.checkpoint.every == 0):
+    def run(self, stop_after: int | None) -> int:
+        """Train and return the exit status. The order is fixed: evaluate if due, save if due, next batch, step, log."""
+        session, step = self.session, self.session.start_step
+        end = self.training.steps if stop_after is None else min(self.training.steps, stop_after)
+        try:
+            while True:
+                stopping = session.preemption.requested(step)
+                leaving = stopping or step >= end
+                if leaving or self._evaluation_due(step) or self._save_due(step):
+                    self._log_pending()
+                self._evaluate(step)
+                if leaving or self._save_due(step):
                     self._save(step)
-                if step >= end or stopping:
-                    return self._leave(step, step >= end)
-                began = time.perf_counter()
-                batch = self._next_batch(step, end)
-                waited = time.perf_counter() - began
-                with self.watchdog.watching(f"step {step}"):
-                    placed = self.program.place(batch.arrays, batch.bucket, self.host, self.hosts)
-                    self.state, metrics = self.steps[batch.bucket](self.state, placed)
-                    # The devices work on this step while the numbers of the one before are read and written.
-                    previous, self.pending = self.pending, _Pending(step, metrics, batch, waited)
+                if leaving:
+                    return self._finish(step, done=step >= end)
+                batch, wait_seconds = self._next_batch(step)
+                with session.watchdog.watching(f"step {step}"):
+                    metrics = self._step(batch)
+                    # The devices compute this step while the metrics of the previous one are read and logged.
+                    previous, self.pending = self.pending, _Pending(step, metrics, batch, wait_seconds)
                     if previous is not None:
                         self._log(previous)
-                self.checkpoints.poll()
+                session.checkpoints.poll()
                 step += 1
-            except TrainingDiverged as error:
-                self.say(f"ERROR: {error}")
-                return EXIT_DIVERGED
+        except TrainingDiverged as error:
+            session.log(f"ERROR: {error}")
+            return EXIT_DIVERGED
 
-    def _next_batch(self, step: int, end: int) -> LoadedBatch:
+    def _step(self, batch: LoadedBatch) -> Metrics:
+        """Dispatch one training step; does not wait for it."""
+        sharded = self.session.program.shard_batch(batch.arrays, batch.bucket, jax.process_index(), jax.process_count())
+        self.state, metrics = self.session.steps[batch.bucket](self.state, sharded)
+        return metrics
+
+    def _next_batch(self, step: int) -> tuple[LoadedBatch, float]:
+        """The batch of a step, and the seconds spent waiting for it."""
+        start = time.perf_counter()
         try:
-            with self.watchdog.watching(f"reading the batch of step {step}"):
-                return next(self.batches)
+            with self.session.watchdog.watching(f"reading the batch of step {step}"):
+                batch = next(self.session.batches)
         except (TooManyFailures, OSError):
-            # The data is at fault and not the training: keep what was reached. Other hosts would not join this save.
-            if self.hosts == 1 and step > self.start:
-                self._read_pending_before(step, end, True)
+            # The training is intact: save it. With several processes the others would not take part in this save.
+            if jax.process_count() == 1 and step > self.session.start_step:
+                self._log_pending()
                 self._save(step)
-                self.checkpoints.wait()
-                self.say(f"reading the batch of step {step} failed; everything before it is saved")
+                self.session.checkpoints.wait()
+                self.session.log(f"reading the batch of step {step} failed; the {step} steps before it are saved")
             raise
+        return batch, time.perf_counter() - start
 
-    def _read_pending_before(self, step: int, end: int, stopping: bool) -> None:
-        """Rows of all steps before a save or an evaluation are written first: nothing is missing after a kill."""
-        training, every = self.training, self.experiment.checkpoint.every
-        due = [every, *(n for n in (training.evaluate_every, training.visualize_every) if n)]
-        if self.pending is not None and (stopping or step >= end or any(step % n == 0 for n in due)):
-            with self.watchdog.watching(f"step {step - 1}"):
-                previous, self.pending = self.pending, None
-                self._log(previous)
-
-    def _leave(self, step: int, done: bool) -> int:
-        saved = self.checkpoints.wait()
-        if not saved or step not in self.checkpoints.steps():
-            self.say(
-                f"ERROR: step {step} is not saved; "
-                f"the newest checkpoint is of {self.checkpoints.steps()[-1:] or 'none'}."
-            )
-            return EXIT_UNSAVED
-        if done:
-            self.say(
-                f"finished at step {step}; checkpoints of steps {self.checkpoints.steps()} in {self.checkpoints.folder}"
-            )
-            return EXIT_DONE
-        self.say(f"{self.preemption.reason}: saved step {step} and stopped; start the same command again to go on")
-        return EXIT_RESTART
-
-    def _compile(self) -> dict[BucketConfig, jax.stages.Compiled]:
-        compiled: dict[BucketConfig, jax.stages.Compiled] = {}
-        by_shape: dict[str, jax.stages.Compiled] = {}
-        for bucket in self.loader.buckets:
-            shapes = repr(sorted((n, s.shape, str(s.dtype)) for n, s in self.program.abstract_batch(bucket).items()))
-            self.flops[bucket] = throughput.step_flops(self.program.task, bucket)
-            if shapes not in by_shape:
-                began = time.perf_counter()
-                by_shape[shapes] = self.program.lower(bucket).compile()
-                self.say(console.memory_line(bucket, by_shape[shapes], time.perf_counter() - began))
-                self.say(console.flops_line(bucket, self.flops[bucket], self.program.sharding.mesh.size))
-            compiled[bucket] = by_shape[shapes]
-        return compiled
+    def _save_due(self, step: int) -> bool:
+        return step > self.session.start_step and step % self.experiment.checkpoint.every == 0
 
     def _save(self, step: int) -> None:
-        self.stall = self.checkpoints.save(step, self.state.saved(), self.loader.state(step), self.document)
+        session = self.session
+        self.save_stall = session.checkpoints.save(
+            step, self.state.saved(), session.loader.state(step), session.document
+        )
+
+    def _evaluation_due(self, step: int) -> bool:
+        return self._due(step, self.training.evaluate_every) or self._due(step, self.training.visualize_every)
+
+    def _due(self, step: int, every: int) -> bool:
+        """Whether something that is done every n steps (0 for never) and at the last step is due."""
+        return every > 0 and step > self.session.start_step and (step % every == 0 or step == self.training.steps)
 
     def _evaluate(self, step: int) -> None:
-        training, last = self.training, step == self.training.steps
-        every, look_every = training.evaluate_every, training.visualize_every
-        if not any(n and (step % n == 0 or last) for n in (every, look_every)):
+        """Evaluate and visualize, if due. The time that this takes does not count as step time."""
+        if not self._evaluation_due(step):
             return
-        if every and (step % every == 0 or last):
-            began = time.perf_counter()
-            values = self.evaluator.evaluate(self.state, training.evaluation_batches)
-            row = {"step": step, **values, "seconds": time.perf_counter() - began}
-            if self.evaluations is not None:
-                self.evaluations.write(row)
-            self._note_score(step, row)
-            self.summaries.scalars(step, values, "evaluation/")
-            listed = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
-            self.say(f"evaluation at step {step} ({row['seconds']:.1f} s)  {listed}")
-        if look_every and (step % look_every == 0 or last):
-            clips = self.evaluator.visualize(self.state)
-            if self.host == 0:
-                write_samples(self.workdir / "samples", step, clips)
-            for name, batch in clips.items():
-                self.summaries.clips(step, name, batch)
-        # Evaluation is no part of a step's time.
+        session = self.session
+        if self._due(step, self.training.evaluate_every):
+            start = time.perf_counter()
+            values = session.evaluator.evaluate(self.state, self.training.evaluation_batches)
+            values["seconds"] = time.perf_counter() - start
+            session.hooks.on_evaluation(step, values)
+            session.checkpoints.record_evaluation(step, values)
+        if self._due(step, self.training.visualize_every):
+            session.hooks.on_samples(step, session.evaluator.visualize(self.state))
         self.last_read = time.perf_counter()
 
-    def _note_score(self, step: int, values: dict[str, Any]) -> None:
-        name = self.experiment.checkpoint.best_metric
-        if name is None:
-            return
-        if name not in values:
-            known = sorted(key for key in values if key not in ("step", "seconds"))
-            raise ConfigError(f"checkpoint.best_metric = {name!r}: evaluation gives {', '.join(known)}.")
-        self.scores[step] = float(values[name])
+    def _log_pending(self) -> None:
+        """Log the last step before an evaluation or a save: no row is missing if the run is killed afterwards."""
+        previous, self.pending = self.pending, None
+        if previous is not None:
+            with self.session.watchdog.watching(f"step {previous.step}"):
+                self._log(previous)
 
     def _log(self, pending: _Pending) -> None:
-        """Read one step's metrics (waiting for the devices if need be), write its row, and act on skipped steps."""
+        """Read a step's metrics, waiting for the devices if necessary, pass its row to the hooks, and count skips."""
         values = to_host(pending.metrics)
         now = time.perf_counter()
         seconds, self.last_read = now - self.last_read, now
-        bucket, ids = pending.batch.bucket, pending.batch.record_ids
-        frames = bucket.batch_size * bucket.views * bucket.frames
-        row = {
+        self.session.hooks.on_step(self._row(pending, values, seconds))
+        self.save_stall = 0.0
+        if values["skipped"]:
+            self._check_skips(pending, values)
+
+    def _row(self, pending: _Pending, values: dict[str, float], seconds: float) -> dict[str, Any]:
+        """A step's row of metrics.jsonl."""
+        session, bucket = self.session, pending.batch.bucket
+        records = "\n".join(pending.batch.record_ids)
+        devices = session.program.sharding.mesh.size
+        return {
             "step": pending.step,
             **values,
             "bucket": bucket.name,
-            "records": f"{zlib.crc32(chr(10).join(ids).encode()):08x}",
+            "records": f"{zlib.crc32(records.encode()):08x}",
             "seconds": seconds,
-            "data_wait": min(1.0, pending.waited / seconds),
-            "frames_per_second": frames / seconds,
-            "mfu": throughput.utilisation(self.flops[bucket], seconds, self.devices, self.peak),
-            "save_stall": self.stall,
+            "data_wait": min(1.0, pending.wait_seconds / seconds),
+            "frames_per_second": bucket.batch_size * bucket.views * bucket.frames / seconds,
+            "mfu": throughput.utilization(session.flops[bucket], seconds, devices, session.peak_flops),
+            "save_stall": self.save_stall,
             "host_rss_mib": throughput.host_rss_mib(),
         }
-        self.stall = 0.0
-        if self.rows is not None:
-            self.rows.write(row)
-        self.summaries.scalars(pending.step, row)
-        self.window.append(row)
-        if pending.step == self.start or (pending.step + 1) % self.training.log_every == 0:
-            self.say(console.step_line(_averaged(self.window), self.training.steps))
-            self.window = []
-        self.printer.advance(pending.step + 1, values.get("loss", math.nan))
-        if values["skipped"]:
-            self._skipped(pending, values)
 
-    def _skipped(self, pending: _Pending, values: dict[str, Any]) -> None:
+    def _check_skips(self, pending: _Pending, values: dict[str, float]) -> None:
+        """Log a skipped step with its records; raise `TrainingDiverged` if there were too many."""
         numbers = ", ".join(
             f"{name} = {values[name]}" for name in values if name.split("/")[-1] in ("loss", "gradient_norm")
         )
         records = ", ".join(pending.batch.record_ids)
-        self.say(f"WARNING: step {pending.step} was skipped: {numbers}. Its records: {records}")
-        limits = {"skipped_in_a_row": "max_consecutive_skips", "skipped_total": "max_skips"}
-        for count, field in limits.items():
-            if values[count] > getattr(self.training, field):
+        self.session.log(f"WARNING: step {pending.step} was skipped: {numbers}. Its records: {records}")
+        limits = {"consecutive_skips": "max_consecutive_skips", "skipped_total": "max_skips"}
+        for name, field in limits.items():
+            limit = getattr(self.training, field)
+            if values[name] > limit:
                 raise TrainingDiverged(
-                    f"step {pending.step}: {values[count]} steps skipped ({count.replace('_', ' ')}), more than "
-                    f"training.{field} = {getattr(self.training, field)}. {numbers}. "
-                    f"Records of the last batch: {records}. "
-                    f"Checkpoints of steps {self.checkpoints.steps()} are as they were; look at these records, lower "
-                    "optimizer.learning_rate, or raise the budget."
+                    f"step {pending.step}: {name} = {values[name]} exceeds training.{field} = {limit}. {numbers}. "
+                    f"Records of the last batch: {records}. Checkpoints: {_listed(self.session.checkpoints.steps())}. "
+                    "Look at these records, lower optimizer.learning_rate, or raise the limit."
                 )
 
+    def _finish(self, step: int, done: bool) -> int:
+        """Wait for the last checkpoint and log the outcome; returns the exit status."""
+        checkpoints, log = self.session.checkpoints, self.session.log
+        saved = checkpoints.wait()
+        steps = checkpoints.steps()
+        if not saved or step not in steps:
+            log(f"ERROR: step {step} is not saved; the latest checkpoint is {_listed(steps[-1:])}.")
+            return EXIT_UNSAVED
+        if done:
+            log(f"finished at step {step}; checkpoints in {checkpoints.folder}: {_listed(steps)}")
+            return EXIT_DONE
+        reason = self.session.preemption.reason
+        log(f"{reason}: saved step {step} and stopped; start the same command again to resume")
+        return EXIT_RESTART
 
-def _averaged(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last row, with times as means over all rows."""
-    count = len(rows)
-    seconds = sum(row["seconds"] for row in rows)
-    row = dict(rows[-1])
-    row["seconds"] = seconds / count
-    row["data_wait"] = sum(r["data_wait"] * r["seconds"] for r in rows) / seconds
-    row["frames_per_second"] = sum(r["frames_per_second"] * r["seconds"] for r in rows) / seconds
-    if row["mfu"] is not None:
-        row["mfu"] = sum(r["mfu"] * r["seconds"] for r in rows) / seconds
-    row["skipped"] = any(r["skipped"] for r in rows)
-    return row
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(f"step {step}" for step in steps) or "none"

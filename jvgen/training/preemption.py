@@ -1,4 +1,4 @@
-"""Being told to stop: signals on one host, an agreed step on many."""
+"""Requests to stop: signals with one process, an agreed step with several."""
 
 import signal
 import threading
@@ -8,15 +8,15 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL of sysexits.h: the run saved and would go on. Launchers start the same command again on this code.
+# EX_TEMPFAIL of sysexits.h: the run was saved and can resume. Launchers restart the same command on this status.
 EXIT_RESTART = 75
 
 
 class Preemption:
-    """Context in which SIGTERM and SIGINT ask the loop to save and leave instead of killing the process.
+    """Context in which SIGTERM and SIGINT ask the loop to save and stop instead of killing the process.
 
-    With several processes JAX's coordination service catches SIGTERM on any of them and makes all agree on one step
-    (so no handler is installed here, which would hide the signal from it). A second SIGINT interrupts at once.
+    With several processes JAX's coordination service catches SIGTERM on any of them and makes all agree on one step;
+    no handler is installed here, which would hide the signal from it. A second SIGINT interrupts immediately.
     """
 
     def __init__(self) -> None:
@@ -36,14 +36,14 @@ class Preemption:
             signal.signal(number, handler)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop before this step; the same answer on every host."""
+        """Whether to stop before this step; the same answer on every process."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signal is not None
 
     @property
     def reason(self) -> str:
-        """What asked for it."""
+        """Name of the signal, or "preemption"."""
         return signal.Signals(self._signal).name if self._signal is not None else "preemption"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

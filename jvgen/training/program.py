@@ -1,4 +1,4 @@
-"""A run as a program: task, optimizers, shardings and the step, ready to be lowered for devices real or described."""
+"""A run as a program: task, optimizers, shardings and training step, lowered for real or described devices."""
 
 import dataclasses
 import functools
@@ -24,21 +24,21 @@ from jvgen.training.optimization.optimizer import Optimizer, make_optimizer
 from jvgen.training.state import TrainState
 from jvgen.training.step import make_train_step
 
-# Global number of each example of a batch, int32: what tasks fold into keys, so that draws do not depend on
-# microbatches, hosts or the mesh.
+# Index of each example in the global batch, int32. Tasks fold it into random keys, so that draws do not depend on
+# microbatches, processes or the mesh.
 SLOT = "slot"
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Everything about a run that can be known without data, weights or time on a device.
+    """Everything about a run that is known without data, weights or a device.
 
     Attributes:
-      experiment, task: what is run.
+      experiment, task: the run.
       optimizers: one per objective, in order.
-      sharding: the mesh with its rules.
+      sharding: mesh and sharding rules.
       abstract: shapes and dtypes of the state.
-      shardings: where the state's arrays lie.
+      shardings: sharding of each array of the state.
     """
 
     experiment: Experiment
@@ -49,11 +49,11 @@ class Program:
     shardings: TrainState
 
     @classmethod
-    def of(cls, experiment: Experiment, mesh: Mesh, task: Task | None = None) -> "Program":
-        """Build the task and everything around it for a mesh, which may be of devices that are not there.
+    def build(cls, experiment: Experiment, mesh: Mesh, task: Task | None = None) -> "Program":
+        """Build the program for a mesh, whose devices may be described ones that are not attached.
 
         Raises:
-          ConfigError: an optimizer pattern without effect, an optimizer of an objective that the task does not have.
+          ConfigError: an optimizer pattern that matches nothing, or an optimizer of an unknown objective.
         """
         task = experiment.task.build() if task is None else task
         sharding = Sharding(mesh, experiment.sharding)
@@ -73,14 +73,14 @@ class Program:
                 f"optimizers: {unknown[0]!r} is not an objective of this task; it has {list(optimizers)}."
             )
         for path in nested.flatten(task.axes()):
-            movers = [name for name, optimizer in optimizers.items() if optimizer.trains(path)]
-            assert len(movers) <= 1, f"{path} belongs to several objectives: {movers}"
+            owners = [name for name, optimizer in optimizers.items() if optimizer.trainable(path)]
+            assert len(owners) <= 1, f"{path} belongs to several objectives: {owners}"
         dtype = jnp.dtype(experiment.training.compute_dtype)
         abstract = state.abstract_state(task, optimizers, experiment.ema, dtype)
         return cls(experiment, task, optimizers, sharding, abstract, state.state_shardings(task, abstract, sharding))
 
     def check(self) -> None:
-        """Raise `ValueError` for batches that the mesh, the accumulation or the networks cannot divide."""
+        """Raise `ValueError` for batches that do not divide over the mesh, the accumulation or the networks."""
         for bucket in self.experiment.data.buckets:
             check_batch(self.experiment, bucket, self.sharding)
             self.experiment.task.check_bucket(bucket)
@@ -93,63 +93,62 @@ class Program:
             for name, spec in self.task.fields(bucket).items()
         }
         shapes[SLOT] = jax.ShapeDtypeStruct((size,), jnp.int32)
-        places = self.sharding.batch(shapes)
+        shardings = self.sharding.batch(shapes)
         return {
-            name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=places[name])
+            name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
             for name, shape in shapes.items()
         }
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             self.abstract,
             self.shardings,
         )
 
     def lower(self, bucket: BucketConfig) -> jax.stages.Lowered:
-        """The training step for one batch shape, lowered for the devices of the mesh; the state is donated."""
+        """The training step for one batch shape, lowered for the devices of the mesh, with the state donated."""
         step = make_train_step(self.task, self.optimizers, self.experiment.ema, self.experiment.training, self.sharding)
         jitted = jax.jit(step, out_shardings=(self.shardings, self.sharding.replicated), donate_argnums=0)
         return jitted.lower(self.abstract_state(), self.abstract_batch(bucket))
 
-    def given(self) -> tuple[jax.Array, Parameters]:
-        """What no checkpoint holds of the state: the run's key, and frozen parameters, read from their files."""
+    def external_inputs(self) -> tuple[jax.Array, Parameters]:
+        """The parts of the state that no checkpoint holds: random key, and frozen parameters from their files."""
         seed = self.experiment.seed
         key = jax.jit(lambda: jax.random.key(seed), out_shardings=self.sharding.replicated)()
         dtype = jnp.dtype(self.experiment.training.compute_dtype)
-        return key, state.place_frozen(self.task, dtype, self.shardings.frozen)
+        return key, state.load_frozen(self.task, dtype, self.shardings.frozen)
 
     def init(self) -> TrainState:
-        """A fresh state, each shard made on its own device."""
-        key, frozen = self.given()
+        """A fresh state; each shard is initialized on its own device."""
+        key, frozen = self.external_inputs()
         make = functools.partial(state.init, self.task, self.optimizers, self.experiment.ema)
-        # Key and frozen parameters are there already: they are put in afterwards, not copied through the program.
+        # Key and frozen parameters exist already: they are inserted afterwards, not copied through the program.
         shardings = dataclasses.replace(self.shardings, key=None, frozen=None)
         lowered = jax.jit(
             lambda key: dataclasses.replace(make(key, {}), key=None, frozen=None), out_shardings=shardings
         ).lower(key)
-        # It runs once and has a random generator for every array: on CPU, optimizing it takes four times as long.
+        # It runs once and has a random generator per array: on CPU, compiling it optimized takes four times as long.
         quick = {"xla_backend_optimization_level": 0} if self.sharding.mesh.devices.flat[0].platform == "cpu" else {}
         fresh = lowered.compile(compiler_options=quick)(key)
         return dataclasses.replace(fresh, key=key, frozen=frozen)
 
-    def start_from(self, parameters: Parameters) -> TrainState:
-        """A fresh state that begins with these parameters (of all or some networks), its averages too."""
+    def init_from(self, parameters: Parameters) -> TrainState:
+        """A fresh state with these parameters (of all or some networks), also in its EMA."""
         fresh = self.init()
-        places = nested.flatten(self.shardings.parameters)
+        shardings = nested.flatten(self.shardings.parameters)
 
         def put(path: str, value: Any) -> jax.Array:
-            assert places.get(path) is not None, f"{path} is not a parameter of this task"
-            return jax.device_put(np.asarray(value, np.float32), places[path])
+            assert path in shardings, f"{path} is not a parameter of this task"
+            return jax.device_put(np.asarray(value, np.float32), shardings[path])
 
-        given = nested.map_with_path(put, parameters)
-        whole = nested.merge(fresh.parameters, given)
-        averages = {name: jax.tree.map(jnp.copy, nested.select(whole, average)) for name, average in fresh.ema.items()}
-        return dataclasses.replace(fresh, parameters=whole, ema=averages)
+        merged = nested.merge(fresh.parameters, nested.map_with_path(put, parameters))
+        ema = {name: jax.tree.map(jnp.copy, nested.select(merged, averaged)) for name, averaged in fresh.ema.items()}
+        return dataclasses.replace(fresh, parameters=merged, ema=ema)
 
     def evaluation(self, method: str) -> Callable[[Parameters, Parameters, Batch, jax.Array], Metrics]:
-        """The task's "evaluate", "visualize" or "predicted_clips", jitted, with parameters cast as in training."""
+        """A method of the task ("evaluate", "visualize", "predicted_clips"), jitted; parameters cast as in training."""
         dtype = jnp.dtype(self.experiment.training.compute_dtype)
 
         def run(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Any:
@@ -158,11 +157,13 @@ class Program:
 
         return jax.jit(run, out_shardings=self.sharding.replicated)
 
-    def place(self, arrays: dict[str, np.ndarray], bucket: BucketConfig, host: int, hosts: int) -> Batch:
-        """Put this host's slice of a batch on its devices, as a part of the global batch."""
+    def shard_batch(
+        self, arrays: dict[str, np.ndarray], bucket: BucketConfig, process_index: int = 0, process_count: int = 1
+    ) -> Batch:
+        """The global batch, sharded over the mesh, from this process's part of it."""
         size = next(iter(arrays.values())).shape[0]
-        slots = np.arange(host * size, (host + 1) * size, dtype=np.int32)
-        wanted = self.abstract_batch(bucket, size * hosts)
+        slots = np.arange(process_index * size, (process_index + 1) * size, dtype=np.int32)
+        wanted = self.abstract_batch(bucket, size * process_count)
         missing = sorted(set(wanted) - set(arrays) - {SLOT})
         assert not missing, f"the task's prepare() left out {missing}, which its fields() promise"
         return {
@@ -174,7 +175,7 @@ class Program:
 
 
 def check_batch(experiment: Experiment, bucket: BucketConfig, sharding: Sharding) -> None:
-    """Raise `ConfigError` unless a bucket's batch divides over accumulation and the devices that split it."""
+    """Raise `ConfigError` unless a bucket's batch divides over the accumulation and the devices of the batch axes."""
     spec = sharding.config.compute.get(axes.BATCH, ())
     devices = int(np.prod([sharding.mesh.shape[axis] for axis in spec], dtype=int))
     needed = devices * experiment.training.accumulation

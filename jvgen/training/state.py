@@ -1,4 +1,4 @@
-"""The state of a run: one registered dataclass of arrays, made directly where its shards belong."""
+"""The training state: one registered dataclass of arrays, initialized shard by shard on the devices."""
 
 import dataclasses
 import math
@@ -23,16 +23,16 @@ from jvgen.training.optimization.optimizer import Optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step reads and returns; the step donates it.
+    """Everything that a step reads and returns, donated to the step.
 
     Attributes:
-      step: int32 scalar, steps done (skipped ones included).
+      step: int32 scalar, number of steps done, skipped ones included.
       parameters: float32, `{network: ...}`.
       optimizer: optimizer state by objective name.
-      ema: averaged parameters by decay ("0.9999").
-      health: statistics of gradient norms and counts of skipped steps.
-      key: the run's key, never changed; each use folds in the step and its purpose.
-      frozen: parameters of frozen networks; read from their own files, never in checkpoints.
+      ema: EMA parameters by decay ("0.9999").
+      health: statistics of gradient norms, counts of skipped steps.
+      key: random key of the run, constant; each use folds in its purpose and the step.
+      frozen: parameters of frozen networks, read from their own files and never saved.
     """
 
     step: jax.Array
@@ -44,7 +44,7 @@ class TrainState:
     frozen: Parameters
 
     def saved(self) -> dict[str, jax.Array]:
-        """What a checkpoint keeps, by name: all but `key` (it comes from the seed) and `frozen`."""
+        """The arrays of a checkpoint by name: all but `key` (derived from the seed) and `frozen`."""
         return parameter_paths.name_leaves(
             {
                 "step": self.step,
@@ -56,7 +56,7 @@ class TrainState:
         )
 
     def with_saved(self, arrays: Mapping[str, Any]) -> "TrainState":
-        """This state with its `saved()` leaves taken from `arrays`."""
+        """A copy with the `saved()` leaves taken from `arrays`."""
         parts = {name: getattr(self, name) for name in ("step", "parameters", "optimizer", "ema", "health")}
         leaves, structure = jax.tree.flatten(parts)
         names = list(parameter_paths.name_leaves(parts))
@@ -65,19 +65,19 @@ class TrainState:
 
 
 def init(
-    task: Task, optimizers: Mapping[str, Optimizer], averages: EmaConfig, key: jax.Array, frozen: Parameters
+    task: Task, optimizers: Mapping[str, Optimizer], ema_config: EmaConfig, key: jax.Array, frozen: Parameters
 ) -> TrainState:
-    """A fresh state; pure, to be traced under `jax.jit` with `out_shardings`."""
+    """A fresh state. Pure: trace it under `jax.jit` with `out_shardings`."""
     parameters = task.init(jax.random.fold_in(key, INIT))
-    trained, _ = nested.split(parameters, lambda path: any(o.trains(path) for o in optimizers.values()))
+    trained, _ = nested.split(parameters, lambda path: any(o.trainable(path) for o in optimizers.values()))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,
         optimizer={
-            name: optimizer.init(nested.split(parameters, optimizer.trains)[0])
+            name: optimizer.init(nested.split(parameters, optimizer.trainable)[0])
             for name, optimizer in optimizers.items()
         },
-        ema=ema.init(averages, trained),
+        ema=ema.init(ema_config, trained),
         health=health.Health.start(tuple(sorted(optimizers))),
         key=key,
         frozen=frozen,
@@ -89,30 +89,32 @@ INIT, TRAIN, EVALUATE, VISUALIZE = range(4)
 
 
 def key_for(key: jax.Array, purpose: int, step: jax.Array | int) -> jax.Array:
-    """The key of one step and one purpose, however often the run was interrupted before."""
+    """The random key of one purpose at one step; the same after any number of restarts."""
     return jax.random.fold_in(jax.random.fold_in(key, purpose), step)
 
 
 def abstract_state(
-    task: Task, optimizers: Mapping[str, Optimizer], averages: EmaConfig, compute_dtype: jnp.dtype
+    task: Task, optimizers: Mapping[str, Optimizer], ema_config: EmaConfig, compute_dtype: jnp.dtype
 ) -> TrainState:
-    """Shapes and dtypes of the state; allocates nothing, reads no file."""
+    """Shapes and dtypes of the state; allocates nothing and reads no file."""
     frozen = {
         name: compute_shapes(network.shapes, network.axes, _frozen_dtype(task, name, compute_dtype))
         for name, network in sorted(task.frozen_networks.items())
     }
-    return jax.eval_shape(lambda key, frozen: init(task, optimizers, averages, key, frozen), jax.random.key(0), frozen)
+    return jax.eval_shape(
+        lambda key, frozen: init(task, optimizers, ema_config, key, frozen), jax.random.key(0), frozen
+    )
 
 
 def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> TrainState:
-    """Where each array of the state lies: moments and averages as their parameters, scalars everywhere."""
+    """Sharding of each array of the state: moments and EMA as their parameters, scalars replicated."""
     parameters = sharding.storage(task.axes(), abstract.parameters)
     by_path = nested.flatten(parameters)
     shapes = {path: leaf.shape for path, leaf in nested.flatten(abstract.parameters).items()}
 
-    def place(path: Any, leaf: Any) -> Any:
+    def sharding_of(path: Any, leaf: Any) -> Any:
         keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        # The optimizer's own containers come first, the parameter's path last.
+        # The path of a moment ends with the path of its parameter.
         for start in range(len(keys)):
             name = "/".join(keys[start:])
             if shapes.get(name) == leaf.shape:
@@ -122,8 +124,8 @@ def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> Tra
     return TrainState(
         step=sharding.replicated,
         parameters=parameters,
-        optimizer=jax.tree_util.tree_map_with_path(place, abstract.optimizer),
-        ema={name: nested.select(parameters, average) for name, average in abstract.ema.items()},
+        optimizer=jax.tree_util.tree_map_with_path(sharding_of, abstract.optimizer),
+        ema={name: nested.select(parameters, averaged) for name, averaged in abstract.ema.items()},
         health=jax.tree.map(lambda _: sharding.replicated, abstract.health),
         key=sharding.replicated,
         frozen=sharding.storage(task.frozen_axes(), abstract.frozen) if abstract.frozen else {},
@@ -134,23 +136,23 @@ def _frozen_dtype(task: Task, name: str, compute_dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if name in task.keeps_float32 else compute_dtype
 
 
-def place_frozen(task: Task, compute_dtype: jnp.dtype, shardings: Parameters) -> Parameters:
-    """Read the frozen networks' parameters and put each shard where it belongs, in the compute dtype."""
+def load_frozen(task: Task, compute_dtype: jnp.dtype, shardings: Parameters) -> Parameters:
+    """Parameters of the frozen networks, read from their files and sharded, in the compute dtype."""
     loaded = task.load_frozen()
     if not loaded:
         return {}
     axes = nested.flatten(task.frozen_axes())
-    places = nested.flatten(shardings)
+    shardings = nested.flatten(shardings)
 
-    def put(path: str, value: np.ndarray) -> jax.Array:
+    def shard(path: str, value: np.ndarray) -> jax.Array:
         floating = jnp.issubdtype(value.dtype, jnp.floating)
         wanted = _frozen_dtype(task, path.split("/")[0], compute_dtype)
         dtype = wanted if floating and is_cast(value.shape, axes[path]) else value.dtype
         return jax.make_array_from_callback(
-            value.shape, places[path], lambda index: np.asarray(value[index]).astype(dtype)
+            value.shape, shardings[path], lambda index: np.asarray(value[index]).astype(dtype)
         )
 
-    return nested.map_with_path(put, loaded)
+    return nested.map_with_path(shard, loaded)
 
 
 def size_of(tree: Any) -> tuple[int, int]:

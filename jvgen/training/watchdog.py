@@ -1,4 +1,4 @@
-"""A thread that notices a step which hangs and prints what every thread is doing."""
+"""A thread that notices when a step hangs and prints the stacks of all threads."""
 
 import contextlib
 import faulthandler
@@ -14,9 +14,9 @@ class Watchdog:
     """Watches sections of the main thread for a time limit.
 
     Args:
-      seconds: limit of one section; 0 for no watching.
-      log: file that gets the stacks too.
-      on_hang: called once per hang after the stacks were printed, on the watching thread.
+      seconds: time limit of one section; 0 turns the watchdog off.
+      log: file to which the stacks are appended as well.
+      on_hang: called once per hang, on the watchdog thread, after the stacks were printed.
     """
 
     def __init__(self, seconds: float, log: Path | None = None, on_hang: Callable[[], None] | None = None):
@@ -33,7 +33,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self, what: str) -> Iterator[None]:
-        """Within this context the limit runs."""
+        """Context of one section, named in the report."""
         self._set(time.monotonic(), what)
         try:
             yield
@@ -41,7 +41,7 @@ class Watchdog:
             self._set(None, "")
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -85,5 +85,5 @@ class Watchdog:
     def _streams(self) -> Iterator[contextlib.AbstractContextManager]:
         if self._log is not None:
             yield self._log.open("a")
-        # Under a notebook or a test, sys.stderr may have no file descriptor, which faulthandler needs.
+        # In a notebook or a test sys.stderr may have no file descriptor, which faulthandler needs.
         yield contextlib.nullcontext(sys.__stderr__)

@@ -54,13 +54,13 @@ def run(settings: Settings) -> Result:
 
 def _training(base: Experiment, pod: Topology, aggregation: AggregationConfig | None) -> jax.stages.Compiled:
     denoiser = base.task.denoiser.replace(aggregation=aggregation)
-    program = Program.of(base.replace(task=base.task.replace(denoiser=denoiser)), make_mesh(base.mesh, pod.devices))
+    program = Program.build(base.replace(task=base.task.replace(denoiser=denoiser)), make_mesh(base.mesh, pod.devices))
     return program.lower(base.data.buckets[0]).compile()
 
 
 def _sampling(base: Experiment, pod: Topology, enhance: EnhanceConfig | None) -> jax.stages.Compiled:
     """The denoiser with guidance: both halves in one batch."""
-    program = Program.of(base, make_mesh(base.mesh, pod.devices))
+    program = Program.build(base, make_mesh(base.mesh, pod.devices))
     network, sharding, denoiser = program.task.networks["denoiser"], program.sharding, base.task.denoiser
     bucket, dtype = base.data.buckets[0], jnp.dtype(base.training.compute_dtype)
     shape = base.task.latent_shape(bucket.frames, bucket.height, bucket.width)

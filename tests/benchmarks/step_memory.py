@@ -46,7 +46,7 @@ def run(settings: Settings) -> Result:
 def _row(size: Size, remat: Remat) -> dict[str, Any]:
     config = config_of(size).replace(remat=remat)
     case = case_of(remat.value, size, config)
-    program = Program.of(case.experiment(ema=(0.999,)), single_device_mesh())
+    program = Program.build(case.experiment(ema=(0.999,)), single_device_mesh())
     memory = Memory.of(program.lower(case.bucket).compile())
     abstract = program.abstract_state()
     _, parameters = size_of(abstract.parameters)

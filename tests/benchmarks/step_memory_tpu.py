@@ -33,7 +33,7 @@ def run(settings: Settings) -> Result:
     if settings.quick:
         experiment, name = configuration.override(experiment, QUICK), "v5e:2x2"
     pod = topology.describe(name)
-    program = Program.of(experiment, make_mesh(experiment.mesh, pod.devices))
+    program = Program.build(experiment, make_mesh(experiment.mesh, pod.devices))
     (bucket,) = experiment.data.buckets
     report = compile_bucket(program, bucket)
     denoiser, text = experiment.task.denoiser, experiment.task.text.length

@@ -125,12 +125,12 @@ class OurStep:
     """Our compiled training step and its state; a call makes one step."""
 
     def __init__(self, case: Case, ema: tuple[float, ...] = ()):
-        self.program = Program.of(case.experiment(ema), single_device_mesh())
+        self.program = Program.build(case.experiment(ema), single_device_mesh())
         began = time.perf_counter()
         self.compiled = self.program.lower(case.bucket).compile()
         self.compile_seconds = time.perf_counter() - began
         self.state: TrainState = self.program.init()
-        self.batch = self.program.place(dict(case.arrays), case.bucket, 0, 1)
+        self.batch = self.program.shard_batch(dict(case.arrays), case.bucket)
 
     def parameters(self) -> Parameters:
         """A copy on the host: the state is donated to the next step."""

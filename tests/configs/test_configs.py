@@ -125,7 +125,7 @@ def test_its_task_is_built_without_touching_a_device(experiment):
 
 @pytest.mark.parametrize("file", HEAVY, indirect=True)
 def test_its_training_step_lowers_for_its_mesh(experiment):
-    program = Program.of(experiment, make_mesh(experiment.mesh))
+    program = Program.build(experiment, make_mesh(experiment.mesh))
     program.check()
     before = {id(array) for array in jax.live_arrays()}
     for bucket in experiment.data.buckets:
@@ -147,9 +147,9 @@ def test_at_toy_width_it_takes_a_step(experiment, quick_compilations):
         small = small.replace(task=small.task.replace(perceptual=PerceptualConfig(kind="laplacian")))
     config.validate_tree(small)
     task = with_random_frozen(small.task.build())
-    program = Program.of(small, single_device_mesh(), task)
+    program = Program.build(small, single_device_mesh(), task)
     bucket = small.data.buckets[0]
-    batch = program.place(fake_examples(task, bucket), bucket, 0, 1)
+    batch = program.shard_batch(fake_examples(task, bucket), bucket)
     state, metrics = program.lower(bucket).compile()(program.init(), batch)
     values = to_host(metrics)
     # Of every player that acts in the first step.

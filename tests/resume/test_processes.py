@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from jvgen.training.telemetry.metrics import read_rows  # noqa: E402
+from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 
 SCRIPT = Path(__file__).parents[1] / "toys.py"
 

@@ -9,10 +9,10 @@ from jvgen.nn import halo
 from jvgen.nn.conv import convolve
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import MeshConfig, make_mesh
-from jvgen.parallel.rules import COMPUTE_IN_SPACE, COMPUTE_IN_TIME, Sharding, ShardingConfig
+from jvgen.parallel.rules import SPATIAL_SHARDING, TEMPORAL_SHARDING, Sharding, ShardingConfig
 from jvgen.preflight import collectives
 
-SPACE, TIME = ShardingConfig(compute=COMPUTE_IN_SPACE), ShardingConfig(compute=COMPUTE_IN_TIME)
+SPACE, TIME = ShardingConfig(compute=SPATIAL_SHARDING), ShardingConfig(compute=TEMPORAL_SHARDING)
 ROWS = MeshConfig(fsdp=1, seq=8)
 BOTH = MeshConfig(fsdp=2, seq=2, tensor=2)
 SAME = ((1, 1), (1, 1), (1, 1))

@@ -11,7 +11,7 @@ from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import MeshConfig, make_mesh
-from jvgen.parallel.rules import COMPUTE_IN_SPACE, Sharding, ShardingConfig
+from jvgen.parallel.rules import SPATIAL_SHARDING, Sharding, ShardingConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilations")]
 
@@ -31,7 +31,7 @@ def test_clips_split_by_rows_and_columns(name):
     parameters = structure.unflatten([(0.3 * rng.standard_normal(leaf.shape)).astype(np.float32) for leaf in leaves])
     clip = rng.uniform(-1, 1, (2, 3, 8, 8, 3)).astype(np.float32)
     sharding = Sharding(
-        make_mesh(MeshConfig(fsdp=2, seq=2, tensor=2)), ShardingConfig(compute=COMPUTE_IN_SPACE, replicate_below=64)
+        make_mesh(MeshConfig(fsdp=2, seq=2, tensor=2)), ShardingConfig(compute=SPATIAL_SHARDING, replicate_below=64)
     )
 
     def run(partitioner):

@@ -64,7 +64,7 @@ def program_of(name: str, mesh: dict[str, int]) -> tuple[Program, BucketConfig]:
         training=TrainingConfig(steps=1, compute_dtype="float32"),
     )  # fmt: skip
     devices = jax.devices()[:1] if mesh == ONE else None
-    return Program.of(experiment, make_mesh(config, devices)), bucket
+    return Program.build(experiment, make_mesh(config, devices)), bucket
 
 
 def loss_and_gradient(name: str, mesh: dict[str, int]):

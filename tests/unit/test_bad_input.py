@@ -407,7 +407,7 @@ def test_checkpoint_that_cannot_be_read_is_no_fresh_start(world, jvgen, tmp_path
     sizes = sorted(size for size, _ in contents(tmp_path / "run").values())
     words = [*train()(world)[:-1], tmp_path / "run"]
     assert_told(jvgen("export", tmp_path / "run", "--to", tmp_path / "new"), ("checkpoints", "no readable checkpoint"))
-    assert_told(jvgen(*words), ("none of the checkpoints [0] can be used", "Nothing was started anew"))
+    assert_told(jvgen(*words), ("none of the checkpoints [0] is valid", "was not restarted from step 0"))
     assert not (tmp_path / "new").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
     # Set aside, not deleted.
     assert sorted(size for size, _ in contents(tmp_path / "run").values()) == sizes

@@ -1,4 +1,4 @@
-"""Checkpoints: every damaged byte is found and named, nothing sound is lost, any layout restores."""
+"""Checkpoints: every corrupt byte is detected and named, no valid checkpoint is lost, any layout restores."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ from jvgen.training.checkpoint import manager as checkpoint
 from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
 from jvgen.training.config import CheckpointConfig
 
-# Orbax leaves coroutines behind when one of several concurrent reads fails, which is what happens to damaged files.
+# Orbax leaves coroutines behind when one of several concurrent reads fails, which is what happens to corrupt files.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <coroutine object:pytest.PytestUnraisableExceptionWarning"
 )
@@ -61,15 +61,15 @@ def wanted_on(mesh: Mesh, transpose: bool = False) -> dict[str, jax.ShapeDtypeSt
     }
 
 
-def save(folder: Path, *steps: int, config: CheckpointConfig | None = None, say=print, mesh=None) -> None:
-    manager = Checkpoints(folder, config or CheckpointConfig(keep_last=10), say=say)
+def save(folder: Path, *steps: int, config: CheckpointConfig | None = None, log=print, mesh=None) -> None:
+    manager = Checkpoints(folder, config or CheckpointConfig(keep_last=10), log=log)
     for step in steps:
         manager.save(step, arrays_at(step, mesh), {"step": step}, {"name": "run"})
     manager.close()
 
 
-def restore(folder: Path, say=print, mesh=None, **options):
-    manager = Checkpoints(folder, CheckpointConfig(), say=say)
+def restore(folder: Path, log=print, mesh=None, **options):
+    manager = Checkpoints(folder, CheckpointConfig(), log=log)
     try:
         return manager.restore(wanted_on(mesh or mesh_of(1)), **options)
     finally:
@@ -139,7 +139,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
 
 
 def test_a_flipped_bit_in_any_file_is_harmless_or_falls_back(two, tmp_path):
-    """Three bits of every file: what is restored is exactly step 2, or exactly step 1 with step 2 set aside."""
+    """Three bits of every file: what is restored is exactly step 2, or exactly step 1 with step 2 quarantined."""
     outcomes = {}
     for number, original in enumerate(files_of(two, 2)):
         name = original.relative_to(two / "checkpoints" / "2")
@@ -152,17 +152,17 @@ def test_a_flipped_bit_in_any_file_is_harmless_or_falls_back(two, tmp_path):
         folder = tmp_path / str(number)
         shutil.copytree(two, folder)
         (folder / "checkpoints" / "2" / name).write_bytes(data)
-        said = []
-        restored = restore(folder, said.append)
+        logged = []
+        restored = restore(folder, logged.append)
         assert_is(restored, restored.step)
         outcomes[str(name)] = restored.step
         if restored.step == 1:
-            assert "checkpoints/2 is damaged" in said[0] and (folder / "damaged" / "2").is_dir()
+            assert "checkpoints/2 is corrupt" in logged[0] and (folder / "corrupt" / "2").is_dir()
             assert [p.name for p in (folder / "checkpoints").iterdir()] == ["1"]
     assert {Path(name).parts[0] for name, step in outcomes.items() if step == 1} >= {"state", "data", "run", "digests"}
 
 
-def test_damaged_values_are_named(copy):
+def test_corrupt_values_are_named(copy):
     """Valid files with a wrong value in one array: the copy of another run's, say."""
     manager = Checkpoints(copy, CheckpointConfig(keep_last=10))
     wrong = dict(arrays_at(3))
@@ -178,9 +178,9 @@ def test_damaged_values_are_named(copy):
     finally:
         checkpoint.digest.finish = real
     manager.close()
-    said = []
-    assert_is(restore(copy, said.append), 2)
-    assert "damaged array: ema/0.99/net/kernel" in said[0] and "checkpoints/3" in said[0]
+    logged = []
+    assert_is(restore(copy, logged.append), 2)
+    assert "corrupt array: ema/0.99/net/kernel" in logged[0] and "checkpoints/3" in logged[0]
 
 
 def test_truncated_and_deleted_files_fall_back(two, tmp_path):
@@ -197,15 +197,15 @@ def test_truncated_and_deleted_files_fall_back(two, tmp_path):
             assert_is(restored, restored.step)
 
 
-def test_when_all_are_damaged_the_run_stops(copy):
+def test_when_all_are_corrupt_the_run_stops(copy):
     for step in (1, 2):
         for path in files_of(copy, step):
             if path.parent.name == "d":
                 path.write_bytes(b"")
-    said = []
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1, 2\] can be used"):
-        restore(copy, said.append)
-    assert len(said) == 2 and sorted(p.name for p in (copy / "damaged").iterdir()) == ["1", "2"]
+    logged = []
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1, 2\] is valid"):
+        restore(copy, logged.append)
+    assert len(logged) == 2 and sorted(p.name for p in (copy / "corrupt").iterdir()) == ["1", "2"]
 
 
 def test_an_incomplete_folder_is_not_a_fresh_start(tmp_path):
@@ -214,11 +214,11 @@ def test_an_incomplete_folder_is_not_a_fresh_start(tmp_path):
         restore(tmp_path, lambda text: None)
 
 
-def test_what_a_killed_save_left_behind_is_swept_away(copy):
+def test_leftovers_of_a_killed_save_are_deleted(copy):
     left = copy / "checkpoints" / "3.orbax-checkpoint-tmp"
     shutil.copytree(copy / "checkpoints" / "2", left)
     assert_is(restore(copy), 2)
-    # Orbax sweeps in the background, and waits for it before it saves.
+    # Orbax deletes in the background, and waits for it before it saves.
     until = time.monotonic() + 30
     while left.exists() and time.monotonic() < until:
         time.sleep(0.01)
@@ -230,7 +230,7 @@ def test_reading_for_inference_changes_nothing_on_disk(copy):
         if path.parent.name == "d":
             path.write_bytes(b"")
     before = sorted(copy.rglob("*"))
-    manager = Checkpoints(copy, CheckpointConfig(), say=lambda text: None, read_only=True)
+    manager = Checkpoints(copy, CheckpointConfig(), log=lambda text: None, read_only=True)
     assert_is(manager.restore(wanted_on(mesh_of(1))), 1)
     manager.close()
     assert sorted(copy.rglob("*")) == before
@@ -247,25 +247,24 @@ def test_arrays_that_do_not_fit_are_all_listed(copy):
     manager.close()
     for part in ("parameters/other", "not in this run: parameters/net/kernel", "(8,) float32, this run (9,) bfloat16"):
         assert part in str(caught.value)
-    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["1", "2"], "it is not damaged, it stays"
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["1", "2"], "it is not corrupt, it stays"
 
 
 def test_a_part_can_be_read_alone(copy):
     manager = Checkpoints(copy, CheckpointConfig(), read_only=True)
     wanted = {"ema/0.99/net/kernel": wanted_on(mesh_of(1))["ema/0.99/net/kernel"]}
     found = manager.restore(wanted, step=1, partial=True)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 7; there are"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7; its steps are"):
         manager.restore(wanted, step=7, partial=True)
     manager.close()
     assert found.step == 1 and list(found.arrays) == list(wanted)
 
 
 def test_keep_rules(tmp_path):
-    scores = {}
     config = CheckpointConfig(every=1, keep_last=2, keep_every=4, best_metric="loss")
-    manager = Checkpoints(tmp_path, config, scores=scores)
+    manager = Checkpoints(tmp_path, config)
     for step, loss in enumerate([5.0, 4.0, 1.0, 3.0, float("nan"), 2.0, 6.0, 7.0, 8.0], start=1):
-        scores[step] = loss
+        manager.record_evaluation(step, {"loss": loss})
         manager.save(step, arrays_at(step), {}, {})
     manager.close()
     assert Checkpoints(tmp_path, config, read_only=True).steps() == [3, 4, 8, 9]
@@ -290,10 +289,10 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])
 def test_a_full_disk_leaves_the_older_checkpoints(small_disk, policy):
-    said = []
+    logged = []
     config = CheckpointConfig(keep_last=2, on_failed_save=policy)
-    save(small_disk, 1, config=config, say=said.append)
-    manager = Checkpoints(small_disk, config, say=said.append)
+    save(small_disk, 1, config=config, log=logged.append)
+    manager = Checkpoints(small_disk, config, log=logged.append)
     big = {"x": jax.random.normal(jax.random.key(0), (2**21,))}
     manager.save(2, big, {}, {})
     if policy == "stop":
@@ -301,10 +300,12 @@ def test_a_full_disk_leaves_the_older_checkpoints(small_disk, policy):
             manager.wait()
     else:
         deadline = time.monotonic() + 20
-        while not said and time.monotonic() < deadline:
+        while not logged and time.monotonic() < deadline:
             manager.poll()
             time.sleep(0.01)
-        assert "step 2" in said[0] and "no space left on device" in said[0] and "Intact checkpoints: 1." in said[0]
+        assert (
+            "step 2" in logged[0] and "no space left on device" in logged[0] and "Intact checkpoints: 1." in logged[0]
+        )
         manager.save(3, arrays_at(3), {"step": 3}, {"name": "run"})
         assert manager.wait() and manager.steps() == [1, 3]
     manager.close()
@@ -313,15 +314,15 @@ def test_a_full_disk_leaves_the_older_checkpoints(small_disk, policy):
 
 
 def test_a_writer_that_fails_is_reported_without_a_small_disk(copy, monkeypatch):
-    said = []
-    manager = Checkpoints(copy, CheckpointConfig(keep_last=10), say=said.append)
+    logged = []
+    manager = Checkpoints(copy, CheckpointConfig(keep_last=10), log=logged.append)
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manager._manager, "save", full)
     manager.save(3, arrays_at(3), {}, {})
-    assert "no space left on device" in said[0] and "1, 2" in said[0]
+    assert "no space left on device" in logged[0] and "1, 2" in logged[0]
     monkeypatch.undo()
     manager.save(4, arrays_at(4), {"step": 4}, {"name": "run"})
     manager.close()

@@ -1,4 +1,4 @@
-"""Stages in one run: shapes, batch sizes and learning rates are functions of the step, and a run goes on in any."""
+"""Stages of a run: shapes, batch sizes and learning rates are functions of the step, and any stage can be resumed."""
 
 import sys
 from pathlib import Path
@@ -12,9 +12,9 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.stages import BucketSchedule, check_stages
 from jvgen.saved_config import from_json, to_json
 from jvgen.training.loop import train
-from jvgen.training.optimization.curriculum import Stage, staged_buckets, staged_rates, total_steps
-from jvgen.training.optimization.optimizer import OptimizerConfig, RateStage, make_schedule
-from jvgen.training.telemetry.metrics import read_rows
+from jvgen.training.optimization.curriculum import Stage, staged_buckets, staged_learning_rate, total_steps
+from jvgen.training.optimization.optimizer import LRStage, OptimizerConfig, make_schedule
+from jvgen.training.telemetry.json_lines import read_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
@@ -26,13 +26,13 @@ def bucket(side: int, batch_size: int = 2, **changes) -> BucketConfig:
 
 STAGES = (
     Stage(steps=3, buckets=(bucket(8, 4),), learning_rate=4e-3),
-    Stage(steps=4, buckets=(bucket(8, 2), bucket(16, 2, weight=3.0)), learning_rate=1e-3, rise=2),
+    Stage(steps=4, buckets=(bucket(8, 2), bucket(16, 2, weight=3.0)), learning_rate=1e-3, warmup_steps=2),
     Stage(steps=2, buckets=(bucket(16, 1),), learning_rate=5e-4),
 )
 BUCKETS = staged_buckets(STAGES)
 
 
-def test_stages_say_when_each_shape_is_in_use():
+def test_stages_set_the_steps_of_each_shape():
     assert total_steps(STAGES) == 9
     assert [(b.height, b.batch_size, b.start_step, b.end_step) for b in BUCKETS] == [
         (8, 4, 0, 3), (8, 2, 3, 7), (16, 2, 3, 7), (16, 1, 7, 9),
@@ -40,7 +40,7 @@ def test_stages_say_when_each_shape_is_in_use():
     check_stages(BUCKETS, 9)
 
 
-def test_turns_are_counted_over_all_stages():
+def test_buckets_are_counted_over_all_stages():
     """At any step, asked in any order: as many batches before it as counting from the start gives."""
     buckets = (
         bucket(8, end_step=40), bucket(16, start_step=10, end_step=25), bucket(32, start_step=25, weight=2.0),
@@ -78,20 +78,25 @@ def test_gaps_between_stages_are_named(buckets, steps, words):
 
 
 def test_learning_rates_of_the_stages():
-    config = OptimizerConfig(warmup_steps=2, **staged_rates(STAGES))
-    assert config.stages == (RateStage(begins=3, factor=0.25, rise=2), RateStage(begins=7, factor=0.125))
+    config = OptimizerConfig(warmup_steps=2, **staged_learning_rate(STAGES))
+    assert config.stages == (LRStage(start_step=3, scale=0.25, warmup_steps=2), LRStage(start_step=7, scale=0.125))
     rates = [float(make_schedule(config, 9)(jnp.asarray(step, jnp.int32))) for step in range(9)]
     np.testing.assert_allclose(rates, [2e-3, 4e-3, 4e-3, 2.5e-3, 1e-3, 1e-3, 1e-3, 5e-4, 5e-4], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     "stages, words",
-    [((RateStage(begins=5, factor=1.0), RateStage(begins=5, factor=2.0)), "in order"),
-     ((RateStage(begins=5, factor=0.0),), "positive factor")],
+    [((LRStage(start_step=5, scale=1.0), LRStage(start_step=5, scale=2.0)), "must increase"),
+     ((LRStage(start_step=5, scale=0.0),), "scale = 0.0: must be positive")],
 )  # fmt: skip
 def test_stages_of_the_learning_rate_are_checked(stages, words):
     with pytest.raises(ConfigError, match=words):
         validate_tree(OptimizerConfig(stages=stages))
+
+
+def test_stages_saved_by_0_1_0_are_read():
+    saved = '{"class": "jvgen.training.optimizer:RateStage", "begins": 5, "factor": 0.5, "rise": 2}'
+    assert from_json(saved) == LRStage(start_step=5, scale=0.5, warmup_steps=2)
 
 
 # A run.
@@ -104,19 +109,19 @@ class StagedLoader(toys.FakeLoader):
         return self.buckets[BucketSchedule(self.buckets).at(step)[0]]
 
 
-def test_a_run_goes_on_within_and_between_stages(tmp_path, quick_compilations):
+def test_a_run_resumes_within_and_between_stages(tmp_path, quick_compilations):
     small, large = (
         BucketConfig(frames=frames, height=1, width=1, batch_size=size) for frames, size in ((2, 32), (4, 16))
     )
     stages = (
         Stage(steps=3, buckets=(small,), learning_rate=4e-3),
-        Stage(steps=4, buckets=(small, large.replace(weight=3.0)), learning_rate=1e-3, rise=2),
+        Stage(steps=4, buckets=(small, large.replace(weight=3.0)), learning_rate=1e-3, warmup_steps=2),
         Stage(steps=2, buckets=(large,), learning_rate=5e-4),
     )
     base = toys.experiment()
     run = base.replace(
         data=base.data.replace(buckets=staged_buckets(stages)),
-        optimizer=OptimizerConfig(warmup_steps=1, **staged_rates(stages)),
+        optimizer=OptimizerConfig(warmup_steps=1, **staged_learning_rate(stages)),
         training=base.training.replace(steps=total_steps(stages)),
         checkpoint=base.checkpoint.replace(every=100),
     )

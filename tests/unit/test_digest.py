@@ -86,17 +86,17 @@ def test_no_two_of_many_arrays_share_it():
     assert len({value[:8] for value in found}) == len(found) and len({value[8:] for value in found}) == len(found)
 
 
-def test_a_manifest_names_what_is_damaged():
+def test_a_manifest_names_what_is_corrupt():
     arrays = {"a/kernel": make("float32"), "b/kernel": make("float32", seed=1), "step": jnp.int32(3)}
     documents = {"data": {"step": 3}, "run": {"name": "x"}}
     saved = digest.manifest(arrays, digest.of_arrays(arrays), documents)
     digest.check_manifest(saved, documents)
     digest.check_arrays(saved, arrays)
-    with pytest.raises(digest.Damage, match="damaged array: b/kernel"):
+    with pytest.raises(digest.CorruptCheckpoint, match="corrupt array: b/kernel"):
         digest.check_arrays(saved, arrays | {"b/kernel": arrays["b/kernel"].at[0, 0].add(1)})
-    with pytest.raises(digest.Damage, match="damaged: data"):
+    with pytest.raises(digest.CorruptCheckpoint, match="corrupt: data"):
         digest.check_manifest(saved, documents | {"data": {"step": 4}})
-    with pytest.raises(digest.Damage, match="digests are damaged"):
+    with pytest.raises(digest.CorruptCheckpoint, match="manifest is corrupt"):
         digest.check_manifest(saved | {"arrays": {}}, documents)
-    with pytest.raises(digest.Damage, match="missing"):
+    with pytest.raises(digest.CorruptCheckpoint, match="missing"):
         digest.check_manifest(None, documents)

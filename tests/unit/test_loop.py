@@ -19,13 +19,13 @@ from jvgen import nested
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.data.stream.quarantine import TooManyFailures  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
-from jvgen.training import loop
+from jvgen.training import session
 from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints  # noqa: E402
 from jvgen.training.checkpoint.restore import load_for_inference, write_first_checkpoint  # noqa: E402
 from jvgen.training.config import CheckpointConfig, TrainingConfig  # noqa: E402
 from jvgen.training.loop import EXIT_DIVERGED, EXIT_DONE, EXIT_UNSAVED, train  # noqa: E402
 from jvgen.training.preemption import EXIT_RESTART  # noqa: E402
-from jvgen.training.telemetry.metrics import read_rows  # noqa: E402
+from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 from jvgen.training.watchdog import Watchdog  # noqa: E402
 
 # What differs between two runs of the same thing.
@@ -52,7 +52,7 @@ def shared_compilations(tmp_path_factory):
 def one_device(monkeypatch):
     """Runs see one device unless a test says otherwise."""
     devices = {"count": 1}
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[: devices["count"]]))
+    monkeypatch.setattr(session, "make_mesh", lambda config: make_mesh(config, jax.devices()[: devices["count"]]))
     return devices
 
 
@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     changes = {"training.evaluate_every": 5, "training.visualize_every": 10, "training.evaluation_batches": 2}
     patch = pytest.MonkeyPatch()
-    patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    patch.setattr(session, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     assert run(folder, toys.experiment(**changes)) == EXIT_DONE
     patch.undo()
     return folder
@@ -98,7 +98,7 @@ def test_stopped_and_resumed_rows_are_bit_equal(finished, tmp_path, capfd):
         assert run(tmp_path, stop_after=stop) == EXIT_DONE
     assert rows_of(tmp_path) == rows_of(finished), "evaluation or not, interrupted or not"
     out = capfd.readouterr().out
-    assert "restored step 7" in out and "fresh start with seed 0" in out
+    assert "restored step 7" in out and "starting from step 0 with seed 0" in out
     for part in ("mesh data 1", "parameters", "compiled step for 1x4x1x1 x 16 in", "FLOPs per step", "s/step", "MFU"):
         assert part in out, part
 
@@ -185,7 +185,7 @@ def test_too_many_bad_steps_stop_the_run_with_their_records(tmp_path, capfd):
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows if row["skipped"]] == [6, 7, 8] and rows[6]["loss"] == "nan"
     out = capfd.readouterr().out
-    assert "step 6 was skipped" in out and "max_consecutive_skips = 2" in out
+    assert "step 6 was skipped" in out and "consecutive_skips = 3 exceeds training.max_consecutive_skips = 2" in out
     assert f"record-{8 * 16 + 2}" in out.replace("\n", ""), "the message names the records of the batch"
     assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5]
 
@@ -206,7 +206,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tmp_path, monkey
     assert run(tmp_path, experiment, stop_after=8) == EXIT_UNSAVED
     out = capfd.readouterr().out
     assert out.count("no space left on device") == 2, "steps 6 and 8: the run went on in between"
-    assert "step 8 is not saved; the newest checkpoint is of [3]" in out
+    assert "step 8 is not saved; the latest checkpoint is step 3." in out
     with pytest.raises(CheckpointError, match="on_failed_save = 'stop'"):
         run(tmp_path, toys.experiment(**{"checkpoint.every": 3, "checkpoint.on_failed_save": "stop"}), stop_after=8)
 
@@ -236,7 +236,7 @@ def test_inference_reads_the_average_asked_for(finished):
     for path, (ema, default, value) in pairs.items():
         assert np.array_equal(ema, default) and not np.array_equal(ema, value), path
     assert load_for_inference(finished, "0.9", step=15)[3] == 15
-    with pytest.raises(ConfigError, match="keeps averages with decay 0.9"):
+    with pytest.raises(ConfigError, match="keeps EMA with decay 0.9"):
         load_for_inference(finished, 0.5)
     with pytest.raises(ConfigError, match="expected a decay"):
         load_for_inference(finished, "fast")
@@ -255,7 +255,7 @@ def test_training_goes_on_from_given_parameters(finished, tmp_path):
 
 def test_a_best_metric_that_evaluation_does_not_give_is_named(tmp_path):
     changes = {"training.evaluate_every": 5, "checkpoint.best_metric": "psnr"}
-    with pytest.raises(ConfigError, match="best_metric = 'psnr': evaluation gives .*ema_0.9/loss"):
+    with pytest.raises(ConfigError, match="best_metric = 'psnr': not a metric; evaluation gives .*ema_0.9/loss"):
         run(tmp_path, toys.experiment(**changes))
 
 

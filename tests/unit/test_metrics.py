@@ -1,10 +1,11 @@
-"""Metrics: full precision, one row a step, means that add up, TensorBoard without torch."""
+"""Metrics: full precision, one row per step, means that add up, TensorBoard without torch, the console."""
 
 import io
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,11 @@ from rich.console import Console
 
 from jvgen.tasks.task import Mean
 from jvgen.training.telemetry import console
-from jvgen.training.telemetry.metrics import RowLog, RunningMeans, Summaries, read_rows, to_host
-from jvgen.training.telemetry.throughput import host_rss_mib, utilisation
+from jvgen.training.telemetry.hooks import RunInfo
+from jvgen.training.telemetry.json_lines import JsonLinesFile, read_rows
+from jvgen.training.telemetry.metrics import RunningMeans, to_host
+from jvgen.training.telemetry.tensorboard import SummaryWriter
+from jvgen.training.telemetry.throughput import host_rss_mib, utilization
 
 
 def test_numbers_keep_their_type_and_a_mean_of_nothing_is_left_out():
@@ -30,7 +34,7 @@ def test_numbers_keep_their_type_and_a_mean_of_nothing_is_left_out():
     assert isinstance(values["skipped"], int)
 
 
-def test_running_means_weigh_by_count():
+def test_running_means_are_weighted_by_count():
     means = RunningMeans()
     means.add({"loss": jnp.float32(1), "band": Mean(jnp.float32(2), jnp.float32(1))})
     means.add(
@@ -45,7 +49,7 @@ def test_running_means_weigh_by_count():
 
 def test_floats_come_back_to_the_bit(tmp_path):
     values = [float(v) for v in np.random.default_rng(0).standard_normal(50).astype(np.float32)] + [1e-45, 1 / 3]
-    log = RowLog(tmp_path / "m.jsonl", 0)
+    log = JsonLinesFile(tmp_path / "m.jsonl", 0)
     for step, value in enumerate(values):
         log.write({"step": step, "loss": value})
     log.close()
@@ -53,7 +57,7 @@ def test_floats_come_back_to_the_bit(tmp_path):
 
 
 def test_not_a_number_is_text_in_strict_json(tmp_path):
-    log = RowLog(tmp_path / "m.jsonl", 0)
+    log = JsonLinesFile(tmp_path / "m.jsonl", 0)
     log.write({"step": 0, "loss": math.nan, "norm": math.inf})
     log.close()
 
@@ -67,10 +71,10 @@ def test_not_a_number_is_text_in_strict_json(tmp_path):
     }
 
 
-def test_opening_drops_rows_of_the_restored_step_and_later_and_a_torn_line(tmp_path):
+def test_opening_drops_rows_from_the_restored_step_on_and_a_torn_line(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({"step": s, "loss": s}) + "\n" for s in range(6)) + '{"step": 6, "lo')
-    log = RowLog(path, 4)
+    log = JsonLinesFile(path, 4)
     log.write({"step": 4, "loss": -4})
     log.close()
     assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, -4)]
@@ -79,7 +83,7 @@ def test_opening_drops_rows_of_the_restored_step_and_later_and_a_torn_line(tmp_p
 
 @pytest.mark.parametrize("frames", [1, 4])
 def test_tensorboard_gets_scalars_text_and_clips(tmp_path, frames):
-    summaries = Summaries(tmp_path, 0)
+    summaries = SummaryWriter(tmp_path, 0)
     summaries.scalars(3, {"loss": 0.5, "bucket": "a"})
     summaries.text(0, "config", "a = 1\nb = 2")
     summaries.clips(3, "sample", np.zeros((2, frames, 8, 8, 3), np.uint8))
@@ -89,25 +93,19 @@ def test_tensorboard_gets_scalars_text_and_clips(tmp_path, frames):
     assert b"bucket" not in content
 
 
-def test_without_a_folder_nothing_is_written():
-    summaries = Summaries(None, 0)
-    summaries.scalars(0, {"loss": 1.0})
-    summaries.clips(0, "x", np.zeros((1, 1, 2, 2, 3), np.uint8))
-    summaries.close()
-
-
 def test_training_does_not_import_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; import jvgen.training.loop\n"
-        "from jvgen.training.telemetry.metrics import Summaries\n"
-        f"Summaries(Path({str(tmp_path)!r}), 0).close(); sys.exit(bool({{'torch', 'tensorflow'}} & set(sys.modules)))"
+        "from jvgen.training.telemetry.tensorboard import SummaryWriter\n"
+        f"SummaryWriter(Path({str(tmp_path)!r}), 0).close()\n"
+        "sys.exit(bool({'torch', 'tensorflow', 'wandb'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_utilisation_is_the_printed_formula():
-    assert utilisation({"a": 6e12, "b": 4e12}, 0.5, 4, 10e12) == 10e12 / (0.5 * 4 * 10e12)
-    assert utilisation({"a": 1.0}, 0.5, 4, None) is None and utilisation({}, 0.5, 4, 1.0) is None
+def test_utilization_is_the_printed_formula():
+    assert utilization({"a": 6e12, "b": 4e12}, 0.5, 4, 10e12) == 10e12 / (0.5 * 4 * 10e12)
+    assert utilization({"a": 1.0}, 0.5, 4, None) is None and utilization({}, 0.5, 4, 1.0) is None
 
 
 def test_host_memory_is_plausible():
@@ -134,14 +132,18 @@ def test_a_log_line_has_everything_asked_for():
     assert "SKIPPED" in console.step_line(row | {"skipped": True}, 100)
 
 
-def test_a_terminal_gets_a_progress_bar_and_a_log_plain_lines():
+def test_a_terminal_gets_a_progress_bar_and_a_log_file_plain_lines():
+    run = RunInfo(experiment=None, workdir=Path(), start_step=2, document={})
+    row = {"step": 4, "loss": 0.25, "seconds": 1.0, "frames_per_second": 1.0, "mfu": None, "data_wait": 0.0}
     for terminal in (True, False):
         output = io.StringIO()
-        printer = console.Printer("demo", 10, Console(file=output, force_terminal=terminal, width=120, highlight=False))
-        printer.start(2)
-        printer.advance(5, 0.25)
-        printer.say("a line [with] brackets")
-        printer.close()
+        printer = Console(file=output, force_terminal=terminal, width=120, highlight=False)
+        log = console.ConsoleLog("demo", 10, 5, printer)
+        log.on_start(run)
+        log.on_step(row | {"skipped": 0, "host_rss_mib": 1.0})
+        log.log("a line [with] brackets")
+        log.on_evaluation(5, {"loss": 0.5, "seconds": 2.0})
+        log.on_end(0)
         assert "a line [with] brackets" in output.getvalue()
-        assert ("5/10" in output.getvalue()) == terminal and ("loss 0.25" in output.getvalue()) == terminal
-        assert ("\x1b" in output.getvalue()) == terminal
+        assert "step 5/10" in output.getvalue() and "evaluation at step 5 (2.0 s)  loss 0.5" in output.getvalue()
+        assert ("demo" in output.getvalue()) == terminal and ("\x1b" in output.getvalue()) == terminal

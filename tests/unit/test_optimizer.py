@@ -37,7 +37,7 @@ def random_tree(seed: int):
 
 def run(config: OptimizerConfig, updates: int = 3):
     made = make_optimizer(config, AXES, 100)
-    parameters, _ = nested.split(random_tree(0), made.trains)
+    parameters, _ = nested.split(random_tree(0), made.trainable)
     state = made.init(parameters)
     update = jax.jit(made.update)
     for number in range(updates):

@@ -116,7 +116,7 @@ def test_full_disk(no_data, tmp_path, monkeypatch):
 def test_estimate_is_the_bytes_of_one_device():
     experiment = toys.experiment()
     experiment = experiment.replace(mesh=MeshConfig(fsdp=8), sharding=ShardingConfig(replicate_below=0))
-    program = Program.of(experiment, make_mesh(experiment.mesh))
+    program = Program.build(experiment, make_mesh(experiment.mesh))
     state = program.init()
     device = jax.devices()[0]
 
@@ -132,7 +132,7 @@ def test_estimate_is_the_bytes_of_one_device():
 
 def test_layers_keep_a_device_its_share_of_tokens():
     experiment = video_experiment(**{"mesh.fsdp": 2, "mesh.seq": 4})
-    program = Program.of(experiment, make_mesh(experiment.mesh))
+    program = Program.build(experiment, make_mesh(experiment.mesh))
     size = saved_between_layers(program, experiment.data.buckets[0], tokens=64, width=256, layers=2, kept=3)
     assert size == 3 * 2 * (8 // 2) * (64 // 4) * 256 * 2
 
@@ -218,7 +218,7 @@ def test_collectives_of_this_machines_compiler():
 
 
 def report_of(**memory) -> CompileReport:
-    least = estimate(Program.of(toys.experiment(), make_mesh(MeshConfig())), toys.experiment().data.buckets[0])
+    least = estimate(Program.build(toys.experiment(), make_mesh(MeshConfig())), toys.experiment().data.buckets[0])
     parts = {"arguments": 8, "outputs": 7, "aliased": 7, "temporaries": 1, "code": 0.5, "peak": 9} | memory
     bucket = BucketReport(
         bucket=toys.experiment().data.buckets[0], memory=Memory(**{k: v * 2**30 for k, v in parts.items()}),

@@ -83,7 +83,7 @@ def test_gathered_parameters_give_scattered_gradients():
     x = jax.device_put(jnp.ones((8, 64)), rules.batch(jnp.ones((8, 64))))
 
     def loss(kernel, x):
-        return jnp.sum((x @ rules.constrain_parameters({"k": kernel}, {"k": (EMBED, HEADS)})["k"]) ** 2)
+        return jnp.sum((x @ rules.fsdp_all_gather({"k": kernel}, {"k": (EMBED, HEADS)})["k"]) ** 2)
 
     step = jax.jit(jax.grad(loss))
     gradient = step(kernel, x)

@@ -1,4 +1,4 @@
-"""The training step: accumulation, meshes, several players, skipped steps, frozen parameters, keys."""
+"""The training step: accumulation, meshes, several objectives, skipped steps, frozen parameters, keys."""
 
 import dataclasses
 import sys
@@ -52,7 +52,7 @@ def run(experiment, steps: int = 2, mesh=None, bucket: int = 0, change_batch=Non
     for step in range(steps):
         arrays = loader.at(step * len(experiment.data.buckets) + bucket).arrays
         arrays = arrays if change_batch is None else change_batch(step, arrays)
-        current, metrics = compiled(current, program.place(arrays, shape, 0, 1))
+        current, metrics = compiled(current, program.shard_batch(arrays, shape))
         rows.append(to_host(metrics))
     return current, rows
 
@@ -63,7 +63,7 @@ _COMPILED = {}
 def compiled_step(experiment, mesh, bucket: int):
     name = (config.dump(experiment), mesh, bucket)
     if name not in _COMPILED:
-        program = Program.of(experiment, mesh)
+        program = Program.build(experiment, mesh)
         options = {"xla_backend_optimization_level": 0}
         _COMPILED[name] = program, program.lower(experiment.data.buckets[bucket]).compile(compiler_options=options)
     return _COMPILED[name]
@@ -107,7 +107,7 @@ def test_any_mesh_gives_the_step_of_one_device(mesh, accumulation):
 
 
 def test_state_lies_as_the_parameters_do():
-    program = Program.of(toys.experiment(), make_mesh(MeshConfig(fsdp=8)))
+    program = Program.build(toys.experiment(), make_mesh(MeshConfig(fsdp=8)))
     places = parameter_paths.name_leaves(program.shardings)
     kernel = places["parameters/model/blocks/layers/up/kernel"]
     assert "fsdp" in str(kernel.spec)
@@ -127,16 +127,16 @@ def test_compute_dtype_casts_matrices_and_keeps_gradients_and_state_in_float32()
             return super().loss(parameters, frozen, batch, key)
 
     experiment = toys.experiment(**{"training.compute_dtype": "bfloat16"})
-    program = Program.of(experiment, single_device_mesh(), Watching(experiment.task))
+    program = Program.build(experiment, single_device_mesh(), Watching(experiment.task))
     program.lower(experiment.data.buckets[0])
     assert {str(d) for p, d in seen.items() if p.endswith("kernel")} == {"bfloat16"}
-    # A stacked norm's scale has two axes, and is still a vector a layer.
+    # A stacked norm's scale has two axes, and is still one vector per layer.
     assert {str(d) for p, d in seen.items() if p.endswith(("scale", "bias"))} == {"float32"}
     floats = [leaf for leaf in jax.tree.leaves(program.abstract) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {str(leaf.dtype) for leaf in floats} == {"float32"}
 
 
-def test_two_players_move_their_own_parameters_against_each_other():
+def test_two_objectives_update_their_own_parameters():
     experiment = toys.experiment().replace(
         task=toys.GameConfig(),
         optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0),
@@ -154,7 +154,7 @@ def test_two_players_move_their_own_parameters_against_each_other():
 
 
 class Rivals(toys.GameTask):
-    """The game with one loss for both, or with turns."""
+    """The game with one loss for both, or with alternating updates."""
 
     def __init__(self, shared: bool, period: int = 1):
         super().__init__()
@@ -170,39 +170,39 @@ class Rivals(toys.GameTask):
     def both(self, parameters, frozen, batch, key):
         assert batch["step"].shape == batch["slot"].shape
         generator, critic = parameters["generator"]["value"][0], parameters["critic"]["value"][0]
-        still = jax.lax.stop_gradient
-        return generator * still(critic) - still(generator) * critic, {"step": jnp.max(batch["step"])}
+        constant = jax.lax.stop_gradient
+        return generator * constant(critic) - constant(generator) * critic, {"step": jnp.max(batch["step"])}
 
 
-def play(task, steps: int):
+def run_task(task, steps: int):
     experiment = toys.experiment().replace(
         task=toys.GameConfig(),
         optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0),
         optimizers={"critic": OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.0)},
     )
-    program = Program.of(experiment, single_device_mesh(), task)
+    program = Program.build(experiment, single_device_mesh(), task)
     shape = experiment.data.buckets[0]
     compiled = program.lower(shape).compile(compiler_options={"xla_backend_optimization_level": 0})
     arrays = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
     current, rows = program.init(), []
     for _ in range(steps):
-        current, metrics = compiled(current, program.place(arrays, shape, 0, 1))
+        current, metrics = compiled(current, program.shard_batch(arrays, shape))
         rows.append(to_host(metrics))
     return current, rows
 
 
-def test_players_may_share_a_pass():
-    """One gradient for both, and each is moved by its own optimizer, as if they had been apart."""
-    apart, _ = play(Rivals(shared=False), 2)
-    shared, rows = play(Rivals(shared=True), 2)
+def test_objectives_with_one_loss_share_a_pass():
+    """One gradient for both, and each is updated by its own optimizer, as with separate passes."""
+    apart, _ = run_task(Rivals(shared=False), 2)
+    shared, rows = run_task(Rivals(shared=True), 2)
     assert_equal(shared.parameters, apart.parameters)
     assert_equal(shared.optimizer, apart.optimizer)
     assert rows[1]["step"] == 1 and rows[0]["loss"] == 0.0
     assert rows[0]["generator/gradient_norm"] == 2.0 and rows[0]["critic/gradient_norm"] == 1.0
 
 
-def test_players_may_take_turns():
-    after, rows = play(Rivals(shared=False, period=2), 3)
+def test_objectives_may_alternate():
+    after, rows = run_task(Rivals(shared=False, period=2), 3)
     assert [("generator/loss" in row, "critic/loss" in row) for row in rows] == [
         (True, False),
         (False, True),
@@ -214,14 +214,14 @@ def test_players_may_take_turns():
     np.testing.assert_allclose(values["generator"], 1.0 - 0.2, rtol=1e-5)
     np.testing.assert_allclose(values["critic"], 2.0 + 0.01, rtol=1e-6)
     assert int(after.optimizer["generator"]["adam"].count) == 2 and int(after.optimizer["critic"]["adam"].count) == 1
-    # Norms of the steps in which they acted, and of no others.
+    # Norms of the steps in which it was active, and of no others.
     np.testing.assert_allclose(after.health.mean["critic"], rows[1]["critic/gradient_norm"])
 
 
-def test_an_optimizer_of_an_unknown_player_is_a_mistake():
+def test_an_optimizer_of_an_unknown_objective_is_a_mistake():
     experiment = toys.experiment().replace(optimizers={"critik": OptimizerConfig()})
     with pytest.raises(ConfigError, match="critik.*not an objective"):
-        Program.of(experiment, single_device_mesh())
+        Program.build(experiment, single_device_mesh())
 
 
 def test_a_step_with_nan_changes_nothing_but_the_counts():
@@ -233,10 +233,10 @@ def test_a_step_with_nan_changes_nothing_but_the_counts():
     assert_equal(after.parameters, before.parameters)
     assert_equal(after.optimizer, before.optimizer)
     assert_equal(after.ema, before.ema)
-    assert int(after.step) == 2 and rows[1]["skipped_total"] == 1 and rows[1]["skipped_in_a_row"] == 1
+    assert int(after.step) == 2 and rows[1]["skipped_total"] == 1 and rows[1]["consecutive_skips"] == 1
     assert int(after.health.count) == 1
     _, rows = run(experiment, steps=3)
-    assert rows[2]["skipped"] == 0 and rows[2]["skipped_in_a_row"] == 0 and rows[2]["skipped_total"] == 1
+    assert rows[2]["skipped"] == 0 and rows[2]["consecutive_skips"] == 0 and rows[2]["skipped_total"] == 1
     assert np.isfinite(rows[2]["loss"])
 
 
@@ -257,9 +257,9 @@ def test_spikes_are_not_looked_for_when_turned_off():
     started = Health.start(("a",))
     for _ in range(9):
         started = health.update(TrainingConfig(steps=1), started, {"a": jnp.float32(1)}, jnp.bool_(True))
-    for sigma, sound in ((6.0, False), (0.0, True)):
+    for sigma, healthy in ((6.0, False), (0.0, True)):
         settings = TrainingConfig(steps=1, spike_sigma=sigma, spike_warmup=5)
-        assert bool(health.is_sound(settings, started, {"a": jnp.float32(1)}, {"a": jnp.float32(50)})) == sound
+        assert bool(health.is_healthy(settings, started, {"a": jnp.float32(1)}, {"a": jnp.float32(50)})) == healthy
 
 
 def test_statistics_are_mean_and_variance_of_the_norms():
@@ -274,13 +274,13 @@ def test_statistics_are_mean_and_variance_of_the_norms():
 
 def test_frozen_parameters_get_no_gradient_and_do_not_move():
     experiment = toys.experiment(**{"optimizer.frozen": "model/blocks"})
-    fresh = Program.of(experiment, single_device_mesh()).init()
+    fresh = Program.build(experiment, single_device_mesh()).init()
     after, _ = run(experiment)
     assert_equal(after.parameters["model"]["blocks"], fresh.parameters["model"]["blocks"])
     assert not np.array_equal(after.parameters["model"]["out"]["kernel"], fresh.parameters["model"]["out"]["kernel"])
     assert not any("blocks" in name for name in parameter_paths.name_leaves((after.optimizer, after.ema)))
-    lowered = Program.of(experiment, single_device_mesh()).lower(experiment.data.buckets[0]).as_text()
-    everything = Program.of(toys.experiment(), single_device_mesh()).lower(experiment.data.buckets[0]).as_text()
+    lowered = Program.build(experiment, single_device_mesh()).lower(experiment.data.buckets[0]).as_text()
+    everything = Program.build(toys.experiment(), single_device_mesh()).lower(experiment.data.buckets[0]).as_text()
     # Weight gradients of the blocks are not computed.
     assert lowered.count("dot_general") < everything.count("dot_general")
 
@@ -300,7 +300,7 @@ def test_state_is_donated():
     program, compiled = compiled_step(experiment, single_device_mesh(), 0)
     fresh = program.init()
     batch = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
-    compiled(fresh, program.place(batch, experiment.data.buckets[0], 0, 1))
+    compiled(fresh, program.shard_batch(batch, experiment.data.buckets[0]))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(fresh.parameters))
     analysis = compiled.memory_analysis()
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
@@ -331,4 +331,4 @@ def test_a_batch_that_does_not_divide_is_named_before_anything_runs(mesh, accumu
     with pytest.raises(
         ConfigError, match=r"batch_size = 16 must be a multiple of .* = 32; the nearest are 32 and 32|nearest"
     ):
-        Program.of(experiment, make_mesh(MeshConfig(**mesh))).check()
+        Program.build(experiment, make_mesh(MeshConfig(**mesh))).check()

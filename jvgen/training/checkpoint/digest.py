@@ -1,9 +1,9 @@
-"""A content digest of an array that does not depend on how it is sharded, computed where the array lies.
+"""Digests of array contents, independent of sharding and computed on the devices.
 
 Every element contributes a 64-bit word mixed from its bits and its position, and the words are added modulo 2^32 in
-two lanes. Sums of integers are exact in any order, so one device, eight or a whole pod get the same digest, and no
-byte has to travel to a host for it. For a fixed position the mixing is one-to-one: a change of a single element
-always changes the digest; other damage goes unseen with probability 2^-64.
+two lanes. Integer sums are exact in any order, so one device, eight or a whole pod compute the same digest without
+copying arrays to a host. For a fixed position the mixing is one-to-one: a change of a single element always changes the
+digest; other corruption is missed with probability 2^-64.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ VERSION = 1
 @jax.jit
 def _words(value: jax.Array) -> jax.Array:
     bits = _bits(value)
-    # Position in row-major order modulo 2^32, counted over the global array whatever its sharding.
+    # Row-major position modulo 2^32 in the global array, whatever its sharding.
     position = jnp.zeros(bits.shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(bits.ndim)):
         position = position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    place = _mix(position + jnp.uint32(0x9E3779B9))
-    first = _mix(bits ^ place)
-    second = _mix((bits + jnp.uint32(0x7F4A7C15)) * jnp.uint32(0x2545F491) + place)
+    position_word = _mix(position + jnp.uint32(0x9E3779B9))
+    first = _mix(bits ^ position_word)
+    second = _mix((bits + jnp.uint32(0x7F4A7C15)) * jnp.uint32(0x2545F491) + position_word)
     return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
 
 
@@ -51,36 +51,36 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def start(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Begin computing the digest of every array, on the devices; does not wait (but for host devices)."""
+    """Start computing the digest of every array on the devices; does not wait (except on several CPU devices)."""
     words = {}
     for name, value in arrays.items():
         words[name] = _words(value)
         if len(value.sharding.device_set) > 1 and jax.default_backend() == "cpu":
-            # Host devices share one thread pool: programs with collectives that run at once can wait for each other.
+            # CPU devices share one thread pool: concurrent programs with collectives can deadlock.
             words[name].block_until_ready()
     return words
 
 
 def finish(words: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Wait for `start` and return 16 hexadecimal digits an array."""
+    """Wait for `start` and return 16 hexadecimal digits per array."""
     host = jax.device_get(dict(words))
     return {name: "".join(f"{int(word):08x}" for word in np.asarray(pair)) for name, pair in host.items()}
 
 
 def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Digest of every array."""
+    """The digest of every array."""
     return finish(start(arrays))
 
 
 def of_document(document: Any) -> str:
-    """SHA-256 of a JSON document in its canonical form (sorted keys, no white space)."""
+    """SHA-256 of a JSON document in its canonical form (sorted keys, no whitespace)."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def manifest(
     arrays: Mapping[str, jax.Array], digests: Mapping[str, str], documents: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The document kept in a checkpoint: shape, dtype and digest of every array, digests of its other documents."""
+    """The manifest saved in a checkpoint: shape, dtype and digest of every array, digests of its other documents."""
     body = {
         "version": VERSION,
         "arrays": {
@@ -92,28 +92,28 @@ def manifest(
     return body | {"self": of_document(body)}
 
 
-class Damage(Exception):
-    """A checkpoint that does not hold what was written; the message names the arrays or documents."""
+class CorruptCheckpoint(Exception):
+    """A checkpoint does not hold what was written; the message names the arrays or documents."""
 
 
 def check_manifest(saved: Any, documents: Mapping[str, Any]) -> None:
-    """Raise `Damage` unless the manifest is whole and the documents are those that it was made for."""
+    """Raise `CorruptCheckpoint` unless the manifest is intact and matches the documents."""
     if not isinstance(saved, dict) or "self" not in saved:
-        raise Damage("its digests are missing or unreadable")
+        raise CorruptCheckpoint("its manifest is missing or unreadable")
     body = {key: value for key, value in saved.items() if key != "self"}
     if of_document(body) != saved["self"]:
-        raise Damage("its digests are damaged")
+        raise CorruptCheckpoint("its manifest is corrupt")
     if body["version"] != VERSION:
-        raise Damage(f"its digests are of version {body['version']}, this program reads version {VERSION}")
+        raise CorruptCheckpoint(f"its manifest has version {body['version']}, this version of jvgen reads {VERSION}")
     wrong = [name for name, document in documents.items() if body["documents"].get(name) != of_document(document)]
     if wrong:
-        raise Damage(f"damaged: {', '.join(wrong)}")
+        raise CorruptCheckpoint(f"corrupt: {', '.join(wrong)}")
 
 
 def check_arrays(saved: dict[str, Any], arrays: Mapping[str, jax.Array]) -> None:
-    """Raise `Damage` naming every array whose content is not what was saved. `saved` passed `check_manifest`."""
+    """Raise `CorruptCheckpoint` naming every array that differs from what was saved. Check the manifest first."""
     found = of_arrays(arrays)
     wrong = [name for name in sorted(arrays) if saved["arrays"].get(name, {}).get("digest") != found[name]]
     if wrong:
         listed = ", ".join(wrong[:20]) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
-        raise Damage(f"damaged array{'s' if len(wrong) > 1 else ''}: {listed}")
+        raise CorruptCheckpoint(f"corrupt array{'s' if len(wrong) > 1 else ''}: {listed}")

@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background by Orbax, sound only with matching digests, restored to any mesh."""
+"""Checkpoints: written in the background by Orbax, verified by digests, restored to any mesh."""
 
 import dataclasses
 import math
@@ -16,11 +16,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from jvgen.config import ConfigError
 from jvgen.training.checkpoint import digest
-from jvgen.training.checkpoint.digest import Damage
+from jvgen.training.checkpoint.digest import CorruptCheckpoint
 from jvgen.training.config import CheckpointConfig
 
 ARRAYS, DATA, RUN, DIGESTS = "state", "data", "run", "digests"
-# What reading a damaged checkpoint was seen to raise, from Orbax, TensorStore, zstd and json.
+# What reading a corrupt checkpoint was seen to raise, from Orbax, TensorStore, zstd and json.
 UNREADABLE = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError, OverflowError,
     EOFError, MemoryError,
@@ -30,17 +30,17 @@ UNWRITABLE = (OSError, ValueError, RuntimeError)
 
 
 class CheckpointError(Exception):
-    """A checkpoint that exists cannot be used, or one that was due could not be written."""
+    """No existing checkpoint can be used, or a checkpoint could not be written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `Checkpoints.restore` found.
+    """A restored checkpoint.
 
     Attributes:
-      step: steps done by the run when it was saved.
-      arrays: by name, placed as asked for.
-      data: the loader's state.
+      step: number of steps done when it was saved.
+      arrays: by name, with the requested shardings.
+      data: state of the loader.
       run: the run document (see `jvgen.training.checkpoint.identity`).
     """
 
@@ -52,7 +52,7 @@ class Restored:
 
 @dataclasses.dataclass
 class _Keep(checkpoint_managers.PreservationPolicy):
-    """Newest n, every k steps, and the best by an evaluation metric."""
+    """Keeps the latest n, every k-th step, and the best by an evaluation metric."""
 
     config: CheckpointConfig
     scores: Mapping[int, float]
@@ -70,13 +70,13 @@ class _Keep(checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one work folder, in `checkpoints/STEP`; damaged ones are moved to `damaged/STEP`.
+    """The checkpoints of one run directory, in `checkpoints/STEP`; corrupt ones are moved to `corrupt/STEP`.
 
     Args:
-      workdir: folder of the run.
-      config: keep rules and policies.
-      scores: value of `config.best_metric` by step; the caller adds to it as evaluations are made.
-      say: prints one line for the user.
+      workdir: run directory.
+      config: which checkpoints to keep, and what to do when one cannot be written.
+      log: takes messages for the user.
+      on_saved: called with the step when a checkpoint is completely written, by `poll`, `wait`, `save` or `close`.
       read_only: never write, delete or move anything.
     """
 
@@ -85,25 +85,27 @@ class Checkpoints:
         workdir: Path,
         config: CheckpointConfig,
         *,
-        scores: Mapping[int, float] | None = None,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
+        on_saved: Callable[[int], None] | None = None,
         read_only: bool = False,
     ):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self._damaged = self.folder.parent / "damaged"
-        self._config, self._say, self._read_only = config, say, read_only
+        self._quarantine = self.folder.parent / "corrupt"
+        self._config, self._log, self._on_saved, self._read_only = config, log, on_saved, read_only
+        # Value of `config.best_metric` by step.
+        self._scores: dict[int, float] = {}
         self._pending: int | None = None
         self._failed: list[int] = []
         if read_only and not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder.parent}: has no checkpoints folder; is this the work folder of a run?")
+            raise CheckpointError(f"{self.folder.parent} is not a run directory: it has no checkpoints folder.")
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=(ARRAYS, DATA, RUN, DIGESTS),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Keep(config, {} if scores is None else scores),
+                preservation_policy=_Keep(config, self._scores),
                 # Left behind by a run that was killed while saving.
                 cleanup_tmp_directories=not read_only,
-                # Metadata of old checkpoints is read when they are restored, where damage can be handled.
+                # Metadata of old checkpoints is read when they are restored, where corruption is handled.
                 lightweight_initialize=True,
                 read_only=read_only,
             ),
@@ -113,19 +115,33 @@ class Checkpoints:
         """Steps of all complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, arrays: Mapping[str, jax.Array], data: dict[str, Any], run: dict[str, Any]) -> float:
-        """Begin a checkpoint: digests and a copy of the arrays to the host now, writing in the background.
+    def record_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Note the metrics of an evaluation, for keeping the best checkpoint.
 
-        Arrays may be donated as soon as this returns. A checkpoint that cannot be written is handled by
-        `on_failed_save`; the older ones stay as they are.
+        Raises:
+          ConfigError: `config.best_metric` is not among the metrics.
+        """
+        name = self._config.best_metric
+        if name is None:
+            return
+        if name not in values:
+            known = sorted(key for key in values if key not in ("step", "seconds"))
+            raise ConfigError(f"checkpoint.best_metric = {name!r}: not a metric; evaluation gives {', '.join(known)}.")
+        self._scores[step] = float(values[name])
+
+    def save(self, step: int, arrays: Mapping[str, jax.Array], data: dict[str, Any], run: dict[str, Any]) -> float:
+        """Start a checkpoint: digests and a copy of the arrays to the host now, writing in the background.
+
+        The arrays may be donated as soon as this returns. If the checkpoint cannot be written, `config.on_failed_save`
+        decides; older ones stay as they are.
 
         Returns:
-          Seconds that the caller was held up.
+          Seconds for which the caller was blocked.
 
         Raises:
           CheckpointError: a save failed and the policy is "stop".
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         if step in self.steps():
             return 0.0
         self.wait()
@@ -148,15 +164,15 @@ class Checkpoints:
             self._pending = step
         except UNWRITABLE as error:
             self._report_failure(step, error)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     def poll(self) -> None:
-        """Notice a background save that has ended: once a step, costs nothing while one is running."""
+        """Handle a background save that has ended. Call it once per step; it does not wait."""
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> bool:
-        """Wait for the background save; True unless it failed."""
+        """Wait for the background save; returns False if it failed."""
         if self._pending is None:
             return True
         step, self._pending = self._pending, None
@@ -165,10 +181,12 @@ class Checkpoints:
         except UNWRITABLE as error:
             self._report_failure(step, error)
             return False
+        if self._on_saved is not None:
+            self._on_saved(step)
         return True
 
     def close(self) -> None:
-        """Wait for the background save and release what Orbax holds."""
+        """Wait for the background save and release the resources of Orbax."""
         self.wait()
         self._manager.close()
 
@@ -188,7 +206,7 @@ class Checkpoints:
         )
         if self._config.on_failed_save == "stop":
             raise CheckpointError(f"{message} The run stops here (checkpoint.on_failed_save = 'stop').") from error
-        self._say(f"WARNING: {message} The run goes on; free some space before the next save.")
+        self._log(f"WARNING: {message} The run continues; fix the cause before the next save.")
 
     def restore(
         self,
@@ -198,30 +216,32 @@ class Checkpoints:
         step: int | None = None,
         partial: bool = False,
     ) -> Restored | None:
-        """The newest sound checkpoint, or the one of `step`; None if there is none at all.
+        """Restore the latest valid checkpoint, or the one of `step`; None if there are no checkpoints.
 
-        Damaged ones are named, set aside in `damaged/`, and the one before is tried.
+        A corrupt checkpoint is logged and moved to `corrupt/`, and the one before it is tried.
 
         Args:
           wanted: shape, dtype and sharding of the arrays to read, by name.
-          check: called with (data state, run document) before any array is read; raises if the run is another.
-          partial: read the wanted arrays only, whatever else there is.
+          check: called with (data state, run document) before any array is read; raises if they are of another run.
+          partial: the checkpoint may hold other arrays than the wanted ones.
 
         Raises:
-          CheckpointError: there are checkpoints, and none can be used.
-          ConfigError: the checkpoint holds other arrays than those wanted.
+          CheckpointError: there are checkpoints, and none is valid.
+          ConfigError: the checkpoint does not hold the wanted arrays.
         """
         incomplete = self._incomplete()
         for left in incomplete:
-            self._set_aside(left, "it is incomplete")
+            self._discard(left, "it is incomplete")
         steps = self.steps() if step is None else [s for s in self.steps() if s == step]
         if step is not None and not steps:
-            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are {self.steps() or 'none'}.")
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint of step {step}; its steps are {self.steps() or 'none'}."
+            )
         for candidate in reversed(steps):
             problem = restored = None
             try:
                 documents = self._documents(candidate)
-            except Damage as error:
+            except CorruptCheckpoint as error:
                 problem = str(error)
             if _agree(problem is None):
                 manifest, data, run = documents
@@ -230,31 +250,31 @@ class Checkpoints:
                 _check_arrays_fit(manifest["arrays"], wanted, partial, self.folder / str(candidate))
                 try:
                     restored = self._arrays(candidate, manifest, wanted)
-                except Damage as error:
+                except CorruptCheckpoint as error:
                     problem = str(error)
                 if _agree(problem is None):
                     return Restored(candidate, restored, data, run)
-            self._set_aside(candidate, problem or "another host could not read it")
+            self._discard(candidate, problem or "another process could not read it")
         if steps or incomplete:
             raise CheckpointError(
-                f"{self.folder}: none of the checkpoints {sorted({*steps, *incomplete})} can be used "
-                "(see above). Nothing was started anew: restore one from a copy, or take another work folder."
+                f"{self.folder}: none of the checkpoints {sorted({*steps, *incomplete})} is valid (see above). "
+                "The run was not restarted from step 0: restore a checkpoint from a copy, or use another run directory."
             )
         return None
 
     def _incomplete(self) -> list[int]:
-        """Folders with a checkpoint's name that Orbax does not list: it renames a folder when it is complete."""
+        """Steps of checkpoint folders that Orbax does not list: it renames a folder when it is complete."""
         listed = set(self.steps())
         found = [int(path.name) for path in self.folder.iterdir() if path.is_dir() and path.name.isdigit()]
         return sorted(step for step in found if step not in listed)
 
     def run_document(self) -> dict[str, Any]:
-        """The run document of the newest checkpoint that has a readable one."""
+        """The run document of the latest checkpoint with a readable one."""
         for candidate in reversed(self.steps()):
             try:
                 return self._documents(candidate)[2]
-            except Damage as error:
-                self._say(f"WARNING: checkpoint of step {candidate}: {error}.")
+            except CorruptCheckpoint as error:
+                self._log(f"WARNING: checkpoint of step {candidate}: {error}.")
         raise CheckpointError(f"{self.folder}: no readable checkpoint.")
 
     def _documents(self, step: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -265,7 +285,7 @@ class Checkpoints:
             documents = {DATA: read[DATA], RUN: read[RUN]}
             manifest = read[DIGESTS]
         except UNREADABLE as error:
-            raise Damage(f"its documents cannot be read ({_first_line(error)})") from error
+            raise CorruptCheckpoint(f"its documents cannot be read ({_first_line(error)})") from error
         digest.check_manifest(manifest, documents)
         return manifest, documents[DATA], documents[RUN]
 
@@ -285,32 +305,33 @@ class Checkpoints:
             )
             arrays = dict(read[ARRAYS])
         except UNREADABLE as error:
-            raise Damage(f"its arrays cannot be read ({_first_line(error)})") from error
+            raise CorruptCheckpoint(f"its arrays cannot be read ({_first_line(error)})") from error
         digest.check_arrays(manifest, arrays)
         return arrays
 
-    def _set_aside(self, step: int, problem: str) -> None:
+    def _discard(self, step: int, problem: str) -> None:
+        """Log a corrupt checkpoint and move it out of the way."""
         path = self.folder / str(step)
         if self._read_only:
-            self._say(f"WARNING: checkpoint {path} is damaged: {problem}. Trying the one before.")
+            self._log(f"WARNING: checkpoint {path} is corrupt: {problem}. Trying the one before.")
             return
-        target = self._damaged / str(step)
+        target = self._quarantine / str(step)
         if jax.process_index() == 0:
-            self._damaged.mkdir(exist_ok=True)
+            self._quarantine.mkdir(exist_ok=True)
             while target.exists():
                 target = target.with_name(f"{target.name}_again")
             path.rename(target)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set_aside_{step}")
+            multihost_utils.sync_global_devices(f"quarantined_{step}")
         self._manager.reload()
-        self._say(f"WARNING: checkpoint {path} is damaged: {problem}. It was moved to {target}; trying the one before.")
+        self._log(f"WARNING: checkpoint {path} is corrupt: {problem}. Moved to {target}; trying the one before.")
 
 
-def _agree(sound: bool) -> bool:
-    """Whether all hosts found a checkpoint sound."""
+def _agree(valid: bool) -> bool:
+    """Whether a checkpoint is valid on all processes."""
     if jax.process_count() == 1:
-        return sound
-    return bool(np.all(multihost_utils.process_allgather(np.int32(sound))))
+        return valid
+    return bool(np.all(multihost_utils.process_allgather(np.int32(valid))))
 
 
 def _first_line(error: Exception) -> str:
@@ -321,7 +342,7 @@ def _check_arrays_fit(
     saved: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool, path: Path
 ) -> None:
     """Raise `ConfigError` listing all arrays that are missing, extra or of another shape or type."""
-    problems = [f"  missing in the checkpoint: {name}" for name in sorted(wanted.keys() - saved.keys())]
+    problems = [f"  missing from the checkpoint: {name}" for name in sorted(wanted.keys() - saved.keys())]
     if not partial:
         problems += [f"  not in this run: {name}" for name in sorted(saved.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & saved.keys()):
@@ -333,5 +354,5 @@ def _check_arrays_fit(
         raise ConfigError(
             f"checkpoint {path} does not hold the arrays of this run ({len(problems)} differences):\n"
             + "\n".join(problems[:40])
-            + "\nThe optimizer, the averages (ema.decays) and the model have to be those that it was saved with."
+            + "\nThe model, the optimizer and ema.decays must be those of the run that saved it."
         )

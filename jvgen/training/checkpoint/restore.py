@@ -1,4 +1,4 @@
-"""From checkpoints back to a state to train on, or to parameters to use."""
+"""From checkpoints to a training state or to parameters for inference, and from parameters to a first checkpoint."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,12 +17,13 @@ from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.experiment import Experiment
-from jvgen.training.optimization import ema as averages
 from jvgen.training.optimization import parameter_paths
+from jvgen.training.optimization.ema import name_of
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
 
-# In a work folder for as long as its first checkpoint is being written: a run must not begin at random in its place.
+# Marks a run directory while its first checkpoint is being written: if that is interrupted, training must not start
+# from random parameters instead.
 UNFINISHED = "import_unfinished"
 
 
@@ -32,18 +33,18 @@ def restore_state(
     loader: Any,
     document: dict[str, Any],
     allow_changes: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> TrainState:
-    """The state of the newest sound checkpoint on the program's mesh, or a fresh one if there is no checkpoint.
+    """The state of the latest valid checkpoint on the program's mesh, or a fresh one if there are no checkpoints.
 
     Raises:
       ConfigError: the checkpoint is of another model, data set or seed; all differences are listed.
-      CheckpointError: there are checkpoints and none can be used, or the first one's writing was cut short.
+      CheckpointError: there are checkpoints and none is valid, or writing the first one was interrupted.
     """
     accepted = (".*",) if allow_changes else program.experiment.checkpoint.accept_changes
 
     def check(data: dict[str, Any], run: dict[str, Any]) -> None:
-        identity.check_same_run(run, document, accepted, say)
+        identity.check_same_run(run, document, accepted, log)
         if data and ".*" not in accepted:
             loader.check_state(data)
 
@@ -52,13 +53,13 @@ def restore_state(
         unfinished = checkpoints.folder.parent / UNFINISHED
         if unfinished.exists():
             raise CheckpointError(
-                f"{unfinished.parent}: weights were being imported into it, and that was cut short. Import them "
-                f"again, or remove {unfinished.name} to start with random ones."
+                f"{unfinished.parent}: importing weights into it was interrupted. Import them again, or remove "
+                f"{unfinished.name} to start from random parameters."
             )
-        say(f"fresh start with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
+        log(f"starting from step 0 with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
         return program.init()
-    say(f"restored step {restored.step} from {checkpoints.folder}, all digests right")
-    key, frozen = program.given()
+    log(f"restored step {restored.step} from {checkpoints.folder}, checksums verified")
+    key, frozen = program.external_inputs()
     return dataclasses.replace(program.abstract, key=key, frozen=frozen).with_saved(restored.arrays)
 
 
@@ -68,18 +69,18 @@ def load_for_inference(
     """Read a trained run's parameters, without its optimizer.
 
     Args:
-      run: work folder.
-      ema: decay of the average to use (0.9999 or "0.9999"); "raw" for the parameters themselves; None or "best" for
-        the slowest average that the run keeps, or the parameters if it keeps none.
-      step: of the checkpoint; the newest sound one if not given.
-      sharding: where to put them; one device if not given.
+      run: run directory.
+      ema: decay of the EMA to use (0.9999 or "0.9999"); "raw" for the parameters themselves; None or "best" for the
+        largest decay that the run keeps, or the raw parameters if it keeps no EMA.
+      step: of the checkpoint; by default the latest valid one.
+      sharding: of the parameters; one device by default.
 
     Returns:
       experiment, task, float32 parameters (`{network: ...}`), steps trained.
 
     Raises:
-      CheckpointError: no such run, or no sound checkpoint.
-      ConfigError: an average that the run does not keep.
+      CheckpointError: no such run, or no valid checkpoint.
+      ConfigError: an EMA that the run does not keep.
     """
     checkpoints = Checkpoints(Path(run), CheckpointConfig(), read_only=True)
     try:
@@ -87,12 +88,11 @@ def load_for_inference(
         task = experiment.task.build()
         sharding = sharding or Sharding(single_device_mesh())
         shapes = {name: network.shapes for name, network in sorted(task.networks.items())}
-        places = sharding.storage(task.axes(), shapes)
+        shardings = nested.flatten(sharding.storage(task.axes(), shapes))
         paths = nested.flatten(shapes)
         sources = _sources(experiment, task, ema)
-        located = nested.flatten(places)
         wanted = {
-            sources[path]: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=located[path])
+            sources[path]: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
             for path, shape in paths.items()
         }
         restored = checkpoints.restore(wanted, step=step, partial=True)
@@ -115,8 +115,8 @@ def _sources(experiment: Experiment, task: Task, ema: float | str | None) -> dic
 
     def averaged(path: str) -> bool:
         trained = any(
-            parameter_paths.matches(pattern, path) and not parameter_paths.matches(still, path)
-            for pattern, still in zip(patterns, frozen, strict=True)
+            parameter_paths.matches(pattern, path) and not parameter_paths.matches(excluded, path)
+            for pattern, excluded in zip(patterns, frozen, strict=True)
         )
         return trained and parameter_paths.matches(config.parameters, path)
 
@@ -126,7 +126,7 @@ def _sources(experiment: Experiment, task: Task, ema: float | str | None) -> dic
 def _decay(experiment: Experiment, ema: float | str | None) -> str | Literal["raw"]:
     kept = experiment.ema.decays
     if ema in (None, "best"):
-        return averages.name_of(max(kept)) if kept else "raw"
+        return name_of(max(kept)) if kept else "raw"
     if ema == "raw":
         return "raw"
     try:
@@ -134,28 +134,30 @@ def _decay(experiment: Experiment, ema: float | str | None) -> str | Literal["ra
     except ValueError as error:
         raise ConfigError(f"ema = {ema!r}: expected a decay such as 0.9999, raw or best.") from error
     if decay not in kept:
-        listed = ", ".join(averages.name_of(d) for d in kept) or "none"
-        raise ConfigError(f"ema = {ema}: this run keeps averages with decay {listed}; take one of these, or raw.")
-    return averages.name_of(decay)
+        listed = ", ".join(name_of(d) for d in kept) or "none"
+        raise ConfigError(f"ema = {ema}: this run keeps EMA with decay {listed}; use one of these, or raw.")
+    return name_of(decay)
 
 
 def check_new_run(workdir: Path) -> None:
-    """Raise `ConfigError` if a work folder holds checkpoints already."""
+    """Raise `ConfigError` if a run directory already holds checkpoints."""
     folder = Path(workdir) / "checkpoints"
     steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
     if steps:
-        raise ConfigError(f"{workdir} already holds checkpoints of steps {', '.join(steps)}; take another folder.")
+        raise ConfigError(
+            f"{workdir} already holds checkpoints of steps {', '.join(steps)}; use another run directory."
+        )
 
 
 def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Parameters) -> None:
-    """Make a work folder whose training begins with these parameters (of all or some networks) at step 0.
+    """Create a run directory whose training starts from these parameters (of all or some networks) at step 0.
 
     Args:
-      parameters: `{network: ...}`, host or device arrays; networks that are left out start at random.
+      parameters: `{network: ...}`, host or device arrays; networks that are left out are initialized randomly.
 
     Raises:
-      ConfigError: the folder holds checkpoints already.
-      CheckpointError: it could not be written.
+      ConfigError: the run directory already holds checkpoints.
+      CheckpointError: the checkpoint could not be written.
     """
     check_new_run(workdir)
     unfinished = Path(workdir) / UNFINISHED
@@ -163,9 +165,9 @@ def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Pa
     unfinished.touch()
     checkpoints = Checkpoints(workdir, experiment.checkpoint.replace(on_failed_save="stop"))
     try:
-        # One device holds any batch: the mesh of this machine need not be the run's.
-        program = Program.of(experiment, single_device_mesh())
-        state = program.start_from(parameters)
+        # On one device: the mesh of this machine need not be that of the run.
+        program = Program.build(experiment, single_device_mesh())
+        state = program.init_from(parameters)
         checkpoints.save(0, state.saved(), {}, identity.run_document(experiment, program.task))
         checkpoints.wait()
         unfinished.unlink()

@@ -1,20 +1,21 @@
-"""A curriculum: one run in stages, each with its batch shapes, batch sizes and learning rate.
+"""A curriculum: one run in stages, each with its own batch shapes, batch sizes and learning rate.
 
     stages = (Stage(steps=..., buckets=(...), learning_rate=...), ...)
     Experiment(data=DataConfig(buckets=staged_buckets(stages), ...),
-               optimizer=OptimizerConfig(..., **staged_rates(stages)),
+               optimizer=OptimizerConfig(..., **staged_learning_rate(stages)),
                training=TrainingConfig(steps=total_steps(stages), ...))
 
-What an experiment holds is the outcome: for each bucket the steps that it is in use in, and factors on the learning
-rate. Both are functions of the step alone, so a run goes on from any step of any stage, with its weights, moments and
-averages; nothing has to be told where it is. Noise follows the shapes where `TimestepConfig.shift_by` says so.
+An experiment holds the result only: for each bucket the steps in which it is used, and scales on the learning rate.
+Both are functions of the step, so a run resumes at any step of any stage without further state. Noise schedules follow
+the batch shapes where `TimestepConfig.shift_by` is set.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from jvgen.data.stream.config import BucketConfig
-from jvgen.training.optimization.optimizer import RateStage
+from jvgen.training.optimization.optimizer import LRStage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,16 +23,16 @@ class Stage:
     """One part of a run.
 
     Attributes:
-      steps: how many.
-      buckets: batch shapes, with their batch sizes and shares.
-      learning_rate: peak of this stage.
-      rise: steps in which the learning rate goes from the one before to this one.
+      steps: length of the stage.
+      buckets: batch shapes, with their batch sizes and weights.
+      learning_rate: peak learning rate of this stage.
+      warmup_steps: steps over which the learning rate changes from that of the stage before.
     """
 
     steps: int
     buckets: tuple[BucketConfig, ...]
     learning_rate: float
-    rise: int = 0
+    warmup_steps: int = 0
 
 
 def total_steps(stages: Sequence[Stage]) -> int:
@@ -40,21 +41,21 @@ def total_steps(stages: Sequence[Stage]) -> int:
 
 
 def staged_buckets(stages: Sequence[Stage]) -> tuple[BucketConfig, ...]:
-    """The buckets of all stages, each with its steps. A shape of two stages is there twice and compiled once."""
-    begins = 0
+    """The buckets of all stages, each with its steps. A shape that two stages use is listed twice and compiled once."""
+    start = 0
     buckets = []
     for stage in stages:
-        buckets += [bucket.replace(start_step=begins, end_step=begins + stage.steps) for bucket in stage.buckets]
-        begins += stage.steps
+        buckets += [bucket.replace(start_step=start, end_step=start + stage.steps) for bucket in stage.buckets]
+        start += stage.steps
     return tuple(buckets)
 
 
-def staged_rates(stages: Sequence[Stage]) -> dict[str, object]:
-    """`learning_rate` and `stages` of an `OptimizerConfig`: the first stage's rate, and factors on it."""
+def staged_learning_rate(stages: Sequence[Stage]) -> dict[str, Any]:
+    """`learning_rate` and `stages` of an `OptimizerConfig`: the first stage's peak, and the others relative to it."""
     first = stages[0].learning_rate
-    begins = stages[0].steps
-    factors = []
+    start = stages[0].steps
+    scales = []
     for stage in stages[1:]:
-        factors.append(RateStage(begins=begins, factor=stage.learning_rate / first, rise=stage.rise))
-        begins += stage.steps
-    return {"learning_rate": first, "stages": tuple(factors)}
+        scales.append(LRStage(start_step=start, scale=stage.learning_rate / first, warmup_steps=stage.warmup_steps))
+        start += stage.steps
+    return {"learning_rate": first, "stages": tuple(scales)}

@@ -1,10 +1,11 @@
-"""Optimizers: AdamW, and Muon for matrices with AdamW for the rest; schedules; what decays, what stands still."""
+"""Optimizers: AdamW, or Muon for matrices with AdamW for the rest; learning-rate schedules, weight decay, freezing."""
 
 import dataclasses
 import functools
 import math
 import re
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,28 @@ from jvgen.training.optimization import parameter_paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RateStage(Config):
-    """From the step `begins` on, the learning rate is multiplied by `factor`, reached over `rise` steps."""
+class LRStage(Config):
+    """A scale on the learning rate from a step on, until the next stage.
 
-    begins: int
-    factor: float
-    rise: int = 0
+    Attributes:
+      start_step: first step of the stage.
+      scale: factor on the learning rate.
+      warmup_steps: steps over which the factor changes linearly from that of the stage before; 0 for at once.
+    """
+
+    renamed_fields: ClassVar[dict[str, str]] = {"begins": "start_step", "factor": "scale", "rise": "warmup_steps"}
+
+    start_step: int
+    scale: float
+    warmup_steps: int = 0
 
     def validate(self) -> None:
-        if self.begins < 0 or self.factor <= 0 or self.rise < 0:
+        if self.start_step < 0 or self.warmup_steps < 0:
             raise ValueError(
-                f"begins = {self.begins}, factor = {self.factor}, rise = {self.rise}: a step, a positive factor, and a "
-                "number of steps."
+                f"start_step = {self.start_step}, warmup_steps = {self.warmup_steps}: both must be 0 or more."
             )
+        if self.scale <= 0:
+            raise ValueError(f"scale = {self.scale}: must be positive.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,19 +52,19 @@ class OptimizerConfig(Config):
       learning_rate: peak; for Muon the same rate serves both parts, by `muon_rms`.
       schedule: after the linear warm-up: "constant"; "cosine" or "linear" down to final_fraction at the last step;
         "wsd" (warm-up, stable, decay) constant and then linear down over the last decay_fraction of the run.
-      warmup_steps: steps from (almost) 0 to the peak.
-      final_fraction: learning rate of the last step over the peak.
-      decay_fraction: share of the run that "wsd" decays in.
-      stages: factors on the learning rate for parts of the run, in order; see `jvgen.training.optimization.curriculum`.
+      warmup_steps: steps of the linear warm-up from (almost) 0 to the peak.
+      final_fraction: learning rate of the last step divided by the peak.
+      decay_fraction: fraction of the run in which "wsd" decays.
+      stages: scales on the learning rate for parts of the run, in order; see `jvgen.training.optimization.curriculum`.
       beta1, beta2, epsilon: of Adam.
       weight_decay: decoupled, times the learning rate.
-      no_weight_decay: patterns of parameters without decay; embeddings (first axis "vocabulary") never decay, heads do.
+      no_weight_decay: patterns of parameters without weight decay; embeddings (first axis "vocabulary") never decay.
       clip_norm: gradients are scaled down to this global norm; none for no clipping.
-      frozen: patterns of parameters that stand still: no gradient, no moments.
+      frozen: patterns of parameters that are not trained: no gradient, no moments.
       multipliers: pattern -> factor on the learning rate; the first that matches counts.
       muon_momentum, muon_iterations: momentum and Newton-Schulz iterations.
-      muon_rms: root mean square of an orthogonalised update, as Adam's is (Liu et al. 2025, arXiv 2502.16982, §2.2).
-      muon_exclude: patterns of kernels that AdamW moves under "muon" (first and last layers, heads).
+      muon_rms: root mean square of an orthogonalized update, as Adam's is (Liu et al. 2025, arXiv 2502.16982, §2.2).
+      muon_exclude: patterns of kernels that AdamW updates under "muon" (first and last layers, heads).
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -63,7 +73,7 @@ class OptimizerConfig(Config):
     warmup_steps: int = 1000
     final_fraction: float = 0.0
     decay_fraction: float = 0.1
-    stages: tuple[RateStage, ...] = ()
+    stages: tuple[LRStage, ...] = ()
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -85,9 +95,9 @@ class OptimizerConfig(Config):
         for field in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} = {getattr(self, field)}: a fraction from 0 to 1.")
-        begins = [stage.begins for stage in self.stages]
-        if begins != sorted(set(begins)):
-            raise ValueError(f"stages begin at steps {begins}: give them in order, each with a step of its own.")
+        starts = [stage.start_step for stage in self.stages]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"stages start at steps {starts}: the steps must increase from stage to stage.")
         for field in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)}: must be in [0, 1).")
@@ -110,20 +120,20 @@ class OptimizerConfig(Config):
 
 
 class Optimizer(NamedTuple):
-    """One objective's optimizer over its own parameters, a nested dict without the frozen ones.
+    """The optimizer of one objective; works on a nested dict of its own parameters, without frozen ones.
 
     Attributes:
-      trains: whether a parameter's path is moved by it.
+      trainable: whether it updates the parameter at a path.
       init: parameters -> optimizer state.
-      update: (gradients, state, parameters, learning rate) -> (updates to add, state); gradients are already clipped.
+      update: (clipped gradients, state, parameters, learning rate) -> (updates to add, state).
       learning_rate: step (int32 scalar) -> float32 scalar.
       clip_norm: see OptimizerConfig.
     """
 
-    trains: Any
-    init: Any
-    update: Any
-    learning_rate: Any
+    trainable: Callable[[str], bool]
+    init: Callable[[Parameters], Any]
+    update: Callable[[Parameters, Any, Parameters, jax.Array], tuple[Parameters, Any]]
+    learning_rate: Callable[[jax.Array], jax.Array]
     clip_norm: float | None
 
 
@@ -132,9 +142,9 @@ def make_optimizer(config: OptimizerConfig, axes: Parameters, steps: int, parame
 
     Args:
       config: its settings.
-      axes: logical axes of all trained parameters; stacked layers are told apart from matrices by them.
+      axes: logical axes of all parameters of the trained networks; they tell stacked layers from matrices.
       steps: length of the run.
-      parameters: pattern of the parameters that the objective moves (`Objective.parameters`).
+      parameters: pattern of the parameters of the objective (`Objective.parameters`).
 
     Raises:
       ConfigError: a `frozen` or `multipliers` pattern that matches no parameter, or nothing left to train.
@@ -147,39 +157,43 @@ def make_optimizer(config: OptimizerConfig, axes: Parameters, steps: int, parame
                 f"Paths are such as {', '.join(paths[:3])}."
             )
 
-    def trains(path: str) -> bool:
+    def trainable(path: str) -> bool:
         return parameter_paths.matches(parameters, path) and not parameter_paths.matches(config.frozen, path)
 
-    mine = {path: tuple(names) for path, names in nested.flatten(axes).items() if trains(path)}
-    if not mine:
+    trained_axes = {path: tuple(names) for path, names in nested.flatten(axes).items() if trainable(path)}
+    if not trained_axes:
         raise ConfigError(
             f"optimizer.frozen = {config.frozen}: nothing is left to train for the pattern {parameters!r}."
         )
-    orthogonalised = {path for path, names in mine.items() if config.kind == "muon" and _is_matrix(config, path, names)}
-    decayed = {path for path, names in mine.items() if _decays(config, path, names)}
-    factors = {path: _factor(config, path) for path in mine}
+    orthogonalized = {
+        path for path, names in trained_axes.items() if config.kind == "muon" and _is_matrix(config, path, names)
+    }
+    decayed = {path for path, names in trained_axes.items() if _decays(config, path, names)}
+    factors = {path: _factor(config, path) for path in trained_axes}
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     muon = optax.contrib.scale_by_muon(
         beta=config.muon_momentum,
         ns_steps=config.muon_iterations,
-        weight_dimension_numbers=functools.partial(nested.map_with_path, lambda path, _: _matrix(mine[path])),
+        weight_dimension_numbers=functools.partial(nested.map_with_path, lambda path, _: _matrix(trained_axes[path])),
     )
 
     def init(tree: Parameters) -> Any:
-        matrices, rest = nested.split(tree, orthogonalised.__contains__)
+        matrices, rest = nested.split(tree, orthogonalized.__contains__)
         # Without matrices there is no Muon state at all, so that an AdamW checkpoint holds nothing of it.
-        return {"adam": adam.init(rest)} | ({"muon": muon.init(matrices)} if orthogonalised else {})
+        return {"adam": adam.init(rest)} | ({"muon": muon.init(matrices)} if orthogonalized else {})
 
     def update(gradients: Parameters, state: Any, tree: Parameters, learning_rate: jax.Array) -> tuple[Parameters, Any]:
-        matrices, rest = nested.split(gradients, orthogonalised.__contains__)
+        matrices, rest = nested.split(gradients, orthogonalized.__contains__)
         # Optax raises floats to integer powers, which strict promotion (tests) refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, adam_state = adam.update(rest, state["adam"])
-            moved, muon_state = muon.update(matrices, state["muon"]) if orthogonalised else ({}, None)
+            muon_updates, muon_state = muon.update(matrices, state["muon"]) if orthogonalized else ({}, None)
         state = {**state, "adam": adam_state}
-        if orthogonalised:
-            moved = nested.map_with_path(lambda path, u: u * _muon_scale(config, u.shape, mine[path]), moved)
-            updates, state = nested.merge(updates, moved), {**state, "muon": muon_state}
+        if orthogonalized:
+            muon_updates = nested.map_with_path(
+                lambda path, u: u * _muon_scale(config, u.shape, trained_axes[path]), muon_updates
+            )
+            updates, state = nested.merge(updates, muon_updates), {**state, "muon": muon_state}
         values = nested.flatten(tree)
 
         def finish(path: str, direction: jax.Array) -> jax.Array:
@@ -189,7 +203,7 @@ def make_optimizer(config: OptimizerConfig, axes: Parameters, steps: int, parame
 
         return nested.map_with_path(finish, updates), state
 
-    return Optimizer(trains, init, update, make_schedule(config, steps), config.clip_norm)
+    return Optimizer(trainable, init, update, make_schedule(config, steps), config.clip_norm)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Any:
@@ -202,7 +216,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Any:
 
     def schedule(step: jax.Array) -> jax.Array:
         position = step.astype(jnp.float32)
-        # The first step already moves: (step + 1) / warmup.
+        # The first step already has a learning rate above 0: (step + 1) / warmup.
         rising = peak * (position + 1) / max(warmup, 1)
         progress = jnp.clip((position - decay_start) / max(steps - 1 - decay_start, 1), 0, 1)
         if config.schedule == "constant":
@@ -212,19 +226,19 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Any:
         else:
             falling = peak + (last - peak) * progress
         rate = jnp.where(position < warmup, jnp.minimum(rising, peak), falling)
-        return rate * stage_factor(config.stages, position) if config.stages else rate
+        return rate * stage_scale(config.stages, position) if config.stages else rate
 
     return schedule
 
 
-def stage_factor(stages: tuple[RateStage, ...], position: jax.Array) -> jax.Array:
-    """The factor of the stage that a step (float32 scalar) is in; 1 before the first."""
-    factor = jnp.ones_like(position)
+def stage_scale(stages: tuple[LRStage, ...], position: jax.Array) -> jax.Array:
+    """The scale of the stage that a step (float32 scalar) belongs to; 1 before the first stage."""
+    scale = jnp.ones_like(position)
     for stage in stages:
-        # The first step of a rise has moved already, as in the warm-up.
-        share = jnp.clip((position + 1 - stage.begins) / max(stage.rise, 1), 0, 1)
-        factor = jnp.where(position < stage.begins, factor, factor + (stage.factor - factor) * share)
-    return factor
+        # The first step of a warm-up is already above the start, as in the schedule's warm-up.
+        share = jnp.clip((position + 1 - stage.start_step) / max(stage.warmup_steps, 1), 0, 1)
+        scale = jnp.where(position < stage.start_step, scale, scale + (stage.scale - scale) * share)
+    return scale
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -246,7 +260,7 @@ def _matrix_axes(names: Axes) -> tuple[int, ...]:
 
 
 def _is_matrix(config: OptimizerConfig, path: str, names: Axes) -> bool:
-    """Kernels of linear layers and convolutions, stacked or not; an embedding's rows are not a matrix's."""
+    """Whether Muon applies: kernels of linear layers and convolutions, stacked or not, but no embeddings."""
     return (
         path.endswith("kernel")
         and len(_matrix_axes(names)) >= 2

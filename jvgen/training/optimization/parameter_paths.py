@@ -1,4 +1,4 @@
-"""Patterns over parameter paths ("denoiser/blocks/kernel"), and names for the leaves of a whole state."""
+"""Patterns over parameter paths ("denoiser/blocks/kernel"), and names for the leaves of a whole training state."""
 
 import re
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from jvgen.nested import Tree, flatten
 
 
 def matches(patterns: str | Sequence[str], path: str) -> bool:
-    """Whether one of the regular expressions matches the path from its start (as `re.match` has it)."""
+    """Whether one of the regular expressions matches the path from its start (`re.match`)."""
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     return any(re.match(pattern, path) for pattern in patterns)
 
 
 def unmatched(patterns: Sequence[str], tree: Tree) -> list[str]:
-    """The patterns that match no path of the tree: most likely misspelled."""
+    """The patterns that match no path of the tree, most likely misspelled."""
     return [pattern for pattern in patterns if not any(matches(pattern, path) for path in flatten(tree))]
 
 

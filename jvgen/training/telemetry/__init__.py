@@ -1,4 +1,2 @@
-"""What a run says about itself: console, metrics file, TensorBoard, throughput.
-
-Hooks are called by the loop and change nothing in it.
-"""
+"""What a run reports: hooks called by the loop (console, metrics files, samples, TensorBoard, Weights & Biases, users'
+own), conversion of metrics to numbers, throughput and memory. Decides nothing about training and saves no state."""

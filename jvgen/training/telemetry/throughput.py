@@ -1,4 +1,4 @@
-"""How fast a run is against what its devices can do: FLOPs of a step and model FLOPs utilisation."""
+"""Throughput and memory of a run: FLOPs per step, model FLOPs utilization, memory of host and devices."""
 
 import os
 import resource
@@ -12,17 +12,17 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel.chips import chip_of
 from jvgen.tasks.task import Task
 
-FORMULA = "MFU = FLOPs of the step / (seconds x devices x bfloat16 peak of a device); recomputation does not count"
+FORMULA = "MFU = FLOPs of the step / (seconds x devices x bfloat16 peak per device); recomputation is not counted"
 
 
 def peak_flops(device: jax.Device, configured: float | None) -> float | None:
-    """Peak of one device in FLOP/s; None where it is not known."""
+    """Peak of one device in FLOP/s: the configured one, else that of the chip table; None if unknown."""
     chip = chip_of(device)
     return configured if configured is not None else None if chip is None else chip.device_peak_flops
 
 
 def step_flops(task: Task, bucket: BucketConfig) -> dict[str, float]:
-    """Floating-point operations of one training step by part; of frozen networks there is no backward pass."""
+    """FLOPs of one training step by component: forward and backward pass, for frozen networks forward only."""
     frozen = set(task.frozen_networks)
     return {
         part: flops * bucket.batch_size * (1 if part.split("/")[0] in frozen else 3)
@@ -30,14 +30,14 @@ def step_flops(task: Task, bucket: BucketConfig) -> dict[str, float]:
     }
 
 
-def utilisation(flops: Mapping[str, float], seconds: float, devices: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, a fraction; None where peak or FLOPs are not known."""
+def utilization(flops: Mapping[str, float], seconds: float, devices: int, peak: float | None) -> float | None:
+    """Model FLOPs utilization, a fraction; None if peak or FLOPs are unknown."""
     total = sum(flops.values())
     return total / (seconds * devices * peak) if peak and total and seconds > 0 else None
 
 
 def host_rss_mib() -> float:
-    """Resident memory of this process in MiB (the peak of it where there is no /proc)."""
+    """Resident memory of this process in MiB (its peak on systems without /proc)."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -45,8 +45,8 @@ def host_rss_mib() -> float:
 
 
 def peak_memory(device: jax.Device) -> str:
-    """Most memory in use so far, on a device (where its backend counts it) and of the host, for people to read."""
+    """Peak memory so far as text: of a device (if its backend counts it) and of this process on the host."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    host = f"{used / 2**30:.2f} GiB of the host"
+    host = f"{used / 2**30:.2f} GiB of host memory"
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return host if peak is None else f"{peak / 2**30:.2f} GiB on {device.platform}:{device.id}, {host}"

@@ -1,0 +1,216 @@
+"""Prepares a run for the loop: program, data, restored state and compiled steps, in the order of the log."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jvgen.config import ConfigError
+from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.loader import LoadedBatch, Loader
+from jvgen.parallel.mesh import DATA, FSDP, describe, make_mesh
+from jvgen.training.checkpoint import digest, identity
+from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.checkpoint.restore import restore_state
+from jvgen.training.evaluation import Evaluator
+from jvgen.training.experiment import Experiment
+from jvgen.training.preemption import EXIT_RESTART, Preemption
+from jvgen.training.program import Program
+from jvgen.training.state import TrainState
+from jvgen.training.telemetry import startup, throughput
+from jvgen.training.telemetry.hooks import Hook
+from jvgen.training.telemetry.json_lines import read_rows
+from jvgen.training.telemetry.run_files import EVALUATION
+from jvgen.training.watchdog import Watchdog
+
+Log = Callable[[Any], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What the loop works with.
+
+    Attributes:
+      experiment: the run.
+      program: task, optimizers, shardings.
+      loader: the training data.
+      evaluator: runs evaluations; None if the run has none.
+      checkpoints: of the run directory.
+      document: the run document that is saved in checkpoints.
+      state: state to start from, restored or fresh; the first step donates it.
+      start_step: number of steps done before.
+      steps: compiled training step of each bucket.
+      flops: FLOPs per step of each bucket, by component.
+      peak_flops: peak of one device in FLOP/s; None if unknown.
+      batches: batches of this process from `start_step` on.
+      watchdog: reports steps that hang.
+      preemption: tells when the run was asked to stop.
+      hooks: called at the events of the run.
+      log: takes messages for the user.
+    """
+
+    experiment: Experiment
+    program: Program
+    loader: Loader
+    evaluator: Evaluator | None
+    checkpoints: Checkpoints
+    document: dict[str, Any]
+    state: TrainState
+    start_step: int
+    steps: dict[BucketConfig, jax.stages.Compiled]
+    flops: dict[BucketConfig, dict[str, float]]
+    peak_flops: float | None
+    batches: Iterator[LoadedBatch]
+    watchdog: Watchdog
+    preemption: Preemption
+    hooks: Hook
+    log: Log
+
+
+@contextlib.contextmanager
+def prepare(
+    experiment: Experiment,
+    workdir: Path,
+    *,
+    hooks: Hook,
+    log: Log,
+    resume: bool = True,
+    allow_changes: bool = False,
+    make_loader: Callable[..., Any] = Loader,
+) -> Iterator[Session]:
+    """Open a session; leaving the context closes its checkpoints, data and threads. Arguments are those of `train`.
+
+    Raises:
+      ConfigError: a mistake in the experiment, or a checkpoint of another run.
+      CheckpointError: there are checkpoints, and none is valid.
+    """
+    training = experiment.training
+    with contextlib.ExitStack() as stack:
+        program = _build_program(experiment, log)
+        loader, evaluator = _open_data(program, workdir, make_loader)
+        _log_parameters(program, log)
+        checkpoints = Checkpoints(workdir, experiment.checkpoint, log=log, on_saved=hooks.on_checkpoint)
+        stack.callback(checkpoints.close)
+        if not resume and checkpoints.steps():
+            raise ConfigError(
+                f"{workdir} already holds checkpoints of steps {checkpoints.steps()}: use another run directory, "
+                "or resume from them."
+            )
+        document = identity.run_document(experiment, program.task)
+        state = restore_state(program, checkpoints, loader, document, allow_changes, log)
+        start_step = int(state.step)
+        _read_scores(checkpoints, workdir, start_step)
+        _compile_digests(state, log)
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(json.dumps(document, indent=1))
+        flops = {bucket: throughput.step_flops(program.task, bucket) for bucket in loader.buckets}
+        steps = _compile_steps(program, flops, log)
+        peak_flops = throughput.peak_flops(program.sharding.mesh.devices.flat[0], training.peak_flops)
+        peak = f"{peak_flops:.4g} FLOP/s per device" if peak_flops else "of this device unknown"
+        log(f"{throughput.FORMULA}; peak {peak}")
+        watchdog = _start_watchdog(experiment, workdir)
+        stack.callback(watchdog.close)
+        preemption = stack.enter_context(Preemption())
+        batches = stack.enter_context(loader.batches(start_step, training.steps))
+        yield Session(
+            experiment=experiment,
+            program=program,
+            loader=loader,
+            evaluator=evaluator,
+            checkpoints=checkpoints,
+            document=document,
+            state=state,
+            start_step=start_step,
+            steps=steps,
+            flops=flops,
+            peak_flops=peak_flops,
+            batches=batches,
+            watchdog=watchdog,
+            preemption=preemption,
+            hooks=hooks,
+            log=log,
+        )
+
+
+def _build_program(experiment: Experiment, log: Log) -> Program:
+    mesh = make_mesh(experiment.mesh)
+    log(describe(mesh))
+    program = Program.build(experiment, mesh)
+    program.check()
+    experiment.task.check_weights()
+    experiment.task.check_data(experiment.data)
+    replicas, processes = mesh.shape[DATA] * mesh.shape[FSDP], jax.process_count()
+    if replicas % processes:
+        raise ConfigError(
+            f"mesh: {processes} processes read different examples, but data x fsdp = {replicas}; make it a multiple of "
+            "the number of processes."
+        )
+    return program
+
+
+def _open_data(program: Program, workdir: Path, make_loader: Callable[..., Any]) -> tuple[Loader, Evaluator | None]:
+    experiment, training = program.experiment, program.experiment.training
+    shared = {
+        "seed": experiment.seed,
+        "preprocess": program.task.prepare,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    loader = make_loader(experiment.data, **shared, quarantine_log=workdir / "quarantine.jsonl")
+    if not (training.evaluate_every or training.visualize_every):
+        return loader, None
+    held_out = make_loader(experiment.data, **shared, evaluation=True)
+    return loader, Evaluator(program, held_out.batches)
+
+
+def _log_parameters(program: Program, log: Log) -> None:
+    def trainable(path: str) -> bool:
+        return any(optimizer.trainable(path) for optimizer in program.optimizers.values())
+
+    abstract, shardings = program.abstract, program.shardings
+    log(startup.parameter_table("parameters", abstract.parameters, shardings.parameters, trainable))
+    if abstract.frozen:
+        log(startup.parameter_table("frozen networks", abstract.frozen, shardings.frozen, lambda path: False))
+
+
+def _read_scores(checkpoints: Checkpoints, workdir: Path, start_step: int) -> None:
+    """Evaluations of earlier starts, for keeping the best checkpoint; later ones than the restored step are redone."""
+    for row in read_rows(workdir / EVALUATION):
+        if row["step"] <= start_step:
+            checkpoints.record_evaluation(row["step"], row)
+
+
+def _compile_digests(state: TrainState, log: Log) -> None:
+    """Compile the digests now, so that the first save does not hold up training."""
+    start = time.perf_counter()
+    digest.of_arrays(state.saved())
+    log(f"compiled digests of {len(state.saved())} arrays in {time.perf_counter() - start:.1f} s")
+
+
+def _compile_steps(
+    program: Program, flops: dict[BucketConfig, dict[str, float]], log: Log
+) -> dict[BucketConfig, jax.stages.Compiled]:
+    """The training step of every bucket; buckets with equal arrays share a compiled step."""
+    compiled: dict[BucketConfig, jax.stages.Compiled] = {}
+    by_shape: dict[str, jax.stages.Compiled] = {}
+    for bucket in flops:
+        shapes = repr(sorted((n, s.shape, str(s.dtype)) for n, s in program.abstract_batch(bucket).items()))
+        if shapes not in by_shape:
+            start = time.perf_counter()
+            by_shape[shapes] = program.lower(bucket).compile()
+            log(startup.memory_line(bucket, by_shape[shapes], time.perf_counter() - start))
+            log(startup.flops_line(bucket, flops[bucket], program.sharding.mesh.size))
+        compiled[bucket] = by_shape[shapes]
+    return compiled
+
+
+def _start_watchdog(experiment: Experiment, workdir: Path) -> Watchdog:
+    training = experiment.training
+    leave = (lambda: os._exit(EXIT_RESTART)) if training.hang_action == "exit" else None
+    return Watchdog(training.hang_seconds, workdir / f"stacks_{jax.process_index()}.txt", leave)

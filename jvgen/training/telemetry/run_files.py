@@ -1,0 +1,55 @@
+"""Files of a run that hold every number and sample: metrics.jsonl, evaluation.jsonl and the folder samples."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvgen.data.video_files import encode_image, encode_video
+from jvgen.training.telemetry.hooks import Hook, RunInfo
+from jvgen.training.telemetry.json_lines import JsonLinesFile
+
+METRICS, EVALUATION, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "samples"
+# Frames per second of written samples.
+SAMPLE_FRAME_RATE = 8
+
+
+class RunFiles(Hook):
+    """Writes metrics.jsonl (one row per step), evaluation.jsonl (one row per evaluation) and `samples/step_.../`."""
+
+    def __init__(self) -> None:
+        self._metrics: JsonLinesFile | None = None
+        self._evaluation: JsonLinesFile | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        self._samples = run.workdir / SAMPLES
+        self._metrics = JsonLinesFile(run.workdir / METRICS, run.start_step)
+        # Evaluations at the start step belong to the checkpoint of that step: they are kept.
+        self._evaluation = JsonLinesFile(run.workdir / EVALUATION, run.start_step + 1)
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        self._metrics.write(row)
+
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        self._evaluation.write({"step": step, **values})
+
+    def on_samples(self, step: int, clips: Mapping[str, np.ndarray]) -> None:
+        write_samples(self._samples, step, clips)
+
+    def on_end(self, status: int | None) -> None:
+        for file in (self._metrics, self._evaluation):
+            if file is not None:
+                file.close()
+
+
+def write_samples(folder: Path, step: int, clips: Mapping[str, np.ndarray]) -> None:
+    """Write clips as mp4 and single frames as png: `folder/step_00001000/NAME_0.mp4`."""
+    target = folder / f"step_{step:08d}"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, batch in clips.items():
+        for number, clip in enumerate(batch):
+            if clip.shape[0] == 1:
+                (target / f"{name}_{number}.png").write_bytes(encode_image(clip[0]))
+            else:
+                (target / f"{name}_{number}.mp4").write_bytes(encode_video(clip, SAMPLE_FRAME_RATE))
