@@ -80,7 +80,7 @@ def _scenes(origins) -> None:
 
 def _run_scenes(parsed: argparse.Namespace) -> int:
     from jvgen.config import override, validate_tree
-    from jvgen.data.builders.folders import build_scenes
+    from jvgen.data.builders.scenes import build_scenes
     from jvgen.data.scenes.scenes import SceneConfig
 
     config = override(SceneConfig(), parsed.assignments)
@@ -105,7 +105,7 @@ def _media(origins, name: str, summary: str) -> None:
     parser.add_argument("--min-height", type=int, default=1, help="leave out what is lower, in pixels")
     parser.add_argument("--min-width", type=int, default=1, help="leave out what is narrower, in pixels")
     parser.add_argument(
-        "--refuse-budget", type=float, default=0.0, help="share of files that may be damaged before the build stops"
+        "--error-budget", type=float, default=0.0, help="share of files that may be damaged before the build stops"
     )
     parser.add_argument("--workers", type=int, default=None, help="processes; one a processor if not given")
     if name == "videos":
@@ -130,7 +130,7 @@ def _run_media(parsed: argparse.Namespace) -> int:
     )
     shared = {
         "captions": parsed.captions, "captions_optional": parsed.captions_optional, "filters": filters,
-        "validation": parsed.validation, "refuse_budget": parsed.refuse_budget, "workers": parsed.workers,
+        "validation": parsed.validation, "error_budget": parsed.error_budget, "workers": parsed.workers,
         "overwrite": parsed.overwrite,
     }  # fmt: skip
     with progress_bar(f"reading {parsed.origin}", "files") as report:
@@ -166,7 +166,7 @@ def _robot_episodes(origins) -> None:
     parser.add_argument("--min-frames", type=int, default=1, help="leave out shorter episodes")
     parser.add_argument("--validation", type=float, default=0.05, help="share of episodes held out of every folder")
     parser.add_argument(
-        "--refuse-budget", type=float, default=0.0, help="share of files that may be damaged before the build stops"
+        "--error-budget", type=float, default=0.0, help="share of files that may be damaged before the build stops"
     )
     parser.add_argument(
         "--workers", type=int, default=None, help="files read side by side; one a processor if not given"
@@ -191,7 +191,7 @@ def _run_robot_episodes(parsed: argparse.Namespace) -> int:
     with progress_bar("reading episodes", "files") as report:
         summary = build_robot_episodes(
             parsed.folder, parsed.out, options, validation=parsed.validation, min_frames=parsed.min_frames,
-            refuse_budget=parsed.refuse_budget, workers=parsed.workers, overwrite=parsed.overwrite, progress=report,
+            error_budget=parsed.error_budget, workers=parsed.workers, overwrite=parsed.overwrite, progress=report,
         )  # fmt: skip
     return _finish(summary)
 
@@ -209,7 +209,7 @@ def _realestate10k(origins) -> None:
         "--media", required=True, help="folder with ID.mp4 (a frame for each camera), KEY.mp4 (whole), or ID/TIME.png"
     )
     parser.add_argument("--captions", default=None, help="csv or jsonl table with the columns file and caption")
-    _clip_options(parser, refuse_budget=1.0)
+    _clip_options(parser, error_budget=1.0)
 
 
 def _webvid(origins) -> None:
@@ -219,16 +219,16 @@ def _webvid(origins) -> None:
     )  # fmt: skip
     parser.add_argument("table", help="csv with the columns videoid and name")
     parser.add_argument("--videos", required=True, help="folder with VIDEOID.mp4 at any depth")
-    _clip_options(parser, refuse_budget=0.0)
+    _clip_options(parser, error_budget=0.0)
 
 
-def _clip_options(parser: argparse.ArgumentParser, refuse_budget: float) -> None:
+def _clip_options(parser: argparse.ArgumentParser, error_budget: float) -> None:
     parser.add_argument("--validation", type=float, default=0.05, help="share of clips that is held out")
     parser.add_argument("--min-frames", type=int, default=1, help="leave out shorter clips")
     parser.add_argument("--shorter-side", type=int, default=None, help="encode again at this size")
     parser.add_argument("--keyframe-every", type=int, default=None, help="frames between keyframes of what is encoded")
     parser.add_argument(
-        "--refuse-budget", type=float, default=refuse_budget,
+        "--error-budget", type=float, default=error_budget,
         help="share of clips that may be missing or damaged before the build stops",
     )  # fmt: skip
     parser.add_argument(
@@ -242,7 +242,7 @@ def _clip_settings(parsed: argparse.Namespace) -> dict:
     return {
         "shorter_side": parsed.shorter_side, "keyframe_every": parsed.keyframe_every,
         "filters": FilterConfig(min_frames=parsed.min_frames), "validation": parsed.validation,
-        "refuse_budget": parsed.refuse_budget, "workers": parsed.workers, "overwrite": parsed.overwrite,
+        "error_budget": parsed.error_budget, "workers": parsed.workers, "overwrite": parsed.overwrite,
     }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from jvgen.data.builders.latents import check_pixels
 from jvgen.data.stream.config import BucketConfig, DataConfig
+from jvgen.data.stream.source_checks import check_pixels
 from jvgen.diffusion.objective import slot_keys, slot_normal
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
 from jvgen.losses.perceptual import PerceptualConfig

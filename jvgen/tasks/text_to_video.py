@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvgen.data.builders.latents import check_latents, check_pixels
 from jvgen.data.stream.config import BucketConfig, DataConfig
+from jvgen.data.stream.source_checks import check_latents, check_pixels
 from jvgen.diffusion.guidance import GuidanceConfig, guided, unguided
 from jvgen.diffusion.objective import (
     ObjectiveConfig,

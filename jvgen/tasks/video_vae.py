@@ -11,8 +11,8 @@ from einops import rearrange
 from flax import nnx
 
 from jvgen.config import Config
-from jvgen.data.builders.latents import check_pixels
 from jvgen.data.stream.config import BucketConfig, DataConfig
+from jvgen.data.stream.source_checks import check_pixels
 from jvgen.diffusion.objective import slot_keys, slot_normal
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise
 from jvgen.interop.architecture import check_architecture

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvgen.data.builders.latents import check_pixels
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig, DataConfig
+from jvgen.data.stream.source_checks import check_pixels
 from jvgen.diffusion.objective import slot_keys
 from jvgen.evaluation.prediction import best_of
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity

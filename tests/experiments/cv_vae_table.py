@@ -28,7 +28,7 @@ from pathlib import Path
 
 from jvgen import config as configuration
 from jvgen.autoencoding.evaluation import evaluate_vae
-from jvgen.data.builders.folders import build_scenes
+from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.stream.config import BucketConfig
 from jvgen.demo.demo import SCENES

@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from jvgen.data.builders.build_loop import Summary, Task, assemble
+from jvgen.data.builders.build_loop import BuildJob, Summary, build_dataset
 from jvgen.data.builders.folders import VIDEO_SUFFIXES
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import encode_video, probe_file, read_frames
@@ -63,14 +63,14 @@ def build(films: Path, out: Path, held_out: Sequence[str], *, overwrite: bool = 
     measured = [film for film in found if any(name in film.stem for name in held_out)]
     if measured == found:
         raise ValueError(f"--held-out {' '.join(held_out)}: nothing is left to train on; there are {names}.")
-    tasks = []
+    jobs = []
     for film in found:
         split = "validation" if film in measured else "train"
         clips = [(f"{film.stem} {number}", clip) for number, clip in enumerate(tiles(film, **cut))]
-        tasks += [Task(split, named[0], named) for named in clips]
+        jobs += [BuildJob(split, named[0], named) for named in clips]
         print(f"{film.name}: {len(clips)} clips, {split}")
-    return assemble(
-        out, tasks, _record, description="Squares of films, in which something moves.",
+    return build_dataset(
+        out, jobs, _record, description="Squares of films, in which something moves.",
         metadata={"origin": "films", "options": {"held_out": list(held_out), **cut}}, workers=1, overwrite=overwrite,
     )  # fmt: skip
 

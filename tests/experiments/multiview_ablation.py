@@ -26,8 +26,8 @@ import numpy as np
 
 from jvgen import config as configuration
 from jvgen.autoencoding.encoding import FrameEncoder
-from jvgen.data.builders.folders import build_scenes
 from jvgen.data.builders.latents import build_latents
+from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.labels import COLORS, labels_of
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.store.sources import open_source

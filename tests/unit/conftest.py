@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jvgen.cli import main as cli
-from jvgen.data.builders.folders import build_scenes
+from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.interop.to_torch import export_network
 from jvgen.models.image_vae.config import ImageVAEConfig

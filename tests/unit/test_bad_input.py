@@ -12,8 +12,8 @@ import pytest
 
 from jvgen import config
 from jvgen.cli import main as cli
-from jvgen.data.builders.folders import build_scenes
 from jvgen.data.builders.latents import build_latents
+from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.quarantine import TooManyFailures
@@ -232,10 +232,10 @@ CASES = {
     ),
     "latents without pixels": Case(
         train("data.sources.0.path={w.latents}", "data.buckets.0.frames=4"),
-        ("latents [train] holds cached latents and no pixels", "name the data set with the clips"),
+        ("latents [train] has cached latents but no pixels", "use the data set with the clips"),
     ),
     "pixels without latents": Case(
-        video("data.sources.0.path={w.scenes}"), ("holds no cached latents", "jvgen data build latents")
+        video("data.sources.0.path={w.scenes}"), ("has no cached latents", "jvgen data build latents")
     ),
     # Latents and the VAE.
     "latents of another VAE": Case(

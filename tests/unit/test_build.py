@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvgen.data.builders.build_loop import BuildError, FilterConfig, split_of
-from jvgen.data.builders.folders import build_images, build_scenes, build_videos
-from jvgen.data.builders.latents import build_latents, check_latents
+from jvgen.data.builders.build_loop import BuildError, FilterConfig, assign_splits
+from jvgen.data.builders.folders import build_images, build_videos
+from jvgen.data.builders.latents import build_latents
+from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.builders.tfds_images import build_tfds_images
 from jvgen.data.scenes.labels import labels_of
 from jvgen.data.scenes.scenes import SceneConfig, render_scene
 from jvgen.data.store.show import show
 from jvgen.data.store.sources import open_source, read_metadata, splits
+from jvgen.data.stream.source_checks import check_latents
 from jvgen.data.video_files import decode_window, encode_image, encode_video, probe
 
 SCENES = SceneConfig(height=24, width=32, frames=5, background="plain")
@@ -73,7 +75,7 @@ def test_processes_make_the_same_scenes(tmp_path: Path) -> None:
 
 def test_videos(videos: Path, tmp_path: Path) -> None:
     summary = build_videos(videos, tmp_path / "set", validation=0.25)
-    assert summary.records == 4 and not summary.refused
+    assert summary.records == 4 and not summary.rejected
     found = read_all(tmp_path / "set")
     assert {split for split, _ in found.values()} == {"train", "validation"}
     assert found["a.mp4"][1].captions == ("a cat, asleep",)
@@ -115,8 +117,8 @@ def test_captions_in_other_forms(videos: Path, tmp_path: Path, name: str, conten
     captions = {id: record.captions for id, (_, record) in read_all(tmp_path / "set").items()}
     assert captions["a.mp4"][0] == "x" and captions["more/c.mp4"] == ()
     summary = build_videos(videos, tmp_path / "strict", filters=FilterConfig())
-    assert {item.name for item in summary.refused} >= {"more/c.mp4", "more/d.MP4"}
-    assert {item.reason for item in summary.refused} == {"has no caption"}
+    assert {item.name for item in summary.rejected} >= {"more/c.mp4", "more/d.MP4"}
+    assert {item.reason for item in summary.rejected} == {"has no caption"}
 
 
 def test_captions_that_cannot_be_found(videos: Path, tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_captions_that_cannot_be_found(videos: Path, tmp_path: Path) -> None:
         build_videos(videos, tmp_path / "set")
     for name, text, message in (
         ("captions.csv", "path,text\na.mp4,x\n", "needs file and caption"),
-        ("captions.csv", "file,caption\nq.mp4,x\n", "names none of the 4 files.*q.mp4.*a.mp4"),
+        ("captions.csv", "file,caption\nq.mp4,x\n", "lists none of the 4 files.*q.mp4.*a.mp4"),
         ("captions.jsonl", "{\n", "line 1: not JSON"),
         ("captions.jsonl", '{"caption": "x"}\n', "line 1: needs a file and a caption"),
     ):
@@ -137,7 +139,7 @@ def test_captions_that_cannot_be_found(videos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
 
 
-def test_damaged_files_are_listed_together(videos: Path, tmp_path: Path) -> None:
+def test_corrupt_files_are_listed_together(videos: Path, tmp_path: Path) -> None:
     (videos / "b.mp4").write_bytes(b"")
     (videos / "more/c.mp4").write_bytes((videos / "a.mp4").read_bytes()[:200])
     with pytest.raises(BuildError) as caught:
@@ -145,17 +147,17 @@ def test_damaged_files_are_listed_together(videos: Path, tmp_path: Path) -> None
     assert "2 of 4 files" in str(caught.value) and "b.mp4: the file is empty" in str(caught.value)
     assert "more/c.mp4: not a readable video" in str(caught.value)
     assert not (tmp_path / "set").exists()
-    summary = build_videos(videos, tmp_path / "set", refuse_budget=0.5)
-    assert summary.records == 2 and [item.name for item in summary.refused] == ["b.mp4", "more/c.mp4"]
+    summary = build_videos(videos, tmp_path / "set", error_budget=0.5)
+    assert summary.records == 2 and [item.name for item in summary.rejected] == ["b.mp4", "more/c.mp4"]
     listed = [json.loads(line) for line in (tmp_path / "set" / "refused.jsonl").read_text().splitlines()]
     assert [item["name"] for item in listed] == ["b.mp4", "more/c.mp4"] and all(item["damaged"] for item in listed)
-    assert "left out: 2" in str(summary)
+    assert "rejected: 2" in str(summary)
 
 
 def test_filters(videos: Path, tmp_path: Path) -> None:
     summary = build_videos(videos, tmp_path / "set", filters=FilterConfig(min_frames=12))
     assert summary.records == 2
-    assert {item.reason for item in summary.refused} == {"10 frames, fewer than 12", "11 frames, fewer than 12"}
+    assert {item.reason for item in summary.rejected} == {"10 frames, fewer than 12", "11 frames, fewer than 12"}
     with pytest.raises(BuildError, match="none of 4 files can be used.*\n.*48x32, smaller than 1x64"):
         build_videos(videos, tmp_path / "none", filters=FilterConfig(min_height=64))
     with pytest.raises(ValueError, match="kinds"):
@@ -165,7 +167,7 @@ def test_filters(videos: Path, tmp_path: Path) -> None:
 def test_folders_without_media(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
         build_videos(tmp_path / "nowhere", tmp_path / "set")
-    with pytest.raises(ValueError, match="holds no files ending in .mp4"):
+    with pytest.raises(ValueError, match="contains no files ending in .mp4"):
         build_videos(tmp_path, tmp_path / "set")
 
 
@@ -196,7 +198,7 @@ def test_images_of_a_tfds_data_set(tmp_path: Path) -> None:
         build_tfds_images(str(folder), tmp_path / "no", image_key="picture")
     with pytest.raises(ValueError, match="no split 'dev'. Its splits: .*train"):
         build_tfds_images(str(folder), tmp_path / "no", train_split="dev")
-    with pytest.raises(ValueError, match="TFDS knows no data set 'no_such_images'"):
+    with pytest.raises(ValueError, match="'no_such_images' is neither a data set known to TFDS"):
         build_tfds_images("no_such_images", tmp_path / "no", data_dir=tmp_path)
     assert not (tmp_path / "no").exists()
 
@@ -269,11 +271,11 @@ def test_latents_know_their_encoder(tmp_path: Path) -> None:
     build_scenes(tmp_path / "pixels", SCENES, train=2, validation=0)
     build_latents(tmp_path / "pixels", tmp_path / "latents", encode_blocks, encoder_digest="abc", height=24, width=32)
     assert check_latents(tmp_path / "latents", "abc")["height"] == 24
-    with pytest.raises(ValueError, match="come from the encoder abc, the run has xyz"):
+    with pytest.raises(ValueError, match="come from encoder abc, the run has xyz"):
         check_latents(tmp_path / "latents", "xyz")
-    with pytest.raises(ValueError, match="holds no cached latents"):
+    with pytest.raises(ValueError, match="has no cached latents"):
         check_latents(tmp_path / "pixels", "abc")
-    with pytest.raises(BuildError, match="holds latents already"):
+    with pytest.raises(BuildError, match="has latents but no pixels"):
         build_latents(tmp_path / "latents", tmp_path / "x", encode_blocks, encoder_digest="abc", height=24, width=32)
     with pytest.raises(ValueError, match="not finite in float16"):
         build_latents(
@@ -317,14 +319,14 @@ def test_a_killed_or_failing_build_changes_nothing(tmp_path: Path) -> None:
 
 def test_splits_are_stable() -> None:
     names = [f"clip {n}" for n in range(200)]
-    sides = dict(zip(names, split_of(names, 0.1), strict=True))
+    sides = dict(zip(names, assign_splits(names, 0.1), strict=True))
     assert list(sides.values()).count("validation") == 20
-    more = dict(zip([*names, "new"], split_of([*names, "new"], 0.1), strict=True))
+    more = dict(zip([*names, "new"], assign_splits([*names, "new"], 0.1), strict=True))
     assert sum(sides[name] != more[name] for name in names) <= 1
-    assert split_of(["a", "b"], 0.001).count("validation") == 1
-    assert split_of(["a"], 0.5) == ["train"] and split_of(names, 0.0).count("validation") == 0
+    assert assign_splits(["a", "b"], 0.001).count("validation") == 1
+    assert assign_splits(["a"], 0.5) == ["train"] and assign_splits(names, 0.0).count("validation") == 0
     with pytest.raises(ValueError, match="validation = 1"):
-        split_of(names, 1.0)
+        assign_splits(names, 1.0)
 
 
 def test_show(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def test_all_three_layouts_of_realestate10k(cameras, media, tmp_path, frames):
     captions.write_text("file,caption\naa,a kitchen\nbb.txt,a hall\n")
     summary = build_realestate10k(cameras, media, tmp_path / "out", captions=captions, validation=0.0, workers=1)
     assert summary.counts == {"train": {"static": 3}}
-    assert [(item.name, item.damaged) for item in summary.refused] == [("dd", True)]
-    assert "has no video and no frames; accepted is, for a camera file ID.txt" in summary.refused[0].reason
+    assert [(item.name, item.corrupt) for item in summary.rejected] == [("dd", True)]
+    assert "has neither a video nor frames; accepted, for a camera file ID.txt" in summary.rejected[0].reason
     source = open_source(tmp_path / "out", "train")
     records = {record.id: record for record in (source.read(row) for row in range(3))}
     for name, shown in (("aa", frames[:6]), ("bb", frames[5:11]), ("cc", frames[0:12:2])):
@@ -75,10 +75,10 @@ def test_what_is_wrong_with_a_clip_is_listed(cameras, media, tmp_path, frames):
     for message in (
         "aa.mp4 has 4 frames for 6 cameras",
         "k1.mp4 ends at 1.60 s, before the last camera at 2.00 s",
-        "has no image of the time 1200000",
+        "has no image for timestamp 1200000",
     ):
         assert message in str(told.value)
-    with pytest.raises(ValueError, match="holds no camera files"):
+    with pytest.raises(ValueError, match="contains no camera files"):
         build_realestate10k(media, media, tmp_path / "out")
 
 
@@ -96,7 +96,7 @@ def test_webvid(tmp_path, frames, jvgen):
     record = open_source(tmp_path / "out", "train").read(0)
     assert (record.id, record.kind, record.captions, record.frames) == ("17", "dynamic", ("a dog runs",), 5)
     table.write_text("videoid,name\n99,gone\n")
-    with pytest.raises(ValueError, match="holds none of the 1 videos of .*: expected VIDEOID.mp4, as 99.mp4"):
+    with pytest.raises(ValueError, match="contains none of the 1 videos of .*: expected VIDEOID.mp4, such as 99.mp4"):
         build_webvid(table, videos, tmp_path / "out")
     table.write_text("id,name\n99,gone\n")
     with pytest.raises(ValueError, match=r"its columns are \['id', 'name'\]; it needs videoid and name"):
@@ -107,6 +107,6 @@ def test_realestate10k_by_the_command(cameras, media, tmp_path, jvgen):
     done = jvgen("data", "build", "realestate10k", cameras, "--media", media, "--out", tmp_path / "out",
                  "--validation", 0, "--min-frames", 6, "--shorter-side", 8)  # fmt: skip
     assert done.status == 0, done.err
-    assert "3 static" in done.out and "left out: 1" in done.out
+    assert "3 static" in done.out and "rejected: 1" in done.out
     record = open_source(tmp_path / "out", "train").read(0)
     assert (record.height, record.width) == (8, 12)

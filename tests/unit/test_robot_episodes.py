@@ -79,14 +79,14 @@ def test_other_files_are_recorded_with_the_frame(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"a": pixels(3), "b": pixels(3)}, "holds 2 arrays of frames .* say which with camera; it has a \\(3, 16"),
-        ({"image": pixels(3) / 255}, "frames are float64: expected whole numbers"),
-        ({"image": pixels(3).astype(int) * 4}, "frames reach from .* expected 0 to 255"),
-        ({"image": pixels(3)[:0]}, "holds no frame"),
+        ({"a": pixels(3), "b": pixels(3)}, "has 2 arrays of frames .* select one with camera, of a \\(3, 16"),
+        ({"image": pixels(3) / 255}, "frames are float64: expected integers"),
+        ({"image": pixels(3).astype(int) * 4}, "frames range from .* expected 0 to 255"),
+        ({"image": pixels(3)[:0]}, "has no frames"),
         ({"image": pixels(3), "action": np.ones((5, 2))}, "has 5 actions for 3 frames"),
         ({"image": pixels(3), "action": np.full((3, 2), np.nan)}, "actions are not all finite"),
         ({"image": pixels(3), "reward": np.full(3, np.inf)}, "rewards are not all finite"),
-        ({"action": np.ones((3, 2))}, "holds 0 arrays of frames"),
+        ({"action": np.ones((3, 2))}, "has 0 arrays of frames"),
     ],
 )
 def test_files_that_make_no_episode(tmp_path, arrays, words):
@@ -127,14 +127,14 @@ def test_mistakes_of_a_build(metaworld, tmp_path, jvgen):
     (metaworld / "door-lock" / "broken.npz").write_bytes(b"no")
     with pytest.raises(BuildError, match="1 of 5 files cannot be used(.|\n)*broken.npz"):
         build_robot_episodes(metaworld, tmp_path / "a", workers=1)
-    summary = build_robot_episodes(metaworld, tmp_path / "b", refuse_budget=0.3, validation=0.0, workers=1)
-    assert summary.records == 4 and len(summary.refused) == 1
+    summary = build_robot_episodes(metaworld, tmp_path / "b", error_budget=0.3, validation=0.0, workers=1)
+    assert summary.records == 4 and len(summary.rejected) == 1
     with pytest.raises(ValueError, match="is not a folder"):
         build_robot_episodes(tmp_path / "nowhere", tmp_path / "c")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no .npz or .hdf5 files"):
+    with pytest.raises(ValueError, match="contains no .npz or .hdf5 files"):
         build_robot_episodes(tmp_path / "empty", tmp_path / "c")
-    with pytest.raises(ValueError, match="the lower bound first"):
+    with pytest.raises(ValueError, match="the lower bound, then"):
         build_robot_episodes(metaworld, tmp_path / "c", EpisodeOptions(clip_actions=(1.0, -1.0)))
     done = jvgen("data", "build", "robot-episodes", metaworld, "--out", tmp_path / "c", "--clip-actions", "1")
     assert done.status == 2 and "expected LOW,HIGH" in done.err
@@ -214,7 +214,7 @@ def test_damaged_shards_are_told(rlds, tmp_path):
     with pytest.raises(BuildError, match="2 of 4 files(.|\n)*truncated: the file ends within(.|\n)*not an example"):
         build_robot_episodes(rlds, tmp_path / "data", workers=1)
     shard.write_bytes(as_tfrecord([b""]))
-    with pytest.raises(DecodeError, match="holds no steps"):
+    with pytest.raises(DecodeError, match="has no steps"):
         find_episodes(rlds)[1].read()
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from jvgen.autoencoding.evaluation import evaluate_vae
 from jvgen.autoencoding.streaming import VideoCoder
-from jvgen.data.builders.latents import check_latents
 from jvgen.data.store.sources import open_source
+from jvgen.data.stream.source_checks import check_latents
 from jvgen.data.video_files import encode_video, probe_file, read_frames
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jvgen import config
-from jvgen.data.builders.folders import build_scenes
+from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.video_files import decode_window
 from jvgen.evaluation.epipolar_sheet import epipolar_sheet

@@ -1,4 +1,4 @@
-"""Captions that lie beside media files: one table for a folder, or one text file for each clip."""
+"""Reads captions of media files: one table per folder, or one text file per clip."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 ACCEPTED = (
     "captions.csv or captions.tsv with the columns file,caption; captions.jsonl with "
-    '{"file": ..., "caption": "..." or ["...", ...]} on each line; or <clip>.txt beside each clip, one caption a line'
+    '{"file": ..., "caption": "..." or ["...", ...]} on each line; or <clip>.txt beside each clip, one caption per line'
 )
 
 
@@ -18,16 +18,16 @@ def read_captions(
     """Captions of media files.
 
     Args:
-      folder: what the file names in a table are relative to (bare names and names without extension are found too).
-      files: the media files below the folder.
-      table: captions table; looked for in the folder unless given.
-      optional: whether it is all right that there are no captions at all.
+      folder: file names in a table are relative to it (bare names and names without extension match too).
+      files: the media files in the folder.
+      table: captions table; by default one of `TABLES` in the folder.
+      optional: do not require any captions.
 
     Returns:
-      Captions by file; files without any are missing from it.
+      Captions by file; files without captions are left out.
 
     Raises:
-      ValueError: no captions anywhere, a table that cannot be read, or one that names none of the files.
+      ValueError: no captions, a table that cannot be read, or a table that lists none of the files.
     """
     files = list(files)
     if table is None:
@@ -49,7 +49,7 @@ def read_captions(
 
 
 def _read_table(table: Path) -> dict[str, list[str]]:
-    """Captions by the file name in the table."""
+    """Captions by file name as written in the table."""
     rows: dict[str, list[str]] = {}
     text = table.read_text(encoding="utf-8-sig")
     if table.suffix == ".jsonl":
@@ -91,7 +91,7 @@ def _from_table(
             found[file] = tuple(captions)
     if files and not found:
         raise ValueError(
-            f"{table} names none of the {len(files)} files in {folder}: "
+            f"{table} lists none of the {len(files)} files in {folder}: "
             f"it has {', '.join(list(rows)[:3]) or 'no rows'}, the folder {', '.join(file.name for file in files[:3])}."
         )
     return found

@@ -1,4 +1,4 @@
-"""Where episodes lie in files: numpy archives, hdf5, RLDS data sets as TFDS prepares them, folders of frames."""
+"""Finds and reads episodes in files: numpy archives, hdf5, prepared RLDS data sets of TFDS, folders of frames."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ IMAGES = (".jpg", ".jpeg", ".png")
 _LENGTH, _CHECKSUM = 8, 4  # bytes of a TFRecord's header
 
 
-class Raw(NamedTuple):
+class RawEpisode(NamedTuple):
     """An episode as it is stored.
 
     Attributes:
-      arrays: by name; frames may still be `Pictures`.
-      captions: what was told to do.
+      arrays: by name; frames may be `EncodedFrames`.
+      captions: language instructions.
     """
 
     arrays: dict[str, Any]
@@ -31,24 +31,24 @@ class Raw(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """A place in a file: a name that is unique in the folder, and what reads it (`DecodeError` if it is damaged)."""
+    """A name that is unique in the folder, and the function that reads the episode (`DecodeError` if it is corrupt)."""
 
     name: str
-    read: Callable[[], Raw]
+    read: Callable[[], RawEpisode]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Frames that are still encoded.
+class EncodedFrames:
+    """Frames that are not decoded yet.
 
     Attributes:
-      clips: an image a frame, or one video.
-      swapped: red and blue are in each other's place.
-      limit: frames to keep; none for all.
+      clips: one image per frame, or one video.
+      swap_red_blue: whether channels are stored as BGR.
+      limit: number of frames to keep; None for all.
     """
 
     clips: tuple[bytes, ...]
-    swapped: bool = False
+    swap_red_blue: bool = False
     limit: int | None = None
 
     def decode(self) -> np.ndarray:
@@ -60,62 +60,66 @@ class Pictures:
             if len({frame.shape for frame in frames}) > 1:
                 raise DecodeError(f"frames change size: {sorted({frame.shape[:2] for frame in frames})}")
             frames = np.stack(frames)
-        return frames[..., ::-1] if self.swapped else frames
+        return frames[..., ::-1] if self.swap_red_blue else frames
 
 
 def find_episodes(folder: Path) -> list[Episode]:
-    """All episodes below a folder, by name.
+    """All episodes in a folder, searched recursively, sorted by name.
 
     Raises:
-      ValueError: no file of a kind that can be read, or hdf5 files without h5py.
+      ValueError: no readable file, or hdf5 files without h5py installed.
     """
     found: list[Episode] = []
-    frames: dict[Path, list[Path]] = {}
+    images: dict[Path, list[Path]] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.suffix in NUMPY:
             found.append(Episode(name, functools.partial(read_numpy, path)))
         elif path.suffix in HDF5:
-            found += _in_hdf5(path, name)
+            found += _hdf5_episodes(path, name)
         elif any(mark in path.name for mark in SHARDS):
-            found += _in_shard(path, name)
+            found += _shard_episodes(path, name)
         elif path.suffix.lower() in IMAGES and _natural(path.stem)[0] != path.stem:
-            frames.setdefault(path.parent, []).append(path)
-    for place, paths in frames.items():
-        found.append(Episode(place.relative_to(folder).as_posix(), functools.partial(read_frames, tuple(paths))))
+            images.setdefault(path.parent, []).append(path)
+    for parent, paths in images.items():
+        found.append(Episode(parent.relative_to(folder).as_posix(), functools.partial(read_frames, tuple(paths))))
     if not found:
         raise ValueError(
-            f"{folder} holds no .npz or .hdf5 files, no shards of a TFDS data set and no numbered images, at any depth."
+            f"{folder} contains no .npz or .hdf5 files, no shards of a TFDS data set and no numbered images."
         )
     return sorted(found, key=lambda episode: _natural(episode.name))
 
 
-def read_frames(paths: Sequence[Path]) -> Raw:
-    """Numbered images, a frame each, as Something-Something is used: in the order of their numbers."""
+def read_frames(paths: Sequence[Path]) -> RawEpisode:
+    """Frames of numbered images (Something-Something), in the order of their numbers."""
     try:
-        return Raw(
-            {"image": Pictures(tuple(path.read_bytes() for path in sorted(paths, key=lambda p: _natural(p.stem))))}
+        return RawEpisode(
+            {"image": EncodedFrames(tuple(path.read_bytes() for path in sorted(paths, key=lambda p: _natural(p.stem))))}
         )
     except OSError as error:
         raise DecodeError(f"cannot be read ({error})") from error
 
 
-def read_numpy(path: Path) -> Raw:
-    """The arrays of an npz file; `DecodeError` if it cannot be read."""
+def read_numpy(path: Path) -> RawEpisode:
+    """The arrays of an npz file.
+
+    Raises:
+      DecodeError: cannot be read.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Raw({name: file[name] for name in file.files})
+            return RawEpisode({name: file[name] for name in file.files})
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DecodeError(f"cannot be read as npz ({error})") from error
 
 
-# RLDS. A record is one episode: a tf.train.Example whose features "steps/..." hold a value for every step. Numbers with
-# several components lie flat, pictures are encoded one by one.
+# RLDS. A record is one episode: a tf.train.Example whose features "steps/..." have a value for every step. Vectors are
+# flattened, images are encoded one by one.
 
 
-def _in_shard(path: Path, name: str) -> Iterator[Episode]:
-    places = _array_records(path) if ".array_record-" in path.name else _tf_records(path)
-    for number, read in enumerate(places):
+def _shard_episodes(path: Path, name: str) -> Iterator[Episode]:
+    readers = _array_records(path) if ".array_record-" in path.name else _tf_records(path)
+    for number, read in enumerate(readers):
         yield Episode(f"{name}/{number:06d}", functools.partial(_read_steps, read))
 
 
@@ -138,7 +142,7 @@ def _array_records(path: Path) -> Iterator[Callable[[], bytes]]:
 
 
 def _tf_records(path: Path) -> Iterator[Callable[[], bytes]]:
-    """Places of the records: each is a length, its checksum, the bytes, and theirs."""
+    """Readers of the records: each is stored as a length, its checksum, the bytes, and their checksum."""
 
     def read(offset: int, length: int) -> bytes:
         with path.open("rb") as file:
@@ -153,15 +157,15 @@ def _tf_records(path: Path) -> Iterator[Callable[[], bytes]]:
         while offset < size:
             file.seek(offset)
             head = file.read(_LENGTH)
-            # A length that cannot be read leaves one record that says so.
+            # An unreadable length gives one truncated record.
             length = struct.unpack("<Q", head)[0] if len(head) == _LENGTH else size
             offset += _LENGTH + _CHECKSUM
             yield functools.partial(read, offset, length)
             offset += length + _CHECKSUM
 
 
-def _read_steps(read: Callable[[], bytes]) -> Raw:
-    # What protobuf raises for damaged bytes is not public there.
+def _read_steps(read: Callable[[], bytes]) -> RawEpisode:
+    # The error that protobuf raises for corrupt bytes is not exported elsewhere.
     from google.protobuf.message import DecodeError as NotAMessage
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -176,7 +180,7 @@ def _read_steps(read: Callable[[], bytes]) -> Raw:
     }
     steps = min((len(value) for value in values.values()), default=0)
     if not steps:
-        raise DecodeError("holds no steps (RLDS)")
+        raise DecodeError("has no steps (RLDS)")
     arrays: dict[str, Any] = {}
     captions: list[str] = []
     for name, value in sorted(values.items()):
@@ -185,14 +189,14 @@ def _read_steps(read: Callable[[], bytes]) -> Raw:
             if len(value) % steps == 0:
                 arrays[short] = np.asarray(value).reshape(steps, -1)
         elif is_image(value[0]):
-            arrays[short] = Pictures(tuple(value))
+            arrays[short] = EncodedFrames(tuple(value))
         elif short in INSTRUCTIONS and value[0]:
             captions.append(value[0].decode(errors="replace"))
-    return Raw(_joined(arrays), tuple(captions))
+    return RawEpisode(_join_actions(arrays), tuple(captions))
 
 
-def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Components of an action that are features of their own, side by side, ordered by name."""
+def _join_actions(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Concatenates action components that are separate features, ordered by name."""
     parts = [name for name in sorted(arrays) if name.startswith("action/")]
     if parts and "action" not in arrays:
         arrays["action"] = np.concatenate([np.asarray(arrays[name], np.float32) for name in parts], axis=1)
@@ -202,8 +206,8 @@ def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
 # hdf5.
 
 
-def _in_hdf5(path: Path, name: str) -> list[Episode]:
-    """One episode a file, or one a group of `data` (robomimic's layout, which VP2 has)."""
+def _hdf5_episodes(path: Path, name: str) -> list[Episode]:
+    """One episode per file, or one per group of `data` (robomimic's layout, used by VP2)."""
     h5py = _h5py()
     try:
         with h5py.File(path, "r") as file:
@@ -215,8 +219,8 @@ def _in_hdf5(path: Path, name: str) -> list[Episode]:
     return [Episode(f"{name}/{group}", functools.partial(read_hdf5, path, f"data/{group}")) for group in groups]
 
 
-def read_hdf5(path: Path, group: str = "/") -> Raw:
-    """An episode of an hdf5 file: RoboNet's layout, robomimic's, or arrays at the top as in an npz file.
+def read_hdf5(path: Path, group: str = "/") -> RawEpisode:
+    """An episode of an hdf5 file in RoboNet's or robomimic's layout, or with arrays at the top level as in an npz file.
 
     Raises:
       DecodeError: cannot be read.
@@ -228,17 +232,17 @@ def read_hdf5(path: Path, group: str = "/") -> Raw:
             if "env" in file and "policy" in file:
                 return _robonet(file)
             arrays: dict[str, Any] = {}
-            inside = file[group]
-            for prefix, held in (("", inside), ("obs/", inside.get("obs", {}))):
-                names = [name for name in held if isinstance(held[name], h5py.Dataset)]
-                arrays |= {f"{prefix}{name}".removeprefix("obs/"): held[name][()] for name in names}
-            return Raw(arrays)
+            episode = file[group]
+            for prefix, node in (("", episode), ("obs/", episode.get("obs", {}))):
+                names = [name for name in node if isinstance(node[name], h5py.Dataset)]
+                arrays |= {f"{prefix}{name}".removeprefix("obs/"): node[name][()] for name in names}
+            return RawEpisode(arrays)
     except (OSError, KeyError) as error:
         raise DecodeError(f"cannot be read as hdf5 ({error})") from error
 
 
-def _robonet(file: Any) -> Raw:
-    """RoboNet (Dasari et al. 2019): encoded cameras, one action less than states; a gripper that closes by itself."""
+def _robonet(file: Any) -> RawEpisode:
+    """RoboNet (Dasari et al. 2019): encoded cameras, one action fewer than states, sometimes an automatic gripper."""
     actions, states = file["policy/actions"][()], file["env/state"][()]
     limit = min(len(states), len(actions) + 1)
     arrays: dict[str, Any] = {"action": actions[: limit - 1]}
@@ -247,20 +251,20 @@ def _robonet(file: Any) -> Raw:
         video = "frames" in camera
         pieces = [camera["frames"]] if video else [camera[f"frame{number}"] for number in range(len(camera))]
         order = _text(pieces[0].attrs.get("image_format", "RGB" if video else "BGR"))
-        # Images were written by a library that takes blue first: given red first, they hold red and blue swapped.
+        # Images were written with OpenCV, which expects BGR: RGB input was stored with red and blue swapped.
         swapped = order == "BGR" if video else order == "RGB"
         clips = tuple(np.asarray(piece[()], np.uint8).tobytes() for piece in pieces)
-        arrays[name.removesuffix("_video")] = Pictures(clips, swapped, limit)
+        arrays[name.removesuffix("_video")] = EncodedFrames(clips, swapped, limit)
     low, high = (_bound(file, f"{name}_bound") for name in ("low", "high"))
     automatic = "metadata" in file and _text(file["metadata"].attrs.get("primitives", "")) == "autograsp"
     if automatic and low is not None and high is not None:
         closed = states[1:limit, -1] > (low + high) / 2
         arrays["gripper"] = np.where(closed, high, low)[:, None]
-    return Raw(arrays)
+    return RawEpisode(arrays)
 
 
 def _bound(file: Any, name: str) -> float | None:
-    """The gripper's bound: the last of those of the state."""
+    """The gripper's bound: the last component of the state's bounds."""
     for group in ("misc", "env"):
         if group in file and name in file[group]:
             return float(np.ravel(file[group][name][()])[-1])
@@ -273,7 +277,7 @@ def _text(value: Any) -> str:
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """demo_10 after demo_9."""
+    """Sort key that puts demo_10 after demo_9."""
     digits = name[len(name.rstrip("0123456789")) :]
     return name[: len(name) - len(digits)], int(digits or 0)
 
@@ -286,10 +290,10 @@ def _h5py() -> Any:
     return h5py
 
 
-def names_of(arrays: dict[str, Any]) -> Sequence[str]:
-    """Names of the arrays that are frames: (T, H, W, 3), or still encoded."""
+def frame_arrays(arrays: dict[str, Any]) -> Sequence[str]:
+    """Names of the arrays that are frames: (T, H, W, 3), or encoded."""
     return [
         name
         for name, array in arrays.items()
-        if isinstance(array, Pictures) or (np.ndim(array) == 4 and np.shape(array)[-1] == 3)
+        if isinstance(array, EncodedFrames) or (np.ndim(array) == 4 and np.shape(array)[-1] == 3)
     ]

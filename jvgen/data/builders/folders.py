@@ -1,4 +1,4 @@
-"""Building data sets from rendered scenes and from folders of videos or images."""
+"""Builds data sets from folders of video or image files."""
 
 import dataclasses
 import functools
@@ -7,9 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jvgen.data.builders.build_loop import FilterConfig, Progress, Summary, Task, assemble, processors, split_of
+from jvgen.data.builders.build_loop import (
+    BuildJob,
+    FilterConfig,
+    Progress,
+    Summary,
+    assign_splits,
+    available_cpus,
+    build_dataset,
+)
 from jvgen.data.builders.captions import read_captions
-from jvgen.data.scenes.scenes import SceneConfig, scene_record
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import DecodeError, probe, transcode
 
@@ -17,55 +24,8 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".m4v", ".avi", ".mpg", ".mpe
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def build_scenes(
-    out: str | Path,
-    config: SceneConfig | None = None,
-    *,
-    train: int = 1000,
-    validation: int = 64,
-    seed: int = 0,
-    workers: int | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Summary:
-    """Render procedural scenes (`jvgen.data.scenes.scenes`).
-
-    Args:
-      out: folder of the data set.
-      config: what the scenes look like; the defaults unless given.
-      train, validation: number of scenes in each split.
-      seed: other seeds give other scenes; the same one gives the same bytes.
-      workers: processes; one for each processor unless given, none extra for a handful of scenes.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.assemble`.
-
-    Raises:
-      ValueError: a configuration that cannot work, or something in the way at `out`.
-    """
-    config = config or SceneConfig()
-    config.validate()
-    if train < 1 or validation < 0:
-        raise ValueError(f"train = {train}, validation = {validation}: at least one scene to train on, none negative.")
-    # A process takes a second to start: not worth it for fewer frames than it renders in that time.
-    few = (train + validation) * config.frames * config.views < 1500
-    workers = (1 if few else processors()) if workers is None else workers
-    tasks = [
-        Task("train" if index < train else "validation", f"scene {index}", index) for index in range(train + validation)
-    ]
-    return assemble(
-        out,
-        tasks,
-        functools.partial(scene_record, config, seed),
-        description="Procedural scenes with exact cameras, rendered by jvgen.",
-        metadata={"origin": "scenes", "options": {"seed": seed, **dataclasses.asdict(config)}},
-        workers=workers,
-        processes=True,
-        overwrite=overwrite,
-        progress=progress,
-    )
-
-
 class Media(NamedTuple):
-    """A file, the id of its record, and what is said of it."""
+    """A media file, the id of its record, and its captions."""
 
     path: Path
     id: str
@@ -83,32 +43,32 @@ def build_videos(
     keyframe_every: int | None = None,
     filters: FilterConfig | None = None,
     validation: float = 0.05,
-    refuse_budget: float = 0.0,
+    error_budget: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Take in a folder of video files (searched to any depth), with captions from beside them.
+    """Build a data set from a folder of video files, searched recursively, with captions from the same folder.
 
-    The files' own bytes are kept unless `shorter_side` or `keyframe_every` is given: then they are encoded again, which
+    Files are stored as they are unless `shorter_side` or `keyframe_every` is given. Then they are re-encoded, which
     makes decoding a window several times cheaper.
 
     Args:
-      folder: with mp4, webm, mkv, mov, avi, gif, ... files.
+      folder: folder of mp4, webm, mkv, mov, avi, gif, ... files.
       out: folder of the data set.
-      captions: captions table; see `jvgen.data.builders.captions` for what is found without it.
-      captions_optional: take clips without captions too.
+      captions: captions table; by default searched for as described in `jvgen.data.builders.captions`.
+      captions_optional: also take clips without captions.
       kind: "dynamic", or "static" for clips of still scenes.
-      shorter_side: scale the clips down to this many pixels (never up).
-      keyframe_every: frames between keyframes of clips that are encoded again; one second unless given.
+      shorter_side: downscale larger clips to this many pixels.
+      keyframe_every: keyframe interval of re-encoded clips, in frames; one second by default.
       filters: which clips to keep.
-      validation: share of the clips held out.
-      refuse_budget: share of the files that may be damaged before the build stops.
-      workers: files read side by side; one for each processor unless given.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.assemble`.
+      validation: fraction of the clips held out.
+      error_budget: fraction of the files that may be corrupt.
+      workers: files read in parallel; by default one per CPU.
+      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
-      BuildError: more damaged files than the budget allows, all of them listed.
+      BuildError: more corrupt files than the budget allows; lists them.
       ValueError: no folder, no videos, no captions.
     """
     if kind not in ("dynamic", "static"):
@@ -119,10 +79,10 @@ def build_videos(
         raise ValueError(f"keyframe_every = {keyframe_every}: at least 1 frame.")
     media = _media(folder, VIDEO_SUFFIXES, captions, captions_optional)
     options = {"kind": kind, "shorter_side": shorter_side, "keyframe_every": keyframe_every}
-    return assemble_media(
+    return build_media(
         media, functools.partial(video_record, **options), out,
         description="Video clips from a folder.", origin="videos", folder=folder, options=options,
-        captions_optional=captions_optional, filters=filters, validation=validation, refuse_budget=refuse_budget,
+        captions_optional=captions_optional, filters=filters, validation=validation, error_budget=error_budget,
         workers=workers, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
@@ -135,17 +95,17 @@ def build_images(
     captions_optional: bool = False,
     filters: FilterConfig | None = None,
     validation: float = 0.05,
-    refuse_budget: float = 0.0,
+    error_budget: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Take in a folder of png, jpeg, webp or bmp images; arguments and errors as in `build_videos`."""
+    """Build a data set from a folder of png, jpeg, webp or bmp images; arguments and errors as in `build_videos`."""
     media = _media(folder, IMAGE_SUFFIXES, captions, captions_optional)
-    return assemble_media(
+    return build_media(
         media, _image_record, out,
         description="Images from a folder.", origin="images", folder=folder, options={},
-        captions_optional=captions_optional, filters=filters, validation=validation, refuse_budget=refuse_budget,
+        captions_optional=captions_optional, filters=filters, validation=validation, error_budget=error_budget,
         workers=workers, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
@@ -158,32 +118,32 @@ def _media(
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not files:
-        raise ValueError(f"{folder} holds no files ending in {', '.join(suffixes)}.")
+        raise ValueError(f"{folder} contains no files ending in {', '.join(suffixes)}.")
     table = Path(captions).expanduser() if captions is not None else None
     found = read_captions(folder, files, table, optional=captions_optional)
     return [Media(path, path.relative_to(folder).as_posix(), found.get(path, ())) for path in files]
 
 
-def assemble_media(
+def build_media(
     media: list[Media], make: Callable[[Media], Record], out: str | Path, *, description: str, origin: str,
     folder: str | Path, options: dict[str, Any], captions_optional: bool, filters: FilterConfig | None,
     validation: float, workers: int | None, **rest: Any,
 ) -> Summary:  # fmt: skip
-    """Make a record of each file by `make`, and split, filter and write them; see `build_videos` for the rest."""
+    """Make the record of each file with `make`, then split, filter and write; other arguments as in `build_videos`."""
     filters = filters or FilterConfig()
     if not captions_optional:
         filters = filters.replace(caption_required=True)
     kept = {"folder": str(folder), "validation": validation, **options, "filters": dataclasses.asdict(filters)}
-    sides = split_of([item.id for item in media], validation)
-    return assemble(
-        out, [Task(side, item.id, item) for side, item in zip(sides, media, strict=True)], make,
+    splits = assign_splits([item.id for item in media], validation)
+    return build_dataset(
+        out, [BuildJob(split, item.id, item) for split, item in zip(splits, media, strict=True)], make,
         description=description, metadata={"origin": origin, "options": json.loads(json.dumps(kept))},
-        filters=filters, workers=processors() if workers is None else workers, **rest,
+        filters=filters, workers=available_cpus() if workers is None else workers, **rest,
     )  # fmt: skip
 
 
 def video_record(media: Media, kind: str, shorter_side: int | None, keyframe_every: int | None) -> Record:
-    """The record of a video file, encoded again if a size or a distance of keyframes is given."""
+    """The record of a video file, re-encoded if a size or a keyframe interval is given."""
     clip = media.path.read_bytes()
     if shorter_side is not None or keyframe_every is not None:
         clip = transcode(clip, shorter_side=shorter_side, keyframe_every=keyframe_every)

@@ -1,21 +1,18 @@
-"""Cached VAE latents: encode a data set once, and know later what it was encoded with."""
+"""Builds data sets of cached VAE latents, with the digest of the encoder that made them."""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jvgen.data.builders.build_loop import Progress, Summary, Task, assemble, processors
+from jvgen.data.builders.build_loop import BuildJob, Progress, Summary, available_cpus, build_dataset
 from jvgen.data.store.records import Record
-from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
-from jvgen.data.stream.config import SourceConfig
+from jvgen.data.store.sources import Source, find_dataset, open_source, splits
 from jvgen.data.stream.plan import ClipSpec
+from jvgen.data.stream.source_checks import LATENTS_FORMAT
 from jvgen.data.stream.transforms import fit, fit_intrinsics, sum_over_stride
 from jvgen.data.video_files import DecodeError, decode_window, encode_image, encode_video
-
-LATENTS_FORMAT = 1  # raised when the way from a record to what the encoder sees changes
 
 # uint8 frames (F, H, W, 3) to moments (f, h, w, 2z): mean, then log-variance.
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -39,25 +36,25 @@ def build_latents(
 ) -> Summary:
     """Encode every record of a data set once and store the moments, so that training never runs the VAE.
 
-    Frames are resized and cropped at the centre to one size. What the latents were made with is stored in `jvgen.json`
-    and checked by `check_latents`.
+    Frames are resized and center-cropped to one size. The encoder's digest and the options are stored in `jvgen.json`
+    and checked by `jvgen.data.stream.source_checks.check_latents`.
 
     Args:
       source: folder of a data set with clips; its splits are kept.
       out: folder of the new data set.
       encode: `(uint8 F H W 3) -> (f h w 2z)` moments of one view, called in this thread.
       encoder_digest: content hash of the encoder's weights and configuration.
-      height, width: of what the encoder sees.
-      frames: at most so many, from the beginning; all unless given. Shorter clips are encoded whole.
-      stride: distance between the frames kept.
-      group: frames that share a latent; a clip is cut to its first frame and whole groups after it.
-      keep_clips: store the fitted clips beside the latents.
-      workers: threads that read and decode ahead of the encoder.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.assemble`.
+      height, width: frame size of the encoder's input, in pixels.
+      frames: maximum number of frames per clip, from its start; by default all. Shorter clips are encoded whole.
+      stride: frame stride.
+      group: frames per latent frame; a clip is cut to its first frame and a multiple of `group` frames after it.
+      keep_clips: also store the resized clips.
+      workers: threads that read and decode ahead of the encoder; by default one per CPU.
+      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
       BuildError: records that cannot be decoded.
-      ValueError: no data set at `source`, or latents that float16 cannot hold.
+      ValueError: no data set at `source`, or latents that float16 cannot represent.
     """
     if min(height, width, stride) < 1 or (frames is not None and frames < 1):
         raise ValueError(f"height = {height}, width = {width}, frames = {frames}, stride = {stride}: 1 or more each.")
@@ -65,14 +62,14 @@ def build_latents(
     sources = {split: open_source(folder, split) for split in splits(folder)}
     options = {"height": height, "width": width, "frames": frames, "stride": stride}
     options |= {"group": group} if group > 1 else {}
-    tasks = [Task(split, str(s.index.id[row]), (s, row)) for split, s in sources.items() for row in range(len(s))]
-    prepare = functools.partial(_prepared, height=height, width=width, frames=frames, stride=stride, group=group)
+    jobs = [BuildJob(split, str(s.index.id[row]), (s, row)) for split, s in sources.items() for row in range(len(s))]
+    make = functools.partial(_selected, height=height, width=width, frames=frames, stride=stride, group=group)
 
-    def finish(prepared: tuple[Record, np.ndarray]) -> Record:
-        return _with_latents(*prepared, encode, keep_clips)
+    def finish(selected: tuple[Record, np.ndarray]) -> Record:
+        return _with_latents(*selected, encode, keep_clips)
 
-    return assemble(
-        out, tasks, prepare, finish=finish,
+    return build_dataset(
+        out, jobs, make, finish=finish,
         description=f"VAE latents of {folder.name}.",
         metadata={
             "origin": "latents",
@@ -80,55 +77,17 @@ def build_latents(
             "latents": {"format": LATENTS_FORMAT, "encoder": encoder_digest, **options},
             "source_digests": {split: s.index.digest for split, s in sources.items()},
         },
-        workers=processors() if workers is None else workers, overwrite=overwrite, progress=progress,
+        workers=available_cpus() if workers is None else workers, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
 
-def check_latents(folder: str | Path, encoder_digest: str) -> dict[str, Any]:
-    """Compare the cached latents of a data set with the encoder (and so the decoder) that a run is to use.
-
-    Returns:
-      What the latents were made with: "encoder", "height", "width", "frames", "stride", "format".
-
-    Raises:
-      ValueError: a data set without latents, or with those of another encoder or of another version of this code.
-    """
-    folder = find_dataset(folder)
-    made_with = read_metadata(folder).get("latents")
-    if made_with is None:
-        raise ValueError(f"{folder} holds no cached latents; make some with `jvgen data build latents`.")
-    if made_with["format"] != LATENTS_FORMAT:
-        raise ValueError(
-            f"{folder}: its latents have format {made_with['format']}, this version of jvgen makes {LATENTS_FORMAT}. "
-            "Build them again."
-        )
-    if made_with["encoder"] != encoder_digest:
-        raise ValueError(
-            f"{folder}: its latents come from the encoder {made_with['encoder'][:12]}, "
-            f"the run has {encoder_digest[:12]}. Build them again with the run's VAE, "
-            "or point the run at the VAE that made them."
-        )
-    return made_with
-
-
-def check_pixels(source: SourceConfig) -> None:
-    """Raise `ValueError` if a data set holds cached latents and no pixels; looks at its first record."""
-    opened = open_source(source.path, source.split)
-    if len(opened) and not opened.read(0).clips:
-        made_from = opened.metadata.get("options", {}).get("source", "the one that they were made from")
-        raise ValueError(
-            f"{source.path} [{source.split}] holds cached latents and no pixels, which are needed here; name the data "
-            f"set with the clips ({made_from})."
-        )
-
-
-def _prepared(
+def _selected(
     payload: tuple[Source, int], height: int, width: int, frames: int | None, stride: int, group: int
 ) -> tuple[Record, np.ndarray]:
-    """The record of the frames kept, and those frames: uint8 (V, F, height, width, 3)."""
+    """The record of the selected frames, and their pixels: uint8 (V, F, height, width, 3)."""
     record = payload[0].read(payload[1])
     if not record.clips:
-        raise DecodeError("holds latents already, and no pixels")
+        raise DecodeError("has latents but no pixels")
     kept = list(range(0, record.frames, stride))[:frames]
     kept = kept[: (len(kept) - 1) // group * group + 1]
     whole = ClipSpec(start=0, stride=stride, views=(), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
@@ -155,7 +114,7 @@ def _prepared(
 def _with_latents(record: Record, video: np.ndarray, encode: Encode, keep_clips: bool) -> Record:
     moments = np.stack([np.asarray(encode(view), np.float32) for view in video])
     if not np.isfinite(moments).all() or np.abs(moments).max() > np.finfo(np.float16).max:
-        raise ValueError(f"record {record.id}: its moments are not finite in float16; is the encoder damaged?")
+        raise ValueError(f"record {record.id}: its moments are not finite in float16; are the encoder's weights valid?")
     clips: tuple[bytes, ...] = ()
     if keep_clips and record.kind == "image":
         clips = tuple(encode_image(view[0]) for view in video)

@@ -1,4 +1,4 @@
-"""RealEstate10K: camera files beside the videos, or frames, that they are of (Zhou et al. 2018, arXiv 1805.09817)."""
+"""Builds a data set from RealEstate10K: camera files and videos or frames (Zhou et al. 2018, arXiv 1805.09817)."""
 
 import dataclasses
 import functools
@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jvgen.data.builders.build_loop import FilterConfig, Progress, Summary, Task, assemble, processors, split_of
+from jvgen.data.builders.build_loop import (
+    BuildJob,
+    FilterConfig,
+    Progress,
+    Summary,
+    assign_splits,
+    available_cpus,
+    build_dataset,
+)
 from jvgen.data.builders.captions import read_captions
 from jvgen.data.builders.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from jvgen.data.store.records import Record
@@ -18,8 +26,8 @@ from jvgen.data.video_files import DecodeError, decode_window, encode_video, pro
 from jvgen.geometry.camera_file import CameraTrack, read_cameras
 
 ACCEPTED = (
-    "for a camera file ID.txt of the video at ...watch?v=KEY: ID.mp4 with one frame for each camera; KEY.mp4, the "
-    "whole video; or ID/ or KEY/ with an image for each camera, named by its time in microseconds (TIME.png)"
+    "for a camera file ID.txt of the video at ...watch?v=KEY: ID.mp4 with one frame per camera; KEY.mp4, the whole "
+    "video; or ID/ or KEY/ with one image per camera, named by its timestamp in microseconds (TIME.png)"
 )
 
 
@@ -39,52 +47,54 @@ def build_realestate10k(
     keyframe_every: int | None = None,
     filters: FilterConfig | None = None,
     validation: float = 0.05,
-    refuse_budget: float = 1.0,
+    error_budget: float = 1.0,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Take in clips of still scenes with the camera of every frame.
+    """Build a data set of clips of static scenes with a camera for every frame.
 
     Args:
-      cameras: folder of camera files, searched to any depth.
-      media: folder of videos or of folders of frames; see `ACCEPTED`. Clips without any are left out and listed.
+      cameras: folder of camera files, searched recursively.
+      media: folder of videos or of folders of frames; see `ACCEPTED`. Clips without media are rejected and logged.
       out: folder of the data set.
-      captions: table with the columns file (the name of the camera file) and caption.
-      shorter_side: scale the clips down to this many pixels (never up).
-      keyframe_every: frames between keyframes of clips that are encoded here; one second unless given.
+      captions: table with the columns file (name of the camera file) and caption.
+      shorter_side: downscale larger clips to this many pixels.
+      keyframe_every: keyframe interval of re-encoded clips, in frames; one second by default.
       filters: which clips to keep.
-      validation: share of the clips held out.
-      refuse_budget: share of the clips that may be missing or damaged before the build stops.
-      workers: clips read side by side; one for each processor unless given.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.assemble`.
+      validation: fraction of the clips held out.
+      error_budget: fraction of the clips that may be missing or corrupt.
+      workers: clips read in parallel; by default one per CPU.
+      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
-      BuildError: more clips than the budget allows cannot be used, or all of them.
+      BuildError: more unusable clips than the budget allows, or no usable one.
       ValueError: no folder, no camera files.
     """
-    folder, places = Path(cameras).expanduser(), Path(media).expanduser()
-    for name, path in (("cameras", folder), ("media", places)):
+    folder, media_folder = Path(cameras).expanduser(), Path(media).expanduser()
+    for name, path in (("cameras", folder), ("media", media_folder)):
         if not path.is_dir():
             raise ValueError(f"{name} = {str(path)!r} is not a folder.")
     files = sorted(path for path in folder.rglob("*.txt") if path.is_file())
     if not files:
-        raise ValueError(f"{folder} holds no camera files (ID.txt).")
+        raise ValueError(f"{folder} contains no camera files (ID.txt).")
     found = {} if captions is None else read_captions(folder, files, Path(captions).expanduser())
-    there = {path.stem if path.is_file() else path.name: path for path in sorted(places.rglob("*")) if _is_media(path)}
-    clips = [_Clip(path, _media_of(path, there), found.get(path, ())) for path in files]
+    media_files = sorted(path for path in media_folder.rglob("*") if _is_media(path))
+    by_name = {path.stem if path.is_file() else path.name: path for path in media_files}
+    clips = [_Clip(path, _media_of(path, by_name), found.get(path, ())) for path in files]
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
-    tasks = [Task(side, name, clip) for side, name, clip in zip(split_of(names, validation), names, clips, strict=True)]
+    splits = assign_splits(names, validation)
+    jobs = [BuildJob(split, name, clip) for split, name, clip in zip(splits, names, clips, strict=True)]
     filters = filters or FilterConfig()
     options = {
-        "cameras": str(folder), "media": str(places), "shorter_side": shorter_side, "keyframe_every": keyframe_every,
-        "validation": validation, "filters": dataclasses.asdict(filters),
+        "cameras": str(folder), "media": str(media_folder), "shorter_side": shorter_side,
+        "keyframe_every": keyframe_every, "validation": validation, "filters": dataclasses.asdict(filters),
     }  # fmt: skip
-    return assemble(
-        out, tasks, functools.partial(_record, shorter_side=shorter_side, keyframe_every=keyframe_every),
+    return build_dataset(
+        out, jobs, functools.partial(_record, shorter_side=shorter_side, keyframe_every=keyframe_every),
         description="Clips of still scenes with their cameras, from RealEstate10K.",
         metadata={"origin": "realestate10k", "options": json.loads(json.dumps(options))},
-        filters=filters, refuse_budget=refuse_budget, workers=processors() if workers is None else workers,
+        filters=filters, error_budget=error_budget, workers=available_cpus() if workers is None else workers,
         overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
@@ -95,13 +105,13 @@ def _is_media(path: Path) -> bool:
     return any(child.suffix.lower() in IMAGE_SUFFIXES for child in path.iterdir())
 
 
-def _media_of(cameras: Path, there: Mapping[str, Path]) -> Path | None:
-    """What holds the frames of a camera file: named like it, or like the key in the address on its first line."""
-    if cameras.stem in there:
-        return there[cameras.stem]
+def _media_of(cameras: Path, by_name: Mapping[str, Path]) -> Path | None:
+    """Video or folder of frames of a camera file: named like the file, or like the video key in its first line."""
+    if cameras.stem in by_name:
+        return by_name[cameras.stem]
     with cameras.open(encoding="utf-8-sig", errors="replace") as file:
         key = re.search(r"(?:v=|youtu\.be/)([\w-]+)", file.readline())
-    return there.get(key[1]) if key else None
+    return by_name.get(key[1]) if key else None
 
 
 def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -> Record:
@@ -110,10 +120,10 @@ def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -
     except ValueError as error:
         raise DecodeError(str(error)) from error
     if clip.media is None:
-        raise DecodeError(f"has no video and no frames; accepted is, {ACCEPTED}")
+        raise DecodeError(f"has neither a video nor frames; accepted, {ACCEPTED}")
     seconds = (track.timestamps[-1] - track.timestamps[0]) / 1e6
     if len(track) > 1 and seconds <= 0:
-        raise DecodeError("its times do not rise")
+        raise DecodeError("its timestamps do not increase")
     rate = (len(track) - 1) / seconds if len(track) > 1 else 1.0
     encoded = _encoded(clip, track, rate, keyframe_every)
     if shorter_side is not None:
@@ -127,7 +137,7 @@ def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -
 
 
 def _encoded(clip: _Clip, track: CameraTrack, rate: float, keyframe_every: int | None) -> bytes:
-    """The clip with exactly one frame for each camera."""
+    """The encoded clip, with exactly one frame per camera."""
     if clip.media.is_dir():
         frames = [_image_at(clip.media, int(time)) for time in track.timestamps]
         if len({frame.shape for frame in frames}) > 1:
@@ -155,5 +165,5 @@ def _image_at(folder: Path, time: int) -> np.ndarray:
         (folder / f"{time}{suffix}" for suffix in IMAGE_SUFFIXES if (folder / f"{time}{suffix}").is_file()), None
     )
     if path is None:
-        raise DecodeError(f"{folder} has no image of the time {time}")
+        raise DecodeError(f"{folder} has no image for timestamp {time}")
     return decode_window(path.read_bytes(), [0])[0]

@@ -1,4 +1,4 @@
-"""Building data sets from the image data sets of TFDS, read without TensorFlow."""
+"""Builds data sets from the image data sets of TFDS, without TensorFlow."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jvgen.data.builders.build_loop import FilterConfig, Progress, Summary, Task, assemble, processors
+from jvgen.data.builders.build_loop import BuildJob, FilterConfig, Progress, Summary, available_cpus, build_dataset
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import DecodeError, encode_image
 
@@ -27,29 +27,29 @@ def build_tfds_images(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Take in an image data set of TFDS, read through `tfds.data_source`, as png images.
+    """Build a data set of png images from an image data set of TFDS, read through `tfds.data_source`.
 
     Args:
-      name: of the registered data set, or the folder of one that is prepared already.
+      name: registered name, or the folder of a prepared TFDS data set.
       out: folder of the data set.
-      train_split, validation_split: TFDS splits ("train[:90%]"); no validation split unless given.
-      image_key: feature that holds the image.
-      caption_key: feature that holds a caption or a class label; "caption" or "label" unless given, if there is one.
-      caption_template: what a class label's name is put into.
-      data_dir: where TFDS keeps its data sets.
-      limit: at most so many images of each split.
+      train_split, validation_split: TFDS splits, such as "train[:90%]"; no validation split by default.
+      image_key: feature with the image.
+      caption_key: feature with a caption or a class label; by default "caption", "captions" or "label", if present.
+      caption_template: caption of a class label, with {} for its name.
+      data_dir: directory of TFDS data sets.
+      limit: maximum number of images per split.
       filters, overwrite, progress: as in `build_videos`.
 
     Raises:
-      ValueError: no such data set or feature, or one that TFDS must prepare first and cannot without TensorFlow.
+      ValueError: no such data set or feature, or one that must be prepared first, which needs TensorFlow.
     """
     wanted = {"train": train_split, **({"validation": validation_split} if validation_split else {})}
     sets = {
         split: open_images(name, tfds_split, image_key, caption_key, caption_template, data_dir)
         for split, tfds_split in wanted.items()
     }
-    tasks = [
-        Task(split, f"{wanted[split]} {row}", (images, row))
+    jobs = [
+        BuildJob(split, f"{wanted[split]} {row}", (images, row))
         for split, images in sets.items()
         for row in range(min(len(images), limit if limit is not None else len(images)))
     ]
@@ -61,11 +61,11 @@ def build_tfds_images(
             height=pixels.shape[0], width=pixels.shape[1],
         )  # fmt: skip
 
-    return assemble(
-        out, tasks, make,
+    return build_dataset(
+        out, jobs, make,
         description=f"Images of the TFDS data set {name}.",
         metadata={"origin": "tfds", "options": {"name": str(name), **wanted, "limit": limit}},
-        filters=filters, workers=processors(), overwrite=overwrite, progress=progress,
+        filters=filters, workers=available_cpus(), overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
 
@@ -76,10 +76,10 @@ class TfdsImages:
     Attributes:
       name: prefix of the record ids.
       examples: the TFDS data source.
-      image_key: feature that holds the image.
-      caption_key: feature that holds captions or a class label, or None.
-      label_names: names of the classes when it is a class label.
-      template: what a class name is put into.
+      image_key: feature with the image.
+      caption_key: feature with captions or a class label, or None.
+      label_names: class names, if it is a class label.
+      template: caption of a class label, with {} for its name.
     """
 
     name: str
@@ -103,7 +103,7 @@ class TfdsImages:
         if pixels.ndim == 2:
             pixels = pixels[..., None]
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
-            raise DecodeError(f"its pixels are {pixels.dtype} {pixels.shape}; uint8 (H, W, 1, 3 or 4) can be used")
+            raise DecodeError(f"its pixels are {pixels.dtype} {pixels.shape}: expected uint8 (H, W, 1, 3 or 4)")
         pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
         return np.ascontiguousarray(pixels), self._captions(example), f"{self.name}-{row:08d}"
 
@@ -128,7 +128,7 @@ def open_images(
     """Open a split of a registered TFDS data set, or of a prepared one in a folder.
 
     Raises:
-      ValueError: no such data set, split or feature; or one that has to be prepared by TensorFlow first.
+      ValueError: no such data set, split or feature; or one that must be prepared with TensorFlow first.
     """
     builder = _builder(str(name), data_dir)
     features = builder.info.features
@@ -154,13 +154,15 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
     try:
         builder = tfds.builder(name, data_dir=str(data_dir) if data_dir else None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"TFDS knows no data set {name!r}, and it is no folder with dataset_info.json.") from error
+        raise ValueError(
+            f"{name!r} is neither a data set known to TFDS nor a folder with dataset_info.json."
+        ) from error
     if not builder.info.splits:
         try:
             builder.download_and_prepare()
         except ImportError as error:
             raise ValueError(
                 f"{name} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow ({error}). "
-                f"Where that is installed, run: tfds build {name} --file_format=array_record, then name its folder."
+                f"With TensorFlow installed, run: tfds build {name} --file_format=array_record, then use its folder."
             ) from error
     return builder

@@ -1,0 +1,47 @@
+"""Checks of a run's data sets: that cached latents match its VAE, and that pixels are there if it needs them."""
+
+from pathlib import Path
+from typing import Any
+
+from jvgen.data.store.sources import find_dataset, open_source, read_metadata
+from jvgen.data.stream.config import SourceConfig
+
+LATENTS_FORMAT = 1  # incremented when the preprocessing of the encoder's input changes
+
+
+def check_latents(folder: str | Path, encoder_digest: str) -> dict[str, Any]:
+    """Check that the cached latents of a data set were made by the encoder of a run.
+
+    Returns:
+      Metadata of the latents: "encoder", "height", "width", "frames", "stride", "format".
+
+    Raises:
+      ValueError: a data set without latents, or with latents of another encoder or another format.
+    """
+    folder = find_dataset(folder)
+    made_with = read_metadata(folder).get("latents")
+    if made_with is None:
+        raise ValueError(f"{folder} has no cached latents; make them with `jvgen data build latents`.")
+    if made_with["format"] != LATENTS_FORMAT:
+        raise ValueError(
+            f"{folder}: its latents have format {made_with['format']}, this version of jvgen needs {LATENTS_FORMAT}. "
+            "Build them again."
+        )
+    if made_with["encoder"] != encoder_digest:
+        raise ValueError(
+            f"{folder}: its latents come from encoder {made_with['encoder'][:12]}, "
+            f"the run has {encoder_digest[:12]}. Build them again with the run's VAE, "
+            "or use the VAE that made them."
+        )
+    return made_with
+
+
+def check_pixels(source: SourceConfig) -> None:
+    """Raise `ValueError` if a data set has cached latents and no pixels; reads its first record."""
+    opened = open_source(source.path, source.split)
+    if len(opened) and not opened.read(0).clips:
+        made_from = opened.metadata.get("options", {}).get("source", "the one they were made from")
+        raise ValueError(
+            f"{source.path} [{source.split}] has cached latents but no pixels, which this run needs; use the data set "
+            f"with the clips ({made_from})."
+        )
