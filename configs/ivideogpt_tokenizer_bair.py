@@ -2,7 +2,8 @@
 
 Should reach: the released tokenizer of its BAIR models, 2 GPU days on four A100s; here v5e-8 or 4 GPUs of 24 GB. Begin
 with the pretrained weights, of whose two context frames the last is kept: `jvgen import
-exported/ivideogpt_tokenizer_oxe_64/tokenizer --adapt --config configs/ivideogpt_tokenizer_bair.py --to runs/bair`.
+exported/ivideogpt_tokenizer_oxe_64/tokenizer --allow-partial --config configs/ivideogpt_tokenizer_bair.py --to
+runs/bair`.
 Data: `jvgen data build robot-episodes bair --camera aux1_image --out data/bair`.
 
 Steps are updates, half of what the released script counts.

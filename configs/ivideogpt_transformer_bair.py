@@ -3,7 +3,7 @@
 Should reach (arXiv 2405.15223, table 1): FVD 60.8, PSNR 24.5, SSIM 90.2, LPIPS 5.0, of 100 samples a clip the best,
 with the reconstructed context frame counted; without actions (`--set task.transformer.action_width=0`) FVD 75.0, PSNR
 20.4, SSIM 82.3, LPIPS 9.5. Chips: v5e-8 or 4 GPUs of 24 GB, 1.5 GPU days on four A100s. Begin with the action-free
-weights: `jvgen import exported/ivideogpt_transformer_oxe_64/transformer --adapt --config
+weights: `jvgen import exported/ivideogpt_transformer_oxe_64/transformer --allow-partial --config
 configs/ivideogpt_transformer_bair.py --to runs/bair`. Data as in `ivideogpt_tokenizer_bair.py`.
 
 What is not taken over from the released script as in `ivideogpt_transformer_oxe_64.py`.

@@ -3,7 +3,7 @@
 Should reach: the released ivideogpt-oxe-256-act-free (which its authors call under-trained), 9 GPU days on four A100s;
 here v5e-16 or 4 GPUs of 40 GB: sequences are those of 64x64 frames, tokens cost more to make. Data and tokenizer as in
 `ivideogpt_tokenizer_oxe_256.py`; what is not taken over from the released script as in
-`ivideogpt_transformer_oxe_64.py`. For RoboNet at 256x256 go on with `jvgen import --adapt` and `--set
+`ivideogpt_transformer_oxe_64.py`. For RoboNet at 256x256 go on with `jvgen import --allow-partial` and `--set
 data.buckets.0.frames=12 --set data.buckets.0.batch_size=32 --set task.transformer.action_width=5 --set
 training.steps=500000`.
 """

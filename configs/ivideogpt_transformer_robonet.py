@@ -2,7 +2,7 @@
 
 Should reach (table 1): FVD 63.2, PSNR 27.8, SSIM 90.6, LPIPS 4.9, of 100 samples a clip the best, with reconstructed
 context frames counted. Chips: v5e-8 or 4 GPUs of 24 GB, 10 GPU days on four A100s. Begin with the action-free weights:
-`jvgen import exported/ivideogpt_transformer_oxe_64/transformer --adapt --config
+`jvgen import exported/ivideogpt_transformer_oxe_64/transformer --allow-partial --config
 configs/ivideogpt_transformer_robonet.py --to runs/robonet`. Data as in `ivideogpt_tokenizer_robonet.py`; recordings
 with fewer frames than actions + 1 get a last action of zeros. For VP2: `--set data.sources.0.path=data/vp2_robosuite
 --set task.transformer.action_width=4 --set training.steps=200000` (RoboDesk's actions have 5 numbers, as RoboNet's).

@@ -6,7 +6,7 @@ captioned clips; its weights were released after 35,000. What the gates add show
 trained on in the same way. Chips: v5e-128, v5p-64 or v6e-128, one clip for 4. Data: latents of CogVideoX's VAE, cached
 as a jvgen data set; a local T5 v1.1 XXL folder. Begin with
 
-    jvgen import CogVideoX-2b/transformer --config configs/repvideo_2b.py --new-gates --to runs/repvideo_2b
+    jvgen import CogVideoX-2b/transformer --config configs/repvideo_2b.py --init-gates --to runs/repvideo_2b
 
 Gates start at 0.5, as released: the network begins far from CogVideoX's outputs. From `initial=0` it begins with them.
 """

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every tenth of the way in a log."""
+"""Progress of long work: a bar on a terminal, a plain line per 10% in a log."""
 
 import contextlib
 import time
@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+# Called with the number of items done and in total.
 Report = Callable[[int, int], None]
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, unit: str = "items") -> Iterator[Report]:
-    """A function `(done, total)` to call as work goes on."""
+    """Yields a function `(done, total)` that updates the display."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _plain_lines(title, unit)
@@ -33,7 +34,7 @@ def progress_bar(title: str, unit: str = "items") -> Iterator[Report]:
 
 
 def progress(items: Iterable[T], title: str, unit: str = "items", total: int | None = None) -> Iterator[T]:
-    """Iterate with progress; `total` if the items cannot tell how many they are."""
+    """Iterate with progress; `total` is needed for its percentage if `items` has no length."""
     count = len(items) if total is None and hasattr(items, "__len__") else total
     with progress_bar(title, unit) as report:
         for done, item in enumerate(items):
@@ -42,7 +43,7 @@ def progress(items: Iterable[T], title: str, unit: str = "items", total: int | N
 
 
 def _plain_lines(title: str, unit: str) -> Report:
-    began = time.perf_counter()
+    start = time.perf_counter()
     printed = 0
 
     def report(done: int, total: int) -> None:
@@ -50,6 +51,6 @@ def _plain_lines(title: str, unit: str) -> Report:
         tenth = 10 * done // total if total else 0
         if tenth > printed:
             printed = tenth
-            print(f"{title}: {done}/{total} {unit}, {time.perf_counter() - began:.1f} s", flush=True)
+            print(f"{title}: {done}/{total} {unit}, {time.perf_counter() - start:.1f} s", flush=True)
 
     return report

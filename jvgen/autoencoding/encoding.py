@@ -34,7 +34,7 @@ class FrameEncoder:
     def __init__(self, folder: str, height: int, width: int, *, batch: int = 16):
         config = read_config(folder)
         if batch < 1:
-            raise ValueError(f"--batch {batch}: at least 1 frame is encoded at a time.")
+            raise ValueError(f"--batch-size {batch}: must be at least 1.")
         if not isinstance(config, CoderConfig):
             raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not a VAE.")
         if height % config.downsampling or width % config.downsampling:

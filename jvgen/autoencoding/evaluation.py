@@ -62,7 +62,7 @@ def evaluate_vae(
       ValueError: folders of other networks, or clips that they cannot take.
     """
     if batches < 1 or batch < 1:
-        raise ValueError(f"--batches {batches}, --batch {batch}: at least 1 each.")
+        raise ValueError(f"--batches {batches}, --batch-size {batch}: at least 1 each.")
     config, image_config = _coder_config(vae), None
     _check_clip(config, frames, size)
     if image_vae is not None:
@@ -106,7 +106,7 @@ def evaluate_vae(
     for name, value in sorted(result.items()):
         print(f"{name:36s} {value:.6g}")
     if perceptual.config.kind != "lpips":
-        print("perceptual_laplacian is no LPIPS: give --lpips FILE for that.")
+        print("perceptual_laplacian is no LPIPS: give --lpips-weights FILE for that.")
     if out is not None:
         _write(out, vae, data, result, seen)
     return result

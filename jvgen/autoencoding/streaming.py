@@ -46,7 +46,7 @@ class VideoCoder:
         if not isinstance(config, CoderConfig):
             raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not an autoencoder of images or clips.")
         if part < 1:
-            raise ValueError(f"--part {part}: at least 1 frame is coded at a time.")
+            raise ValueError(f"--chunk-frames {part}: must be at least 1.")
         self.config = config
         self.group = temporal_downsampling(config)
         self._coder = ClipCoder(config)

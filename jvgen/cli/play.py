@@ -2,45 +2,67 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from jvgen.cli.arguments import add_checkpoint_arguments, add_command
 
-FORMATS = argparse.ArgumentDefaultsHelpFormatter
+if TYPE_CHECKING:
+    import numpy as np
 
 
-def add_play_command(verbs) -> None:
-    """Add `play` to the verbs of `jvgen`."""
-    summary = "step a world model with actions from the keyboard or a file, and see its frames"
-    parser = verbs.add_parser(
-        "play",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Episodes begin at frames of a data set.",
-        epilog="Example: jvgen play runs/world --data data/metaworld --out episode.mp4",
-        formatter_class=FORMATS,
-    )
+def add_commands(commands) -> None:
+    """Add `play`."""
+    parser = add_command(
+        commands, "play", "step a world model with actions from the keyboard or a file, and show its frames",
+        "jvgen play runs/world --data data/metaworld --out episode.mp4",
+        details="An episode starts from context frames of a recorded clip.",
+        handler=run_play,
+    )  # fmt: skip
     parser.add_argument(
-        "model", type=Path, help="work folder of a world model's run, or a folder with tokenizer/ and transformer/"
+        "model", type=Path, metavar="MODEL",
+        help="run directory of a world model, or a folder with exported tokenizer/ and transformer/",
+    )  # fmt: skip
+    add_checkpoint_arguments(parser)
+    context = parser.add_argument_group("context frames")
+    context.add_argument("--data", required=True, metavar="DIR", help="data set folder with the recorded clips")
+    context.add_argument(
+        "--split", metavar="NAME", help="split of the data set; validation if there is one, else train, if omitted"
     )
-    parser.add_argument("--data", required=True, help="data set whose recordings episodes begin at")
-    parser.add_argument("--split", default=None, help="of the data set; validation if there is one, else train")
-    parser.add_argument("--record", type=int, default=0, help="which recording to begin at")
-    parser.add_argument("--start", type=int, default=0, help="its frame to begin at")
-    parser.add_argument("--stride", type=int, default=1, help="recorded frames between the frames of the context")
-    parser.add_argument(
-        "--actions", type=Path, default=None, help=".csv or .npy file, one action a line; else the keys"
+    context.add_argument("--record", type=int, default=0, metavar="INDEX", help="index of the recorded clip")
+    context.add_argument(
+        "--start-frame",
+        type=int,
+        default=0,
+        metavar="INDEX",
+        help="index of the clip's frame that the context starts at",
     )
-    parser.add_argument("--size", type=float, default=1.0, help="of the action that a key stands for")
-    parser.add_argument(
-        "--steps", type=int, default=None, help="frames to make; of a world without actions: its horizon"
+    context.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="frame stride of the context: every N-th recorded frame"
     )
-    parser.add_argument("--frames", type=int, default=None, help="longest sequence; the training bucket's if not given")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--greedy", action="store_true", help="the likeliest ids instead of drawn ones")
-    parser.add_argument("--ema", default="best", metavar="DECAY|raw|best", help="which weights of a run")
-    parser.add_argument("--step", type=int, default=None, help="checkpoint of a run; the newest sound one if not given")
-    parser.add_argument("--out", type=Path, default=None, help=".mp4 or .gif of the episode; rewards go beside it")
-    parser.add_argument("--quiet", action="store_true", help="show no frames in the terminal")
-    parser.set_defaults(handler=run_play)
+    episode = parser.add_argument_group("episode")
+    episode.add_argument(
+        "--actions", type=Path, metavar="FILE", help=".csv or .npy file with one action per row; else the keyboard acts"
+    )
+    episode.add_argument(
+        "--action-scale", type=float, default=1.0, metavar="X",
+        help="magnitude of the action component that a key press sets",
+    )  # fmt: skip
+    episode.add_argument(
+        "--steps", type=int, metavar="N",
+        help="frames to generate; until the actions end if omitted, or the horizon of a model without actions",
+    )  # fmt: skip
+    episode.add_argument(
+        "--frames", type=int, metavar="N",
+        help="longest sequence in frames, context included; the training length if omitted",
+    )  # fmt: skip
+    episode.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the sampled tokens")
+    episode.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help=".mp4 or .gif file of the episode; predicted rewards are written to a .csv file beside it",
+    )  # fmt: skip
+    output.add_argument("--quiet", action="store_true", help="show no frames in the terminal")
 
 
 def run_play(parsed: argparse.Namespace) -> int:
@@ -51,9 +73,11 @@ def run_play(parsed: argparse.Namespace) -> int:
     from jvgen.runs.world_models import load_world_model, read_context
 
     if parsed.out is not None and parsed.out.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"--out {parsed.out}: episodes are written as .mp4 or .gif; change the ending.")
+        raise ValueError(f"--out {parsed.out}: episodes are written as .mp4 or .gif; change the suffix.")
     world = load_world_model(parsed.model, frames=parsed.frames, greedy=parsed.greedy, ema=parsed.ema, step=parsed.step)
-    context = read_context(world, parsed.data, parsed.split, parsed.record, parsed.start, parsed.stride)
+    context = read_context(
+        world, parsed.data, split=parsed.split, record=parsed.record, start=parsed.start_frame, stride=parsed.stride
+    )
     width = world.action_width
     if not width:
         actions = itertools.repeat(None, parsed.steps or world.horizon)
@@ -61,17 +85,17 @@ def run_play(parsed: argparse.Namespace) -> int:
         actions = itertools.islice(playing.read_actions(parsed.actions, width), parsed.steps)
     else:
         print(playing.help_text(width))
-        keys = playing.actions_from_keys(playing.pressed_keys(), width, parsed.size)
+        keys = playing.actions_from_keys(playing.pressed_keys(), width, parsed.action_scale)
         actions = itertools.islice(keys, parsed.steps)
     show = None if parsed.quiet else playing.TerminalView()
     frames, rewards = playing.play(world, context, actions, seed=parsed.seed, show=show)
-    print(f"{len(frames) - len(context)} frames" + (f", rewards sum to {sum(rewards):.3f}" if rewards else ""))
+    print(f"{len(frames) - len(context)} frames" + (f", sum of rewards {sum(rewards):.3f}" if rewards else ""))
     if parsed.out is not None:
         _write(parsed.out, frames, rewards)
     return 0
 
 
-def _write(out: Path, frames: np.ndarray, rewards: list[float]) -> None:
+def _write(out: Path, frames: "np.ndarray", rewards: list[float]) -> None:
     from jvgen.data.video_files import encode_video
     from jvgen.evaluation.contact_sheet import gif_bytes
 

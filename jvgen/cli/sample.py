@@ -1,129 +1,193 @@
-"""`jvgen sample`: prompts to clips, with a trained run or with published weights."""
+"""`jvgen sample`: generate clips from prompts, with a trained run or with published weights."""
 
 import argparse
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
-from jvgen.cli.data import frame_size
+from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, frame_size
 
-# What only one of the two ways of sampling knows, with what stands for "not given".
-OF_RUNS = {"ema": "best", "step": None, "untrained": False, "cameras": [], "views": None, "vae": None}
-OF_WEIGHTS = {
-    "sampler": None, "spacing": None, "levels": "schedule", "dynamic_guidance": False, "negative_prompt": "",
-    "null": "empty", "noise": None, "dtype": None, "tiles": False, "fps": None, "naming": None, "devices": None,
-}  # fmt: skip
+# How the flag's choices are named in requests.
+UNCONDITIONAL = {"empty-caption": "empty", "zeros": "zeros"}
 
 
-def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add everything but the run, its step and its average to the parser of `jvgen sample`."""
-    parser.add_argument("--weights", type=Path, default=None, help="folder of a CogVideoX pipeline, in place of a run")
-    parser.add_argument("--prompt", action="append", default=[], help="what to show (repeatable)")
-    parser.add_argument("--prompts", type=Path, help="file with one prompt a line, or VBench's JSON")
-    parser.add_argument("--num", type=int, default=1, help="clips per prompt")
+def add_commands(commands) -> None:
+    """Add `sample`."""
+    parser = add_command(
+        commands, "sample", "generate clips from prompts, with a trained run or with published weights",
+        'jvgen sample runs/demo/text_to_video --prompt "a red ball moves to the left" --out clips',
+        'jvgen sample --weights CogVideoX-2b --prompt "a red ball rolls" --frames 49 --size 480x720 --out clip.mp4',
+        details="Takes exactly one of RUN and --weights. Clips that exist in --out are kept and not generated again.",
+    )  # fmt: skip
+    run_only = add_run_arguments(parser, optional=True)
     parser.add_argument(
-        "--frames", type=int, default=None, help="per clip; those that the network is made for if not given"
+        "--weights", type=Path, metavar="DIR", help="folder of a CogVideoX pipeline in diffusers format"
     )
-    parser.add_argument("--size", type=frame_size, default=None, metavar="HxW", help="likewise")
+    _add_request(parser)
+    run_only += _add_run_options(parser)
+    weights_only = _add_weights_options(parser)
+    parser.set_defaults(handler=functools.partial(run_sample, run_only=run_only, weights_only=weights_only))
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text prompt (repeatable)")
     parser.add_argument(
-        "--steps", type=int, default=None, help="sampler steps; the task's if not given, 50 for --weights"
+        "--prompts", type=Path, metavar="FILE", help="file with one prompt per line, or VBench's JSON file of prompts"
     )
-    parser.add_argument("--guidance", type=float, default=None, help="guidance scale; the task's, or 6 for --weights")
+    parser.add_argument("--clips-per-prompt", type=int, default=1, metavar="N", help="clips to generate per prompt")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames per clip; the training length if omitted")
     parser.add_argument(
-        "--enhance", type=float, default=None, metavar="TEMPERATURE",
-        help="scale attention across frames (Enhance-A-Video), 3.4 as published; the task's if not given",
+        "--size", type=frame_size, metavar="HxW",
+        help="frame height and width in pixels; the training size if omitted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="sampler steps; those of the run's config, or 50 with --weights"
+    )
+    parser.add_argument(
+        "--guidance", type=float, metavar="SCALE",
+        help="scale of classifier-free guidance; that of the run's config, or 6 with --weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--enhance", type=float, metavar="TEMPERATURE",
+        help="scale cross-frame attention as Enhance-A-Video does, with this temperature (3.4 as published); "
+        "as in the run's config if omitted",
     )  # fmt: skip
     parser.add_argument(
         "--enhance-set", action="append", default=[], metavar="FIELD=VALUE",
-        help="share=head, start=0.2, end=0.8, relative=true, gain=1.15 (adaptive), layers=1,1,0,... (repeatable)",
+        help="a field of EnhanceConfig: share=head, start=0.2, end=0.8, relative=true, gain=1.15 (adaptive "
+        "temperature), layers=1,1,0,... (repeatable)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="clip i of prompt p is drawn from (seed, p, i)")
-    parser.add_argument("--batch", type=int, default=None, help="clips generated together; 8, or 1 for --weights")
-    parser.add_argument("--untrained", action="store_true", help="random weights of the run, as a baseline")
     parser.add_argument(
-        "--vae", type=Path, default=None, metavar="FOLDER",
-        help="decode with this exported autoencoder, which shares latents with the run's (CV-VAE: 4(n - 1) + 1 frames)",
+        "--seed", type=int, default=0, metavar="N",
+        help="random seed; clip i of prompt p depends on (seed, p, i) only",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder for mp4 files, or one .mp4 file")
-    views = parser.add_argument_group("with a run that sees several views")
-    views.add_argument(
-        "--cameras", nargs="+", default=[], metavar="PATH|FILE",
-        help="circle, hemisphere, interpolate, dolly, or a camera file (RealEstate10K's) for each view",
-    )  # fmt: skip
-    views.add_argument("--views", type=int, default=None, help="how many; one a file, or 2, if not given")
-    views.add_argument("--camera-distance", type=float, default=0.5, help="how far a named path goes")
-    views.add_argument(
-        "--one-world", action="store_true", help="camera files are of one world, and do not begin at one place"
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="clips generated at once; 8, or 1 with --weights, if omitted"
     )
-    published = parser.add_argument_group("with --weights only")
-    published.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
-    published.add_argument(
-        "--null",
-        choices=["empty", "zeros"],
-        default="empty",
-        help="what stands for no prompt: its embeddings, or zeros",
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="folder for .mp4 files, or one .mp4 file"
     )
-    published.add_argument("--dynamic-guidance", action="store_true", help="guidance that changes with the timestep")
-    published.add_argument(
-        "--sampler",
-        choices=["ddim", "dpm_solver", "dpm_solver_sde"],
-        default=None,
-        help="in place of the pipeline's scheduler",
-    )
-    published.add_argument(
-        "--spacing", choices=["trailing", "leading", "linspace"], default=None,
-        help="of timesteps, in place of the scheduler's; CogVideoX's authors sample with trailing",
-    )  # fmt: skip
-    published.add_argument(
-        "--levels", choices=["schedule", "sat"], default="schedule",
-        help="levels of signal as the code that trained CogVideoX and RepVideo samples with them (sat)",
-    )  # fmt: skip
-    published.add_argument("--noise", type=Path, default=None, metavar="FILE", help=".npy of the latents to start from")
-    published.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default=None,
-        help="of the computation; float32 on CPUs and bfloat16 elsewhere if not given",
-    )  # fmt: skip
-    published.add_argument("--tiles", action="store_true", help="decode tile by tile: less memory, blended edges")
-    published.add_argument("--fps", type=float, default=None, help="frames a second of the files; 8, or 16 for 1.5")
-    published.add_argument(
-        "--naming", choices=["numbered", "vbench"], default=None,
-        help="of files in a folder: 0000_00_a_red_ball.mp4, or 'a red ball-0.mp4', the default for JSON prompts",
-    )  # fmt: skip
-    published.add_argument(
-        "--devices", type=int, default=None, help="how many of this machine's to use; all if not given"
-    )
-    parser.set_defaults(handler=_run_sample)
 
 
-def _run_sample(parsed: argparse.Namespace) -> int:
+def _add_run_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Options that need RUN."""
+    run = parser.add_argument_group("options for RUN")
+    views = parser.add_argument_group("options for a RUN that generates several views")
+    return [
+        run.add_argument(
+            "--untrained", action="store_true", help="use randomly initialized parameters instead, as a baseline"
+        ),
+        run.add_argument(
+            "--vae", type=Path, metavar="DIR",
+            help="decode with this exported VAE instead of the run's; the two must share a latent space (a CV-VAE "
+            "makes 4(n - 1) + 1 frames of n latents)",
+        ),
+        views.add_argument(
+            "--cameras", nargs="+", default=[], metavar="PATH|FILE",
+            help="camera path (circle, hemisphere, interpolate or dolly), or one RealEstate10K camera file per view",
+        ),
+        views.add_argument(
+            "--views", type=int, metavar="N", help="number of views; one per camera file, or 2, if omitted"
+        ),
+        views.add_argument(
+            "--camera-distance", type=float, default=0.5, metavar="D",
+            help="distance from the first to the last camera of a camera path, in the units of the training cameras",
+        ),
+        views.add_argument(
+            "--shared-world-frame", action="store_true",
+            help="camera files share one world frame; otherwise each view's first camera is at the same pose",
+        ),
+    ]  # fmt: skip
+
+
+def _add_weights_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Options that need `--weights`."""
+    group = parser.add_argument_group("options for --weights")
+    return [
+        group.add_argument(
+            "--negative-prompt", default="", metavar="TEXT", help="negative prompt of classifier-free guidance"
+        ),
+        group.add_argument(
+            "--unconditional", choices=list(UNCONDITIONAL), default="empty-caption",
+            help="unconditional embedding of classifier-free guidance: the text encoder's for an empty caption (or "
+            "for --negative-prompt), or zeros",
+        ),
+        group.add_argument(
+            "--dynamic-guidance", action="store_true", help="vary the guidance scale with the timestep, as CogVideoX"
+        ),
+        group.add_argument(
+            "--sampler", choices=["ddim", "dpm_solver", "dpm_solver_sde"],
+            help="sampler; that of the pipeline's scheduler if omitted",
+        ),
+        group.add_argument(
+            "--timestep-spacing", choices=["trailing", "leading", "linspace"],
+            help="spacing of the sampler's timesteps; that of the pipeline's scheduler if omitted (CogVideoX's authors "
+            "sample with trailing)",
+        ),
+        group.add_argument(
+            "--noise-levels", choices=["schedule", "sat"], default="schedule",
+            help="noise levels of the sampler's steps: from the scheduler's config, or as CogVideoX's and RepVideo's "
+            "training code (sat) samples",
+        ),
+        group.add_argument(
+            "--noise", type=Path, metavar="FILE", help=".npy file with the initial noise, in the shape of the latents"
+        ),
+        group.add_argument(
+            "--dtype", choices=DTYPES,
+            help="dtype of parameters and computation; float32 on CPUs and bfloat16 elsewhere if omitted",
+        ),
+        group.add_argument(
+            "--tiles", action="store_true", help="decode in overlapping, blended tiles, which takes less memory"
+        ),
+        group.add_argument(
+            "--fps", type=float, metavar="RATE",
+            help="frame rate of the files in frames per second; 8, or 16 for CogVideoX 1.5, if omitted",
+        ),
+        group.add_argument(
+            "--naming", choices=["numbered", "vbench"],
+            help="names of files in a folder: 0000_00_a_red_ball.mp4, or 'a red ball-0.mp4', which is the default for "
+            "JSON prompts",
+        ),
+        group.add_argument(
+            "--devices", type=int, metavar="N", help="number of this machine's devices to use; all if omitted"
+        ),
+    ]  # fmt: skip
+
+
+def run_sample(
+    parsed: argparse.Namespace, *, run_only: Sequence[argparse.Action], weights_only: Sequence[argparse.Action]
+) -> int:
+    """Sample with the run or with the published weights."""
     from jvgen.runs.prompts import read_prompts
 
     if (parsed.run is None) == (parsed.weights is None):
-        raise ValueError("give the work folder of a run, or --weights with the folder of a pipeline: one of them.")
-    foreign = OF_RUNS if parsed.weights is not None else OF_WEIGHTS
-    wrong = [name for name, unset in foreign.items() if getattr(parsed, name) != unset]
+        raise ValueError("give exactly one of RUN (a run directory) and --weights DIR (a CogVideoX pipeline).")
+    needed, foreign = ("RUN", run_only) if parsed.weights is not None else ("--weights", weights_only)
+    wrong = [action.option_strings[0] for action in foreign if getattr(parsed, action.dest) != action.default]
     if wrong:
-        options = ", ".join("--" + name.replace("_", "-") for name in wrong)
-        raise ValueError(f"{options}: only {'a run has' if foreign is OF_RUNS else '--weights has'} that option.")
+        raise ValueError(f"{', '.join(wrong)}: only valid with {needed}.")
     prompts = list(parsed.prompt)
     if parsed.prompts is not None:
         prompts += read_prompts(parsed.prompts)
     if not prompts:
-        raise ValueError("nothing to sample: give --prompt TEXT (repeatable) or --prompts FILE.")
-    sample = _sample_run if parsed.weights is None else _sample_weights
-    sample(parsed, prompts)
+        raise ValueError("no prompts: give --prompt TEXT (repeatable) or --prompts FILE.")
+    if parsed.weights is not None:
+        _sample_weights(parsed, prompts)
+    elif parsed.cameras or parsed.views is not None:
+        _sample_views(parsed, prompts)
+    else:
+        _sample_run(parsed, prompts)
     return 0
 
 
 def _sample_run(parsed: argparse.Namespace, prompts: list[str]) -> None:
-    if parsed.cameras or parsed.views is not None:
-        _sample_views(parsed, prompts)
-        return
     from jvgen.runs.sampling import sample_run
 
     sample_run(
-        parsed.run, prompts, parsed.out, ema=parsed.ema, step=parsed.step, count=parsed.num, frames=parsed.frames,
-        size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
-        batch=8 if parsed.batch is None else parsed.batch, untrained=parsed.untrained, enhance=_enhance(parsed),
-        vae=parsed.vae,
+        parsed.run, prompts, parsed.out, ema=parsed.ema, step=parsed.step, count=parsed.clips_per_prompt,
+        frames=parsed.frames, size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
+        batch=8 if parsed.batch_size is None else parsed.batch_size, untrained=parsed.untrained,
+        enhance=enhance_config(parsed), vae=parsed.vae,
     )  # fmt: skip
 
 
@@ -131,14 +195,14 @@ def _sample_views(parsed: argparse.Namespace, prompts: list[str]) -> None:
     from jvgen.runs.view_sampling import sample_views
 
     if parsed.vae is not None:
-        raise ValueError("--vae: not with --cameras; views are decoded with the run's own autoencoder.")
-    if _enhance(parsed) is not None:
-        raise ValueError("--enhance: not with --cameras; views are generated without it.")
+        raise ValueError("--vae: not valid with --cameras; views are decoded with the run's own VAE.")
+    if enhance_config(parsed) is not None:
+        raise ValueError("--enhance: not valid with --cameras; views are generated without it.")
     sample_views(
         parsed.run, prompts, parsed.out, cameras=parsed.cameras, views=parsed.views, distance=parsed.camera_distance,
-        one_world=parsed.one_world, ema=parsed.ema, step=parsed.step, count=parsed.num, frames=parsed.frames,
-        size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed, batch=parsed.batch,
-        untrained=parsed.untrained,
+        one_world=parsed.shared_world_frame, ema=parsed.ema, step=parsed.step, count=parsed.clips_per_prompt,
+        frames=parsed.frames, size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
+        batch=parsed.batch_size, untrained=parsed.untrained,
     )  # fmt: skip
 
 
@@ -147,20 +211,21 @@ def _sample_weights(parsed: argparse.Namespace, prompts: list[str]) -> None:
 
     request = PublishedRequest(
         frames=parsed.frames, size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, sampler=parsed.sampler,
-        spacing=parsed.spacing, levels=parsed.levels, dynamic_guidance=parsed.dynamic_guidance,
-        negative_prompt=parsed.negative_prompt, null=parsed.null,
-        seed=parsed.seed, batch=1 if parsed.batch is None else parsed.batch, noise=parsed.noise, dtype=parsed.dtype,
-        in_tiles=parsed.tiles, frames_per_second=parsed.fps, devices=parsed.devices, enhance=_enhance(parsed),
+        spacing=parsed.timestep_spacing, levels=parsed.noise_levels, dynamic_guidance=parsed.dynamic_guidance,
+        negative_prompt=parsed.negative_prompt, null=UNCONDITIONAL[parsed.unconditional],
+        seed=parsed.seed, batch=1 if parsed.batch_size is None else parsed.batch_size, noise=parsed.noise,
+        dtype=parsed.dtype, in_tiles=parsed.tiles, frames_per_second=parsed.fps, devices=parsed.devices,
+        enhance=enhance_config(parsed),
     )  # fmt: skip
     listed = parsed.prompts is not None and parsed.prompts.suffix == ".json"
     naming = parsed.naming or ("vbench" if listed else "numbered")
     if naming == "vbench":
         prompts = list(dict.fromkeys(prompts))
-    sample_published(parsed.weights, prompts, parsed.out, request, count=parsed.num, naming=naming)
+    sample_published(parsed.weights, prompts, parsed.out, request, count=parsed.clips_per_prompt, naming=naming)
 
 
-def _enhance(parsed: argparse.Namespace):
-    """What the options say of enhanced attention; None where they say nothing."""
+def enhance_config(parsed: argparse.Namespace):
+    """The `EnhanceConfig` that `--enhance` and `--enhance-set` describe; None if neither is given."""
     from jvgen import config
     from jvgen.models.video_dit.enhance import EnhanceConfig
 

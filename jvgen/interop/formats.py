@@ -74,7 +74,9 @@ class Format:
         """
         adapt = getattr(self._module("torch_map"), "adapted", None)
         if adapt is None:
-            raise ValueError(f"{self.class_name}: its weights fit networks of the same shape only; leave --adapt out.")
+            raise ValueError(
+                f"{self.class_name}: its weights fit networks of the same shape only; leave --allow-partial out."
+            )
         return adapt(dict(parameters), found, wanted)
 
     @property

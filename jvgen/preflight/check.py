@@ -1,11 +1,12 @@
-"""Everything about a run that can be known to be wrong before a device is touched, collected into one message."""
+"""Checks of a run before any device is used: every problem that is found goes into one error."""
 
 import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program, check_batch
 from jvgen.training.state import size_of
 
+T = TypeVar("T")
 GIB = 2**30
+# What to change if the mesh does not divide the dimension with this logical name.
 FIXES = {
     axes.LENGTH: "pad the tokens (a token_multiple that mesh.seq divides) or choose another mesh.seq",
     axes.ACTIVATION_HEADS: "choose a mesh.tensor that divides the number of heads",
@@ -34,30 +37,30 @@ FIXES = {
 
 
 def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax.Device] | None = None) -> None:
-    """Raise one error with all that is wrong with a run; silent if nothing is.
+    """Raise one error that lists every problem of a run.
 
-    Looks at the mesh, batches, sizes of clips, what the mesh splits (batch, heads, tokens), the data sets and their
-    buckets, files of frozen networks, and the work folder and its disk. No array is made, no weights are loaded.
+    Checks the mesh, batch sizes, clip sizes, what the mesh has to divide (batch, heads, tokens), the data sets, the
+    weight files of frozen networks, the run directory and its free disk space. Allocates no array, loads no weights.
 
     Args:
       experiment: the run.
-      workdir: where it will be written; None to leave that out.
-      devices: what it will run on; default all that JAX sees.
+      workdir: run directory; not checked if None.
+      devices: devices of the mesh; all that JAX sees if None.
 
     Raises:
       ConfigError: lists every problem, one line each.
     """
     problems = [*_buckets(experiment), *_data(experiment)]
-    task, broken = _attempt(experiment.task.build)
-    problems += broken
-    mesh, broken = _attempt(lambda: make_mesh(experiment.mesh, devices))
-    problems += broken
+    task, found = _attempt(experiment.task.build)
+    problems += found
+    mesh, found = _attempt(lambda: make_mesh(experiment.mesh, devices))
+    problems += found
     if task is not None and mesh is not None:
         sharding = Sharding(mesh, experiment.sharding)
         for bucket in experiment.data.buckets:
             problems += _attempt(lambda bucket=bucket: check_batch(experiment, bucket, sharding))[1]
-        program, broken = _attempt(lambda: Program.build(experiment, mesh, task))
-        problems += broken
+        program, found = _attempt(lambda: Program.build(experiment, mesh, task))
+        problems += found
         if program is not None:
             problems += _workdir(workdir, program)
             if not problems:
@@ -69,8 +72,8 @@ def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax
         raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-def _attempt(make):
-    """(what `make` returns, no problems), or (None, what its ValueError or FileNotFoundError says)."""
+def _attempt(make: Callable[[], T]) -> tuple[T | None, list[str]]:
+    """(result, []), or (None, [message]) if `make` raises ValueError or FileNotFoundError."""
     try:
         return make(), []
     except (ValueError, FileNotFoundError) as error:
@@ -79,8 +82,8 @@ def _attempt(make):
 
 def _buckets(experiment: Experiment) -> Iterator[str]:
     for number, bucket in enumerate(experiment.data.buckets):
-        _, broken = _attempt(lambda bucket=bucket: experiment.task.check_bucket(bucket))
-        yield from (f"data.buckets.{number}: {problem}" for problem in broken)
+        _, found = _attempt(lambda bucket=bucket: experiment.task.check_bucket(bucket))
+        yield from (f"data.buckets.{number}: {problem}" for problem in found)
 
 
 def _data(experiment: Experiment) -> Iterator[str]:
@@ -102,69 +105,79 @@ def _workdir(workdir: Path | None, program: Program) -> Iterator[str]:
     workdir = Path(workdir).absolute()
     existing = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
     if not existing.is_dir():
-        yield f"work folder {workdir}: {existing} is a file; name a folder."
+        yield f"run directory {workdir}: {existing} is a file; name a folder."
     elif not os.access(existing, os.W_OK | os.X_OK):
-        yield f"work folder {workdir}: {existing} cannot be written to; name another folder or change its permissions."
+        yield f"run directory {workdir}: {existing} is not writable; choose another one or change its permissions."
     else:
         needed, free = size_of(program.abstract.saved())[1], shutil.disk_usage(existing).free
         if free < needed:
             yield (
-                f"work folder {workdir}: a checkpoint of this run takes {needed / GIB:.2f} GiB (parameters, optimizer, "
-                f"averages), but {existing} has {free / GIB:.2f} GiB free; make room or name another folder."
+                f"run directory {workdir}: a checkpoint takes {needed / GIB:.2f} GiB (parameters, optimizer state, "
+                f"EMA), but {existing} has {free / GIB:.2f} GiB free; free space or choose another directory."
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Witness(Sharding):
-    """Notes what the mesh could and could not split while a program is traced.
+class _Split:
+    """One dimension on the mesh: elements of the array, size of the dimension, mesh axes that do not divide it."""
 
-    `seen` has, for each logical name and number of dimensions, the largest array: its elements, the size of the named
-    dimension, and the mesh axes that do not divide it.
+    elements: int
+    size: int
+    unused_axes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRecorder(Sharding):
+    """Records, while a program is traced, how the mesh splits its arrays.
+
+    Attributes:
+      largest: the split of the largest array by logical name and number of dimensions, for the names in `FIXES`.
     """
 
-    seen: dict[tuple[str, int], tuple[int, int, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    largest: dict[tuple[str, int], _Split] = dataclasses.field(default_factory=dict)
 
     def activation(self, names: Axes, shape: tuple[int, ...]) -> NamedSharding:
         place = super().activation(names, shape)
         elements = math.prod(shape)
         for name, size, entry in zip(names, shape, place.spec, strict=True):
-            if name in FIXES and elements > self.seen.get((name, len(shape)), (0,))[0]:
+            largest = self.largest.get((name, len(shape)))
+            if name in FIXES and (largest is None or elements > largest.elements):
                 placed = (entry,) if isinstance(entry, str) else entry or ()
                 wanted = [axis for axis in self.config.compute.get(name, ()) if self.mesh.shape[axis] > 1]
-                missing = tuple(axis for axis in wanted if axis not in placed)
-                self.seen[name, len(shape)] = (elements, size, missing)
+                unused = tuple(axis for axis in wanted if axis not in placed)
+                self.largest[name, len(shape)] = _Split(elements, size, unused)
         return place
 
 
 def _splits(program: Program) -> Iterator[str]:
     """What `seq` and `tensor` cannot split, found by tracing the loss.
 
-    The largest array of a kind has to be split. Smaller ones (the tokens of a text encoder), and what `FIXES` does not
-    name, may stay whole: that costs memory and no more.
+    The largest array of each logical name has to be split. Smaller ones (the tokens of a text encoder), and names that
+    `FIXES` does not have, may be replicated: that only costs memory.
     """
     mesh = program.sharding.mesh
     if mesh.shape["seq"] == 1 and mesh.shape["tensor"] == 1:
         return
     for bucket in program.experiment.data.buckets:
-        witness = _Witness(mesh, program.experiment.sharding)
-        _, broken = _attempt(lambda bucket=bucket, witness=witness: _trace(program, bucket, witness))
-        yield from broken
-        for (name, _), (_, size, missing) in sorted(witness.seen.items()):
-            if missing:
-                written = ", ".join(f"mesh.{axis} = {mesh.shape[axis]}" for axis in missing)
-                yield f"{bucket.name}: {written} does not divide {size} ({name}); {FIXES[name]}."
+        recorder = ShardingRecorder(mesh, program.experiment.sharding)
+        _, problems = _attempt(lambda bucket=bucket, recorder=recorder: _trace(program, bucket, recorder))
+        yield from problems
+        for (name, _), split in sorted(recorder.largest.items()):
+            if split.unused_axes:
+                sizes = ", ".join(f"mesh.{axis} = {mesh.shape[axis]}" for axis in split.unused_axes)
+                yield f"{bucket.name}: {sizes} does not divide {split.size} ({name}); {FIXES[name]}."
 
 
-def _trace(program: Program, bucket: BucketConfig, witness: _Witness) -> None:
+def _trace(program: Program, bucket: BucketConfig, recorder: ShardingRecorder) -> None:
     task: Task = program.task
     dtype = jnp.dtype(program.experiment.training.compute_dtype)
     parameter_axes = task.axes()
     by_path = nested.flatten(parameter_axes)
     for path, leaf in nested.flatten(program.abstract.parameters).items():
-        witness.activation(by_path[path], leaf.shape)
+        recorder.activation(by_path[path], leaf.shape)
 
     def loss(parameters, frozen, batch, key):
-        with axes.partitioned(witness):
+        with axes.partitioned(recorder):
             cast_parameters = cast(parameters, parameter_axes, dtype)
             return [objective.loss(cast_parameters, frozen, batch, key)[0] for objective in task.objectives()]
 

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text: kind, bytes, and how often."""
+"""The collectives of a compiled program, read from its HLO text: kind, bytes, and how often each runs."""
 
 import dataclasses
 import math
@@ -17,14 +17,14 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|condition|body|branch_computations)=(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of transfer of one shape.
+    """One kind of collective on one shape of array.
 
     Attributes:
       kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all" or "collective-permute".
-      shape: type and shape of the whole array (before a scatter, after a gather), the largest of several.
-      count: times a step, loops multiplied out.
-      bytes: of one, all its arrays, per device.
-      source: where the program's text says that it comes from.
+      shape: dtype and shape of the whole array (before a scatter, after a gather); the largest if it has several.
+      count: ops per step; those in a loop count once per iteration.
+      bytes: per op and device, over all its arrays.
+      source: the `op_name` in the HLO text.
     """
 
     kind: str
@@ -35,22 +35,22 @@ class Collective:
 
     @property
     def total(self) -> float:
-        """Bytes per device and step."""
+        """Bytes per device per step."""
         return self.count * self.bytes
 
 
 def read(text: str) -> list[Collective]:
-    """The collectives of an optimised HLO module's text (`compiled.as_text()`), largest total first."""
+    """The collectives in the text of an optimized HLO module (`compiled.as_text()`), largest total first."""
     computations = _computations(text)
-    times = _times(text, computations)
+    executions = _executions(text, computations)
     found = []
     for computation, lines in computations.items():
-        # A transfer that runs beside other work is written into a chain of fusions; the first one counts.
+        # An asynchronous collective appears in a chain of fusions; only the first one counts.
         if "async_collective_fusion" in computation or any("AsyncCollectiveDone" in line for line in lines):
             continue
         for line in lines:
             match = _INSTRUCTION.match(line)
-            if match is None or not times.get(computation):
+            if match is None or not executions.get(computation):
                 continue
             result, operation, rest = match.groups()
             kind = operation.removesuffix("-start")
@@ -64,17 +64,17 @@ def read(text: str) -> list[Collective]:
             if kind == "reduce-scatter":
                 size *= _group_size(rest)
             elif kind == "all-reduce" and "reduce-scatter" in computation:
-                # How XLA's TPU backend writes a reduce-scatter: an all-reduce in a fusion that keeps a slice.
+                # XLA's TPU backend writes a reduce-scatter as an all-reduce in a fusion that keeps a slice.
                 kind = "reduce-scatter"
             element, dimensions = max(shapes, key=lambda shape: _bytes(*shape))
             shape = f"{element}[{dimensions}]" + (f" and {len(shapes) - 1} more" if len(shapes) > 1 else "")
             source = re.search(r'op_name="([^"]*)"', rest)
-            found.append(Collective(kind, shape, times[computation], size, source.group(1) if source else ""))
+            found.append(Collective(kind, shape, executions[computation], size, source.group(1) if source else ""))
     return sorted(found, key=lambda c: (-c.total, c.kind, c.shape))
 
 
 def merged(collectives: list[Collective]) -> list[Collective]:
-    """The same, with transfers of equal kind and shape from different places added up."""
+    """The same, with the counts of collectives of equal kind and shape added up."""
     groups: dict[tuple[str, str], Collective] = {}
     for one in collectives:
         key = (one.kind, one.shape)
@@ -88,7 +88,7 @@ def _bytes(kind: str, dimensions: str) -> float:
 
 
 def _group_size(rest: str) -> int:
-    """Devices that take part in one group of a collective."""
+    """Number of devices in one group of a collective."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return len(listed.group(1).split(","))
@@ -103,7 +103,7 @@ def _group_size(rest: str) -> int:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """Lines of instructions by computation."""
+    """Instruction lines by computation."""
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -115,15 +115,15 @@ def _computations(text: str) -> dict[str, list[str]]:
     return computations
 
 
-def _times(text: str, computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs a step: its callers' times, multiplied by the trips of loops."""
-    times: dict[str, int] = defaultdict(int)
+def _executions(text: str, computations: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs per step: its callers' counts, times the trip counts of loops."""
+    executions: dict[str, int] = defaultdict(int)
 
     def visit(computation: str, factor: int) -> None:
-        times[computation] += factor
+        executions[computation] += factor
         for line in computations.get(computation, ()):
             groups = _CALLED.findall(line)
-            trips = _trips(line, computations) if groups and " while(" in line else 1
+            trips = _trip_count(line, computations) if groups and " while(" in line else 1
             for several, one in groups:
                 for called in (several or one).split(","):
                     visit(called.strip().lstrip("%"), factor * trips)
@@ -131,11 +131,11 @@ def _times(text: str, computations: dict[str, list[str]]) -> dict[str, int]:
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
     if entry:
         visit(entry.group(1), 1)
-    return times
+    return executions
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """Trips of a `while`: as the compiler notes them, else the bound that its condition compares the counter with."""
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
+    """Trip count of a `while`: the compiler's annotation, else the bound that its condition compares with."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known.group(1))

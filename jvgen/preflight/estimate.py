@@ -1,4 +1,4 @@
-"""The least memory that a training step can need, by arithmetic: to hold against what the compiler gives it."""
+"""A lower bound on the memory of a training step, by arithmetic, to compare with what the compiler allocates."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ class Estimate:
     """Bytes per device.
 
     Attributes:
-      parameters, optimizer, averages, frozen: the parts of the state, as they are stored.
+      parameters, optimizer, ema, frozen: parts of the train state, in their stored dtypes and shardings.
       batch: input arrays of one step.
       gradients: one float32 gradient per trained parameter, stored as the parameters are.
       cast: the parameters in the compute dtype, stored as the parameters are.
@@ -25,7 +25,7 @@ class Estimate:
 
     parameters: float
     optimizer: float
-    averages: float
+    ema: float
     frozen: float
     batch: float
     gradients: float
@@ -33,24 +33,24 @@ class Estimate:
 
     @property
     def state(self) -> float:
-        """What lies in memory between steps."""
-        return self.parameters + self.optimizer + self.averages + self.frozen
+        """Bytes of the train state, which stay in memory between steps."""
+        return self.parameters + self.optimizer + self.ema + self.frozen
 
     @property
     def total(self) -> float:
-        """State, batch, gradients and cast parameters; activations come on top."""
+        """State, batch, gradients and cast parameters; activations are not included."""
         return self.state + self.batch + self.gradients + self.cast
 
 
-def estimate(program: Program, bucket: BucketConfig) -> Estimate:
-    """The least memory of a training step for one batch shape; activations, which depend on `remat`, are left out."""
+def lower_bound(program: Program, bucket: BucketConfig) -> Estimate:
+    """The least memory that the step of one batch shape needs, without activations, which depend on `remat`."""
     state = program.abstract_state()
     dtype = jnp.dtype(program.experiment.training.compute_dtype)
     parameters = local_bytes(state.parameters)
     return Estimate(
         parameters=parameters,
         optimizer=local_bytes(state.optimizer),
-        averages=local_bytes(state.ema),
+        ema=local_bytes(state.ema),
         frozen=local_bytes(state.frozen),
         batch=local_bytes(program.abstract_batch(bucket)),
         gradients=parameters,
@@ -61,7 +61,7 @@ def estimate(program: Program, bucket: BucketConfig) -> Estimate:
 def saved_between_layers(
     program: Program, bucket: BucketConfig, tokens: int, width: int, layers: int, kept: int = 1
 ) -> float:
-    """Bytes per device that a scan over layers keeps for its backward pass: `kept` arrays of tokens x width a layer."""
+    """Bytes per device that a scan over layers saves for the backward pass: `kept` arrays tokens x width per layer."""
     shape = (bucket.batch_size // program.experiment.training.accumulation, tokens, width)
     place = program.sharding.activation((axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED), shape)
     itemsize = jnp.dtype(program.experiment.training.compute_dtype).itemsize
@@ -69,7 +69,7 @@ def saved_between_layers(
 
 
 def local_bytes(tree: Any) -> float:
-    """Bytes of one device's shards of a tree of `ShapeDtypeStruct` with shardings."""
+    """Bytes that one device holds of a tree of `ShapeDtypeStruct` with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)

@@ -1,4 +1,4 @@
-"""Devices of a TPU pod that this machine does not have, described by libtpu, to compile programs for."""
+"""Devices of a TPU pod that this machine does not have, described by libtpu, as targets of compilation."""
 
 import dataclasses
 import importlib.util
@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jvgen.config import ConfigError
 from jvgen.parallel.chips import Chip, chip_named
 
-# Names that were tried; others of the same form work too.
+# Tested names; others of the same form work too.
 KNOWN = (
     "v4:4x4x4", "v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v5p:4x4x8", "v5p:8x8x8", "v6e:2x2",
     "v6e:16x16", "tpu7x:2x2x1", "tpu7x:4x4x4",
@@ -24,9 +24,9 @@ class Topology:
 
     Attributes:
       name: such as "v5p:4x4x8".
-      chip: what it is made of.
-      chips: how many.
-      devices: JAX devices; compile-only, nothing can be put on them.
+      chip: kind of chip.
+      chips: number of chips.
+      devices: JAX devices, compile-only: they hold no arrays.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Topology:
 
     @property
     def hbm_bytes(self) -> float:
-        """Usable memory of one device."""
+        """Usable memory per device in bytes."""
         return self.chip.hbm_bytes * self.chips / len(self.devices)
 
     @property
     def peak_flops(self) -> float:
-        """bfloat16 peak of one device."""
+        """bfloat16 peak per device in FLOP/s."""
         return self.chip.peak_flops * self.chips / len(self.devices)
 
 
@@ -58,10 +58,10 @@ def describe(name: str) -> Topology:
     """
     if not has_compiler():
         raise ConfigError(
-            "compiling ahead of time needs the TPU compiler, which the package libtpu holds and which is not "
-            "installed: pip install 'jvgen[tpu]'. No TPU is needed."
+            "compiling ahead of time needs the TPU compiler of the package libtpu, which is not installed: "
+            "pip install 'jvgen[tpu]'. No TPU is needed."
         )
-    # libtpu is told that it is alone on a machine without TPUs, before it looks for them.
+    # Without these libtpu would look for TPUs and for other users of them.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -77,7 +77,7 @@ def describe(name: str) -> Topology:
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"topology {name!r} is not known to the TPU compiler ({reason}). Write CHIP:SHAPE, for example "
+            f"topology {name!r} is unknown to the TPU compiler ({reason}). Write CHIP:SHAPE, for example "
             f"{', '.join(KNOWN)}."
         ) from error
     return Topology(name, chip, chips, tuple(devices))

@@ -45,8 +45,8 @@ def plan_clips(
     """
     if not 1 <= count <= CLIPS_PER_PROMPT or not 1 <= len(prompts) <= MAX_PROMPTS or batch < 1:
         raise ValueError(
-            f"--num {count}, --batch {batch}, {len(prompts)} prompts: --num must lie in 1..{CLIPS_PER_PROMPT}, "
-            f"--batch be 1 or more, and there can be 1..{MAX_PROMPTS} prompts."
+            f"--clips-per-prompt {count}, --batch-size {batch}, {len(prompts)} prompts: allowed are 1 to "
+            f"{CLIPS_PER_PROMPT} clips per prompt, batches of at least 1 and 1 to {MAX_PROMPTS} prompts."
         )
     suffix = ".mp4" if frames > 1 else ".png"
     if is_one_file(out):

@@ -159,7 +159,7 @@ def import_run(
             f"{weights} is not the architecture of {network!r} in {experiment.name}:\n"
             + "\n".join(f"  {line}" for line in lines)
             + f"\nSet task fields of {network!r} to those of the weights, or import other weights."
-            + ("\nTo start a RepVideo run from CogVideoX's weights, pass --new-gates." if _lacks_gates(lines) else "")
+            + ("\nTo start a RepVideo run from CogVideoX's weights, pass --init-gates." if _lacks_gates(lines) else "")
         )
     check_new_run(workdir)
     _, parameters = import_folder(weights, wanted if alone else None)

@@ -211,8 +211,8 @@ def fitting_batch(batch: int | None, views: int, devices: int) -> int:
         return int(least)
     if batch < 1 or batch % least:
         raise ValueError(
-            f"--batch {batch} with {views} views: {batch * views} clips do not divide over {devices} devices; take "
-            f"--batch {least} or a multiple of it."
+            f"--batch-size {batch} with {views} views: {batch * views} clips do not divide over {devices} devices; "
+            f"take --batch-size {least} or a multiple of it."
         )
     return batch
 

@@ -108,7 +108,9 @@ def read_context(
     recording = source.read(record)
     last = start + stride * (count - 1)
     if start < 0 or last >= recording.frames:
-        raise ValueError(f"--start {start}: the context reaches frame {last}; the recording has {recording.frames}.")
+        raise ValueError(
+            f"--start-frame {start}: the context reaches frame {last}; the recording has {recording.frames}."
+        )
     sample = ClipSpec(start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
     bucket = BucketConfig(frames=count, height=side, width=side, batch_size=1)
     return load_example(recording, sample, bucket, "center_crop")["video"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.model import CVVAE
 from jvgen.nn.network import Network
-from jvgen.preflight.ahead_of_time import GIB, Memory
+from jvgen.preflight.report import GIB, Memory
 from tests.benchmarks.machine import Settings
 from tests.benchmarks.report import Result
 

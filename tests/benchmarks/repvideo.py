@@ -15,7 +15,7 @@ from jvgen.models.video_dit.model import TokenLayout
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
-from jvgen.preflight.ahead_of_time import Memory
+from jvgen.preflight.report import Memory
 from tests.benchmarks import timing
 from tests.benchmarks.dit_step import Size, case_of, config_of
 from tests.benchmarks.machine import Settings

@@ -13,7 +13,7 @@ from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import make_mesh
 from jvgen.preflight import collectives, topology
-from jvgen.preflight.ahead_of_time import GIB, Memory
+from jvgen.preflight.report import GIB, Memory
 from jvgen.preflight.topology import Topology
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program

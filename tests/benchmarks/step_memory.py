@@ -14,7 +14,7 @@ from jvgen.nn.embeddings import token_grid
 from jvgen.nn.stacked import Remat
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import single_device_mesh
-from jvgen.preflight.ahead_of_time import Memory
+from jvgen.preflight.report import Memory
 from jvgen.training.program import Program
 from jvgen.training.state import size_of
 from tests.benchmarks.dit_step import Size, case_of, config_of

@@ -9,8 +9,9 @@ from jvgen.nn.embeddings import token_grid
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import make_mesh
 from jvgen.preflight import topology
-from jvgen.preflight.ahead_of_time import GIB, compile_bucket
+from jvgen.preflight.ahead_of_time import compile_bucket
 from jvgen.preflight.estimate import saved_between_layers
+from jvgen.preflight.report import GIB
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
 from tests.benchmarks.machine import Settings
@@ -42,13 +43,13 @@ def run(settings: Settings) -> Result:
     rows += -rows % denoiser.token_multiple
     kept = {Remat.FULL: 1, Remat.ATTENTION: 2}[denoiser.remat]
     saved = saved_between_layers(program, bucket, rows, denoiser.width, denoiser.layers, kept)
-    least, memory = report.minimum.total + saved, report.memory
+    least, memory = report.lower_bound.total + saved, report.memory
     row: dict[str, Any] = {
         "topology": pod.name,
-        "state": report.minimum.state / GIB,
-        "batch": report.minimum.batch / GIB,
-        "gradients": report.minimum.gradients / GIB,
-        "cast": report.minimum.cast / GIB,
+        "state": report.lower_bound.state / GIB,
+        "batch": report.lower_bound.batch / GIB,
+        "gradients": report.lower_bound.gradients / GIB,
+        "cast": report.lower_bound.cast / GIB,
         "saved": saved / GIB,
         "least": least / GIB,
         "compiled": None if memory is None else memory.total / GIB,

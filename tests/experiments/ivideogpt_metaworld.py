@@ -30,7 +30,7 @@ from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
-from jvgen.demo.demo import Parts
+from jvgen.demo.stages import Stages
 from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
 from jvgen.evaluation.plots import Series, line_plot, save_plot
 from jvgen.evaluation.prediction import by_horizon
@@ -91,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(workdir: Path, metaworld: Path, scale: Scale) -> None:
     """All commands: data sets, two tokenizers, three transformers."""
-    parts = Parts(workdir)
+    stages = Stages(workdir)
     scenes, episodes, export = workdir / "scenes", workdir / "metaworld", workdir / "export"
     look = ["frames=12", f"height={SIDE}", f"width={SIDE}", "driven=1.0", "kinds.image=0", "kinds.static=0"]
-    parts.run("scenes", ["data", "build", "scenes", "--out", scenes, "--train", scale.scenes,
-                         "--validation", max(2, scale.scenes // 10), "--overwrite", *_sets(look)])  # fmt: skip
-    parts.run("metaworld", ["data", "build", "robot-episodes", metaworld, "--clip-actions=-1,1", "--validation", 0.2,
-                            "--out", episodes, "--overwrite"])  # fmt: skip
+    stages.run("scenes", ["data", "build", "scenes", "--out", scenes, "--train", scale.scenes,
+                          "--validation", max(2, scale.scenes // 10), "--overwrite", *_sets(look)])  # fmt: skip
+    stages.run("metaworld", ["data", "build", "robot-episodes", metaworld, "--clip-actions=-1,1",
+                             "--validation-fraction", 0.2, "--out", episodes, "--overwrite"])  # fmt: skip
 
     def run(name: str, config: str, data: Path, steps: int, *, weights: Path | None = None, **settings: Any) -> Path:
         """Train (from weights, if there are any) and export; returns the network's folder."""
@@ -108,9 +108,11 @@ def train(workdir: Path, metaworld: Path, scale: Scale) -> None:
         words = _sets([f"{path}={value}" for path, value in values.items()])
         folder, file = workdir / name, CONFIGS / f"demo_ivideogpt_{config}.py"
         if weights is not None:
-            parts.run(f"begin_{name}", ["import", weights, "--adapt", "--config", file, "--to", folder, *words])
-        parts.run(f"train_{name}", ["train", file, "--workdir", folder, *words])
-        parts.run(f"export_{name}", ["export", folder, "--to", export / name])
+            stages.run(
+                f"initialize_{name}", ["import", weights, "--allow-partial", "--config", file, "--to", folder, *words]
+            )
+        stages.run(f"train_{name}", ["train", file, "--workdir", folder, *words])
+        stages.run(f"export_{name}", ["export", folder, "--to", export / name])
         return export / name / config
 
     slow = {"data.buckets.0.strides": STRIDE}

@@ -181,7 +181,7 @@ def test_cogvideox_begins_a_repvideo_run(tmp_path, video_run):
     from jvgen.runs.exporting import import_run
     from jvgen.training.checkpoint.restore import load_for_inference
 
-    with pytest.raises(ConfigError, match="--new-gates"):
+    with pytest.raises(ConfigError, match="--init-gates"):
         import_run(weights, experiment, tmp_path / "refused")
     import_run(weights, experiment, tmp_path / "run", new_gates=True)
     _, _, parameters, step = load_for_inference(tmp_path / "run", None)

@@ -1,4 +1,4 @@
-"""Bad input gets one clear message, before a device does anything, and nothing that is there is lost."""
+"""Invalid input gets one clear message before a device is used, and existing files are not changed."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.data.video_files import encode_video
-from jvgen.demo.demo import DemoFailed
+from jvgen.demo.stages import DemoFailed
 from jvgen.interop.digest import content_digest
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.preflight import check
@@ -33,14 +33,14 @@ COMPILE = ("compile", ROOT / "configs/cogvideox_2b.py", "--topology")
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Sound things, and damaged ones beside them.
+    """Valid inputs, and corrupt ones beside them.
 
     Attributes:
       root: everything is below it.
-      vae, video: words of a sound `jvgen train CONFIG --set ...`.
+      vae, video: arguments of a valid `jvgen train CONFIG --set ...`.
       scenes, latents: data sets.
       weights, other_weights: exported VAEs, the same network twice; the latents are those of the first.
-      run: work folder of the image VAE at step 0.
+      run: run directory of the image VAE at step 0.
     """
 
     root: Path
@@ -75,34 +75,34 @@ def world(tmp_path_factory, jvgen, scenes, vae_words, video_words, vae_folder, q
 
 
 def _videos(root: Path) -> None:
-    """A folder with a sound clip, an empty file and a damaged one; one whose sound clip has no caption."""
+    """A folder with a valid clip, an empty file and a corrupt one; another whose valid clip has no caption."""
     clip = encode_video(np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8), 8)
     for name in ("videos", "uncaptioned"):
         (root / name).mkdir()
-        (root / name / "sound.mp4").write_bytes(clip)
+        (root / name / "valid.mp4").write_bytes(clip)
     (root / "videos" / "empty.mp4").write_bytes(b"")
-    (root / "videos" / "damaged.mp4").write_bytes(clip[: len(clip) // 3])
+    (root / "videos" / "corrupt.mp4").write_bytes(clip[: len(clip) // 3])
     (root / "videos" / "captions.csv").write_text(
-        "file,caption\n" + "".join(f"{n}.mp4,x\n" for n in ("sound", "empty", "damaged"))
+        "file,caption\n" + "".join(f"{n}.mp4,x\n" for n in ("valid", "empty", "corrupt"))
     )
 
 
-def _weights(root: Path, sound: Path) -> None:
-    """Folders like the sound one with three things wrong at once, with a pickle, with damage, and of another class."""
+def _weights(root: Path, valid: Path) -> None:
+    """Folders like the valid one: with three errors at once, with a pickle, truncated, and of another class."""
     file = "diffusion_pytorch_model.safetensors"
-    tensors = dict(SafetensorsFile(sound / file))
+    tensors = dict(SafetensorsFile(valid / file))
     first, second, *_ = sorted(tensors)
     del tensors[first]
     tensors[second] = np.zeros((3, 3), np.float32)
     tensors["encoder.surplus.weight"] = np.zeros(4, np.float32)
     for name in ("misfit", "pickled", "torn", "stranger"):
         (root / name).mkdir()
-        shutil.copy(sound / "config.json", root / name)
+        shutil.copy(valid / "config.json", root / name)
     write(root / "misfit" / file, {n: TensorSpec(t.shape, t.dtype) for n, t in tensors.items()}, tensors.items())
     (root / "pickled" / "diffusion_pytorch_model.bin").write_bytes(
         pickle.dumps({"encoder.conv_in.weight": Evil()}, protocol=2)
     )
-    (root / "torn" / file).write_bytes((sound / file).read_bytes()[:-100])
+    (root / "torn" / file).write_bytes((valid / file).read_bytes()[:-100])
     (root / "stranger" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
 
 
@@ -115,14 +115,14 @@ class Evil:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Words of a command, and what its message has to say."""
+    """Arguments of a command, and parts of its error message."""
 
     words: Callable[[World], list]
     says: tuple[str, ...]
 
 
 def train(*changes: str, which: str = "vae") -> Callable[[World], list]:
-    """`jvgen train` of a sound config with some `--set` that are not."""
+    """`jvgen train` of a valid config with some invalid `--set`."""
 
     def words(w: World) -> list:
         set_words = [word for change in changes for word in ("--set", change.format(w=w))]
@@ -132,7 +132,7 @@ def train(*changes: str, which: str = "vae") -> Callable[[World], list]:
 
 
 def resume(*changes: str) -> Callable[[World], list]:
-    """The same in the work folder of a run that is there."""
+    """The same in the run directory of an existing run."""
     return lambda w: [*train(*changes)(w)[:-1], w.run]
 
 
@@ -150,7 +150,7 @@ CASES = {
         lambda w: ["config", "show", w.root / "no_experiment.py"], ("no_experiment.py", "function experiment()")
     ),
     "config with another thing": Case(
-        lambda w: ["config", "show", w.root / "other_thing.py"], ("other_thing.py", "returns dict", "Experiment")
+        lambda w: ["config", "show", w.root / "other_thing.py"], ("other_thing.py", "dict", "Experiment")
     ),
     "config not python": Case(lambda w: ["config", "show", w.root / "notes.txt"], ("notes.txt", "Python file")),
     "field misspelled": Case(train("training.stepz=3"), ("training.stepz", "Did you mean steps")),
@@ -198,9 +198,9 @@ CASES = {
     ),
     "evaluation on no batches": Case(lambda w: ["evaluate", w.run, "--batches", 0], ("--batches 0", "at least one")),
     "showing nothing": Case(lambda w: ["data", "show", w.root / "empty"], ("holds no data set",)),
-    "damaged and empty videos": Case(
+    "corrupt and empty videos": Case(
         lambda w: ["data", "build", "videos", w.root / "videos", "--out", w.root / "new"],
-        ("2 of 3 files", "nothing was written", "damaged.mp4", "empty.mp4"),
+        ("2 of 3 files", "nothing was written", "corrupt.mp4", "empty.mp4"),
     ),
     "no captions": Case(
         lambda w: ["data", "build", "videos", w.root / "uncaptioned", "--out", w.root / "new"],
@@ -279,13 +279,13 @@ CASES = {
     # Runs and checkpoints.
     "no run": Case(
         lambda w: ["sample", w.root / "empty", "--prompt", "x", "--out", w.root / "new"],
-        ("no checkpoints folder", "work folder"),
+        ("has no checkpoints folder",),
     ),
     "no such step": Case(
         lambda w: ["export", w.run, "--step", 99, "--to", w.root / "new"], ("no checkpoint of step 99", "[0]")
     ),
-    "no such average": Case(lambda w: ["export", w.run, "--ema", 0.5, "--to", w.root / "new"], ("ema = 0.5", "raw")),
-    "average that is no number": Case(
+    "no such EMA": Case(lambda w: ["export", w.run, "--ema", 0.5, "--to", w.root / "new"], ("ema = 0.5", "raw")),
+    "EMA decay that is no number": Case(
         lambda w: ["export", w.run, "--ema", "slow", "--to", w.root / "new"], ("'slow'", "0.9999, raw or best")
     ),
     "checkpoint of another model": Case(
@@ -296,7 +296,7 @@ CASES = {
         resume("data.sources.0.path={w.root}/scenes2"), ("data.sources.0.path", "checkpoint", "scenes2")
     ),
     "checkpoint of another seed": Case(resume("seed=5"), ("seed: checkpoint 0, now 5",)),
-    "work folder is a file": Case(lambda w: [*train()(w)[:-1], w.root / "file"], ("file is a file", "name a folder")),
+    "run directory is a file": Case(lambda w: [*train()(w)[:-1], w.root / "file"], ("file is a file", "name a folder")),
     "export in the way": Case(
         lambda w: ["export", w.run, "--to", w.root / "videos"], ("videos exists and is not empty",)
     ),
@@ -350,7 +350,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
-def assert_told(done, says: tuple[str, ...]) -> None:
+def assert_user_error(done, says: tuple[str, ...]) -> None:
     assert done.status == 2, (done.status, done.err)
     missing = [words for words in says if words not in done.err]
     assert not missing, f"{missing} not in: {done.err}"
@@ -358,27 +358,27 @@ def assert_told(done, says: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_told_and_nothing_is_touched(name, world, jvgen, monkeypatch):
+def test_invalid_input_gives_one_message_and_changes_no_file(name, world, jvgen, monkeypatch):
     def device_work(*arguments, **options):
-        raise AssertionError("a device was put to work")
+        raise AssertionError("a device was used")
 
     for method in ("init", "lower", "evaluation", "given"):
         monkeypatch.setattr(Program, method, device_work)
     before = {folder: contents(folder) for folder in (world.root, world.scenes, world.weights, world.other_weights)}
     case = CASES[name]
-    assert_told(jvgen(*case.words(world)), case.says)
+    assert_user_error(jvgen(*case.words(world)), case.says)
     assert {folder: contents(folder) for folder in before} == before
     assert not Path("unpickled").exists()
 
 
-def test_words_that_are_no_command(jvgen):
+def test_invalid_command_lines_print_usage(jvgen):
     for words in (["trane"], ["sample", "run", "--size", "16", "--prompt", "x", "--out", "y"], ["train", "x.py"], []):
         done = jvgen(*words)
         assert done.status == 2 and "usage: jvgen" in done.err and "Traceback" not in done.err
     assert "expected HEIGHTxWIDTH" in jvgen("sample", "run", "--size", "16", "--out", "y").err
 
 
-def test_data_set_replaced_behind_a_checkpoint(world, jvgen, tmp_path, monkeypatch):
+def test_data_set_that_was_replaced_after_a_checkpoint(world, jvgen, tmp_path, monkeypatch):
     """Same path, other records: the checkpoint remembers what they were."""
     place = tmp_path / "scenes"
     shutil.copytree(world.scenes, place)
@@ -395,37 +395,38 @@ def test_data_set_replaced_behind_a_checkpoint(world, jvgen, tmp_path, monkeypat
     build_scenes(place, look, train=10, validation=8, seed=3, workers=1)
     before = contents(tmp_path / "run")
     says = ("data.sources", "hold other records", "Point sources at the same data sets")
-    assert_told(jvgen("train", *words, "--workdir", tmp_path / "run"), says)
+    assert_user_error(jvgen("train", *words, "--workdir", tmp_path / "run"), says)
     assert contents(tmp_path / "run") == before
 
 
-def test_checkpoint_that_cannot_be_read_is_no_fresh_start(world, jvgen, tmp_path):
+def test_corrupt_checkpoint_does_not_restart_the_run(world, jvgen, tmp_path):
     shutil.copytree(world.run, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints" / "0").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     sizes = sorted(size for size, _ in contents(tmp_path / "run").values())
     words = [*train()(world)[:-1], tmp_path / "run"]
-    assert_told(jvgen("export", tmp_path / "run", "--to", tmp_path / "new"), ("checkpoints", "no readable checkpoint"))
-    assert_told(jvgen(*words), ("none of the checkpoints [0] is valid", "was not restarted from step 0"))
+    done = jvgen("export", tmp_path / "run", "--to", tmp_path / "new")
+    assert_user_error(done, ("checkpoints", "no readable checkpoint"))
+    assert_user_error(jvgen(*words), ("none of the checkpoints [0] is valid", "was not restarted from step 0"))
     assert not (tmp_path / "new").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
-    # Set aside, not deleted.
+    # Quarantined, not deleted.
     assert sorted(size for size, _ in contents(tmp_path / "run").values()) == sizes
 
 
 @pytest.mark.parametrize(
     "error", [CheckpointError("lost"), TooManyFailures("lost"), DemoFailed("lost"), OSError("lost")]
 )
-def test_what_no_traceback_explains_is_told_without_one(error, world, jvgen, monkeypatch):
+def test_user_errors_print_no_traceback(error, world, jvgen, monkeypatch):
     def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr(check, "check", lambda *arguments: None)
     monkeypatch.setattr(loop, "train", fail)
-    assert_told(jvgen(*train()(world)), ("jvgen train: lost",))
+    assert_user_error(jvgen(*train()(world)), ("jvgen train: lost",))
 
 
-def test_mistakes_of_ours_keep_their_traceback(world, monkeypatch):
+def test_other_errors_keep_their_traceback(world, monkeypatch):
     def fail(*arguments, **options):
         raise KeyError("ours")
 

@@ -91,7 +91,7 @@ def test_webvid(tmp_path, frames, jvgen):
         "videoid,contentUrl,duration,page_dir,name\n17,http://x,PT1S,page_1,a dog runs\n18,http://y,,p,none\n"
     )
     done = jvgen("data", "build", "webvid", table, "--videos", tmp_path / "videos", "--out", tmp_path / "out",
-                 "--validation", 0)  # fmt: skip
+                 "--validation-fraction", 0)  # fmt: skip
     assert done.status == 0, done.err
     record = open_source(tmp_path / "out", "train").read(0)
     assert (record.id, record.kind, record.captions, record.frames) == ("17", "dynamic", ("a dog runs",), 5)
@@ -105,7 +105,7 @@ def test_webvid(tmp_path, frames, jvgen):
 
 def test_realestate10k_by_the_command(cameras, media, tmp_path, jvgen):
     done = jvgen("data", "build", "realestate10k", cameras, "--media", media, "--out", tmp_path / "out",
-                 "--validation", 0, "--min-frames", 6, "--shorter-side", 8)  # fmt: skip
+                 "--validation-fraction", 0, "--min-frames", 6, "--shorter-side", 8)  # fmt: skip
     assert done.status == 0, done.err
     assert "3 static" in done.out and "rejected: 1" in done.out
     record = open_source(tmp_path / "out", "train").read(0)

@@ -1,15 +1,18 @@
-"""The `jvgen` command from data to PyTorch, on networks and clips so small that nothing is learned and all is run."""
+"""The `jvgen` command: help texts, and every step from data to PyTorch with tiny networks and clips."""
 
 import argparse
 import json
 import shlex
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jvgen import config, saved_config
+from jvgen import __version__, config, saved_config
 from jvgen.cli import main as cli
 from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window, probe
@@ -24,42 +27,60 @@ PROMPTS = ("--prompt", "a red ball moves to the left", "--prompt", "a blue cube 
 # Help and configs.
 
 
-def verbs(parser: argparse.ArgumentParser):
-    """Every parser below one, with those that only choose among others."""
+def subparsers(parser: argparse.ArgumentParser):
+    """Every parser below one, including those that only choose among others."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for child in action.choices.values():
                 yield child
-                yield from verbs(child)
+                yield from subparsers(child)
 
 
-PARSERS = {parser.prog: parser for parser in verbs(cli.build_parser())}
+PARSERS = {parser.prog: parser for parser in subparsers(cli.build_parser())}
+COMMANDS = (
+    "demo data config compile train sample evaluate analyze play encode decode export import verify lpips".split()
+)
 
 
-def test_the_verbs_are_there(jvgen):
-    names = {prog.split()[1] for prog in PARSERS}
-    wanted = (
-        "train sample evaluate analyse export import verify encode decode lpips play data config compile demo".split()
-    )
-    assert names == set(wanted)
+def test_help_lists_the_commands(jvgen):
+    assert list(dict.fromkeys(prog.split()[1] for prog in PARSERS)) == COMMANDS
     shown = jvgen("--help")
-    assert shown.status == 0 and all(name in shown.out for name in wanted)
-    assert jvgen("--version").out.startswith("jvgen ")
+    assert shown.status == 0 and all(name in shown.out for name in COMMANDS)
+
+
+def test_version_names_jvgen_jax_and_the_commit(jvgen, monkeypatch):
+    monkeypatch.setattr(cli, "git_commit", lambda: "0123456789abcdef0123456789abcdef01234567+")
+    shown = jvgen("--version")
+    assert shown.status == 0 and shown.out == f"jvgen {__version__} (git 0123456789ab+, JAX {version('jax')})\n"
+    monkeypatch.setattr(cli, "git_commit", lambda: "")
+    assert jvgen("--version").out == f"jvgen {__version__} (JAX {version('jax')})\n"
+
+
+def test_parsing_imports_no_jax():
+    program = "import sys; from jvgen.cli.main import build_parser; build_parser(); print('jax' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
 
 
 @pytest.mark.parametrize("prog", [prog for prog in PARSERS])
-def test_help_describes_and_its_example_is_understood(prog, jvgen):
+def test_help_describes_every_argument_and_its_examples_parse(prog, jvgen):
     shown = jvgen(*prog.split()[1:], "--help")
-    assert shown.status == 0 and "Example:" in shown.out
+    assert shown.status == 0 and "None)" not in shown.out and "[])" not in shown.out and "False)" not in shown.out
     parser = PARSERS[prog]
     assert parser.description and parser.description.endswith(".")
-    program, *words = shlex.split(parser.epilog.removeprefix("Example: "))
-    assert program == "jvgen" and words[: len(prog.split()) - 1] == prog.split()[1:]
-    assert cli.build_parser().parse_args(words).handler
     for action in parser._actions:
-        assert action.help or not action.option_strings or action.dest in ("seed", "split"), (
-            f"{action.option_strings}: no help"
-        )
+        chooses_commands = isinstance(action, argparse._SubParsersAction)
+        assert chooses_commands or len(action.help.split()) > 2, f"{action.option_strings or action.dest}: no help"
+    title, *examples = parser.epilog.splitlines()
+    assert title == ("Example:" if len(examples) == 1 else "Examples:") and examples
+    for example in examples:
+        program, *words = shlex.split(example)
+        assert program == "jvgen" and words[: len(prog.split()) - 1] == prog.split()[1:]
+        assert cli.build_parser().parse_args(words).handler
+
+
+def test_flags_cannot_be_abbreviated(jvgen):
+    done = jvgen("encode", "film.mp4", "--vae", "vae", "--out", "latents", "--compute", "bfloat16")
+    assert done.status == 2 and "unrecognized arguments: --compute" in done.err
 
 
 def test_config_show(jvgen):
@@ -111,13 +132,13 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_training_writes_what_it_did(vae_run):
+def test_training_writes_metrics_and_checkpoints(vae_run):
     assert [row["step"] for row in rows(vae_run)] == [0, 1, 2]
     assert all(np.isfinite(row["loss"]) for row in rows(vae_run))
     assert sorted(int(path.name) for path in (vae_run / "checkpoints").iterdir() if path.name.isdigit()) == [2, 3]
 
 
-def test_evaluation_measures_these_weights(jvgen, vae_run, tmp_path):
+def test_evaluation_measures_the_chosen_parameters(jvgen, vae_run, tmp_path):
     done = jvgen("evaluate", vae_run, "--fvd-weights", tmp_path / "none.safetensors")
     assert done.status == 2 and "predicts no clips to measure" in done.err
     done = jvgen("evaluate", vae_run, "--batches", 1, "--out", tmp_path / "trained.json")
@@ -131,7 +152,7 @@ def test_evaluation_measures_these_weights(jvgen, vae_run, tmp_path):
         assert json.loads((tmp_path / "other.json").read_text())["metrics"]["l1"] != measured["metrics"]["l1"]
 
 
-def test_export_is_described_and_not_written_over(jvgen, vae_run, vae_export):
+def test_export_is_described_and_not_overwritten(jvgen, vae_run, vae_export):
     assert {path.name for path in vae_export.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     about = json.loads((vae_export.parent / "jvgen_run.json").read_text())
     assert (about["experiment"], about["step"]) == ("demo_image_vae", 3)
@@ -141,7 +162,7 @@ def test_export_is_described_and_not_written_over(jvgen, vae_run, vae_export):
     assert again.status == 2 and "not empty" in again.err
 
 
-def test_training_goes_on_from_imported_weights(jvgen, work, vae_words, vae_export):
+def test_training_resumes_from_imported_weights(jvgen, work, vae_words, vae_export):
     imported = jvgen("import", vae_export, "--config", *vae_words, "--to", work / "imported")
     assert imported.status == 0, imported.err
     assert "step 0" in imported.out and "'vae'" in imported.out
@@ -152,7 +173,7 @@ def test_training_goes_on_from_imported_weights(jvgen, work, vae_words, vae_expo
     assert rows(work / "imported")[0]["loss"] != rows(work / "vae")[0]["loss"]
 
 
-def test_a_run_does_not_begin_at_random_where_an_import_was_cut_short(jvgen, work, vae_words, vae_export, monkeypatch):
+def test_training_refuses_an_interrupted_import(jvgen, work, vae_words, vae_export, monkeypatch):
     folder = work / "cut_short"
 
     def killed(*args, **kwargs):
@@ -184,7 +205,9 @@ def test_an_import_that_cannot_be_written_fails(jvgen, work, vae_words, vae_expo
 @pytest.fixture(scope="module")
 def latents(jvgen, work, scenes, vae_export) -> Path:
     out = work / "latents"
-    done = jvgen("data", "build", "latents", scenes, "--vae", vae_export, "--size", "16x16", "--out", out, "--batch", 8)
+    done = jvgen(
+        "data", "build", "latents", scenes, "--vae", vae_export, "--size", "16x16", "--out", out, "--batch-size", 8
+    )
     assert done.status == 0, done.err
     assert "task.latent_scale=" in done.out
     return out
@@ -200,23 +223,23 @@ def video_run(jvgen, work, video_words, latents, vae_export) -> Path:
     return work / "video"
 
 
-def test_layers_of_a_run_are_looked_at(jvgen, video_run, vae_run, tmp_path):
-    done = jvgen("analyse", video_run, "--timesteps", "800,100", "--out", tmp_path)
+def test_layers_of_a_run_are_analyzed(jvgen, video_run, vae_run, tmp_path):
+    done = jvgen("analyze", video_run, "--timesteps", "800,100", "--out", tmp_path)
     assert done.status == 0, done.err
     document = json.loads((tmp_path / "analysis.json").read_text())
     assert sorted(document["timesteps"]) == ["100", "800"] and document["step"] == 3
     assert len(document["timesteps"]["800"]["similarity_after"][0]) == 3
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"} and "cosine" in done.out
-    refused = jvgen("analyse", vae_run, "--out", tmp_path / "vae")
+    refused = jvgen("analyze", vae_run, "--out", tmp_path / "vae")
     assert refused.status == 2 and "give a text-to-video run" in refused.err
-    assert "0 to 999" in jvgen("analyse", video_run, "--timesteps", "1000", "--out", tmp_path).err
+    assert "0 to 999" in jvgen("analyze", video_run, "--timesteps", "1000", "--out", tmp_path).err
 
 
 @pytest.mark.slow
-def test_clips_with_enhanced_attention_are_other_clips(jvgen, video_run, tmp_path):
+def test_enhanced_attention_changes_the_clips(jvgen, video_run, tmp_path):
     clips = {}
     for name, words in {"plain": (), "enhanced": ("--enhance", 30), "off": ("--enhance", -1)}.items():
-        done = jvgen("sample", video_run, *PROMPTS[:2], "--batch", 8, *words, "--out", tmp_path / name)
+        done = jvgen("sample", video_run, *PROMPTS[:2], "--batch-size", 8, *words, "--out", tmp_path / name)
         assert done.status == 0, done.err
         clips[name] = next((tmp_path / name).glob("*.mp4")).read_bytes()
     assert clips["off"] == clips["plain"]
@@ -224,7 +247,7 @@ def test_clips_with_enhanced_attention_are_other_clips(jvgen, video_run, tmp_pat
     assert index["enhance"]["temperature"] == 30.0
 
 
-def test_latents_say_how_to_scale_them(latents):
+def test_latents_have_statistics_for_normalization(latents):
     statistics = json.loads((latents / "latent_statistics.json").read_text())
     source = open_source(latents, "train")
     moments = np.stack([source.read(row).latents[0] for row in range(len(source))]).astype(np.float64)
@@ -238,8 +261,8 @@ def test_an_interrupted_run_has_every_step_once(video_run):
     assert all(np.isfinite(row["loss"]) for row in rows(video_run))
 
 
-def test_samples_are_made_once(jvgen, video_run, tmp_path):
-    words = ["sample", video_run, *PROMPTS, "--num", 2, "--out", tmp_path / "clips"]
+def test_existing_samples_are_kept(jvgen, video_run, tmp_path):
+    words = ["sample", video_run, *PROMPTS, "--clips-per-prompt", 2, "--out", tmp_path / "clips"]
     done = jvgen(*words)
     assert done.status == 0, done.err
     index = [json.loads(line) for line in (tmp_path / "clips" / "index.jsonl").read_text().splitlines()]
@@ -255,14 +278,14 @@ def test_samples_are_made_once(jvgen, video_run, tmp_path):
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files} == before
     # One that is missing is made again to the byte, whatever it is made together with.
     files[2].unlink()
-    assert jvgen(*words, "--batch", 1).status == 0
+    assert jvgen(*words, "--batch-size", 1).status == 0
     assert files[2].read_bytes() == before[files[2]][0]
     other = jvgen(*words, "--seed", 1)
     assert other.status == 2 and "made with other settings (seed = 0, now 1)" in other.err
     assert {file: file.read_bytes() for file in files} == {file: content for file, (content, _) in before.items()}
 
 
-def test_one_sample_in_one_file_is_not_written_over(jvgen, video_run, tmp_path):
+def test_a_single_output_file_is_not_overwritten(jvgen, video_run, tmp_path):
     words = ["sample", video_run, *PROMPTS[:2], "--untrained", "--out", tmp_path / "clip.mp4"]
     assert jvgen(*words).status == 0
     assert probe((tmp_path / "clip.mp4").read_bytes()).frames == 4
@@ -277,16 +300,16 @@ def test_one_sample_in_one_file_is_not_written_over(jvgen, video_run, tmp_path):
         (1, 1, "clip.mp4", ["1 frames are written as .png"]),
         (4, 1, "clip.png", ["4 frames are written as .mp4"]),
         (4, 2, "clip.mp4", ["one file, but 2 clips"]),
-        (4, 0, "clips", ["--num 0"]),
+        (4, 0, "clips", ["--clips-per-prompt 0"]),
     ],
 )
-def test_files_that_cannot_hold_what_is_asked_for(frames, count, out, words, tmp_path):
+def test_output_files_that_do_not_fit_the_request(frames, count, out, words, tmp_path):
     with pytest.raises(ValueError) as error:
         plan_clips(["red"], count, tmp_path / out, frames=frames, batch=1)
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_single_frames_are_pictures(tmp_path):
+def test_single_frames_are_written_as_images(tmp_path):
     clips = plan_clips(["A red ball!"], 2, tmp_path / "out", frames=1, batch=1)
     assert [clip.path.name for clip in clips] == ["0000_00_a_red_ball.png", "0000_01_a_red_ball.png"]
     write_clip(tmp_path / "one.png", np.full((1, 8, 8, 3), 200, np.uint8), 8)
@@ -294,7 +317,7 @@ def test_single_frames_are_pictures(tmp_path):
 
 
 @pytest.mark.torch
-def test_exports_are_what_the_original_classes_compute(jvgen, video_run, vae_export, work):
+def test_exports_match_the_original_classes(jvgen, video_run, vae_export, work):
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     exported = work / "exported" / "video"

@@ -103,11 +103,11 @@ def test_layers_of_the_denoiser_are_counted():
 )  # fmt: skip
 def test_options_of_the_command(words, wanted):
     parsed = cli.build_parser().parse_args(["sample", "runs/x", "--out", "clips", *words])
-    assert cli_sample._enhance(parsed) == wanted
+    assert cli_sample.enhance_config(parsed) == wanted
 
 
 def test_mistakes_in_options():
     for words, message in {"shar=head": "Did you mean share", "start=2": "start = 2.0"}.items():
         parsed = cli.build_parser().parse_args(["sample", "runs/x", "--out", "clips", "--enhance-set", words])
         with pytest.raises(ConfigError, match=message):
-            cli_sample._enhance(parsed)
+            cli_sample.enhance_config(parsed)

@@ -158,15 +158,21 @@ BAD_WORDS = {
     "height": (("--size", "10x12"), "height = 10: must be a multiple of 4"),
     "width": (("--size", "8x14"), "width = 14: must be a multiple of 4"),
     "no steps": (("--steps", "0"), "steps = 0"),
-    "half steps of guidance": (("--batch", "0"), "--batch 0"),
-    "two nulls": (("--null", "zeros", "--negative-prompt", "blue"), "--null zeros stands in the place of"),
-    "sat's spacing": (("--levels", "sat", "--spacing", "linspace"), "levels = 'sat': leave spacing = 'trailing'"),
+    "half steps of guidance": (("--batch-size", "0"), "--batch-size 0"),
+    "two nulls": (
+        ("--unconditional", "zeros", "--negative-prompt", "blue"),
+        "--unconditional zeros replaces the embedding of",
+    ),
+    "sat's spacing": (
+        ("--noise-levels", "sat", "--timestep-spacing", "linspace"),
+        "levels = 'sat': leave spacing = 'trailing'",
+    ),
     "a run's option": (("--ema", "0.9"), "--ema: only a run has that option"),
     "fps": (("--fps", "0"), "--fps 0.0: must be more than 0"),
     "devices": (("--devices", "99"), "--devices 99: this machine has"),
     "noise": (("--noise", "nowhere.npy"), "--noise nowhere.npy: no such file"),
     "ending": (("--out", "clip.png"), "5 frames are written as .mp4"),
-    "several in one": (("--num", "2", "--out", "clip.mp4"), "one file, but 2 clips"),
+    "several in one": (("--clips-per-prompt", "2", "--out", "clip.mp4"), "one file, but 2 clips"),
     "tiles": (("--tiles",), "a tile of 6x5 latents goes on in steps"),
     "enhanced layers": (("--enhance", "1", "--enhance-set", "layers=1,1"), "layers has 2 factors"),
 }
@@ -206,7 +212,7 @@ def test_a_run_and_weights_are_two_things(whole, jvgen, tmp_path):
     for done in (both, neither):
         assert done.status == 2 and "one of them" in done.err
     done = jvgen("sample", tmp_path, "--prompt", "a", "--noise", "x.npy", "--tiles", "--out", tmp_path / "clips")
-    assert done.status == 2 and "--noise, --tiles: only --weights has" in done.err
+    assert done.status == 2 and "--noise, --tiles: only valid with --weights" in done.err
     done = jvgen("sample", "--weights", whole, "--out", tmp_path / "clips")
     assert done.status == 2 and "nothing to sample" in done.err
 
@@ -307,7 +313,7 @@ def test_a_folder_is_gone_on_with(whole, jvgen, tmp_path, quick_compilations):
     prompts.write_text(json.dumps([{"prompt_en": "a red ball"}, {"prompt_en": "a blue ball of red a red ball a"}]))
     out = tmp_path / "clips"
     words = ["sample", "--weights", whole, "--prompts", prompts, "--steps", "2", "--devices", "1", "--out", out]
-    first = jvgen(*words, "--num", "2", "--batch", "3")
+    first = jvgen(*words, "--clips-per-prompt", "2", "--batch-size", "3")
     assert first.status == 0, first.err
     assert "more than 6 tokens; cut off: 'a red ball a'" in first.err
     assert "4 clips of 5x8x12" in first.out and "4 steps of" in first.out and "peak memory" in first.out
@@ -321,10 +327,10 @@ def test_a_folder_is_gone_on_with(whole, jvgen, tmp_path, quick_compilations):
 
     # A clip that is missing is made again to the byte, alone; others are left.
     (out / names[2]).unlink()
-    again = jvgen(*words, "--num", "2")
+    again = jvgen(*words, "--clips-per-prompt", "2")
     assert again.status == 0 and "1 clips of" in again.out and "3 clips were there already" in again.out
     assert {name: (out / name).read_bytes() for name in names} == clips
-    other = jvgen(*words, "--num", "2", "--guidance", "3")
+    other = jvgen(*words, "--clips-per-prompt", "2", "--guidance", "3")
     assert other.status == 2 and "made with other settings (scale = 6.0, now 3.0)" in other.err
 
 
@@ -339,8 +345,8 @@ def test_what_can_be_asked_for_is_seen_in_the_clip(whole, jvgen, tmp_path, quick
     one = ("--frames", 1)
     plain = sample("plain", *one)
     assert plain.shape == (1, 8, 12, 3)
-    sat = ("--levels", "sat", "--sampler", "dpm_solver_sde", "--steps", 2, "--dynamic-guidance")
-    for name, words in {"zeros": ("--null", "zeros"), "tiles": ("--tiles",), "sat": sat}.items():
+    sat = ("--noise-levels", "sat", "--sampler", "dpm_solver_sde", "--steps", 2, "--dynamic-guidance")
+    for name, words in {"zeros": ("--unconditional", "zeros"), "tiles": ("--tiles",), "sat": sat}.items():
         assert np.abs(sample(name, *one, *words) - plain).max() > 1e-4, name
     assert 0 < np.abs(sample("bfloat16", *one, "--dtype", "bfloat16") - plain).max() < 0.1
     clips = [sample(f"enhanced{factor}", "--enhance", factor) for factor in (-1, 30)]
@@ -353,7 +359,7 @@ def test_clips_split_over_devices_are_the_same(whole, jvgen, tmp_path, quick_com
     # Both clips on one device; each on three, which do not divide its 26 tokens.
     for devices in (1, 6):
         out = tmp_path / str(devices)
-        asked = (*prompts, "--frames", 9, "--size", "8x8", "--steps", 2, "--batch", 2, "--devices", devices)
+        asked = (*prompts, "--frames", 9, "--size", "8x8", "--steps", 2, "--batch-size", 2, "--devices", devices)
         done = jvgen("sample", "--weights", whole, *asked, "--out", out)
         assert done.status == 0, done.err
         made = [path.read_bytes() for path in sorted(out.iterdir()) if path.suffix == ".mp4"]

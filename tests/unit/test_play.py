@@ -109,10 +109,10 @@ def test_frames_as_text():
 def test_an_episode_from_a_file_of_actions(model, data, tmp_path, jvgen):
     (tmp_path / "actions.csv").write_text("0.5,0\n" * 5)
     out = tmp_path / "new" / "episode.mp4"
-    done = jvgen("play", model, "--data", data, "--start", 4, "--stride", 2, "--actions", tmp_path / "actions.csv",
-                 "--out", out, "--greedy")  # fmt: skip
+    done = jvgen("play", model, "--data", data, "--start-frame", 4, "--stride", 2, "--actions",
+                 tmp_path / "actions.csv", "--out", out, "--greedy")  # fmt: skip
     assert done.status == 0, done.err
-    assert "5 frames, rewards sum to" in done.out and "step 5" in done.out and "\u2580" in done.out
+    assert "5 frames, sum of rewards" in done.out and "step 5" in done.out and "\u2580" in done.out
     rewards = (tmp_path / "new" / "episode.rewards.csv").read_text().splitlines()
     assert rewards[0] == "step,reward" and len(rewards) == 6
     frames = decode_window(out.read_bytes(), list(range(7)))
@@ -157,9 +157,9 @@ def test_what_it_refuses(model, data, tmp_path, jvgen):
     (tmp_path / "actions.csv").write_text("0.5,0\n")
     common = ["--data", data, "--actions", tmp_path / "actions.csv", "--quiet"]
     for words, message in (
-        ([tmp_path, *common], "neither a run's work folder nor"),
+        ([tmp_path, *common], "neither a run directory nor"),
         ([model, *common, "--record", 3], "--record 3: .* has recordings 0 to 0"),
-        ([model, *common, "--start", 8], "reaches frame 9; the recording has 9"),
+        ([model, *common, "--start-frame", 8], "reaches frame 9; the recording has 9"),
         ([model, *common, "--stride", 0], "--stride 0"),
         ([model, *common, "--out", tmp_path / "x.png"], "written as .mp4 or .gif"),
         ([model, *common, "--frames", 60], "more than transformer.max_positions = 140"),
@@ -200,7 +200,7 @@ def test_released_weights_begin_a_run_with_other_actions(model, tmp_path, jvgen)
     words = ["import", model / "transformer", "--config", tmp_path / "adapted.py", "--to", tmp_path / "run"]
     refused = jvgen(*words)
     assert refused.status == 2 and "action_width" in refused.err
-    done = jvgen(*words, "--adapt")
+    done = jvgen(*words, "--allow-partial")
     assert done.status == 0, done.err
     found = open_run(tmp_path / "run").parameters["transformer"]
     assert found["action"]["kernel"].shape == (3, 24) and not np.asarray(found["action"]["kernel"]).any()
@@ -215,7 +215,15 @@ def test_the_distance_of_a_runs_predictions_from_what_was_recorded(model, scenes
     alone = TRANSFORMER.replace(action_width=0, reward=False)
     text = ADAPTED.format(transformer=alone, tokenizer=TOKENIZER, weights=model / "tokenizer")
     (tmp_path / "alone.py").write_text(text.replace("<Remat.NONE: 'none'>", "Remat.NONE"))
-    words = ["import", model / "transformer", "--adapt", "--config", tmp_path / "alone.py", "--to", tmp_path / "run"]
+    words = [
+        "import",
+        model / "transformer",
+        "--allow-partial",
+        "--config",
+        tmp_path / "alone.py",
+        "--to",
+        tmp_path / "run",
+    ]
     assert jvgen(*words).status == 0
     seen = []
 

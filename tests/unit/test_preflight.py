@@ -1,4 +1,4 @@
-"""What is said of a run before it starts: problems all at once, memory by arithmetic, a compiled program read."""
+"""Preflight: checks, the lower bound on memory, collectives of a compiled program, compilation for described pods."""
 
 import json
 import sys
@@ -20,9 +20,10 @@ from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.preflight import check as preflight
 from jvgen.preflight import collectives, topology
-from jvgen.preflight.ahead_of_time import BucketReport, CompileReport, Memory, compile_ahead
+from jvgen.preflight.ahead_of_time import compile_ahead
 from jvgen.preflight.check import check
-from jvgen.preflight.estimate import estimate, local_bytes, saved_between_layers
+from jvgen.preflight.estimate import local_bytes, lower_bound, saved_between_layers
+from jvgen.preflight.report import BucketReport, CompileReport, Memory
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import TrainingConfig
@@ -79,19 +80,19 @@ def no_data(monkeypatch):
 # Checks.
 
 
-def test_a_sound_run_passes(no_data, tmp_path):
+def test_a_valid_run_passes(no_data, tmp_path):
     check(video_experiment(**{"mesh.fsdp": 2, "mesh.seq": 2, "mesh.tensor": 2}), tmp_path / "new" / "run")
 
 
-def test_problems_are_told_together(tmp_path):
+def test_all_problems_are_in_one_message(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    said = problems(video_experiment(frames=6, size=60, **{"data.buckets.0.batch_size": 9}), file / "run")
-    assert said.startswith("4 problems:")
-    assert "data.buckets.0: frames = 6" in said
-    assert "data set folder 'nowhere' does not exist" in said
-    assert "batch_size = 9 must be a multiple of 8" in said
-    assert f"{file} is a file" in said
+    message = problems(video_experiment(frames=6, size=60, **{"data.buckets.0.batch_size": 9}), file / "run")
+    assert message.startswith("4 problems:")
+    assert "data.buckets.0: frames = 6" in message
+    assert "data set folder 'nowhere' does not exist" in message
+    assert "batch_size = 9 must be a multiple of 8" in message
+    assert f"{file} is a file" in message
 
 
 def test_mesh_that_does_not_divide_the_devices(no_data):
@@ -99,21 +100,21 @@ def test_mesh_that_does_not_divide_the_devices(no_data):
 
 
 def test_tokens_and_heads_that_do_not_divide(no_data):
-    said = problems(video_experiment(**{"mesh.fsdp": 1, "mesh.tensor": 8}))
-    assert "mesh.tensor = 8 does not divide 4 (activation_heads); choose a mesh.tensor" in said
-    said = problems(video_experiment(text=15, **{"mesh.fsdp": 1, "mesh.seq": 8, "task.denoiser.token_multiple": 1}))
-    assert "mesh.seq = 8 does not divide 47 (length); pad the tokens" in said
+    message = problems(video_experiment(**{"mesh.fsdp": 1, "mesh.tensor": 8}))
+    assert "mesh.tensor = 8 does not divide 4 (activation_heads); choose a mesh.tensor" in message
+    message = problems(video_experiment(text=15, **{"mesh.fsdp": 1, "mesh.seq": 8, "task.denoiser.token_multiple": 1}))
+    assert "mesh.seq = 8 does not divide 47 (length); pad the tokens" in message
 
 
 def test_full_disk(no_data, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    assert "GiB (parameters, optimizer, averages), but" in problems(video_experiment(), tmp_path / "run")
+    assert "GiB (parameters, optimizer state, EMA), but" in problems(video_experiment(), tmp_path / "run")
 
 
 # Estimates.
 
 
-def test_estimate_is_the_bytes_of_one_device():
+def test_lower_bound_is_the_bytes_of_one_device():
     experiment = toys.experiment()
     experiment = experiment.replace(mesh=MeshConfig(fsdp=8), sharding=ShardingConfig(replicate_below=0))
     program = Program.build(experiment, make_mesh(experiment.mesh))
@@ -124,13 +125,13 @@ def test_estimate_is_the_bytes_of_one_device():
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
         return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
-    least = estimate(program, experiment.data.buckets[0])
-    assert least.parameters == held(state.parameters) == least.gradients
-    assert least.optimizer == held(state.optimizer) and least.averages == held(state.ema)
-    assert least.cast == 0 and least.total > least.state
+    bound = lower_bound(program, experiment.data.buckets[0])
+    assert bound.parameters == held(state.parameters) == bound.gradients
+    assert bound.optimizer == held(state.optimizer) and bound.ema == held(state.ema)
+    assert bound.cast == 0 and bound.total > bound.state
 
 
-def test_layers_keep_a_device_its_share_of_tokens():
+def test_bytes_saved_between_layers_count_one_shard():
     experiment = video_experiment(**{"mesh.fsdp": 2, "mesh.seq": 4})
     program = Program.build(experiment, make_mesh(experiment.mesh))
     size = saved_between_layers(program, experiment.data.buckets[0], tokens=64, width=256, layers=2, kept=3)
@@ -142,7 +143,7 @@ def test_local_bytes_counts_keys():
     assert local_bytes({"key": key, "x": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}) == 8 + 6
 
 
-# Reading programs.
+# Collectives of programs.
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={...}
 
@@ -218,11 +219,11 @@ def test_collectives_of_this_machines_compiler():
 
 
 def report_of(**memory) -> CompileReport:
-    least = estimate(Program.build(toys.experiment(), make_mesh(MeshConfig())), toys.experiment().data.buckets[0])
+    bound = lower_bound(Program.build(toys.experiment(), make_mesh(MeshConfig())), toys.experiment().data.buckets[0])
     parts = {"arguments": 8, "outputs": 7, "aliased": 7, "temporaries": 1, "code": 0.5, "peak": 9} | memory
     bucket = BucketReport(
         bucket=toys.experiment().data.buckets[0], memory=Memory(**{k: v * 2**30 for k, v in parts.items()}),
-        minimum=least, flops={"model": 3e15}, seconds=1.0,
+        lower_bound=bound, flops={"model": 3e15}, seconds=1.0,
         collectives=(collectives.Collective("all-gather", "bf16[4,32]", 30, 2**20),),
     )  # fmt: skip
     return CompileReport("v5e:2x2", "v5e", "mesh", 4, 10 * 2**30, 197e12, (bucket,))
@@ -238,14 +239,14 @@ def test_report():
 
 def test_missing_compiler(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"libtpu .*not installed: pip install 'jvgen\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"libtpu, which is not installed: pip install 'jvgen\[tpu\]'"):
         compile_ahead(toys.experiment(), "v5e:2x2")
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["v5e:3x3", "v9:2x2", "v5e", "v5e:axb"])
 def test_unknown_topology(name):
-    with pytest.raises(ConfigError, match=rf"topology '{name}' is not known .* v5p:4x4x8"):
+    with pytest.raises(ConfigError, match=rf"topology '{name}' is unknown .* v5p:4x4x8"):
         topology.describe(name)
 
 
@@ -255,12 +256,12 @@ def test_compile_for_a_small_pod():
     experiment = experiment.replace(
         mesh=MeshConfig(fsdp=2, tensor=2), data=experiment.data.replace(buckets=experiment.data.buckets[:1])
     )
-    seen = []
-    report = compile_ahead(experiment, "v5e:2x2", each=seen.append)
-    assert seen == [report]
+    reports = []
+    report = compile_ahead(experiment, "v5e:2x2", on_bucket=reports.append)
+    assert reports == [report]
     assert report.fits and report.devices == 4 and report.chip == "v5e" and report.hbm_bytes == 15.75 * 2**30
     (bucket,) = report.buckets
-    assert bucket.memory.arguments >= bucket.minimum.state > 0
+    assert bucket.memory.arguments >= bucket.lower_bound.state > 0
     assert bucket.memory.aliased > 0 and bucket.collectives
     assert "TPU v5 lite" in report.mesh
 
@@ -287,12 +288,12 @@ def test_denoiser_with_splash_attention_for_a_small_pod():
 @pytest.mark.slow
 @pytest.mark.parametrize("pod", ["v5e:16x16", "v5p:4x4x8", "v6e:16x16"])
 def test_cogvideox_2b_fits_the_pods(pod):
-    """49 frames of 480x720, a clip for four chips or more: fits, attention in blocks, layers gathered one by one."""
+    """49 frames of 480x720, one clip per four chips or more: fits; attention in blocks, layers gathered one by one."""
     experiment = config.load(Path(__file__).parents[2] / "configs" / "cogvideox_2b.py")
     report = compile_ahead(experiment, pod)
     (bucket,) = report.buckets
     assert report.fits and bucket.bucket.batch_size * 4 >= report.devices
-    # All scores of one head in bfloat16 would take 0.16 GiB a head and device; nothing of that order is there.
+    # All scores in bfloat16 would take 0.16 GiB per head and device; nothing of that order is allocated.
     assert bucket.memory.temporaries < 12 * 2**30
     sizes = [one.bytes for one in bucket.collectives]
     assert max(sizes) <= 256 * 2**20

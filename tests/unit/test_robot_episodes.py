@@ -108,8 +108,8 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_a_data_set_holds_out_episodes_of_every_folder(metaworld, tmp_path, jvgen):
-    done = jvgen("data", "build", "robot-episodes", metaworld, "--out", tmp_path / "data", "--validation", "0.5",
-                 "--clip-actions=-4,4", "--workers", "1")  # fmt: skip
+    done = jvgen("data", "build", "robot-episodes", metaworld, "--out", tmp_path / "data", "--validation-fraction",
+                 "0.5", "--clip-actions=-4,4", "--workers", "1")  # fmt: skip
     assert done.status == 0, done.err
     held, kept = (open_source(tmp_path / "data", split) for split in ("validation", "train"))
     assert len(held) == len(kept) == 2

@@ -126,7 +126,7 @@ def test_the_command_goes_there_and_back(jvgen, folder, tmp_path):
     film = tmp_path / "film.mp4"
     film.write_bytes(encode_video(frames_of(6, 14, 17) // 2 + 60, 12.0))
     vae, latents, videos = folder(CAUSAL), tmp_path / "latents", tmp_path / "videos"
-    done = jvgen("encode", film, "--vae", vae, "--out", latents, "--part", 2, "--dtype", "float16")
+    done = jvgen("encode", film, "--vae", vae, "--out", latents, "--chunk-frames", 2, "--dtype", "float16")
     assert done.status == 0 and "6 frames of 14x17, filled up to 7 of 14x18" in done.out, done.err
     stored = np.load(latents / "film.npy")
     assert stored.shape == (4, 7, 9, 4) and stored.dtype == np.float16
@@ -134,7 +134,7 @@ def test_the_command_goes_there_and_back(jvgen, folder, tmp_path):
     assert (about["frames"], about["height"], about["width"], about["frames_per_second"]) == (6, 14, 17, 12.0)
     assert not list(latents.glob("*.partial"))
 
-    done = jvgen("decode", latents / "film.npy", "--vae", vae, "--out", videos, "--part", 2, "--quality", 1)
+    done = jvgen("decode", latents / "film.npy", "--vae", vae, "--out", videos, "--chunk-frames", 2, "--crf", 1)
     assert done.status == 0 and "6 frames of 14x17" in done.out, done.err
     info = probe_file(videos / "film.mp4")
     assert (info.frames, info.height, info.width, info.frames_per_second) == (6, 14, 17, 12.0)
@@ -189,7 +189,7 @@ def test_mistakes_are_told_before_anything_is_coded(jvgen, folder, tmp_path):
     assert "cut.mp4" in told(cut, "--vae", vae) and not list(out.glob("*.npy*"))
     assert "empty" in told(empty, "--vae", vae) and "not a readable video" in told(text, "--vae", vae)
     assert "no such file" in told(tmp_path / "none.mp4", "--vae", vae)
-    assert "--part 0" in told(film, "--vae", vae, "--part", 0)
+    assert "--chunk-frames 0" in told(film, "--vae", vae, "--chunk-frames", 0)
     (tmp_path / "twice").mkdir()
     (tmp_path / "twice" / "film.webm").write_bytes(clip)
     assert "several sources" in told(film, tmp_path / "twice" / "film.webm", "--vae", vae)
@@ -210,7 +210,7 @@ def test_latents_of_a_data_set(jvgen, folder, scenes, tmp_path):
 
 
 def test_evaluating_an_exported_vae(jvgen, folder, scenes, tmp_path):
-    words = ["--data", scenes, "--size", "16x16", "--batches", 1, "--batch", 2]
+    words = ["--data", scenes, "--size", "16x16", "--batches", 1, "--batch-size", 2]
     done = jvgen(
         "evaluate", "--vae", folder(CAUSAL), "--image-vae", folder(IMAGE), "--frames", 3, "--worst", 1,
         "--out", tmp_path / "report", *words,

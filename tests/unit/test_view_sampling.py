@@ -95,7 +95,9 @@ def test_mistakes_are_told_before_weights_are_read(run, jvgen, tmp_path):
     assert "camera file 'none.txt' does not exist" in told("--cameras", "none.txt")
     assert "--cameras: name a path (circle, hemisphere, interpolate, dolly) or camera files" in told("--views", 2)
     assert "--enhance: not with --cameras" in told("--cameras", "circle", "--enhance", 2.0)
-    assert "do not divide over 8 devices; take --batch 8" in told("--cameras", "circle", "--views", 3, "--batch", 2)
+    assert "do not divide over 8 devices; take --batch-size 8" in told(
+        "--cameras", "circle", "--views", 3, "--batch-size", 2
+    )
 
 
 def files_of(folder, frames: int = 6, count: int = 2) -> list[str]:

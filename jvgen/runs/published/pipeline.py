@@ -150,7 +150,7 @@ def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
     if request.dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype {request.dtype}: one of {', '.join(DTYPES)}.")
     if request.null == "zeros" and request.negative_prompt:
-        raise ValueError("--null zeros stands in the place of --negative-prompt: give one of them.")
+        raise ValueError("--unconditional zeros replaces the embedding of --negative-prompt: give one of them.")
     if request.frames_per_second is not None and not request.frames_per_second > 0:
         raise ValueError(f"--fps {request.frames_per_second}: must be more than 0.")
     available = len(jax.local_devices())

@@ -2,18 +2,15 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from jvgen import config, saved_config
 from jvgen.config import ConfigError
 from jvgen.tasks.task import Task
 from jvgen.training.experiment import Experiment
+from jvgen.versions import git_commit, package_versions
 
-PACKAGES = ("jvgen", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Parts of an experiment that decide what the parameters and the batches are; everything else may change at a resume.
 RESUME_CRITICAL = ("seed", "task", "data.sources", "data.buckets", "data.kind_weights", "data.resize", "data.flip")
 MAX_LISTED = 40
@@ -23,7 +20,7 @@ def run_document(experiment: Experiment, task: Task) -> dict[str, Any]:
     """The resolved config, package versions, git commit and frozen weights' digest, for a checkpoint."""
     return {
         "experiment": json.loads(saved_config.to_json(experiment)),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "git": git_commit(),
         "frozen": task.frozen_digest(),
     }
@@ -36,21 +33,6 @@ def experiment_of(document: dict[str, Any]) -> Experiment:
       ConfigError: it names a class that this version does not have.
     """
     return saved_config.decode(document["experiment"])
-
-
-def git_commit() -> str:
-    """Commit of the checkout that this package is imported from, "+" appended if it has changes; "" outside of one."""
-    folder = Path(__file__).parent
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
-    return done.stdout.strip()
 
 
 def check_same_run(

@@ -1,4 +1,4 @@
-"""The demo's parts: run once, interrupted and taken up again, told when they fail; its commands fit together."""
+"""The demo's stages: run once, interrupted and resumed, reported when they fail; its commands fit together."""
 
 import json
 import signal
@@ -14,10 +14,11 @@ from jvgen.cli.main import build_parser
 from jvgen.data.scenes.labels import labels_of
 from jvgen.demo import demo
 from jvgen.demo import report as demo_report
+from jvgen.demo.stages import DemoFailed, Stages, command_line
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-# Stands in for a training run: saves, and waits to be told to stop unless it finds what it saved.
+# Stands in for a training run: saves and waits for a signal, unless it finds what it saved.
 TRAIN = """
 import pathlib, signal, sys, time
 saved = pathlib.Path(sys.argv[1]) / "checkpoints" / "1"
@@ -30,81 +31,81 @@ time.sleep(60)
 
 
 @pytest.fixture
-def parts(tmp_path, monkeypatch):
-    """`Parts` whose commands are Python programs: the words are the program and its arguments."""
+def stages(tmp_path, monkeypatch):
+    """`Stages` whose commands are Python programs: the words are the program and its arguments."""
 
     def start(self, name, words):
         with (self._logs / f"{name}.log").open("w") as log:
             program, *arguments = (str(word) for word in words)
             return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=log, stderr=subprocess.STDOUT)
 
-    monkeypatch.setattr(demo.Parts, "_start", start)
-    return demo.Parts(tmp_path)
+    monkeypatch.setattr(Stages, "_start", start)
+    return Stages(tmp_path)
 
 
 def append(path) -> list[object]:
     return ["import sys; open(sys.argv[1], 'a').write('x')", path]
 
 
-def test_a_part_runs_once_also_in_a_later_demo(parts, tmp_path, capsys):
-    parts.run("data", append(tmp_path / "ran"))
-    parts.run("data", append(tmp_path / "ran"))
-    demo.Parts(tmp_path).run("data", append(tmp_path / "ran"))
+def test_a_complete_stage_is_skipped(stages, tmp_path, capsys):
+    stages.run("data", append(tmp_path / "ran"))
+    stages.run("data", append(tmp_path / "ran"))
+    Stages(tmp_path).run("data", append(tmp_path / "ran"))
     assert (tmp_path / "ran").read_text() == "x"
-    assert capsys.readouterr().out.count("[data] done before") == 2
-    (noted,) = json.loads((tmp_path / "parts.json").read_text())
+    assert capsys.readouterr().out.count("[data] skipped: complete") == 2
+    (noted,) = json.loads((tmp_path / "stages.json").read_text())
     assert (noted["name"], noted["status"]) == ("data", 0) and noted["command"].startswith("jvgen ")
     assert noted["seconds"] > 0
 
 
-def test_a_part_that_fails_says_why_and_is_run_again(parts, tmp_path):
+def test_a_failed_stage_prints_its_output_and_runs_again(stages, tmp_path):
     words = ["import sys; print('no space left'); sys.exit(3)"]
-    with pytest.raises(demo.DemoFailed, match="part export ended with status 3:\n.*no space left"):
-        parts.run("export", words)
-    with pytest.raises(demo.DemoFailed):
-        demo.Parts(tmp_path).run("export", words)
-    assert [part["status"] for part in json.loads((tmp_path / "parts.json").read_text())] == [3, 3]
+    with pytest.raises(DemoFailed, match="stage export exited with status 3:\n.*no space left"):
+        stages.run("export", words)
+    with pytest.raises(DemoFailed):
+        Stages(tmp_path).run("export", words)
+    assert [record["status"] for record in json.loads((tmp_path / "stages.json").read_text())] == [3, 3]
 
 
-def test_a_part_that_was_killed_begins_with_an_empty_folder(parts, tmp_path):
-    """Exports refuse folders that hold something; one that no part of this demo began is left to that refusal."""
+def test_a_killed_stage_restarts_with_an_empty_folder(stages, tmp_path):
+    """Exports refuse folders that are not empty; folders that no stage of this demo wrote are not removed."""
     program = "import pathlib, sys; folder = pathlib.Path(sys.argv[2]); folder.mkdir(); (folder / 'whole').touch()"
     for name in ("half", "foreign"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").touch()
     (tmp_path / "logs" / "export.log").write_text("killed")
-    parts.run("export", [program, "--to", tmp_path / "half"])
+    stages.run("export", [program, "--to", tmp_path / "half"])
     assert [path.name for path in (tmp_path / "half").iterdir()] == ["whole"]
-    with pytest.raises(demo.DemoFailed, match="FileExistsError"):
-        parts.run("other", [program, "--to", tmp_path / "foreign"])
+    with pytest.raises(DemoFailed, match="FileExistsError"):
+        stages.run("other", [program, "--to", tmp_path / "foreign"])
     assert (tmp_path / "foreign" / "part").exists()
 
 
 @pytest.mark.parametrize(("by", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_training_is_interrupted_once_and_goes_on(parts, tmp_path, by, status):
+def test_training_is_interrupted_once_and_resumes(stages, tmp_path, by, status):
     words = [TRAIN, tmp_path / "run"]
-    parts.interrupt("train", words, tmp_path / "run", by)
-    parts.interrupt("train", words, tmp_path / "run", by)
-    first, second = parts.log
+    stages.interrupt("train", words, tmp_path / "run", by)
+    stages.interrupt("train", words, tmp_path / "run", by)
+    first, second = stages.records
     assert (first["name"], first["status"], first["interrupted_by"]) == ("train_interrupted", status, by.name)
     assert (second["name"], second["status"]) == ("train", 0)
     assert first["command"] == second["command"]
     assert "restored step 1" in (tmp_path / "logs" / "train.log").read_text()
 
 
-def test_training_that_dies_before_it_is_interrupted_is_told(parts, tmp_path):
-    with pytest.raises(demo.DemoFailed, match="train_interrupted ended with status 2, not 75:\n.*no data set"):
+def test_training_that_fails_before_its_interruption_is_reported(stages, tmp_path):
+    with pytest.raises(DemoFailed, match="train_interrupted exited with status 2, not 75:\n.*no data set"):
         words = ["import sys; print('no data set'); sys.exit(2)"]
-        parts.interrupt("train", words, tmp_path / "run", signal.SIGTERM)
-    assert [part["name"] for part in parts.log] == ["train_interrupted"]
+        stages.interrupt("train", words, tmp_path / "run", signal.SIGTERM)
+    assert [record["name"] for record in stages.records] == ["train_interrupted"]
 
 
-def test_commands_are_written_as_a_user_types_them():
-    words = ["sample", "runs/x", "--prompt", "a red ball", "--num", 2]
-    assert demo.command_line(words) == "jvgen sample runs/x --prompt 'a red ball' --num 2"
+def test_command_line():
+    words = ["sample", "runs/x", "--prompt", "a red ball", "--clips-per-prompt", 2]
+    assert command_line(words) == "jvgen sample runs/x --prompt 'a red ball' --clips-per-prompt 2"
 
 
-def test_prompts_name_every_colour_and_direction_of_the_scenes():
+def test_prompts_name_every_color_and_direction_of_the_scenes():
     labels = [labels_of(prompt) for prompt in demo.demo_prompts()]
     fields = dict(field.split("=") for field in demo.SCENES)
     colors, shapes = fields["colors"].split(","), fields["shapes"].split(",")
@@ -114,13 +115,13 @@ def test_prompts_name_every_colour_and_direction_of_the_scenes():
     assert not any(label.camera or label.driven for label in labels)
 
 
-def test_it_says_when_its_configs_are_not_there(tmp_path):
+def test_missing_configs(tmp_path):
     with pytest.raises(ValueError, match="demo_image_vae.py: no such file.*--configs"):
         demo.demo(tmp_path / "work", tmp_path)
     assert not (tmp_path / "work").exists()
 
 
-def test_every_command_is_understood_and_configs_fit_the_scenes(tmp_path, monkeypatch):
+def test_every_command_parses_and_configs_fit_the_scenes(tmp_path, monkeypatch):
     commands: dict[str, list[str]] = {}
 
     def note(self, name, words, *signal_and_run):
@@ -131,8 +132,8 @@ def test_every_command_is_understood_and_configs_fit_the_scenes(tmp_path, monkey
             (folder / "latent_statistics.json").write_text('{"mean": 0.5, "deviation": 4.0}')
 
     for method in ("run", "interrupt"):
-        monkeypatch.setattr(demo.Parts, method, note)
-    monkeypatch.setattr(demo, "write_report", lambda workdir, parts: workdir / "report.html")
+        monkeypatch.setattr(Stages, method, note)
+    monkeypatch.setattr(demo, "write_report", lambda workdir, records: workdir / "report.html")
     assert demo.demo(tmp_path, CONFIGS) == 0
     parsed = {name: build_parser().parse_args(words) for name, words in commands.items()}
     experiments = {}
@@ -144,7 +145,7 @@ def test_every_command_is_understood_and_configs_fit_the_scenes(tmp_path, monkey
     (bucket,) = experiments["train_text_to_video"].data.buckets
     assert (bucket.frames, bucket.height, bucket.width) == (demo.FRAMES, demo.SIZE, demo.SIZE)
     assert task.latent_shape(demo.FRAMES, demo.SIZE, demo.SIZE) == (8, 8, 8) and task.latent_scale == 0.25
-    # What one part writes is what the next reads.
+    # Each stage reads what an earlier one writes.
     assert Path(task.vae_weights) == parsed["evaluate_video_vae"].vae == Path(parsed["latents"].vae)
     assert parsed["sample_swapped"].vae == parsed["evaluate_video_vae"].image_vae == parsed["inflate"].weights
     assert task.vae == experiments["train_video_vae"].task.network

@@ -1,0 +1,129 @@
+"""What sub-commands share: adding one, the format of its help, and the arguments that several of them take."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jvgen.training.experiment import Experiment
+
+Handler = Callable[[argparse.Namespace], int | None]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows defaults other than None, False and empty ones, and keeps the lines of examples."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=28, **options)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        silent = default is None or default is False or default in (argparse.SUPPRESS, "", [])
+        if silent or not action.option_strings:
+            return action.help
+        shown = "x".join(str(size) for size in default) if isinstance(default, tuple) else "%(default)s"
+        return f"{action.help} (default: {shown})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("Example") else super()._fill_text(text, width, indent)
+
+
+def add_command(
+    commands: Any, name: str, summary: str, *examples: str, details: str = "", handler: Handler | None = None
+) -> argparse.ArgumentParser:
+    """Add one sub-command.
+
+    Args:
+      commands: what `add_subparsers` returned.
+      name: of the sub-command.
+      summary: one line without a period, for the list of commands; it also starts the description.
+      examples: complete command lines.
+      details: more sentences for the description.
+      handler: gets the parsed arguments and returns the exit status; None if the command has sub-commands of its own.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {details}".strip(),
+        epilog="\n  ".join(("Example:" if len(examples) == 1 else "Examples:", *examples)),
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    if handler is not None:
+        parser.set_defaults(handler=handler)
+    return parser
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """`HEIGHTxWIDTH` as numbers, for argparse."""
+    height, separator, width = text.partition("x")
+    if not (separator and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected HEIGHTxWIDTH, for example 480x720")
+    return int(height), int(width)
+
+
+def add_set_argument(parser: argparse.ArgumentParser, metavar: str = "PATH=VALUE", help: str | None = None) -> None:
+    """Add `--set`; the assignments are parsed as `assignments`."""
+    parser.add_argument(
+        "--set", dest="assignments", action="append", default=[], metavar=metavar,
+        help=help or "override one config field by its dotted path; the value is checked against its type (repeatable)",
+    )  # fmt: skip
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add CONFIG and `--set`: `experiment_of` reads them."""
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG",
+        help="config file, a Python file with a function experiment(), or the saved config.json of a run",
+    )  # fmt: skip
+    add_set_argument(parser)
+
+
+def experiment_of(parsed: argparse.Namespace) -> "Experiment":
+    """The experiment that CONFIG and `--set` describe, validated."""
+    from jvgen.training.experiment import load_experiment
+
+    return load_experiment(parsed.config, parsed.assignments)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> list[argparse.Action]:
+    """Add RUN, `--ema` and `--step`; returns the last two, which need a run."""
+    parser.add_argument(
+        "run", type=Path, nargs="?" if optional else None, metavar="RUN",
+        help="run directory (what `jvgen train --workdir` wrote)",
+    )  # fmt: skip
+    return add_checkpoint_arguments(parser)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add `--ema` and `--step`: which parameters of a run are loaded."""
+    return [
+        parser.add_argument(
+            "--ema", default="best", metavar="DECAY|raw|best",
+            help="which parameters to load: the EMA with this decay, the raw ones, or best, which is the EMA with the "
+            "largest decay that the run keeps and raw if it keeps none",
+        ),
+        parser.add_argument(
+            "--step", type=int, metavar="STEP", help="training step of the checkpoint; the latest valid one if omitted"
+        ),
+    ]  # fmt: skip
+
+
+def add_coder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the VAE that encodes or decodes files, and how much of a video it takes at a time."""
+    parser.add_argument(
+        "--vae", type=Path, required=True, metavar="DIR", help="exported folder of an image or video VAE"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--chunk-frames", type=int, default=16, metavar="N",
+        help="video frames that pass through the network at once: fewer take less memory and more time; networks "
+        "with a fixed chunk size ignore it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compute-dtype", choices=["float32", "bfloat16"], default="float32",
+        help="dtype of parameters and activations; bfloat16 halves their memory",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")

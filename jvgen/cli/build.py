@@ -1,0 +1,220 @@
+"""`jvgen data build` of scenes, folders of videos or images, and latents; with arguments that all builders share."""
+
+import argparse
+import json
+from pathlib import Path
+
+from jvgen.cli.arguments import Handler, add_command, add_set_argument, frame_size
+from jvgen.terminal import progress_bar
+
+
+def add_builders(origins) -> None:
+    """Add `scenes`, `videos`, `images` and `latents`."""
+    _add_scenes(origins)
+    _add_media(origins, "videos", "build from a folder of .mp4, .webm, .mkv, .mov, ... files")
+    _add_media(origins, "images", "build from a folder of .png, .jpeg, .webp or .bmp files")
+    _add_latents(origins)
+
+
+# Shared arguments -----------------------------------------------------------------------------------------------------
+
+
+def add_builder(origins, name: str, summary: str, example: str, handler: Handler, details: str = ""):
+    """Add one builder with `--out` and `--overwrite`; returns its parser."""
+    command = f"jvgen data build {name} {example}"
+    parser = add_command(origins, name, summary, command, details=details, handler=handler)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the new data set")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set that exists in that folder")
+    return parser
+
+
+def add_captions(parser: argparse.ArgumentParser) -> None:
+    """Add `--captions`."""
+    parser.add_argument(
+        "--captions", metavar="FILE",
+        help=".csv, .tsv or .jsonl table with the columns file and caption; if omitted, captions.csv, .tsv or .jsonl "
+        "in DIR, or a .txt file beside each file",
+    )  # fmt: skip
+
+
+def add_validation_fraction(parser: argparse.ArgumentParser, of: str) -> None:
+    """Add `--validation-fraction`."""
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.05, metavar="X",
+        help=f"fraction of the {of} held out as the validation split",
+    )  # fmt: skip
+
+
+def add_error_budget(parser: argparse.ArgumentParser, of: str, default: float = 0.0) -> None:
+    """Add `--error-budget`."""
+    parser.add_argument(
+        "--error-budget", type=float, default=default, metavar="X",
+        help=f"fraction of the {of} that may be missing or corrupt; above it nothing is written",
+    )  # fmt: skip
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add `--workers`."""
+    parser.add_argument("--workers", type=int, metavar="N", help="parallel workers; one per CPU if omitted")
+
+
+def add_min_frames(parser: argparse.ArgumentParser, of: str = "clips") -> None:
+    """Add `--min-frames`."""
+    parser.add_argument("--min-frames", type=int, default=1, metavar="N", help=f"skip {of} with fewer frames")
+
+
+def add_transcoding(parser: argparse.ArgumentParser) -> None:
+    """Add `--shorter-side` and `--keyframe-interval`."""
+    parser.add_argument(
+        "--shorter-side", type=int, metavar="PIXELS",
+        help="re-encode clips at this length of their shorter side; the files' own bytes are kept if omitted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keyframe-interval", type=int, metavar="FRAMES",
+        help="re-encode clips with a keyframe every FRAMES frames, which makes short windows cheap to decode",
+    )  # fmt: skip
+
+
+# Scenes ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_scenes(origins) -> None:
+    parser = add_builder(
+        origins, "scenes", "render procedural 3-D scenes with exact cameras and captions", "--out data/scenes",
+        run_scenes,
+    )  # fmt: skip
+    parser.add_argument("--train", type=int, default=1000, metavar="N", help="number of training scenes")
+    parser.add_argument("--validation", type=int, default=64, metavar="N", help="number of held-out scenes")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the scenes")
+    add_workers(parser)
+    add_set_argument(
+        parser, "FIELD=VALUE",
+        "set a field of jvgen.data.scenes.scenes.SceneConfig, for example frames=16 or kinds.static=0.5 (repeatable)",
+    )  # fmt: skip
+
+
+def run_scenes(parsed: argparse.Namespace) -> int:
+    """Render scenes."""
+    from jvgen.config import override, validate_tree
+    from jvgen.data.builders.scenes import build_scenes
+    from jvgen.data.scenes.scenes import SceneConfig
+
+    config = override(SceneConfig(), parsed.assignments)
+    validate_tree(config, "scenes")
+    with progress_bar("rendering", "scenes") as report:
+        summary = build_scenes(
+            parsed.out, config, train=parsed.train, validation=parsed.validation, seed=parsed.seed,
+            workers=parsed.workers, overwrite=parsed.overwrite, progress=report,
+        )  # fmt: skip
+    print(summary)
+    return 0
+
+
+# Folders of videos or images ------------------------------------------------------------------------------------------
+
+
+def _add_media(origins, name: str, summary: str) -> None:
+    parser = add_builder(origins, name, summary, f"my_{name} --out data/{name}", run_media)
+    parser.add_argument("folder", metavar="DIR", help="folder with the files, at any depth")
+    add_captions(parser)
+    parser.add_argument("--captions-optional", action="store_true", help="also include files without a caption")
+    parser.add_argument(
+        "--min-height", type=int, default=1, metavar="PIXELS", help="skip files with frames lower than this"
+    )
+    parser.add_argument(
+        "--min-width", type=int, default=1, metavar="PIXELS", help="skip files with frames narrower than this"
+    )
+    add_validation_fraction(parser, "files")
+    add_error_budget(parser, "files")
+    add_workers(parser)
+    if name == "videos":
+        parser.add_argument(
+            "--kind", choices=["dynamic", "static"], default="dynamic",
+            help="kind of the clips: dynamic, or static for a camera that moves through a scene without motion",
+        )  # fmt: skip
+        add_min_frames(parser)
+        add_transcoding(parser)
+
+
+def run_media(parsed: argparse.Namespace) -> int:
+    """Build from a folder of videos or images."""
+    from jvgen.data.builders.build_loop import FilterConfig
+    from jvgen.data.builders.folders import build_images, build_videos
+
+    videos = parsed.origin == "videos"
+    filters = FilterConfig(
+        min_frames=parsed.min_frames if videos else 1,
+        min_height=parsed.min_height,
+        min_width=parsed.min_width,
+        caption_required=not parsed.captions_optional,
+    )
+    shared = {
+        "captions": parsed.captions, "captions_optional": parsed.captions_optional, "filters": filters,
+        "validation": parsed.validation_fraction, "error_budget": parsed.error_budget,
+        "workers": parsed.workers, "overwrite": parsed.overwrite,
+    }  # fmt: skip
+    with progress_bar(f"reading {parsed.origin}", "files") as report:
+        if videos:
+            summary = build_videos(
+                parsed.folder, parsed.out, kind=parsed.kind, shorter_side=parsed.shorter_side,
+                keyframe_every=parsed.keyframe_interval, progress=report, **shared,
+            )  # fmt: skip
+        else:
+            summary = build_images(parsed.folder, parsed.out, progress=report, **shared)
+    print(summary)
+    return 0
+
+
+# Latents --------------------------------------------------------------------------------------------------------------
+
+
+def _add_latents(origins) -> None:
+    parser = add_builder(
+        origins, "latents", "encode another data set as VAE latents, so that training does not run the VAE",
+        "data/videos --vae exported/vae --size 256x256 --out data/latents", run_latents,
+        details="Prints the task.latent_shift and task.latent_scale that normalize the latents.",
+    )  # fmt: skip
+    parser.add_argument("source", metavar="DIR", help="data set folder with the clips")
+    parser.add_argument(
+        "--vae", required=True, metavar="DIR", help="exported folder of an image or video VAE (`jvgen export`)"
+    )
+    parser.add_argument(
+        "--size", type=frame_size, required=True, metavar="HxW",
+        help="frame height and width in pixels that clips are resized to before encoding",
+    )  # fmt: skip
+    parser.add_argument(
+        "--frames", type=int, metavar="N",
+        help="encode at most the first N frames of a clip; a video VAE with temporal compression 4 takes the largest "
+        "4n + 1 among them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="frame stride: encode every N-th recorded frame"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="frames encoded at once")
+    parser.add_argument("--keep-clips", action="store_true", help="also store the pixels")
+
+
+def run_latents(parsed: argparse.Namespace) -> int:
+    """Encode a data set."""
+    from jvgen.autoencoding.encoding import FrameEncoder
+    from jvgen.data.builders.latents import build_latents
+    from jvgen.interop.digest import content_digest
+
+    height, width = parsed.size
+    encoder = FrameEncoder(parsed.vae, height, width, batch=parsed.batch_size)
+    with progress_bar("encoding", "records") as report:
+        summary = build_latents(
+            parsed.source, parsed.out, encoder, encoder_digest=content_digest(parsed.vae), height=height,
+            width=width, frames=parsed.frames, stride=parsed.stride, group=encoder.group,
+            keep_clips=parsed.keep_clips, overwrite=parsed.overwrite, progress=report,
+        )  # fmt: skip
+    statistics = encoder.statistics()
+    print(summary)
+    mean, std = statistics["mean"], statistics["deviation"]
+    scale = f"{1 / std:.6g}" if std else "1"
+    print(
+        f"latents have mean {mean:.4f} and standard deviation {std:.4f}: normalize them in training with "
+        f"task.latent_shift={mean:.6g} task.latent_scale={scale}"
+    )
+    (Path(parsed.out) / "latent_statistics.json").write_text(json.dumps(statistics, indent=1))
+    return 0

@@ -1,0 +1,181 @@
+"""`jvgen data build` of data sets in others' formats: robot episodes, RealEstate10K, WebVid, TFDS."""
+
+import argparse
+
+from jvgen.cli.build import (
+    add_builder,
+    add_error_budget,
+    add_min_frames,
+    add_transcoding,
+    add_validation_fraction,
+    add_workers,
+)
+from jvgen.terminal import progress_bar
+
+
+def add_builders(origins) -> None:
+    """Add `robot-episodes`, `realestate10k`, `webvid` and `tfds`."""
+    _add_robot_episodes(origins)
+    _add_realestate10k(origins)
+    _add_webvid(origins)
+    _add_tfds(origins)
+
+
+# Robot episodes -------------------------------------------------------------------------------------------------------
+
+
+def _add_robot_episodes(origins) -> None:
+    parser = add_builder(
+        origins, "robot-episodes", "build from robot episodes with frames, actions and rewards",
+        "metaworld --clip-actions=-1,1 --out data/metaworld", run_robot_episodes,
+        details="Reads .npz, .hdf5 and RLDS (TFDS) files, and folders of images.",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="folder with the files, at any depth")
+    parser.add_argument(
+        "--camera", metavar="NAME", help="name of the array that holds the frames; needed if files hold several"
+    )
+    parser.add_argument(
+        "--clip-actions", metavar="LOW,HIGH", help="clip actions to this range, as the simulator did that recorded them"
+    )
+    parser.add_argument(
+        "--action-width", type=int, metavar="N",
+        help="components per action: shorter actions are padded with zeros, longer ones cut; as recorded if omitted",
+    )  # fmt: skip
+    parser.add_argument("--no-actions", action="store_true", help="store no actions and rewards")
+    parser.add_argument(
+        "--fps", type=float, default=10.0, metavar="RATE",
+        help="frame rate to record in the clips' metadata, in frames per second",
+    )  # fmt: skip
+    parser.add_argument(
+        "--crf", type=int, default=10, metavar="N",
+        help="constant rate factor of x264 for the stored clips, 0 (lossless) to 51 (smallest file)",
+    )  # fmt: skip
+    add_min_frames(parser, "episodes")
+    add_validation_fraction(parser, "episodes of every folder")
+    add_error_budget(parser, "files")
+    add_workers(parser)
+
+
+def run_robot_episodes(parsed: argparse.Namespace) -> int:
+    """Build from robot episodes."""
+    from jvgen.data.builders.robot_episodes import EpisodeOptions, build_robot_episodes
+
+    bounds = None
+    if parsed.clip_actions is not None:
+        try:
+            low, high = (float(part) for part in parsed.clip_actions.split(","))
+        except ValueError as error:
+            raise ValueError(f"--clip-actions {parsed.clip_actions!r}: expected LOW,HIGH, for example -1,1.") from error
+        bounds = (low, high)
+    options = EpisodeOptions(
+        camera=parsed.camera, clip_actions=bounds, action_width=parsed.action_width, frames_per_second=parsed.fps,
+        quality=parsed.crf, actions=not parsed.no_actions,
+    )  # fmt: skip
+    with progress_bar("reading episodes", "files") as report:
+        summary = build_robot_episodes(
+            parsed.folder, parsed.out, options, validation=parsed.validation_fraction, min_frames=parsed.min_frames,
+            error_budget=parsed.error_budget, workers=parsed.workers, overwrite=parsed.overwrite,
+            progress=report,
+        )  # fmt: skip
+    print(summary)
+    return 0
+
+
+# RealEstate10K, WebVid ------------------------------------------------------------------------------------------------
+
+
+def _add_realestate10k(origins) -> None:
+    parser = add_builder(
+        origins, "realestate10k", "build from RealEstate10K: clips of static scenes with their cameras",
+        "cameras/train --media videos --out data/realestate10k", run_realestate10k,
+    )  # fmt: skip
+    parser.add_argument("cameras", metavar="DIR", help="folder of camera files, ID.txt, at any depth")
+    parser.add_argument(
+        "--media", required=True, metavar="DIR",
+        help="folder with ID.mp4 (one frame per camera), KEY.mp4 (whole videos), or ID/TIME.png",
+    )  # fmt: skip
+    parser.add_argument("--captions", metavar="FILE", help=".csv or .jsonl table with the columns file and caption")
+    _add_clip_arguments(parser, error_budget=1.0)
+
+
+def _add_webvid(origins) -> None:
+    parser = add_builder(
+        origins, "webvid", "build from WebVid: captioned clips listed in a .csv table",
+        "results_2M_train.csv --videos videos --out data/webvid", run_webvid,
+    )  # fmt: skip
+    parser.add_argument("table", metavar="TABLE", help=".csv table with the columns videoid and name (the caption)")
+    parser.add_argument("--videos", required=True, metavar="DIR", help="folder with VIDEOID.mp4 files, at any depth")
+    _add_clip_arguments(parser, error_budget=0.0)
+
+
+def _add_clip_arguments(parser: argparse.ArgumentParser, error_budget: float) -> None:
+    add_min_frames(parser)
+    add_transcoding(parser)
+    add_validation_fraction(parser, "clips")
+    add_error_budget(parser, "clips", error_budget)
+    add_workers(parser)
+
+
+def _clip_settings(parsed: argparse.Namespace) -> dict:
+    from jvgen.data.builders.build_loop import FilterConfig
+
+    return {
+        "shorter_side": parsed.shorter_side, "keyframe_every": parsed.keyframe_interval,
+        "filters": FilterConfig(min_frames=parsed.min_frames), "validation": parsed.validation_fraction,
+        "error_budget": parsed.error_budget, "workers": parsed.workers, "overwrite": parsed.overwrite,
+    }  # fmt: skip
+
+
+def run_realestate10k(parsed: argparse.Namespace) -> int:
+    """Build from RealEstate10K."""
+    from jvgen.data.builders.realestate10k import build_realestate10k
+
+    settings = _clip_settings(parsed)
+    with progress_bar("reading clips", "clips") as report:
+        summary = build_realestate10k(
+            parsed.cameras, parsed.media, parsed.out, captions=parsed.captions, progress=report, **settings
+        )
+    print(summary)
+    return 0
+
+
+def run_webvid(parsed: argparse.Namespace) -> int:
+    """Build from WebVid."""
+    from jvgen.data.builders.webvid import build_webvid
+
+    with progress_bar("reading videos", "files") as report:
+        summary = build_webvid(parsed.table, parsed.videos, parsed.out, progress=report, **_clip_settings(parsed))
+    print(summary)
+    return 0
+
+
+# TFDS -----------------------------------------------------------------------------------------------------------------
+
+
+def _add_tfds(origins) -> None:
+    parser = add_builder(
+        origins, "tfds", "build from an image data set of TensorFlow Datasets", "mnist --out data/mnist", run_tfds
+    )
+    parser.add_argument("name", metavar="NAME", help="registered name, or the folder of a prepared TFDS data set")
+    parser.add_argument("--train-split", default="train", metavar="NAME", help="TFDS split for training")
+    parser.add_argument("--validation-split", metavar="NAME", help="TFDS split to hold out; none if omitted")
+    parser.add_argument("--image-key", default="image", metavar="KEY", help="feature that holds the image")
+    parser.add_argument(
+        "--caption-key", metavar="KEY", help="feature that holds the caption or class label; no captions if omitted"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of TFDS data sets; TFDS's default if omitted")
+    parser.add_argument("--limit", type=int, metavar="N", help="maximum number of images per split; all if omitted")
+
+
+def run_tfds(parsed: argparse.Namespace) -> int:
+    """Build from TFDS."""
+    from jvgen.data.builders.tfds_images import build_tfds_images
+
+    with progress_bar("reading images", "images") as report:
+        summary = build_tfds_images(
+            parsed.name, parsed.out, train_split=parsed.train_split, validation_split=parsed.validation_split,
+            image_key=parsed.image_key, caption_key=parsed.caption_key, data_dir=parsed.data_dir, limit=parsed.limit,
+            overwrite=parsed.overwrite, progress=report,
+        )  # fmt: skip
+    print(summary)
+    return 0

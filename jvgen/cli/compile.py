@@ -1,0 +1,61 @@
+"""`jvgen compile`: compile a training step for a TPU pod that this machine does not have."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jvgen.cli.arguments import add_command, add_config_arguments, experiment_of
+
+if TYPE_CHECKING:
+    from jvgen.preflight.report import CompileReport
+
+
+def add_commands(commands) -> None:
+    """Add `compile`."""
+    parser = add_command(
+        commands, "compile", "compile the training step for a TPU pod that this machine does not have",
+        "jvgen compile configs/cogvideox_2b.py --topology v5p:4x4x8",
+        details="Prints memory per device against HBM, FLOPs by component and the largest collectives for every batch "
+        "shape; exits with status 1 if one does not fit. A large network of 3-D convolutions can take the TPU compiler "
+        "half an hour per batch shape. Needs the `tpu` extra, and no TPU.",
+        handler=run_compile,
+    )  # fmt: skip
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--topology", required=True, metavar="CHIP:SHAPE", help="TPU topology: v5e:16x16, v5p:4x4x8, v6e:16x16, ..."
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE",
+        help="also write the report to this JSON file, updated after every batch shape",
+    )  # fmt: skip
+
+
+def run_compile(parsed: argparse.Namespace) -> int:
+    """Compile every batch shape and print the report; 1 if one does not fit."""
+    from jvgen.preflight.ahead_of_time import compile_ahead
+
+    experiment = experiment_of(parsed)
+    if parsed.json:
+        _check_writable(parsed.json)
+
+    def log(report: "CompileReport") -> None:
+        done, total = len(report.buckets), len(experiment.data.buckets)
+        last = report.buckets[-1]
+        print(f"{done}/{total}: compiled {last.bucket.name} in {last.seconds:.0f} s", file=sys.stderr, flush=True)
+        if parsed.json:
+            parsed.json.write_text(report.to_json())
+
+    report = compile_ahead(experiment, parsed.topology, on_bucket=log)
+    print(report)
+    return 0 if report.fits else 1
+
+
+def _check_writable(file: Path) -> None:
+    """Raise `ValueError` before half an hour of compiling rather than after it."""
+    if file.is_dir():
+        raise ValueError(f"--json {file}: this is a folder; name a file.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--json {file}: its folder cannot be created ({error}).") from error

@@ -1,0 +1,135 @@
+"""`jvgen evaluate` and `jvgen analyze`: measure a trained run or an exported VAE on held-out data."""
+
+import argparse
+from pathlib import Path
+
+from jvgen.cli.arguments import add_command, add_run_arguments, frame_size
+
+
+def add_commands(commands) -> None:
+    """Add `evaluate` and `analyze`."""
+    _add_evaluate(commands)
+    _add_analyze(commands)
+
+
+def _add_evaluate(commands) -> None:
+    parser = add_command(
+        commands, "evaluate", "measure a trained run, or an exported VAE, on held-out data",
+        "jvgen evaluate runs/demo/image_vae --batches 8",
+        "jvgen evaluate --vae exported/vae --data data/videos --size 256x256 --out evaluation",
+        details="Takes exactly one of RUN and --vae. Prints the task's metrics (reconstruction PSNR and SSIM, loss by "
+        "timestep band, ...) and writes them as JSON. With --vae it measures reconstructions and, with --image-vae, "
+        "how well each VAE decodes the other's latents.",
+        handler=run_evaluate,
+    )  # fmt: skip
+    add_run_arguments(parser, optional=True)
+    _add_data_argument(parser)
+    parser.add_argument("--batches", type=int, default=16, metavar="N", help="batches that metrics are averaged over")
+    _add_untrained_argument(parser)
+    parser.add_argument(
+        "--fvd-weights", type=Path, metavar="FILE",
+        help="I3D weights (.safetensors); adds the Fréchet video distance of predicted or reconstructed clips",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH",
+        help="JSON file for the metrics; with --vae a folder, which also gets a picture of the worst clips",
+    )  # fmt: skip
+    group = parser.add_argument_group("options for --vae")
+    group.add_argument("--vae", type=Path, metavar="DIR", help="exported folder of an image or video VAE")
+    group.add_argument(
+        "--image-vae", type=Path, metavar="DIR",
+        help="exported folder of the image VAE whose latent space the video VAE shares",
+    )  # fmt: skip
+    group.add_argument("--frames", type=int, default=17, metavar="N", help="frames per clip")
+    group.add_argument(
+        "--size", type=frame_size, default=(256, 256), metavar="HxW", help="frame height and width in pixels"
+    )
+    group.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="frame stride: take every N-th recorded frame"
+    )
+    group.add_argument("--batch-size", type=int, default=2, metavar="N", help="clips per batch")
+    group.add_argument(
+        "--lpips-weights", metavar="FILE",
+        help="LPIPS weights (.safetensors, see `jvgen lpips`); without them a Laplacian-pyramid distance is reported",
+    )  # fmt: skip
+    group.add_argument(
+        "--worst", type=int, default=4, metavar="N", help="clips with the lowest PSNR that the picture shows"
+    )
+
+
+def _add_analyze(commands) -> None:
+    parser = add_command(
+        commands, "analyze", "measure attention and feature similarity in each layer of a trained video DiT",
+        "jvgen analyze runs/demo/text_to_video --out runs/demo/analysis",
+        details="Writes analysis.json and pictures: attention by layer, and the cosine similarity of adjacent frames "
+        "by layer.",
+        handler=run_analyze,
+    )  # fmt: skip
+    add_run_arguments(parser)
+    _add_data_argument(parser)
+    parser.add_argument(
+        "--timesteps", default="900,600,300,50", metavar="T,T,...", help="diffusion timesteps to analyze, 0 to 999"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=1, metavar="N", help="held-out batches that results are averaged over"
+    )
+    _add_untrained_argument(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for analysis.json and the pictures"
+    )
+
+
+def _add_data_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="DIR", help="data set folder; the evaluation sources of the run's config if omitted"
+    )
+
+
+def _add_untrained_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--untrained", action="store_true", help="use randomly initialized parameters instead, as a baseline"
+    )
+
+
+def run_evaluate(parsed: argparse.Namespace) -> int:
+    """Evaluate a run or a VAE."""
+    if (parsed.run is None) == (parsed.vae is None):
+        raise ValueError("give exactly one of RUN (a run directory) and --vae DIR (an exported VAE).")
+    if parsed.vae is not None:
+        _evaluate_vae(parsed)
+        return 0
+    from jvgen.runs.evaluation import evaluate_run
+
+    evaluate_run(
+        parsed.run, ema=parsed.ema, step=parsed.step, data=parsed.data, batches=parsed.batches, out=parsed.out,
+        untrained=parsed.untrained, fvd_weights=parsed.fvd_weights,
+    )  # fmt: skip
+    return 0
+
+
+def _evaluate_vae(parsed: argparse.Namespace) -> None:
+    from jvgen.autoencoding.evaluation import evaluate_vae
+    from jvgen.evaluation import i3d
+
+    if parsed.data is None:
+        raise ValueError("--vae also needs --data DIR: the data set to measure on.")
+    evaluate_vae(
+        parsed.vae, parsed.data, frames=parsed.frames, size=parsed.size, stride=parsed.stride, batches=parsed.batches,
+        batch=parsed.batch_size, image_vae=parsed.image_vae, lpips=parsed.lpips_weights, out=parsed.out,
+        worst=parsed.worst, features=None if parsed.fvd_weights is None else i3d.features(parsed.fvd_weights),
+    )  # fmt: skip
+
+
+def run_analyze(parsed: argparse.Namespace) -> int:
+    """Analyze the layers of a run."""
+    from jvgen.runs.analysis import analyze_run
+
+    try:
+        timesteps = [float(word) for word in parsed.timesteps.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--timesteps {parsed.timesteps}: expected comma-separated numbers, as in 900,50.") from error
+    analyze_run(
+        parsed.run, parsed.out, ema=parsed.ema, step=parsed.step, data=parsed.data, timesteps=timesteps,
+        batches=parsed.batches, untrained=parsed.untrained,
+    )  # fmt: skip
+    return 0

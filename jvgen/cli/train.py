@@ -1,0 +1,44 @@
+"""`jvgen train`: train a config, or resume its run."""
+
+import argparse
+from pathlib import Path
+
+from jvgen.cli.arguments import add_command, add_config_arguments, experiment_of
+
+
+def add_commands(commands) -> None:
+    """Add `train`."""
+    parser = add_command(
+        commands, "train", "train a model from a config file, or resume its run",
+        "jvgen train configs/demo_text_to_video.py --set optimizer.learning_rate=3e-4 --workdir runs/x",
+        details="Writes checkpoints, metrics.jsonl and TensorBoard files to the run directory. The same command "
+        "resumes from the latest valid checkpoint there.",
+        handler=run_train,
+    )  # fmt: skip
+    add_config_arguments(parser)
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="run directory; created if missing")
+    parser.add_argument(
+        "--stop-after", type=int, metavar="STEP", help="save a checkpoint and exit after this training step"
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true",
+        help="resume even though model, data or seed in the config differ from the checkpoint's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distributed", action="store_true",
+        help="call jax.distributed.initialize() first, for runs of several processes",
+    )  # fmt: skip
+
+
+def run_train(parsed: argparse.Namespace) -> int:
+    """Check the run, then train."""
+    from jvgen.preflight.check import check
+    from jvgen.training.loop import train
+
+    experiment = experiment_of(parsed)
+    if parsed.distributed:
+        import jax
+
+        jax.distributed.initialize()
+    check(experiment, parsed.workdir)
+    return train(experiment, parsed.workdir, stop_after=parsed.stop_after, allow_changes=parsed.allow_changes)

@@ -1,0 +1,122 @@
+"""Runs the stages of the demo as `jvgen` commands in processes of their own, and skips those that are complete."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Below the work folder: one compilation cache for all stages, so that a resumed run does not compile again.
+CACHE = "compilation_cache"
+
+
+class DemoFailed(RuntimeError):
+    """A stage exited with an unexpected status."""
+
+
+class Stages:
+    """Runs stages and records each one: name, command, seconds, exit status, and the signal that interrupted it."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+        self._logs = workdir / "logs"
+        self._logs.mkdir(exist_ok=True)
+        self._path = workdir / "stages.json"
+        self.records: list[dict] = json.loads(self._path.read_text()) if self._path.exists() else []
+
+    def run(self, name: str, arguments: Sequence[object]) -> None:
+        """Run one command to its end, unless a previous demo in this folder completed it.
+
+        Args:
+          name: of the stage.
+          arguments: of `jvgen`. The folder after `--to` is removed first if a previous attempt was interrupted.
+
+        Raises:
+          DemoFailed: the command exits with a status other than 0.
+        """
+        if self._is_complete(name):
+            print(f"[{name}] skipped: complete")
+            return
+        if "--to" in arguments and (self._logs / f"{name}.log").exists():
+            # `export` and `import` refuse to write to a folder that is not empty.
+            shutil.rmtree(arguments[arguments.index("--to") + 1], ignore_errors=True)
+        start = time.perf_counter()
+        self._announce(name, arguments)
+        status = self._start(name, arguments).wait()
+        self._record(name, arguments, start, status)
+        if status != 0:
+            raise DemoFailed(f"stage {name} exited with status {status}:\n{self._tail(name)}")
+
+    def interrupt(self, name: str, arguments: Sequence[object], run: Path, by: signal.Signals) -> None:
+        """Run a training command, send it a signal after its first checkpoint, and run the same command again.
+
+        Args:
+          name, arguments: see `run`.
+          run: run directory that the command trains in.
+          by: SIGKILL, or SIGTERM after which the run saves and exits with status 75.
+
+        Raises:
+          DemoFailed: one of the two exits with an unexpected status.
+        """
+        first = f"{name}_interrupted"
+        if not self._is_complete(first) and not self._is_complete(name):
+            start = time.perf_counter()
+            self._announce(first, arguments)
+            process = self._start(first, arguments)
+            while process.poll() is None and not _checkpoints(run):
+                time.sleep(0.2)
+            if process.poll() is None:
+                print(f"[{first}] sending {by.name}")
+                process.send_signal(by)
+            status = process.wait()
+            self._record(first, arguments, start, status, interrupted_by=by.name)
+            expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}[by]
+            if status not in (expected, 0):
+                raise DemoFailed(f"stage {first} exited with status {status}, not {expected}:\n{self._tail(first)}")
+        self.run(name, arguments)
+
+    def _is_complete(self, name: str) -> bool:
+        return any(
+            record["name"] == name and (record["status"] == 0 or "interrupted_by" in record) for record in self.records
+        )
+
+    def _announce(self, name: str, arguments: Sequence[object]) -> None:
+        print(f"[{name}] {command_line(arguments)}", flush=True)
+
+    def _start(self, name: str, arguments: Sequence[object]) -> subprocess.Popen:
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str((self._workdir / CACHE).absolute()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+            "PYTHONUNBUFFERED": "1",
+            # Keeps glibc from returning every step's memory to the system: saves a tenth of the step time.
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
+        }
+        command = [sys.executable, "-m", "jvgen.cli", *(str(argument) for argument in arguments)]
+        with (self._logs / f"{name}.log").open("w") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def _record(self, name: str, arguments: Sequence[object], start: float, status: int, **more: object) -> None:
+        seconds = time.perf_counter() - start
+        record = {"name": name, "command": command_line(arguments), "seconds": seconds, "status": status}
+        self.records.append(record | more)
+        self._path.write_text(json.dumps(self.records, indent=1))
+        print(f"[{name}] {seconds:.1f} s", flush=True)
+
+    def _tail(self, name: str) -> str:
+        return "\n".join((self._logs / f"{name}.log").read_text(errors="replace").splitlines()[-25:])
+
+
+def command_line(arguments: Sequence[object]) -> str:
+    """The command as a user types it."""
+    return "jvgen " + shlex.join(str(argument) for argument in arguments)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    folder = run / "checkpoints"
+    return [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
