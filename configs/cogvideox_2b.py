@@ -33,7 +33,11 @@ def experiment() -> Experiment:
                 remat=Remat.ATTENTION,
             ),
             text=TextConfig(
-                encoder=xxl(), length=226, weights="weights/t5_v1_1_xxl", tokenizer="weights/t5_v1_1_xxl", null="zeros"
+                encoder=xxl(),
+                length=226,
+                weights="weights/t5_v1_1_xxl",
+                tokenizer="weights/t5_v1_1_xxl",
+                unconditional="zeros",
             ),
             latents="data",
             latent_scale=1.15258426,

@@ -46,7 +46,11 @@ def experiment() -> Experiment:
             ),
             denoiser_weights=f"{WEIGHTS}/transformer",
             text=TextConfig(
-                encoder=xxl(), length=226, weights="weights/t5_v1_1_xxl", tokenizer="weights/t5_v1_1_xxl", null="zeros"
+                encoder=xxl(),
+                length=226,
+                weights="weights/t5_v1_1_xxl",
+                tokenizer="weights/t5_v1_1_xxl",
+                unconditional="zeros",
             ),
             vae=CogVideoXVAEConfig.cogvideox_2b(),
             vae_weights=f"{WEIGHTS}/vae",

@@ -42,7 +42,11 @@ def experiment() -> Experiment:
             # 17,776 tokens padded to 17,920: what seq = 4 and the kernels' blocks of 128 divide.
             denoiser=repvideo_2b().replace(token_multiple=512, remat=Remat.ATTENTION),
             text=TextConfig(
-                encoder=xxl(), length=226, weights="weights/t5_v1_1_xxl", tokenizer="weights/t5_v1_1_xxl", null="zeros"
+                encoder=xxl(),
+                length=226,
+                weights="weights/t5_v1_1_xxl",
+                tokenizer="weights/t5_v1_1_xxl",
+                unconditional="zeros",
             ),
             latents="data",
             latent_scale=1.15258426,

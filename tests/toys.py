@@ -92,7 +92,7 @@ class ToyTask(Task):
             "record": ArraySpec((), np.dtype(np.int32), ()),
         }
 
-    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+    def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         return example
 
     def loss(self, parameters, frozen, batch, key):

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: how strong it is at each step, and the batch that holds both halves."""
+"""Classifier-free guidance: its scale at each step, and the batch with the conditional and unconditional half."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,13 +18,13 @@ ConditionedDenoise = Callable[[Array, Array, Any], Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuidanceConfig(Config):
-    """Strength of classifier-free guidance: `unconditional + scale (conditional - unconditional)`.
+    """Scale of classifier-free guidance: `unconditional + scale (conditional - unconditional)`.
 
     Attributes:
-      kind: "none" (one forward pass a step), "constant", or "dynamic" (CogVideoX's scale, which depends on the step).
-      scale: strength; of "dynamic" the span above 1.
+      kind: "none" (one forward pass per step), "constant", or "dynamic" (CogVideoX's scale, which depends on the step).
+      scale: the constant scale; for "dynamic" the maximum is 1 + scale.
       exponent: of "dynamic".
-      rescale: 0..1, how far the guided prediction is brought back to the conditional one's standard deviation
+      rescale: 0..1, how far the standard deviation of the guided prediction is rescaled to that of the conditional one
         (Lin et al. 2024, section 3.4).
     """
 
@@ -39,15 +39,15 @@ class GuidanceConfig(Config):
 
 
 def guidance_scales(config: GuidanceConfig, timesteps: np.ndarray) -> np.ndarray:
-    """Strength of guidance at each step, float64.
+    """Scale of guidance at each step, float64.
 
     "dynamic" is 1 + scale (1 - cos(pi ((n - t) / n)^exponent)) / 2 with n the number of steps and t the raw timestep,
-    not the step counter: an accident of the published code that the weights are used with. The cosine's argument
-    reaches 1e7, so float32 would give other numbers.
+    not the step index: a quirk of the published code that the weights are used with. The argument of the cosine
+    reaches 1e7, so float32 gives other numbers.
 
     Args:
       config: kind and parameters.
-      timesteps: raw timesteps in the order of sampling, one a step.
+      timesteps: raw timesteps in the order of sampling, one per step.
     """
     steps = len(timesteps)
     if config.kind == "none":
@@ -58,7 +58,7 @@ def guidance_scales(config: GuidanceConfig, timesteps: np.ndarray) -> np.ndarray
     if config.exponent != int(config.exponent) and (fraction < 0).any():
         raise ValueError(
             f"exponent = {config.exponent}: dynamic guidance takes powers of negative numbers (steps - timestep, "
-            f"with timesteps up to {TIMESTEPS}); choose a whole number, as 5."
+            f"with timesteps up to {TIMESTEPS}); choose an integer, for example 5."
         )
     return 1.0 + config.scale * (1.0 - np.cos(np.pi * fraction**config.exponent)) / 2.0
 
@@ -66,7 +66,7 @@ def guidance_scales(config: GuidanceConfig, timesteps: np.ndarray) -> np.ndarray
 def rescale_guided(
     guided_prediction: Float[Array, "B ..."], conditional: Float[Array, "B ..."], amount: float
 ) -> Float[Array, "B ..."]:
-    """Bring the standard deviation of each sample's guided prediction towards that of the conditional prediction."""
+    """Rescale each sample's guided prediction towards the standard deviation of its conditional prediction."""
     axes = tuple(range(1, conditional.ndim))
     wanted = jnp.std(conditional, axis=axes, keepdims=True, ddof=1)
     actual = jnp.std(guided_prediction, axis=axes, keepdims=True, ddof=1)
@@ -74,7 +74,7 @@ def rescale_guided(
 
 
 def guided(denoise: ConditionedDenoise, conditional: Any, unconditional: Any, *, rescale: float = 0.0) -> Denoise:
-    """Run a network with and without its condition in one batch of twice the size.
+    """Run a network with and without its condition, in one batch of twice the size.
 
     Args:
       denoise: `(noisy [B ...], timesteps [B], condition) -> prediction [B ...]`.
@@ -97,10 +97,10 @@ def guided(denoise: ConditionedDenoise, conditional: Any, unconditional: Any, *,
 
 
 def unguided(denoise: ConditionedDenoise, condition: Any) -> Denoise:
-    """A network with its condition, in the form that `sample` calls; the scale is ignored."""
+    """A network with its condition, in the form that `sample` calls; ignores the scale."""
     return lambda noisy, timesteps, scale: denoise(noisy, timesteps, condition)
 
 
 def _interleave(first: Array, second: Array) -> Array:
-    """Pairs side by side along the batch axis: a sharded batch stays where it is, which two halves would not."""
+    """Pairs side by side along the batch axis: unlike two halves, they need no communication of a sharded batch."""
     return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])

@@ -1,12 +1,12 @@
-"""The diffusion objective: the timesteps and noise that a step draws, its weighted loss, the loss by timestep band.
+"""The diffusion objective: random timesteps and noise of a step, its weighted loss, the loss by timestep band.
 
-Draws belong to a slot of the global batch: slot i gets the same timestep and noise for any batch size, microbatch
-or mesh, because its key is `fold_in(key, i)`.
+Random draws belong to a slot (an index in the global batch): slot i gets the same timestep and noise for any batch
+size, microbatch or mesh, because its key is `fold_in(key, i)`.
 """
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,42 +16,44 @@ from jaxtyping import Array, Float, Int, Key
 from jvgen.config import Config
 from jvgen.diffusion.schedule import TIMESTEPS, Prediction, Schedule, ScheduleConfig, clean_factors
 
-# Purposes folded into a slot's key: a new one gets a new number, the old ones never change.
+# Purposes folded into the key of a step: new ones get new numbers, old numbers never change.
 TIMESTEP_KEY = 0
 NOISE_KEY = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimestepConfig(Config):
-    """How training timesteps are drawn.
+    """Distribution of training timesteps.
 
-    A number u in [0, 1) is drawn, moved to s u / (1 + (s - 1) u) by the shift s, and scaled to 0..1000.
+    A number u in [0, 1) is drawn, shifted to s u / (1 + (s - 1) u) by the shift s, and scaled to 0..1000.
 
     Attributes:
-      kind: distribution of u: "uniform", or "logit_normal" = sigmoid(mean + deviation z) (Esser et al. 2024, eq. 19).
-      mean, deviation: of the logit normal.
+      kind: distribution of u: "uniform", or "logit_normal" = sigmoid(mean + std z) (Esser et al. 2024, eq. 19).
+      mean, std: of the normal distribution in "logit_normal".
       shift: s at the base size; 1 for none.
       shift_by: "nothing" (s = shift), "tokens" (s = shift sqrt(tokens / base_tokens), Esser et al. 2024, eq. 23), or
-        "resolution_and_duration" (Open-Sora 2.0: s = shift l sqrt(frames), l on the line from 1 at base_tokens to 3 at
-        16 base_tokens of one frame, that is at four times the side).
+        "resolution_and_duration" (Open-Sora 2.0: s = shift l sqrt(frames), l linear in the tokens per frame, from 1 at
+        base_tokens to 3 at 16 base_tokens, that is at four times the side).
       base_tokens: tokens (patches) of the size that needs no shift: of the whole clip for "tokens", of one frame
         for "resolution_and_duration".
     """
 
     kind: Literal["uniform", "logit_normal"] = "uniform"
     mean: float = 0.0
-    deviation: float = 1.0
+    std: float = 1.0
     shift: float = 1.0
     shift_by: Literal["nothing", "tokens", "resolution_and_duration"] = "nothing"
     base_tokens: int = 256
 
+    renamed_fields: ClassVar[dict[str, str]] = {"deviation": "std"}
+
     def validate(self) -> None:
-        if self.deviation <= 0:
-            raise ValueError(f"deviation = {self.deviation}: must be positive, as 1.0.")
+        if self.std <= 0:
+            raise ValueError(f"std = {self.std}: must be positive, for example 1.0.")
         if self.shift <= 0:
             raise ValueError(f"shift = {self.shift}: must be positive; 1 for no shift.")
         if self.base_tokens <= 0:
-            raise ValueError(f"base_tokens = {self.base_tokens}: must be positive, as 256.")
+            raise ValueError(f"base_tokens = {self.base_tokens}: must be positive, for example 256.")
 
     def shift_of(self, frames: int, height: int, width: int) -> float:
         """The shift s of a clip of `frames` x `height` x `width` tokens (latent patches)."""
@@ -69,9 +71,9 @@ class ObjectiveConfig(Config):
 
     Attributes:
       target: "epsilon" (noise), "v" (alpha noise - sigma clean), "clean", or "velocity" (noise - clean).
-      timesteps: how timesteps are drawn.
+      timesteps: distribution of the timesteps.
       weighting: "uniform"; "min_snr" (Hang et al. 2023: the error of the clean sample times min(SNR, gamma)); or
-        "bell" (a Gaussian over the timestep, zero at the ends, as Wan is trained).
+        "bell" (a Gaussian over the timestep, zero at the ends, as in Wan).
       gamma: of min_snr.
       bands: number of equal timestep bands that the loss is reported in.
     """
@@ -84,33 +86,33 @@ class ObjectiveConfig(Config):
 
     def validate(self) -> None:
         if self.bands < 1 or TIMESTEPS % self.bands:
-            raise ValueError(f"bands = {self.bands}: must divide {TIMESTEPS}, as 4, 5, 8 or 10.")
+            raise ValueError(f"bands = {self.bands}: must divide {TIMESTEPS}, for example 4, 5, 8 or 10.")
         if self.gamma <= 0:
-            raise ValueError(f"gamma = {self.gamma}: must be positive, as 5.0.")
+            raise ValueError(f"gamma = {self.gamma}: must be positive, for example 5.0.")
 
     def check_schedule(self, schedule: ScheduleConfig) -> None:
         """Raise `ValueError` if this target cannot be learned or sampled with a schedule."""
         if self.target == "epsilon" and schedule.ends_in_pure_noise:
             raise ValueError(
-                f"target = 'epsilon': schedule {schedule.kind!r} ends in pure noise, where the noise says nothing about"
-                " the clean sample; choose target 'v' (or 'velocity'), or zero_terminal = false."
+                f"target = 'epsilon': schedule {schedule.kind!r} ends in pure noise, where the noise does not"
+                " determine the clean sample; choose target 'v' (or 'velocity'), or zero_terminal = false."
             )
 
 
 def slot_keys(key: Key[Array, ""], slots: Int[Array, "B"]) -> Key[Array, "B"]:
-    """One key a slot: `fold_in(key, slot)`."""
+    """One key per slot: `fold_in(key, slot)`."""
     return jax.vmap(functools.partial(jax.random.fold_in, key))(slots)
 
 
 def slot_normal(
     key: Key[Array, ""], shape: tuple[int, ...], slots: Int[Array, "B"] | None = None
 ) -> Float[Array, "B ..."]:
-    """Standard normal float32 of `shape` = `(B, ...)`, drawn slot by slot.
+    """Standard normal float32 of `shape` = `(B, ...)`, drawn independently per slot.
 
     Args:
       key: of this step and purpose.
       shape: with the batch axis.
-      slots: numbers of the slots in the global batch; default 0..B-1.
+      slots: indices in the global batch; default 0..B-1.
     """
     keys = slot_keys(key, jnp.arange(shape[0]) if slots is None else slots)
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], jnp.float32))(keys)
@@ -132,15 +134,15 @@ def draw_timesteps(
     size: tuple[int, int, int] | None = None,
     slots: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B"]:
-    """Raw timesteps, float32: whole numbers for discrete schedules.
+    """Random raw timesteps, float32: whole numbers for discrete schedules.
 
     Args:
       key: of this step.
       batch_size: B.
       config: the distribution.
       schedule: discrete schedules round down to 0..999.
-      size: frames, height and width of the clip in tokens (latent patches); needed where the shift depends on it.
-      slots: numbers of the slots in the global batch; default 0..B-1.
+      size: frames, height and width of the clip in tokens (latent patches); required if the shift depends on it.
+      slots: indices in the global batch; default 0..B-1.
     """
     if size is None and config.shift_by != "nothing":
         raise ValueError(f"shift_by = {config.shift_by!r}: give `size`, the clip's frames, height and width in tokens.")
@@ -150,7 +152,7 @@ def draw_timesteps(
         fraction = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(keys)
     else:
         normal = jax.vmap(lambda k: jax.random.normal(k, (), jnp.float32))(keys)
-        fraction = jax.nn.sigmoid(config.mean + config.deviation * normal)
+        fraction = jax.nn.sigmoid(config.mean + config.std * normal)
     fraction = shift * fraction / (1.0 + (shift - 1.0) * fraction)
     if schedule.config.continuous:
         return fraction * TIMESTEPS
@@ -160,8 +162,8 @@ def draw_timesteps(
 def weight_table(config: ObjectiveConfig, schedule: Schedule) -> np.ndarray:
     """Loss weight of each of the 1000 timesteps, float64, mean 1 over the grid.
 
-    The mean is over the grid and never over a batch: a batch mean would tie a sample's weight to its neighbours, and
-    with it the learning rate to the batch size.
+    The mean is over the grid, not over a batch: with a batch mean, a sample's weight would depend on its neighbors, and
+    the effective learning rate on the batch size.
     """
     grid = np.arange(TIMESTEPS)
     if config.weighting == "uniform":
@@ -200,9 +202,9 @@ def loss_per_sample(
 def loss_by_band(
     losses: Float[Array, "B"], timesteps: Float[Array, "B"], bands: int
 ) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Sum and number of the losses in each of `bands` equal timestep bands, by name ("loss_t0000_0250").
+    """Sum and count of the losses in each of `bands` equal timestep bands, by name ("loss_t0000_0250").
 
-    (total, count) pairs add up over microbatches, devices and steps; the quotient is the band's mean loss.
+    (total, count) pairs add up over microbatches, devices and steps; the quotient is the mean loss of the band.
     """
     width = TIMESTEPS // bands
     band = jnp.clip(jnp.floor(timesteps / width), 0.0, bands - 1.0)

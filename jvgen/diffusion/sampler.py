@@ -1,12 +1,12 @@
 """Samplers: from noise to a clean sample in a few steps, as one `lax.scan` over a table of coefficients.
 
 Every sampler here is linear in four arrays, so a step is
-`next = a noisy + b clean + c previous_clean + d fresh_noise`, where `clean` is what the prediction implies. The factors
-are made on the host in float64, where their limits (no signal, no noise) are exact.
+`next = a noisy + b clean + c previous_clean + d fresh_noise`, where `clean` is the clean sample that the prediction
+implies. The coefficients are computed in float64 with numpy, where their limits (no signal, no noise) are exact.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +28,24 @@ from jvgen.diffusion.schedule import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerConfig(Config):
-    """Which sampler, over which timesteps.
+    """Sampler and its timesteps.
 
     Attributes:
       kind: "ddim" (Song et al. 2021), "euler" (rectified flow only), "dpm_solver_sde" (DPM-Solver++ 2M, stochastic) or
-        "dpm_solver" (the same without noise), both for discrete schedules only.
-      steps: network evaluations, twice that with guidance.
-      spacing: "trailing" (ends at 999, the right one for zero terminal SNR), "leading" or "linspace", each as
-        diffusers computes it. Rectified flow: "trailing" is linspace(1, 1/steps), "linspace" is diffusers' default.
+        "dpm_solver" (the same without noise), the last two for discrete schedules only.
+      steps: network evaluations, twice as many with guidance.
+      spacing: "trailing" (starts at 999, required for zero terminal SNR), "leading" or "linspace", each as in
+        diffusers. Rectified flow: "trailing" is linspace(1, 1/steps), "linspace" is the default of diffusers.
       eta: of ddim: 0 is deterministic, 1 adds as much noise as the ancestral sampler.
       steps_offset: added to the timesteps of "leading".
-      ends_clean: the last step goes to the clean sample; False: to timestep 0 (Stable Diffusion's scheduler files).
-      goes_to: "next" (each step goes to the next timestep in the list) or "stride" (to t - 1000 // steps, as
-        diffusers' discrete schedulers do; the same when steps divides 1000 and spacing is trailing or leading).
-      levels: of signal: those of the "schedule", or as the SAT code, which RepVideo samples with, has them: timesteps
-        rounded down, levels rescaled to zero terminal SNR over the list of steps alone, and predictions read at the
-        nearest of the schedule's levels. Needs zero terminal SNR; spacing and goes_to are then as they are by default.
+      final_step_clean: the last step ends at the clean sample; false: at timestep 0 (Stable Diffusion's scheduler
+        files).
+      step_to: "next" (each step ends at the next timestep in the list) or "stride" (at t - 1000 // steps, as in the
+        discrete schedulers of diffusers; the same when steps divides 1000 and spacing is trailing or leading).
+      levels: signal levels of the "schedule", or "sat": as in the SAT code, which RepVideo samples with. There
+        timesteps are rounded down, levels are rescaled to zero terminal SNR over the list of steps only, and
+        predictions are interpreted at the nearest level of the schedule. "sat" needs zero terminal SNR, and the
+        defaults of spacing and step_to.
     """
 
     kind: Literal["ddim", "euler", "dpm_solver_sde", "dpm_solver"] = "ddim"
@@ -51,9 +53,11 @@ class SamplerConfig(Config):
     spacing: Literal["trailing", "leading", "linspace"] = "trailing"
     eta: float = 0.0
     steps_offset: int = 0
-    ends_clean: bool = True
-    goes_to: Literal["next", "stride"] = "next"
+    final_step_clean: bool = True
+    step_to: Literal["next", "stride"] = "next"
     levels: Literal["schedule", "sat"] = "schedule"
+
+    renamed_fields: ClassVar[dict[str, str]] = {"goes_to": "step_to", "ends_clean": "final_step_clean"}
 
     def validate(self) -> None:
         if not 1 <= self.steps <= TIMESTEPS:
@@ -62,8 +66,10 @@ class SamplerConfig(Config):
             raise ValueError(f"eta = {self.eta}: must not be negative; 0 for a deterministic sampler.")
         if self.eta and self.kind != "ddim":
             raise ValueError(f"eta = {self.eta}: only ddim reads it; set eta = 0 for {self.kind}.")
-        if self.levels == "sat" and (self.spacing, self.goes_to, self.ends_clean) != ("trailing", "next", True):
-            raise ValueError("levels = 'sat': leave spacing = 'trailing', goes_to = 'next' and ends_clean = true.")
+        if self.levels == "sat" and (self.spacing, self.step_to, self.final_step_clean) != ("trailing", "next", True):
+            raise ValueError(
+                "levels = 'sat': leave spacing = 'trailing', step_to = 'next' and final_step_clean = true."
+            )
 
     @property
     def needs_key(self) -> bool:
@@ -72,7 +78,7 @@ class SamplerConfig(Config):
 
 
 class Coefficients(NamedTuple):
-    """One row a step, float64: `clean = clean_of_noisy noisy + clean_of_prediction prediction`, then the factors."""
+    """One row per step, float64: `clean = clean_of_noisy noisy + clean_of_prediction prediction`, then the factors."""
 
     timesteps: np.ndarray
     guidance: np.ndarray
@@ -85,9 +91,9 @@ class Coefficients(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Where a sampler goes: the raw timestep and signal level of each step, and the level that the step arrives at.
+    """The raw timestep, the levels at which each step starts, and the levels at which it ends: arrays over steps.
 
-    `read_alpha` and `read_sigma` are the levels at which predictions are read; None for those of the step.
+    `read_alpha` and `read_sigma` are the levels at which predictions are interpreted; None for those of the step.
     """
 
     timesteps: np.ndarray
@@ -106,7 +112,7 @@ def discrete_timesteps(config: SamplerConfig) -> np.ndarray:
     if config.spacing == "leading":
         stride = TIMESTEPS // config.steps
         return (np.arange(config.steps) * stride)[::-1].astype(np.int64) + config.steps_offset
-    # A float range, because its rounding decides ties as diffusers does; it may add a last timestep of -1, never kept.
+    # A float range, because its rounding decides ties as diffusers does; a possible last timestep of -1 is cut off.
     return np.round(np.arange(TIMESTEPS, 0, -TIMESTEPS / config.steps)[: config.steps]).astype(np.int64) - 1
 
 
@@ -131,23 +137,25 @@ def grid(config: SamplerConfig, schedule: Schedule) -> Grid:
         return sat_grid(config.steps, schedule)
     timesteps = discrete_timesteps(config)
     if timesteps[0] >= TIMESTEPS:
-        raise ValueError(f"steps_offset = {config.steps_offset}: leads to timestep {timesteps[0]}, past the last, 999.")
+        raise ValueError(
+            f"steps_offset = {config.steps_offset}: leads to timestep {timesteps[0]}, above the maximum of 999."
+        )
     stride = timesteps - TIMESTEPS // config.steps
-    arrival = stride if config.goes_to == "stride" else np.append(timesteps[1:], -1)
+    arrival = stride if config.step_to == "stride" else np.append(timesteps[1:], -1)
     alpha, sigma = schedule.levels(timesteps)
     next_alpha, next_sigma = schedule.levels(np.maximum(arrival, 0))
-    if config.ends_clean:
+    if config.final_step_clean:
         next_alpha, next_sigma = np.where(arrival < 0, 1.0, next_alpha), np.where(arrival < 0, 0.0, next_sigma)
     return Grid(timesteps.astype(np.float64), alpha, sigma, next_alpha, next_sigma)
 
 
 def sat_grid(steps: int, schedule: Schedule) -> Grid:
-    """The levels that the SAT code base visits: see `SamplerConfig.levels`."""
+    """The levels that the SAT code visits: see `SamplerConfig.levels`."""
     if not schedule.config.ends_in_pure_noise:
         raise ValueError("levels = 'sat': needs a schedule with zero terminal SNR; set zero_terminal = true.")
     timesteps = np.linspace(TIMESTEPS - 1, 0, steps, endpoint=False).astype(np.int64)
     before_rescale = alpha_bar_table(schedule.config.replace(zero_terminal=False))
-    # The rescale takes falling lists: first the least noisy step.
+    # The rescale takes a falling list, which starts with the least noisy step.
     power = zero_terminal_rescale(before_rescale[timesteps[::-1]])[::-1]
     alpha, sigma = np.sqrt(power), np.sqrt(1.0 - power)
     table, _ = schedule.levels(np.arange(TIMESTEPS))
@@ -163,7 +171,7 @@ def coefficients(
     """The table of a sampler.
 
     Raises:
-      ValueError: a sampler that does not go with the schedule, or a prediction that says nothing about the clean
+      ValueError: a sampler that does not support the schedule, or a prediction that does not determine the clean
         sample at some timestep.
     """
     config.validate()
@@ -179,8 +187,8 @@ def coefficients(
         raise ValueError("prediction 'epsilon': the first timestep is pure noise; train 'v' or drop zero_terminal.")
     scales = guidance_scales(guidance or GuidanceConfig(kind="none"), levels.timesteps)
     if config.kind in ("dpm_solver_sde", "dpm_solver"):
-        # In strides that do not add up to 1000, the last step arrives at a noisy sample and is a step like others.
-        ends = config.goes_to == "next" or int(levels.timesteps[-1]) < TIMESTEPS // config.steps
+        # With strides that do not add up to 1000, the last step ends at a noisy sample and is an ordinary step.
+        ends = config.step_to == "next" or int(levels.timesteps[-1]) < TIMESTEPS // config.steps
         factors = _dpm_solver_factors(levels, ends=ends, stochastic=config.kind == "dpm_solver_sde")
     else:
         factors = _ddim_factors(levels, config.eta)
@@ -194,14 +202,16 @@ def _ddim_factors(levels: Grid, eta: float) -> tuple[np.ndarray, ...]:
     """Song et al. 2021, eq. 12, with (noisy - alpha clean) / sigma for the noise. For rectified flow it is Euler."""
     _, alpha, sigma, next_alpha, next_sigma, *_ = levels
     ratio = (next_sigma / sigma) ** 2 * (1.0 - (alpha / np.maximum(next_alpha, 1e-12)) ** 2)
-    deviation = eta * np.sqrt(np.maximum(ratio, 0.0)) if eta else np.zeros_like(alpha)
-    direction = np.sqrt(np.maximum(next_sigma**2 - deviation**2, 0.0))
+    std = eta * np.sqrt(np.maximum(ratio, 0.0)) if eta else np.zeros_like(alpha)
+    direction = np.sqrt(np.maximum(next_sigma**2 - std**2, 0.0))
     noisy = direction / sigma
-    return noisy, next_alpha - alpha * noisy, np.zeros_like(alpha), deviation
+    return noisy, next_alpha - alpha * noisy, np.zeros_like(alpha), std
 
 
 def _dpm_solver_factors(levels: Grid, *, ends: bool, stochastic: bool) -> tuple[np.ndarray, ...]:
-    """DPM-Solver++(2M) and its SDE (Lu et al. 2022), first order on the first step and on one that `ends` (CogVideoX).
+    """DPM-Solver++(2M) and its SDE (Lu et al. 2022), as in CogVideoX.
+
+    First order on the first step and, with `ends`, on the last.
 
     With step sizes h = log-SNR differences, exp(-h) is a ratio of levels and needs no logarithm of zero.
     """
@@ -212,7 +222,7 @@ def _dpm_solver_factors(levels: Grid, *, ends: bool, stochastic: bool) -> tuple[
     noisy = next_sigma / sigma * (decay if stochastic else 1.0)
     clean = next_alpha * (1.0 - (decay**2 if stochastic else decay))
     noise = next_sigma * np.sqrt(1.0 - decay**2) * (1.0 if stochastic else 0.0)
-    blend = np.zeros_like(alpha)  # 1 / (2 r), the weight of the older estimate; 0 where the step before was infinite
+    blend = np.zeros_like(alpha)  # 1 / (2 r), the weight of the previous estimate; 0 after a step of infinite size
     for k in range(1, len(alpha) - ends):
         blend[k] = 0.5 * (next_log_snr[k] - log_snr[k]) / (log_snr[k] - log_snr[k - 1])
     return noisy, clean * (1.0 + blend), -clean * blend, noise
@@ -237,9 +247,9 @@ def sample(
       noise: standard normal start (`slot_normal`).
       schedule, prediction: what the network was trained with.
       sampler: method and steps.
-      guidance: strength handed to `denoise` at each step; None hands over 1.
+      guidance: scale passed to `denoise` at each step; None passes 1.
       key: for samplers that add noise (`SamplerConfig.needs_key`).
-      slots: numbers of the slots in a larger set of samples, so that each has its own noise; default 0..B-1.
+      slots: indices of the samples in a larger set, so that each has its own noise; default 0..B-1.
 
     Returns:
       Clean samples, float32.
@@ -268,7 +278,7 @@ def trajectory(
     slots: Int[Array, "B"] | None = None,
     keep: bool = False,
 ) -> tuple[Float[Array, "B ..."], Float[Array, "S B ..."] | None]:
-    """As `sample`; with `keep` also returns what every step arrived at."""
+    """As `sample`; with `keep` also returns the result of every step."""
     if sampler.needs_key and key is None:
         raise ValueError(f"sampler {sampler.kind!r} with eta = {sampler.eta} adds noise: give `key`.")
     rows = table_rows(coefficients(sampler, schedule, prediction, guidance))
@@ -284,7 +294,7 @@ def trajectory(
 
 
 def table_rows(table: Coefficients) -> dict[str, Array]:
-    """The table as float32 columns for `lax.scan`, and the number of each step as "step"."""
+    """The table as float32 columns for `lax.scan`, with the index of each step as "step"."""
     rows = {name: jnp.asarray(column.astype(np.float32)) for name, column in table._asdict().items()}
     return {**rows, "step": jnp.arange(len(table.timesteps))}
 
@@ -296,17 +306,17 @@ def advance(
     previous: Float[Array, "B ..."],
     fresh: Float[Array, "B ..."] | None,
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
-    """One step of a sampler, for `trajectory` and for loops on the host.
+    """One step of a sampler, for `trajectory` and for Python loops.
 
     Args:
       denoise: see `sample`.
       row: scalars, one row of `table_rows`.
-      noisy: where the step starts, float32.
-      previous: the clean sample that the step before saw; zeros at the first step.
-      fresh: what `step_noise` gives for this step; None for samplers that add no noise.
+      noisy: input of the step, float32.
+      previous: the estimate of the clean sample in the previous step; zeros at the first step.
+      fresh: `step_noise` of this step; None for samplers that add no noise.
 
     Returns:
-      Where the step arrives, and the clean sample that it saw.
+      The result of the step, and its estimate of the clean sample.
     """
     timesteps = jnp.broadcast_to(row["timesteps"], noisy.shape[:1])
     predicted = denoise(noisy, timesteps, row["guidance"]).astype(jnp.float32)

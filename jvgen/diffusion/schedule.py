@@ -1,8 +1,8 @@
-"""Noise schedules: how much signal and how much noise a timestep holds, and what that makes of a prediction.
+"""Noise schedules: signal and noise levels by timestep, and conversions between kinds of prediction.
 
 A noisy sample is `alpha(t) * clean + sigma(t) * noise`. Timesteps are raw float32 numbers on the scale of 1000 that the
 network is conditioned on: whole numbers 0..999 for the discrete schedules, any number in [0, 1000] for rectified flow.
-Tables are made on the host in float64 and looked up on the device in float32.
+Tables are computed in float64 with numpy and looked up on the device in float32.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Prediction = Literal["epsilon", "v", "clean", "velocity"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Config):
-    """Which schedule.
+    """Noise schedule.
 
     Attributes:
       kind: "scaled_linear" (Stable Diffusion), "linear" (evenly spaced betas: AnimateDiff, CVD), "cogvideox" (the betas
@@ -49,7 +49,7 @@ class ScheduleConfig(Config):
         if self.snr_shift is not None and self.snr_shift <= 0:
             raise ValueError(f"snr_shift = {self.snr_shift}: must be positive; 1 for no shift.")
         if self.continuous and (self.snr_shift is not None or self.zero_terminal is not None):
-            raise ValueError("rectified_flow has no snr_shift and no zero_terminal; leave them none, use flow_shift.")
+            raise ValueError("rectified_flow has no snr_shift and no zero_terminal: leave them none, use flow_shift.")
         if not self.continuous and self.flow_shift != 1.0:
             raise ValueError(
                 f"flow_shift = {self.flow_shift}: only rectified_flow reads it; {self.kind} has snr_shift."
@@ -67,7 +67,7 @@ class ScheduleConfig(Config):
 
     @property
     def ends_in_pure_noise(self) -> bool:
-        """True where the last timestep holds no signal: noise predicted there says nothing about the clean sample."""
+        """True if the last timestep has no signal: noise predicted there does not determine the clean sample."""
         return self.continuous or (self.zero_terminal if self.zero_terminal is not None else self.kind == "cogvideox")
 
     def build(self) -> "Schedule":
@@ -79,8 +79,8 @@ class ScheduleConfig(Config):
 def alpha_bar_table(config: ScheduleConfig) -> np.ndarray:
     """Cumulative signal power of the 1000 discrete timesteps, float64, falling from nearly 1.
 
-    The SNR shift comes before the zero-terminal rescale; the other order gives another table (CogVideoX, section 2.3
-    of its paper, after Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed").
+    The SNR shift comes before the zero-terminal rescale; the other order gives another table (section 2.3 of the
+    CogVideoX paper, after Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed").
     """
     assert not config.continuous, "rectified flow has no table"
     shift = config.effective_snr_shift
@@ -95,7 +95,7 @@ def alpha_bar_table(config: ScheduleConfig) -> np.ndarray:
 def zero_terminal_rescale(alpha_bar: np.ndarray) -> np.ndarray:
     """Shift and scale sqrt(alpha_bar) so that the last entry is 0 and the first is unchanged (Lin et al. 2024, alg. 1).
 
-    Takes any falling list, so also the few steps of a sampler, which is how the SAT code base of CogVideoX applies it.
+    Takes any falling list: the SAT code of CogVideoX applies it to the few steps of a sampler.
     """
     root = np.sqrt(alpha_bar)
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
@@ -103,9 +103,9 @@ def zero_terminal_rescale(alpha_bar: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Signal and noise by timestep, forward noising, and conversions between kinds of prediction.
+    """Signal and noise levels, forward noising, and conversions between kinds of prediction.
 
-    All methods compute in float32 and are pure. `timesteps` is `[B]`, arrays are `[B ...]`.
+    All methods compute in float32 and are pure. `timesteps` is `B`, arrays are `B ...`.
     """
 
     config: ScheduleConfig
@@ -116,7 +116,7 @@ class Schedule:
         return alpha_bar_table(self.config)
 
     def levels(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(alpha, sigma) on the host in float64, for coefficient tables."""
+        """(alpha, sigma) in float64 with numpy, for coefficient tables."""
         if self.config.continuous:
             sigma = np.asarray(timesteps, np.float64) / TIMESTEPS
             return 1.0 - sigma, sigma
@@ -154,7 +154,7 @@ class Schedule:
         timesteps: Float[Array, "B"],
         kind: Prediction,
     ) -> Float[Array, "B ..."]:
-        """What a network of this kind should predict: noise, `alpha noise - sigma clean`, clean, or `noise - clean`."""
+        """Training target of this kind: noise, `alpha noise - sigma clean`, clean, or `noise - clean`."""
         clean, noise = clean.astype(jnp.float32), noise.astype(jnp.float32)
         if kind == "epsilon":
             return noise
@@ -172,7 +172,7 @@ class Schedule:
         timesteps: Float[Array, "B"],
         kind: Prediction,
     ) -> Float[Array, "B ..."]:
-        """The clean sample that a prediction implies. For "epsilon" it is infinite where a timestep has no signal."""
+        """The clean sample that a prediction implies; for "epsilon" infinite at timesteps without signal."""
         of_noisy, of_prediction = clean_factors(*self._broadcast(timesteps, noisy.ndim), kind)
         return of_noisy * noisy.astype(jnp.float32) + of_prediction * prediction.astype(jnp.float32)
 
@@ -183,7 +183,7 @@ class Schedule:
         timesteps: Float[Array, "B"],
         kind: Prediction,
     ) -> Float[Array, "B ..."]:
-        """The noise that a prediction implies. For "clean" it is infinite where a timestep has no noise."""
+        """The noise that a prediction implies; for "clean" infinite at timesteps without noise."""
         of_noisy, of_prediction = noise_factors(*self._broadcast(timesteps, noisy.ndim), kind)
         return of_noisy * noisy.astype(jnp.float32) + of_prediction * prediction.astype(jnp.float32)
 
@@ -195,7 +195,7 @@ class Schedule:
         source: Prediction,
         destination: Prediction,
     ) -> Float[Array, "B ..."]:
-        """A prediction of one kind as one of another kind."""
+        """Convert a prediction of kind `source` to kind `destination`."""
         if source == destination:
             return prediction.astype(jnp.float32)
         clean = self.to_clean(prediction, noisy, timesteps, source)
@@ -211,7 +211,7 @@ def clean_factors(alpha, sigma, kind: Prediction):
     """(p, q) with clean = p * noisy + q * prediction; of numpy or jax arrays.
 
     Solves noisy = alpha clean + sigma noise together with the definition of the prediction, so it holds for
-    variance-preserving schedules and for rectified flow alike.
+    variance-preserving schedules and for rectified flow.
     """
     if kind == "epsilon":
         return 1.0 / alpha, -sigma / alpha

@@ -45,7 +45,7 @@ def to_diffusers(scheduler: Scheduler) -> dict[str, Any] | None:
         "prediction_type": names[scheduler.prediction],
         "rescale_betas_zero_snr": schedule.ends_in_pure_noise,
         "snr_shift_scale": schedule.effective_snr_shift,
-        "set_alpha_to_one": sampler.ends_clean,
+        "set_alpha_to_one": sampler.final_step_clean,
         "steps_offset": sampler.steps_offset,
         "timestep_spacing": sampler.spacing,
     }
@@ -95,7 +95,7 @@ def from_diffusers(values: Mapping[str, Any], where: str) -> Scheduler:
             kind=SAMPLERS[name],
             spacing=read["timestep_spacing"],
             steps_offset=values.get("steps_offset", 0),
-            ends_clean=values.get("set_alpha_to_one", True),
-            goes_to="stride",
+            final_step_clean=values.get("set_alpha_to_one", True),
+            step_to="stride",
         ),
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def fade(
+def blend(
     before: Float[Array, "B F H W C"], after: Float[Array, "B F h w C"], extent: int, *, axis: int
 ) -> Float[Array, "B F h w C"]:
     """`after`, whose first `extent` elements along an axis come over linearly from the last ones of `before`.

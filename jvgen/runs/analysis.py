@@ -46,7 +46,7 @@ def analyze_run(
       batches: held-out batches to average over.
 
     Returns:
-      What `analysis.json` holds: for every timestep the measures of `jvgen.tasks.task.Task.look_at_layers`.
+      What `analysis.json` holds: for every timestep the measures of `jvgen.tasks.task.Task.analyze_layers`.
 
     Raises:
       ValueError: a task without layers to analyze, a run without evaluation data, or timesteps out of range.
@@ -63,7 +63,7 @@ def analyze_run(
     if not config.evaluation_sources:
         raise ValueError("the run has no data.evaluation_sources; give a data set with --data FOLDER.")
     experiment.task.check_data(config.replace(sources=config.evaluation_sources))
-    loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().prepare, evaluation=True)
+    loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().preprocess, evaluation=True)
     loaded = open_run(run, ema, step, untrained)
     found = _measure(loaded, loader, timesteps, batches, jax.random.key(experiment.seed))
     out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def _measure(
     @jax.jit
     def measure(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array) -> Any:
         with axes.partitioned(sharding):
-            return task.look_at_layers(parameters, frozen, batch, key, timestep)
+            return task.analyze_layers(parameters, frozen, batch, key, timestep)
 
     parameters = loaded.compute_parameters()
     totals: list[dict[str, np.ndarray]] = [{} for _ in timesteps]

@@ -77,7 +77,7 @@ def _prepare(
 ) -> tuple[Loader, VideoDistance | None]:
     if batches < 1:
         raise ValueError(f"--batches {batches}: average over at least one batch.")
-    if fvd_weights is not None and not experiment.task.predicts_clips:
+    if fvd_weights is not None and not experiment.task.supports_prediction:
         raise ValueError(
             f"--fvd-weights: {type(experiment.task).__name__} predicts no clips; this needs a run of a world model."
         )
@@ -89,7 +89,7 @@ def _prepare(
     if not config.evaluation_sources:
         raise ValueError("the run names no data.evaluation_sources; name a data set with --data FOLDER.")
     experiment.task.check_data(config.replace(sources=config.evaluation_sources))
-    loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().prepare, evaluation=True)
+    loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().preprocess, evaluation=True)
     return loader, distance
 
 

@@ -141,7 +141,7 @@ def sample_view_arrays(
 
 def check_views(experiment: Experiment) -> None:
     """Raise `ValueError` if the run's task generates single clips."""
-    if not experiment.task.sees_views:
+    if not experiment.task.supports_views:
         raise ValueError("--cameras: this run generates single clips; it needs a run of jvgen.tasks.multiview.")
 
 

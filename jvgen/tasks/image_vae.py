@@ -113,7 +113,7 @@ class ImageVAETask(Task):
             shape, names = (bucket.views, *shape), (axes.VIEWS, *names)
         return {"video": ArraySpec(shape, np.dtype(np.uint8), names)}
 
-    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+    def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         if "video" not in example:
             raise ValueError("the data set holds cached latents and no pixels: an image VAE needs pixels.")
         return {"video": example["video"]}

@@ -95,7 +95,7 @@ class MultiViewConfig(TextToVideoConfig):
         self.latent_shape(frames, bucket.height, bucket.width)
 
     @property
-    def sees_views(self) -> bool:
+    def supports_views(self) -> bool:
         return True
 
     def frames_of(self, bucket: BucketConfig) -> int:
@@ -153,7 +153,7 @@ class MultiView(TextToVideo):
             bucket, latent, channels=channels, from_pixels=config.latents == "pixels", tokens=tokens
         )
 
-    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+    def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         config = self.config
         made = view_batches.prepare(
             example,
@@ -343,7 +343,7 @@ class MultiView(TextToVideo):
         cameras = _held_at_first(cameras, (latent[0] - kept) * config.temporal_compression)
         shape = (tokens.shape[0] * views, *latent, config.denoiser.out_channels)
         text = repeat(self.text_embeddings(parameters, frozen, tokens), "b l c -> (b v) l c", v=views)
-        empty = self.text_embeddings(parameters, frozen, self.text.null_tokens()[None])
+        empty = self.text_embeddings(parameters, frozen, self.text.unconditional_tokens()[None])
         both = guidance.kind != "none"
 
         def pair(

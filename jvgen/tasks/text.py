@@ -1,8 +1,8 @@
-"""Captions to embeddings: the two text encoders that a task can be conditioned by, behind one face."""
+"""Captions to embeddings: one interface to the two text encoders that a task can be conditioned on."""
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,26 @@ class TextConfig(Config):
     """Which text encoder.
 
     Attributes:
-      encoder: a byte encoder is trained along and needs no files; T5 is frozen and read from `weights`.
-      length: tokens of a caption, padded or cut.
-      weights: exported or transformers folder of a T5 encoder.
+      encoder: a byte encoder is trained with the denoiser and needs no files; T5 is frozen and read from `weights`.
+      length: tokens per caption, padded or truncated.
+      weights: exported folder, or transformers folder, of a T5 encoder.
       tokenizer: folder with T5's tokenizer.json or spiece.model.
-      null: what stands for no caption: the embeddings of the empty caption, or zeros (as CogVideoX was trained).
+      unconditional: embedding for dropped captions and classifier-free guidance: that of the empty caption, or zeros
+        (as CogVideoX was trained).
     """
 
     encoder: ByteTextConfig | T5Config
     length: int = 226
     weights: str | None = None
     tokenizer: str | None = None
-    null: Literal["empty", "zeros"] = "empty"
+    unconditional: Literal["empty_caption", "zeros"] = "empty_caption"
+
+    renamed_fields: ClassVar[dict[str, str]] = {"null": "unconditional"}
+
+    @classmethod
+    def upgrade(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        saved = super().upgrade(saved)
+        return saved | {"unconditional": "empty_caption"} if saved.get("unconditional") == "empty" else saved
 
     @property
     def width(self) -> int:
@@ -48,10 +56,10 @@ class TextConfig(Config):
         if self.length < 1:
             raise ValueError(f"length = {self.length}: must be at least 1.")
         if isinstance(self.encoder, ByteTextConfig) and (self.weights or self.tokenizer):
-            raise ValueError("a byte encoder is trained along: leave weights and tokenizer none.")
+            raise ValueError("a byte encoder is trained with the denoiser: leave weights and tokenizer none.")
 
     def check_files(self) -> None:
-        """Raise `ValueError` for files of a frozen encoder that are not named, not there, or of another encoder."""
+        """Raise `ValueError` for files of a frozen encoder that are not named, missing, or of another encoder."""
         if isinstance(self.encoder, ByteTextConfig):
             return
         if self.weights is None:
@@ -66,7 +74,7 @@ class TextEncoder:
     """Tokenizer and network of a `TextConfig`.
 
     Attributes:
-      frozen: the encoder is only read.
+      frozen: whether the encoder is not trained.
       network: the encoder.
     """
 
@@ -77,7 +85,7 @@ class TextEncoder:
         self.network = Network.of(lambda rngs: encoder(config.encoder, rngs=rngs))
 
     def load(self) -> Parameters:
-        """Weights of a frozen encoder; `TextConfig.check_files` says whether they are there."""
+        """Weights of a frozen encoder; `TextConfig.check_files` checks the files."""
         return import_folder(self.config.weights)[1]
 
     def tokenize(self, caption: str) -> np.ndarray:
@@ -86,18 +94,18 @@ class TextEncoder:
             return byte_tokenizer.tokenize(caption, self.config.length)
         return self._t5_tokenizer(caption, self.config.length)
 
-    def left_over(self, caption: str) -> str:
-        """The end of a caption that `tokenize` cuts off, or ""; not told of a byte encoder."""
-        return self._t5_tokenizer.left_over(caption, self.config.length) if self.frozen else ""
+    def truncated_text(self, caption: str) -> str:
+        """The end of a caption that `tokenize` truncates, or ""; always "" for a byte encoder."""
+        return self._t5_tokenizer.truncated_text(caption, self.config.length) if self.frozen else ""
 
     @functools.cached_property
     def _t5_tokenizer(self):
-        assert self.config.tokenizer is not None, "TextConfig.check_files() asks for it"
+        assert self.config.tokenizer is not None, "TextConfig.check_files() requires it"
         return t5_tokenizer.load(self.config.tokenizer)
 
-    def null_tokens(self) -> jax.Array:
-        """Token ids that stand for no caption: those of the empty caption, or -1 for zero embeddings."""
-        if self.config.null == "zeros":
+    def unconditional_tokens(self) -> jax.Array:
+        """Token ids of the unconditional embedding: those of the empty caption, or -1 for zero embeddings."""
+        if self.config.unconditional == "zeros":
             return jnp.full((self.config.length,), -1, jnp.int32)
         return jnp.asarray(self.tokenize(""))
 

@@ -146,7 +146,7 @@ class VideoTokenizer(Task):
             self.networks[DISCRIMINATOR] = self.adversary.network
         self.perceptual = Perceptual(config.perceptual)
         self.frozen_networks = self.perceptual.networks
-        self.keeps_float32 = frozenset(self.frozen_networks)
+        self.float32_networks = frozenset(self.frozen_networks)
 
     def load_frozen(self) -> Parameters:
         return self.perceptual.load()
@@ -167,7 +167,7 @@ class VideoTokenizer(Task):
         shape, names = (bucket.frames, bucket.height, bucket.width, 3), (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
         return {"video": ArraySpec(shape, np.dtype(np.uint8), names)}
 
-    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+    def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         if "video" not in example:
             raise ValueError("the data set holds cached latents and no pixels: a tokenizer needs pixels.")
         return {"video": example["video"]}

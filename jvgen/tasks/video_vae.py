@@ -200,7 +200,7 @@ class VideoVAETask(Task):
         shape = (bucket.frames, bucket.height, bucket.width, 3)
         return {"video": ArraySpec(shape, np.dtype(np.uint8), (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None))}
 
-    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+    def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         if "video" not in example:
             raise ValueError("the data set holds cached latents and no pixels: a video VAE needs pixels.")
         return {"video": example["video"]}

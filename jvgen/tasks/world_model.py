@@ -106,7 +106,7 @@ class WorldModelConfig(TaskConfig):
         return bucket.frames + self.goal
 
     @property
-    def predicts_clips(self) -> bool:
+    def supports_prediction(self) -> bool:
         return True
 
     def check_bucket(self, bucket: BucketConfig) -> None:
@@ -166,7 +166,7 @@ class WorldModelTask(Task):
         self.perceptual = Perceptual(config.perceptual)
         self.frozen_networks = {"tokenizer": tokenizer, **self.perceptual.networks}
         of_tokenizer = {"tokenizer"} if config.tokenizer_dtype == "float32" else set()
-        self.keeps_float32 = frozenset(of_tokenizer | set(self.perceptual.networks))
+        self.float32_networks = frozenset(of_tokenizer | set(self.perceptual.networks))
 
     def load_frozen(self) -> Parameters:
         return {"tokenizer": import_folder(self.config.tokenizer_weights)[1], **self.perceptual.load()}
@@ -194,7 +194,7 @@ class WorldModelTask(Task):
             specs["rewards"] = ArraySpec((frames,), np.dtype(np.float32), (axes.FRAMES,))
         return specs
 
-    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+    def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         if "video" not in example:
             raise ValueError("the data set holds cached latents and no pixels: a world model needs pixels.")
         arrays, width = {"video": example["video"]}, self.config.transformer.action_width

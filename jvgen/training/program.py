@@ -165,7 +165,7 @@ class Program:
         slots = np.arange(process_index * size, (process_index + 1) * size, dtype=np.int32)
         wanted = self.abstract_batch(bucket, size * process_count)
         missing = sorted(set(wanted) - set(arrays) - {SLOT})
-        assert not missing, f"the task's prepare() left out {missing}, which its fields() promise"
+        assert not missing, f"the task's preprocess() left out {missing}, which its fields() promise"
         return {
             name: jax.make_array_from_process_local_data(
                 spec.sharding, (arrays | {SLOT: slots})[name].astype(spec.dtype, copy=False), spec.shape

@@ -158,7 +158,7 @@ def _open_data(program: Program, workdir: Path, make_loader: Callable[..., Any])
     experiment, training = program.experiment, program.experiment.training
     shared = {
         "seed": experiment.seed,
-        "preprocess": program.task.prepare,
+        "preprocess": program.task.preprocess,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }

@@ -133,7 +133,7 @@ def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> Tra
 
 
 def _frozen_dtype(task: Task, name: str, compute_dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.float32) if name in task.keeps_float32 else compute_dtype
+    return jnp.dtype(jnp.float32) if name in task.float32_networks else compute_dtype
 
 
 def load_frozen(task: Task, compute_dtype: jnp.dtype, shardings: Parameters) -> Parameters:

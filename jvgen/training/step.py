@@ -81,7 +81,7 @@ def make_train_step(
             def compute_gradient(trained: Parameters, loss: Any = loss) -> Any:
                 return accumulate(loss, trained, batch, training.accumulation, sharding)
 
-            first_step, period = first.turn
+            first_step, period = first.update_schedule
             if period == 1:
                 (value, extra), gradient = compute_gradient(trained)
             else:
@@ -153,7 +153,9 @@ def _group_by_loss(objectives: Sequence[Objective]) -> list[list[Objective]]:
         if group is None:
             groups.append([objective])
         else:
-            assert group[0].turn == objective.turn, f"{objective.name}: same loss, other update schedule"
+            assert group[0].update_schedule == objective.update_schedule, (
+                f"{objective.name}: same loss, other update schedule"
+            )
             group.append(objective)
     return groups
 

@@ -65,7 +65,7 @@ class FixedTask(Task):
             for name, array in self.config.arrays.items()
         }
 
-    def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+    def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         return example
 
     def loss(

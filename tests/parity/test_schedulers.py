@@ -100,10 +100,10 @@ def test_timesteps_for_every_number_of_steps(spacing):
 
 @pytest.mark.parametrize("prediction", ["v", "clean"])
 @pytest.mark.parametrize(
-    "spacing, steps, goes_to", [("trailing", 50, "next"), ("trailing", 7, "stride"), ("linspace", 10, "stride")]
+    "spacing, steps, step_to", [("trailing", 50, "next"), ("trailing", 7, "stride"), ("linspace", 10, "stride")]
 )
-def test_cogvideox_ddim(spacing, steps, goes_to, prediction):
-    sampler = SamplerConfig(steps=steps, spacing=spacing, goes_to=goes_to)
+def test_cogvideox_ddim(spacing, steps, step_to, prediction):
+    sampler = SamplerConfig(steps=steps, spacing=spacing, step_to=step_to)
     start, result = ours(ScheduleConfig(kind="cogvideox", snr_shift=3.0), sampler, prediction)
     expected = theirs(cogvideox_scheduler(3.0, spacing=spacing, prediction=prediction), start, steps)
     np.testing.assert_allclose(result, expected, atol=2e-5)
@@ -120,7 +120,9 @@ def test_cogvideox_ddim_with_dynamic_guidance(steps):
 
 @pytest.mark.parametrize("prediction, eta", [("epsilon", 0.0), ("v", 0.0), ("clean", 0.0), ("epsilon", 0.6)])
 def test_stable_diffusion_ddim(prediction, eta, key):
-    sampler = SamplerConfig(steps=20, spacing="leading", steps_offset=1, eta=eta, ends_clean=False, goes_to="stride")
+    sampler = SamplerConfig(
+        steps=20, spacing="leading", steps_offset=1, eta=eta, final_step_clean=False, step_to="stride"
+    )
     start, result = ours(ScheduleConfig(kind="scaled_linear"), sampler, prediction, key=key)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
@@ -148,13 +150,13 @@ def test_flow_euler(shift, steps):
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("shift, steps, goes_to", [(1.0, 20, "next"), (3.0, 20, "stride"), (3.0, 28, "stride")])
-def test_dpm_solver_with_the_same_noise(shift, steps, goes_to, key, monkeypatch):
+@pytest.mark.parametrize("shift, steps, step_to", [(1.0, 20, "next"), (3.0, 20, "stride"), (3.0, 28, "stride")])
+def test_dpm_solver_with_the_same_noise(shift, steps, step_to, key, monkeypatch):
     scheduler = cogvideox_scheduler(shift, "CogVideoXDPMScheduler")
     scheduler.set_timesteps(steps)
     start, result = ours(
         ScheduleConfig(kind="cogvideox", snr_shift=shift),
-        SamplerConfig(kind="dpm_solver_sde", steps=steps, goes_to=goes_to),
+        SamplerConfig(kind="dpm_solver_sde", steps=steps, step_to=step_to),
         "v",
         key=key,
     )

@@ -108,9 +108,9 @@ def test_what_is_cut_off_is_told(folder):
     ours = tokenizer.load(folder)
     caption = "A red ball rolls. Two dogs run."
     length = int(np.count_nonzero(ours(caption, 99)))
-    assert ours.left_over(caption, length) == ""
-    assert ours.left_over("", 1) == ""
-    cut = ours.left_over(caption, length - 4)
+    assert ours.truncated_text(caption, length) == ""
+    assert ours.truncated_text("", 1) == ""
+    cut = ours.truncated_text(caption, length - 4)
     assert cut and caption.endswith(cut)
     kept = caption[: len(caption) - len(cut)]
     assert ours(caption, length - 4).tolist() == ours(kept, length - 4).tolist()

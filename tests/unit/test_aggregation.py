@@ -1,4 +1,4 @@
-"""RepVideo's aggregation: the numbers of the released rule, its gradients, and that it keeps nothing for them."""
+"""RepVideo's aggregation: the numbers of the released rule, its gradients, and what its backward pass stores."""
 
 import math
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jvgen.models.video_dit import aggregation, aggregation_memory
 from jvgen.models.video_dit.aggregation import Aggregation, plan
 from jvgen.models.video_dit.config import AggregationConfig, GateKind, Positions, VideoDiTConfig
 from jvgen.models.video_dit.model import VideoDiT
@@ -93,7 +94,7 @@ def expected(parameters):
     return output_and_gradients(TINY, parameters, cached_layers)
 
 
-# The rule by itself.
+# The rule alone.
 
 
 class AddOne(nnx.Module):
@@ -101,22 +102,24 @@ class AddOne(nnx.Module):
         self.bias = nnx.Param(jnp.ones(()), logical_axes=())
 
 
-def last_of(layers: int, gate: float, **changes) -> float:
-    """What `layers` layers make of zero when each adds one."""
+def output_of(run_layers, layers: int, gate: float) -> float:
+    """The output of `layers` layers for an input of zero when each adds one."""
     blocks = Stacked(lambda rngs: AddOne(), layers, rngs=nnx.Rngs(params=0))
-    aggregation = Aggregation(AggregationConfig(initial=gate, **changes), layers=layers, width=1)
+    gates = Aggregation(AggregationConfig(initial=gate), layers=layers, width=1)
     layer = lambda block, number, read, condition, constants: read + block.bias[...]  # noqa: E731
-    return float(aggregation.run(blocks, layer, jnp.zeros((1, 1, 1)), (), ())[0, 0, 0])
+    output = run_layers(blocks, layer, gates.values(), gates.plan(layers), jnp.zeros((1, 1, 1)), (), ())
+    return float(output[0, 0, 0])
 
 
+@pytest.mark.parametrize("module", [aggregation, aggregation_memory], ids=["plain", "memory_saving"])
 @pytest.mark.parametrize(
     "layers, gate, value",
     # Of the released code with such blocks: they pin the sign of the gate, the reset and the size of a group.
     [(1, 0.5, 1.0), (3, 0.5, 2.75), (7, 0.5, 4.51771), (8, 0.5, 5.51771), (30, 0.5, 18.26042),
      (30, 0.25, 22.88997), (30, 1.0, 13.08333), (30, 0.0, 30.0)],
 )  # fmt: skip
-def test_toy_layers_give_the_numbers_of_the_released_code(layers, gate, value):
-    assert last_of(layers, gate) == pytest.approx(value, abs=2e-5)
+def test_toy_layers_give_the_numbers_of_the_released_code(module, layers, gate, value):
+    assert output_of(module.run_layers, layers, gate) == pytest.approx(value, abs=2e-5)
 
 
 def test_what_is_averaged():
@@ -144,6 +147,18 @@ def test_gates_start_as_configured(kind, value):
 )
 def test_output_and_gradients_are_those_of_the_rule(change, parameters, expected):
     assert_equal(output_and_gradients(TINY.replace(**change), parameters), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"remat": Remat.FULL}, {"aggregation": AggregationConfig(period=2, gate=GateKind.CHANNEL), "layers": 3}],
+    ids=["none", "full", "channel"],
+)
+def test_the_plain_scan_gives_the_same_output_and_gradients(change):
+    saving = TINY.replace(**change)
+    plain = saving.replace(aggregation=saving.aggregation.replace(memory_saving=False))
+    parameters = random_parameters(saving)
+    assert_equal(output_and_gradients(saving, parameters), output_and_gradients(plain, parameters), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 LINEAR = ScheduleConfig(kind="linear").build()
 FLOW = ScheduleConfig(kind="rectified_flow").build()
-LEADING = SamplerConfig(kind="ddim", steps=25, spacing="leading", steps_offset=1, goes_to="stride")
+LEADING = SamplerConfig(kind="ddim", steps=25, spacing="leading", steps_offset=1, step_to="stride")
 
 
 @pytest.mark.parametrize("views", [1, 2, 3, 4, 5, 8])

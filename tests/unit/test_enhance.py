@@ -194,7 +194,7 @@ def test_layers_have_their_own_temperatures():
 
 def test_the_schedule_of_steps():
     config = EnhanceConfig(start=0.2, end=0.6)
-    assert [step for step in range(10) if config.acts(step, 10)] == [2, 3, 4, 5]
+    assert [step for step in range(10) if config.active_in(step, 10)] == [2, 3, 4, 5]
     query, key, layout = random_rows(gain=0.1)
     on, off = (factor(query, key, layout, active=jnp.asarray(value)) for value in (True, False))
     np.testing.assert_array_equal(on, factor(query, key, layout))

@@ -85,7 +85,7 @@ def test_a_pipeline_is_read_as_a_task(whole):
     config = read_pipeline(whole)
     assert (config.denoiser, config.vae, config.text.encoder) == (DENOISER, VAE, ENCODER)
     assert (config.latent_scale, config.spatial_compression, config.temporal_compression) == (VAE.scaling_factor, 2, 2)
-    assert (config.sampler.kind, config.sampler.goes_to, config.objective.target) == ("ddim", "stride", "v")
+    assert (config.sampler.kind, config.sampler.step_to, config.objective.target) == ("ddim", "stride", "v")
     assert (config.schedule.effective_snr_shift, config.schedule.ends_in_pure_noise) == (3.0, True)
     request = default_request(config)
     assert (request.frames, request.height, request.width) == (5, 8, 12) and frames_per_second(config) == 8
@@ -383,7 +383,7 @@ def experiment():
         name="from_published",
         task=TextToVideoConfig(
             denoiser=VideoDiTConfig(**{denoiser}),
-            text=TextConfig(encoder=T5Config(**{encoder}), length=6, null="zeros"),
+            text=TextConfig(encoder=T5Config(**{encoder}), length=6, unconditional="zeros"),
             latent_scale=1.15258426, spatial_compression=2, temporal_compression=2,
             schedule=ScheduleConfig(kind="cogvideox", snr_shift=3.0),
         ),

@@ -142,7 +142,7 @@ def test_batches_that_do_not_fit(changes, words):
 
 def test_it_needs_pixels_and_makes_nothing_from_prompts(tmp_path):
     with pytest.raises(ValueError, match="cached latents and no pixels"):
-        CONFIG.build().prepare({"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": ""})
+        CONFIG.build().preprocess({"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": ""})
     with pytest.raises(ValueError, match="text-to-video run"):
         CONFIG.check_request(SampleRequest(1, 12, 12))
     missing = CONFIG.replace(perceptual=PerceptualConfig(kind="lpips", weights=str(tmp_path / "vgg.safetensors")))

@@ -364,9 +364,9 @@ def test_examples_that_do_not_fit(changes, words):
         "video": np.zeros((5, 16, 16, 3), np.uint8), "actions": np.zeros((5, 2)), "has_action": True,
         "rewards": np.zeros(5),
     }  # fmt: skip
-    assert set(WORLD.build().prepare(example)) == {"video", "actions", "rewards"}
+    assert set(WORLD.build().preprocess(example)) == {"video", "actions", "rewards"}
     with pytest.raises(ValueError, match=words):
-        WORLD.build().prepare(example | changes)
+        WORLD.build().preprocess(example | changes)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def measures() -> dict:
     for name, denoiser in {"repvideo": DENOISER, "plain": DENOISER.replace(aggregation=None)}.items():
         config = config_of(denoiser)
         task = config.build()
-        look = jax.jit(lambda p, t, task=task: task.look_at_layers(p, {}, batch, jax.random.key(0), t))
+        look = jax.jit(lambda p, t, task=task: task.analyze_layers(p, {}, batch, jax.random.key(0), t))
         found[name] = jax.tree.map(np.asarray, look(parameters_of(config), jnp.float32(500.0)))
     return found
 

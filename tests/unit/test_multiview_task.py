@@ -92,7 +92,7 @@ def example_of(bucket: BucketConfig, seed: int = 0, **changes) -> dict:
 
 
 def batch_of(task, bucket: BucketConfig) -> dict[str, jax.Array]:
-    prepared = [task.prepare(example_of(bucket, seed)) for seed in range(bucket.batch_size)]
+    prepared = [task.preprocess(example_of(bucket, seed)) for seed in range(bucket.batch_size)]
     fields = task.fields(bucket)
     assert prepared[0].keys() == fields.keys()
     for name, spec in fields.items():
@@ -106,15 +106,15 @@ def batch_of(task, bucket: BucketConfig) -> dict[str, jax.Array]:
 
 def test_static_clips_are_folded(task):
     example = example_of(FOLDED)
-    made = CONFIG.replace(latents="pixels").build().prepare(example)
+    made = CONFIG.replace(latents="pixels").build().preprocess(example)
     np.testing.assert_array_equal(made["video"], [example["video"][[2, 1, 0]], example["video"][2:]])
     np.testing.assert_array_equal(made["extrinsics"][0], example["extrinsics"][[2, 1, 0]])
-    cached = task.prepare(example)
+    cached = task.preprocess(example)
     np.testing.assert_array_equal(cached["latents"], [example["latents"][[2, 1, 0]], example["latents"][2:]])
 
 
 def test_dynamic_clips_are_warped_by_their_seed(task):
-    first, same, other = (task.prepare(example_of(WARPED) | {"seed": np.uint64(s)}) for s in (1, 1, 2))
+    first, same, other = (task.preprocess(example_of(WARPED) | {"seed": np.uint64(s)}) for s in (1, 1, 2))
     np.testing.assert_array_equal(first["video"], same["video"])
     assert (first["homographies"] != other["homographies"]).any()
     assert first["valid"].shape == (2, 3, 4, 4) and first["valid"][0].all()
@@ -132,7 +132,7 @@ def test_dynamic_clips_are_warped_by_their_seed(task):
 def test_examples_that_lack_something(task, bucket, changes, message):
     example = {name: value for name, value in example_of(bucket, **changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        task.prepare(example)
+        task.preprocess(example)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_uniform_timesteps_are_whole_and_cover_the_grid(key):
 
 
 def test_logit_normal_and_shift_have_the_stated_quantiles(key):
-    config = TimestepConfig(kind="logit_normal", mean=0.5, deviation=0.8)
+    config = TimestepConfig(kind="logit_normal", mean=0.5, std=0.8)
     drawn = np.asarray(draw_timesteps(key, 20000, config, FLOW)) / 1000
     logit = np.log(drawn / (1 - drawn))
     assert logit.mean() == pytest.approx(0.5, abs=0.03) and logit.std() == pytest.approx(0.8, abs=0.03)
@@ -161,8 +161,8 @@ def test_a_band_holds_its_own_losses_and_survives_a_neighbours_nan():
 def test_objectives_that_cannot_work_say_so():
     with pytest.raises(ConfigError, match="bands"):
         validate_tree(ObjectiveConfig(bands=3))
-    with pytest.raises(ConfigError, match="deviation"):
-        validate_tree(ObjectiveConfig(timesteps=TimestepConfig(deviation=0.0)))
+    with pytest.raises(ConfigError, match="std"):
+        validate_tree(ObjectiveConfig(timesteps=TimestepConfig(std=0.0)))
     with pytest.raises(ValueError, match="choose target 'v'"):
         ObjectiveConfig(target="epsilon").check_schedule(COGVIDEOX.config)
     ObjectiveConfig(target="epsilon").check_schedule(STABLE.config)

@@ -165,7 +165,7 @@ class Rivals(toys.GameTask):
         if self.shared:
             both = self.both
             return Objective("generator", one.parameters, both), Objective("critic", other.parameters, both)
-        return tuple(dataclasses.replace(o, turn=(n, self.period)) for n, o in enumerate((one, other)))
+        return tuple(dataclasses.replace(o, update_schedule=(n, self.period)) for n, o in enumerate((one, other)))
 
     def both(self, parameters, frozen, batch, key):
         assert batch["step"].shape == batch["slot"].shape

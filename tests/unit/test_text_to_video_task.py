@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvgen import saved_config
 from jvgen.config import ConfigError, validate_tree
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.guidance import GuidanceConfig
-from jvgen.diffusion.objective import ObjectiveConfig
+from jvgen.diffusion.objective import ObjectiveConfig, TimestepConfig
 from jvgen.diffusion.sampler import SamplerConfig, grid
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.interop.to_torch import export_network
@@ -19,7 +20,7 @@ from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.t5.config import T5Config
 from jvgen.models.t5.model import T5Encoder
-from jvgen.models.video_dit.config import Positions, VideoDiTConfig
+from jvgen.models.video_dit.config import AggregationConfig, GateKind, Positions, VideoDiTConfig
 from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.task import SampleRequest
@@ -146,10 +147,10 @@ def test_cached_latents_are_those_of_the_pixels(frozen, key):
 # Text.
 
 
-@pytest.mark.parametrize("null", ["empty", "zeros"])
+@pytest.mark.parametrize("null", ["empty_caption", "zeros"])
 def test_no_caption_is_the_empty_one_or_zeros(parameters, null):
-    task = CONFIG.replace(text=CONFIG.text.replace(null=null)).build()
-    tokens = jnp.stack([task.text.null_tokens(), jnp.asarray(byte_tokenizer.tokenize("", 6))])
+    task = CONFIG.replace(text=CONFIG.text.replace(unconditional=null)).build()
+    tokens = jnp.stack([task.text.unconditional_tokens(), jnp.asarray(byte_tokenizer.tokenize("", 6))])
     embeddings = np.asarray(task.text_embeddings(parameters, {}, tokens))
     assert np.abs(embeddings[1]).max() > 0.1
     np.testing.assert_array_equal(embeddings[0], 0 * embeddings[1] if null == "zeros" else embeddings[1])
@@ -169,7 +170,11 @@ def t5(tmp_path_factory):
     (folder / "words").mkdir()
     model.save(str(folder / "words" / "tokenizer.json"))
     text = TextConfig(
-        encoder=encoder, length=6, weights=str(folder / "encoder"), tokenizer=str(folder / "words"), null="zeros"
+        encoder=encoder,
+        length=6,
+        weights=str(folder / "encoder"),
+        tokenizer=str(folder / "words"),
+        unconditional="zeros",
     )
     return CONFIG.replace(text=text, vae=None, vae_weights=None)
 
@@ -195,7 +200,7 @@ def test_a_frozen_encoder_is_read_from_its_folder_and_not_trained(t5):
     loss, embeddings = run(frozen, parameters, batch)
     assert np.isfinite(loss) and embeddings.shape == (4, 6, 8) and np.abs(np.asarray(embeddings)).max() > 0
     example = {"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": "a red ball"}
-    assert task.prepare(example)["tokens"].tolist() == [3, 4, 5, 0, 0, 0]
+    assert task.preprocess(example)["tokens"].tolist() == [3, 4, 5, 0, 0, 0]
 
 
 def test_files_of_a_frozen_encoder_are_checked(t5, tmp_path):
@@ -302,7 +307,7 @@ SCHEDULERS = {
     "cogvideox 5b": (ScheduleConfig(kind="cogvideox", snr_shift=1.0), "v", SamplerConfig(kind="dpm_solver_sde")),
     "stable diffusion": (
         ScheduleConfig(kind="scaled_linear"), "epsilon",
-        SamplerConfig(spacing="leading", steps_offset=1, ends_clean=False),
+        SamplerConfig(spacing="leading", steps_offset=1, final_step_clean=False),
     ),
 }  # fmt: skip
 
@@ -394,11 +399,11 @@ def test_examples_without_what_is_needed():
     pixels = {"video": np.zeros((3, 8, 8, 3), np.uint8), "caption": "red"}
     latents = {"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": "red"}
     with pytest.raises(ValueError, match="jvgen data build latents"):
-        CONFIG.build().prepare(pixels)
+        CONFIG.build().preprocess(pixels)
     with pytest.raises(ValueError, match="cached latents only"):
-        CONFIG.replace(latents="pixels").build().prepare(latents)
-    assert set(CONFIG.build().prepare(latents)) == set(CONFIG.build().fields(BUCKET))
-    assert set(CONFIG.replace(latents="pixels").build().prepare(pixels)) == {"video", "tokens"}
+        CONFIG.replace(latents="pixels").build().preprocess(latents)
+    assert set(CONFIG.build().preprocess(latents)) == set(CONFIG.build().fields(BUCKET))
+    assert set(CONFIG.replace(latents="pixels").build().preprocess(pixels)) == {"video", "tokens"}
 
 
 def test_weights_of_the_vae_are_checked_before_they_are_read(tmp_path, frozen):
@@ -431,3 +436,23 @@ def test_weights_of_the_vae_are_checked_before_they_are_read(tmp_path, frozen):
 def test_data_without_weights_to_compare_with_is_not_looked_at():
     data = DataConfig(sources=(SourceConfig(path="nowhere"),), buckets=(BUCKET,))
     CONFIG.replace(vae=None, vae_weights=None).check_data(data)
+
+
+# Configs that version 0.1.0 saved.
+
+
+@pytest.mark.parametrize(
+    "saved, expected",
+    [({"class": "jvgen.diffusion.sampler:SamplerConfig", "goes_to": "stride", "ends_clean": False},
+      SamplerConfig(step_to="stride", final_step_clean=False)),
+     ({"class": "jvgen.diffusion.objective:TimestepConfig", "deviation": 0.5}, TimestepConfig(std=0.5)),
+     ({"class": "jvgen.models.video_dit.config:AggregationConfig", "gate": "channel"},
+      AggregationConfig(gate=GateKind.CHANNEL, memory_saving=True)),
+     ({"class": "jvgen.tasks.text:TextConfig", "encoder": {"class": "T5Config"}, "null": "empty"},
+      TextConfig(encoder=T5Config(), unconditional="empty_caption")),
+     ({"class": "jvgen.tasks.text:TextConfig", "encoder": {"class": "T5Config"}, "null": "zeros"},
+      TextConfig(encoder=T5Config(), unconditional="zeros"))],
+    ids=["sampler", "timesteps", "aggregation", "empty caption", "zeros"],
+)  # fmt: skip
+def test_renamed_fields_of_saved_configs(saved, expected):
+    assert saved_config.decode(saved) == expected

@@ -142,9 +142,9 @@ def test_turns_and_passes_together_are_the_same_game(config, given, together):
 def test_players(config):
     together = config.build().objectives()
     assert [o.name for o in together] == ["autoencoder", "scales", "discriminator"]
-    assert len({o.loss for o in together}) == 1 and {o.turn for o in together} == {(0, 1)}
+    assert len({o.loss for o in together}) == 1 and {o.update_schedule for o in together} == {(0, 1)}
     alternate = config.replace(adversarial=ADVERSARIAL.replace(turns="alternate")).build().objectives()
-    assert [o.turn for o in alternate] == [(0, 2), (0, 2), (1, 2)]
+    assert [o.update_schedule for o in alternate] == [(0, 2), (0, 2), (1, 2)]
     assert alternate[0].loss == alternate[1].loss != alternate[2].loss
     alone = config.replace(adversarial=None, learned_scales=False).build()
     assert [o.name for o in alone.objectives()] == ["autoencoder"] and set(alone.networks) == {"vae"}
@@ -282,7 +282,7 @@ def test_weights_of_another_image_vae_are_told_apart(config):
     with pytest.raises(ValueError, match="task.image_vae_weights.*another network"):
         config.replace(image_vae=IMAGE.replace(layers_per_block=2)).check_weights()
     with pytest.raises(ValueError, match="no pixels"):
-        config.build().prepare({"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": ""})
+        config.build().preprocess({"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": ""})
 
 
 def test_flops_count_every_network(config):

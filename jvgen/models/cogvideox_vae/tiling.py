@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
-from jvgen.nn.tiles import fade
+from jvgen.nn.tiles import blend
 
 # Shares of a tile that the next one covers again, down and across, as diffusers has them.
 OVERLAP = (1 / 6, 1 / 5)
@@ -95,9 +95,9 @@ def tiled(
         # Neighbours are blended already when the next tile is blended into them.
         for index in range(len(tiles)):
             if above:
-                tiles[index] = fade(above[index], tiles[index], tiling.blend[0], axis=2)
+                tiles[index] = blend(above[index], tiles[index], tiling.blend[0], axis=2)
             if index:
-                tiles[index] = fade(tiles[index - 1], tiles[index], tiling.blend[1], axis=3)
+                tiles[index] = blend(tiles[index - 1], tiles[index], tiling.blend[1], axis=3)
         bands.append(jnp.concatenate([tile[:, :, : tiling.keep[0], : tiling.keep[1]] for tile in tiles], axis=3))
         above = tiles
     return jnp.concatenate(bands, axis=2)

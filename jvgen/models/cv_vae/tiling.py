@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jvgen.models.cv_vae.config import CVVAEConfig
-from jvgen.nn.tiles import fade
+from jvgen.nn.tiles import blend
 
 Coder = Callable[[jax.Array], jax.Array]
 
@@ -89,9 +89,9 @@ def _tiles(function: Coder, clip: jax.Array, tile: int, step: int, overlap: int,
             made = function(clip[:, :, top : top + tile, left : left + tile])
             # First with the tile above, then with the one before; both as they are after their own blending.
             if done:
-                made = fade(done[-1][len(row)], made, overlap, axis=2)
+                made = blend(done[-1][len(row)], made, overlap, axis=2)
             if row:
-                made = fade(row[-1], made, overlap, axis=3)
+                made = blend(row[-1], made, overlap, axis=3)
             row.append(made)
         done.append(row)
     rows = []

@@ -14,7 +14,7 @@ from jvgen.models.multiview.adapter import AttentionAdapter
 from jvgen.models.multiview.config import MultiViewDiTConfig
 from jvgen.models.multiview.sync import Kernels, Synchronisation
 from jvgen.models.multiview.views import Views
-from jvgen.models.video_dit.aggregation import Sum
+from jvgen.models.video_dit.aggregation import RunningSum
 from jvgen.models.video_dit.model import TOKENS, AttentionScale, Block, BlockContext, TokenLayout, VideoDiT
 from jvgen.nn.embeddings import PatchEmbedding
 from jvgen.nn.stacked import LAYER_INPUT, Stacked, checkpointed
@@ -117,7 +117,7 @@ class MultiViewDiT(VideoDiT):
             blocks, module = scanned
             return sync(run(block, carry, blocks, every), module)
 
-        carry = Sum.of(x) if config.aggregation is not None else x
+        carry = RunningSum.start(x) if config.aggregation is not None else x
         carry = run(group, carry, (grouped, self.views.sync.variables()), count)
         return carry.hidden if config.aggregation is not None else carry
 
@@ -138,8 +138,8 @@ class MultiViewDiT(VideoDiT):
             own = dataclasses.replace(context, layer=of_layer["number"])
             if self.config.aggregation is None:
                 return module(checkpoint_name(carry, LAYER_INPUT), own), None
-            read = carry.input(of_layer["gate"], of_layer["count"])
-            return carry.after(module(checkpoint_name(read, LAYER_INPUT), own), of_layer["resets"]), None
+            read = carry.mixed(of_layer["gate"], of_layer["count"])
+            return carry.add(module(checkpoint_name(read, LAYER_INPUT), own), of_layer["resets"]), None
 
         return step
 
@@ -164,7 +164,7 @@ class MultiViewDiT(VideoDiT):
             # The tokens of the last layer are what they are now; in the sum they take the place of what they were.
             hidden = synchronised(checkpoint_name(carry.hidden, LAYER_INPUT), module)
             change = hidden.astype(jnp.float32) - carry.hidden.astype(jnp.float32)
-            return Sum(hidden, carry.total + change), None
+            return RunningSum(hidden, carry.total + change), None
 
         return step
 

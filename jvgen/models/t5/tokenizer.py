@@ -33,7 +33,7 @@ class T5Tokenizer:
             ids = [*ids[: length - 1], ids[-1]]
         return np.array(ids + [PAD] * (length - len(ids)), dtype=np.int32)
 
-    def left_over(self, caption: str, length: int) -> str:
+    def truncated_text(self, caption: str, length: int) -> str:
         """The text that is cut off because a caption has more than `length` tokens, the end token included; or ""."""
         encoded = self._tokenizer.encode(caption)
         if len(encoded.ids) <= length:

@@ -30,14 +30,17 @@ class AggregationConfig(Config):
     """RepVideo's aggregation (Si et al. 2025, arXiv 2501.08994): layers read a gated mean of the layers before them.
 
     Attributes:
-      period: the mean begins anew after every layer whose number (from 0) is a multiple of this.
+      period: the mean restarts after every layer whose index (from 0) is a multiple of this.
       gate: kind of gate.
-      initial: what gates start as (after squashing): 0 is the network without aggregation, 1 reads means alone.
+      initial: initial value of the gates (after the sigmoid): 0 is the network without aggregation, 1 reads only means.
+      memory_saving: use the backward pass of `aggregation_memory.py`, which stores no more than a network without
+        aggregation; false for the plain scan of `aggregation.py`, which gives the same numbers.
     """
 
     period: int = 6
     gate: GateKind = GateKind.SCALAR
     initial: float = 0.5
+    memory_saving: bool = True
 
     def validate(self) -> None:
         if self.period < 1:

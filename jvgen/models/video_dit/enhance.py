@@ -75,7 +75,7 @@ class EnhanceConfig(Config):
             return of_layer * np.float32(self.gain - 1)
         return np.where(of_layer == 0, np.float32(OFF), of_layer * np.float32(self.temperature))
 
-    def acts(self, step: int, steps: int) -> bool:
+    def active_in(self, step: int, steps: int) -> bool:
         """Whether it acts in a step of a sampler."""
         return self.start * steps <= step < self.end * steps
 

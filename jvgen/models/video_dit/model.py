@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jvgen.models.video_dit import aggregation, aggregation_memory
 from jvgen.models.video_dit.aggregation import Aggregation
 from jvgen.models.video_dit.config import Positions, VideoDiTConfig
 from jvgen.nn.attention import attention
@@ -308,8 +309,10 @@ class VideoDiT(nnx.Module):
             changed = {"condition": condition, "is_video": is_video, "rotation": turn, "layer": number}
             return block(read, dataclasses.replace(context, **changed))
 
+        run_layers = aggregation_memory.run_layers if self.aggregation.config.memory_saving else aggregation.run_layers
+        gates, plan = self.aggregation.values(), self.aggregation.plan(self.config.layers)
         constants = (context.is_video, context.rotation)
-        return self.aggregation.run(self.blocks, layer, x, context.condition, constants, **how)
+        return run_layers(self.blocks, layer, gates, plan, x, context.condition, constants, **how)
 
     def head(self, x: Float[Array, "B L D"], context: BlockContext) -> Float[Array, "B F H W C"]:
         """From the last tokens to a clip: two norms, the second modulated, a projection, and patches laid back."""

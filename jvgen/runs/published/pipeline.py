@@ -160,7 +160,7 @@ def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
     asked = {"kind": request.sampler, "spacing": request.spacing}
     asked = {name: value for name, value in asked.items() if value is not None}
     if request.levels == "sat":
-        asked = {"spacing": "trailing", "goes_to": "next", "levels": "sat"} | asked
+        asked = {"spacing": "trailing", "step_to": "next", "levels": "sat"} | asked
     config = config.replace(sampler=config.sampler.replace(**asked))
     if request.dynamic_guidance:
         config = config.replace(guidance=config.guidance.replace(kind="dynamic"))
@@ -289,7 +289,7 @@ def _to_unit(values: jax.Array) -> jax.Array:
 
 def _tell_cut_prompts(task: TextToVideo, prompts: Sequence[str]) -> None:
     for prompt in dict.fromkeys(prompts):
-        left_over = task.text.left_over(prompt)
+        left_over = task.text.truncated_text(prompt)
         if left_over:
             print(
                 f"warning: a prompt has more than {task.config.text.length} tokens; cut off: {left_over!r}",

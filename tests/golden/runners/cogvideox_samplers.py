@@ -87,8 +87,8 @@ def _run_diffusers(case) -> None:
             spacing=spacing,
             eta=values["eta"],
             steps_offset=made["steps_offset"],
-            ends_clean=made["set_alpha_to_one"],
-            goes_to="stride",
+            final_step_clean=made["set_alpha_to_one"],
+            step_to="stride",
         )
         timesteps = discrete_timesteps(sampler)
         np.testing.assert_array_equal(timesteps, io[f"{name}.timesteps"], err_msg=name)

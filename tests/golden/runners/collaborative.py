@@ -35,7 +35,7 @@ def run(case) -> None:
             spacing="leading",
             eta=made["eta"],
             steps_offset=made["steps_offset"],
-            goes_to="stride",
+            step_to="stride",
         )
         cameras = _cameras(settings, read, size)
         if "eval.partner" in read:

@@ -8,12 +8,12 @@ import numpy as np
 
 from jvgen.models.video_dit.config import AggregationConfig, Positions, VideoDiTConfig
 from jvgen.models.video_dit.model import VideoDiT
+from jvgen.models.video_dit.probe import LayerActivations, probe_layers
 from jvgen.models.video_dit.torch_map import weight_map_sat
-from jvgen.models.video_dit.watch import LayerView, watch_layers
 from jvgen.nn.network import Network
 
 GATES = "transformer.learnable_gating"
-# Names of a layer's tensors there, and what of a `LayerView` they are.
+# Names of a layer's tensors there, and what of a `LayerActivations` they are.
 LAYER_TENSORS = {"layer_out": "output", "layer_in": "read", "agg": "mean"}
 
 
@@ -67,10 +67,10 @@ def layers(network: Network, config: VideoDiTConfig, parameters: dict, io: dict)
         layout = model.layout(latents.shape[1:4], text.shape[1])
         context = model.context(timesteps, layout)
         tokens = model.embed(latents, text, layout)
-        last, views = watch_layers(model, tokens, context, keep)
+        last, views = probe_layers(model, tokens, context, keep)
         return context.condition, tokens, model.final_norm(last), views
 
-    def keep(view: LayerView) -> dict[str, jax.Array]:
+    def keep(view: LayerActivations) -> dict[str, jax.Array]:
         return {field: getattr(view, field) for field in LAYER_TENSORS.values()}
 
     latents = io["x"].transpose(0, 1, 3, 4, 2)

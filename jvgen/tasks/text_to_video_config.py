@@ -1,0 +1,189 @@
+"""Fields and checks of the text-to-video configuration; `text_to_video.py` adds the task that it builds."""
+
+import dataclasses
+from typing import Literal
+
+from jvgen.data.stream.config import BucketConfig, DataConfig
+from jvgen.data.stream.source_checks import check_latents, check_pixels
+from jvgen.diffusion.guidance import GuidanceConfig
+from jvgen.diffusion.objective import ObjectiveConfig
+from jvgen.diffusion.sampler import SamplerConfig, coefficients
+from jvgen.diffusion.schedule import ScheduleConfig
+from jvgen.interop.architecture import check_architecture
+from jvgen.interop.digest import content_digest
+from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
+from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.nn.embeddings import token_grid
+from jvgen.tasks.clip_coder import CoderConfig, temporal_downsampling
+from jvgen.tasks.task import SampleRequest, TaskConfig
+from jvgen.tasks.text import TextConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextToVideoFields(TaskConfig):
+    """A denoiser of latent clips, conditioned on captions.
+
+    Attributes:
+      denoiser: the trained network.
+      text: the text encoder, trained (bytes) or frozen (T5).
+      vae: architecture of the frozen VAE; none if latents come from the data and nothing is decoded.
+      vae_weights: exported folder of the VAE's weights.
+      latents: source of clean latents: cached in the data set ("data") or encoded in the step ("pixels").
+      latent_scale, latent_shift: latents are (z - shift) * scale before noise is added.
+      spatial_compression, temporal_compression: pixels (per side) and frames per latent; F frames give
+        (F - 1) / temporal_compression + 1 latent frames.
+      sample_posterior: sample latents from the VAE's posterior in every step; otherwise use its mean.
+      caption_dropout: fraction of captions replaced by the unconditional embedding, for classifier-free guidance.
+      schedule, objective: noise levels, prediction target, timesteps and loss weights.
+      sampler, guidance: defaults for generated clips.
+      enhance: Enhance-A-Video's scaling of attention in generated clips; none turns it off.
+      visualize_clips: number of clips generated for TensorBoard.
+    """
+
+    denoiser: VideoDiTConfig
+    text: TextConfig
+    vae: CoderConfig | None = None
+    vae_weights: str | None = None
+    latents: Literal["data", "pixels"] = "data"
+    latent_scale: float = 1.0
+    latent_shift: float = 0.0
+    spatial_compression: int = 8
+    temporal_compression: int = 4
+    sample_posterior: bool = True
+    caption_dropout: float = 0.1
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    enhance: EnhanceConfig | None = None
+    visualize_clips: int = 4
+
+    def validate(self) -> None:
+        self.objective.check_schedule(self.schedule)
+        if self.text.width != self.denoiser.text_width:
+            raise ValueError(
+                f"text.width = {self.text.width} but denoiser.text_width = {self.denoiser.text_width}: make them equal."
+            )
+        if self.text.length > self.denoiser.text_length:
+            raise ValueError(
+                f"text.length = {self.text.length} is more than denoiser.text_length = {self.denoiser.text_length}."
+            )
+        if self.latents == "pixels" and self.vae is None:
+            raise ValueError("latents = 'pixels' needs vae (and vae_weights): pixels are encoded in the step.")
+        if self.vae is not None:
+            if self.vae.latent_channels != self.denoiser.out_channels:
+                raise ValueError(
+                    f"vae.latent_channels = {self.vae.latent_channels} but denoiser.out_channels = "
+                    f"{self.denoiser.out_channels}: make them equal."
+                )
+            times = temporal_downsampling(self.vae)
+            if self.temporal_compression != times:
+                kind = (
+                    "an image VAE, with one latent per frame" if times == 1 else f"one with {times} frames per latent"
+                )
+                raise ValueError(f"vae is {kind}: set temporal_compression = {times}.")
+            if self.spatial_compression != self.vae.downsampling:
+                raise ValueError(
+                    f"spatial_compression = {self.spatial_compression}, but the VAE's is {self.vae.downsampling}."
+                )
+        if self.enhance is not None:
+            self.enhance.check_layers(self.denoiser.layers)
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout = {self.caption_dropout}: must be at least 0 and below 1.")
+        if self.latent_scale <= 0:
+            raise ValueError(
+                f"latent_scale = {self.latent_scale}: must be positive (1 / standard deviation of latents)."
+            )
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, height and width of a clip in pixels.
+
+        Raises:
+          ValueError: a size that the VAE or the patches do not divide.
+        """
+        shape = self._clip_shape(frames, height, width)
+        token_grid(shape, self.denoiser.patch_shape)
+        return shape
+
+    def sampled_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """As `latent_shape`, with extra latent frames up to a multiple of the temporal patch.
+
+        The first latent frames are dropped after sampling, as CogVideoX1.5 does.
+        """
+        shape = self._clip_shape(frames, height, width)
+        shape = (shape[0] + -shape[0] % (self.denoiser.temporal_patch or 1), *shape[1:])
+        token_grid(shape, self.denoiser.patch_shape)
+        return shape
+
+    def clip_frames(self, frames: int) -> int:
+        """Latent frames of a clip of `frames` frames."""
+        return (frames - 1) // self.temporal_compression + 1
+
+    def _clip_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        if isinstance(self.vae, CogVideoXVAEConfig):
+            self.vae.check_clip(frames, height, width)
+        if (frames - 1) % self.temporal_compression:
+            raise ValueError(
+                f"frames = {frames}: with temporal_compression = {self.temporal_compression} a clip has "
+                f"{self.temporal_compression}n + 1 frames; take {frames - (frames - 1) % self.temporal_compression}."
+            )
+        step = self.spatial_compression * self.denoiser.patch
+        for name, size in (("height", height), ("width", width)):
+            if size % step:
+                raise ValueError(
+                    f"{name} = {size}: must be a multiple of {step} (VAE {self.spatial_compression} x patch "
+                    f"{self.denoiser.patch}); take {size // step * step or step}."
+                )
+        return (
+            self.clip_frames(frames),
+            height // self.spatial_compression,
+            width // self.spatial_compression,
+        )
+
+    def check_bucket(self, bucket: BucketConfig) -> None:
+        if bucket.views != 1:
+            raise ValueError(f"views = {bucket.views}: this task supports one view per clip; set views = 1.")
+        self.latent_shape(bucket.frames, bucket.height, bucket.width)
+
+    def check_weights(self) -> None:
+        self.text.check_files()
+        if self.vae is None:
+            return
+        if self.vae_weights is None:
+            raise ValueError("task.vae_weights = none: name the exported folder of the VAE (`jvgen export`).")
+        check_architecture(self.vae_weights, self.vae, "task.vae_weights")
+
+    def check_data(self, data: DataConfig) -> None:
+        if self.latents == "pixels":
+            for source in (*data.sources, *data.evaluation_sources):
+                check_pixels(source)
+        elif self.vae_weights is not None:
+            digest = content_digest(self.vae_weights)
+            for path in sorted({source.path for source in (*data.sources, *data.evaluation_sources)}):
+                check_latents(path, digest)
+
+    def check_request(self, request: SampleRequest) -> None:
+        if self.vae is None:
+            raise ValueError("task.vae = none: clips cannot be decoded; set task.vae and task.vae_weights.")
+        BucketConfig(frames=request.frames, height=request.height, width=request.width, batch_size=1).validate()
+        self.sampled_shape(request.frames, request.height, request.width)
+        self.sampling(request)
+        if request.enhance is not None:
+            request.enhance.validate()
+            request.enhance.check_layers(self.denoiser.layers)
+
+    def sampling(self, request: SampleRequest) -> tuple[SamplerConfig, GuidanceConfig]:
+        """Sampler and guidance of a request.
+
+        Raises:
+          ValueError: a number of steps that the sampler or the guidance does not support.
+        """
+        sampler, guidance = self.sampler, self.guidance
+        if request.steps is not None:
+            sampler = sampler.replace(steps=request.steps)
+        if request.guidance is not None:
+            kind = "none" if request.guidance == 1 else "constant" if guidance.kind == "none" else guidance.kind
+            guidance = guidance.replace(kind=kind, scale=request.guidance)
+        coefficients(sampler, self.schedule.build(), self.objective.target, guidance)
+        return sampler, guidance
