@@ -20,6 +20,7 @@ HOMES = {
     "AugmentationConfig": "jvgen.data.stream.augment",
     "BucketConfig": "jvgen.data.stream.config",
     "ByteTextConfig": "jvgen.models.byte_text.config",
+    "CVDCheckpointConfig": "jvgen.models.multiview.cvd_checkpoint",
     "CVVAEConfig": "jvgen.models.cv_vae.config",
     "CheckpointConfig": "jvgen.training.config",
     "ClipDiscriminatorConfig": "jvgen.models.clip_discriminator.config",
@@ -44,7 +45,6 @@ HOMES = {
     "PairingConfig": "jvgen.diffusion.collaborative",
     "PerceptualConfig": "jvgen.losses.perceptual",
     "PoseEncoderConfig": "jvgen.models.multiview.pose_encoder",
-    "ReleasedModulesConfig": "jvgen.models.multiview.released",
     "RestartConfig": "jvgen.tasks.video_tokenizer",
     "SamplerConfig": "jvgen.diffusion.sampler",
     "SamplingConfig": "jvgen.models.ivideogpt.sampling",
@@ -69,7 +69,10 @@ HOMES = {
 }
 
 # Names that earlier versions saved -> names now.
-RENAMED_CLASSES: dict[str, str] = {"RateStage": "LRStage"}
+RENAMED_CLASSES: dict[str, str] = {
+    "RateStage": "LRStage",
+    "ReleasedModulesConfig": "CVDCheckpointConfig",
+}
 
 
 def to_json(config: Any) -> str:

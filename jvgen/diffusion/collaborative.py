@@ -1,8 +1,8 @@
-"""Sampling any number of views with a network that knows pairs (Kuang et al. 2024, CVD, section 4.3 and algorithm 1).
+"""Sampling any number of views with a pairwise network (Kuang et al. 2024, CVD, section 4.3 and algorithm 1).
 
-At each step the views are matched, the network denoises every view beside its partner, and each view's predictions are
-averaged over several matchings. A step may be repeated: the result is noised again to where the step began, so that
-what was learned from one partner reaches the others. Who is whose partner is an array: one program for every pairing.
+At each step the views are paired, the network denoises every view with its partner, and each view's predictions are
+averaged over several pairings. A step may be repeated: its result is noised back to the noise level of its start, so
+that information from one partner reaches the others. Partners are an array: one compiled program for every pairing.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jvgen.diffusion.objective import slot_normal
 from jvgen.diffusion.sampler import SamplerConfig, advance, coefficients, grid, step_noise, table_rows
 from jvgen.diffusion.schedule import Prediction, Schedule
 
-# Purposes folded into the sampler's key; numbers never change their meaning.
+# Purposes folded into the sampler's key; numbers keep their meaning across versions.
 MATCHING_KEY = 0
 RENOISE_KEY = 1
 STEP_KEY = 2
@@ -32,12 +32,12 @@ PairDenoise = Callable[[Array, Array, Array, Array, Array], Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairingConfig(Config):
-    """How views are matched.
+    """How views are paired.
 
     Attributes:
-      kind: "matching" (random pairs, drawn anew at every evaluation) or "exhaustive" (every view beside every other).
-      matchings: random matchings whose predictions are averaged; not read by exhaustive.
-      repeats: times that each sampler step but the last is made, with noise added again between.
+      kind: "matching" (random pairs, redrawn at every evaluation) or "exhaustive" (all pairs).
+      matchings: number of random matchings whose predictions are averaged; ignored by "exhaustive".
+      repeats: number of times that each sampler step but the last runs, with renoising in between.
     """
 
     kind: Literal["matching", "exhaustive"] = "matching"
@@ -50,20 +50,20 @@ class PairingConfig(Config):
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
 
     def rounds(self, views: int) -> int:
-        """Evaluations of the network for each sampler step and repeat."""
+        """Evaluations of the network per sampler step and repeat."""
         return len(exhaustive(views).partner) if self.kind == "exhaustive" else self.matchings
 
     def evaluations(self, views: int, steps: int) -> int:
-        """Evaluations of the network for a sample: the last step is made once."""
+        """Evaluations of the network per sample: the last step runs once."""
         return ((steps - 1) * self.repeats + 1) * self.rounds(views)
 
 
 class Rounds(NamedTuple):
-    """Who looks at whom, Q times over.
+    """Q pairings of the views.
 
     Attributes:
-      partner: int32 `Q V`, the view that each view looks at.
-      weight: float32 `Q V`, of that round's prediction in the view's average: columns add up to 1.
+      partner: int32 `Q V`, the view that each view attends to.
+      weight: float32 `Q V`, weight of the prediction in the view's average; columns sum to 1.
     """
 
     partner: Array
@@ -71,10 +71,10 @@ class Rounds(NamedTuple):
 
 
 def partners_of(order: Int[Array, "V"]) -> Int[Array, "V"]:
-    """Partners when the first half of an order is matched with the second half, one by one.
+    """Partners when the first half of an order is matched elementwise with the second half.
 
-    With an odd number of views the last one looks at the first one, which does not look back: its prediction is that of
-    a pair all the same.
+    With an odd number of views the last view attends to the first, which attends to another: both predictions are still
+    those of pairs.
     """
     half = order.shape[0] // 2
     first, second = order[:half], order[half : 2 * half]
@@ -83,24 +83,23 @@ def partners_of(order: Int[Array, "V"]) -> Int[Array, "V"]:
 
 
 def random_matchings(key: Key[Array, ""], views: int, count: int) -> Rounds:
-    """`count` matchings, each uniform over all and independent of the others."""
+    """`count` independent matchings, each uniform over all matchings."""
     orders = jax.vmap(lambda k: jax.random.permutation(k, views))(jax.random.split(key, count))
     weight = jnp.full((count, views), 1.0 / count, jnp.float32)
     return Rounds(jax.vmap(partners_of)(orders.astype(jnp.int32)), weight)
 
 
 def exhaustive(views: int) -> Rounds:
-    """As few rounds as hold every pair once: V - 1 for an even number of views, V for an odd one, with one view idle.
+    """The fewest rounds that contain every pair once: V - 1 for even V; V for odd V, each with one idle view.
 
-    The tournament schedule of n players: one stays, the others move on by one place. An idle view looks at itself, and
-    the prediction of that round does not count.
+    This is round-robin scheduling by the circle method. An idle view attends to itself with a weight of 0.
     """
-    players = max(views + views % 2, 2)
-    rounds, circle = [], list(range(players))
-    for _ in range(players - 1):
-        partner = np.arange(players)
-        for one, other in zip(circle, reversed(circle), strict=True):
-            partner[one] = other
+    slots = max(views + views % 2, 2)
+    rounds, circle = [], list(range(slots))
+    for _ in range(slots - 1):
+        partner = np.arange(slots)
+        for first, second in zip(circle, reversed(circle), strict=True):
+            partner[first] = second
         rounds.append(partner)
         circle = [circle[0], circle[-1], *circle[1:-1]]
     partner = np.array(rounds)[:, :views]
@@ -113,10 +112,10 @@ def exhaustive(views: int) -> Rounds:
 
 
 class Repeats(NamedTuple):
-    """The sampler's table with its repeats written out, one row for each inner step, float64.
+    """The sampler's table with its repeats written out, one row per inner step, float64.
 
     Attributes:
-      step: which row of the sampler's table.
+      step: row of the sampler's table.
       keep, fresh: factors of the result and of fresh noise after the step: 1 and 0 at the last of its repeats.
     """
 
@@ -129,20 +128,20 @@ def repeated(sampler: SamplerConfig, schedule: Schedule, repeats: int) -> Repeat
     """Every step but the last `repeats` times.
 
     From levels (alpha', sigma') back to (alpha, sigma) by x <- a x + sqrt(sigma^2 - a^2 sigma'^2) noise with
-    a = alpha / alpha'. With variance-preserving schedules that is sqrt(r) x + sqrt(1 - r) noise, r the ratio of
-    alpha_bar, as released; with rectified flow a = (1 - t) / (1 - t'). The clip is then as at the earlier level.
+    a = alpha / alpha'. With variance-preserving schedules that is sqrt(r) x + sqrt(1 - r) noise with r the ratio of
+    alpha_bar, as released; with rectified flow a = (1 - t) / (1 - t').
 
     Raises:
-      ValueError: repeats of a sampler whose steps build on the steps before.
+      ValueError: repeats of a multistep sampler.
     """
     if repeats > 1 and sampler.kind in ("dpm_solver_sde", "dpm_solver"):
-        raise ValueError(f"repeats = {repeats}: a step of {sampler.kind} builds on the step before; use ddim or euler.")
+        raise ValueError(f"repeats = {repeats}: {sampler.kind} is a multistep sampler; use ddim or euler.")
     levels = grid(sampler, schedule)
     step = np.repeat(np.arange(sampler.steps), np.append(np.full(sampler.steps - 1, repeats), 1))
     last = np.append(step[1:] != step[:-1], True)
     ratio = levels.alpha / np.maximum(levels.next_alpha, 1e-12)
-    deviation = np.sqrt(np.maximum(levels.sigma**2 - ratio**2 * levels.next_sigma**2, 0.0))
-    return Repeats(step, np.where(last, 1.0, ratio[step]), np.where(last, 0.0, deviation[step]))
+    noise_scale = np.sqrt(np.maximum(levels.sigma**2 - ratio**2 * levels.next_sigma**2, 0.0))
+    return Repeats(step, np.where(last, 1.0, ratio[step]), np.where(last, 0.0, noise_scale[step]))
 
 
 def sample(
@@ -160,18 +159,18 @@ def sample(
     matchings: Callable[[Array], Rounds] | None = None,
     fresh_noise: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "R ..."]:
-    """Run a sampler over the views of one or more scenes. Pure; trace it under `jax.jit`.
+    """Run a sampler over the views of one or more scenes. A pure function, for tracing under `jax.jit`.
 
     Args:
       denoise: see `PairDenoise`.
-      noise: standard normal start: `examples x views` rows, views fastest.
+      noise: standard normal initial noise, `examples x views` rows, views fastest.
       views: V.
       schedule, sampler, prediction, guidance: see `jvgen.diffusion.sampler.sample`.
-      pairing: how views are matched, and how often steps are repeated.
-      key: of matchings, of noise between repeats, of a stochastic sampler, and of the network's own draws.
-      slots: numbers of the rows in a larger set, so that each has its own noise; default 0..R-1.
-      matchings: gives the rounds of an inner step, instead of random ones.
-      fresh_noise: gives the noise after an inner step, instead of a random one.
+      pairing: how views are paired, and how often steps are repeated.
+      key: for matchings, noise between repeats, a stochastic sampler, and the network's own random numbers.
+      slots: indices of the rows in a larger set, which determine their noise; default 0..R-1.
+      matchings: function of the inner step that returns its rounds, in place of random ones.
+      fresh_noise: function of the inner step that returns the noise after it, in place of random noise.
 
     Returns:
       Clean clips, float32.
@@ -201,7 +200,7 @@ def trajectory(
     fresh_noise: Callable[[Array], Array] | None = None,
     keep: bool = False,
 ) -> tuple[Float[Array, "R ..."], tuple[Array, Array, Array] | None]:
-    """As `sample`; with `keep` also what went into each inner step, the clean clip it saw, and where it arrived."""
+    """As `sample`; with `keep` also the input, the clean prediction and the output of every inner step."""
     if noise.shape[0] % views:
         raise ValueError(f"{noise.shape[0]} clips are not examples of {views} views; give a multiple.")
     repeats = repeated(sampler, schedule, pairing.repeats)
@@ -219,16 +218,16 @@ def trajectory(
         return random_matchings(jax.random.fold_in(keys[MATCHING_KEY], inner), views, pairing.matchings)
 
     def averaged(row: dict[str, Array]) -> Denoise:
-        rounds, own = rounds_of(row["inner"]), jax.random.fold_in(keys[NETWORK_KEY], row["inner"])
+        rounds, network_key = rounds_of(row["inner"]), jax.random.fold_in(keys[NETWORK_KEY], row["inner"])
         count = rounds.partner.shape[0]
 
         def mean(noisy: Array, timesteps: Array, scale: Array) -> Array:
             def add(total: Array, one: tuple[Array, Array, Array]) -> tuple[Array, None]:
                 partner, weight, number = one
-                made = denoise(noisy, timesteps, scale, partner, jax.random.fold_in(own, number))
+                predicted = denoise(noisy, timesteps, scale, partner, jax.random.fold_in(network_key, number))
                 share = jnp.tile(weight, noisy.shape[0] // views).reshape(-1, *[1] * (noisy.ndim - 1))
-                # A round that does not count must not even bring in a NaN.
-                return total + jnp.where(share > 0, share * made.astype(jnp.float32), 0.0), None
+                # With a weight of 0 not even a NaN may enter the sum.
+                return total + jnp.where(share > 0, share * predicted.astype(jnp.float32), 0.0), None
 
             return jax.lax.scan(add, jnp.zeros_like(noisy), (*rounds, jnp.arange(count)), unroll=count == 1)[0]
 
@@ -237,16 +236,16 @@ def trajectory(
     def step(carry: tuple[Array, Array], row: dict[str, Array]) -> tuple[tuple[Array, Array], tuple | None]:
         noisy, inner = carry[0], row["inner"]
         random = step_noise(keys[STEP_KEY], inner, noise.shape, slots) if sampler.needs_key else None
-        arrived, clean = advance(averaged(row), row, *carry, random)
-        kept = (noisy, clean, arrived) if keep else None
+        advanced, clean = advance(averaged(row), row, *carry, random)
+        kept = (noisy, clean, advanced) if keep else None
         if pairing.repeats == 1:
-            return (arrived, clean), kept
+            return (advanced, clean), kept
         fresh = (
             slot_normal(jax.random.fold_in(keys[RENOISE_KEY], inner), noise.shape, slots)
             if fresh_noise is None
             else fresh_noise(inner)
         )
-        return (row["keep"] * arrived + row["fresh"] * fresh, clean), kept
+        return (row["keep"] * advanced + row["fresh"] * fresh, clean), kept
 
     start = noise.astype(jnp.float32)
     (result, _), kept = jax.lax.scan(step, (start, jnp.zeros_like(start)), rows)

@@ -1,3 +1,5 @@
-"""Measures and pictures: image and video metrics, Fréchet distances, camera poses, plots, contact sheets and HTML
-reports, from arrays of numpy. What to measure for a task is decided there.
+"""Metrics of images, clips, cameras and distributions of clips, and what presents them: plots, contact sheets, reports.
+
+Pure functions of arrays. What runs a model to obtain the arrays is in `jvgen.tasks`, `jvgen.runs` and
+`jvgen.autoencoding`.
 """

@@ -1,9 +1,9 @@
-"""How well pictures agree with the cameras that they are said to be taken by: matches, relative poses, their errors.
+"""Camera pose metrics: how well frames agree with the cameras they were generated for.
 
 Points are matched between two frames, an essential matrix is fitted to the matches by RANSAC, and the rotation and the
-direction of translation in it are compared with the true ones. The rules and thresholds are those of SuperGlue's
-evaluation (Sarlin et al. 2020), by which CVD is measured (Kuang et al. 2024, arXiv 2405.17414, section 5.2), but
-rotation and translation are reported apart, as there.
+direction of translation in it are compared with the true ones. Rules and thresholds are those of SuperGlue's
+evaluation (Sarlin et al. 2020), with rotation and translation reported separately, as in CVD (Kuang et al. 2024,
+arXiv 2405.17414, section 5.2).
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from jvgen.geometry import rotations
 from jvgen.geometry.cameras import Cameras, between, calibration, share_a_center
 
 THRESHOLDS = (5.0, 10.0, 20.0)  # degrees
-CORRECT = 5e-4  # squared epipolar distance in normalised coordinates below which a match is correct
-LEAST_MATCHES = 5
+MAX_CORRECT_ERROR = 5e-4  # squared epipolar distance in normalized coordinates below which a match is correct
+MIN_MATCHES = 5
 RANSAC_PIXELS = 1.0
 RANSAC_CONFIDENCE = 0.99999
 
 
 class Matches(NamedTuple):
-    """Points of two images that are said to show the same thing.
+    """Matched points of two images.
 
     Attributes:
-      first, second: float (n, 2), x and y in pixels, the centre of the first pixel at 0.5.
-      keypoints: how many points of the first image could have been matched.
+      first, second: float (n, 2), x and y in pixels, the center of the first pixel at 0.5.
+      keypoints: number of keypoints detected in the first image.
     """
 
     first: np.ndarray
@@ -36,19 +36,19 @@ class Matches(NamedTuple):
     keypoints: int
 
 
-# Two uint8 images `H W 3` to their matches: SIFT below, or a learned matcher from elsewhere.
+# Two uint8 images `H W 3` to their matches: SIFT below, or any learned matcher.
 Matcher = Callable[[np.ndarray, np.ndarray], Matches]
 
 
 class PairError(NamedTuple):
-    """What one pair of frames says.
+    """Errors of one pair of frames.
 
     Attributes:
-      rotation: angle between the rotation found and the true one, in degrees; infinite where none was found.
-      translation: angle between the directions, at most 90; NaN where the cameras stand at one place.
-      precision: share of matches that the true cameras explain; 0 without matches.
+      rotation: angle between estimated and true rotation in degrees; infinite if the estimation failed.
+      translation: angle between the directions, at most 90; NaN for cameras with a common center.
+      precision: share of matches that agree with the true cameras; 0 without matches.
       matching_score: correct matches over keypoints of the first frame.
-      matches: how many.
+      matches: number of matches.
     """
 
     rotation: float
@@ -65,7 +65,7 @@ class PoseScore:
     Attributes:
       rotation_auc, translation_auc: area under the curve of recall against error up to 5, 10 and 20 degrees.
       precision, matching_score: see `PairError`.
-      pairs: how many pairs were measured.
+      pairs: number of pairs.
     """
 
     rotation_auc: tuple[float, float, float]
@@ -76,13 +76,13 @@ class PoseScore:
 
     @classmethod
     def of(cls, errors: Sequence[PairError]) -> "PoseScore":
-        """The score of some pairs.
+        """The means over pairs.
 
         Raises:
-          ValueError: there are none.
+          ValueError: no pairs.
         """
         if not errors:
-            raise ValueError("no pair of frames was measured; give clips of two frames or more.")
+            raise ValueError("no pairs of frames: clips need at least two frames.")
         columns = PairError(*(np.array(column, np.float64) for column in zip(*errors, strict=True)))
         moved = columns.translation[~np.isnan(columns.translation)]
         return cls(
@@ -104,7 +104,7 @@ class PoseScore:
 
 
 def pose_auc(errors: np.ndarray, thresholds: Sequence[float] = THRESHOLDS) -> tuple[float, ...]:
-    """Area under recall against error, up to each threshold and over it, by the trapezoid rule from (0, 0)."""
+    """Area under recall against error up to each threshold, divided by it; trapezoid rule from (0, 0)."""
     errors = np.sort(np.asarray(errors, np.float64))
     recall = np.concatenate([[0.0], np.arange(1, len(errors) + 1) / len(errors)])
     errors = np.concatenate([[0.0], errors])
@@ -118,7 +118,7 @@ def pose_auc(errors: np.ndarray, thresholds: Sequence[float] = THRESHOLDS) -> tu
 
 
 def sift(*, keypoints: int = 2048, ratio: float = 0.8) -> Matcher:
-    """Matches by SIFT: nearest in both directions, and nearer than `ratio` times the second nearest (Lowe 2004)."""
+    """SIFT matches: mutual nearest neighbors that pass the ratio test (Lowe 2004)."""
 
     def match(first: np.ndarray, second: np.ndarray) -> Matches:
         detector = cv2.SIFT_create(nfeatures=keypoints, contrastThreshold=0.01)
@@ -137,7 +137,7 @@ def sift(*, keypoints: int = 2048, ratio: float = 0.8) -> Matcher:
         ]
         if not pairs:
             return Matches(empty, empty, len(points))
-        # OpenCV counts from the centre of the first pixel.
+        # OpenCV has the center of the first pixel at 0.
         here = np.array([points[m.queryIdx].pt for m in pairs]) + 0.5
         there = np.array([others[m.trainIdx].pt for m in pairs]) + 0.5
         return Matches(here, there, len(points))
@@ -146,7 +146,7 @@ def sift(*, keypoints: int = 2048, ratio: float = 0.8) -> Matcher:
 
 
 def pair_error(matches: Matches, first: Cameras, second: Cameras, size: tuple[int, int]) -> PairError:
-    """What the matches between two frames say of their cameras.
+    """Errors of the cameras estimated from the matches between two frames.
 
     Args:
       matches: between the frames.
@@ -162,7 +162,11 @@ def pair_error(matches: Matches, first: Cameras, second: Cameras, size: tuple[in
     precision, score = 0.0, 0.0
     apart = not share_a_center(*(np.asarray(camera.extrinsics, np.float64) for camera in (first, second)))
     if len(points[0]):
-        correct = epipolar_errors(*points, motion) < CORRECT if apart else _same_ray(*points, motion) < CORRECT
+        correct = (
+            epipolar_errors(*points, motion) < MAX_CORRECT_ERROR
+            if apart
+            else _same_ray(*points, motion) < MAX_CORRECT_ERROR
+        )
         precision, score = float(correct.mean()), float(correct.sum() / max(matches.keypoints, 1))
     focal = float(np.mean([matrix[[0, 1], [0, 1]] for matrix in matrices]))
     found = relative_pose(*points, focal=focal) if apart else relative_rotation(*points, focal=focal)
@@ -172,14 +176,14 @@ def pair_error(matches: Matches, first: Cameras, second: Cameras, size: tuple[in
     translation = np.nan
     if apart:
         cosine = found[:, 3] @ motion[:, 3] / (np.linalg.norm(found[:, 3]) * np.linalg.norm(motion[:, 3]))
-        # Its sign is not told by an essential matrix.
+        # An essential matrix does not determine the sign.
         translation = np.degrees(np.arccos(np.clip(abs(cosine), 0, 1)))
     return PairError(float(rotation), float(translation), precision, score, len(points[0]))
 
 
 def relative_pose(first: np.ndarray, second: np.ndarray, *, focal: float) -> np.ndarray | None:
-    """The motion (3, 4), of unit translation, that most matches of normalised points (n, 2) agree with, or None."""
-    if len(first) < LEAST_MATCHES:
+    """The motion (3, 4) with unit translation from matched normalized points (n, 2) by RANSAC; None if it fails."""
+    if len(first) < MIN_MATCHES:
         return None
     cv2.setRNGSeed(0)
     essential, mask = cv2.findEssentialMat(
@@ -188,7 +192,7 @@ def relative_pose(first: np.ndarray, second: np.ndarray, *, focal: float) -> np.
     if essential is None:
         return None
     best, found = 0, None
-    # Several matrices may fit equally well: they come stacked.
+    # OpenCV stacks several matrices that fit equally well.
     for candidate in np.split(essential, len(essential) // 3):
         agreeing, rotation, translation, _ = cv2.recoverPose(candidate, first, second, np.eye(3), 1e9, mask=mask.copy())
         if agreeing > best:
@@ -197,8 +201,8 @@ def relative_pose(first: np.ndarray, second: np.ndarray, *, focal: float) -> np.
 
 
 def relative_rotation(first: np.ndarray, second: np.ndarray, *, focal: float) -> np.ndarray | None:
-    """The rotation (3, 3) between cameras at one place, where no essential matrix is defined, or None."""
-    if len(first) < LEAST_MATCHES:
+    """The rotation (3, 3) between cameras with a common center, which have no essential matrix; None if it fails."""
+    if len(first) < MIN_MATCHES:
         return None
     cv2.setRNGSeed(0)
     matrix, _ = cv2.findHomography(first, second, cv2.RANSAC, RANSAC_PIXELS / focal, confidence=RANSAC_CONFIDENCE)
@@ -206,7 +210,7 @@ def relative_rotation(first: np.ndarray, second: np.ndarray, *, focal: float) ->
 
 
 def epipolar_errors(first: np.ndarray, second: np.ndarray, motion: np.ndarray) -> np.ndarray:
-    """Squared distances, in both images together, of normalised points (n, 2) from their epipolar lines."""
+    """Squared distances of normalized points (n, 2) from their epipolar lines, summed over both images."""
     one, other = (np.concatenate([points, np.ones((len(points), 1))], axis=1) for points in (first, second))
     x, y, z = motion[:, 3]
     essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ motion[:, :3]
@@ -216,15 +220,15 @@ def epipolar_errors(first: np.ndarray, second: np.ndarray, motion: np.ndarray) -
 
 
 def _same_ray(first: np.ndarray, second: np.ndarray, motion: np.ndarray) -> np.ndarray:
-    """Squared distances of points that cameras at one place see, once the rotation between them is undone."""
-    turned = np.concatenate([first, np.ones((len(first), 1))], axis=1) @ motion[:, :3].T
-    return 2 * np.sum((turned[:, :2] / turned[:, 2:] - second) ** 2, axis=1)
+    """Squared distances of points seen by cameras with a common center, after undoing the rotation between them."""
+    rotated = np.concatenate([first, np.ones((len(first), 1))], axis=1) @ motion[:, :3].T
+    return 2 * np.sum((rotated[:, :2] / rotated[:, 2:] - second) ** 2, axis=1)
 
 
 def across_views(
     first: np.ndarray, second: np.ndarray, one: Cameras, other: Cameras, matcher: Matcher
 ) -> list[PairError]:
-    """Corresponding frames of two videos, uint8 `F H W 3` with cameras `F 4` and `F 3 4`."""
+    """Errors of corresponding frames of two videos, uint8 `F H W 3` with cameras `F 4` and `F 3 4`."""
     return [
         pair_error(
             matcher(a, b), Cameras(*(part[f] for part in one)), Cameras(*(part[f] for part in other)), a.shape[:2]
@@ -234,7 +238,7 @@ def across_views(
 
 
 def within_video(video: np.ndarray, cameras: Cameras, matcher: Matcher) -> list[PairError]:
-    """The first frame of a video, uint8 `F H W 3`, beside each later one."""
+    """Errors between the first frame of a video, uint8 `F H W 3`, and each later one."""
     start = Cameras(*(part[0] for part in cameras))
     return [
         pair_error(matcher(video[0], video[f]), start, Cameras(*(part[f] for part in cameras)), video.shape[1:3])
@@ -243,5 +247,5 @@ def within_video(video: np.ndarray, cameras: Cameras, matcher: Matcher) -> list[
 
 
 def views_mse(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean squared difference of two videos, uint8, on a scale of 0 to 1: of views from identical trajectories."""
+    """Mean squared difference of two uint8 videos on a scale of 0 to 1, for views with identical trajectories."""
     return float(np.mean(np.square((first.astype(np.float64) - second) / 255.0)))

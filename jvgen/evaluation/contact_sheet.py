@@ -1,4 +1,4 @@
-"""Clips as pictures: contact sheets, GIF and PNG bytes."""
+"""Clips as images: contact sheets, GIF and PNG bytes."""
 
 import io
 from collections.abc import Sequence
@@ -11,18 +11,21 @@ _PAPER = 255
 
 
 def contact_sheet(clips: Sequence[np.ndarray], *, frames: int | None = None, scale: int = 1) -> np.ndarray:
-    """One row a clip, frames from left to right.
+    """One row per clip, frames from left to right.
 
     Args:
       clips: uint8 `F H W 3`, all frames of one size.
-      frames: how many evenly spaced frames of each clip to show, the first and last among them; default all.
-      scale: each pixel becomes a square of this side.
+      frames: number of evenly spaced frames of each clip, including the first and last; default all.
+      scale: side of the square that each pixel becomes.
 
     Returns:
-      uint8 `H W 3`; clips with fewer frames leave white cells.
+      uint8 `H W 3`; white where a clip has fewer frames.
+
+    Raises:
+      ValueError: no clips, or clips of different sizes.
     """
     if not clips:
-        raise ValueError("a contact sheet of no clips; give at least one.")
+        raise ValueError("a contact sheet needs at least one clip.")
     for clip in clips:
         _check(clip)
     height, width = clips[0].shape[1:3]
@@ -51,7 +54,7 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 
 def gif_bytes(clip: np.ndarray, *, frames_per_second: float = 8.0, scale: int = 1) -> bytes:
-    """Looping GIF of a uint8 `F H W 3` clip, with one palette for all frames so that a still background stays still."""
+    """Looping GIF of a uint8 `F H W 3` clip, with one palette, so that a static background does not flicker."""
     _check(clip)
     if frames_per_second <= 0:
         raise ValueError(f"frames_per_second = {frames_per_second}: must be positive.")

@@ -1,4 +1,4 @@
-"""How far apart two sets of clips are as distributions: the Fréchet distance of their features (FVD)."""
+"""The Fréchet video distance (FVD): the Fréchet distance between features of two sets of clips."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,12 +7,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-PIECE = 16  # clips that go through the feature network together
+FEATURE_BATCH = 16  # clips per call of the feature network
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of outer products of features, float64; adds up over batches and hosts."""
+    """Count, sum and sum of outer products of features, float64; additive over batches and processes."""
 
     count: int
     total: np.ndarray
@@ -36,52 +36,55 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(D, D), divided by the count, as the published measurements have it."""
+        """(D, D), divided by the count, as in published implementations."""
         return self.products / self.count - np.outer(self.mean, self.mean)
 
 
 class VideoDistance:
-    """The Fréchet distance of recorded clips and made ones, gathered batch after batch.
+    """The Fréchet distance between recorded and generated clips, accumulated over batches.
 
-    As published (Unterthiner et al. 2018; iVideoGPT): of whole clips, covariances divided by the count. Biased: compare
-    equal numbers of clips only.
+    As published (Unterthiner et al. 2018; iVideoGPT): features of whole clips, covariances divided by the count.
+    Biased: compare only values from equal numbers of clips.
 
     Args:
       features: clips in [0, 1], `N F H W 3`, to `N D`; see `jvgen.evaluation.i3d.features`.
-      name: of the measure in `result`.
+      name: of the metric in `result`.
     """
 
     def __init__(self, features: Callable[[jax.Array], jax.Array], name: str = "fvd"):
         self._features, self._name = jax.jit(features), name
         self._moments: list[Moments | None] = [None, None]
 
-    def add(self, recorded: Float[np.ndarray, "N F H W 3"], made: Float[np.ndarray, "M F H W 3"]) -> None:
-        """Take in clips of either side."""
-        for side, clips in enumerate((recorded, made)):
-            for start in range(0, len(clips), PIECE):
-                found = Moments.of(np.asarray(self._features(clips[start : start + PIECE])))
+    def add(self, recorded: Float[np.ndarray, "N F H W 3"], generated: Float[np.ndarray, "M F H W 3"]) -> None:
+        """Add a batch of clips to both sides."""
+        for side, clips in enumerate((recorded, generated)):
+            for start in range(0, len(clips), FEATURE_BATCH):
+                found = Moments.of(np.asarray(self._features(clips[start : start + FEATURE_BATCH])))
                 before = self._moments[side]
                 self._moments[side] = found if before is None else before + found
 
     def result(self) -> dict[str, float]:
-        """The distance by its name, and how many clips of either side it is from."""
-        recorded, made = self._moments
-        assert recorded is not None and made is not None, "no batch was added"
+        """The distance by its name, and the number of clips on both sides."""
+        recorded, generated = self._moments
+        assert recorded is not None and generated is not None, "no batch was added"
         return {
-            self._name: frechet_distance(recorded, made),
+            self._name: frechet_distance(recorded, generated),
             f"{self._name}_recorded_clips": float(recorded.count),
-            f"{self._name}_made_clips": float(made.count),
+            f"{self._name}_made_clips": float(generated.count),
         }
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
     """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` of two Gaussians (Heusel et al. 2017, Unterthiner et al. 2018).
 
-    Biased: it falls with the number of samples. Compare numbers of equal counts only; with fewer samples than the
-    features are wide it says little.
+    Biased: it falls with the number of samples. Compare only values from equal counts; with fewer samples than feature
+    dimensions it is not meaningful.
+
+    Raises:
+      ValueError: fewer than 2 samples on either side.
     """
     if min(first.count, second.count) < 2:
-        raise ValueError(f"{first.count} and {second.count} samples: a covariance needs at least 2 on either side.")
+        raise ValueError(f"{first.count} and {second.count} samples: the covariance needs at least 2 on both sides.")
     root = _root(first.covariance)
     # tr (C1 C2)^(1/2) over the symmetric matrix C1^(1/2) C2 C1^(1/2), which has the same eigenvalues.
     values = np.linalg.eigvalsh(root @ second.covariance @ root)
@@ -92,6 +95,6 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:
-    """The symmetric square root; eigenvalues that rounding made negative count as 0."""
+    """The symmetric square root; negative eigenvalues from rounding are set to 0."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T

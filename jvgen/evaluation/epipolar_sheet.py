@@ -1,4 +1,4 @@
-"""A picture to check several views by: points in one of them, and their epipolar lines in the others."""
+"""An image to check the consistency of views: points in one view, and their epipolar lines in the others."""
 
 import colorsys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jvgen.evaluation.contact_sheet import contact_sheet, evenly_spaced
 from jvgen.geometry.cameras import Cameras
 from jvgen.geometry.epipolar import fundamental_matrices
 
-LEAST_SIDE = 192  # smaller frames are enlarged to this height, so that lines can be told apart
+MIN_HEIGHT = 192  # smaller frames are enlarged to this height, so that lines can be distinguished
 
 
 def epipolar_sheet(
@@ -18,14 +18,14 @@ def epipolar_sheet(
 ) -> np.ndarray:
     """Rows of frames, views from left to right: the first view with marked points, the others with their lines.
 
-    What a marked point shows lies on the line of its colour, wherever the cameras are right and the views agree. Where
-    two cameras stand at one place there are no lines.
+    If cameras are correct and views consistent, the content of a marked point lies on the line of its color. Cameras
+    with a common center have no lines.
 
     Args:
       videos: uint8 `V F H W 3`.
       cameras: intrinsics `V F 4`, extrinsics `V F 3 4`.
-      frames: how many evenly spaced frames to show.
-      points: places in the first view, from 0 to 1 to the right and down; nine of them if not given.
+      frames: number of evenly spaced frames.
+      points: positions in the first view, from 0 to 1 to the right and down; default nine.
 
     Returns:
       uint8 `H W 3`.
@@ -34,7 +34,7 @@ def epipolar_sheet(
     if points is None:
         points = [(x, y) for y in (0.25, 0.5, 0.75) for x in (0.25, 0.5, 0.75)]
     colors = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / len(points), 1.0, 1.0)) for i in range(len(points))]
-    scale = max(1, -(-LEAST_SIDE // height))
+    scale = max(1, -(-MIN_HEIGHT // height))
     size = (height * scale, width * scale)
     rows = []
     for frame in evenly_spaced(count, frames):
@@ -50,7 +50,7 @@ def epipolar_sheet(
 
 
 def _draw_line(image: np.ndarray, line: np.ndarray, color: tuple[int, int, int]) -> None:
-    """Draw the part of a line a x + b y + c = 0 that crosses an image, if there is one."""
+    """Draw the segment of a line a x + b y + c = 0 within an image, if there is one."""
     height, width = image.shape[:2]
     a, b, c = line
     ends = []

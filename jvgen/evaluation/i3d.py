@@ -1,6 +1,6 @@
-"""The Inflated 3D ConvNet (I3D) that Fréchet video distances are measured with (Carreira and Zisserman 2017).
+"""The Inflated 3D ConvNet (I3D), the feature network of Fréchet video distances (Carreira and Zisserman 2017).
 
-Pure functions over a nested dict of parameters read from a local file; there are no weights here.
+Pure functions of a nested dict of parameters, which are read from a local file.
 """
 
 import functools
@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 NORM_EPSILON = 1e-3
 CLASSES = 400
-SIZE = 224  # pixels that clips are resized to
-SHORTEST = 9  # frames; fewer leave nothing for the last pooling
+SIZE = 224  # height and width of the input in pixels
+MIN_FRAMES = 9  # fewer leave nothing for the last pooling
 
 # (name, kernel size, stride, output channels) of the convolutions before the first pooling of each stage, and channels
 # of the four branches of the Inception blocks: b0, b1a, b1b, b2a, b2b, b3b.
@@ -40,7 +40,7 @@ Parameters = Mapping[str, Mapping[str, Any]]
 
 
 def shapes() -> dict[str, dict[str, tuple[int, ...]]]:
-    """Layers by name, "Mixed_3b.b1a", with the shapes of their arrays; kernels are `T H W I O`."""
+    """Shapes of the arrays of each layer, by its name as "Mixed_3b.b1a"; kernels are `T H W I O`."""
     layers = {"Conv3d_1a_7x7": (7, 3, 64), "Conv3d_2b_1x1": (1, 64, 64), "Conv3d_2c_3x3": (3, 64, 192)}
     width = 192
     for block, (zero, one, two, three, four, five) in BLOCKS.items():
@@ -60,14 +60,14 @@ def logits(parameters: Parameters, video: Float[Array, "B F H W 3"]) -> Float[Ar
     """Class scores averaged over time, before the softmax: the features of the Fréchet video distance.
 
     Args:
-      parameters: of `load_i3d`.
-      video: clips in [-1, 1], 224x224 where numbers are to be compared with published ones (see `prepare`).
+      parameters: from `load_i3d`.
+      video: clips in [-1, 1], of 224x224 for values comparable with published ones (see `prepare`).
 
     Raises:
       ValueError: clips of fewer than 9 frames.
     """
-    if video.shape[1] < SHORTEST:
-        raise ValueError(f"clips of {video.shape[1]} frames: I3D needs at least {SHORTEST}.")
+    if video.shape[1] < MIN_FRAMES:
+        raise ValueError(f"clips of {video.shape[1]} frames: I3D needs at least {MIN_FRAMES}.")
     x = _unit(parameters["Conv3d_1a_7x7"], video, stride=2)
     x = _pool(x, (1, 3, 3), (1, 2, 2))
     x = _unit(parameters["Conv3d_2b_1x1"], x)
@@ -80,7 +80,7 @@ def logits(parameters: Parameters, video: Float[Array, "B F H W 3"]) -> Float[Ar
         x = _pool(x, window, strides)
         for block in (name for name in BLOCKS if name.startswith(f"Mixed_{stage}")):
             x = _inception(parameters, block, x)
-    # 2x7x7 windows at stride 1; of 224x224 pixels 7x7 places are left.
+    # 2x7x7 windows at stride 1; inputs of 224x224 are 7x7 here.
     window = (2, min(7, x.shape[2]), min(7, x.shape[3]))
     summed = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, *window, 1), (1,) * 5, "VALID")
     x = summed / float(np.prod(window))
@@ -89,7 +89,7 @@ def logits(parameters: Parameters, video: Float[Array, "B F H W 3"]) -> Float[Ar
 
 
 def prepare(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F h w 3"]:
-    """Clips in [0, 1] as published measurements see them: in [-1, 1], 224x224 (bilinear, without antialiasing)."""
+    """Clips in [0, 1] to the input of published evaluations: [-1, 1], 224x224 (bilinear, without antialiasing)."""
     batch = video.shape[0]
     frames = rearrange(video, "b f h w c -> (b f) h w c")
     resized = jax.image.resize(frames, (frames.shape[0], SIZE, SIZE, 3), "linear", antialias=False)
@@ -97,7 +97,7 @@ def prepare(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F h w 3"]:
 
 
 def features(weights: str | Path) -> Callable[[jax.Array], jax.Array]:
-    """Clips in [0, 1] to the scores of an I3D with local weights, as the published measurements take them.
+    """The feature function of published evaluations: clips in [0, 1] to the logits of an I3D with local weights.
 
     Raises:
       ValueError: see `load_i3d`.
@@ -113,11 +113,11 @@ def load_i3d(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     """Parameters from a safetensors file with the names of either PyTorch port of I3D (piergiaj's or hassony2's).
 
     Raises:
-      ValueError: the file is not there, or lacks tensors or has others of wrong shape; all are listed.
+      ValueError: a missing file, or missing tensors or wrong shapes, which are listed.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"I3D weights {str(path)!r}: no such file; give a safetensors file of a PyTorch I3D.")
+        raise ValueError(f"I3D weights {str(path)!r} do not exist; give a safetensors file of a PyTorch I3D.")
     with safe_open(path, framework="numpy") as file:
         found = {_canonical(name): np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
     parameters: dict[str, dict[str, np.ndarray]] = {}
@@ -168,7 +168,7 @@ _OTHER_BRANCHES = {
 
 
 def _canonical(name: str) -> str:
-    """ "Mixed_3b.b1a.kernel" for either port's name of a tensor; other names as they are."""
+    """A name as "Mixed_3b.b1a.kernel" from either port's name of a tensor; other names unchanged."""
     match = re.fullmatch(r"(.*)\.(conv3d|bn|batch3d)\.(\w+)", name)
     if match is None:
         return name

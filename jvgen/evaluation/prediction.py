@@ -1,18 +1,17 @@
-"""Scores of predicted clips: the best of several samples, by horizon, with and without the frames that were given."""
+"""Scores of predicted clips: best of several samples, by horizon, with and without context frames."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
 def best_of(scores: Float[Array, "B S F"], *, higher_is_better: bool) -> Float[Array, "B"]:
-    """The best of S samples of each clip: frames are averaged first, then the best sample counts.
+    """The best of S samples of each clip, by the mean over frames.
 
-    This is how video prediction is scored by frame-wise measures when the future is uncertain (Babaeizadeh et al. 2018,
-    and with 100 samples in iVideoGPT): each measure picks its own best sample. It is no property of one sample: a model
-    that scatters more is given more tries to hit.
+    The protocol of video prediction for an uncertain future (Babaeizadeh et al. 2018; 100 samples in iVideoGPT): each
+    metric selects its own best sample. It rewards diverse samples.
 
     Args:
-      scores: one a frame, of every sample.
+      scores: per frame of every sample.
       higher_is_better: PSNR and SSIM; not LPIPS.
     """
     by_sample = jnp.mean(scores, axis=-1)
@@ -25,11 +24,11 @@ def by_horizon(scores: Float[Array, "B *S F"]) -> Float[Array, "F"]:
 
 
 def with_context(future: Float[Array, "B S F"], context: Float[Array, "B T"]) -> Float[Array, "B S G"]:
-    """Scores of whole clips, as the published numbers of iVideoGPT count them: reconstructed context frames first.
+    """Scores of whole clips as in iVideoGPT's published numbers: reconstructed context frames, then predictions.
 
     Args:
       future: scores of predicted frames, of every sample.
-      context: scores of the reconstructed context frames, which all samples share.
+      context: scores of the reconstructed context frames, common to all samples.
     """
     shared = jnp.broadcast_to(context[:, None], (*future.shape[:2], context.shape[1]))
     return jnp.concatenate([shared, future], axis=-1)

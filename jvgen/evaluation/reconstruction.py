@@ -1,11 +1,11 @@
-"""Fidelity of a reconstruction to its original: PSNR and SSIM of images and frames, traced or on the host."""
+"""PSNR and SSIM of images and frames, traced or eager."""
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 PSNR_CEILING = 100.0  # dB, reported for equal images
-WINDOW, _DEVIATION = 11, 1.5
+WINDOW, _SIGMA = 11, 1.5  # pixels, of SSIM's Gaussian window
 
 
 def peak_signal_to_noise(
@@ -25,9 +25,9 @@ def peak_signal_to_noise(
 def structural_similarity(
     prediction: Float[Array, "*B H W C"], target: Float[Array, "*B H W C"], *, data_range: float
 ) -> Float[Array, "*B"]:
-    """SSIM of each image (Wang et al. 2004): Gaussian windows 11x11 inside it, deviation 1.5, K1 0.01, K2 0.03.
+    """SSIM of each image (Wang et al. 2004): 11x11 Gaussian windows within it, sigma 1.5, K1 0.01, K2 0.03.
 
-    Channels are compared one by one and averaged. Equals scikit-image's with gaussian_weights=True, sigma=1.5,
+    Averaged over channels. Equals scikit-image's with gaussian_weights=True, sigma=1.5,
     use_sample_covariance=False.
 
     Raises:
@@ -37,23 +37,23 @@ def structural_similarity(
         size = f"{prediction.shape[-3]}x{prediction.shape[-2]}"
         raise ValueError(f"SSIM needs sides of at least {WINDOW} pixels, got {size}.")
     first, second = prediction.astype(jnp.float32) / data_range, target.astype(jnp.float32) / data_range
-    # Variances are differences of means of squares: centred values keep float32 accurate.
-    centre = jnp.mean(first, axis=(-3, -2), keepdims=True)
-    first, second = first - centre, second - centre
+    # Variances are differences of means of squares, accurate in float32 for centered values only.
+    center = jnp.mean(first, axis=(-3, -2), keepdims=True)
+    first, second = first - center, second - center
     mean_first, mean_second = _blur(first), _blur(second)
     variance_first = _blur(first * first) - mean_first**2
     variance_second = _blur(second * second) - mean_second**2
     covariance = _blur(first * second) - mean_first * mean_second
-    mean_first, mean_second = mean_first + centre, mean_second + centre
+    mean_first, mean_second = mean_first + center, mean_second + center
     luminance = (2 * mean_first * mean_second + 0.01**2) / (mean_first**2 + mean_second**2 + 0.01**2)
     structure = (2 * covariance + 0.03**2) / (variance_first + variance_second + 0.03**2)
     return jnp.mean(luminance * structure, axis=(-3, -2, -1))
 
 
 def _blur(images: Array) -> Array:
-    """Gaussian mean over the windows that lie inside, one axis after the other, as sums of shifted images."""
+    """Separable Gaussian filter over the windows within the image, as sums of shifted images."""
     offsets = np.arange(WINDOW) - WINDOW // 2
-    weights = np.exp(-(offsets**2) / (2 * _DEVIATION**2))
+    weights = np.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights = [float(w) for w in weights / weights.sum()]
     height, width = images.shape[-3] - WINDOW + 1, images.shape[-2] - WINDOW + 1
     rows = sum(w * images[..., k : k + height, :, :] for k, w in enumerate(weights))

@@ -1,3 +1,4 @@
-"""Cameras and what follows from them, as pure functions of arrays: rotations, rays, epipolar lines, homographies,
-paths. Conventions are stated in `cameras`.
+"""Camera geometry as pure functions of arrays: poses, camera files, epipolar lines, Plücker rays, homographies, paths.
+
+Functions take numpy or JAX arrays and know nothing of networks or data sets.
 """

@@ -1,6 +1,6 @@
-"""Camera files of RealEstate10K: a line with the video's address, then 19 columns a frame.
+"""Camera files of RealEstate10K: a line with the URL of the video, then one line of 19 columns per frame.
 
-Columns: a time in microseconds; fx, fy over the width and the height; cx, cy the same; two zeros; a world-to-camera 3x4
+Columns: timestamp in microseconds; fx / width, fy / height, cx / width, cy / height; two zeros; the 3x4 world-to-camera
 matrix, row by row (Zhou et al. 2018, arXiv 1805.09817; https://google.github.io/realestate10k).
 """
 
@@ -13,7 +13,7 @@ from jvgen.geometry import rotations
 from jvgen.geometry.cameras import Cameras
 
 COLUMNS = 19
-# How far a rotation matrix may be from orthonormal; files of nine digits are within 1e-8.
+# Largest accepted entry of |R R^T - I|; files with nine digits are within 1e-8.
 ROTATION_TOLERANCE = 1e-3
 
 
@@ -22,9 +22,9 @@ class CameraTrack:
     """The cameras of one clip, F frames.
 
     Attributes:
-      source: address of the video that the frames are of.
-      timestamps: int64 (F,), microseconds from the beginning of the video.
-      intrinsics: float64 (F, 4), normalised.
+      source: URL of the video.
+      timestamps: int64 (F,), microseconds from the start of the video.
+      intrinsics: float64 (F, 4), normalized by the image size.
       extrinsics: float64 (F, 3, 4), world-to-camera.
     """
 
@@ -41,16 +41,16 @@ class CameraTrack:
         """Intrinsics and extrinsics."""
         return Cameras(self.intrinsics, self.extrinsics)
 
-    def evenly(self, frames: int, name: str = "the camera file") -> "CameraTrack":
-        """`frames` of the cameras, from the first to the last, evenly spaced.
+    def subsample(self, frames: int, name: str = "the camera file") -> "CameraTrack":
+        """A track of `frames` evenly spaced cameras, from the first to the last.
 
         Raises:
-          ValueError: there are fewer.
+          ValueError: the track has fewer cameras.
         """
         if len(self) < frames:
             raise ValueError(
-                f"{name} has {len(self)} cameras, fewer than the {frames} frames asked for; ask for {len(self)} or "
-                "fewer, or give a longer file."
+                f"{name} has {len(self)} cameras, fewer than the {frames} requested frames; request at most "
+                f"{len(self)}, or give a longer file."
             )
         index = np.linspace(0, len(self) - 1, frames).astype(int)
         return CameraTrack(self.source, self.timestamps[index], self.intrinsics[index], self.extrinsics[index])
@@ -60,8 +60,8 @@ def read_cameras(path: str | Path) -> CameraTrack:
     """Read a camera file.
 
     Raises:
-      ValueError: no such file, a line without 19 numbers, matrices that are no rotations (with how far off they are),
-        intrinsics in pixels, no cameras at all.
+      ValueError: no such file, no cameras, a line without 19 numbers, matrices that are not rotations, intrinsics in
+        pixels.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,13 +71,13 @@ def read_cameras(path: str | Path) -> CameraTrack:
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if number > first and line.strip()]
     if not rows:
         raise ValueError(
-            f"{path}: has no cameras; a line with an address and then one line of {COLUMNS} columns a frame."
+            f"{path}: has no cameras; expected a line with a URL, then one line of {COLUMNS} columns per frame."
         )
     return from_rows(np.array(rows, np.float64), source=lines[0].strip() if first else "", name=str(path))
 
 
 def from_rows(rows: np.ndarray, *, source: str = "", name: str = "cameras") -> CameraTrack:
-    """The track in the numbers (F, 19) of a camera file, checked as `read_cameras` says."""
+    """The track in the rows (F, 19) of a camera file, checked as by `read_cameras`."""
     track = CameraTrack(
         source=source,
         timestamps=rows[:, 0].round().astype(np.int64),
@@ -89,18 +89,18 @@ def from_rows(rows: np.ndarray, *, source: str = "", name: str = "cameras") -> C
 
 
 def check(cameras: Cameras, name: str) -> None:
-    """Raise `ValueError` for cameras (F frames, float64) that cannot be: not finite, no rotation, not normalised."""
+    """Raise `ValueError` for cameras (F frames, float64) that are not finite, not rotations or not normalized."""
     intrinsics, extrinsics = (np.asarray(part, np.float64) for part in cameras)
     if not (np.isfinite(intrinsics).all() and np.isfinite(extrinsics).all()):
-        raise ValueError(f"{name}: holds numbers that are not finite.")
-    off = rotations.deviation(extrinsics[..., :3])
-    if (off > ROTATION_TOLERANCE).any():
-        worst = int(np.argmax(off))
-        how = f"is no rotation: R R^T is off the identity by {off.flat[worst]:.2g}, more than {ROTATION_TOLERANCE:g}"
+        raise ValueError(f"{name}: contains numbers that are not finite.")
+    error = rotations.rotation_error(extrinsics[..., :3])
+    if (error > ROTATION_TOLERANCE).any():
+        worst = int(np.argmax(error))
+        how = f"is not a rotation: R R^T differs from I by {error.flat[worst]:.2g}, more than {ROTATION_TOLERANCE:g}"
         if np.linalg.det(extrinsics.reshape(-1, 3, 4)[worst, :, :3]) <= 0:
             how = "is a mirror image, not a rotation (determinant below 0)"
         raise ValueError(
-            f"{name}: the matrix of frame {worst} {how}. Columns 8 to 19 are a 3x4 matrix [R|t], world to camera, "
+            f"{name}: the matrix of frame {worst} {how}. Columns 8 to 19 are the 3x4 matrix [R|t], world to camera, "
             "row by row."
         )
     focal = intrinsics[..., :2]
@@ -109,13 +109,13 @@ def check(cameras: Cameras, name: str) -> None:
     if focal.max() > 20 or np.abs(intrinsics[..., 2:]).max() > 20:
         worst = intrinsics.reshape(-1, 4)[0]
         raise ValueError(
-            f"{name}: fx, fy, cx, cy = {', '.join(f'{value:g}' for value in worst)} look like pixels. They are to be "
-            "normalised: divide fx and cx by the width of the image, fy and cy by its height (so cx, cy are near 0.5)."
+            f"{name}: fx, fy, cx, cy = {', '.join(f'{value:g}' for value in worst)} look like pixels. Normalize "
+            "them: divide fx and cx by the width of the image, fy and cy by its height (so that cx, cy are near 0.5)."
         )
 
 
 def write_cameras(path: str | Path, track: CameraTrack) -> None:
-    """Write a camera file that `read_cameras` reads, nine digits after the point."""
+    """Write a camera file for `read_cameras`, with nine decimals."""
     lines = [track.source or "cameras"]
     for time, intrinsics, extrinsics in zip(track.timestamps, track.intrinsics, track.extrinsics, strict=True):
         numbers = [*intrinsics, 0.0, 0.0, *extrinsics.reshape(-1)]
@@ -134,8 +134,8 @@ def _row(path: Path, number: int, line: str) -> list[float]:
     words = line.split()
     if len(words) != COLUMNS:
         raise ValueError(
-            f"{path}, line {number}: {len(words)} columns, not {COLUMNS} (time, fx, fy, cx, cy, 0, 0, and a "
-            "world-to-camera 3x4 matrix row by row)."
+            f"{path}, line {number}: {len(words)} columns, not {COLUMNS} (timestamp, fx, fy, cx, cy, 0, 0, and the "
+            "3x4 world-to-camera matrix row by row)."
         )
     try:
         return [float(word) for word in words]

@@ -1,11 +1,11 @@
-"""Pinhole cameras: calibration in pixels, rigid poses and what lies between two of them, crops and resizes.
+"""Pinhole cameras: calibration matrices, rigid poses and relative poses, crops and resizes.
 
 Conventions, here and in data sets: extrinsics are world-to-camera [R|t] with OpenCV axes (x right, y down, z forward).
-Intrinsics are fx, fy, cx, cy over the width (x) and the height (y) of the image, 0 at the outer edge of its first pixel
-and 1 at that of its last one; so in pixels the centre of pixel i is at i + 0.5, and resizing changes no number.
+Intrinsics are fx, fy, cx, cy divided by the width (x) and the height (y) of the image: 0 at the outer edge of its first
+pixel, 1 at that of its last. So the center of pixel i is at i + 0.5, and resizing leaves them unchanged.
 
-Functions take numpy or JAX arrays and give the same kind back: float64 on the host for files and paths, float32 under
-`jax.jit`, where all products run in full precision whatever the device's default is.
+Functions return the kind of array they are given: numpy float64 for files and paths, JAX float32 under `jax.jit`, where
+all matrix products run in full float32 precision on every device.
 """
 
 import functools
@@ -22,15 +22,15 @@ Size = tuple[int, int]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Two camera centres nearer than this share of their distance to the origin are at one place, as far as float32 tells.
-SAME_PLACE = 1e-5
+# Relative distance below which two camera centers are equal within the precision of float32.
+CENTER_TOLERANCE = 1e-5
 
 
 class Cameras(NamedTuple):
     """Cameras along any leading axes.
 
     Attributes:
-      intrinsics: `... 4`, normalised.
+      intrinsics: `... 4`, normalized.
       extrinsics: `... 3 4`, world-to-camera.
     """
 
@@ -39,7 +39,7 @@ class Cameras(NamedTuple):
 
 
 def in_full_precision(function: Function) -> Function:
-    """Run a function's matrix products in float32 on devices that would round their factors to bfloat16."""
+    """Decorator: matrix products in full float32, also on devices whose default rounds factors to bfloat16."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ def in_full_precision(function: Function) -> Function:
 
 @in_full_precision
 def calibration(intrinsics: Float[AnyArray, "*b 4"], size: Size) -> Float[AnyArray, "*b 3 3"]:
-    """The matrix K that takes camera coordinates to homogeneous pixels of an image of `size`."""
+    """The matrix K from camera coordinates to homogeneous pixel coordinates of an image of `size`."""
     xp = intrinsics.__array_namespace__()
     height, width = size
     fx, fy, cx, cy = (intrinsics[..., i] * scale for i, scale in enumerate((width, height, width, height)))
@@ -69,10 +69,10 @@ def inverse_calibration(matrix: Float[AnyArray, "*b 3 3"]) -> Float[AnyArray, "*
 
 @in_full_precision
 def inverse(motion: Float[AnyArray, "*b 3 4"]) -> Float[AnyArray, "*b 3 4"]:
-    """The rigid motion that undoes another: world-to-camera to camera-to-world, and back."""
+    """The inverse of a rigid motion: world-to-camera to camera-to-world, and back."""
     xp = motion.__array_namespace__()
-    turned = xp.swapaxes(motion[..., :3], -1, -2)
-    return xp.concatenate([turned, -turned @ motion[..., 3:]], axis=-1)
+    rotation = xp.swapaxes(motion[..., :3], -1, -2)
+    return xp.concatenate([rotation, -rotation @ motion[..., 3:]], axis=-1)
 
 
 @in_full_precision
@@ -84,30 +84,30 @@ def compose(after: Float[AnyArray, "*#b 3 4"], before: Float[AnyArray, "*#b 3 4"
 
 
 def between(source: Float[AnyArray, "*#b 3 4"], target: Float[AnyArray, "*#b 3 4"]) -> Float[AnyArray, "*b 3 4"]:
-    """The motion from a source camera's coordinates to a target camera's, of two world-to-camera extrinsics."""
+    """The rigid motion from source to target camera coordinates, from two world-to-camera extrinsics."""
     return compose(target, inverse(source))
 
 
 def relative(
     extrinsics: Float[AnyArray, "*#b 3 4"], reference: Float[AnyArray, "*#b 3 4"]
 ) -> Float[AnyArray, "*b 3 4"]:
-    """Extrinsics in a world whose origin is the reference camera: that camera itself becomes [I|0]."""
+    """Extrinsics in the coordinates of the reference camera, whose own become [I|0]."""
     return compose(extrinsics, inverse(reference))
 
 
 def centers(extrinsics: Float[AnyArray, "*b 3 4"]) -> Float[AnyArray, "*b 3"]:
-    """Where cameras stand in the world."""
+    """Camera centers in world coordinates."""
     return inverse(extrinsics)[..., 3]
 
 
 def share_a_center(
-    source: Float[AnyArray, "*#b 3 4"], target: Float[AnyArray, "*#b 3 4"], tolerance: float = SAME_PLACE
+    source: Float[AnyArray, "*#b 3 4"], target: Float[AnyArray, "*#b 3 4"], tolerance: float = CENTER_TOLERANCE
 ) -> Any:
-    """Whether two cameras stand at one place, so that no epipolar geometry is between them: bool `*b`.
+    """Whether two cameras have a common center, and so no epipolar geometry: bool `*b`.
 
     Args:
       source, target: world-to-camera.
-      tolerance: distance over that of either camera to the origin of the world.
+      tolerance: largest distance between the centers, relative to their distance from the origin of the world.
     """
     xp = source.__array_namespace__()
     first, second = centers(source), centers(target)
@@ -116,7 +116,7 @@ def share_a_center(
 
 
 def resized_and_cropped(intrinsics: Float[AnyArray, "*b 4"], source: Size, size: Size) -> Float[AnyArray, "*b 4"]:
-    """Intrinsics after an image of size `source` was scaled to cover `size` and cropped around its middle."""
+    """Intrinsics after an image of size `source` is scaled to cover `size` and center-cropped."""
     xp = intrinsics.__array_namespace__()
     scale = max(size[0] / source[0], size[1] / source[1])
     height, width = source[0] * scale / size[0], source[1] * scale / size[1]
@@ -127,7 +127,7 @@ def resized_and_cropped(intrinsics: Float[AnyArray, "*b 4"], source: Size, size:
 
 @in_full_precision
 def project(points: Float[AnyArray, "*#b n 3"], cameras: Cameras, size: Size) -> Float[AnyArray, "*b n 3"]:
-    """World points in pixels of each camera's image, and their depth as the third number.
+    """Pixel coordinates of world points in each camera's image, with their depth as the third coordinate.
 
     Args:
       points: `... n 3`.
@@ -142,16 +142,18 @@ def project(points: Float[AnyArray, "*#b n 3"], cameras: Cameras, size: Size) ->
 
 
 def of_latent_frames(values: Any, compression: int, axis: int) -> Any:
-    """One value for each latent frame of a causal VAE: the first frame's, then the last of every `compression` frames.
+    """One value per latent frame of a causal VAE: that of the first frame, then of the last of every `compression`.
 
-    Latent frame 0 holds frame 0, latent frame k holds frames r(k - 1) + 1 .. rk.
+    Latent frame 0 covers frame 0, latent frame k covers frames r(k - 1) + 1 .. rk, with r = `compression`.
 
     Raises:
-      ValueError: a number of frames that is not r n + 1.
+      ValueError: a number of frames other than r n + 1.
     """
     frames = values.shape[axis]
     if (frames - 1) % compression:
-        raise ValueError(f"{frames} cameras: with {compression} frames a latent frame there are {compression}n + 1.")
+        raise ValueError(
+            f"{frames} frames: with {compression} frames per latent frame there must be {compression}n + 1."
+        )
     index = [slice(None)] * values.ndim
     index[axis] = slice(None, None, compression)
     return values[tuple(index)]

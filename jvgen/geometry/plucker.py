@@ -1,4 +1,4 @@
-"""Plücker coordinates of the rays through pixels (as CameraCtrl has them, He et al. 2024, arXiv 2404.02101)."""
+"""Plücker coordinates of the rays through pixels (CameraCtrl, He et al. 2024, arXiv 2404.02101)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,14 +9,14 @@ from jvgen.geometry.epipolar import token_points
 
 @in_full_precision
 def rays(cameras: Cameras, size: Size, grid: Size | None = None) -> Float[Array, "*b h w 6"]:
-    """Moment o x d, then unit direction d, of the ray through each cell's centre, in the world of the extrinsics.
+    """Moment o x d and unit direction d of the ray through each cell's center, in world coordinates.
 
-    Moments have the unit of the world's length; make poses relative to one of the cameras first.
+    Moments depend on the origin and the scale of the world; make the poses relative to one of the cameras first.
 
     Args:
       cameras: with any leading axes.
       size: height and width of the images in pixels.
-      grid: rows and columns of cells; those of the image if not given.
+      grid: rows and columns of cells; by default the pixels.
     """
     grid = size if grid is None else grid
     points = jnp.asarray(token_points(grid, size))

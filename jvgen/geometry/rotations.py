@@ -1,13 +1,13 @@
-"""Rotations on the host: how far a matrix is from one, logarithm and exponential, and the shortest turn between two."""
+"""Rotations in numpy: error of a matrix, nearest rotation, exponential, logarithm and interpolation."""
 
 import numpy as np
 
 
-def deviation(matrices: np.ndarray) -> np.ndarray:
-    """How far 3x3 matrices `... 3 3` are from rotations: the largest entry of R R^T - I, or 2 for a mirror image."""
+def rotation_error(matrices: np.ndarray) -> np.ndarray:
+    """The largest entry of |R R^T - I| of matrices `... 3 3`; at least 2 for reflections."""
     matrices = np.asarray(matrices, np.float64)
-    off = np.abs(matrices @ np.swapaxes(matrices, -1, -2) - np.eye(3)).max(axis=(-2, -1))
-    return np.where(np.linalg.det(matrices) > 0, off, np.maximum(off, 2.0))
+    error = np.abs(matrices @ np.swapaxes(matrices, -1, -2) - np.eye(3)).max(axis=(-2, -1))
+    return np.where(np.linalg.det(matrices) > 0, error, np.maximum(error, 2.0))
 
 
 def nearest(matrices: np.ndarray) -> np.ndarray:
@@ -19,7 +19,7 @@ def nearest(matrices: np.ndarray) -> np.ndarray:
 
 
 def exponential(vectors: np.ndarray) -> np.ndarray:
-    """Rotations `... 3 3` about vectors `... 3` by their lengths in radians (Rodrigues)."""
+    """Rotations `... 3 3` from axis-angle vectors `... 3` in radians (Rodrigues)."""
     vectors = np.asarray(vectors, np.float64)
     angle = np.linalg.norm(vectors, axis=-1)[..., None, None]
     cross = cross_matrix(vectors)
@@ -28,7 +28,7 @@ def exponential(vectors: np.ndarray) -> np.ndarray:
 
 
 def logarithm(rotation: np.ndarray) -> np.ndarray:
-    """The vector, of length 0..pi, that one rotation (3, 3) turns about."""
+    """The axis-angle vector of one rotation (3, 3), of length 0 to pi."""
     rotation = np.asarray(rotation, np.float64)
     axis = (
         np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
@@ -40,16 +40,16 @@ def logarithm(rotation: np.ndarray) -> np.ndarray:
         return axis / sine * angle
     if cosine > 0:
         return axis
-    # Half a turn: the axis is the column of R + I that is largest.
+    # A rotation by pi: the axis is the largest column of R + I.
     columns = rotation + np.eye(3)
     largest = columns[:, np.argmax(np.diag(columns))]
     return largest / np.linalg.norm(largest) * angle
 
 
-def interpolated(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """Rotations (n, 3, 3) along the shortest turn from `first` to `last`, at fractions (n,) of it."""
-    turn = logarithm(np.swapaxes(first, -1, -2) @ last)
-    return first @ exponential(np.asarray(fractions, np.float64)[:, None] * turn)
+def interpolate(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """Rotations (n, 3, 3) at fractions (n,) of the shortest rotation from `first` to `last`."""
+    vector = logarithm(np.swapaxes(first, -1, -2) @ last)
+    return first @ exponential(np.asarray(fractions, np.float64)[:, None] * vector)
 
 
 def angle_between(first: np.ndarray, second: np.ndarray) -> np.ndarray | np.floating:
@@ -59,7 +59,7 @@ def angle_between(first: np.ndarray, second: np.ndarray) -> np.ndarray | np.floa
 
 
 def cross_matrix(vectors: np.ndarray) -> np.ndarray:
-    """[v]x with [v]x w = v x w, `... 3 3`."""
+    """The skew-symmetric matrices `... 3 3` with [v]x w = v x w."""
     x, y, z = np.moveaxis(np.asarray(vectors), -1, 0)
     zero = np.zeros_like(x)
     return np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(*x.shape, 3, 3)

@@ -120,7 +120,7 @@ FORMATS = (
         "CompressiveTokenizer",
     ),
     Format("LlamaForCausalLM", "transformers", "jvgen.models.ivideogpt", "FrameTransformerConfig", "FrameTransformer"),
-    Format("ViewParts", "jvgen", "jvgen.models.multiview", "MultiViewDiTConfig", "ViewParts"),
+    Format("ViewParts", "jvgen", "jvgen.models.multiview", "MultiViewDiTConfig", "MultiViewModules"),
     Format("CVVAEModel", "paper", "jvgen.models.cv_vae", "CVVAEConfig", "CVVAE"),
     Format("CVVAESD3Model", "paper", "jvgen.models.cv_vae", "CVVAEConfig", "CVVAE"),
     Format("CVVAE", "jvgen", "jvgen.models.cv_vae", "CVVAEConfig", "CVVAE"),

@@ -175,7 +175,7 @@ def read_views(
             f"camera files of different lengths ({lengths}): frame k of a view belongs to frame k of the others; "
             "cut them to one length."
         )
-    tracks = [track.evenly(request.frames, path) for track, path in zip(tracks, cameras, strict=True)]
+    tracks = [track.subsample(request.frames, path) for track, path in zip(tracks, cameras, strict=True)]
     extrinsics = np.stack([track.extrinsics for track in tracks])
     start = extrinsics[:1, :1] if one_world else extrinsics[:, :1]
     size = (request.height, request.width)

@@ -9,7 +9,7 @@ from einops import rearrange
 
 from jvgen.diffusion.objective import draw_noise
 from jvgen.diffusion.schedule import Schedule
-from jvgen.evaluation.features import attention_between, frame_similarity
+from jvgen.evaluation.layer_metrics import attention_between, frame_similarity
 from jvgen.models.video_dit.enhance import mean_diagonal
 from jvgen.models.video_dit.model import TokenLayout
 from jvgen.models.video_dit.probe import LayerActivations, probe_layers

@@ -1,4 +1,4 @@
-"""Training several videos of one scene to agree (CVD, arXiv 2405.17414) on a text-to-video transformer."""
+"""Collaborative Video Diffusion (CVD, arXiv 2405.17414): the task of denoising several views of a scene jointly."""
 
 import dataclasses
 from typing import Any
@@ -22,23 +22,15 @@ from jvgen.diffusion.objective import (
     slot_normal,
 )
 from jvgen.diffusion.sampler import SamplerConfig
-from jvgen.geometry.cameras import Cameras, relative
+from jvgen.geometry.cameras import Cameras
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
-from jvgen.models.multiview.adapter import merged
 from jvgen.models.multiview.config import MultiViewDiTConfig
 from jvgen.models.multiview.flops import forward_flops
-from jvgen.models.multiview.model import MultiViewDiT, ViewParts
-from jvgen.models.multiview.sync import SyncMode, ViewLayout
-from jvgen.models.multiview.views import (
-    Views,
-    camera_band,
-    draw_normals,
-    homography_band,
-    ray_patches,
-    token_cameras,
-)
+from jvgen.models.multiview.lora import merge_lora
+from jvgen.models.multiview.model import MultiViewDiT, MultiViewModules
+from jvgen.models.multiview.view_conditioning import ViewConditioning, camera_conditioning, homography_conditioning
 from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network, Parameters
@@ -47,29 +39,28 @@ from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, SampleRequest, act
 from jvgen.tasks.text_to_video import SAMPLER_KEY, START_KEY, TextToVideo, TextToVideoConfig
 from jvgen.tasks.view_batches import ViewKind
 
-# A further purpose of a step's key (see jvgen.tasks.text_to_video); numbers never change their meaning.
+# One more purpose of a step's key (see jvgen.tasks.text_to_video); numbers keep their meaning across versions.
 NORMALS_KEY = 20
-# View v of the example in slot i draws what belongs to slot i * MOST_VIEWS + v.
-MOST_VIEWS = 64
+# View v of the example in slot i draws its random numbers as slot i * MAX_VIEWS + v.
+MAX_VIEWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiViewConfig(TextToVideoConfig):
-    """Views of a scene denoised together, from cameras and a caption.
+    """Joint denoising of several views of a scene, from cameras and a caption.
 
-    A bucket of single clips of kind "static" is folded into two views (2N - 1 frames make two of N), one of kind
-    "dynamic" gets a warped copy; a bucket with views is taken as recorded. Their weights are the mixture (7 : 3 in the
-    paper). Rays and the adapter are switched on where there are cameras, and off for warped copies.
+    Single clips of kind "static" are folded into two views (2N - 1 frames make two of N), those of kind "dynamic" are
+    paired with a warped copy; buckets with views are used as recorded. The weights of the buckets are the mixture
+    (7 : 3 in the paper). Rays and the LoRA adapter are active for views with cameras, not for warped copies.
 
     Attributes:
-      denoiser: the transformer and what is added for views.
-      denoiser_weights: exported or published folder of a plain transformer that stands still while the rest is trained;
-        none to train it along.
-      text_encoder_weights: exported folder of a byte encoder that stands still; none to train it along.
-      homography: strengths of the warp of copies.
-      one_timestep: views of an example share their timestep; released training draws one for each.
-      pairing: how views are matched when clips are generated.
-      adapter_scale: of the adapter when clips are generated: 1 for still scenes as it was trained on, 0 for others.
+      denoiser: the transformer and its multi-view modules.
+      denoiser_weights: exported or published folder of a single-view transformer, which is frozen; None to train it.
+      text_encoder_weights: exported folder of a byte encoder, which is frozen; None to train it.
+      homography: strength of the warp of copies.
+      one_timestep: all views of an example share one timestep; the released training draws one per view.
+      pairing: how views are paired in sampling.
+      adapter_scale: scale of the adapter in sampling: 1 for static scenes, which it is trained on, 0 for others.
     """
 
     denoiser: MultiViewDiTConfig
@@ -81,15 +72,15 @@ class MultiViewConfig(TextToVideoConfig):
     adapter_scale: float = 0.0
 
     def check_bucket(self, bucket: BucketConfig) -> None:
-        if bucket.views > MOST_VIEWS:
-            raise ValueError(f"views = {bucket.views}: at most {MOST_VIEWS}.")
+        if bucket.views > MAX_VIEWS:
+            raise ValueError(f"views = {bucket.views}: must be at most {MAX_VIEWS}.")
         kind = view_batches.kind_of(bucket)
         frames = view_batches.clip_frames(bucket)
         if kind is ViewKind.WARPED and self.vae is None:
             raise ValueError("kinds = ('dynamic',): copies are warped as pixels; set task.vae and task.vae_weights.")
         if kind is ViewKind.FOLDED and self.latents == "data" and self.temporal_compression > 1:
             raise ValueError(
-                f"kinds = ('static',): latents that merge {self.temporal_compression} frames cannot run backward; set "
+                f"kinds = ('static',): latents of {self.temporal_compression} frames each cannot be reversed; set "
                 "task.latents = 'pixels'."
             )
         self.latent_shape(frames, bucket.height, bucket.width)
@@ -115,14 +106,14 @@ class MultiViewConfig(TextToVideoConfig):
 
 
 class MultiView(TextToVideo):
-    """See `MultiViewConfig`. Trains "views" and, unless they stand still, "denoiser" and "text_encoder"."""
+    """See `MultiViewConfig`. Trains "views" and, unless they are frozen, "denoiser" and "text_encoder"."""
 
     def __init__(self, config: MultiViewConfig):
         super().__init__(config)
         self.config: MultiViewConfig = config
-        self.whole = Network.of(lambda rngs: MultiViewDiT(config.denoiser, rngs=rngs))
+        self.multi_view_network = Network.of(lambda rngs: MultiViewDiT(config.denoiser, rngs=rngs))
         self.networks["denoiser"] = Network.of(lambda rngs: VideoDiT(config.denoiser.plain, rngs=rngs))
-        self.networks["views"] = Network.of(lambda rngs: ViewParts(config.denoiser, rngs=rngs))
+        self.networks["views"] = Network.of(lambda rngs: MultiViewModules(config.denoiser, rngs=rngs))
         self.network_configs["denoiser"] = config.denoiser.plain
         self.network_configs["views"] = config.denoiser
         self._folders = {
@@ -155,14 +146,14 @@ class MultiView(TextToVideo):
 
     def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         config = self.config
-        made = view_batches.prepare(
+        arrays = view_batches.prepare(
             example,
             config.homography,
             from_pixels=config.latents == "pixels",
             spatial=config.spatial_compression,
             temporal=config.temporal_compression,
         )
-        return {**made, "tokens": self.text.tokenize(example["caption"])}
+        return {**arrays, "tokens": self.text.tokenize(example["caption"])}
 
     # Loss.
 
@@ -183,22 +174,22 @@ class MultiView(TextToVideo):
         noisy = self.schedule.add_noise(clean, noise, timesteps)
         tokens = self.drop_captions(batch["tokens"], key, slots)
         text = repeat(self.text_embeddings(parameters, frozen, tokens), "b l c -> (b v) l c", v=views)
-        told = self.told_of_batch(batch, clean.shape, key)
-        whole, adapter = {**frozen, **parameters}, float(_of_cameras(batch))
-        prediction = self.denoise(whole, noisy, timesteps, text, views=told, adapter=adapter)
+        conditioning = self.view_conditioning(batch, clean.shape, key)
+        weights, adapter = {**frozen, **parameters}, float(_has_cameras(batch))
+        prediction = self.denoise(weights, noisy, timesteps, text, views=conditioning, adapter=adapter)
         if "valid" in rows:
-            # Where a copy shows nothing there is no error; it counts in the mean all the same, as released.
+            # Pixels outside a warped copy have zero error, but count in the mean, as released.
             target = self.schedule.target(clean, noise, timesteps, config.objective.target)
-            seen = rows["valid"][..., None] > 0
-            prediction = jnp.where(seen, prediction, target.astype(prediction.dtype))
+            valid = rows["valid"][..., None] > 0
+            prediction = jnp.where(valid, prediction, target.astype(prediction.dtype))
         weighted, plain = loss_per_sample(prediction, clean, noise, timesteps, config.objective, self.schedule)
         metrics = {name: Mean(*pair) for name, pair in loss_by_band(plain, timesteps, config.objective.bands).items()}
-        for kind, here in (("cameras", adapter), ("warped", 1.0 - adapter)):
-            metrics[f"loss_{kind}"] = Mean(jnp.sum(plain) * here, jnp.float32(plain.size * here))
+        for kind, share in (("cameras", adapter), ("warped", 1.0 - adapter)):
+            metrics[f"loss_{kind}"] = Mean(jnp.sum(plain) * share, jnp.float32(plain.size * share))
         return jnp.mean(weighted), metrics
 
     def rows(self, batch: Batch) -> dict[str, jax.Array]:
-        """Clips (or latents), masks and slots of a batch, one row a view: `B V ...` to `(B V) ...`."""
+        """Clips (or latents), masks and slots of a batch, one row per view: `B V ...` to `(B V) ...`."""
         views = next(batch[name] for name in ("video", "latents") if name in batch).shape[1]
         rows = {
             name: rearrange(batch[name], "b v ... -> (b v) ...")
@@ -208,59 +199,32 @@ class MultiView(TextToVideo):
         return {**rows, "slot": view_slots(batch["slot"], views)}
 
     def clean_latents(self, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
-        # Warped copies are pixels even where other clips are cached.
+        # Warped copies are pixels even if the latents of other clips are cached.
         if "latents" in batch or self.config.latents == "pixels":
             return super().clean_latents(frozen, batch, key)
         moments = self.encode(frozen, batch["video"])
         return super().clean_latents(frozen, {**batch, "latents": moments}, key)
 
-    def told_of_batch(self, batch: Batch, shape: tuple[int, ...], key: jax.Array) -> Views:
-        """What the network is told of the views of a batch whose latents have a shape `(B V) F H W C`."""
+    def view_conditioning(self, batch: Batch, latents: tuple[int, ...], key: jax.Array) -> ViewConditioning:
+        """Conditioning of a batch whose latents have a shape `(B V) F H W C`: by cameras, or by homographies."""
         keys = slot_keys(jax.random.fold_in(key, NORMALS_KEY), batch["slot"])
-        if _of_cameras(batch):
-            cameras = Cameras(batch["intrinsics"], batch["extrinsics"])
-            views = cameras.intrinsics.shape[1]
-            partner = jnp.arange(views - 1, -1, -1) if views == 2 else (jnp.arange(views) + 1) % views
-            return self.told(cameras, partner, keys, shape)
-        config, sync = self.config, self.config.denoiser.sync
-        layout, partner = ViewLayout(2), jnp.asarray([1, 0])
-        if sync is None or sync.mode is not SyncMode.EPIPOLAR:
-            return Views(layout, partner)
-        frames, *grid = token_grid(shape[1:4], config.denoiser.patch_shape)
-        step = config.denoiser.temporal_patch or 1
-        band = homography_band(
-            batch["homographies"][:, step - 1 :: step],
-            sync,
-            draw_normals(keys, 2, frames),
-            grid=tuple(grid),
-            size=self._pixels(shape),
-        )
-        return Views(layout, partner, band)
+        if not _has_cameras(batch):
+            return homography_conditioning(
+                self.config.denoiser, batch["homographies"], keys, latents,
+                pixels_per_latent=self.config.spatial_compression,
+            )  # fmt: skip
+        cameras = Cameras(batch["intrinsics"], batch["extrinsics"])
+        views = cameras.intrinsics.shape[1]
+        partner = jnp.arange(views - 1, -1, -1) if views == 2 else (jnp.arange(views) + 1) % views
+        return self._camera_conditioning(cameras, partner, keys, latents)
 
-    def told(
-        self, cameras: Cameras, partner: jax.Array, keys: jax.Array, shape: tuple[int, ...], copies: int = 1
-    ) -> Views:
-        """What the network is told of views with cameras.
-
-        Args:
-          cameras: `B V F 4` and `B V F 3 4`, every frame, in any world.
-          partner: int32 `V`.
-          keys: `B`, for directions of lines where cameras share their place.
-          shape: of the latents, `R F H W C`.
-          copies: see `ViewLayout`.
-        """
-        config, denoiser = self.config, self.config.denoiser
-        extrinsics = cameras.extrinsics.astype(jnp.float32)
-        cameras = Cameras(cameras.intrinsics.astype(jnp.float32), relative(extrinsics, extrinsics[:, :1, :1]))
-        frames, *grid = token_grid(shape[1:4], denoiser.patch_shape)
-        size, band, rays = self._pixels(shape), None, None
-        if denoiser.sync is not None and denoiser.sync.mode is SyncMode.EPIPOLAR:
-            of_tokens = token_cameras(cameras, config.temporal_compression, denoiser.temporal_patch or 1)
-            normals = draw_normals(keys, cameras.intrinsics.shape[1], frames)
-            band = camera_band(of_tokens, partner, denoiser.sync, normals, grid=tuple(grid), size=size)
-        if denoiser.rays:
-            rays = ray_patches(cameras, config.temporal_compression, grid=shape[2:4], size=size)
-        return Views(ViewLayout(cameras.intrinsics.shape[1], copies), partner.astype(jnp.int32), band, rays)
+    def _camera_conditioning(
+        self, cameras: Cameras, partner: jax.Array, keys: jax.Array, latents: tuple[int, ...], copies: int = 1
+    ) -> ViewConditioning:
+        return camera_conditioning(
+            self.config.denoiser, cameras, partner, keys, latents, copies=copies,
+            frames_per_latent=self.config.temporal_compression, pixels_per_latent=self.config.spatial_compression,
+        )  # fmt: skip
 
     def text_embeddings(self, parameters: Parameters, frozen: Parameters, tokens: jax.Array) -> jax.Array:
         return self.text.embed({**frozen, **parameters}["text_encoder"], tokens)
@@ -273,20 +237,20 @@ class MultiView(TextToVideo):
         text: jax.Array,
         attention_scale: AttentionScale | None = None,
         *,
-        views: Views | None = None,
+        views: ViewConditioning | None = None,
         adapter: float = 0.0,
     ) -> jax.Array:
         """The prediction for noisy latents; `parameters` holds "denoiser" and "views", trained or not.
 
         Args:
-          views: see `MultiViewDiT`.
-          adapter: scale of the adapter.
+          views: conditioning on views, see `MultiViewDiT`.
+          adapter: scale of the LoRA adapter.
         """
         denoiser = parameters["denoiser"]
         if self.config.denoiser.adapter_rank and adapter:
-            denoiser = merged(denoiser, parameters["views"]["adapter"], float(adapter))
+            denoiser = merge_lora(denoiser, parameters["views"]["adapter"], float(adapter))
         dtype = activation_dtype(denoiser)
-        return self.whole.apply(
+        return self.multi_view_network.apply(
             {**denoiser, "views": parameters["views"]},
             noisy.astype(dtype),
             text.astype(dtype),
@@ -313,8 +277,8 @@ class MultiView(TextToVideo):
         """New clips of several views, uint8 `B V F H W 3`; example i depends on the key and `slots[i]` only.
 
         Args:
-          tokens: `B L`, one caption an example.
-          cameras: `B V F 4` and `B V F 3 4`, one for each frame of each view.
+          tokens: `B L`, one caption per example.
+          cameras: `B V F 4` and `B V F 3 4`, one per frame of each view.
         """
         sampler, guidance = self.config.sampling(request)
         size = (request.frames, request.height, request.width)
@@ -336,25 +300,29 @@ class MultiView(TextToVideo):
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
     ) -> jax.Array:
-        """Normalised latents `(B V) F H W C` of new clips; see `generate_views`."""
+        """Normalized latents `(B V) F H W C` of new clips; see `generate_views`."""
         config, parameters = self.config, {**frozen, **parameters}
         views, kept = cameras.intrinsics.shape[1], config.clip_frames(size[0])
         latent = config.sampled_shape(*size)
-        cameras = _held_at_first(cameras, (latent[0] - kept) * config.temporal_compression)
+        cameras = _repeat_first(cameras, (latent[0] - kept) * config.temporal_compression)
         shape = (tokens.shape[0] * views, *latent, config.denoiser.out_channels)
         text = repeat(self.text_embeddings(parameters, frozen, tokens), "b l c -> (b v) l c", v=views)
         empty = self.text_embeddings(parameters, frozen, self.text.unconditional_tokens()[None])
-        both = guidance.kind != "none"
+        guide = guidance.kind != "none"
 
         def pair(
             noisy: jax.Array, timesteps: jax.Array, scale: jax.Array, partner: jax.Array, key: jax.Array
         ) -> jax.Array:
-            told = self.told(cameras, partner, slot_keys(key, slots), shape, 2 if both else 1)
+            conditioning = self._camera_conditioning(
+                cameras, partner, slot_keys(key, slots), shape, copies=2 if guide else 1
+            )
 
             def denoise(noisy: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
-                return self.denoise(parameters, noisy, timesteps, text, views=told, adapter=config.adapter_scale)
+                return self.denoise(
+                    parameters, noisy, timesteps, text, views=conditioning, adapter=config.adapter_scale
+                )
 
-            if not both:
+            if not guide:
                 return unguided(denoise, text)(noisy, timesteps, scale)
             unconditional = jnp.broadcast_to(empty, text.shape)
             return guided(denoise, text, unconditional, rescale=guidance.rescale)(noisy, timesteps, scale)
@@ -370,20 +338,21 @@ class MultiView(TextToVideo):
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        if self.config.vae is None:
+        config = self.config
+        if config.vae is None:
             return {}
-        some = {name: value[: max(self.config.visualize_clips // 2, 1)] for name, value in batch.items()}
-        real = self.clean_latents(frozen, self.rows(some), key)
+        part = {name: value[: max(config.visualize_clips // 2, 1)] for name, value in batch.items()}
+        real = self.clean_latents(frozen, self.rows(part), key)
         shown = {"data": self.decode(frozen, real)}
-        if not _of_cameras(batch):
+        if not _has_cameras(batch):
             return shown
-        sampler, guidance = self.config.sampler, self.config.guidance
-        frames, height, width = (some["intrinsics"].shape[2], *self._pixels(real.shape))
-        made = self.generate_view_latents(
-            parameters, frozen, some["tokens"], Cameras(some["intrinsics"], some["extrinsics"]), some["slot"], key,
-            size=(frames, height, width), sampler=sampler, guidance=guidance,
+        pixels = config.spatial_compression
+        frames, height, width = part["intrinsics"].shape[2], real.shape[2] * pixels, real.shape[3] * pixels
+        generated = self.generate_view_latents(
+            parameters, frozen, part["tokens"], Cameras(part["intrinsics"], part["extrinsics"]), part["slot"], key,
+            size=(frames, height, width), sampler=config.sampler, guidance=config.guidance,
         )  # fmt: skip
-        return {**shown, "sample": self.decode(frozen, made)}
+        return {**shown, "sample": self.decode(frozen, generated)}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         views = view_batches.views_of(bucket)
@@ -391,20 +360,16 @@ class MultiView(TextToVideo):
         parts = forward_flops(self.config.denoiser, shape, views, self.config.text.length)
         return {name: views * value for name, value in parts.items()}
 
-    def _pixels(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Height and width in pixels of latents `R F H W C`."""
-        return shape[2] * self.config.spatial_compression, shape[3] * self.config.spatial_compression
-
 
 def view_slots(slots: jax.Array, views: int) -> jax.Array:
     """Slots `(B V)` of the views of examples in slots `B`."""
-    return (slots[:, None] * MOST_VIEWS + jnp.arange(views, dtype=slots.dtype)).reshape(-1)
+    return (slots[:, None] * MAX_VIEWS + jnp.arange(views, dtype=slots.dtype)).reshape(-1)
 
 
-def _of_cameras(batch: Batch) -> bool:
+def _has_cameras(batch: Batch) -> bool:
     return "extrinsics" in batch
 
 
-def _held_at_first(cameras: Cameras, frames: int) -> Cameras:
-    """The cameras with the first one repeated before them."""
+def _repeat_first(cameras: Cameras, frames: int) -> Cameras:
+    """The cameras with the first one repeated in front of them."""
     return Cameras(*(jnp.concatenate([jnp.repeat(part[:, :, :1], frames, axis=2), part], axis=2) for part in cameras))

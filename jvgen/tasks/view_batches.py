@@ -1,4 +1,4 @@
-"""What examples of several views are: synchronised clips, static clips folded, dynamic clips beside a warped copy."""
+"""Examples of several views: synchronized clips, folded static clips, and dynamic clips with a warped copy."""
 
 import enum
 from typing import Any
@@ -16,26 +16,26 @@ from jvgen.tasks.task import ArraySpec
 class ViewKind(enum.Enum):
     """Where the views of an example come from."""
 
-    SYNCHRONISED = "synchronised"  # recorded by several cameras at once
-    FOLDED = "folded"  # a still scene seen by one moving camera: backward and forward from the middle frame
-    WARPED = "warped"  # a moving scene, and a copy that a homography moves away
+    SYNCHRONIZED = "synchronized"  # recorded by several cameras at once
+    FOLDED = "folded"  # a static scene and one moving camera: backward and forward from the middle frame
+    WARPED = "warped"  # a dynamic scene, and a copy warped by a homography that grows over time
 
 
 def kind_of(bucket: BucketConfig) -> ViewKind:
-    """What the examples of a bucket become.
+    """How the views of a bucket's examples are made.
 
     Raises:
-      ValueError: a bucket of single clips that mixes still scenes, moving ones or images.
+      ValueError: a bucket of single clips that mixes static scenes, dynamic scenes or images.
     """
     if bucket.views > 1:
-        return ViewKind.SYNCHRONISED
+        return ViewKind.SYNCHRONIZED
     if bucket.kinds == ("static",):
         return ViewKind.FOLDED
     if bucket.kinds == ("dynamic",):
         return ViewKind.WARPED
     raise ValueError(
-        f"views = 1, kinds = {bucket.kinds}: single clips become two views by folding (kinds = static) or beside a "
-        "warped copy (kinds = dynamic): give each a bucket of its own, weighted 0.7 and 0.3 for instance; or set views."
+        f"views = 1, kinds = {bucket.kinds}: single clips become two views by folding (kinds = static) or with a "
+        "warped copy (kinds = dynamic): use one bucket for each, weighted 0.7 and 0.3 for instance; or set views."
     )
 
 
@@ -48,12 +48,12 @@ def clip_frames(bucket: BucketConfig) -> int:
     if kind_of(bucket) is not ViewKind.FOLDED:
         return bucket.frames
     if bucket.frames % 2 == 0:
-        raise ValueError(f"frames = {bucket.frames}: two views of N are folded out of 2N - 1; take an odd number.")
+        raise ValueError(f"frames = {bucket.frames}: 2N - 1 frames are folded into two views of N; must be odd.")
     return bucket.frames // 2 + 1
 
 
 def views_of(bucket: BucketConfig) -> int:
-    """Views of each example."""
+    """Views per example."""
     return max(bucket.views, 2)
 
 
@@ -63,11 +63,11 @@ def fields(
     """The arrays of an example of a bucket.
 
     Args:
-      bucket: its shape.
+      bucket: size of the clips.
       latent: frames, height and width of the latents of one view.
-      channels: of cached moments.
+      channels: of cached posterior moments.
       from_pixels: clips are stored as pixels, not as cached moments.
-      tokens: of the caption.
+      tokens: the array of the caption's tokens.
     """
     kind, views, frames = kind_of(bucket), views_of(bucket), clip_frames(bucket)
     places = (axes.VIEWS, axes.FRAMES, axes.HEIGHT, axes.WIDTH)
@@ -89,21 +89,21 @@ def fields(
 def prepare(
     example: dict[str, Any], homography: HomographyConfig, *, from_pixels: bool, spatial: int, temporal: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of `fields` but the caption's, from an example of `jvgen.data.stream.transforms.load_example`.
+    """The arrays of `fields` except the caption, from an example of `jvgen.data.stream.transforms.load_example`.
 
     Args:
-      example: of one clip, or of several views.
-      homography: strengths of the warp of copies.
+      example: one clip, or several views.
+      homography: strength of the warp of copies.
       from_pixels: see `fields`.
-      spatial, temporal: pixels and frames a latent.
+      spatial, temporal: pixels and frames per latent.
 
     Raises:
-      ValueError: views without cameras, or an example without what is needed of it.
+      ValueError: an example without cameras, or without the array that is needed.
     """
     clip = "video" if from_pixels else "latents"
     several = next(example[name] for name in ("video", "latents") if name in example).ndim == 5
     if not several and KINDS[int(example["kind"])] == "dynamic":
-        _require(example, "video", "moving clips are warped as pixels; build the data set with its clips kept")
+        _require(example, "video", "dynamic clips are warped as pixels; build a data set that keeps the clips")
         pair = warped_pair(example["video"], homography, int(example["seed"]))
         return {
             "video": pair.video,
@@ -111,9 +111,9 @@ def prepare(
             "valid": latent_valid(pair.valid, spatial, temporal).astype(np.uint8),
         }
     need = "set task.latents = 'data'" if from_pixels else "cache latents with `jvgen data build latents`"
-    _require(example, clip, f"the data set holds none; {need}")
+    _require(example, clip, f"the data set has none; {need}")
     if not example["has_camera"]:
-        raise ValueError("a clip without cameras was to show a scene from two sides; its data set needs cameras.")
+        raise ValueError("an example of several views has no cameras; its data set needs cameras.")
     names = (clip, "intrinsics", "extrinsics")
     return {name: example[name] if several else folded(example[name]) for name in names}
 

@@ -15,7 +15,7 @@ from jvgen.geometry.cameras import Cameras
 from jvgen.geometry.epipolar import EpipolarBias
 from jvgen.kernels.epipolar_attention import chunked, reference
 from jvgen.models.multiview.config import SyncConfig
-from jvgen.models.multiview.views import camera_band
+from jvgen.models.multiview.view_conditioning import camera_band
 from tests.benchmarks import timing
 from tests.benchmarks.machine import Settings
 from tests.benchmarks.report import Result

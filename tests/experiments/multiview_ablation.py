@@ -1,4 +1,4 @@
-"""CVD's ablation at the scale of the demo: what synchronisation, epipolar bias and the kinds of data do, several seeds.
+"""CVD's ablation at the scale of the demo: what synchronization, epipolar bias and the kinds of data do, several seeds.
 
     make demo
     python -m tests.experiments.multiview_ablation --demo runs/demo --workdir runs/multiview --out multiview.md
@@ -41,7 +41,7 @@ from jvgen.evaluation.motion import classify_clip
 from jvgen.geometry.cameras import Cameras, relative
 from jvgen.geometry.epipolar import fundamental_matrices
 from jvgen.interop.digest import content_digest
-from jvgen.models.multiview.sync import SyncMode
+from jvgen.models.multiview.synchronization import SyncMode
 from jvgen.runs.evaluation import evaluate_run
 from jvgen.runs.exporting import export_run
 from jvgen.runs.inference import open_run
@@ -50,7 +50,7 @@ from jvgen.training.experiment import Experiment
 from jvgen.training.loop import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo_multiview.py"
-NONE, FULL = "no synchronisation", "full"
+NONE, FULL = "no synchronization", "full"
 VARIANTS = (NONE, "no epipolar bias", "static only", "no homography", FULL)
 MORE_VARIANTS = ("joint attention", "one layer")
 PALETTE = {name: COLORS[name] for name in ("red", "yellow", "green", "blue", "purple", "cyan")}

@@ -1,4 +1,4 @@
-"""Views split over devices: partners are exchanged by collectives, and nothing else changes."""
+"""Views sharded over devices: partners are exchanged by collectives, with equal results."""
 
 import re
 
@@ -95,7 +95,7 @@ def expected(parameters):
         pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, id="mixed", marks=pytest.mark.slow),
     ],
 )
-def test_views_over_devices_are_those_of_one_device(mesh, parameters, expected):
+def test_sharded_views_equal_those_of_one_device(mesh, parameters, expected):
     made, program = latents_on(MeshConfig(**mesh), parameters)
     alone, program_of_one = expected
     np.testing.assert_allclose(made, alone, atol=2e-4 * np.abs(alone).max())
@@ -127,7 +127,7 @@ def loss_and_gradient(mesh: MeshConfig, parameters):
 
 
 @pytest.mark.slow
-def test_the_loss_of_pairs_over_devices_is_that_of_one_device(parameters):
+def test_the_sharded_loss_equals_that_of_one_device(parameters):
     loss, gradient = loss_and_gradient(ONE, parameters)
     sharded, of_sharded = loss_and_gradient(MeshConfig(data=2, fsdp=2, tensor=2), parameters)
     assert sharded == pytest.approx(loss, rel=1e-5)

@@ -25,7 +25,7 @@ def file(track, tmp_path) -> Path:
     return tmp_path / "cameras.txt"
 
 
-def test_what_is_written_is_read(track, file):
+def test_files_round_trip(track, file):
     found = read_cameras(file)
     assert found.source == track.source and len(found) == 6
     assert all(len(line.split()) == 19 for line in file.read_text().splitlines()[1:])
@@ -36,11 +36,11 @@ def test_what_is_written_is_read(track, file):
     assert len(read_cameras(file)) == 6, "the line with the address may be missing"
 
 
-def test_cameras_are_taken_evenly(file):
-    chosen = read_cameras(file).evenly(3)
+def test_cameras_are_subsampled_evenly(file):
+    chosen = read_cameras(file).subsample(3)
     np.testing.assert_array_equal(chosen.timestamps, np.array([0, 2, 5]) * 266_933)
-    with pytest.raises(ValueError, match="a.txt has 6 cameras, fewer than the 49 frames asked for; ask for 6 or fewer"):
-        read_cameras(file).evenly(49, "a.txt")
+    with pytest.raises(ValueError, match="a.txt has 6 cameras, fewer than the 49 requested frames; request at most 6"):
+        read_cameras(file).subsample(49, "a.txt")
 
 
 def _changed(file: Path, change) -> None:
@@ -54,12 +54,12 @@ def _changed(file: Path, change) -> None:
     [
         (
             lambda row: " ".join(row[:18]),
-            r"line 4: 18 columns, not 19 \(time, fx, fy, cx, cy, 0, 0, and a world-to-camera",
+            r"line 4: 18 columns, not 19 \(timestamp, fx, fy, cx, cy, 0, 0, and the 3x4 world-to-camera",
         ),
         (lambda row: " ".join([*row[:7], "east", *row[8:]]), "line 4: could not convert string to float: 'east'"),
         (
             lambda row: " ".join([*row[:7], *(str(1.5 * float(v)) for v in row[7:])]),
-            r"matrix of frame 2 is no rotation: R R\^T is off the identity by 1.2, more than 0.001",
+            r"matrix of frame 2 is not a rotation: R R\^T differs from I by 1.2, more than 0.001",
         ),
         (
             lambda row: " ".join([*row[:7], *(str(-float(v)) for v in row[7:11]), *row[11:]]),
@@ -73,7 +73,7 @@ def _changed(file: Path, change) -> None:
         (lambda row: " ".join([*row[:8], "nan", *row[9:]]), "not finite"),
     ],
 )
-def test_what_is_wrong_is_said(file, change, message):
+def test_invalid_files_are_rejected(file, change, message):
     _changed(file, change)
     with pytest.raises(ValueError, match=message):
         read_cameras(file)
@@ -87,18 +87,18 @@ def test_missing_and_empty_files(tmp_path):
         read_cameras(tmp_path / "empty.txt")
 
 
-def test_arrays_are_checked_as_files_are(track):
+def test_arrays_are_checked_like_files(track):
     with pytest.raises(ValueError, match="--cameras: .*look like pixels"):
         check(track.cameras._replace(intrinsics=track.intrinsics * 100), "--cameras")
 
 
 def test_a_published_file():
-    """Numbers worked out elsewhere from RealEstate10K's 2f25826f0d0ef09a: frame 10 of 16, seen from the first."""
+    """Numbers computed independently from RealEstate10K's 2f25826f0d0ef09a: frame 10 of 16, seen from the first."""
     folder = Path(os.environ.get("JVGEN_REAL_DATA", "")) / "realestate10k"
     if not (folder / "2f25826f0d0ef09a.txt").is_file():
         pytest.skip("JVGEN_REAL_DATA names no folder with realestate10k/2f25826f0d0ef09a.txt")
     for path in sorted(folder.glob("*.txt")):
-        assert rotations.deviation(read_cameras(path).extrinsics[..., :3]).max() < 1e-6
+        assert rotations.rotation_error(read_cameras(path).extrinsics[..., :3]).max() < 1e-6
     found = read_cameras(folder / "2f25826f0d0ef09a.txt")
     assert len(found) == 16 and found.timestamps[0] == 167_200_000
     np.testing.assert_allclose(found.intrinsics[0], [0.470983989, 0.837304886, 0.5, 0.5])

@@ -61,7 +61,7 @@ def test_exact_matches_give_the_exact_camera(wrong):
     assert error.matching_score == pytest.approx(error.precision / 2)
 
 
-def test_a_wrong_camera_is_found_out():
+def test_a_wrong_camera_has_a_large_error():
     rng = np.random.default_rng(0)
     first, second = camera(rng, 0.3), camera(rng, 0.3)
     turn = np.concatenate([rotations.exponential(np.array([0.0, 0.0, np.radians(12.0)])), np.zeros((3, 1))], axis=1)
@@ -70,7 +70,7 @@ def test_a_wrong_camera_is_found_out():
     assert error.rotation == pytest.approx(12.0, abs=0.2) and error.precision < 0.5
 
 
-def test_cameras_at_one_place_have_no_direction():
+def test_cameras_with_a_common_center_have_no_translation():
     rng = np.random.default_rng(0)
     first = camera(rng, 0.3)
     turn = np.concatenate([rotations.exponential(np.array([0.02, 0.05, 0.0])), np.zeros((3, 1))], axis=1)
@@ -89,7 +89,7 @@ def test_too_few_matches_are_a_failure():
     none = Matches(np.zeros((0, 2)), np.zeros((0, 2)), 0)
     assert pair_error(none, first, second, SIZE) == PairError(np.inf, np.inf, 0.0, 0.0, 0)
     assert sift()(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 3), np.uint8)).first.shape == (0, 2)
-    with pytest.raises(ValueError, match="no pair of frames was measured"):
+    with pytest.raises(ValueError, match="no pairs of frames"):
         PoseScore.of([])
 
 

@@ -22,7 +22,7 @@ LEADING = SamplerConfig(kind="ddim", steps=25, spacing="leading", steps_offset=1
 
 
 @pytest.mark.parametrize("views", [1, 2, 3, 4, 5, 8])
-def test_every_pair_has_one_turn(views):
+def test_every_pair_occurs_once(views):
     rounds = exhaustive(views)
     np.testing.assert_allclose(rounds.weight.sum(axis=0), 1.0, rtol=1e-6)
     met = set()
@@ -111,7 +111,7 @@ def run(pairing: PairingConfig, rows: int, views: int, seed: int = 0, **changes)
     return make(start(rows), jax.random.key(seed))
 
 
-def test_two_views_once_are_the_plain_sampler():
+def test_two_views_without_repeats_are_the_plain_sampler():
     expected = sample_alone(
         lambda noisy, timesteps, scale: pair_model(noisy, timesteps, scale, jnp.asarray([1, 0]), None),
         start(2), schedule=FLOW, sampler=SamplerConfig(kind="euler", steps=4), prediction="velocity",
@@ -130,7 +130,7 @@ def test_exhaustive_is_the_mean_over_partners(views):
     np.testing.assert_allclose(made, noise - (0.6 * noise + total + 0.01), atol=1e-5)
 
 
-def test_examples_do_not_meet():
+def test_examples_are_independent():
     """Two scenes of three views are each what they are alone: the same matchings, other noise."""
     noise = start(6)
     draw = {"matchings": lambda inner: random_matchings(jax.random.key(1), 3, 2)}
@@ -144,7 +144,7 @@ def test_examples_do_not_meet():
     np.testing.assert_allclose(both[:3], first, atol=1e-6)
 
 
-def test_one_program_for_every_pairing_and_seeds_decide():
+def test_one_program_serves_every_pairing():
     traces = []
 
     def counted(*arguments):
@@ -170,12 +170,12 @@ def test_guidance_scales_reach_the_network():
     assert np.abs(strong - weak).max() > 1e-3
 
 
-def test_counts_and_refusals():
+def test_counts_and_invalid_configs():
     assert PairingConfig(repeats=3).evaluations(4, 25) == 73
     assert PairingConfig(repeats=4).evaluations(4, 25) == 97
     assert PairingConfig(repeats=6, matchings=2).evaluations(6, 25) == 290
     assert PairingConfig(kind="exhaustive").rounds(6) == 5
-    with pytest.raises(ValueError, match="repeats = 2: a step of dpm_solver_sde builds on the step before"):
+    with pytest.raises(ValueError, match="repeats = 2: dpm_solver_sde is a multistep sampler"):
         repeated(SamplerConfig(kind="dpm_solver_sde"), ScheduleConfig().build(), 2)
     with pytest.raises(ValueError, match="matchings = 0: must be at least 1"):
         PairingConfig(matchings=0).validate()

@@ -123,7 +123,7 @@ def test_i3d_equals_the_torch_module(original, tmp_path):
     np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_i3d_sees_what_the_published_measurements_do():
+def test_i3d_input_is_that_of_the_published_measurements():
     video = np.random.default_rng(0).uniform(0, 1, (1, 2, 30, 40, 3)).astype(np.float32)
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(video[0].transpose(0, 3, 1, 2).copy()), (224, 224), mode="bilinear", align_corners=False
@@ -133,10 +133,10 @@ def test_i3d_sees_what_the_published_measurements_do():
     )
 
 
-def test_i3d_refuses_what_it_cannot_take(tmp_path):
+def test_i3d_rejects_invalid_files_and_clips(tmp_path):
     with pytest.raises(ValueError, match="clips of 8 frames: I3D needs at least 9"):
         i3d.logits({}, jnp.zeros((1, 8, 32, 32, 3)))
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="do not exist"):
         i3d.load_i3d(tmp_path / "none.safetensors")
     safetensors.save_file(
         {"Conv3d_1a_7x7.conv3d.weight": np.zeros((64, 3, 7, 7, 6), np.float32)}, tmp_path / "x.safetensors"
@@ -176,7 +176,7 @@ def test_distance_of_correlated_gaussians():
         Moments.of(a[0])
 
 
-def test_the_video_distance_is_gathered_over_batches():
+def test_the_video_distance_accumulates_over_batches():
     """Features that are the clips' brightness: the distance of all of them at once; sides of different numbers."""
     rng = np.random.default_rng(0)
     batches = [[rng.random((count, 5, 4, 4, 3), np.float32) for count in (3, 40)] for _ in range(2)]

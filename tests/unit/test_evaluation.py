@@ -1,4 +1,4 @@
-"""Measures of reconstruction and of time against independent computations, and the reader of shapes in clips."""
+"""Reconstruction and temporal metrics against independent computations, and the classifier of clips."""
 
 import io
 
@@ -72,7 +72,7 @@ def test_ssim_in_another_range_is_the_same_but_for_the_origin():
         structural_similarity(first[:8], second[:8], data_range=1)
 
 
-def test_measures_of_time_on_still_flickering_and_shifted_clips():
+def test_temporal_metrics_on_static_flickering_and_shifted_clips():
     still = jnp.broadcast_to(
         jnp.asarray(np.random.default_rng(0).uniform(size=(1, 16, 16, 3)), jnp.float32), (5, 16, 16, 3)
     )
@@ -133,7 +133,7 @@ def test_confidence_falls_when_half_of_the_shape_has_another_color():
     assert whole.direction == "right" and whole.travel[0] == pytest.approx(0.4, abs=0.03)
 
 
-def test_nothing_is_read_from_a_blank_a_grey_shape_or_a_still_one():
+def test_blank_clips_gray_shapes_and_static_shapes_have_no_label():
     assert classify_clip(np.full((6, 32, 32, 3), 90, np.uint8), PALETTE).color is None
     grey = shape_clip("red", "left").mean(axis=-1, keepdims=True).repeat(3, -1).astype(np.uint8)
     assert classify_clip(grey, PALETTE).color is None
@@ -149,11 +149,11 @@ def test_noise_scores_like_guessing_or_worse():
     assert result["color_accuracy"] < 0.35 and result["both_accuracy"] < 0.15
 
 
-def test_scores_count_only_what_a_caption_says():
+def test_scores_count_only_what_a_caption_names():
     clips = [shape_clip("red", "left"), shape_clip("blue", "up")]
     result = score(clips, [("red", None), (None, "down")], PALETTE)
     assert result["color_accuracy"] == 1.0 and result["direction_accuracy"] == 0.0 and np.isnan(result["both_accuracy"])
-    with pytest.raises(ValueError, match="one label a clip"):
+    with pytest.raises(ValueError, match="one label per clip"):
         score(clips, [("red", None)], PALETTE)
     with pytest.raises(ValueError, match="uint8"):
         classify_clip(clips[0].astype(np.float32), PALETTE)

@@ -1,4 +1,4 @@
-"""Cameras and what lies between two of them: definitions, invariances, and numbers worked out elsewhere."""
+"""Camera geometry: definitions, invariances, and numbers computed independently."""
 
 import functools
 
@@ -57,7 +57,7 @@ def bias_of(source: Cameras, target: Cameras, form: EpipolarBias = EpipolarBias.
 
 @few
 @given(seeds)
-def test_motions_compose_and_undo_each_other(seed):
+def test_motions_compose_and_invert(seed):
     first, second = random_cameras(np.random.default_rng(seed), 2).extrinsics
     np.testing.assert_allclose(compose(inverse(first), first), np.eye(3, 4), atol=1e-12)
     np.testing.assert_allclose(compose(between(first, second), first), second, atol=1e-12)
@@ -92,10 +92,10 @@ def test_crops_move_points_as_they_move_pixels():
     np.testing.assert_allclose(resized_and_cropped(cameras.intrinsics, (36, 64), (72, 128)), cameras.intrinsics)
 
 
-def test_one_camera_for_each_latent_frame():
+def test_one_camera_per_latent_frame():
     np.testing.assert_array_equal(of_latent_frames(np.arange(13), 4, axis=0), [0, 4, 8, 12])
     np.testing.assert_array_equal(of_latent_frames(np.arange(3), 1, axis=0), [0, 1, 2])
-    with pytest.raises(ValueError, match="12 cameras: with 4 frames a latent frame there are 4n \\+ 1"):
+    with pytest.raises(ValueError, match="12 frames: with 4 frames per latent frame there must be 4n \\+ 1"):
         of_latent_frames(np.zeros(12), 4, axis=0)
 
 
@@ -106,12 +106,12 @@ def test_rotations(seed):
     vector = rng.standard_normal(3)
     vector *= rng.choice([0.0, 1e-9, 0.3, 3.0, np.pi]) / np.linalg.norm(vector)
     turn = rotations.exponential(vector)
-    assert rotations.deviation(turn) < 1e-12
+    assert rotations.rotation_error(turn) < 1e-12
     np.testing.assert_allclose(rotations.exponential(rotations.logarithm(turn)), turn, atol=1e-6)
-    assert rotations.deviation(-turn) >= 2.0
+    assert rotations.rotation_error(-turn) >= 2.0
     np.testing.assert_allclose(rotations.nearest(turn + 1e-3 * rng.standard_normal((3, 3))), turn, atol=5e-3)
     start = rotations.exponential(rng.standard_normal(3))
-    half = rotations.interpolated(start, start @ turn, np.array([0.0, 0.5, 1.0]))
+    half = rotations.interpolate(start, start @ turn, np.array([0.0, 0.5, 1.0]))
     np.testing.assert_allclose(half[0], start, atol=1e-12)
     np.testing.assert_allclose(half[2], start @ turn, atol=1e-6)
     assert rotations.angle_between(start, half[1]) == pytest.approx(np.linalg.norm(vector) / 2, abs=1e-6)
@@ -122,7 +122,7 @@ def test_rotations(seed):
 
 @few
 @given(seeds)
-def test_images_of_a_point_lie_on_each_others_lines(seed):
+def test_images_of_a_point_lie_on_their_epipolar_lines(seed):
     rng = np.random.default_rng(seed)
     source, target = (Cameras(*(part[i] for part in random_cameras(rng, 2))) for i in range(2))
     points = np.array([0.0, 0.0, 6.0]) + rng.standard_normal((20, 3))
@@ -138,7 +138,7 @@ def test_images_of_a_point_lie_on_each_others_lines(seed):
 
 @few
 @given(seeds, st.sampled_from([1e-4, 0.5, 3.0, -7.0, 1e5]), st.sampled_from(list(EpipolarBias)))
-def test_multiples_of_a_matrix_mean_the_same(seed, scale, form):
+def test_the_bias_does_not_depend_on_the_scale_of_a_matrix(seed, scale, form):
     source, target = (on_device(random_cameras(np.random.default_rng(seed + i), 3)) for i in range(2))
     plain = bias_of(source, target, form)
     # What float32 leaves of a distance may cross a hard edge: compared where the bias is one or the other for sure.
@@ -149,7 +149,7 @@ def test_multiples_of_a_matrix_mean_the_same(seed, scale, form):
 
 @few
 @given(seeds, st.sampled_from(["same", "rotated", "zoomed", "behind", "turned around", "far away", "at the epipole"]))
-def test_degenerate_cameras_give_numbers(seed, case):
+def test_degenerate_cameras_give_finite_numbers(seed, case):
     rng = np.random.default_rng(seed)
     source = random_cameras(rng, 1)
     intrinsics, extrinsics = source.intrinsics.copy(), source.extrinsics.copy()
@@ -218,7 +218,7 @@ def test_the_soft_bias_is_the_released_one():
         np.testing.assert_allclose(least(source, target, side), -3.0 * (side // 2 / 3.0 - 1.0), rtol=1e-5)
 
 
-def test_a_hard_band_always_leaves_something_to_look_at():
+def test_a_hard_band_never_masks_all_keys():
     source, target = (on_device(random_cameras(np.random.default_rng(i), 20)) for i in (5, 6))
     free = np.asarray(bias_of(source, target, EpipolarBias.HARD)) == 0
     assert free.any(axis=-1).all() and free.mean() < 0.7
@@ -226,7 +226,7 @@ def test_a_hard_band_always_leaves_something_to_look_at():
     assert set(np.unique(free.all(axis=-1))) == {False, True}
 
 
-def test_lines_through_moved_points():
+def test_lines_through_mapped_points():
     points, shift = epipolar.token_points((8, 8), (64, 64)), np.eye(3, dtype=np.float32)
     shift[0, 2] = 8.0
     normals = epipolar.random_normals(jax.random.key(0), (1,))
@@ -234,7 +234,7 @@ def test_lines_through_moved_points():
 
     @jax.jit
     def distances_after(matrix: jax.Array):
-        there = homography.moved(matrix[None], points, (64, 64))
+        there = homography.map_points(matrix[None], points, (64, 64))
         return distances(unit_lines(epipolar.pseudo_lines(there, normals)), points)[0]
 
     for matrix, offset in ((np.eye(3, dtype=np.float32), 0), (shift, 1)):
@@ -244,14 +244,14 @@ def test_lines_through_moved_points():
             assert (np.abs(moved[range(8), column, range(8), column + offset]) < 1e-3).all()
 
 
-def test_points_behind_the_horizon_look_everywhere():
+def test_points_behind_the_horizon_have_no_bias():
     matrix = np.eye(3, dtype=np.float32)
-    matrix[2, 0] = 0.05  # the horizon is 20 pixels left of the middle
+    matrix[2, 0] = 0.05  # the horizon is 20 pixels left of the center
     points = epipolar.token_points((8, 8), (64, 64))
 
     @jax.jit
     def places_and_bias(matrix: jax.Array):
-        there = homography.moved(matrix[None], points, (64, 64))
+        there = homography.map_points(matrix[None], points, (64, 64))
         lines = unit_lines(epipolar.pseudo_lines(there, jnp.float32([[0.0, 1.0]])))
         return there[0, :, 2] == 0, bias(band(lines, (8, 8), (64, 64)))
 
@@ -286,7 +286,7 @@ def test_rays_go_through_the_camera_and_its_pixels(seed):
     )
 
 
-def test_three_frames_are_no_exception():
+def test_three_frames():
     """`torch.cross` without an axis takes the first one of size three; rays of three cameras showed it."""
     cameras = on_device(random_cameras(np.random.default_rng(0), 3))
     single = [rays_of(Cameras(*(part[i : i + 1] for part in cameras)), GRID, GRID)[0] for i in range(3)]
@@ -301,7 +301,7 @@ def test_homographies_are_composed_in_the_published_order():
         shear=np.array([0.02, 0.01]),
         projection=np.array([1e-4, -2e-4]),
     )
-    matrices = homography.homographies(homography.growing(last, 3))
+    matrices = homography.homographies(homography.ramp(last, 3))
     np.testing.assert_array_equal(matrices[0], np.eye(3))
     half = [[1.04965, -0.014076, 2], [0.031046, 0.975108, -1.5], [5e-5, -1e-4, 1]]
     full = [[1.09855, -0.026308, 4], [0.064165, 0.950512, -3], [1e-4, -2e-4, 1]]
@@ -312,8 +312,8 @@ def test_a_homography_in_pixels_of_opencv():
     rng, size = np.random.default_rng(0), (40, 60)
     matrix = np.eye(3) + 0.01 * rng.standard_normal((3, 3)) * [[1, 1, 100], [1, 1, 100], [0.1, 0.1, 0]]
     index = np.array([7.0, 11.0, 1.0])
-    taken = homography.in_pixels(matrix, size) @ index
-    expected = homography.moved(matrix[None], (index + [0.5, 0.5, 0])[None], size)[0, 0]
+    taken = homography.on_pixel_indices(matrix, size) @ index
+    expected = homography.map_points(matrix[None], (index + [0.5, 0.5, 0])[None], size)[0, 0]
     np.testing.assert_allclose(taken[:2] / taken[2] + 0.5, expected[:2], atol=1e-9)
 
 
@@ -323,7 +323,7 @@ def test_named_paths(name, views):
     made = paths.named_paths(name, views, 5, distance=0.5)
     assert made.shape == (views, 5, 3, 4)
     np.testing.assert_array_equal(made[:, 0], np.broadcast_to(np.eye(3, 4), (views, 3, 4)))
-    assert rotations.deviation(made[..., :3]).max() < 1e-9
+    assert rotations.rotation_error(made[..., :3]).max() < 1e-9
     ends = centers(made[:, -1])
     if views > 1:
         apart = np.linalg.norm(ends[:, None] - ends[None], axis=-1) + np.eye(views)
@@ -335,6 +335,6 @@ def test_named_paths(name, views):
         np.testing.assert_allclose(seen[:, :2] / seen[:, 2:], 0.0, atol=1e-9)
 
 
-def test_unknown_paths_are_refused():
-    with pytest.raises(ValueError, match="cameras = 'spiral': no such path; there are circle, hemisphere"):
+def test_unknown_paths_are_rejected():
+    with pytest.raises(ValueError, match="cameras = 'spiral': must be one of circle, hemisphere"):
         paths.named_paths("spiral", 2, 5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvgen.evaluation.features import attention_between, frame_similarity
+from jvgen.evaluation.layer_metrics import attention_between, frame_similarity
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
 from jvgen.models.video_dit.model import TokenLayout

@@ -1,4 +1,4 @@
-"""The transformer for several views: separate clips at first, then views that see each other where they should."""
+"""The multi-view transformer: separate clips at initialization, then views that attend to each other as configured."""
 
 import dataclasses
 import functools
@@ -13,12 +13,18 @@ from jvgen.geometry.cameras import Cameras
 from jvgen.geometry.epipolar import EpipolarBias, bias, random_normals
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
-from jvgen.models.multiview.adapter import merged
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.models.multiview.flops import forward_flops
-from jvgen.models.multiview.model import MultiViewDiT, ViewParts
-from jvgen.models.multiview.sync import SyncMode, ViewLayout
-from jvgen.models.multiview.views import Views, camera_band, homography_band, ray_patches, token_cameras
+from jvgen.models.multiview.lora import merge_lora
+from jvgen.models.multiview.model import MultiViewDiT, MultiViewModules
+from jvgen.models.multiview.synchronization import SyncMode, ViewLayout
+from jvgen.models.multiview.view_conditioning import (
+    ViewConditioning,
+    camera_band,
+    homography_band,
+    ray_patches,
+    token_cameras,
+)
 from jvgen.models.video_dit.config import AggregationConfig, Positions
 from jvgen.models.video_dit.model import VideoDiT
 from jvgen.nested import flatten, unflatten
@@ -71,10 +77,10 @@ def cameras_of(views: int, examples: int = 1) -> Cameras:
     return Cameras(*(jnp.float32(np.broadcast_to(part, (examples, *part.shape))) for part in (intrinsics, extrinsics)))
 
 
-def views_of(views: int, partner, copies: int = 1, examples: int = 1, sync: SyncConfig = SYNC) -> Views:
+def views_of(views: int, partner, copies: int = 1, examples: int = 1, sync: SyncConfig = SYNC) -> ViewConditioning:
     cameras, partner = cameras_of(views, examples), jnp.asarray(partner, jnp.int32)
     normals = random_normals(jax.random.key(0), (examples, views, SHAPE[0]))
-    return Views(
+    return ViewConditioning(
         ViewLayout(views, copies),
         partner,
         camera_band(token_cameras(cameras, 4), partner, sync, normals, grid=GRID, size=SIZE),
@@ -91,7 +97,7 @@ def inputs_of(rows: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.A
 
 @functools.cache
 def program_of(config, make_views):
-    """One for each network and `make_views`, which builds what it is told within the traced program, as tasks do."""
+    """One per network and `make_views`, which builds the conditioning within the traced program, as tasks do."""
 
     @jax.jit
     def apply(parameters, *inputs):
@@ -104,7 +110,7 @@ def run(config, parameters, inputs, make_views=None):
     return np.asarray(program_of(config, make_views)(parameters, *inputs))
 
 
-def pair() -> Views:
+def pair() -> ViewConditioning:
     return views_of(2, [1, 0])
 
 
@@ -127,7 +133,7 @@ def test_at_first_views_are_separate_clips(dtype):
 @pytest.mark.parametrize(
     "change", [{"unroll": True, "token_multiple": 1}, {"remat": Remat.FULL}], ids=["unroll", "remat"]
 )
-def test_how_layers_are_run_changes_nothing_of_gradients(change):
+def test_unrolling_and_remat_do_not_change_gradients(change):
     parameters, inputs = random_parameters(network_of(TINY)), inputs_of(2)
 
     def output_and_gradient(config):
@@ -146,14 +152,14 @@ def test_how_layers_are_run_changes_nothing_of_gradients(change):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
 
 
-def test_how_layers_are_run_changes_nothing():
+def test_unrolling_does_not_change_the_output():
     parameters, inputs = random_parameters(network_of(TINY)), inputs_of(2)
     expected = run(TINY, parameters, inputs, pair)
     unrolled = run(TINY.replace(unroll=True, token_multiple=1), parameters, inputs, pair)
     np.testing.assert_allclose(unrolled, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
-def test_aggregation_goes_on_between_modules():
+def test_aggregation_includes_the_modules():
     """RepVideo's mean of earlier layers, with modules that add nothing: what `VideoDiT` computes by its own means."""
     config = TINY.replace(aggregation=AggregationConfig(period=2))
     network = network_of(config)
@@ -163,12 +169,12 @@ def test_aggregation_goes_on_between_modules():
     np.testing.assert_allclose(made, run(config, parameters, inputs), atol=2e-5 * np.abs(made).max(), rtol=0)
     assert np.abs(made - run(TINY, {k: v for k, v in parameters.items() if k != "aggregation"}, inputs)).max() > 1e-3
     random = random_parameters(network)
-    synchronised = run(config, random, inputs, pair)
-    assert np.isfinite(synchronised).all() and np.abs(synchronised - run(config, random, inputs)).max() > 1e-3
+    synchronized = run(config, random, inputs, pair)
+    assert np.isfinite(synchronized).all() and np.abs(synchronized - run(config, random, inputs)).max() > 1e-3
 
 
 @pytest.mark.parametrize("mode", list(SyncMode))
-def test_views_see_their_partners(mode):
+def test_views_attend_to_their_partners(mode):
     config = TINY.replace(sync=SYNC.replace(mode=mode))
     parameters, inputs = random_parameters(network_of(config)), inputs_of(4)
     make = functools.partial(views_of, 4, [1, 0, 3, 2], sync=config.sync)
@@ -178,7 +184,7 @@ def test_views_see_their_partners(mode):
     np.testing.assert_array_equal(moved, [True] * 4 if mode is SyncMode.JOINT else [False, False, True, True])
 
 
-def test_copies_for_guidance_are_denoised_apart():
+def test_copies_for_guidance_are_independent():
     parameters, (latents, text, timesteps) = random_parameters(network_of(TINY)), inputs_of(2)
     doubled = (jnp.repeat(latents, 2, axis=0), jnp.repeat(text, 2, axis=0), jnp.repeat(timesteps, 2))
     both = run(TINY, parameters, doubled, lambda: views_of(2, [1, 0], copies=2))
@@ -188,27 +194,27 @@ def test_copies_for_guidance_are_denoised_apart():
         run(TINY, parameters, inputs_of(3), pair)
 
 
-def test_rays_reach_the_output_and_may_be_left_out():
+def test_rays_change_the_output_and_are_optional():
     parameters, inputs = random_parameters(network_of(TINY)), inputs_of(2)
     made = run(TINY, parameters, inputs, pair)
 
-    def without() -> Views:
+    def without() -> ViewConditioning:
         return dataclasses.replace(pair(), rays=None)
 
     assert np.abs(run(TINY, parameters, inputs, without) - made).max() > 1e-3
 
 
-# What the network is told --------------------------------------------------------------------------------------------
+# View conditioning ---------------------------------------------------------------------------------------------------
 
 
-def test_a_latent_frame_has_the_last_of_its_cameras():
+def test_a_latent_frame_has_the_camera_of_its_last_frame():
     cameras = cameras_of(2)
     kept = token_cameras(cameras, 4)
     np.testing.assert_array_equal(kept.extrinsics, cameras.extrinsics[:, :, [0, 4]])
     np.testing.assert_array_equal(token_cameras(cameras, 1, temporal_patch=5).extrinsics, cameras.extrinsics[:, :, [4]])
 
 
-def test_ray_patches_hold_every_frame():
+def test_ray_patches_cover_every_frame():
     made = np.asarray(jax.jit(lambda: ray_patches(cameras_of(2), 4, grid=SHAPE[1:], size=SIZE))()).reshape(
         2, 2, 4, 6, 4, 6
     )
@@ -220,7 +226,7 @@ def test_ray_patches_hold_every_frame():
 
 
 @pytest.mark.parametrize("without", ["pseudo", "open"])
-def test_bands_where_cameras_share_their_place(without):
+def test_bands_of_cameras_with_a_common_center(without):
     sync = SYNC.replace(without_baseline=without, bias=EpipolarBias.ABSOLUTE, band=1.0)
     made = np.asarray(jax.jit(lambda: bias(views_of(2, [1, 0], sync=sync).band))())
     assert made.shape == (2, 2, 6, 6)
@@ -242,7 +248,7 @@ def test_homography_bands_follow_the_warp():
     np.testing.assert_array_equal(free[:, 1], [np.eye(3, k=1), np.eye(3, k=-1)])
 
 
-def test_operations_agree_with_the_compiler():
+def test_flops_agree_with_the_compiler():
     config = TINY.replace(heads=8, head_width=32, unroll=True, condition_width=64, temporal_compression=4)
     config = config.replace(sync=SYNC.replace(mode=SyncMode.JOINT))
     network = network_of(config)
@@ -252,7 +258,7 @@ def test_operations_agree_with_the_compiler():
     )
     parts = forward_flops(config, SHAPE, 2)
     assert 2 * sum(parts.values()) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.04)
-    assert parts["synchronisation"] > 0 and parts["rays"] > 0
+    assert parts["synchronization"] > 0 and parts["rays"] > 0
 
 
 @pytest.mark.parametrize(
@@ -263,20 +269,20 @@ def test_operations_agree_with_the_compiler():
         ({"sync": SyncConfig(every=1, groups=4, heads=3)}, "sync.heads = 3: must divide"),
     ],
 )
-def test_what_cannot_be_is_refused(change, message):
+def test_invalid_configs_are_rejected(change, message):
     with pytest.raises(ValueError, match=message):
         TINY.replace(**change).validate()
     with pytest.raises(ValueError, match="band = 0.0, decay = 3.0: both must be positive"):
         SyncConfig(band=0.0).validate()
 
 
-# Parts ---------------------------------------------------------------------------------------------------------------
+# Multi-view modules --------------------------------------------------------------------------------------------------
 
 
-def test_parts_are_written_and_read(tmp_path):
+def test_modules_are_exported_and_imported(tmp_path):
     """What is trained beside a transformer that stands still: exported by itself, and the same when it comes back."""
     config = TINY.replace(adapter_rank=2)
-    network = Network.of(lambda rngs: ViewParts(config, rngs=rngs))
+    network = Network.of(lambda rngs: MultiViewModules(config, rngs=rngs))
     parameters = random_parameters(network)
     folder = export_network(config, parameters, tmp_path / "views")
     found, back = import_folder(folder)
@@ -285,15 +291,15 @@ def test_parts_are_written_and_read(tmp_path):
     assert all(np.array_equal(flatten(back)[path], value) for path, value in flatten(parameters).items())
 
 
-def test_an_adapter_adds_a_product_of_low_rank():
+def test_lora_adds_a_low_rank_product():
     config = TINY.replace(adapter_rank=2)
     parameters, inputs = random_parameters(network_of(config)), inputs_of(1)
     own = {name: value for name, value in parameters.items() if name != "views"}
     adapter = parameters["views"]["adapter"]
     apply = jax.jit(Network.of(lambda rngs: VideoDiT(config.plain, rngs=rngs)).apply)
-    made = apply(merged(own, adapter, 0.5), *inputs)
+    made = apply(merge_lora(own, adapter, 0.5), *inputs)
     assert np.abs(made - apply(own, *inputs)).max() > 1e-3
-    np.testing.assert_array_equal(apply(merged(own, adapter, 0.0), *inputs), apply(own, *inputs))
+    np.testing.assert_array_equal(apply(merge_lora(own, adapter, 0.0), *inputs), apply(own, *inputs))
     kernel = own["blocks"]["layers"]["attention"]["query"]["kernel"]
-    added = merged(own, adapter)["blocks"]["layers"]["attention"]["query"]["kernel"] - kernel
+    added = merge_lora(own, adapter)["blocks"]["layers"]["attention"]["query"]["kernel"] - kernel
     np.testing.assert_array_equal(np.linalg.matrix_rank(np.asarray(added), tol=1e-4), 2)

@@ -1,4 +1,4 @@
-"""The task of several views: its batches, its loss and masks, what is switched on when, and sampling."""
+"""The multi-view task: batches, loss and masks, which modules are active for which batch, and sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def loss(task):
 
 
 def example_of(bucket: BucketConfig, seed: int = 0, **changes) -> dict:
-    """What the data pipeline would give for a bucket: pixels, and moments as if they were cached."""
+    """An example of the data pipeline for a bucket: pixels, and moments as if they were cached."""
     rng = np.random.default_rng(seed)
     shape = (bucket.frames, bucket.height, bucket.width, 3)
     views = (bucket.views,) if bucket.views > 1 else ()
@@ -123,13 +123,13 @@ def test_dynamic_clips_are_warped_by_their_seed(task):
 @pytest.mark.parametrize(
     "bucket, changes, message",
     [
-        (FOLDED, {"has_camera": np.bool_(False)}, "a clip without cameras was to show a scene from two sides"),
+        (FOLDED, {"has_camera": np.bool_(False)}, "an example of several views has no cameras"),
         (RECORDED, {"has_camera": np.bool_(False)}, "its data set needs cameras"),
-        (FOLDED, {"latents": None}, "lacks 'latents': the data set holds none; cache latents with"),
-        (WARPED, {"video": None}, "lacks 'video': moving clips are warped as pixels"),
+        (FOLDED, {"latents": None}, "lacks 'latents': the data set has none; cache latents with"),
+        (WARPED, {"video": None}, "lacks 'video': dynamic clips are warped as pixels"),
     ],
 )
-def test_examples_that_lack_something(task, bucket, changes, message):
+def test_incomplete_examples(task, bucket, changes, message):
     example = {name: value for name, value in example_of(bucket, **changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         task.preprocess(example)
@@ -138,7 +138,7 @@ def test_examples_that_lack_something(task, bucket, changes, message):
 @pytest.mark.parametrize(
     "bucket, changes, message",
     [
-        (FOLDED.replace(frames=4), {}, "frames = 4: two views of N are folded out of 2N - 1; take an odd number"),
+        (FOLDED.replace(frames=4), {}, "frames = 4: 2N - 1 frames are folded into two views of N; must be odd"),
         (
             FOLDED.replace(kinds=("static", "dynamic")),
             {},
@@ -146,11 +146,11 @@ def test_examples_that_lack_something(task, bucket, changes, message):
         ),
         (WARPED, {"vae": None, "vae_weights": None}, "copies are warped as pixels; set task.vae"),
         (WARPED.replace(width=10), {}, "width = 10: must be a multiple of 4"),
-        (RECORDED.replace(views=65), {}, "views = 65: at most 64"),
-        (FOLDED.replace(frames=17), {"vae": None, "temporal_compression": 4}, "cannot run backward; set task.latents"),
+        (RECORDED.replace(views=65), {}, "views = 65: must be at most 64"),
+        (FOLDED.replace(frames=17), {"vae": None, "temporal_compression": 4}, "cannot be reversed; set task.latents"),
     ],
 )
-def test_buckets_that_cannot_be(bucket, changes, message):
+def test_invalid_buckets(bucket, changes, message):
     with pytest.raises(ValueError, match=message):
         CONFIG.replace(**changes).check_bucket(bucket)
 
@@ -158,7 +158,7 @@ def test_buckets_that_cannot_be(bucket, changes, message):
 # Loss ----------------------------------------------------------------------------------------------------------------
 
 
-def test_microbatches_make_the_same_loss(task, parameters, frozen, loss):
+def test_the_loss_does_not_depend_on_microbatches(task, parameters, frozen, loss):
     """Noise, timesteps, directions of lines and dropped captions belong to a slot and a view."""
     batch, key = batch_of(task, FOLDED), jax.random.key(5)
 
@@ -172,8 +172,8 @@ def test_microbatches_make_the_same_loss(task, parameters, frozen, loss):
 
 
 @pytest.mark.parametrize("bucket", [FOLDED, WARPED], ids=["folded", "warped"])
-def test_what_is_switched_on_for_which_batch(task, parameters, frozen, bucket):
-    """Synchronisation always; rays and the adapter where there are cameras."""
+def test_which_modules_are_active_for_which_batch(task, parameters, frozen, bucket):
+    """Synchronization always; rays and the adapter where there are cameras."""
     batch = {name: value[:1] for name, value in batch_of(task, bucket).items()}
 
     @jax.jit
@@ -191,7 +191,7 @@ def test_what_is_switched_on_for_which_batch(task, parameters, frozen, bucket):
     assert moves == {"sync": True, "rays": bucket is FOLDED, "adapter": bucket is FOLDED}
 
 
-def test_what_a_copy_does_not_show_has_no_error(task, parameters, frozen, loss):
+def test_masked_pixels_of_a_copy_have_no_error(task, parameters, frozen, loss):
     batch = batch_of(task, WARPED)
 
     def where(valid: jax.Array) -> jax.Array:
@@ -203,7 +203,7 @@ def test_what_a_copy_does_not_show_has_no_error(task, parameters, frozen, loss):
     assert 0 < float(half) < float(full), "the mean is over all elements, as released"
 
 
-def test_views_draw_for_themselves():
+def test_views_have_their_own_random_numbers():
     slots = np.asarray(view_slots(jnp.arange(5, dtype=jnp.int32), 3))
     assert len(set(slots.tolist())) == 15
     np.testing.assert_array_equal(view_slots(jnp.asarray([4], jnp.int32), 3), slots[12:])
@@ -226,29 +226,30 @@ def test_timesteps_of_a_pair(task, parameters, frozen):
         assert (pairs[:, 0] == pairs[:, 1]).all() == one
 
 
-def test_a_transformer_that_stands_still(task, parameters, frozen, loss, tmp_path):
-    """Its weights are read from a folder, and only what is added for views is trained, saved and exported."""
+def test_a_frozen_transformer(task, parameters, frozen, loss, tmp_path):
+    """Its weights are read from a folder, and only the multi-view modules are trained, saved and exported."""
     names = {"denoiser": CONFIG.denoiser.plain, "text_encoder": CONFIG.text.encoder}
     folders = {n: str(export_network(config, parameters[n], tmp_path / n)) for n, config in names.items()}
     config = CONFIG.replace(
         denoiser_weights=folders["denoiser"], text_encoder_weights=folders["text_encoder"], vae=None, vae_weights=None
     )
     config.check_weights()
-    still = config.build()
-    assert set(still.networks) == set(still.network_configs) == {"views"}
-    loaded = still.load_frozen()
+    frozen_task = config.build()
+    assert set(frozen_task.networks) == set(frozen_task.network_configs) == {"views"}
+    loaded = frozen_task.load_frozen()
     np.testing.assert_array_equal(
         loaded["denoiser"]["output"]["kernel"], np.asarray(parameters["denoiser"]["output"]["kernel"])
     )
     assert (
-        still.frozen_digest() and still.frozen_digest() != task.config.replace(vae_weights=None).build().frozen_digest()
+        frozen_task.frozen_digest()
+        and frozen_task.frozen_digest() != task.config.replace(vae_weights=None).build().frozen_digest()
     )
     other = config.replace(denoiser=config.denoiser.replace(layers=4))
     with pytest.raises(ValueError, match="task.denoiser_weights = .* holds another network"):
         other.check_weights()
-    batch, key = {name: value[:2] for name, value in batch_of(still, FOLDED).items()}, jax.random.key(0)
+    batch, key = {name: value[:2] for name, value in batch_of(frozen_task, FOLDED).items()}, jax.random.key(0)
     own = {"views": parameters["views"]}
-    frozen_loss = jax.jit(lambda p, f: still.loss(p, f, batch, key)[0])(own, jax.tree.map(jnp.asarray, loaded))
+    frozen_loss = jax.jit(lambda p, f: frozen_task.loss(p, f, batch, key)[0])(own, jax.tree.map(jnp.asarray, loaded))
     np.testing.assert_allclose(frozen_loss, loss(parameters, frozen, batch, key), rtol=1e-6)
 
 
@@ -272,8 +273,8 @@ def test_views_are_generated(task, parameters, frozen, views, pairing):
 
     @jax.jit
     def generate(parameters, frozen, tokens, slots):
-        told = cameras_of(2, views)
-        return chosen.generate_views(parameters, frozen, tokens, told, slots, jax.random.key(0), REQUEST)
+        cameras = cameras_of(2, views)
+        return chosen.generate_views(parameters, frozen, tokens, cameras, slots, jax.random.key(0), REQUEST)
 
     def make(tokens, slots):
         return generate(parameters, frozen, tokens, slots)
@@ -294,7 +295,7 @@ def test_single_clips_are_generated_too(task, parameters, frozen):
     assert made.shape == (1, 3, 8, 8, 3)
 
 
-def test_clips_to_look_at(task, parameters, frozen):
+def test_visualized_clips(task, parameters, frozen):
     shown = jax.eval_shape(lambda b: task.visualize(parameters, frozen, b, jax.random.key(0)), batch_of(task, FOLDED))
     assert {name: clip.shape for name, clip in shown.items()} == {n: (4, 3, 8, 8, 3) for n in ("data", "sample")}
     shown = jax.eval_shape(lambda b: task.visualize(parameters, frozen, b, jax.random.key(0)), batch_of(task, WARPED))

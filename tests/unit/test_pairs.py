@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jvgen.data.stream.pairs import HomographyConfig, folded, latent_valid, warped_pair
-from jvgen.geometry.homography import homographies, moved
+from jvgen.geometry.homography import homographies, map_points
 
 
 def test_clips_are_folded_in_their_middle():
@@ -32,8 +32,8 @@ def test_a_copy_moves_as_its_matrices_say(dots):
     for number, matrix in enumerate(pair.homographies):
         weights = pair.video[1, number, ..., 0].astype(float)
         y, x = (np.sum(axis * weights) / weights.sum() + 0.5 for axis in np.indices(weights.shape))
-        np.testing.assert_allclose([x, y], moved(matrix[None].astype(float), place, (48, 64))[0, 0, :2], atol=0.2)
-    assert np.abs(moved(pair.homographies[4:].astype(float), place, (48, 64))[0, 0] - place[0]).max() > 1.0
+        np.testing.assert_allclose([x, y], map_points(matrix[None].astype(float), place, (48, 64))[0, 0, :2], atol=0.2)
+    assert np.abs(map_points(pair.homographies[4:].astype(float), place, (48, 64))[0, 0] - place[0]).max() > 1.0
 
 
 def test_masks_tell_what_a_copy_does_not_show(dots):

@@ -85,13 +85,13 @@ def test_views_of_a_named_path(run, jvgen, tmp_path):
     assert other.status == 2 and "made with other settings (seed = 0, now 1)" in other.err
 
 
-def test_mistakes_are_told_before_weights_are_read(run, jvgen, tmp_path):
+def test_mistakes_are_reported_before_weights_are_read(run, jvgen, tmp_path):
     def told(*words) -> str:
         done = jvgen("sample", run, "--prompt", "a", "--out", tmp_path / "x", *words)
         assert done.status == 2
         return done.err
 
-    assert "cameras = 'spiral': no such path; there are circle" in told("--cameras", "spiral")
+    assert "cameras = 'spiral': must be one of circle" in told("--cameras", "spiral")
     assert "camera file 'none.txt' does not exist" in told("--cameras", "none.txt")
     assert "--cameras: name a path (circle, hemisphere, interpolate, dolly) or camera files" in told("--views", 2)
     assert "--enhance: not with --cameras" in told("--cameras", "circle", "--enhance", 2.0)
@@ -124,13 +124,13 @@ def test_camera_files_are_fitted_to_the_clips(tmp_path):
     assert np.abs(together.extrinsics[1, 0] - np.eye(3, 4)).max() < 1e-8, "both begin at one place of the world"
 
 
-def test_camera_files_that_do_not_go_together(tmp_path):
+def test_incompatible_camera_files(tmp_path):
     files = files_of(tmp_path)
     with pytest.raises(
         ValueError, match="--views 4, but 2 camera files: give one for each view, or the name of a path"
     ):
         read_views(files, 4, REQUEST, distance=0.5, one_world=False)
-    with pytest.raises(ValueError, match="0.txt has 6 cameras, fewer than the 9 frames asked for"):
+    with pytest.raises(ValueError, match="0.txt has 6 cameras, fewer than the 9 requested frames"):
         read_views(files, 2, SampleRequest(9, 8, 16), distance=0.5, one_world=False)
     (tmp_path / "longer").mkdir()
     longer = files_of(tmp_path / "longer", frames=7)
@@ -138,7 +138,7 @@ def test_camera_files_that_do_not_go_together(tmp_path):
         read_views([files[0], longer[1]], 2, REQUEST, distance=0.5, one_world=False)
 
 
-def test_views_without_a_baseline_are_told():
+def test_views_without_a_baseline_are_reported():
     apart = Cameras(paths.default_intrinsics(3, 4, 1.0), paths.named_paths("circle", 3, 4))
     assert pairs_without_baseline(apart) == []
     assert pairs_without_baseline(apart._replace(extrinsics=apart.extrinsics[[0, 1, 0]])) == [(0, 2)]
@@ -151,7 +151,7 @@ def test_views_fit_the_mesh(views, devices, least):
     assert least * views % devices == 0
 
 
-def test_lines_of_the_check_sheet_go_through_what_they_mark():
+def test_lines_of_the_epipolar_sheet_go_through_the_marked_points():
     """A white dot in a black world, seen by two cameras: the line of its place in one crosses it in the other."""
     extrinsics = np.stack([paths.named_paths("circle", 2, 2, distance=1.0)[view, -1:] for view in range(2)])
     cameras = Cameras(paths.default_intrinsics(2, 1, 4 / 3), extrinsics)

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from jvgen.config import Config
-from jvgen.geometry.homography import Motion, growing, homographies, in_pixels
+from jvgen.geometry.homography import Motion, homographies, on_pixel_indices, ramp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,11 @@ def warped_pair(video: np.ndarray, config: HomographyConfig, seed: int) -> Warpe
       seed: seed of the motion.
     """
     frames, height, width = video.shape[:3]
-    matrices = homographies(growing(config.draw(seed, height), frames))
+    matrices = homographies(ramp(config.draw(seed, height), frames))
     copy, valid = np.empty_like(video), np.ones((2, frames, height, width), bool)
     white = np.full((height, width), 255, np.uint8)
     for number, matrix in enumerate(matrices):
-        warp = in_pixels(matrix, (height, width))
+        warp = on_pixel_indices(matrix, (height, width))
         copy[number] = cv2.warpPerspective(video[number], warp, (width, height), flags=cv2.INTER_LINEAR)
         # A pixel is valid if it is interpolated from pixels of the image only.
         valid[1, number] = cv2.warpPerspective(white, warp, (width, height), flags=cv2.INTER_LINEAR) == 255

@@ -1,3 +1,6 @@
-"""CVD (arXiv 2405.17414) on the video DiT: several consistent videos of one scene, by synchronization along epipolar
-lines.
+"""Collaborative Video Diffusion (CVD) on the video transformer: several views of one scene, denoised jointly.
+
+Synchronization modules, ray embeddings, view conditioning, CameraCtrl's pose encoder, and maps of released weights.
+Camera geometry is in `jvgen.geometry`, sampling of view pairs in `jvgen.diffusion.collaborative`, the loss in
+`jvgen.tasks.multiview`.
 """

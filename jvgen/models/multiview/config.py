@@ -1,33 +1,32 @@
-"""Configuration of the video transformer for several views, and of what makes them agree."""
+"""Configuration of the multi-view video transformer and of its synchronization modules."""
 
 import dataclasses
 from typing import Literal
 
 from jvgen.config import Config
 from jvgen.geometry.epipolar import EpipolarBias
-from jvgen.models.multiview.sync import SyncMode
+from jvgen.models.multiview.synchronization import SyncMode
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn.epipolar_attention import EpipolarKernel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SyncConfig(Config):
-    """The modules between the blocks in which frames of different views look at each other.
+    """The synchronization modules between the blocks, in which frames of different views attend to each other.
 
     Attributes:
-      every: a module comes after every so many blocks; divides their number.
-      heads: of each attention; those of the transformer if none.
-      sublayers: attentions a module.
-      groups: of each module's first norm.
-      mode: what the tokens of a frame look at.
-      bias: how the distance from the epipolar line counts, with mode EPIPOLAR.
-      band: half width of the band around a line, in pixels; with SOFT of a frame's largest distance over half of the
-        shorter side (3 in the paper and in its code).
-      decay: bias at twice that width.
-      without_baseline: what frames of two views look at while their cameras stand at one place, where there are no
-        lines: "pseudo" (near lines of a random direction through the place where they see the same, as released), or
-        "open" (everything).
-      kernel: of attention along lines.
+      every: number of blocks between modules; must divide `layers`.
+      heads: attention heads; None for as many as the transformer has.
+      sublayers: attentions per module.
+      groups: of each module's group norm.
+      mode: what the tokens of a frame attend to.
+      bias: bias as a function of the distance from the epipolar line, with mode EPIPOLAR.
+      band: half width of the band around a line, in pixels; with SOFT in units of a frame's largest distance over half
+        of the shorter side (3 in the paper and in its code).
+      decay: magnitude of the bias at twice that width.
+      without_baseline: what frames attend to when two cameras have a common center and no epipolar lines: "pseudo"
+        (near lines of a random direction through the corresponding point, as released) or "open" (the whole frame).
+      kernel: implementation of attention along lines.
     """
 
     every: int = 5
@@ -44,20 +43,20 @@ class SyncConfig(Config):
     def validate(self) -> None:
         for name in ("every", "sublayers", "groups"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give a number of at least 1.")
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.band <= 0 or self.decay <= 0:
             raise ValueError(f"band = {self.band}, decay = {self.decay}: both must be positive, as 3.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiViewDiTConfig(VideoDiTConfig):
-    """A `VideoDiT` whose views look at each other, and that may be told its cameras.
+    """A `VideoDiT` whose views attend to each other, with optional camera conditioning.
 
     Attributes:
-      sync: the modules between the blocks; none for views that never meet.
-      rays: take Plücker coordinates of the cameras' rays, as patches added to those of the clip.
-      adapter_rank: rank of matrices added to those of the blocks' attention where an adapter is switched on; 0 for
-        none. It takes what is peculiar to one kind of data, so that the rest stays clean of it.
+      sync: the modules between the blocks; None for independent views.
+      rays: add an embedding of the Plücker coordinates of the cameras' rays to the patches of the clip.
+      adapter_rank: rank of a LoRA for the blocks' attention, 0 for none. It is active for one kind of data and absorbs
+        what is specific to it, so that the other weights do not.
     """
 
     sync: SyncConfig | None = SyncConfig()
@@ -67,7 +66,7 @@ class MultiViewDiTConfig(VideoDiTConfig):
     def validate(self) -> None:
         super().validate()
         if self.adapter_rank < 0:
-            raise ValueError(f"adapter_rank = {self.adapter_rank}: a rank, or 0 for no adapter.")
+            raise ValueError(f"adapter_rank = {self.adapter_rank}: must be at least 1, or 0 for no adapter.")
         if self.sync is None:
             return
         if self.layers % self.sync.every:
@@ -81,11 +80,11 @@ class MultiViewDiTConfig(VideoDiTConfig):
 
     @property
     def sync_layers(self) -> int:
-        """Synchronisation modules."""
+        """Number of synchronization modules."""
         return 0 if self.sync is None else self.layers // self.sync.every
 
     @property
     def plain(self) -> VideoDiTConfig:
-        """The transformer without what makes it see several views: what published weights are of."""
+        """Configuration of the single-view transformer, as published weights have it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(VideoDiTConfig)}
         return VideoDiTConfig(**fields)

@@ -1,4 +1,4 @@
-"""The CogVideoX denoiser for several views: ray patches at its input, synchronisation between its blocks."""
+"""The CogVideoX denoiser for several views: ray patches at the input, synchronization modules between the blocks."""
 
 import dataclasses
 from typing import Any
@@ -10,10 +10,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jvgen.models.multiview.adapter import AttentionAdapter
 from jvgen.models.multiview.config import MultiViewDiTConfig
-from jvgen.models.multiview.sync import Kernels, Synchronisation
-from jvgen.models.multiview.views import Views
+from jvgen.models.multiview.lora import AttentionLoRA
+from jvgen.models.multiview.synchronization import CrossViewSynchronization, Kernels
+from jvgen.models.multiview.view_conditioning import ViewConditioning
 from jvgen.models.video_dit.aggregation import RunningSum
 from jvgen.models.video_dit.model import TOKENS, AttentionScale, Block, BlockContext, TokenLayout, VideoDiT
 from jvgen.nn.embeddings import PatchEmbedding
@@ -23,10 +23,11 @@ from jvgen.parallel.axes import constrain
 RAY_CHANNELS = 6
 
 
-class ViewParts(nnx.Module):
-    """What several views need beyond the transformer: all that is trained when the transformer stands still.
+class MultiViewModules(nnx.Module):
+    """The modules that several views add to a `VideoDiT`: all that is trained when the transformer is frozen.
 
-    `sync` (a `Synchronisation` for each group of blocks), `rays` (a patch embedding) and `adapter`, as configured.
+    As configured: `sync` (a `CrossViewSynchronization` after each group of blocks), `rays` (a patch embedding) and
+    `adapter` (an `AttentionLoRA`).
     """
 
     def __init__(self, config: MultiViewDiTConfig, *, rngs: nnx.Rngs):
@@ -34,8 +35,8 @@ class ViewParts(nnx.Module):
         self.config, sync = config, config.sync
         if sync is not None:
 
-            def module(layer_rngs: nnx.Rngs) -> Synchronisation:
-                return Synchronisation(
+            def module(layer_rngs: nnx.Rngs) -> CrossViewSynchronization:
+                return CrossViewSynchronization(
                     config.width,
                     heads=sync.heads or config.heads,
                     sublayers=sync.sublayers,
@@ -53,19 +54,19 @@ class ViewParts(nnx.Module):
                 rngs=rngs,
             )
         if config.adapter_rank:
-            self.adapter = AttentionAdapter(config.layers, config.width, rank=config.adapter_rank, rngs=rngs)
+            self.adapter = AttentionLoRA(config.layers, config.width, rank=config.adapter_rank, rngs=rngs)
 
 
 class MultiViewDiT(VideoDiT):
-    """Predicts, for noisy clips of several views of a scene, what `VideoDiT` predicts for each alone, and in agreement.
+    """A `VideoDiT` that denoises several views of a scene jointly.
 
-    At first what is new adds zeros: V views are what V separate clips would be. Its parameters are those of `VideoDiT`
-    and, as "views", those of `ViewParts`; an adapter is merged before it is called (`jvgen.models.multiview.adapter`).
+    The added modules are initialized to add zeros: at first V views equal V separate clips. Its parameters are those of
+    `VideoDiT` and, as "views", those of `MultiViewModules`; a LoRA is merged before the call (`merge_lora`).
     """
 
     def __init__(self, config: MultiViewDiTConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.views = ViewParts(config, rngs=rngs)
+        self.views = MultiViewModules(config, rngs=rngs)
 
     def __call__(
         self,
@@ -73,7 +74,7 @@ class MultiViewDiT(VideoDiT):
         text: Float[Array, "R T K"],
         timesteps: Float[Array, "R"],
         *,
-        views: Views | None = None,
+        views: ViewConditioning | None = None,
         offsets: Float[Array, "R"] | None = None,
         attention_scale: AttentionScale | None = None,
     ) -> Float[Array, "R F H W Z"]:
@@ -81,11 +82,11 @@ class MultiViewDiT(VideoDiT):
 
         Args:
           latents: noisy latent clips, in rows `examples views copies`.
-          text, timesteps, offsets, attention_scale: see `VideoDiT`; one row a clip.
-          views: who looks at whom and where, and the rays; None for clips that have nothing to do with each other.
+          text, timesteps, offsets, attention_scale: see `VideoDiT`; one row per clip.
+          views: partners, bands and rays; None for independent clips.
 
         Raises:
-          ValueError: rows that are not examples x views x copies; what `VideoDiT` refuses.
+          ValueError: rows that are not examples x views x copies; see also `VideoDiT`.
         """
         if views is None:
             return super().__call__(latents, text, timesteps, offsets=offsets, attention_scale=attention_scale)
@@ -95,11 +96,13 @@ class MultiViewDiT(VideoDiT):
         x = self.embed(latents, text, layout)
         if views.rays is not None and self.config.rays:
             x = _with_video(x, layout, _video(x, layout) + self.views.rays(views.rays.astype(x.dtype)))
-        x = self.run_synchronised(x, context, views) if self.config.sync else self.run_blocks(x, context)
+        x = self.run_synchronized(x, context, views) if self.config.sync else self.run_blocks(x, context)
         return self.head(x, context)
 
-    def run_synchronised(self, x: Float[Array, "R L D"], context: BlockContext, views: Views) -> Float[Array, "R L D"]:
-        """All blocks, with a synchronisation module after every few: a scan of scans."""
+    def run_synchronized(
+        self, x: Float[Array, "R L D"], context: BlockContext, views: ViewConditioning
+    ) -> Float[Array, "R L D"]:
+        """All blocks, with a synchronization module after every `sync.every` of them: a scan of scans."""
         config, every, count = self.config, self.config.sync.every, self.config.sync_layers
         block = checkpointed(self._block_step(context), config.remat)
         sync = checkpointed(self._sync_step(context, views), config.remat)
@@ -122,7 +125,7 @@ class MultiViewDiT(VideoDiT):
         return carry.hidden if config.aggregation is not None else carry
 
     def _per_layer(self) -> dict[str, Any]:
-        """What each layer reads besides its parameters: its number, and what RepVideo's aggregation gives it."""
+        """Inputs of each layer besides its parameters: its index, and the gates of RepVideo's aggregation."""
         layers = self.config.layers
         found: dict[str, Any] = {"number": jnp.arange(layers)}
         if self.config.aggregation is not None:
@@ -143,26 +146,26 @@ class MultiViewDiT(VideoDiT):
 
         return step
 
-    def _sync_step(self, context: BlockContext, views: Views) -> Any:
-        layout, how = context.layout, self.config.sync
+    def _sync_step(self, context: BlockContext, views: ViewConditioning) -> Any:
+        layout, config = context.layout, self.config.sync
 
-        def synchronised(x: jax.Array, module: Synchronisation) -> jax.Array:
+        def synchronized(x: jax.Array, module: CrossViewSynchronization) -> jax.Array:
             video = module(
                 rearrange(_video(x, layout), "r (f l) c -> r f l c", f=layout.grid[0]),
                 views.layout,
                 views.partner,
                 views.band,
-                mode=how.mode,
-                kernels=Kernels(self.config.attention, how.kernel),
+                mode=config.mode,
+                kernels=Kernels(self.config.attention, config.kernel),
             )
             return _with_video(x, layout, rearrange(video, "r f l c -> r (f l) c"))
 
         def step(carry: Any, variables: Any) -> tuple[Any, None]:
             module = self.views.sync.layer(variables)
             if self.config.aggregation is None:
-                return synchronised(checkpoint_name(carry, LAYER_INPUT), module), None
-            # The tokens of the last layer are what they are now; in the sum they take the place of what they were.
-            hidden = synchronised(checkpoint_name(carry.hidden, LAYER_INPUT), module)
+                return synchronized(checkpoint_name(carry, LAYER_INPUT), module), None
+            # The synchronized tokens replace those of the last layer, also in the sum that later layers average.
+            hidden = synchronized(checkpoint_name(carry.hidden, LAYER_INPUT), module)
             change = hidden.astype(jnp.float32) - carry.hidden.astype(jnp.float32)
             return RunningSum(hidden, carry.total + change), None
 

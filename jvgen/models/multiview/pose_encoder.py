@@ -25,9 +25,9 @@ class PoseEncoderConfig(Config):
 
     Attributes:
       channels: of each scale.
-      layers: residual blocks a scale, each followed by attention over time.
-      heads: of that attention.
-      patch: rows and columns of pixels that become one place at the first scale.
+      layers: residual blocks per scale, each followed by temporal attention.
+      heads: of the temporal attention.
+      patch: side in pixels of the patches that are unshuffled into channels at the input.
       ray_channels: of the input.
     """
 
@@ -42,11 +42,11 @@ class PoseEncoderConfig(Config):
             raise ValueError(f"channels = {self.channels}: each must be a multiple of 2 x heads = {2 * self.heads}.")
         for name in ("layers", "heads", "patch", "ray_channels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give a number of at least 1.")
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
 
 
 class ResidualBlock(nnx.Module):
-    """Halve the resolution if asked, change the channels if needed, then two convolutions without norms."""
+    """Optional 2x average pooling, a 1x1 convolution if the channels change, then two convolutions without norms."""
 
     def __init__(self, features_in: int, features_out: int, *, halve: bool, rngs: nnx.Rngs):
         self.halve = halve
@@ -65,7 +65,7 @@ class ResidualBlock(nnx.Module):
 
 
 class TemporalBlock(nnx.Module):
-    """Attention over the frames of each place, which know their numbers, then a feed-forward block."""
+    """Attention over the frames of each position, with frame encodings, then a feed-forward block."""
 
     def __init__(self, features: int, *, heads: int, rngs: nnx.Rngs):
         self.head_width = features // heads
@@ -82,9 +82,9 @@ class TemporalBlock(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B F C"]) -> Float[Array, "B F C"]:
-        placed = self.norm(x) + frame_numbers(x.shape[1], x.shape[2]).astype(x.dtype)
+        encoded = self.norm(x) + frame_encodings(x.shape[1], x.shape[2]).astype(x.dtype)
         query, key, value = (
-            rearrange(projection(placed), "b f (n d) -> b f n d", d=self.head_width)
+            rearrange(projection(encoded), "b f (n d) -> b f n d", d=self.head_width)
             for projection in (self.query, self.key, self.value)
         )
         x = x + self.output(rearrange(attention(query, key, value), "b f n d -> b f (n d)"))
@@ -92,16 +92,16 @@ class TemporalBlock(nnx.Module):
 
 
 class PoseEncoder(nnx.Module):
-    """Ray maps `B F H W 6` to one feature map a scale, `B F h w C`, at 1/patch, 1/(2 patch), ... of the resolution."""
+    """Ray maps `B F H W 6` to one feature map per scale, `B F h w C`, at 1/patch, 1/(2 patch), ... resolution."""
 
     def __init__(self, config: PoseEncoderConfig, *, rngs: nnx.Rngs):
         config.validate()
         self.config = config
         first = config.channels[0]
         self.input = Conv2d(config.ray_channels * config.patch**2, first, rngs=rngs)
-        residual, temporal, before = [], [], first
+        residual, temporal, previous = [], [], first
         for scale, width in enumerate(config.channels):
-            widths = (before, *(width for _ in range(config.layers - 1)))
+            widths = (previous, *(width for _ in range(config.layers - 1)))
             residual.append(
                 nnx.List(
                     [
@@ -113,7 +113,7 @@ class PoseEncoder(nnx.Module):
             temporal.append(
                 nnx.List([TemporalBlock(width, heads=config.heads, rngs=rngs) for _ in range(config.layers)])
             )
-            before = width
+            previous = width
         self.residual, self.temporal = nnx.List(residual), nnx.List(temporal)
 
     def __call__(self, rays: Float[Array, "B F H W 6"]) -> list[Float[Array, "B F _ _ _"]]:
@@ -125,7 +125,7 @@ class PoseEncoder(nnx.Module):
         batch, patch = rays.shape[0], self.config.patch
         if rays.shape[2] % patch or rays.shape[3] % patch:
             raise ValueError(f"ray maps of {rays.shape[2]}x{rays.shape[3]}: both must be multiples of patch = {patch}.")
-        # Channels outermost, then the rows of a patch: PyTorch's PixelUnshuffle.
+        # The channel order of PyTorch's PixelUnshuffle: channels, then rows, then columns of a patch.
         x = rearrange(rays, "b f (h y) (w x) c -> (b f) h w (c y x)", y=patch, x=patch)
         x, features = self.input(x), []
         for residual, temporal in zip(self.residual, self.temporal, strict=True):
@@ -138,8 +138,8 @@ class PoseEncoder(nnx.Module):
         return features
 
 
-def frame_numbers(frames: int, width: int) -> Float[Array, "F {width}"]:
-    """Sines and cosines of 0, 1, 2, ..., taking turns along the channels, float32."""
+def frame_encodings(frames: int, width: int) -> Float[Array, "F {width}"]:
+    """Sinusoidal encodings of frames 0, 1, 2, ..., sines and cosines interleaved along the channels, float32."""
     frequencies = 10000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     angles = np.outer(np.arange(frames, dtype=np.float64), frequencies)
     return jnp.asarray(np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(frames, width).astype(np.float32))

@@ -1,24 +1,24 @@
-"""Names and layouts: of the released weights (CVD's modules, CameraCtrl's encoder), and of our parts in safetensors."""
+"""Names and layouts of released weights (CVD's modules, CameraCtrl's encoder) and of jvgen's exports."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jvgen.models.multiview.adapter import MATRICES
 from jvgen.models.multiview.config import MultiViewDiTConfig
+from jvgen.models.multiview.cvd_checkpoint import CVDCheckpointConfig
+from jvgen.models.multiview.lora import MATRICES
 from jvgen.models.multiview.pose_encoder import PoseEncoderConfig
-from jvgen.models.multiview.released import ReleasedModulesConfig
 from jvgen.models.weight_map import CONV2D, IDENTITY, LAYER, LINEAR, Entry, Transform, WeightMap, fused
 from jvgen.saved_config import from_json, to_json
 
-CLASS_NAME = "ViewParts"
+CLASS_NAME = "ViewParts"  # in config.json of exports, which keep the name of version 0.1.0
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v"}
 
 
 def weight_map(config: MultiViewDiTConfig) -> WeightMap:
-    """`ViewParts`: the synchronisation modules named as CVD has them, rays and adapter as a port would name them."""
+    """`MultiViewModules`: synchronization modules with CVD's names, rays and LoRA as a PyTorch port would name them."""
     entries: list[Entry] = []
     if config.sync is not None:
-        entries += synchronisation_entries("sync/layers/", f"sync.{LAYER}.", config.sync.sublayers)
+        entries += synchronization_entries("sync/layers/", f"sync.{LAYER}.", config.sync.sublayers)
     if config.rays:
         entries += _layer("rays/projection", "rays.projection")
     if config.adapter_rank:
@@ -29,7 +29,7 @@ def weight_map(config: MultiViewDiTConfig) -> WeightMap:
 
 
 def to_diffusers_config(config: MultiViewDiTConfig) -> dict[str, Any]:
-    """What `config.json` says beside the weights."""
+    """Contents of the `config.json` beside the weights."""
     return {"_class_name": CLASS_NAME, "config": to_json(config)}
 
 
@@ -37,16 +37,16 @@ def from_diffusers_config(values: Mapping[str, Any]) -> MultiViewDiTConfig:
     """The configuration written by `to_diffusers_config`.
 
     Raises:
-      ValueError: it is of something else.
+      ValueError: the file describes another network.
     """
     config = from_json(values["config"]) if "config" in values else None
     if not isinstance(config, MultiViewDiTConfig):
-        raise ValueError("config.json of view parts lacks the configuration of a MultiViewDiT.")
+        raise ValueError("config.json of multi-view modules lacks the configuration of a MultiViewDiT.")
     return config
 
 
-def synchronisation_entries(ours: str, theirs: str, sublayers: int) -> list[Entry]:
-    """Rows of one synchronisation module; both prefixes are given with their separators."""
+def synchronization_entries(ours: str, theirs: str, sublayers: int) -> list[Entry]:
+    """Entries of one synchronization module; prefixes include their separator."""
     block, their_block = f"{ours}block/", f"{theirs}transformer_blocks.0."
     entries = [
         *_norm(f"{ours}norm", f"{theirs}norm"),
@@ -59,20 +59,20 @@ def synchronisation_entries(ours: str, theirs: str, sublayers: int) -> list[Entr
     return [*entries, *_feed_forward(block, their_block)]
 
 
-def released_map(config: ReleasedModulesConfig, *, prefix: str = "") -> WeightMap:
-    """Names of the `unet_trainable_dict` of CVD's checkpoint: 26 tensors for each of 20 modules."""
+def cvd_checkpoint_map(config: CVDCheckpointConfig, *, prefix: str = "") -> WeightMap:
+    """Names in the `unet_trainable_dict` of CVD's checkpoint: 26 tensors in each of 20 modules."""
     entries: list[Entry] = []
     for side in config.sides:
         for level in range(len(config.channels)):
             for index in range(config.modules(side)):
                 theirs = f"{prefix}{side}_blocks.{level}.epi_modules.{index}.epi_transformer."
-                entries += synchronisation_entries(f"{side}/{level}/{index}/", theirs, config.sublayers)
-    # Grids of positions, which files of whole networks hold besides.
+                entries += synchronization_entries(f"{side}/{level}/{index}/", theirs, config.sublayers)
+    # Position grids, buffers in the files of whole networks.
     return WeightMap(tuple(entries), ignored=(r".*\.pos_encoder\.coords",))
 
 
 def pose_encoder_map(config: PoseEncoderConfig, *, prefix: str = "") -> WeightMap:
-    """Names of the `pose_encoder_state_dict` of CameraCtrl's checkpoint."""
+    """Names in the `pose_encoder_state_dict` of CameraCtrl's checkpoint."""
     entries = [*_layer("input", f"{prefix}encoder_conv_in", CONV2D)]
     for scale, width in enumerate(config.channels):
         for layer in range(config.layers):
@@ -97,7 +97,7 @@ def _attention(ours: str, theirs: str) -> list[Entry]:
 
 
 def _feed_forward(ours: str, theirs: str) -> list[Entry]:
-    """GEGLU: one tensor there holds what is gated and, after it, the gate."""
+    """GEGLU: one PyTorch tensor holds the hidden projection followed by the gate."""
     entries = [*_norm(f"{ours}feed_forward_norm", f"{theirs}ff_norm")]
     for kind, suffix, transform in (("kernel", "weight", LINEAR), ("bias", "bias", IDENTITY)):
         pieces = {name: f"{ours}feed_forward/{name}/{kind}" for name in ("hidden", "gate")}

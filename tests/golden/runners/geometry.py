@@ -171,7 +171,7 @@ def _homography(case) -> None:
     np.testing.assert_array_equal(pooled, case.io["loss_weight.latent_mask"][0] > 0)
     io, side, grid = case.io, case.config["F_mat_size"], (case.config["feat"],) * 2
     points = token_points(grid, (side, side), integer_centers=True)
-    there = homography.moved(jnp.asarray(io["H"]), points, (side, side), integer_centers=True, epsilon=EPSILON)
+    there = homography.map_points(jnp.asarray(io["H"]), points, (side, side), integer_centers=True, epsilon=EPSILON)
     size = np.abs(io["warped_coords"]).max(axis=(1, 2), keepdims=True)
     # Rounding grows as points near the horizon.
     magnified = 1 / np.minimum(1.0, case.config["smallest_abs_third_component_per_entry"])
@@ -197,7 +197,7 @@ def _pairs(case) -> None:
         read["c2w"] = read["c2w"].reshape(-1, 4, 4)
         if "split" in made:
             steps = np.linspace(0.0, 1.0, made["split"])
-            between = [paths.blended(first, last, steps) for first, last in zip(*poses, strict=True)]
+            between = [paths.interpolate(first, last, steps) for first, last in zip(*poses, strict=True)]
             shown, at = np.stack(between, axis=1), folded(intrinsics)[:1].repeat(made["split"], axis=0)
         else:
             shown, at = poses, folded(intrinsics)

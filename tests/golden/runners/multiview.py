@@ -1,4 +1,4 @@
-"""The released synchronisation module (CVD) and pose encoder (CameraCtrl), whole, with their own weights."""
+"""The released synchronization module (CVD) and pose encoder (CameraCtrl), whole, with their own weights."""
 
 import functools
 
@@ -9,8 +9,8 @@ from einops import rearrange
 
 from jvgen.geometry.epipolar import Band, band, epipolar_lines, pseudo_lines, token_points, unit_lines
 from jvgen.models.multiview.pose_encoder import PoseEncoder, PoseEncoderConfig
-from jvgen.models.multiview.sync import Synchronisation, ViewLayout
-from jvgen.models.multiview.torch_map import pose_encoder_map, synchronisation_entries
+from jvgen.models.multiview.synchronization import CrossViewSynchronization, ViewLayout
+from jvgen.models.multiview.torch_map import pose_encoder_map, synchronization_entries
 from jvgen.models.weight_map import WeightMap
 from jvgen.nn.network import Network
 
@@ -22,14 +22,14 @@ def serves(name: str, config: dict) -> bool:
 
 
 def run(case) -> None:
-    _synchronisation(case) if case.name.startswith("cvsm_block") else _pose_encoder(case)
+    _synchronization(case) if case.name.startswith("cvsm_block") else _pose_encoder(case)
 
 
-def _synchronisation(case) -> None:
+def _synchronization(case) -> None:
     made, side = case.config["constructor"], case.config["constructor"]["epi_position_encoding_F_mat_size"]
     sublayers = len(made["attention_block_types"])
     network = Network.of(
-        lambda rngs: Synchronisation(
+        lambda rngs: CrossViewSynchronization(
             made["in_channels"],
             heads=made["num_attention_heads"],
             sublayers=sublayers,
@@ -38,7 +38,7 @@ def _synchronisation(case) -> None:
         )
     )
     table = WeightMap(
-        tuple(synchronisation_entries("", "epi_transformer.", sublayers)), ignored=(r".*\.pos_encoder\.coords",)
+        tuple(synchronization_entries("", "epi_transformer.", sublayers)), ignored=(r".*\.pos_encoder\.coords",)
     )
     parameters = table.from_torch(case.weights, network.shapes)
     for name in case.config["sub"]:

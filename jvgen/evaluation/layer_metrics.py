@@ -1,4 +1,4 @@
-"""How the features of neighbouring frames agree, and where attention looks: measures on tokens, traced."""
+"""Metrics of a layer's tokens, traced: similarity of neighboring frames, and attention between groups of rows."""
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +8,19 @@ from jaxtyping import Array, Float
 
 
 def frame_similarity(features: Float[Array, "*B F P D"]) -> Float[Array, "*B F-1"]:
-    """Cosine between the tokens of each place in neighbouring frames, averaged over places; one number a pair.
+    """Cosine similarity of corresponding tokens in neighboring frames, averaged over positions; one number per pair.
 
-    The measure of RepVideo's observation (arXiv 2501.08994, section 3): it falls with depth where layers let frames
-    drift apart. 1 for a still clip.
+    The metric of RepVideo's observation (arXiv 2501.08994, section 3): it falls with depth where features of frames
+    diverge. 1 for a static clip.
 
     Args:
-      features: tokens by frame and place.
+      features: tokens by frame and position.
 
     Raises:
-      ValueError: a single frame, which has no neighbour.
+      ValueError: a single frame.
     """
     if features.shape[-3] < 2:
-        raise ValueError("features of 1 frame: neighbouring frames need at least 2.")
+        raise ValueError("features of 1 frame: similarity of neighboring frames needs at least 2.")
     exact = features.astype(jnp.float32)
     unit = exact / jnp.maximum(jnp.linalg.norm(exact, axis=-1, keepdims=True), 1e-12)
     cosine = jnp.sum(unit[..., :-1, :, :] * unit[..., 1:, :, :], axis=-1)
@@ -30,17 +30,17 @@ def frame_similarity(features: Float[Array, "*B F P D"]) -> Float[Array, "*B F-1
 def attention_between(
     query: Float[Array, "B L N D"], key: Float[Array, "B L N D"], groups: np.ndarray, count: int
 ) -> Float[Array, "B N G G"]:
-    """How much of its attention each group of rows gives to each group: rows of a group averaged, weights summed.
+    """Attention from each group of rows to each group: averaged over query rows, summed over key rows.
 
-    Every row of the result adds up to 1. One head is computed at a time, so that only its scores are in memory.
+    Every row of the result sums to 1. Heads are computed one at a time, so that only one head's scores are in memory.
 
     Args:
-      query, key: as attention gets them.
-      groups: int `[L]`, the group of each row, -1 for rows that neither look nor are looked at (padding).
+      query, key: inputs of attention.
+      groups: int `[L]`, the group of each row, -1 for padding.
       count: number of groups, each with at least one row.
     """
     member = np.asarray(groups)[None] == np.arange(count)[:, None]
-    assert member.any(axis=1).all(), "a group without rows has no attention"
+    assert member.any(axis=1).all(), "every group needs at least one row"
     average = jnp.asarray(member / member.sum(axis=1, keepdims=True), jnp.float32)
     total = jnp.asarray(member, jnp.float32)
     hidden = jnp.asarray(np.where(np.asarray(groups) < 0, -np.inf, 0.0), jnp.float32)

@@ -1,6 +1,7 @@
-"""The synchronisation module by itself: what it may see, what it must not, and what was released."""
+"""The synchronization module: what each row depends on, and the maps of released weights."""
 
 import functools
+import json
 import math
 import re
 
@@ -10,17 +11,18 @@ import numpy as np
 import pytest
 
 from jvgen.geometry.epipolar import Band, EpipolarBias, band, token_points
+from jvgen.models.multiview.cvd_checkpoint import CVDCheckpoint, CVDCheckpointConfig
 from jvgen.models.multiview.pose_encoder import PoseEncoder, PoseEncoderConfig
-from jvgen.models.multiview.released import ReleasedModules, ReleasedModulesConfig
-from jvgen.models.multiview.sync import Kernels, Synchronisation, SyncMode, ViewLayout
-from jvgen.models.multiview.torch_map import pose_encoder_map, released_map
+from jvgen.models.multiview.synchronization import CrossViewSynchronization, Kernels, SyncMode, ViewLayout
+from jvgen.models.multiview.torch_map import cvd_checkpoint_map, pose_encoder_map
 from jvgen.nested import flatten, unflatten
 from jvgen.nn.network import Network
+from jvgen.saved_config import from_json
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 GRID, SIZE, FRAMES, WIDTH = (3, 4), (24, 32), 2, 16
-NETWORK = Network.of(lambda rngs: Synchronisation(WIDTH, heads=2, groups=4, rngs=rngs))
+NETWORK = Network.of(lambda rngs: CrossViewSynchronization(WIDTH, heads=2, groups=4, rngs=rngs))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def run(parameters, tokens, partner, views, mode=SyncMode.CROSS, band=None):
     return program_of(views, mode)(parameters, tokens, jnp.asarray(partner, jnp.int32), band)
 
 
-def test_it_changes_nothing_at_first(key):
+def test_it_is_the_identity_at_initialization(key):
     fresh, tokens = jax.jit(NETWORK.init)(key), tokens_of(2)
     assert not np.any(fresh["output"]["kernel"]) and not np.any(fresh["output"]["bias"])
     half = run(fresh, tokens.astype(jnp.bfloat16), [1, 0], ViewLayout(2), SyncMode.EPIPOLAR, rows_band(2))
@@ -66,14 +68,14 @@ def test_it_changes_nothing_at_first(key):
     np.testing.assert_array_equal(half, tokens.astype(jnp.bfloat16))
 
 
-def test_videos_that_change_places_change_their_outputs(parameters):
+def test_swapped_videos_have_swapped_outputs(parameters):
     tokens = tokens_of(2)
     made = run(parameters, tokens, [1, 0], ViewLayout(2))
     assert np.abs(made - tokens).max() > 0.1
     np.testing.assert_allclose(run(parameters, tokens[::-1], [1, 0], ViewLayout(2)), made[::-1], atol=1e-5)
 
 
-def test_a_view_sees_its_partner_and_no_other(parameters):
+def test_a_view_depends_on_its_partner_only(parameters):
     """Two examples of three views, with and without their captions: row (e, v, c) reads (e, partner[v], c)."""
     views, partner = ViewLayout(3, copies=2), [1, 2, 1]
     tokens = tokens_of(12)
@@ -86,7 +88,7 @@ def test_a_view_sees_its_partner_and_no_other(parameters):
     np.testing.assert_array_equal(moved, expected)
 
 
-def test_frames_stay_by_themselves(parameters):
+def test_frames_are_independent(parameters):
     tokens = tokens_of(2)
     for mode in SyncMode:
         made = run(parameters, tokens, [1, 0], ViewLayout(2), mode, rows_band(2))
@@ -94,7 +96,7 @@ def test_frames_stay_by_themselves(parameters):
         np.testing.assert_allclose(changed[:, 0], made[:, 0], atol=1e-5)
 
 
-def test_the_band_is_kept_to(parameters):
+def test_attention_stays_within_a_hard_band(parameters):
     """With a hard band of rows, a token of another row changes nothing but through the norm of its frame."""
     apply = jax.jit(lambda *arrays: NETWORK.bind(parameters).block.attentions[0](
         arrays[0], ViewLayout(2), arrays[1], arrays[2], SyncMode.EPIPOLAR, Kernels()))  # fmt: skip
@@ -107,7 +109,7 @@ def test_the_band_is_kept_to(parameters):
         assert (off[[0, 2]].max() > 1e-7) == leaks, form
 
 
-def test_joint_attention_needs_no_partner(parameters):
+def test_joint_attention_ignores_partners(parameters):
     tokens = tokens_of(3)
     made = [run(parameters, tokens, partner, ViewLayout(3), SyncMode.JOINT) for partner in ([1, 2, 0], [2, 0, 1])]
     np.testing.assert_array_equal(*made)
@@ -117,9 +119,9 @@ def test_joint_attention_needs_no_partner(parameters):
 
 def test_the_released_modules():
     """520 tensors, 417,137,600 numbers, and nothing left over in either direction."""
-    config = ReleasedModulesConfig()
-    network = Network.of(lambda rngs: ReleasedModules(config, rngs=rngs))
-    shapes = released_map(config).torch_shapes(network.shapes)
+    config = CVDCheckpointConfig()
+    network = Network.of(lambda rngs: CVDCheckpoint(config, rngs=rngs))
+    shapes = cvd_checkpoint_map(config).torch_shapes(network.shapes)
     assert len(shapes) == 520
     assert sum(math.prod(shape) for shape in shapes.values()) == 417_137_600
     assert shapes["up_blocks.3.epi_modules.2.epi_transformer.transformer_blocks.0.ff.net.0.proj.weight"] == (2560, 320)
@@ -129,17 +131,17 @@ def test_the_released_modules():
     assert {width: widths.count(width) for width in widths} == {320: 5, 640: 5, 1280: 10}
 
 
-def test_released_weights_go_in_and_come_out():
-    config = ReleasedModulesConfig(channels=(8, 16), heads=2, groups=4)
-    network = Network.of(lambda rngs: ReleasedModules(config, rngs=rngs))
-    table, rng = released_map(config), np.random.default_rng(0)
+def test_released_weights_round_trip():
+    config = CVDCheckpointConfig(channels=(8, 16), heads=2, groups=4)
+    network = Network.of(lambda rngs: CVDCheckpoint(config, rngs=rngs))
+    table, rng = cvd_checkpoint_map(config), np.random.default_rng(0)
     theirs = {n: rng.standard_normal(s).astype(np.float32) for n, s in table.torch_shapes(network.shapes).items()}
     assert len(theirs) == 26 * 10
     parameters = table.from_torch(theirs, network.shapes)
     back = dict(table.to_torch(parameters))
     assert set(back) == set(theirs)
     assert all(np.array_equal(back[name], theirs[name]) for name in theirs)
-    # One after the other: any of them runs.
+    # Any of the modules runs.
     module = network.bind(jax.tree.map(jnp.asarray, parameters)).up[1][2]
     tokens = jnp.asarray(rng.standard_normal((2, 1, 4, 8)), jnp.float32)
     assert jax.jit(lambda x: module(x, ViewLayout(2), jnp.asarray([1, 0])))(tokens).shape == tokens.shape
@@ -155,3 +157,8 @@ def test_the_published_pose_encoder():
         jax.eval_shape(network.apply, network.shapes, jax.ShapeDtypeStruct((1, 2, 20, 24, 6), jnp.float32))
     with pytest.raises(ValueError, match=r"channels = \(20,\): each must be a multiple of 2 x heads = 16"):
         PoseEncoderConfig(channels=(20,)).validate()
+
+
+@pytest.mark.parametrize("name", ["ReleasedModulesConfig", "jvgen.models.multiview.released:ReleasedModulesConfig"])
+def test_saved_configs_of_the_released_modules_load_under_their_new_name(name):
+    assert from_json(json.dumps({"class": name, "heads": 4})) == CVDCheckpointConfig(heads=4)

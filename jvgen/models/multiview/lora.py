@@ -1,6 +1,6 @@
-"""Low-rank matrices added to those of attention, switched on for one kind of data (Hu et al. 2021, arXiv 2106.09685).
+"""A LoRA adapter for the attention of a `VideoDiT` (Hu et al. 2021, arXiv 2106.09685), switched on per kind of data.
 
-They are added to the parameters and not inside the network, which so knows nothing of them.
+It is merged into the parameters before the network runs, so the network itself is unchanged.
 """
 
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jvgen.parallel import axes
 MATRICES = ("query", "key", "value", "output")
 
 
-class LowRank(nnx.Module):
-    """Two factors of a matrix for each layer; their product is zero at first."""
+class LoRA(nnx.Module):
+    """Two factors of an update of one square matrix in each layer; the update is zero at initialization."""
 
     def __init__(self, layers: int, features: int, *, rank: int, rngs: nnx.Rngs):
         down = nnx.initializers.normal(1.0 / rank)(rngs.params(), (layers, features, rank), jnp.float32)
@@ -23,20 +23,20 @@ class LowRank(nnx.Module):
         )
 
 
-class AttentionAdapter(nnx.Module):
-    """A `LowRank` for queries, keys, values and outputs of all blocks."""
+class AttentionLoRA(nnx.Module):
+    """A `LoRA` for the query, key, value and output matrices of all blocks."""
 
     def __init__(self, layers: int, features: int, *, rank: int, rngs: nnx.Rngs):
         for name in MATRICES:
-            setattr(self, name, LowRank(layers, features, rank=rank, rngs=rngs))
+            setattr(self, name, LoRA(layers, features, rank=rank, rngs=rngs))
 
 
-def merged(denoiser: Parameters, adapter: Parameters, scale: float = 1.0) -> Parameters:
-    """Parameters of a `VideoDiT` with those of an `AttentionAdapter` added to its attention, `scale` times."""
+def merge_lora(denoiser: Parameters, adapter: Parameters, scale: float = 1.0) -> Parameters:
+    """Parameters of a `VideoDiT` with `scale` times the updates of an `AttentionLoRA` added to its attention."""
     layers = denoiser["blocks"]["layers"]
     attention = dict(layers["attention"])
     for name in MATRICES:
         kernel, factors = attention[name]["kernel"], adapter[name]
-        added = jnp.einsum("lir,lro->lio", factors["down"], factors["up"])
-        attention[name] = {**attention[name], "kernel": kernel + (scale * added).astype(kernel.dtype)}
+        update = jnp.einsum("lir,lro->lio", factors["down"], factors["up"])
+        attention[name] = {**attention[name], "kernel": kernel + (scale * update).astype(kernel.dtype)}
     return {**denoiser, "blocks": {"layers": {**layers, "attention": attention}}}
