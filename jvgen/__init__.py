@@ -11,6 +11,7 @@ __version__ = "0.2.0.dev0"
 
 _PUBLIC = {
     "Experiment": "jvgen.training.experiment",
+    "Hook": "jvgen.training.telemetry.hooks",
     "load_experiment": "jvgen.training.experiment",
     "load_run": "jvgen.runs.run",
     "load_vae": "jvgen.autoencoding.vae",

@@ -1,4 +1,4 @@
-"""A run in its own process, killed at random moments and started again, against one that was left alone."""
+"""A run in its own process, killed at random moments and restarted, against an uninterrupted one."""
 
 import os
 import random
@@ -49,7 +49,7 @@ def send_when(process: subprocess.Popen, ready: Callable[[], bool], number: int)
     deadline = time.monotonic() + 100
     while not ready():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get so far"
+        assert time.monotonic() < deadline, "the run did not get that far"
         time.sleep(0.001)
     process.send_signal(number)
 
@@ -77,8 +77,8 @@ def uninterrupted(tmp_path_factory, environment):
     return rows
 
 
-def test_killed_anywhere_the_run_goes_on_bit_equal(uninterrupted, tmp_path, environment):
-    """SIGKILL at random steps and in the middle of saves: losses, gradient norms and batches stay what they were."""
+def test_a_run_killed_anywhere_resumes_bit_equal(uninterrupted, tmp_path, environment):
+    """SIGKILL at random steps and in the middle of saves: losses, gradient norms and batches are unchanged."""
     random.seed(0)
     folder = tmp_path / "run"
     reached = random.randint(6, 14)

@@ -1,4 +1,4 @@
-"""Two processes with one mesh: SIGTERM to either makes both save the same step; one process can go on from it."""
+"""Two processes with one mesh: SIGTERM to either makes both save the same step, from which one process can resume."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step(tmp_path, environment):
     total = steps[-1] + 6
     assert [status for status, _ in finish(start(folder, environment, 1, 1, total))] == [0]
     assert [status for status, _ in finish(start(tmp_path / "alone", environment, 1, 1, total))] == [0]
-    moved, alone = (read_rows(where / "metrics.jsonl") for where in (folder, tmp_path / "alone"))
-    assert len(moved) == len(alone) == total
-    np.testing.assert_allclose([row["loss"] for row in moved], [row["loss"] for row in alone], rtol=1e-3)
-    np.testing.assert_allclose([row["input"] for row in moved], [row["input"] for row in alone], atol=1e-6)
+    resumed, alone = (read_rows(where / "metrics.jsonl") for where in (folder, tmp_path / "alone"))
+    assert len(resumed) == len(alone) == total
+    np.testing.assert_allclose([row["loss"] for row in resumed], [row["loss"] for row in alone], rtol=1e-3)
+    np.testing.assert_allclose([row["input"] for row in resumed], [row["input"] for row in alone], atol=1e-6)

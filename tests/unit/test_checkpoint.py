@@ -104,7 +104,7 @@ def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
     assert restore(tmp_path) is None
 
 
-def test_the_newest_is_restored(copy):
+def test_the_latest_is_restored(copy):
     assert_is(restore(copy), 2)
 
 
@@ -163,7 +163,7 @@ def test_a_flipped_bit_in_any_file_is_harmless_or_falls_back(two, tmp_path):
 
 
 def test_corrupt_values_are_named(copy):
-    """Valid files with a wrong value in one array: the copy of another run's, say."""
+    """Valid files with a wrong value in one array, such as that of another run."""
     manager = Checkpoints(copy, CheckpointConfig(keep_last=10))
     wrong = dict(arrays_at(3))
     real = checkpoint.digest.finish
@@ -309,7 +309,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(small_disk, policy):
         manager.save(3, arrays_at(3), {"step": 3}, {"name": "run"})
         assert manager.wait() and manager.steps() == [1, 3]
     manager.close()
-    assert not list((small_disk / "checkpoints").glob("*tmp*")), "the torn save gave its space back"
+    assert not list((small_disk / "checkpoints").glob("*tmp*")), "the failed save freed its space"
     assert_is(restore(small_disk), 3 if policy == "continue" else 1)
 
 

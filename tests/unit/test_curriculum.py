@@ -103,7 +103,7 @@ def test_stages_saved_by_0_1_0_are_read():
 
 
 class StagedLoader(toys.FakeLoader):
-    """Made-up numbers, in the order of shapes that the plan of real data has."""
+    """Random numbers, in the order of shapes of a real data plan."""
 
     def bucket(self, step: int) -> BucketConfig:
         return self.buckets[BucketSchedule(self.buckets).at(step)[0]]

@@ -1,4 +1,4 @@
-"""Averages of parameters: the formula, the warm-up, which parameters, and exactness where nothing moves."""
+"""EMA: the formula, the warm-up, which parameters, and exactness for constant parameters."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +9,10 @@ from jvgen.training.optimization.ema import EmaConfig
 
 
 def follow(config: EmaConfig, values: list[float]) -> dict[str, float]:
-    averages = ema.init(config, {"net": {"w": jnp.float32(values[0])}})
+    averaged = ema.init(config, {"net": {"w": jnp.float32(values[0])}})
     for count, value in enumerate(values[1:]):
-        averages = ema.update(config, averages, {"net": {"w": jnp.float32(value)}}, jnp.int32(count))
-    return {name: float(tree["net"]["w"]) for name, tree in averages.items()}
+        averaged = ema.update(config, averaged, {"net": {"w": jnp.float32(value)}}, jnp.int32(count))
+    return {name: float(tree["net"]["w"]) for name, tree in averaged.items()}
 
 
 def test_without_warmup_it_is_the_exponential_average():
@@ -42,15 +42,15 @@ def test_an_average_of_equal_values_is_that_value_to_the_bit():
 
 def test_only_the_named_parameters_are_averaged():
     trained = {"critic": {"w": jnp.zeros(2)}, "net": {"w": jnp.ones(2)}}
-    averages = ema.init(EmaConfig(decays=(0.9,), parameters="net/"), trained)
-    assert list(averages["0.9"]) == ["net"]
-    assert list(ema.update(EmaConfig(decays=(0.9,)), averages, trained, jnp.int32(0))["0.9"]) == ["net"]
+    averaged = ema.init(EmaConfig(decays=(0.9,), parameters="net/"), trained)
+    assert list(averaged["0.9"]) == ["net"]
+    assert list(ema.update(EmaConfig(decays=(0.9,)), averaged, trained, jnp.int32(0))["0.9"]) == ["net"]
 
 
 def test_each_average_is_a_copy_that_can_be_donated():
     w = jnp.ones(4)
-    averages = ema.init(EmaConfig(decays=(0.9, 0.99)), {"net": {"w": w}})
-    pointers = {tree["net"]["w"].unsafe_buffer_pointer() for tree in averages.values()} | {w.unsafe_buffer_pointer()}
+    averaged = ema.init(EmaConfig(decays=(0.9, 0.99)), {"net": {"w": w}})
+    pointers = {tree["net"]["w"].unsafe_buffer_pointer() for tree in averaged.values()} | {w.unsafe_buffer_pointer()}
     assert len(pointers) == 3
 
 

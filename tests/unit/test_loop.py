@@ -1,4 +1,4 @@
-"""The training loop from outside: files, order, resuming, stopping, refusing."""
+"""The training loop: files, order of events, resuming, stopping, refused checkpoints."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_one_row_a_step_and_every_file_in_its_place(finished):
+def test_one_row_per_step_and_all_files(finished):
     rows = rows_of(finished)
     assert [row["step"] for row in rows] == list(range(20))
     assert [row["bucket"] for row in rows[:2]] == ["1x4x1x1", "1x2x1x1"], "batch shapes mix within a run"
@@ -103,22 +103,22 @@ def test_stopped_and_resumed_rows_are_bit_equal(finished, tmp_path, capfd):
         assert part in out, part
 
 
-def test_a_finished_run_has_nothing_left_to_do(finished):
+def test_resuming_a_finished_run_does_nothing(finished):
     before = rows_of(finished)
     assert run(finished) == EXIT_DONE
     assert rows_of(finished) == before
 
 
-def test_eight_devices_then_four_then_one(tmp_path, one_device):
+def test_resuming_on_eight_then_four_devices_then_one(tmp_path, one_device):
     experiment = toys.experiment()
     experiment = experiment.replace(data=experiment.data.replace(buckets=experiment.data.buckets[:1]))
     for count, stop in ((8, 3), (4, 6), (1, 10)):
         one_device["count"] = count
-        assert run(tmp_path / "moved", experiment, stop_after=stop) == EXIT_DONE
-    assert run(tmp_path / "stayed", experiment, stop_after=10) == EXIT_DONE
-    moved, stayed = rows_of(tmp_path / "moved"), rows_of(tmp_path / "stayed")
-    assert [row["records"] for row in moved] == [row["records"] for row in stayed]
-    np.testing.assert_allclose([row["loss"] for row in moved], [row["loss"] for row in stayed], rtol=1e-4)
+        assert run(tmp_path / "resumed", experiment, stop_after=stop) == EXIT_DONE
+    assert run(tmp_path / "uninterrupted", experiment, stop_after=10) == EXIT_DONE
+    resumed, uninterrupted = rows_of(tmp_path / "resumed"), rows_of(tmp_path / "uninterrupted")
+    assert [row["records"] for row in resumed] == [row["records"] for row in uninterrupted]
+    np.testing.assert_allclose([row["loss"] for row in resumed], [row["loss"] for row in uninterrupted], rtol=1e-4)
 
 
 class Terminating(toys.FakeLoader):
@@ -134,7 +134,7 @@ def test_sigterm_saves_and_asks_for_a_restart(finished, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     assert run(tmp_path, make_loader=Terminating) == EXIT_RESTART == 75
     assert signal.getsignal(signal.SIGTERM) == before
-    assert [row["step"] for row in rows_of(tmp_path)] == list(range(7)), "the step that was under way is finished"
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(7)), "the step in progress is finished"
     assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5, 7]
     assert run(tmp_path) == EXIT_DONE
     assert rows_of(tmp_path) == rows_of(finished)
@@ -161,13 +161,13 @@ def test_a_checkpoint_of_another_model_or_data_set_is_refused(tmp_path):
     ):
         run(tmp_path, toys.experiment(**{"task.layers": 3}), allow_changes=True)
     assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [1], "refusing destroys nothing"
-    moved = toys.experiment(**{"data.sources.0.path": "elsewhere"})
+    changed = toys.experiment(**{"data.sources.0.path": "elsewhere"})
     with pytest.raises(ValueError, match="hold other records"):
         accept = toys.experiment(
             **{"data.sources.0.path": "elsewhere", "checkpoint.accept_changes": r"data\.sources.*"}
         )
         run(tmp_path, accept)
-    assert run(tmp_path, moved, allow_changes=True, stop_after=2) == EXIT_DONE
+    assert run(tmp_path, changed, allow_changes=True, stop_after=2) == EXIT_DONE
     with pytest.raises(ConfigError, match="already holds checkpoints"):
         run(tmp_path, resume=False)
 
@@ -190,7 +190,7 @@ def test_too_many_bad_steps_stop_the_run_with_their_records(tmp_path, capfd):
     assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5]
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tmp_path, monkeypatch, capfd):
+def test_exit_status_when_the_last_checkpoint_cannot_be_written(tmp_path, monkeypatch, capfd):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
@@ -205,13 +205,13 @@ def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tmp_path, monkey
     monkeypatch.setattr(Checkpoints, "save", save)
     assert run(tmp_path, experiment, stop_after=8) == EXIT_UNSAVED
     out = capfd.readouterr().out
-    assert out.count("no space left on device") == 2, "steps 6 and 8: the run went on in between"
+    assert out.count("no space left on device") == 2, "steps 6 and 8: the run continued in between"
     assert "step 8 is not saved; the latest checkpoint is step 3." in out
     with pytest.raises(CheckpointError, match="on_failed_save = 'stop'"):
         run(tmp_path, toys.experiment(**{"checkpoint.every": 3, "checkpoint.on_failed_save": "stop"}), stop_after=8)
 
 
-def test_what_was_reached_is_saved_when_data_cannot_be_read(finished, tmp_path):
+def test_the_run_is_saved_when_data_cannot_be_read(finished, tmp_path):
     class Failing(toys.FakeLoader):
         def at(self, step):
             if step == 7:
@@ -224,7 +224,7 @@ def test_what_was_reached_is_saved_when_data_cannot_be_read(finished, tmp_path):
     assert rows_of(tmp_path) == rows_of(finished)[:7]
 
 
-def test_inference_reads_the_average_asked_for(finished):
+def test_inference_reads_the_requested_ema(finished):
     experiment, task, raw, step = load_for_inference(finished, "raw")
     assert step == 20 and experiment.name == "toy" and isinstance(task, toys.ToyTask)
     _, _, averaged, _ = load_for_inference(finished, 0.9)
@@ -244,7 +244,7 @@ def test_inference_reads_the_average_asked_for(finished):
         load_for_inference(finished / "samples")
 
 
-def test_training_goes_on_from_given_parameters(finished, tmp_path):
+def test_training_starts_from_given_parameters(finished, tmp_path):
     _, _, raw, _ = load_for_inference(finished, "raw")
     write_first_checkpoint(toys.experiment(), tmp_path, jax.tree.map(np.asarray, raw))
     with pytest.raises(ConfigError, match="already holds"):
@@ -253,7 +253,7 @@ def test_training_goes_on_from_given_parameters(finished, tmp_path):
     assert rows_of(tmp_path)[0]["loss"] < 0.7 * rows_of(finished)[0]["loss"]
 
 
-def test_a_best_metric_that_evaluation_does_not_give_is_named(tmp_path):
+def test_an_unknown_best_metric_is_named(tmp_path):
     changes = {"training.evaluate_every": 5, "checkpoint.best_metric": "psnr"}
     with pytest.raises(ConfigError, match="best_metric = 'psnr': not a metric; evaluation gives .*ema_0.9/loss"):
         run(tmp_path, toys.experiment(**changes))

@@ -1,4 +1,4 @@
-"""Meshes: sizes that fit, sizes that do not, and what is said about them."""
+"""Meshes: valid sizes, invalid sizes and their messages, the table of chips."""
 
 import jax
 import pytest
@@ -14,7 +14,7 @@ def test_rest_of_the_devices():
     assert describe(mesh) == "mesh data 2 x fsdp 2 x seq 1 x tensor 2 = 8 devices (cpu)"
 
 
-def test_neighbours_lie_along_the_last_axis():
+def test_neighbors_lie_along_the_last_axis():
     mesh = make_mesh(MeshConfig(fsdp=2, seq=2, tensor=2))
     assert [d.id for d in mesh.devices[0, 0, 0]] == [0, 1] and [d.id for d in mesh.devices[0, :, 0, 0]] == [0, 4]
 

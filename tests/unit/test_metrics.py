@@ -47,7 +47,7 @@ def test_running_means_are_weighted_by_count():
     assert means.result() == {"loss": 1.5, "band": 1.0}
 
 
-def test_floats_come_back_to_the_bit(tmp_path):
+def test_floats_are_read_back_bit_equal(tmp_path):
     values = [float(v) for v in np.random.default_rng(0).standard_normal(50).astype(np.float32)] + [1e-45, 1 / 3]
     log = JsonLinesFile(tmp_path / "m.jsonl", 0)
     for step, value in enumerate(values):
@@ -112,7 +112,7 @@ def test_host_memory_is_plausible():
     assert 50 < host_rss_mib() < 100_000
 
 
-def test_a_log_line_has_everything_asked_for():
+def test_a_log_line_is_complete():
     row = {
         "step": 9, "loss": 0.5, "gradient_norm": 1.5, "seconds": 0.25, "frames_per_second": 64.0, "mfu": 0.4,
         "data_wait": 0.1, "host_rss_mib": 512.0, "skipped": 0,

@@ -68,7 +68,7 @@ def test_stacked_norm_scales_do_not_decay_although_they_have_two_axes():
         assert np.array_equal(with_decay[path], without[path]) != path.endswith("kernel"), path
 
 
-def test_an_embedding_does_not_decay_whatever_it_is_called():
+def test_an_embedding_does_not_decay_whatever_its_name():
     config = OptimizerConfig(weight_decay=0.5, no_weight_decay=())
     assert np.array_equal(
         run(config)[0]["net/text/embedding"], run(config.replace(weight_decay=0.0))[0]["net/text/embedding"]
@@ -106,8 +106,8 @@ def test_freezing_everything_is_a_mistake():
         make_optimizer(OptimizerConfig(frozen=("net",)), AXES, 100)
 
 
-def test_muon_moves_each_stacked_layer_as_a_matrix_of_its_own():
-    """A stack of three layers moves as three single kernels do."""
+def test_muon_treats_each_stacked_layer_as_a_separate_matrix():
+    """A stack of three layers is updated as three single kernels are."""
     config = OptimizerConfig(kind="muon", weight_decay=0.0)
     stacked, state = run(config)
     made = make_optimizer(config, {"kernel": (EMBED, MLP)}, 100)
@@ -128,14 +128,14 @@ def test_muon_moves_each_stacked_layer_as_a_matrix_of_its_own():
 def test_muon_directions_are_orthogonal_with_the_stated_size():
     config = OptimizerConfig(kind="muon", weight_decay=0.0, muon_rms=0.2)
     start = nested.flatten(random_tree(0))
-    moved, _ = run(config, 1)
+    updated, _ = run(config, 1)
     for path, matrix in {
         "net/out/kernel": lambda x: x,
         "net/conv/kernel": lambda x: x.reshape(18, 5),
         "net/blocks/kernel": lambda x: x[1],
     }.items():
         step = (
-            matrix(np.asarray(moved[path] - start[path]))
+            matrix(np.asarray(updated[path] - start[path]))
             / -0.1
             / 0.2
             / np.sqrt(max(matrix(np.asarray(start[path])).shape))
@@ -145,7 +145,7 @@ def test_muon_directions_are_orthogonal_with_the_stated_size():
         assert singular.min() > 0.6 and singular.max() < 1.3, (path, singular)
 
 
-def test_muon_exclude_hands_a_kernel_to_adamw():
+def test_muon_exclude_leaves_a_kernel_to_adamw():
     _, state = run(OptimizerConfig(kind="muon", muon_exclude=("net/out",)))
     names = parameter_paths.name_leaves(state)
     assert "adam/mu/net/out/kernel" in names and "muon/mu/net/out/kernel" not in names

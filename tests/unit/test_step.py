@@ -106,7 +106,7 @@ def test_any_mesh_gives_the_step_of_one_device(mesh, accumulation):
     np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
 
 
-def test_state_lies_as_the_parameters_do():
+def test_state_is_sharded_as_the_parameters():
     program = Program.build(toys.experiment(), make_mesh(MeshConfig(fsdp=8)))
     places = parameter_paths.name_leaves(program.shardings)
     kernel = places["parameters/model/blocks/layers/up/kernel"]
@@ -121,13 +121,13 @@ def test_state_lies_as_the_parameters_do():
 def test_compute_dtype_casts_matrices_and_keeps_gradients_and_state_in_float32():
     seen = {}
 
-    class Watching(toys.ToyTask):
+    class DtypeRecorder(toys.ToyTask):
         def loss(self, parameters, frozen, batch, key):
             seen.update(nested.flatten(jax.tree.map(lambda leaf: leaf.dtype, parameters)))
             return super().loss(parameters, frozen, batch, key)
 
     experiment = toys.experiment(**{"training.compute_dtype": "bfloat16"})
-    program = Program.build(experiment, single_device_mesh(), Watching(experiment.task))
+    program = Program.build(experiment, single_device_mesh(), DtypeRecorder(experiment.task))
     program.lower(experiment.data.buckets[0])
     assert {str(d) for p, d in seen.items() if p.endswith("kernel")} == {"bfloat16"}
     # A stacked norm's scale has two axes, and is still one vector per layer.
@@ -253,7 +253,7 @@ def test_a_spike_of_the_gradient_norm_is_skipped_after_the_warmup():
     assert not any(r["skipped"] for r in rows)
 
 
-def test_spikes_are_not_looked_for_when_turned_off():
+def test_spikes_are_ignored_when_turned_off():
     started = Health.start(("a",))
     for _ in range(9):
         started = health.update(TrainingConfig(steps=1), started, {"a": jnp.float32(1)}, jnp.bool_(True))
@@ -272,7 +272,7 @@ def test_statistics_are_mean_and_variance_of_the_norms():
     np.testing.assert_allclose(current.variance["a"], norms.var(), rtol=1e-4)
 
 
-def test_frozen_parameters_get_no_gradient_and_do_not_move():
+def test_frozen_parameters_get_no_gradient_and_do_not_change():
     experiment = toys.experiment(**{"optimizer.frozen": "model/blocks"})
     fresh = Program.build(experiment, single_device_mesh()).init()
     after, _ = run(experiment)
@@ -307,7 +307,7 @@ def test_state_is_donated():
     assert analysis.alias_size_in_bytes >= 0.95 * held
 
 
-def test_keys_are_of_step_and_purpose_alone():
+def test_keys_depend_on_step_and_purpose_only():
     key = jax.random.key(3)
     found = {
         jax.random.key_data(state.key_for(key, purpose, step)).tobytes()
