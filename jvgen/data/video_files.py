@@ -1,4 +1,4 @@
-"""Encoded clips and images to pixels and back: only the frames that are asked for are decoded."""
+"""Decodes and encodes video and image files; decoding reads only the requested frames."""
 
 import dataclasses
 import io
@@ -15,25 +15,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")
 _IMAGE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError)
-# x264 reads uninitialised memory on its AVX-512 path: there the same frames give other bytes every tenth time.
-_SAME_BYTES = {"x264-params": "asm=SSE4.2"} if platform.machine() in ("x86_64", "AMD64") else {}
-_CHECK_EVERY = 16  # packets between two looks at whether enough has been read
+# x264 reads uninitialized memory on its AVX-512 path: the same frames give other bytes about every tenth time.
+_DETERMINISTIC = {"x264-params": "asm=SSE4.2"} if platform.machine() in ("x86_64", "AMD64") else {}
+_CHECK_EVERY = 16  # packets between checks whether enough have been read
 
 
 class DecodeError(ValueError):
-    """An encoded clip or image that cannot give the frames asked for; the message says why."""
+    """An encoded clip or image whose requested frames cannot be decoded; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a clip without decoding all of it.
+    """Properties of a clip, found without decoding all of it.
 
     Attributes:
       frames: exact number of frames, counted from the packets.
       height, width: in pixels, as displayed (after rotation).
       frames_per_second: average rate; 0 for images.
       codec: name of the codec ("h264", "vp9", "png", ...).
-      keyframes: frames at which decoding can begin.
+      keyframes: number of frames at which decoding can start.
     """
 
     frames: int
@@ -45,10 +45,10 @@ class VideoInfo:
 
 
 def probe(clip: bytes) -> VideoInfo:
-    """Count the frames of an encoded clip or image, and decode its first and last frame to see that it is whole.
+    """Count the frames of an encoded clip or image, and decode its first and last frame to check that it is complete.
 
     Raises:
-      DecodeError: empty, truncated, damaged, or not a format that can be read.
+      DecodeError: empty, truncated, corrupt, or of an unknown format.
     """
     if is_image(clip):
         pixels = _decode_image(clip)
@@ -60,8 +60,8 @@ def probe(clip: bytes) -> VideoInfo:
         codec = stream.codec_context.name
     frames = sum(not packet.is_discard for packet in packets)
     if frames == 0:
-        raise DecodeError("holds no frame")
-    # A header may be off by the few packets that an edit list hides, not by a tenth.
+        raise DecodeError("has no frames")
+    # A header may count a few packets that an edit list hides, but not a tenth of them.
     if len(packets) < 0.9 * declared:
         raise DecodeError(f"truncated: {len(packets)} of {declared} frames are there")
     first = decode_window(clip, [0])
@@ -73,33 +73,33 @@ def probe(clip: bytes) -> VideoInfo:
 def decode_window(clip: bytes, frames: Sequence[int], *, threads: int = 1) -> np.ndarray:
     """Decode some frames of an encoded clip, or an image (whose only frame is 0).
 
-    Decoding begins at the keyframe at or before the first frame asked for and stops after the last. Frames are numbered
-    in the order in which they are shown.
+    Decoding starts at the last keyframe before the first requested frame and stops after the last one. Frames are
+    numbered in presentation order.
 
     Args:
-      clip: the bytes of a file in any container that FFmpeg reads, or of a png/jpeg/webp/bmp image.
-      frames: frame numbers, in any order, repeats allowed.
-      threads: decoding threads; one is best when many clips are decoded side by side.
+      clip: the bytes of a file in any container that FFmpeg reads, or of a png, jpeg, webp or bmp image.
+      frames: frame numbers in any order; repeats are allowed.
+      threads: decoding threads; one is best when many clips are decoded in parallel.
 
     Returns:
       uint8 (len(frames), H, W, 3), RGB, as displayed (after rotation).
 
     Raises:
-      DecodeError: names what is wrong with the clip, or the frames that it does not have.
+      DecodeError: a corrupt clip, or one without the requested frames.
     """
     if len(frames) == 0:
-        raise DecodeError("no frames were asked for")
+        raise DecodeError("no frames were requested")
     if min(frames) < 0:
-        raise DecodeError(f"frame {min(frames)} was asked for; frames are numbered from 0")
+        raise DecodeError(f"frame {min(frames)} was requested; frames are numbered from 0")
     if is_image(clip):
         if max(frames) > 0:
-            raise DecodeError(f"frame {max(frames)} was asked for, but this is an image (frame 0 only)")
+            raise DecodeError(f"frame {max(frames)} was requested, but this is an image (frame 0 only)")
         return np.repeat(_decode_image(clip)[None], len(frames), axis=0)
     wanted = sorted(set(frames))
     pixels = dict(_decode_sorted(clip, wanted, threads))
     missing = [frame for frame in wanted if frame not in pixels]
     if missing:
-        raise DecodeError(f"frame {missing[0]} cannot be decoded (damaged, or the file ends early)")
+        raise DecodeError(f"frame {missing[0]} cannot be decoded (corrupt, or the file ends early)")
     shapes = {image.shape for image in pixels.values()}
     if len(shapes) > 1:
         raise DecodeError(f"its frames change size: {sorted(shapes)}")
@@ -107,7 +107,7 @@ def decode_window(clip: bytes, frames: Sequence[int], *, threads: int = 1) -> np
 
 
 def probe_file(path: Path) -> VideoInfo:
-    """As `probe`, for a file that may be too large for memory; only its first frame is decoded.
+    """As `probe`, for files that may be too large for memory; decodes only the first frame.
 
     Raises:
       DecodeError: as `probe`.
@@ -122,7 +122,7 @@ def probe_file(path: Path) -> VideoInfo:
         for packet in _packets(container, stream):
             packets, frames, keyframes = packets + 1, frames + (not packet.is_discard), keyframes + packet.is_keyframe
     if frames == 0:
-        raise DecodeError("holds no frame")
+        raise DecodeError("has no frames")
     if packets < 0.9 * declared:
         raise DecodeError(f"truncated: {packets} of {declared} frames are there")
     height, width = next(read_frames(path)).shape[:2]
@@ -130,10 +130,10 @@ def probe_file(path: Path) -> VideoInfo:
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a file as they are shown, one at a time: uint8 (H, W, 3). Transparency is ignored.
+    """The frames of a file as displayed, one at a time: uint8 (H, W, 3). Transparency is ignored.
 
     Raises:
-      DecodeError: a damaged file, or one whose frames change size.
+      DecodeError: a corrupt file, or one whose frames change size.
     """
     with path.open("rb") as file:
         if is_image(file.read(16)):
@@ -150,7 +150,7 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 
 
 def write_frames(path: Path, frames: Iterator[np.ndarray], frames_per_second: float, *, quality: int = 18) -> None:
-    """Write frames, uint8 (H, W, 3), as an mp4 file as they come; see `encode_video`."""
+    """Write a stream of frames, uint8 (H, W, 3), to an mp4 file; see `encode_video`."""
     _encode(frames, frames_per_second, quality, None, False, "veryfast", str(path))
 
 
@@ -173,9 +173,9 @@ def encode_video(
     Args:
       frames: uint8 (F, H, W, 3), RGB.
       frames_per_second: positive.
-      quality: x264's constant rate factor, 0 (lossless but for the colour space) to 51.
-      keyframe_every: frames between keyframes; one second unless given. Short distances make windows cheap to decode.
-      full_color: keep colour at full resolution (4:4:4). Always so for odd sizes, which 4:2:0 cannot hold.
+      quality: x264's constant rate factor (CRF), 0 (lossless except for the color space) to 51.
+      keyframe_every: keyframe interval in frames; one second by default. Short intervals make windows cheap to decode.
+      full_color: keep color at full resolution (4:4:4); always on for odd sizes, which 4:2:0 does not support.
       preset: x264's speed preset.
 
     Returns:
@@ -194,12 +194,12 @@ def encode_video(
 def transcode(
     clip: bytes, *, shorter_side: int | None = None, keyframe_every: int | None = None, quality: int = 18
 ) -> bytes:
-    """Encode a clip again as H.264 in mp4, smaller or with other keyframes; only a few frames are in memory at once.
+    """Re-encode a clip as H.264 in mp4, smaller or with other keyframes, with few frames in memory at once.
 
     Args:
-      clip: encoded clip; one that is rotated is stored upright.
-      shorter_side: of the new frames, in pixels; the other side keeps the aspect ratio, rounded to even numbers. Clips
-        that are smaller already keep their size.
+      clip: encoded clip; a rotated one is stored upright.
+      shorter_side: of the new frames, in pixels; the aspect ratio is kept, rounded to even sizes. Smaller clips keep
+        their size.
       keyframe_every, quality: as in `encode_video`.
 
     Raises:
@@ -226,7 +226,7 @@ def _encode(
     preset: str,
     target: str | None = None,
 ) -> bytes:
-    """Write frames to a file as they come, or to the bytes that are returned."""
+    """Write a stream of frames to a file, or to the returned bytes."""
     buffer = io.BytesIO()
     with av.open(target or buffer, mode="w", format="mp4") as container:
         stream = None
@@ -238,13 +238,19 @@ def _encode(
                 stream.pix_fmt = "yuv444p" if full_color or odd else "yuv420p"
                 every = max(1, round(frames_per_second)) if keyframe_every is None else keyframe_every
                 stream.codec_context.gop_size = every
-                stream.codec_context.thread_count = 1  # several threads would make the bytes depend on the machine
-                # No B-frames: decoding stops right after the last frame of a window. Keyframes where asked for only:
-                # x264 takes the frames of small clips for new scenes.
-                stream.options = {"crf": str(quality), "preset": preset, "bf": "0", "sc_threshold": "0", **_SAME_BYTES}
+                stream.codec_context.thread_count = 1  # more would make the bytes depend on the machine
+                # No B-frames, so that decoding stops right after the last frame of a window. No scene cuts: x264
+                # detects them wrongly in small frames.
+                stream.options = {
+                    "crf": str(quality),
+                    "preset": preset,
+                    "bf": "0",
+                    "sc_threshold": "0",
+                    **_DETERMINISTIC,
+                }
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         if stream is None:
-            raise DecodeError("holds no frame")
+            raise DecodeError("has no frames")
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
@@ -259,9 +265,9 @@ def encode_image(image: np.ndarray, *, format: str = "png") -> bytes:
 
 
 class _opened:
-    """Context manager of the container and its first video stream; FFmpeg's errors become `DecodeError`.
+    """Context manager of a container and its first video stream; converts FFmpeg's errors to `DecodeError`.
 
-    A file is read as it is decoded; bytes are in memory already.
+    A file is read while it is decoded.
     """
 
     def __init__(self, clip: bytes | Path):
@@ -293,12 +299,12 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> 
 
 
 def _decode_sorted(clip: bytes, wanted: list[int], threads: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (frame number, pixels) for the wanted numbers that the clip has."""
+    """Yield (frame number, pixels) of the wanted frames that the clip has."""
     with _opened(clip) as (container, stream):
         packets, complete = _packets_up_to(container, stream, wanted[-1])
         shown = [packet for packet in packets if not packet.is_discard]
         if wanted[-1] >= len(shown) and complete:
-            raise DecodeError(f"frame {wanted[-1]} was asked for, but it has {len(shown)} frames")
+            raise DecodeError(f"frame {wanted[-1]} was requested, but it has {len(shown)} frames")
         stream.codec_context.thread_count = threads
         converter = VideoReformatter()
         times = [packet.pts for packet in shown]
@@ -322,13 +328,13 @@ def _decode_sorted(clip: bytes, wanted: list[int], threads: int) -> Iterator[tup
 def _packets_up_to(
     container: av.container.InputContainer, stream: av.VideoStream, last: int
 ) -> tuple[list[av.Packet], bool]:
-    """The packets that frames 0..last need (and some more), and whether they are all that there are."""
+    """The packets needed for frames 0..last (and some more), and whether they are all packets of the clip."""
     packets: list[av.Packet] = []
     for packet in _packets(container, stream):
         packets.append(packet)
         if len(packets) > last and len(packets) % _CHECK_EVERY == 0 and packet.dts is not None:
             shown = [p.pts for p in packets if not p.is_discard and p.pts is not None]
-            # Decoding times never fall and no frame is shown before it is decoded: nothing earlier can follow.
+            # Decoding times increase and no frame is shown before it is decoded, so no earlier frame can follow.
             if len(shown) > last and sorted(shown)[last] < packet.dts:
                 return packets, False
     return packets, True
@@ -337,7 +343,7 @@ def _packets_up_to(
 def _decode_counting(
     stream: av.VideoStream, packets: list[av.Packet], wanted: set[int], converter: VideoReformatter
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """For clips without (distinct) times: decode from the beginning and count."""
+    """For clips without (distinct) timestamps: decode from the start and count."""
     for number, frame in enumerate(_frames(stream, packets)):
         if number in wanted:
             yield number, _to_pixels(frame, converter)
@@ -353,10 +359,10 @@ def _frames(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av
 
 def _to_pixels(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
     if frame.is_corrupt:
-        raise DecodeError(f"the frame at {frame.time} s is damaged")
-    # One converter a clip and one thread: setting them up takes longer than converting a small frame.
+        raise DecodeError(f"the frame at {frame.time} s is corrupt")
+    # One converter per clip and one thread: setup takes longer than converting a small frame.
     pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    # FFmpeg's angle is counterclockwise, as np.rot90's.
+    # FFmpeg's angle is counterclockwise, like np.rot90's.
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4)) if frame.rotation else pixels
 
 
@@ -374,5 +380,5 @@ def _image_codec(clip: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """FFmpeg's words without its number and file name."""
+    """FFmpeg's message without its number and file name."""
     return str(error).split("] ")[-1].split(": '")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Clips a second and core: our Loader against a PyTorch DataLoader whose Dataset reads the same windows with PyAV."""
+"""Clips per second per core: our Loader against a PyTorch DataLoader whose Dataset reads the same windows with PyAV."""
 
 import dataclasses
 import os
@@ -24,13 +24,13 @@ from tests.benchmarks.torch_clips import Clips, Window
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Files, and the windows read from them.
+    """Size of the files and of the windows read from them.
 
     Attributes:
-      clips: files.
-      recorded: frames, height and width of each.
-      window: frames, height and width of what is trained on.
-      batch, batches: clips of a batch, batches of a timed pass.
+      clips: number of files.
+      recorded: frames, height and width of each file.
+      window: frames, height and width of an example.
+      batch, batches: clips per batch, batches per timed pass.
     """
 
     clips: int
@@ -45,8 +45,8 @@ FULL = Size(clips=24, recorded=(96, 256, 456), window=(17, 224, 224), batch=8, b
 FRAMES_PER_SECOND = 24.0
 
 
-def prepare(example: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Keep the pixels."""
+def preprocess(example: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Keep the pixels only."""
     return {"video": example["video"]}
 
 
@@ -65,7 +65,7 @@ def make_files(folder: Path, size: Size) -> None:
 
 
 def windows_of(loader: Loader, files: Path, ids: np.ndarray, size: Size) -> list[Window]:
-    """What our plan reads, in order, as windows of files."""
+    """The clips of our plan, in order, as windows of files."""
     _, height, width = size.recorded
     frames, *fitted = size.window
     scale = max(fitted[0] / height, fitted[1] / width)
@@ -74,11 +74,11 @@ def windows_of(loader: Loader, files: Path, ids: np.ndarray, size: Size) -> list
     for step in range(size.batches):
         rows = loader.plan.at(step).row
         for slot in range(size.batch):
-            sample = loader.plan.clip_spec(step, slot)
+            spec = loader.plan.clip_spec(step, slot)
             room = (scaled[0] - fitted[0] + 1, scaled[1] - fitted[1] + 1)
-            corner = (int(sample.crop_y * room[0]), int(sample.crop_x * room[1]))
+            corner = (int(spec.crop_y * room[0]), int(spec.crop_x * room[1]))
             path = str(files / str(ids[rows[slot]]))
-            windows.append(Window(path, sample.start, sample.stride, frames, scaled, corner, tuple(fitted)))
+            windows.append(Window(path, spec.start, spec.stride, frames, scaled, corner, tuple(fitted)))
     return windows
 
 
@@ -86,7 +86,7 @@ class OurPass:
     """One pass over the batches with our Loader."""
 
     def __init__(self, config: DataConfig, size: Size, threads: int):
-        self.loader = Loader(config.replace(threads=threads, prefetch=2), seed=0, preprocess=prepare)
+        self.loader = Loader(config.replace(threads=threads, prefetch=2), seed=0, preprocess=preprocess)
         self.batches = size.batches
 
     def __call__(self) -> np.ndarray:
@@ -97,7 +97,7 @@ class OurPass:
 
 
 class TorchPass:
-    """One pass over the same windows with a DataLoader; its workers live on between passes."""
+    """One pass over the same windows with a DataLoader; its workers persist between passes."""
 
     def __init__(self, windows: list[Window], size: Size, workers: int):
         options = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
@@ -122,12 +122,12 @@ def run(settings: Settings) -> Result:
             sources=(SourceConfig(path=str(out)),),
             buckets=(BucketConfig(frames=frames, height=height, width=width, batch_size=size.batch),),
         )
-        loader = Loader(config, seed=0, preprocess=prepare)
+        loader = Loader(config, seed=0, preprocess=preprocess)
         windows = windows_of(loader, files, open_source(out, "train").index.id, size)
         rows, samples = [], {}
         available = usable_cores()
         for cores in (1, 2)[: min(2, settings.cores)]:
-            # Threads and workers that start from here on are held to these cores too.
+            # Threads and workers started from here on are restricted to these cores too.
             os.sched_setaffinity(0, available[:cores])
             workers = 0 if cores == 1 else cores
             sides = {"ours": OurPass(config, size, cores), "torch": TorchPass(windows, size, workers)}
@@ -156,7 +156,7 @@ def run(settings: Settings) -> Result:
             )
         os.sched_setaffinity(0, available)
     return Result(
-        title="clips/s and core; ratio of clips/s = ours / PyTorch, above 1 is faster",
+        title="clips/s/core; ratio of clips/s = ours / PyTorch, above 1 is faster",
         settings={"size": dataclasses.asdict(size)},
         rows=rows,
         shown=(
@@ -168,7 +168,7 @@ def run(settings: Settings) -> Result:
         notes=(
             "the same windows of the same H.264 files, decoded, resized, cropped and batched; whole passes, from",
             "asking for the first batch to having the last. middle_half is of the rounds' ratios of time (ours /",
-            "PyTorch, below 1 is faster). The process is held to 1 or 2 cores. PyTorch's workers live on between",
+            "PyTorch, below 1 is faster). The process is restricted to 1 or 2 cores. PyTorch's workers persist between",
             "passes; our threads start with each pass.",
         ),
     )  # fmt: skip

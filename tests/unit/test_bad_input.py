@@ -187,7 +187,7 @@ CASES = {
     "batch larger than the data": Case(train("data.buckets.0.batch_size=64"), ("batch_size 64", "only 10 records")),
     "data set misspelled": Case(train("data.sources.0.path={w.scenes}s"), ("scenes", "does not exist", "Did you mean")),
     "folder without a data set": Case(
-        train("data.sources.0.path={w.root}/empty"), ("empty", "holds no data set", "jvgen data build")
+        train("data.sources.0.path={w.root}/empty"), ("empty", "contains no data set", "jvgen data build")
     ),
     "file and no data set": Case(train("data.sources.0.path={w.root}/file"), ("is a file", "data set is a folder")),
     "split that is none": Case(
@@ -197,7 +197,7 @@ CASES = {
         lambda w: ["evaluate", w.run, "--data", w.root / "nowhere"], ("nowhere", "does not exist")
     ),
     "evaluation on no batches": Case(lambda w: ["evaluate", w.run, "--batches", 0], ("--batches 0", "at least one")),
-    "showing nothing": Case(lambda w: ["data", "show", w.root / "empty"], ("holds no data set",)),
+    "showing nothing": Case(lambda w: ["data", "show", w.root / "empty"], ("contains no data set",)),
     "corrupt and empty videos": Case(
         lambda w: ["data", "build", "videos", w.root / "videos", "--out", w.root / "new"],
         ("2 of 3 files", "nothing was written", "corrupt.mp4", "empty.mp4"),

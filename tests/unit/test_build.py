@@ -1,4 +1,4 @@
-"""Data sets from scenes, folders and TFDS: what goes in comes out, and what cannot go in is named, all at once."""
+"""Builders of scenes, folders, TFDS images and latents: records match their inputs, rejected inputs are listed."""
 
 import io
 import json
@@ -92,7 +92,7 @@ def test_videos(videos: Path, tmp_path: Path) -> None:
     )
 
 
-def test_videos_are_encoded_again_on_demand(videos: Path, tmp_path: Path) -> None:
+def test_videos_are_reencoded_on_request(videos: Path, tmp_path: Path) -> None:
     build_videos(videos, tmp_path / "set", shorter_side=16, keyframe_every=4)
     for _, record in read_all(tmp_path / "set").values():
         info = probe(record.clips[0])
@@ -110,7 +110,7 @@ def test_videos_are_encoded_again_on_demand(videos: Path, tmp_path: Path) -> Non
         ("a.txt", "x\ny\n"),
     ],
 )
-def test_captions_in_other_forms(videos: Path, tmp_path: Path, name: str, content: str) -> None:
+def test_other_formats_of_captions(videos: Path, tmp_path: Path, name: str, content: str) -> None:
     (videos / "captions.csv").unlink()
     (videos / name).write_text(content)
     build_videos(videos, tmp_path / "set", captions_optional=True)
@@ -121,7 +121,7 @@ def test_captions_in_other_forms(videos: Path, tmp_path: Path, name: str, conten
     assert {item.reason for item in summary.rejected} == {"has no caption"}
 
 
-def test_captions_that_cannot_be_found(videos: Path, tmp_path: Path) -> None:
+def test_missing_captions(videos: Path, tmp_path: Path) -> None:
     (videos / "captions.csv").unlink()
     with pytest.raises(ValueError, match=r"has no captions. Accepted: captions.csv .*captions.jsonl .*<clip>.txt"):
         build_videos(videos, tmp_path / "set")
@@ -204,7 +204,7 @@ def test_images_of_a_tfds_data_set(tmp_path: Path) -> None:
 
 
 def prepared_tfds_images(folder: Path) -> Path:
-    """A TFDS data set of grey pictures with class labels, as `tfds build --file_format=array_record` leaves it."""
+    """A TFDS data set of gray images with class labels, as `tfds build --file_format=array_record` leaves it."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -229,7 +229,7 @@ def prepared_tfds_images(folder: Path) -> Path:
     identity = tfds.core.dataset_info.DatasetIdentity(
         name="digits", version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="digits"
     )
-    info = tfds.core.DatasetInfo(builder=identity, description="grey", features=features)
+    info = tfds.core.DatasetInfo(builder=identity, description="gray", features=features)
     info.set_file_format("array_record")
     info.set_splits(tfds.core.SplitDict(infos))
     info.write_to_directory(folder)
@@ -237,7 +237,7 @@ def prepared_tfds_images(folder: Path) -> Path:
 
 
 def encode_blocks(frames: np.ndarray) -> np.ndarray:
-    """A stand-in for a VAE: the mean colour of 8x8 blocks as mean, and as log-variance."""
+    """A stand-in for a VAE: the mean color of 8x8 blocks as mean, and as log-variance."""
     assert frames.dtype == np.uint8
     f, h, w, _ = frames.shape
     mean = frames.reshape(f, h // 8, 8, w // 8, 8, 3).mean(axis=(2, 4)) / 127.5 - 1
@@ -267,7 +267,7 @@ def test_latents(tmp_path: Path) -> None:
     assert open_source(tmp_path / "latents", "train").index.latent_frames.tolist() == [3, 3, 3]
 
 
-def test_latents_know_their_encoder(tmp_path: Path) -> None:
+def test_latents_record_their_encoder(tmp_path: Path) -> None:
     build_scenes(tmp_path / "pixels", SCENES, train=2, validation=0)
     build_latents(tmp_path / "pixels", tmp_path / "latents", encode_blocks, encoder_digest="abc", height=24, width=32)
     assert check_latents(tmp_path / "latents", "abc")["height"] == 24
@@ -312,7 +312,7 @@ def test_a_killed_or_failing_build_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         build_scenes(tmp_path / "set", SCENES, train=3, validation=0, overwrite=True, progress=interrupt)
     assert open_source(tmp_path / "set", "train").index.digest == before
-    with pytest.raises(ValueError, match="already holds a data set"):
+    with pytest.raises(ValueError, match="already contains a data set"):
         build_scenes(tmp_path / "set", SCENES, train=3, validation=0)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 

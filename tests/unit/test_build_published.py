@@ -15,13 +15,13 @@ FRAMES = 6
 
 @pytest.fixture(scope="module")
 def frames() -> np.ndarray:
-    """Each with a grey of its own."""
+    """Frames of distinct gray levels."""
     return np.broadcast_to((20 + 12 * np.arange(18, dtype=np.uint8))[:, None, None, None], (18, 16, 24, 3)).copy()
 
 
 @pytest.fixture
 def cameras(tmp_path):
-    """Camera files of three clips, of videos k0, k1 and k2, and of one that is nowhere."""
+    """Camera files of three clips, of videos k0, k1 and k2, and of a missing one."""
     folder = tmp_path / "cameras"
     folder.mkdir()
     for number, name in enumerate(("aa", "bb", "cc", "dd")):
@@ -40,7 +40,7 @@ def media(tmp_path, frames):
     folder = tmp_path / "media"
     (folder / "cc").mkdir(parents=True)
     (folder / "aa.mp4").write_bytes(encode_video(frames[:FRAMES], 5, quality=1))
-    (folder / "k1.mp4").write_bytes(encode_video(frames, 5, quality=1))  # 3.6 s; the clip begins at 1 s
+    (folder / "k1.mp4").write_bytes(encode_video(frames, 5, quality=1))  # 3.6 s; the clip starts at 1 s
     for number in range(FRAMES):
         (folder / "cc" / f"{1_000_000 + 200_000 * number}.png").write_bytes(encode_image(frames[2 * number]))
     return folder
@@ -59,25 +59,25 @@ def test_all_three_layouts_of_realestate10k(cameras, media, tmp_path, frames):
         record = records[name]
         assert (record.kind, record.frames, record.has_camera) == ("static", FRAMES, True)
         assert record.frames_per_second == pytest.approx(5.0)
-        grey = decode_window(record.clips[0], range(FRAMES))[:, 4, 4, 0].astype(int)
-        np.testing.assert_allclose(grey, shown[:, 0, 0, 0], atol=3)
+        gray = decode_window(record.clips[0], range(FRAMES))[:, 4, 4, 0].astype(int)
+        np.testing.assert_allclose(gray, shown[:, 0, 0, 0], atol=3)
     expected = paths.named_paths("circle", 4, FRAMES)[1]
     np.testing.assert_allclose(records["bb"].extrinsics, expected, atol=1e-6)
     assert (records["aa"].captions, records["cc"].captions) == (("a kitchen",), ())
 
 
-def test_what_is_wrong_with_a_clip_is_listed(cameras, media, tmp_path, frames):
+def test_the_reasons_of_rejected_clips_are_listed(cameras, media, tmp_path, frames):
     (media / "aa.mp4").write_bytes(encode_video(frames[:4], 5))
     (media / "k1.mp4").write_bytes(encode_video(frames[:8], 5))
     (media / "cc" / "1200000.png").unlink()
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as caught:
         build_realestate10k(cameras, media, tmp_path / "out", workers=1)
     for message in (
         "aa.mp4 has 4 frames for 6 cameras",
         "k1.mp4 ends at 1.60 s, before the last camera at 2.00 s",
         "has no image for timestamp 1200000",
     ):
-        assert message in str(told.value)
+        assert message in str(caught.value)
     with pytest.raises(ValueError, match="contains no camera files"):
         build_realestate10k(media, media, tmp_path / "out")
 
@@ -103,7 +103,7 @@ def test_webvid(tmp_path, frames, jvgen):
         build_webvid(table, videos, tmp_path / "out")
 
 
-def test_realestate10k_by_the_command(cameras, media, tmp_path, jvgen):
+def test_realestate10k_from_the_command_line(cameras, media, tmp_path, jvgen):
     done = jvgen("data", "build", "realestate10k", cameras, "--media", media, "--out", tmp_path / "out",
                  "--validation-fraction", 0, "--min-frames", 6, "--shorter-side", 8)  # fmt: skip
     assert done.status == 0, done.err

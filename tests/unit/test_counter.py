@@ -38,7 +38,7 @@ def test_small_permutations_are_all_about_equally_likely(size):
     assert np.sum((counts - 60) ** 2 / 60) / (len(orders) - 1) < 2.5
 
 
-def test_large_permutations_do_not_keep_neighbours_together():
+def test_large_permutations_do_not_keep_neighbors_together():
     landed = counter.permute(np.arange(100_000), np.array(100_000), np.array(3, np.uint64))
     steps = np.abs(np.diff(landed))
     assert abs(steps.mean() / 100_000 - 1 / 3) < 0.01
@@ -57,13 +57,13 @@ def test_uniforms_are_uniform_and_depend_on_every_word():
         assert not np.any(counter.uniforms(3, *base) == counter.uniforms(3, *other))
 
 
-def test_fold_knows_the_order_of_words_and_negative_seeds():
+def test_fold_depends_on_the_order_of_words_and_takes_negative_seeds():
     assert len({counter.fold(*words) for words in itertools.permutations((1, 2, 3))}) == 6
     assert len({counter.fold(seed, 5) for seed in (-1, 0, 1, 2**64 + 5, 2**63)}) == 5
     assert counter.fold(0) != counter.fold(0, 0)
 
 
-def test_the_numbers_are_those_of_every_other_machine():
+def test_the_numbers_are_the_same_on_every_machine():
     """Frozen: a change here changes the batches of every run that is resumed."""
     assert counter.fold(1, 2, 3) == 7041752555471512236
     assert counter.uniforms(2, 1, 2).tolist() == [0.4619444609128902, 0.9521841935235394]

@@ -1,4 +1,4 @@
-"""Windows decoded from a clip equal the same frames of the whole clip; damaged clips are named."""
+"""Windows decoded from a clip equal the same frames of the whole clip; corrupt clips raise DecodeError."""
 
 import io
 import os
@@ -63,7 +63,7 @@ WHOLE = {name: decode_window(clip, range(FRAMES)) for name, clip in CLIPS.items(
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_every_frame_is_where_its_number_says(name: str) -> None:
+def test_frames_are_numbered_in_order(name: str) -> None:
     assert [number_of(frame) for frame in WHOLE[name]] == list(range(FRAMES))
 
 
@@ -75,19 +75,19 @@ def test_a_window_equals_the_same_frames_of_the_whole_clip(name: str, start: int
     np.testing.assert_array_equal(decode_window(CLIPS[name], frames), WHOLE[name][frames])
 
 
-def test_frames_come_in_the_order_asked_for_and_may_repeat() -> None:
+def test_frames_come_in_the_requested_order_and_may_repeat() -> None:
     frames = [9, 3, 3, 20, 0]
     np.testing.assert_array_equal(decode_window(CLIPS["mp4"], frames), WHOLE["mp4"][frames])
 
 
 def test_decoding_starts_at_the_keyframe_and_stops_after_the_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    """29 frames of 37 must never reach the decoder when frames 8..11 of an 8-frame group are asked for."""
-    from jvgen.data import decode
+    """29 frames of 37 must never reach the decoder when frames 8..11 of an 8-frame group are requested."""
+    from jvgen.data import video_files
 
     fed = []
-    original = decode._frames
+    original = video_files._frames
     monkeypatch.setattr(
-        decode, "_frames", lambda stream, packets: original(stream, (fed.append(p) or p for p in packets))
+        video_files, "_frames", lambda stream, packets: original(stream, (fed.append(p) or p for p in packets))
     )
     decode_window(CLIPS["mp4"], [8, 9, 10, 11])
     assert 4 <= len(fed) <= 8
@@ -119,7 +119,7 @@ def test_odd_sizes(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("angle", [90, 180, -90])
-def test_rotated_clips_are_turned_upright(angle: int) -> None:
+def test_rotated_clips_are_decoded_upright(angle: int) -> None:
     # Two encodes are compared: only without AVX-512 does x264 give the same bytes each time.
     same_bytes = {"x264-params": "asm=SSE4.2"} if platform.machine() in ("x86_64", "AMD64") else {}
     clip = container_bytes(numbered(5), "mp4", "libx264", rotation=angle, bf="0", **same_bytes)
@@ -129,7 +129,7 @@ def test_rotated_clips_are_turned_upright(angle: int) -> None:
     assert probe(clip).height == turned.shape[0]
 
 
-def test_transcoding_scales_down_turns_upright_and_sets_keyframes() -> None:
+def test_transcoding_downscales_rotates_and_sets_keyframes() -> None:
     wide = transcode(CLIPS["mp4, open groups"], shorter_side=24, keyframe_every=5)
     info = probe(wide)
     assert (info.frames, info.height, info.width, info.keyframes) == (FRAMES, 24, 32, 8)
@@ -148,11 +148,11 @@ def test_images() -> None:
     np.testing.assert_array_equal(decode_window(encode_image(image), [0, 0]), np.stack([image, image]))
     assert np.abs(decode_window(encode_image(image, format="jpeg"), [0])[0].astype(int) - image).mean() < 6
     assert probe(encode_image(image)).frames == 1
-    with pytest.raises(DecodeError, match="frame 1 was asked for.*image"):
+    with pytest.raises(DecodeError, match="frame 1 was requested.*image"):
         decode_window(encode_image(image), [1])
     buffer = io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned a quarter clockwise
+    exif[0x0112] = 6  # to be displayed rotated a quarter turn clockwise
     Image.fromarray(image).save(buffer, "jpeg", exif=exif)
     assert decode_window(buffer.getvalue(), [0]).shape == (1, WIDTH, HEIGHT, 3)
 
@@ -164,7 +164,7 @@ def truncated(clip: bytes, share: float) -> bytes:
 FASTSTART = container_bytes(
     np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), np.uint8), "mp4", "libx264", movflags="faststart"
 )
-DAMAGED = {
+CORRUPT = {
     "empty": b"",
     "text": b"file,caption\na.mp4,a cat\n",
     "zeros": bytes(5000),
@@ -182,16 +182,16 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_files_are_decode_errors(name: str) -> None:
+@pytest.mark.parametrize("name", CORRUPT)
+def test_corrupt_files_are_decode_errors(name: str) -> None:
     with pytest.raises(DecodeError) as caught:
-        probe(DAMAGED[name])
+        probe(CORRUPT[name])
     assert len(str(caught.value)) > 10
     with pytest.raises(DecodeError):
-        decode_window(DAMAGED[name], [0, 23])
+        decode_window(CORRUPT[name], [0, 23])
 
 
-def test_any_damage_either_decodes_or_is_a_decode_error() -> None:
+def test_corrupt_bytes_either_decode_or_raise_a_decode_error() -> None:
     """Fuzz: flipped and zeroed stretches never raise anything else, never crash, never hang."""
     rng = np.random.default_rng(0)
     for name in ("mp4", "webm", "raw h264"):
@@ -206,8 +206,8 @@ def test_any_damage_either_decodes_or_is_a_decode_error() -> None:
                 pass
 
 
-def test_frames_that_are_not_there() -> None:
-    with pytest.raises(DecodeError, match=f"frame {FRAMES} was asked for, but it has {FRAMES} frames"):
+def test_missing_frames() -> None:
+    with pytest.raises(DecodeError, match=f"frame {FRAMES} was requested, but it has {FRAMES} frames"):
         decode_window(CLIPS["mp4"], [0, FRAMES])
     with pytest.raises(DecodeError, match="numbered from 0"):
         decode_window(CLIPS["mp4"], [-1])
@@ -215,7 +215,7 @@ def test_frames_that_are_not_there() -> None:
         decode_window(CLIPS["mp4"], [])
 
 
-def test_threads_do_not_disturb_each_other() -> None:
+def test_threads_are_independent() -> None:
     wrong = []
 
     def work(seed: int) -> None:
@@ -237,7 +237,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 @pytest.mark.parametrize(
     "bad", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 8, 8), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)]
 )
-def test_encode_says_what_it_wants(bad: np.ndarray) -> None:
+def test_encode_names_what_it_expects(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="uint8"):
         encode_video(bad, 8)
 
@@ -245,7 +245,7 @@ def test_encode_says_what_it_wants(bad: np.ndarray) -> None:
 def test_real_clips() -> None:
     folder = os.environ.get("JVGEN_REAL_DATA")
     if not folder:
-        pytest.skip("JVGEN_REAL_DATA names no folder with video/*.mp4")
+        pytest.skip("JVGEN_REAL_DATA does not name a folder with video/*.mp4")
     expected = {"19216241-hd_1280_720_30fps.mp4": (349, 720, 1280, 30), "cogvideo_1.mp4": (49, 480, 720, 8)}
     for path in sorted(Path(folder, "video").glob("*.mp4")):
         clip = path.read_bytes()

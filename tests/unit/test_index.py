@@ -1,4 +1,4 @@
-"""The index describes records in columns, and its digest changes with anything in them."""
+"""The index describes records in columns, and its digest changes with each of them."""
 
 from pathlib import Path
 
@@ -50,8 +50,8 @@ def test_the_digest_depends_on_every_column_and_the_order() -> None:
     assert index_of().digest == index.digest
 
 
-def test_missing_and_damaged_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no index-train.npz"):
+def test_missing_and_corrupt_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no index-train.npz"):
         Index.load(tmp_path, "train")
     path = index_of().save(tmp_path, "train")
     whole = path.read_bytes()
@@ -59,12 +59,12 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read as an index"):
         Index.load(tmp_path, "train")
     for position in range(60, len(whole), 97):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1
-        path.write_bytes(bytes(damaged))
+        corrupt = bytearray(whole)
+        corrupt[position] ^= 1
+        path.write_bytes(bytes(corrupt))
         try:
             loaded = Index.load(tmp_path, "train")
         except ValueError as error:
             assert str(path_of(tmp_path, "train")) in str(error)
         else:
-            assert loaded.digest == index_of().digest  # a byte that says nothing, such as padding
+            assert loaded.digest == index_of().digest  # an unused byte, such as padding

@@ -43,7 +43,7 @@ def test_decimal_and_repeating_weights_are_exact():
     assert integer_shares([5.0]) == (1,)
 
 
-def test_awkward_weights_are_rounded_to_fine_shares():
+def test_weights_without_a_short_period_are_rounded():
     weights = np.array([0.123456789, np.pi, 1.0])
     shares = np.array(integer_shares(weights.tolist()))
     assert abs(shares.sum() - MAX_PERIOD) <= 3
@@ -57,8 +57,8 @@ def test_a_weight_too_small_for_a_share_is_refused():
         integer_shares([1.0, 0.0])
 
 
-def test_sources_keep_their_share_whatever_kinds_they_hold():
-    # Source 0 holds static and dynamic clips, source 1 dynamic ones only.
+def test_the_share_of_a_source_is_independent_of_its_kinds():
+    # Source 0 has static and dynamic clips, source 1 dynamic ones only.
     weights = pool_weights([(0, 1), (0, 2), (1, 2)], [1.0, 1.0], {})
     assert weights == [0.5, 0.5, 1.0]
 

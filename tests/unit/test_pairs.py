@@ -1,4 +1,4 @@
-"""Pairs of views out of single clips: what is folded where, and that a warped copy is where its matrix says."""
+"""Pairs of views from single clips: how clips are folded, and that warped copies match their homographies."""
 
 import cv2
 import numpy as np
@@ -8,7 +8,7 @@ from jvgen.data.stream.pairs import HomographyConfig, folded, latent_valid, warp
 from jvgen.geometry.homography import homographies, map_points
 
 
-def test_clips_are_folded_in_their_middle():
+def test_clips_are_folded_at_their_middle_frame():
     np.testing.assert_array_equal(folded(np.arange(7)), [[3, 2, 1, 0], [3, 4, 5, 6]])
     np.testing.assert_array_equal(folded(np.arange(1)), [[0], [0]])
     with pytest.raises(ValueError, match="8 frames cannot be folded: use an odd number, 2N - 1 for two views of N"):
@@ -23,7 +23,7 @@ def dots() -> np.ndarray:
     return video
 
 
-def test_a_copy_moves_as_its_matrices_say(dots):
+def test_a_copy_moves_by_its_homographies(dots):
     pair = warped_pair(dots, HomographyConfig(), seed=5)
     np.testing.assert_array_equal(pair.video[0], dots)
     np.testing.assert_array_equal(pair.video[1, 0], dots[0])
@@ -36,7 +36,7 @@ def test_a_copy_moves_as_its_matrices_say(dots):
     assert np.abs(map_points(pair.homographies[4:].astype(float), place, (48, 64))[0, 0] - place[0]).max() > 1.0
 
 
-def test_masks_tell_what_a_copy_does_not_show(dots):
+def test_masks_exclude_pixels_without_content(dots):
     white = np.full_like(dots, 255)
     pair = warped_pair(white, HomographyConfig(strength=2.0), seed=1)
     assert pair.valid[0].all() and pair.valid[1, 0].all()

@@ -1,4 +1,4 @@
-"""The plan: pure, O(1), complete in every epoch, and clear about what cannot be filled."""
+"""The plan: pure, O(1), complete in every epoch, with errors that name what cannot be filled."""
 
 import collections
 import dataclasses
@@ -66,7 +66,7 @@ def same(a, b) -> bool:
 
 @settings(max_examples=6, deadline=None)
 @given(order=st.permutations(list(range(40)) + [10**9, 10**12]))
-def test_a_step_is_the_same_in_any_order_of_asking(order):
+def test_a_step_is_the_same_in_any_order_of_access(order):
     first, second = mixed_plan(), mixed_plan()
     expected = {step: first.at(step) for step in sorted(order)}
     for step in order:
@@ -98,7 +98,7 @@ def test_every_batch_is_mixed():
 
 @settings(max_examples=20, deadline=None)
 @given(count=st.integers(6, 40), seed=st.integers(-(2**40), 2**40), batch=st.integers(1, 6))
-def test_every_row_comes_once_an_epoch_and_epochs_differ(count, seed, batch):
+def test_every_row_comes_once_per_epoch_and_epochs_differ(count, seed, batch):
     plan = Plan(config(buckets=(bucket(batch_size=batch),), sources=1), [index_of(count)], seed)
     rows = np.concatenate([plan.at(step).row for step in range(3 * count)])[: 3 * count].reshape(3, count)
     for epoch in rows:
@@ -159,7 +159,7 @@ def test_windows_differ_between_epochs():
     assert all(len(values) > 5 for values in starts.values())
 
 
-def test_only_clips_without_cameras_actions_and_latents_are_mirrored():
+def test_only_clips_without_cameras_actions_and_latents_are_flipped():
     # Rows: plain, with cameras, with actions, with latents of the bucket's size.
     columns = {"has_camera": [0, 1, 0, 0], "has_action": [0, 0, 1, 0], "latent_frames": [0, 0, 0, 40]}
     index = index_of(4, **columns)
@@ -171,7 +171,7 @@ def test_only_clips_without_cameras_actions_and_latents_are_mirrored():
     assert flips == {0: {True, False}, 1: {False}, 2: {False}, 3: {False}}
 
 
-def test_merged_latents_start_at_the_first_frame():
+def test_compressed_latents_start_at_the_first_frame():
     plan = Plan(config(buckets=(bucket(),), sources=1), [index_of(6, frames=41, latent_frames=11)], 0)
     assert {(plan.clip_spec(step, 0).start, plan.clip_spec(step, 0).stride) for step in range(30)} == {(0, 1)}
 
@@ -220,7 +220,7 @@ def test_a_plan_survives_pickling_without_its_ids():
     assert b"r1-3" not in pickle.dumps(plan)
 
 
-def test_evaluation_is_in_recorded_order_whatever_the_seed():
+def test_evaluation_is_in_recorded_order_for_any_seed():
     settings = dataclasses.replace(
         config(buckets=(bucket(batch_size=4),), flip=True), evaluation_sources=(SourceConfig(path="held"),)
     )
@@ -240,7 +240,7 @@ def test_evaluation_leaves_out_buckets_that_its_sources_cannot_fill():
     assert plan.at(0).bucket_index == 1
 
 
-def test_a_bucket_that_nothing_fills_says_why():
+def test_a_bucket_that_cannot_be_filled_lists_the_reasons():
     kinds = ["image"] * 4 + ["dynamic"] * 6
     with pytest.raises(ValueError) as caught:
         Plan(
@@ -279,7 +279,7 @@ def test_a_bucket_with_fewer_records_than_a_batch_is_refused():
         Plan(config(buckets=(bucket(),), sources=1), [index_of(5)], 0)
 
 
-def test_a_source_that_fills_nothing_is_refused():
+def test_a_source_that_fits_no_bucket_is_refused():
     with pytest.raises(ValueError, match=r"sources.1 \(set1 \[train\]\) has no record for any bucket") as caught:
         Plan(config(), [index_of(10), index_of(10, height=8)], 0)
     assert "10 smaller than 64x64" in str(caught.value)
@@ -305,13 +305,13 @@ def test_kinds_can_be_left_out_by_source_and_by_weight():
         {"buckets": (bucket(strides=(1, 3)),)},
     ],
 )
-def test_the_digest_notices_what_changes_batches(change):
+def test_the_digest_changes_with_the_batches(change):
     indices = [index_of(20), index_of(20, seed=1)]
     base = {"buckets": (bucket(),)}
     assert Plan(config(**base), indices, 0).digest != Plan(config(**{**base, **change}), indices, 0).digest
 
 
-def test_the_digest_does_not_care_how_fast_or_from_where():
+def test_the_digest_is_independent_of_performance_settings_and_paths():
     indices = [index_of(20), index_of(20, seed=1)]
     base = config()
     moved = dataclasses.replace(
@@ -324,7 +324,7 @@ def test_the_digest_does_not_care_how_fast_or_from_where():
     assert Plan(base, indices, 0).manifest != other.manifest and Plan(base, indices, 0).digest == other.digest
 
 
-def test_the_plan_is_that_of_every_other_machine():
+def test_the_plan_is_the_same_on_every_machine():
     """Frozen: a change here is a change of `jvgen.data.stream.plan.VERSION`."""
     plan = mixed_plan(seed=123)
     assert plan.at(10**9).row.tolist() == [3, 8, 2, 4, 15, 12, 1, 0]

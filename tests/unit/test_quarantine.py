@@ -1,4 +1,4 @@
-"""Quarantine: whole lines, a budget that bites, and names in the error."""
+"""Quarantine: complete lines, an enforced budget, and record names in the error."""
 
 import json
 import pickle
@@ -68,7 +68,7 @@ def test_long_lists_are_shortened():
     assert "and 20 before" in str(caught.value) and "clip-29" in str(caught.value)
 
 
-def test_lines_of_many_writers_are_whole(tmp_path):
+def test_lines_of_concurrent_writers_are_complete(tmp_path):
     log = tmp_path / "log.jsonl"
 
     def write(writer: int) -> None:
@@ -98,7 +98,7 @@ def test_errors_can_be_sent_between_processes():
     assert isinstance(error, TooManyFailures) and str(error) == "names"
 
 
-def test_each_host_has_its_own_log(tmp_path):
+def test_each_process_has_its_own_log(tmp_path):
     log = tmp_path / "quarantine.jsonl"
     assert process_log(log, 0, 1) == log
     assert process_log(log, 3, 8) == tmp_path / "quarantine-00003.jsonl"

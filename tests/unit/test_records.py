@@ -1,4 +1,4 @@
-"""Records survive the way to the disk and back, and say when their fields do not fit together."""
+"""Records survive a round trip to disk, and inconsistent fields are refused."""
 
 import numpy as np
 import pytest
@@ -36,8 +36,8 @@ def assert_equal(a: Record, b: Record) -> None:
 def test_round_trip(record: Record) -> None:
     record.validate()
     assert_equal(decode(encode(record)), record)
-    serialised = features().serialize_example(encode(record))
-    assert_equal(decode(features().deserialize_example_np(serialised)), record)
+    serialized = features().serialize_example(encode(record))
+    assert_equal(decode(features().deserialize_example_np(serialized)), record)
 
 
 def test_cameras_of_a_view() -> None:
@@ -65,6 +65,6 @@ def test_cameras_of_a_view() -> None:
         ({"clips": (), "latents": np.zeros((0, 0, 0, 0, 0), np.float16)}, "neither clips nor latents"),
     ],
 )
-def test_fields_that_do_not_fit(changes: dict, message: str) -> None:
+def test_inconsistent_fields(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         full_record().replace(**changes).validate()

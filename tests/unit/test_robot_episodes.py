@@ -60,7 +60,7 @@ def test_stacked_frames_are_unstacked_and_actions_move_to_the_frame_they_are_tak
     assert none.shape == (0, 0) and nothing.shape == (0,)
 
 
-def test_other_files_are_recorded_with_the_frame(tmp_path):
+def test_other_layouts_record_actions_with_their_frame(tmp_path):
     frames = pixels(7)
     two = tmp_path / "bair.npz"
     np.savez(two, image=frames.astype(np.int64), aux1_image=frames[::-1].astype(np.int64), action=np.ones((7, 4)))
@@ -89,7 +89,7 @@ def test_other_files_are_recorded_with_the_frame(tmp_path):
         ({"action": np.ones((3, 2))}, "has 0 arrays of frames"),
     ],
 )
-def test_files_that_make_no_episode(tmp_path, arrays, words):
+def test_files_without_an_episode(tmp_path, arrays, words):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(DecodeError, match=words):
         read_episode(tmp_path / "x.npz", PLAIN)
@@ -207,7 +207,7 @@ def test_episodes_of_tfds_are_read_without_tensorflow(rlds, tmp_path):
     assert np.abs(seen.astype(int) - pixels(5, seed=2)).mean() < 2 and last.actions[0, 1] == 200
 
 
-def test_damaged_shards_are_told(rlds, tmp_path):
+def test_corrupt_shards_are_reported(rlds, tmp_path):
     shard = rlds / "toy-train.tfrecord-00000-of-00001"
     shard.write_bytes(shard.read_bytes()[:-300])
     (rlds / "toy-val.tfrecord-00000-of-00001").write_bytes(as_tfrecord([b"not an example"]))

@@ -15,8 +15,9 @@ from jvgen.data.scenes.labels import (
     labels_of,
     nearest_color,
 )
-from jvgen.data.scenes.renderer import SHAPES, Body, Camera, Renderer, Stage, project
+from jvgen.data.scenes.renderer import Camera, Renderer, Stage, project
 from jvgen.data.scenes.scenes import SceneConfig, render_scene, scene_record
+from jvgen.data.scenes.solids import SHAPES, Body
 from jvgen.data.store import records
 from jvgen.data.video_files import decode_window
 
@@ -29,7 +30,7 @@ def camera_of(scene, view: int, frame: int) -> Camera:
 
 
 def color_pixels(image: np.ndarray, color: str, tolerance: float = 0.09) -> np.ndarray:
-    """Where an image has (about) a palette colour, in whatever shade: bool (H, W)."""
+    """Where an image has (about) a palette color, in whatever shade: bool (H, W)."""
     chroma = image / np.maximum(image.sum(axis=-1, keepdims=True), 1)
     wanted = np.array(COLORS[color]) / sum(COLORS[color])
     return np.abs(chroma - wanted).max(axis=-1) < tolerance
@@ -206,7 +207,7 @@ def test_scenes_are_a_function_of_seed_and_index() -> None:
     assert not np.array_equal(render_scene(config, 2, 4).video, order[0].video)
 
 
-def test_every_caption_gives_back_its_labels() -> None:
+def test_labels_are_parsed_from_every_caption() -> None:
     for color, shape in itertools.product(COLORS, SHAPES):
         options = [("image", Labels(color, shape)), ("dynamic", Labels(color, shape, driven=True))]
         options += [("dynamic", Labels(color, shape, direction=d)) for d in DIRECTIONS]
@@ -216,13 +217,13 @@ def test_every_caption_gives_back_its_labels() -> None:
             assert len(set(captions)) == 3
             assert all(labels_of(caption) == labels for caption in captions)
             assert not any("a orange" in caption for caption in captions)
-    with pytest.raises(ValueError, match="names no colour"):
+    with pytest.raises(ValueError, match="names no color"):
         labels_of("a cat")
 
 
 @pytest.mark.parametrize("background", ["plain", "textured"])
-def test_the_palette_is_what_is_seen(background: str) -> None:
-    """The median of a body's pixels is nearest to its own colour, and near it in brightness."""
+def test_rendered_colors_match_the_palette(background: str) -> None:
+    """The median of a body's pixels is nearest to its own color, and near it in brightness."""
     ratios = []
     for index in range(24):
         scene = render_scene(SMALL.replace(background=background, frames=1, kinds={"image": 1.0}), 0, index)
@@ -271,6 +272,6 @@ def test_records_of_scenes() -> None:
         ("driven=1.5", "driven"),
     ],
 )
-def test_configurations_that_cannot_work(change: str, message: str) -> None:
+def test_invalid_configurations(change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate_tree(override(SceneConfig(), [change]))

@@ -1,4 +1,4 @@
-"""Segments and augmentation of clips: which frames are taken, what is done to them, and that the plan is still pure."""
+"""Segments and augmentation of clips: which frames are drawn, how they are changed, and that the plan stays pure."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_later_frames_come_after_the_context(stride):
         assert any((frame - sample.start) % 3 for sample in drawn for frame in sample.frames)
 
 
-def test_shuffled_frames_are_different_ones_of_the_window_in_any_order():
+def test_shuffled_frames_are_distinct_and_in_random_order():
     drawn = samples(plan(BUCKET.replace(segment=SHUFFLED, strides=(2,))))
     for sample in drawn:
         assert len(set(sample.frames)) == 5
@@ -61,7 +61,7 @@ def test_shuffled_frames_are_different_ones_of_the_window_in_any_order():
     assert any(list(sample.frames) != sorted(sample.frames) for sample in drawn)
 
 
-def test_evaluation_takes_the_same_spread_out_frames_every_time():
+def test_evaluation_takes_evenly_spaced_frames():
     drawn = samples(plan(BUCKET.replace(segment=LATER), evaluation=True, augmentation=AugmentationConfig()))
     assert {(sample.frames, sample.augmentation) for sample in drawn} == {((11, 12, 13, 15, 18), None)}
 
@@ -87,7 +87,7 @@ def test_a_segment_has_its_frames_and_no_actions():
     assert example["actions"].shape == (5, 0) and not example["has_action"]
 
 
-def test_plans_without_any_of_this_are_what_they_were():
+def test_plans_without_these_options_are_unchanged():
     plain = plan(BUCKET)
     assert plain.digest == "80db470c7aaa0270a00862db29425c2eeae439dc2cbdd05b01a7a9e9f811852b"
     others = {
@@ -109,7 +109,7 @@ def draw(seed: int, **changes) -> Augmentation:
     return Augmentation(AugmentationConfig(**changes), tuple(np.random.default_rng(seed).random(UNIFORMS).tolist()))
 
 
-def test_crops_are_of_the_area_and_shape_asked_for():
+def test_crops_have_the_configured_area_and_aspect_ratio():
     crops = np.array([draw(seed).crop(200, 320) for seed in range(200)])
     top, left, rows, columns = crops.T
     assert (top >= 0).all() and (left >= 0).all() and (top + rows <= 200).all() and (left + columns <= 320).all()
@@ -120,7 +120,7 @@ def test_crops_are_of_the_area_and_shape_asked_for():
     assert draw(0, crop_area=(3.0, 3.0)).crop(20, 30) == (0, 5, 20, 20)
 
 
-def test_all_frames_are_changed_alike():
+def test_all_frames_are_augmented_equally():
     frame = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     made = draw(1).apply(np.stack([frame] * 3), (16, 16))
     assert made.shape == (3, 16, 16, 3) and made.dtype == np.uint8
@@ -128,7 +128,7 @@ def test_all_frames_are_changed_alike():
     assert any((draw(seed).apply(frame[None], (16, 16)) != made[:1]).any() for seed in (2, 3))
 
 
-def test_colours():
+def test_color_jitter():
     still = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     video = np.random.default_rng(0).integers(60, 190, (2, 8, 8, 3), dtype=np.uint8)
     np.testing.assert_array_equal(draw(0, **still).jitter(video), video)
@@ -143,13 +143,13 @@ def test_colours():
     np.testing.assert_allclose(brighter, np.minimum(1.2 * video, 255), atol=1)
     flat = changed((0, 0.0, 0, 0), contrast=0.99)
     assert flat.std() < 0.05 * video.std()
-    grey = changed((0, 0, 0.0, 0), saturation=0.99)
-    assert np.ptp(grey.astype(int), axis=-1).max() <= 3
+    gray = changed((0, 0, 0.0, 0), saturation=0.99)
+    assert np.ptp(gray.astype(int), axis=-1).max() <= 3
     turned = changed((0, 0, 0, 1.0), hue=1 / 3)
     np.testing.assert_allclose(turned, np.roll(video, 1, axis=-1), atol=2)
 
 
-def test_clips_with_cameras_are_left_as_they_are():
+def test_clips_with_cameras_are_not_augmented():
     cameras = {"intrinsics": np.ones((FRAMES, 4), np.float32), "extrinsics": np.ones((FRAMES, 3, 4), np.float32)}
     assert all(s.augmentation is None for s in samples(plan(BUCKET, augmentation=AugmentationConfig(), **cameras)))
     assert all(s.augmentation is not None for s in samples(plan(BUCKET, augmentation=AugmentationConfig())))
@@ -167,6 +167,6 @@ def test_clips_with_cameras_are_left_as_they_are():
         (AugmentationConfig(contrast=1.0), "contrast = 1.0"),
     ],
 )
-def test_mistakes(config, words):
+def test_invalid_configurations(config, words):
     with pytest.raises(ConfigError, match=words):
         validate_tree(config)

@@ -1,4 +1,4 @@
-"""Data sets are written all or nothing, and read at random by any thread or process, without TensorFlow."""
+"""Data sets are written atomically, and read in random order by any thread or process, without TensorFlow."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_pickled_copies_and_threads(dataset: Path) -> None:
     assert not failures
 
 
-def test_data_sets_are_opened_one_after_the_other(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_sets_are_opened_one_at_a_time(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lazy imports of TFDS in two threads at once would lock each other out, and a worker would hang."""
     real, inside, most = sources._builder, [], []
 
@@ -101,7 +101,7 @@ def test_data_sets_are_opened_one_after_the_other(dataset: Path, monkeypatch: py
     assert len(most) >= 4 and set(most) == {1}
 
 
-def test_plain_tfds_reads_it_and_tensorflow_stays_out(dataset: Path) -> None:
+def test_plain_tfds_reads_it_without_tensorflow(dataset: Path) -> None:
     code = f"""
         import sys
         import tensorflow_datasets as tfds
@@ -117,12 +117,12 @@ def test_plain_tfds_reads_it_and_tensorflow_stays_out(dataset: Path) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
 
 
-def test_it_may_be_moved(dataset: Path, tmp_path: Path) -> None:
+def test_a_data_set_can_be_moved(dataset: Path, tmp_path: Path) -> None:
     moved = write(tmp_path / "first").rename(tmp_path / "second")
     check(open_source(moved, "train"), range(12))
 
 
-def test_what_is_not_there_is_named(dataset: Path, tmp_path: Path) -> None:
+def test_missing_data_sets_and_splits_are_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no split 'test'. Its splits: train \(12 records\), validation \(3 records\)"
     ):
@@ -130,41 +130,41 @@ def test_what_is_not_there_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist. Did you mean .*set"):
         open_source(dataset.with_name("sett"), "train")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds no data set .*notes.txt"):
+    with pytest.raises(ValueError, match="contains no data set .*notes.txt"):
         open_source(tmp_path, "train")
     with pytest.raises(ValueError, match="is a file"):
         open_source(tmp_path / "notes.txt", "train")
     write(tmp_path / "one")
     assert find_dataset(tmp_path) == tmp_path / "one"
     write(tmp_path / "two")
-    with pytest.raises(ValueError, match="holds 2 data sets.*one.*two"):
+    with pytest.raises(ValueError, match="contains 2 data sets.*one.*two"):
         open_source(tmp_path, "train")
     (tmp_path / "one" / "index-train.npz").unlink()
-    with pytest.raises(ValueError, match="there is no index-train.npz"):
+    with pytest.raises(ValueError, match="has no index-train.npz"):
         open_source(tmp_path / "one", "train")
     (tmp_path / "two" / "dataset_info.json").write_text("{")
     with pytest.raises(ValueError, match="dataset_info.json"):
         open_source(tmp_path / "two", "train")
 
 
-def test_an_index_of_another_data_set_is_noticed(tmp_path: Path) -> None:
+def test_an_index_of_another_data_set_is_refused(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one"), write(tmp_path / "two", train=5)
     (one / "index-train.npz").write_bytes((two / "index-train.npz").read_bytes())
     with pytest.raises(ValueError, match="the index has 5 rows, the data set 12 records"):
         open_source(one, "train").read(0)
 
 
-def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
+def test_nothing_is_overwritten_unless_requested(tmp_path: Path) -> None:
     out = write(tmp_path / "set")
     before = open_source(out, "train").index.digest
-    with pytest.raises(ValueError, match="already holds a data set"):
+    with pytest.raises(ValueError, match="already contains a data set"):
         write(out, train=3)
     assert open_source(out, "train").index.digest == before
     write(out, train=3, overwrite=True)
     assert len(open_source(out, "train")) == 3
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not a data set"):
+    with pytest.raises(ValueError, match="other than a data set"):
         write(tmp_path / "other", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
 
@@ -213,7 +213,7 @@ def test_a_killed_build_leaves_no_folder_that_looks_finished(tmp_path: Path) -> 
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "set").exists()
     assert [path.name[:12] for path in tmp_path.iterdir()] == [".set.partial"]
-    with pytest.raises(ValueError, match="holds no data set"):
+    with pytest.raises(ValueError, match="contains no data set"):
         open_source(tmp_path, "train")
     write(tmp_path / "set")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -1,4 +1,4 @@
-"""Transforms: what happens to pixels happens to cameras, and to actions, rewards and latents in time."""
+"""Transforms: cameras follow the pixels; actions, rewards and latents follow the frames."""
 
 import cv2
 import numpy as np
@@ -13,7 +13,7 @@ from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.video_files import DecodeError, encode_image
 
 
-def sample(**changes) -> ClipSpec:
+def spec(**changes) -> ClipSpec:
     fields = {"start": 0, "stride": 1, "views": (0,), "crop_y": 0.0, "crop_x": 0.0, "flip": False, "caption": -1}
     return ClipSpec(**{**fields, **changes})
 
@@ -45,12 +45,12 @@ def numbered(frames=10, height=8, width=8, offset=0) -> np.ndarray:
     return video + np.uint8(offset)
 
 
-def test_the_window_has_the_frames_that_the_sample_names(stored):
+def test_the_clip_has_the_frames_of_the_spec(stored):
     record = Record(
         id="a", kind="dynamic", clips=(stored(numbered()),), captions=("one", "two"), frames=10, height=8, width=8,
         frames_per_second=24,
     )  # fmt: skip
-    example = transforms.load_example(record, sample(start=2, stride=3, caption=1), bucket())
+    example = transforms.load_example(record, spec(start=2, stride=3, caption=1), bucket())
     assert example["video"].shape == (3, 8, 8, 3) and example["video"].dtype == np.uint8
     assert example["video"][:, 0, 0, 0].tolist() == [2, 5, 8]
     assert example["caption"] == "two" and example["frames_per_second"] == 8 and example["kind"] == 2
@@ -67,13 +67,13 @@ def test_views_get_an_axis_only_when_the_bucket_has_several(stored):
     record = Record(
         id="a", kind="static", clips=clips, frames=10, height=8, width=8, views=3, intrinsics=cameras, extrinsics=poses
     )
-    example = transforms.load_example(record, sample(views=(2, 0), start=4), bucket(views=2))
+    example = transforms.load_example(record, spec(views=(2, 0), start=4), bucket(views=2))
     assert example["video"].shape == (2, 3, 8, 8, 3)
     assert example["video"][:, 0, 0, 0, 0].tolist() == [104, 4]
     assert np.array_equal(example["intrinsics"], cameras.reshape(3, 10, 4)[[2, 0], 4:7])
     assert np.array_equal(example["extrinsics"], poses.reshape(3, 10, 3, 4)[[2, 0], 4:7])
     assert example["has_camera"]
-    alone = transforms.load_example(record, sample(views=(1,)), bucket())
+    alone = transforms.load_example(record, spec(views=(1,)), bucket())
     assert alone["video"].shape == (3, 8, 8, 3) and alone["video"][0, 0, 0, 0] == 50
 
 
@@ -94,7 +94,7 @@ def test_cameras_follow_the_pixels(source, size, crop, flip, resize):
     height, width = source
     ys, xs = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
     ramp = np.stack([xs * 250, ys * 250, 0 * xs], -1)
-    drawn = sample(crop_y=crop[0], crop_x=crop[1], flip=flip)
+    drawn = spec(crop_y=crop[0], crop_x=crop[1], flip=flip)
     fitted = transforms.fit(np.round(ramp)[None].astype(np.uint8), drawn, size, resize)[0]
     assert fitted.shape == (*size, 3) and fitted.flags.c_contiguous
 
@@ -115,46 +115,46 @@ def test_cameras_follow_the_pixels(source, size, crop, flip, resize):
 def test_crop_keeps_the_aspect_ratio_and_reaches_both_ends():
     frame = np.zeros((1, 10, 40, 3), np.uint8)
     frame[0, :, :, 0] = 6 * np.arange(40)
-    left = transforms.fit(frame, sample(), (10, 10), "crop")
-    right = transforms.fit(frame, sample(crop_x=0.9999), (10, 10), "crop")
-    center = transforms.fit(frame, sample(), (10, 10), "center_crop")
+    left = transforms.fit(frame, spec(), (10, 10), "crop")
+    right = transforms.fit(frame, spec(crop_x=0.9999), (10, 10), "crop")
+    center = transforms.fit(frame, spec(), (10, 10), "center_crop")
     assert left[0, 0, :, 0].tolist() == (6 * np.arange(10)).tolist()
     assert right[0, 0, :, 0].tolist() == (6 * np.arange(30, 40)).tolist()
     assert center[0, 0, :, 0].tolist() == (6 * np.arange(15, 25)).tolist()
-    squashed = transforms.fit(frame, sample(), (10, 10), "squash")
+    squashed = transforms.fit(frame, spec(), (10, 10), "squash")
     assert squashed[0, 0, 0, 0] < 12 and squashed[0, 0, -1, 0] > 220
 
 
 def test_shrinking_averages_and_does_not_alias():
     stripes = np.zeros((1, 32, 32, 3), np.uint8)
     stripes[:, :, ::2] = 255
-    assert np.all(np.abs(transforms.fit(stripes, sample(), (8, 8), "crop").astype(int) - 127.5) < 2)
+    assert np.all(np.abs(transforms.fit(stripes, spec(), (8, 8), "crop").astype(int) - 127.5) < 2)
 
 
 @pytest.mark.parametrize(("source", "size"), [((32, 57), (28, 28)), ((31, 50), (17, 9)), ((64, 48), (24, 24))])
-def test_only_what_the_crop_needs_is_shrunk_with_the_same_pixels(source, size):
+def test_downscaling_only_the_crop_gives_the_same_pixels(source, size):
     frame = np.random.default_rng(0).integers(0, 255, (1, *source, 3), np.uint8)
     scale = max(size[0] / source[0], size[1] / source[1])
     scaled = [max(small, round(side * scale)) for small, side in zip(size, source, strict=True)]
     whole = cv2.resize(frame[0], scaled[::-1], interpolation=cv2.INTER_AREA).astype(int)
     for place in (0.0, 0.31, 0.5, 0.9999):
-        fitted = transforms.fit(frame, sample(crop_y=place, crop_x=place), size, "crop")[0].astype(int)
+        fitted = transforms.fit(frame, spec(crop_y=place, crop_x=place), size, "crop")[0].astype(int)
         top, left = (int(place * (big - small + 1)) for big, small in zip(scaled, size, strict=True))
         assert np.abs(fitted - whole[top : top + size[0], left : left + size[1]]).max() <= 1
 
 
-def test_mirroring_reverses_columns():
+def test_flipping_reverses_columns():
     frame = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8)
-    assert np.array_equal(transforms.fit(frame, sample(flip=True), (8, 8), "crop"), frame[:, :, ::-1])
+    assert np.array_equal(transforms.fit(frame, spec(flip=True), (8, 8), "crop"), frame[:, :, ::-1])
 
 
-def test_actions_and_rewards_are_summed_up_to_the_next_frame_kept(stored):
+def test_actions_and_rewards_are_summed_over_the_stride(stored):
     actions = np.stack([np.arange(10), 10.0 * np.arange(10)], -1).astype(np.float32)
     record = Record(
         id="a", kind="dynamic", clips=(stored(numbered()),), frames=10, height=8, width=8,
         actions=actions, rewards=np.ones(10, np.float32),
     )  # fmt: skip
-    example = transforms.load_example(record, sample(start=2, stride=3), bucket())
+    example = transforms.load_example(record, spec(start=2, stride=3), bucket())
     # The last frame kept is 8: only actions 8 and 9 were recorded after it.
     assert example["actions"][:, 0].tolist() == [2 + 3 + 4, 5 + 6 + 7, 8 + 9]
     assert example["actions"][:, 1].tolist() == [90, 180, 170]
@@ -162,27 +162,27 @@ def test_actions_and_rewards_are_summed_up_to_the_next_frame_kept(stored):
     assert example["has_action"] and example["actions"].dtype == np.float32
 
 
-def test_latents_take_the_frames_of_the_window():
+def test_latents_have_the_frames_of_the_clip():
     latents = np.zeros((1, 10, 2, 2, 8), np.float16) + np.arange(10, dtype=np.float16)[None, :, None, None, None]
     record = Record(id="a", kind="dynamic", clips=(), frames=10, height=8, width=8, latents=latents)
-    example = transforms.load_example(record, sample(start=1, stride=4), bucket())
+    example = transforms.load_example(record, spec(start=1, stride=4), bucket())
     assert example["latents"].dtype == np.float32 and example["latents"].shape == (3, 2, 2, 8)
     assert example["latents"][:, 0, 0, 0].tolist() == [1, 5, 9]
     assert "video" not in example
 
 
-def test_merged_latents_are_cut_from_the_beginning():
+def test_compressed_latents_are_cut_from_the_beginning():
     # 41 frames in 11 latents: the first one alone, then four each.
     latents = np.arange(11, dtype=np.float16)[None, :, None, None, None]
     record = Record(id="a", kind="dynamic", clips=(), frames=41, height=8, width=8, latents=latents)
-    example = transforms.load_example(record, sample(), bucket(frames=17))
+    example = transforms.load_example(record, spec(), bucket(frames=17))
     assert example["latents"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_real_bytes_are_decoded_and_bad_ones_refused():
+def test_encoded_clips_are_decoded_and_corrupt_ones_refused():
     image = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     record = Record(id="a", kind="image", clips=(encode_image(image),), height=8, width=8)
-    example = transforms.load_example(record, sample(), bucket(frames=1))
+    example = transforms.load_example(record, spec(), bucket(frames=1))
     assert np.array_equal(example["video"][0], image) and example["frames_per_second"] == 0
     with pytest.raises(DecodeError):
-        transforms.load_example(record.replace(clips=(b"no image",)), sample(), bucket(frames=1))
+        transforms.load_example(record.replace(clips=(b"no image",)), spec(), bucket(frames=1))

@@ -1,5 +1,4 @@
-"""Builders: from folders, tables and published data sets to the store.
-
-Each module reads one kind of source; `build_loop` runs the work in processes, filters, splits and accounts for
-refusals.
+"""Builders of data sets: one module per origin (scenes, folders of media, robot episodes, RealEstate10K, WebVid, TFDS,
+latents of another data set), each on top of `build_loop`. The format that they write belongs in `store`; nothing here
+runs during training.
 """

@@ -1,3 +1,3 @@
-"""The embedded default data: procedural 3-D scenes with exact cameras, captions and labels, rendered without
-dependencies. For demos and tests.
+"""The built-in data set of procedural scenes: what is in a scene, its captions and labels, and the renderer. Evaluation
+parses labels from captions with it. Writing scenes to disk belongs in `builders`.
 """

@@ -1,13 +1,13 @@
-"""What scenes are called: colours, shapes, motions, captions, and the labels that captions give back."""
+"""Labels of scenes: colors, shapes and motions, the captions made of them, and the labels parsed from captions."""
 
 import dataclasses
 import re
 
 import numpy as np
 
-from jvgen.data.scenes.renderer import SHAPES
+from jvgen.data.scenes.solids import SHAPES
 
-# sRGB of a body's middle tone as rendered. What is drawn is lighter towards the lamp and darker away from it.
+# sRGB of a body's mid-tone as rendered; lit sides are lighter, others darker.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 44),
     "orange": (240, 128, 24),
@@ -51,13 +51,13 @@ _PHRASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What a caption says, or what a scene is.
+    """Labels of a caption or scene.
 
     Attributes:
       color, shape: of the (moving) body.
       direction: one of `DIRECTIONS`, or None.
       camera: one of `CAMERA_MOTIONS`, or None.
-      driven: whether the body is pushed to a goal.
+      driven: whether the body is pushed to a goal by actions.
     """
 
     color: str
@@ -76,21 +76,21 @@ def captions_of(kind: str, labels: Labels) -> tuple[str, ...]:
 
 
 def labels_of(caption: str) -> Labels:
-    """What a caption made by `captions_of` says.
+    """The labels of a caption made by `captions_of`.
 
     Raises:
-      ValueError: a caption that names no colour and shape that this data set has.
+      ValueError: a caption without a color and shape of this data set.
     """
     match = re.search(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", caption)
     if match is None:
-        raise ValueError(f"caption {caption!r} names no colour and shape ({', '.join(COLORS)}; {', '.join(SHAPES)}).")
+        raise ValueError(f"caption {caption!r} names no color and shape ({', '.join(COLORS)}; {', '.join(SHAPES)}).")
     camera = next((name for name, words in _CAMERA_WORDS.items() if words in caption), None)
     direction = next((name for name, words in _DIRECTION_WORDS.items() if words in caption), None)
     return Labels(match[1], match[2], None if camera else direction, camera, "white ring" in caption)
 
 
 def nearest_color(rgb: np.ndarray) -> str:
-    """The palette colour with the chromaticity nearest to an RGB triple (any scale), whatever its brightness."""
+    """The palette color with the chromaticity nearest to an RGB triple (any scale), regardless of brightness."""
     names = list(COLORS)
     palette = np.array([COLORS[name] for name in names], np.float64)
     palette /= palette.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""A small ray caster in numpy: lit bodies on a ground plane, seen by exact pinhole cameras.
+"""A small ray caster in numpy: shaded solids on a ground plane, seen by exact pinhole cameras.
 
 World axes: x and y span the ground, z points up. Camera axes are OpenCV's: x right, y down, z forward. A point projects
 to (fx X/Z + cx, fy Y/Z + cy), where 0 is the left (top) edge of the image and 1 its right (bottom) edge, so that pixel
@@ -10,12 +10,9 @@ import functools
 
 import numpy as np
 
-SHAPES = ("ball", "cube", "cylinder", "cone")
-_NEAR = 1e-3
-_FAR = 1e9
-_LAMP_DISTANCE = 12.0
+from jvgen.data.scenes.solids import FAR, NEAR, Body, Planes, intersect
 
-Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, y and z of many points: faster than one array of triples
+_LAMP_DISTANCE = 12.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +29,12 @@ class Camera:
 
     @classmethod
     def looking(cls, position: np.ndarray, target: np.ndarray, focal: float, aspect: float = 1.0) -> "Camera":
-        """A level camera at `position` that has `target` at the centre of the image.
+        """A camera at `position`, without roll, that has `target` at the image center.
 
         Args:
-          position, target: (3,) in the world; the line between them must not be vertical.
-          focal: focal length over image height.
-          aspect: width over height.
+          position, target: (3,) in world coordinates; the line between them must not be vertical.
+          focal: focal length divided by image height.
+          aspect: image width divided by height.
         """
         forward = np.asarray(target, np.float64) - position
         forward /= np.linalg.norm(forward)
@@ -49,56 +46,30 @@ class Camera:
 
     @property
     def position(self) -> np.ndarray:
-        """The camera's centre in the world, (3,)."""
+        """Camera center in world coordinates, (3,)."""
         return -self.extrinsics[:, :3].T @ self.extrinsics[:, 3]
 
     def project(self, points: np.ndarray) -> np.ndarray:
-        """World points (..., 3) to (..., 3): x and y in units of image size, and depth along the optical axis."""
+        """World points (..., 3) to (..., 3): x and y normalized by the image size, and depth along the optical axis."""
         return project(points, self.intrinsics, self.extrinsics)
 
 
 def project(points: np.ndarray, intrinsics: np.ndarray, extrinsics: np.ndarray) -> np.ndarray:
-    """World points (..., 3) through one camera ((4,), (3, 4)) to (..., 3): normalised x, y, and depth."""
+    """World points (..., 3) through one camera ((4,), (3, 4)) to (..., 3): normalized x, y, and depth."""
     x, y, z = np.moveaxis(points @ extrinsics[:, :3].T + extrinsics[:, 3], -1, 0)
     fx, fy, cx, cy = intrinsics
     return np.stack([fx * x / z + cx, fy * y / z + cy, z], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Body:
-    """A solid.
-
-    Attributes:
-      shape: one of `SHAPES`.
-      color: RGB in 0..1.
-      center: (3,) the middle of its bounding box, in the world.
-      radius: half of its width; all shapes are as high as wide.
-      yaw: turn about the vertical, in radians.
-    """
-
-    shape: str
-    color: tuple[float, float, float]
-    center: np.ndarray
-    radius: float
-    yaw: float = 0.0
-
-    @property
-    def corners(self) -> np.ndarray:
-        """(8, 3): corners of an upright box around it."""
-        half = self.radius * (np.sqrt(2.0) if self.shape == "cube" else 1.0)
-        signs = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1], indexing="ij"), axis=-1).reshape(8, 3)
-        return self.center + signs * np.array([half, half, self.radius])
-
-
-@dataclasses.dataclass(frozen=True)
 class Stage:
-    """Everything but the bodies.
+    """Everything except the bodies.
 
     Attributes:
       ground, sky_low, sky_high: RGB in 0..1.
       checker: contrast of a checkerboard on the ground, 0 for none.
-      checker_size: edge of its squares.
-      light: (3,) unit vector towards the light.
+      checker_size: edge length of its squares.
+      light: (3,) unit vector toward the light.
       marker: (x, y, radius) of a bright ring on the ground, or None.
     """
 
@@ -112,23 +83,23 @@ class Stage:
 
 
 class Renderer:
-    """One camera before one stage. What does not depend on the bodies is computed once."""
+    """Renders bodies on one stage from one camera. Everything that does not depend on the bodies is precomputed."""
 
     def __init__(self, stage: Stage, camera: Camera, height: int, width: int, *, samples: int = 2):
         """Cast the rays.
 
         Args:
-          stage: what is behind the bodies.
-          camera: where from.
-          height, width: of the image in pixels.
-          samples: rays a pixel along each axis.
+          stage: ground, sky and light.
+          camera: the camera.
+          height, width: image size in pixels.
+          samples: rays per pixel along each axis.
         """
         self.stage, self.camera = stage, camera
         self.height, self.width, self.samples = height, width, samples
         x = (np.arange(width * samples) + 0.5) / (width * samples)
         y = (np.arange(height * samples) + 0.5) / (height * samples)
         fx, fy, cx, cy = camera.intrinsics
-        # The depth of a direction along the optical axis is 1, so a ray's parameter is depth.
+        # Directions have depth 1 along the optical axis, so the ray parameter is depth.
         local_x, local_y = ((x - cx) / fx)[None, :], ((y - cy) / fy)[:, None]
         rotation = camera.extrinsics[:, :3]
         self._directions: Planes = tuple(
@@ -137,13 +108,13 @@ class Renderer:
         )
         self._origin = camera.position.astype(np.float32)
         down = np.minimum(self._directions[2], -1e-6)
-        self._ground_depth = np.where(self._directions[2] < -1e-6, -self._origin[2] / down, np.float32(_FAR))
+        self._ground_depth = np.where(self._directions[2] < -1e-6, -self._origin[2] / down, np.float32(FAR))
         self._background = self._shade_background()
         self._lights = _lamp(stage.light)
         self._ground_points = self._points_on_ground(samples)
 
     def frame(self, bodies: list[Body]) -> np.ndarray:
-        """The image of some bodies: uint8 (H, W, 3)."""
+        """The image with these bodies: uint8 (H, W, 3)."""
         pixels = self._background.copy()
         for body in bodies:
             self._cast_shadow(pixels, body)
@@ -151,20 +122,20 @@ class Renderer:
         for body in bodies:
             self._draw(pixels, depth, body)
         s = self.samples
-        # Strided sums: a mean over two axes at once takes numpy five times as long.
+        # Strided sums: numpy's mean over two axes is five times slower.
         lines = sum(pixels[row::s] for row in range(s))
         total = sum(lines[:, column::s] for column in range(s))
         return (np.clip(total * np.float32(1.0 / s**2), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
     def coverage(self, bodies: list[Body], number: int) -> np.ndarray:
-        """Share of each pixel, float32 (H, W), in which body `number` is what is seen."""
+        """Fraction of each pixel, float32 (H, W), in which body `number` is visible."""
         depth = self._ground_depth.copy()
         owner = np.full(depth.shape, -1)
         for index, body in enumerate(bodies):
             window = self._window(body.corners)
             if window is None:
                 continue
-            hit, _ = _intersect(body, self._origin, tuple(d[window] for d in self._directions))
+            hit, _ = intersect(body, self._origin, tuple(d[window] for d in self._directions))
             nearer = hit < depth[window]
             depth[window][nearer] = hit[nearer]
             owner[window][nearer] = index
@@ -172,7 +143,7 @@ class Renderer:
         return (owner == number).reshape(self.height, s, self.width, s).mean(axis=(1, 3), dtype=np.float32)
 
     def _points_on_ground(self, samples: int) -> Planes:
-        """Where the rays through the pixels' centres meet the ground: x, y (H, W), and whether they do."""
+        """Where the rays through pixel centers hit the ground: x, y (H, W), and whether they do."""
 
         def middle(plane: np.ndarray) -> np.ndarray:
             lines = sum(plane[row::samples] for row in range(samples))
@@ -190,14 +161,14 @@ class Renderer:
         climb = np.clip(dz / length * 2.2, 0.0, 1.0)[..., None]
         low, high = np.float32(stage.sky_low), np.float32(stage.sky_high)
         pixels = low + (high - low) * climb
-        seen = self._ground_depth < _FAR
+        seen = self._ground_depth < FAR
         depth = np.where(seen, self._ground_depth, np.float32(0))
         x, y = self._origin[0] + depth * dx, self._origin[1] + depth * dy
         away = depth * length
-        # The ground is brightest around the origin and fades into the horizon.
+        # The ground is brightest around the origin and fades toward the horizon.
         glow = 1.0 + 0.07 * np.exp(-(x * x + y * y) / 8.0)
         if stage.checker:
-            sharp = 2.5 / (0.15 + away * 0.04)  # wider edges far away, against flicker
+            sharp = 2.5 / (0.15 + away * 0.04)  # wider edges far away, against aliasing
             wave = np.sin(np.pi * x / stage.checker_size) * np.sin(np.pi * y / stage.checker_size)
             glow *= 1.0 + stage.checker * np.tanh(wave * sharp) * np.exp(-away * 0.05)
         ground = np.float32(stage.ground) * glow[..., None]
@@ -222,10 +193,10 @@ class Renderer:
         rows = slice(window[0].start // s, -(-window[0].stop // s))
         columns = slice(window[1].start // s, -(-window[1].stop // s))
         x, y, seen = (plane[rows, columns] for plane in self._ground_points)
-        # Soft already, so one point a pixel is enough; the points of the lamp that it sees give the penumbra.
-        # Rays run from the lamp to the ground, so that the ground under a body is met from outside it too.
+        # Shadows are soft, so one point per pixel is enough; the visible fraction of the lamp gives the penumbra.
+        # Rays run from the lamp to the ground, so that ground below a body is reached from outside of it.
         lx, ly, lz = np.float32(_LAMP_DISTANCE) * self._lights.T
-        hit, _ = _intersect(body, (x[..., None] + lx, y[..., None] + ly, lz), tuple(-self._lights.T))
+        hit, _ = intersect(body, (x[..., None] + lx, y[..., None] + ly, lz), tuple(-self._lights.T))
         shade = 1.0 - np.float32(0.4) * (hit < _LAMP_DISTANCE).mean(axis=-1, dtype=np.float32)
         gap = max(0.0, body.center[2] - body.radius)
         beside = np.maximum(
@@ -241,7 +212,7 @@ class Renderer:
         if window is None:
             return
         directions = tuple(d[window] for d in self._directions)
-        hit, normal = _intersect(body, self._origin, directions)
+        hit, normal = intersect(body, self._origin, directions)
         nearer = hit < depth[window]
         if not nearer.any():
             return
@@ -251,20 +222,20 @@ class Renderer:
         lambert = np.maximum(nx * light[0] + ny * light[1] + nz * light[2], 0.0)
         away = nx * dx + ny * dy + nz * dz
         length = np.sqrt(dx * dx + dy * dy + dz * dz)
-        mirrored = [d - 2.0 * away * n for d, n in ((dx, nx), (dy, ny), (dz, nz))]
-        gloss = np.maximum(sum(m * l for m, l in zip(mirrored, light, strict=True)) / length, 0.0) ** 24
+        reflected = [d - 2.0 * away * n for d, n in ((dx, nx), (dy, ny), (dz, nz))]
+        gloss = np.maximum(sum(m * l for m, l in zip(reflected, light, strict=True)) / length, 0.0) ** 24
         shade = 0.63 + 0.10 * nz + 0.38 * lambert
         color = np.float32(body.color) * shade[:, None] + np.float32(0.16) * gloss[:, None]
         pixels[window][nearer] = color
         depth[window][nearer] = hit[nearer]
 
     def _window(self, points: np.ndarray) -> tuple[slice, slice] | None:
-        """The samples that the convex hull of some world points can cover; None if there are none."""
+        """The samples that the convex hull of some world points can cover; None if outside of the image."""
         x, y, z = np.moveaxis(self.camera.project(points), -1, 0)
         rows, columns = self.height * self.samples, self.width * self.samples
-        if (z < _NEAR).all():
+        if (z < NEAR).all():
             return None
-        if (z < _NEAR).any():
+        if (z < NEAR).any():
             return slice(0, rows), slice(0, columns)
         left, right = max(0, int(np.floor(x.min() * columns))), min(columns, int(np.ceil(x.max() * columns)) + 1)
         top, bottom = max(0, int(np.floor(y.min() * rows))), min(rows, int(np.ceil(y.max() * rows)) + 1)
@@ -273,108 +244,11 @@ class Renderer:
 
 @functools.cache
 def _lamp(light: tuple[float, float, float]) -> np.ndarray:
-    """(16, 3): directions to points of a small round lamp around `light`, in the order of a sunflower's seeds."""
+    """(16, 3): directions to points of a small disk-shaped lamp around `light`, in a sunflower (Vogel) pattern."""
     axis = np.asarray(light, np.float64)
     side = np.cross(axis, (0.0, 0.0, 1.0))
     side /= np.linalg.norm(side)
     seed = np.arange(16)
-    radius, turn = 0.15 * np.sqrt((seed + 0.5) / 16), seed * np.pi * (3.0 - np.sqrt(5.0))
-    lamp = axis + np.outer(radius * np.cos(turn), side) + np.outer(radius * np.sin(turn), np.cross(axis, side))
+    radius, angle = 0.15 * np.sqrt((seed + 0.5) / 16), seed * np.pi * (3.0 - np.sqrt(5.0))
+    lamp = axis + np.outer(radius * np.cos(angle), side) + np.outer(radius * np.sin(angle), np.cross(axis, side))
     return lamp.astype(np.float32)
-
-
-def _intersect(body: Body, origin: Planes | np.ndarray, direction: Planes) -> tuple[np.ndarray, Planes]:
-    """Where rays first meet a body: the rays' parameter (1e9 for a miss) and the outward unit normal there."""
-    center, radius = np.float32(body.center), np.float32(body.radius)
-    ox, oy, oz = (np.asarray(origin[axis]) - center[axis] for axis in range(3))
-    dx, dy, dz = direction
-    if body.shape == "ball":
-        return _ball(ox, oy, oz, dx, dy, dz, radius)
-    cos, sin = np.float32(np.cos(body.yaw)), np.float32(np.sin(body.yaw))
-    ox, oy = cos * ox + sin * oy, cos * oy - sin * ox
-    dx, dy = cos * dx + sin * dy, cos * dy - sin * dx
-    meet = {"cube": _cube, "cylinder": _cylinder, "cone": _cone}[body.shape]
-    hit, (nx, ny, nz) = meet(ox, oy, oz, dx, dy, dz, radius)
-    return hit, (cos * nx - sin * ny, sin * nx + cos * ny, nz)
-
-
-def _first(candidates: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The least valid parameter of several (parameter, valid) pairs."""
-    best = np.float32(_FAR)
-    for parameter, valid in candidates:
-        best = np.where(valid & (parameter > _NEAR) & (parameter < best), parameter, best)
-    return best
-
-
-def _roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both real roots of a t² + 2 b t + c, and where they exist."""
-    discriminant = b * b - a * c
-    real = discriminant > 0
-    root = np.sqrt(np.where(real, discriminant, np.float32(0)))
-    a = np.where(np.abs(a) < 1e-9, np.float32(1e-9), a)
-    return (-b - root) / a, (-b + root) / a, real
-
-
-def _ball(ox, oy, oz, dx, dy, dz, radius) -> tuple[np.ndarray, Planes]:
-    near, _, real = _roots(
-        dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - radius * radius
-    )
-    hit = _first([(near, real)])
-    t = np.where(hit < _FAR, hit, np.float32(0))
-    return hit, ((ox + t * dx) / radius, (oy + t * dy) / radius, (oz + t * dz) / radius)
-
-
-def _cube(ox, oy, oz, dx, dy, dz, radius) -> tuple[np.ndarray, Planes]:
-    enter, leave, axis = np.float32(-_FAR), np.float32(_FAR), np.int8(0)
-    for number, (o, d) in enumerate(((ox, dx), (oy, dy), (oz, dz))):
-        d = np.where(np.abs(d) < 1e-9, np.float32(1e-9), d)
-        near = (-np.sign(d) * radius - o) / d
-        far = (np.sign(d) * radius - o) / d
-        axis = np.where(near > enter, np.int8(number), axis)
-        enter, leave = np.maximum(enter, near), np.minimum(leave, far)
-    hit = np.where((enter < leave) & (enter > _NEAR), enter, np.float32(_FAR))
-    normal = tuple(np.where(axis == number, -np.sign(d), np.float32(0)) for number, d in enumerate((dx, dy, dz)))
-    return hit, normal
-
-
-def _cylinder(ox, oy, oz, dx, dy, dz, radius) -> tuple[np.ndarray, Planes]:
-    near, _, real = _roots(dx * dx + dy * dy, ox * dx + oy * dy, ox * ox + oy * oy - radius * radius)
-    side = real & (np.abs(oz + near * dz) <= radius)
-    flat = np.where(np.abs(dz) < 1e-9, np.float32(1e-9), dz)
-    lid = (-np.sign(dz) * radius - oz) / flat
-    capped = (ox + lid * dx) ** 2 + (oy + lid * dy) ** 2 <= radius * radius
-    hit = _first([(near, side), (lid, capped)])
-    t = np.where(hit < _FAR, hit, np.float32(0))
-    on_lid = capped & (lid == hit)
-    zero = np.float32(0)
-    return hit, (
-        np.where(on_lid, zero, (ox + t * dx) / radius),
-        np.where(on_lid, zero, (oy + t * dy) / radius),
-        np.where(on_lid, -np.sign(dz), zero),
-    )
-
-
-def _cone(ox, oy, oz, dx, dy, dz, radius) -> tuple[np.ndarray, Planes]:
-    # The radius falls from `radius` at z = -radius to 0 at z = +radius: x² + y² = ((radius - z) / 2)².
-    top = (radius - oz) * np.float32(0.5)
-    slope = dz * np.float32(0.5)
-    first, second, real = _roots(
-        dx * dx + dy * dy - slope * slope, ox * dx + oy * dy + slope * top, ox * ox + oy * oy - top * top
-    )
-    sides = [(t, real & (np.abs(oz + t * dz) <= radius)) for t in (first, second)]
-    flat = np.where(np.abs(dz) < 1e-9, np.float32(1e-9), dz)
-    base = (-radius - oz) / flat
-    # Seen from below only: from above, the base of a cone on the ground would fight with the ground for its rim.
-    capped = ((ox + base * dx) ** 2 + (oy + base * dy) ** 2 <= radius * radius) & (dz > 0)
-    hit = _first([*sides, (base, capped)])
-    t = np.where(hit < _FAR, hit, np.float32(0))
-    x, y = ox + t * dx, oy + t * dy
-    length = np.maximum(np.sqrt(x * x + y * y), np.float32(1e-6))
-    on_base = capped & (base == hit)
-    zero = np.float32(0)
-    across, up = np.float32(2 / np.sqrt(5)), np.float32(1 / np.sqrt(5))
-    return hit, (
-        np.where(on_base, zero, across * x / length),
-        np.where(on_base, zero, across * y / length),
-        np.where(on_base, np.float32(-1), up),
-    )

@@ -1,4 +1,4 @@
-"""The embedded data set: procedural 3-D scenes with exact cameras, captions and actions, rendered in numpy."""
+"""The built-in data set: procedural 3-D scenes with exact cameras, captions and actions, rendered in numpy."""
 
 import dataclasses
 import math
@@ -7,32 +7,33 @@ import numpy as np
 
 from jvgen.config import Config
 from jvgen.data.scenes.labels import CAMERA_MOTIONS, COLORS, DIRECTIONS, Labels, captions_of
-from jvgen.data.scenes.renderer import SHAPES, Body, Camera, Renderer, Stage
+from jvgen.data.scenes.renderer import Camera, Renderer, Stage
+from jvgen.data.scenes.solids import SHAPES, Body
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import encode_image, encode_video
 
 _MIDDLE_SHADE = 0.86  # median shading factor of a body's visible surface
-_SPEED = 0.28  # how far the greatest action moves a body in one frame, in world units
+_SPEED = 0.28  # distance that an action of size 1 moves a body per frame, in world units
 _REACH = 1.45  # a driven body stays within this distance of the origin along each axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SceneConfig(Config):
-    """What the scenes look like and what happens in them.
+    """Appearance and content of the scenes.
 
     Attributes:
-      height, width: pixels.
-      frames: of a clip.
-      frames_per_second: of a clip.
-      kinds: share of images, static scenes with a moving camera, dynamic scenes with a fixed one.
-      driven: share of the dynamic scenes in which the body is pushed by 2-D actions to a goal.
-      views: synchronised cameras of a dynamic scene.
-      objects: fewest and most bodies in a scene; the first of them is the one that moves.
-      colors, shapes, directions, camera_motions: what to draw from.
-      background: "plain" (one ground, one sky) or "textured" (checkerboards, other tones, other light).
-      wander: how much camera positions differ between scenes, 0 to 1.
-      supersampling: rays a pixel along each axis.
-      quality: constant rate factor of the encoded clips.
+      height, width: frame size in pixels.
+      frames: frames per clip.
+      frames_per_second: frame rate of the clips.
+      kinds: weights of images, static scenes with a moving camera, and dynamic scenes with a fixed camera.
+      driven: fraction of the dynamic scenes in which 2-D actions push the body to a goal.
+      views: synchronized cameras of a dynamic scene.
+      objects: minimum and maximum number of bodies in a scene; the first of them is the one that moves.
+      colors, shapes, directions, camera_motions: values to draw from.
+      background: "plain" (fixed ground, sky and light) or "textured" (checkerboards, varied tones and light).
+      wander: how much camera positions vary between scenes, 0 to 1.
+      supersampling: rays per pixel along each axis.
+      quality: constant rate factor (CRF) of the encoded clips.
     """
 
     height: int = 64
@@ -72,10 +73,10 @@ class SceneConfig(Config):
             or sum(self.kinds.values()) <= 0
             or min(self.kinds.values()) < 0
         ):
-            raise ValueError(f"kinds = {self.kinds}: shares of image, static, dynamic; none negative, one positive.")
+            raise ValueError(f"kinds = {self.kinds}: weights of image, static, dynamic: none negative, one positive.")
         low, high = self.objects
         if not 1 <= low <= high <= 4:
-            raise ValueError(f"objects = {self.objects}: fewest and most, between 1 and 4.")
+            raise ValueError(f"objects = {self.objects}: minimum and maximum, between 1 and 4.")
         if self.background not in ("plain", "textured"):
             raise ValueError(f"background = {self.background!r}: one of plain, textured.")
         for name in ("driven", "wander"):
@@ -89,14 +90,15 @@ class Scene:
 
     Attributes:
       kind: "image", "static" or "dynamic".
-      labels: what is in it.
-      captions: several phrasings of the same facts.
+      labels: its labels.
+      captions: alternative captions of the labels.
       video: uint8 (V, F, H, W, 3).
       intrinsics: float32 (V, F, 4); extrinsics: float32 (V, F, 3, 4), world-to-camera.
       actions: float32 (F, 2) or (0, 0): action t moves the body from frame t to t+1, along the first camera's right and
         forward directions on the ground; from -1 to 1.
-      rewards: float32 (F,) or (0,): share of the first distance to the goal that action t gains (up to 1 in sum).
-      bodies: for each frame, the bodies as drawn.
+      rewards: float32 (F,) or (0,): decrease of the distance to the goal by action t, relative to the initial distance
+        (up to 1 in sum).
+      bodies: the bodies of each frame.
     """
 
     kind: str
@@ -133,12 +135,12 @@ def render_scene(config: SceneConfig, seed: int, index: int) -> Scene:
     else:
         path = _path(rng, frames, axes, direction, cameras[0][0])
     path = path + np.array([0.0, 0.0, radius])
-    others = _others(config, rng, axes, path, radius, color)
+    static = _static_bodies(config, rng, axes, path, radius, color)
     yaw = float(rng.uniform(0.0, math.pi / 2))
     moving = [Body(shape, _albedo(color), center, radius, yaw) for center in path]
-    bodies = tuple((body, *others) for body in moving)
+    bodies = tuple((body, *static) for body in moving)
     stage = _stage(config, rng, marker)
-    video = np.stack([_film(config, stage, track, bodies) for track in cameras])
+    video = np.stack([_render(config, stage, track, bodies) for track in cameras])
     return Scene(
         kind=kind,
         labels=labels,
@@ -184,8 +186,8 @@ def _albedo(color: str) -> tuple[float, float, float]:
     return tuple(channel / 255.0 / _MIDDLE_SHADE for channel in COLORS[color])
 
 
-def _film(config: SceneConfig, stage: Stage, track: list[Camera], bodies: tuple[tuple[Body, ...], ...]) -> np.ndarray:
-    """One view, uint8 (F, H, W, 3). A camera that stands still casts its rays once."""
+def _render(config: SceneConfig, stage: Stage, track: list[Camera], bodies: tuple[tuple[Body, ...], ...]) -> np.ndarray:
+    """One view, uint8 (F, H, W, 3). The rays of a static camera are cast once."""
     images, renderer = [], None
     for camera, present in zip(track, bodies, strict=True):
         if renderer is None or renderer.camera is not camera:
@@ -197,7 +199,7 @@ def _film(config: SceneConfig, stage: Stage, track: list[Camera], bodies: tuple[
 def _cameras(
     config: SceneConfig, rng: np.random.Generator, frames: int, views: int, motion: str | None
 ) -> list[list[Camera]]:
-    """A track of F cameras for each view; all of them face the middle of the scene."""
+    """F cameras for each view; all of them face the center of the scene."""
     wander, aspect = config.wander, config.width / config.height
     azimuth = float(rng.uniform(-math.pi, math.pi)) * wander
     distance = 4.6 + 0.5 * wander * float(rng.uniform(-1, 1))
@@ -216,7 +218,7 @@ def _cameras(
         return [[camera(azimuth + gap, distance)] * frames for gap in gaps]
     extent = float(rng.uniform(0.8, 1.2))
     tracks = {
-        # Seen from above, the camera that goes to its own left turns clockwise about the target.
+        # Seen from above, a camera that moves to its own left orbits the target clockwise.
         "orbit left": lambda s: camera(azimuth - 0.9 * extent * s, distance),
         "orbit right": lambda s: camera(azimuth + 0.9 * extent * s, distance),
         "forward": lambda s: camera(azimuth, distance * (1.18 - 0.42 * extent * (s + 0.5))),
@@ -234,7 +236,7 @@ def _ground_axes(camera: Camera) -> np.ndarray:
 
 
 def _path(rng: np.random.Generator, frames: int, axes: np.ndarray, direction: str | None, camera: Camera) -> np.ndarray:
-    """(F, 3): where a body touches (or hovers over) the ground, along a straight line at constant speed."""
+    """(F, 3): the base of a body that moves along a straight line at constant speed."""
     right, forward = axes
     if direction is None:
         place = rng.uniform(-0.35, 0.35, 2) @ axes
@@ -256,14 +258,14 @@ def _path(rng: np.random.Generator, frames: int, axes: np.ndarray, direction: st
         start = right * 0.7 * aside + np.array([0.0, 0.0, travel / 2])
     else:
         start = right * 0.5 * aside
-        travel *= 1.25  # foreshortened
+        travel *= 1.25  # compensates foreshortening
     return start + travel * steps[:, None] * line
 
 
 def _driven_path(
     rng: np.random.Generator, frames: int, axes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """A body pushed to a goal by a hand that is now and then distracted: path (F, 3), actions, rewards, goal marker."""
+    """A body pushed to a goal by a noisy policy: path (F, 3), actions, rewards, goal marker."""
     start = rng.uniform(-1.2, 1.2, 2)
     goal = rng.uniform(-1.2, 1.2, 2)
     while np.linalg.norm(goal - start) < 1.2:
@@ -284,10 +286,10 @@ def _driven_path(
     return np.stack(places[:frames]) @ axes, np.stack(actions), np.asarray(rewards, np.float32), marker
 
 
-def _others(
+def _static_bodies(
     config: SceneConfig, rng: np.random.Generator, axes: np.ndarray, path: np.ndarray, radius: float, color: str
 ) -> list[Body]:
-    """Bodies that stand still, of other colours, clear of the moving one and of each other."""
+    """Static bodies of other colors, that do not touch the moving body or each other."""
     number = int(rng.integers(config.objects[0], config.objects[1] + 1)) - 1
     colors = [name for name in config.colors if name != color] or [color]
     bodies: list[Body] = []

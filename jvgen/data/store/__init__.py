@@ -1,4 +1,3 @@
-"""What lies on disk: records in ArrayRecord shards, the index over them, and readers by row.
-
-Which rows a step reads is decided in `jvgen.data.stream`.
+"""Data sets on disk: the record and its encoding, the index of a split, and the code that writes, opens and previews a
+data set. What records are made from belongs in `builders`, what batches are made of them in `stream`.
 """

@@ -1,4 +1,4 @@
-"""The index of a split: one row a record, in columns, so that plans are made without reading a single record."""
+"""The index of a split: one row per record, in columns, so that plans are made without reading records."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 from jvgen.data.store.records import KINDS, Record
 
-# Columns and dtypes on disk. `checksum` makes the digest depend on what the records hold, not only on their sizes.
+# Columns and dtypes on disk. `checksum` makes the digest depend on the content of the records.
 COLUMNS = {
     "id": np.str_,
     "kind": np.uint8,
@@ -28,8 +28,8 @@ COLUMNS = {
     "checksum": np.uint64,
 }
 
-# What reading a damaged npz has been seen to raise.
-_UNREADABLE = (
+# What reading a corrupt npz raises.
+_READ_ERRORS = (
     OSError,
     ValueError,
     KeyError,
@@ -53,7 +53,7 @@ class Index:
       has_camera, has_action: bool.
       captions: int32, number of captions.
       latent_frames: int32, frames of the cached latents, 0 without.
-      checksum: uint64 over the record's serialised bytes.
+      checksum: uint64 of the record's serialized bytes.
     """
 
     id: np.ndarray
@@ -84,24 +84,24 @@ class Index:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hexadecimal SHA-256 over every column: equal if and only if the records are the same, in the same order."""
+        """Hexadecimal SHA-256 over all columns: equal for the same records in the same order."""
         state = hashlib.sha256()
         for name in COLUMNS:
             column = getattr(self, name)
             state.update(f"{name}:{len(self)}\n".encode())
-            # Joined, not raw: the width of a numpy string column is no property of the data.
+            # Joined, not raw: the width of a numpy string column is not a property of the data.
             state.update(
                 "\0".join(column.tolist()).encode() if name == "id" else np.ascontiguousarray(column).tobytes()
             )
         return state.hexdigest()
 
     def kind_name(self, row: int) -> str:
-        """The kind of a row as text."""
+        """Name of the kind of a row."""
         return KINDS[int(self.kind[row])]
 
     @classmethod
     def of(cls, rows: Iterable[tuple[Record, int]]) -> "Index":
-        """The index of records, each with its checksum, in the order given."""
+        """The index of (record, checksum) pairs, in the given order."""
         lists: dict[str, list] = {name: [] for name in COLUMNS}
         for record, checksum in rows:
             for name, value in describe(record, checksum).items():
@@ -110,11 +110,11 @@ class Index:
 
     @classmethod
     def of_columns(cls, columns: dict[str, list]) -> "Index":
-        """The index of lists, one a column."""
+        """The index of one list per column."""
         return cls(**{name: np.asarray(columns[name], dtype) for name, dtype in COLUMNS.items()})
 
     def take(self, rows: np.ndarray) -> "Index":
-        """The index of some of the rows."""
+        """The index of the given rows."""
         return Index(**{name: getattr(self, name)[rows] for name in COLUMNS})
 
     def save(self, folder: str | Path, split: str) -> Path:
@@ -126,31 +126,34 @@ class Index:
 
     @classmethod
     def load(cls, folder: str | Path, split: str) -> "Index":
-        """Read the index that was written beside a data set.
+        """Read the index of a split of a data set.
 
         Raises:
-          ValueError: no index there, an index with missing columns, or one whose digest does not match its content.
+          ValueError: no index, missing columns, or a digest that does not match the content.
         """
         path = path_of(folder, split)
         if not path.is_file():
             raise ValueError(
-                f"{folder}: there is no {path.name} beside the data set, so it was not written by `jvgen data build` "
-                f"or is incomplete. Build it again."
+                f"{folder}: the data set has no {path.name}, so it was not written by `jvgen data build` or is "
+                "incomplete. Build it again."
             )
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 columns = {name: stored[name] for name in COLUMNS}
                 digest = str(stored["digest"])
-        except _UNREADABLE as error:
+        except _READ_ERRORS as error:
             raise ValueError(f"{path}: cannot be read as an index ({error}). Build the data set again.") from error
         index = cls(**columns)
         if index.digest != digest:
-            raise ValueError(f"{path}: damaged; its digest is {index.digest[:12]}, but {digest[:12]} was written.")
+            raise ValueError(
+                f"{path}: corrupt; its digest is {index.digest[:12]}, but {digest[:12]} was written. "
+                "Build the data set again."
+            )
         return index
 
 
 def path_of(folder: str | Path, split: str) -> Path:
-    """Where the index of a split lies."""
+    """Path of the index of a split."""
     return Path(folder) / f"index-{split}.npz"
 
 
@@ -172,6 +175,6 @@ def describe(record: Record, checksum: int) -> dict[str, object]:
     }
 
 
-def checksum_of(serialised: bytes) -> int:
-    """64 bits over a record's serialised bytes."""
-    return int.from_bytes(hashlib.blake2b(serialised, digest_size=8).digest(), "little")
+def checksum_of(serialized: bytes) -> int:
+    """64-bit checksum of a record's serialized bytes."""
+    return int.from_bytes(hashlib.blake2b(serialized, digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""The record: one clip (or image, or set of synchronised clips) with all that is known of it, and its TFDS encoding."""
+"""The record: one clip (or image, or set of synchronized clips) with its annotations, and its TFDS encoding."""
 
 import dataclasses
 import functools
@@ -19,13 +19,13 @@ class Record:
 
     Attributes:
       id: unique within its data set.
-      kind: "image", "static" (a still scene seen by a moving camera) or "dynamic".
-      clips: V encoded byte strings: mp4/webm/... for clips, png/jpeg for images; empty when only `latents` are stored.
-      captions: any number of captions of the same clip.
-      frames_per_second: of the recorded clip; 0 for images.
-      frames: frames of each view (the shortest, if they differ); 1 for images.
+      kind: "image", "static" (static scene, moving camera) or "dynamic".
+      clips: V encoded files: mp4, webm, ... for clips, png or jpeg for images; empty when only `latents` are stored.
+      captions: any number of alternative captions.
+      frames_per_second: frame rate; 0 for images.
+      frames: number of frames per view (of the shortest, if they differ); 1 for images.
       height, width: in pixels, as displayed (after rotation).
-      views: synchronised cameras.
+      views: number of synchronized cameras.
       intrinsics: float32 (V*F or 0, 4): fx, fy, cx, cy; x divided by the width, y by the height.
       extrinsics: float32 (V*F or 0, 3, 4): world-to-camera [R|t] with OpenCV axes (x right, y down, z forward).
       actions: float32 (F or 0, A): the action taken at each frame.
@@ -50,16 +50,16 @@ class Record:
 
     @property
     def has_camera(self) -> bool:
-        """Whether every frame of every view has its camera."""
+        """Whether the record has a camera for every frame of every view."""
         return self.intrinsics.shape[0] > 0
 
     @property
     def has_action(self) -> bool:
-        """Whether every frame has its action."""
+        """Whether the record has an action for every frame."""
         return self.actions.size > 0
 
     def cameras(self, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Intrinsics (F, 4) and extrinsics (F, 3, 4) of one view; both empty when the record has no cameras."""
+        """Intrinsics (F, 4) and extrinsics (F, 3, 4) of one view; empty when the record has no cameras."""
         rows = slice(view * self.frames, (view + 1) * self.frames)
         return self.intrinsics[rows], self.extrinsics[rows]
 
@@ -68,7 +68,7 @@ class Record:
         return dataclasses.replace(self, **changes)
 
     def validate(self) -> None:
-        """Check that fields agree with each other.
+        """Check that the fields are consistent.
 
         Raises:
           ValueError: names the record, the field, its value and the rule.
@@ -110,7 +110,7 @@ class Record:
 
 @functools.cache
 def features() -> Any:
-    """The `tfds.features.FeaturesDict` of a record: plain tensors and byte strings, which need no TensorFlow."""
+    """The `tfds.features.FeaturesDict` of a record: tensors and byte strings only, which do not need TensorFlow."""
     import tensorflow_datasets as tfds
 
     def tensor(shape: tuple[int | None, ...], dtype: type) -> Any:
@@ -130,7 +130,7 @@ def features() -> Any:
             "views": tensor(scalar, np.int32),
             "intrinsics": tensor((None, 4), np.float32),
             "extrinsics": tensor((None, 3, 4), np.float32),
-            # Ragged in two axes, which tf.Example cannot say: flat, with the width beside it.
+            # Ragged in two axes, which tf.Example cannot express: flattened, with the width stored separately.
             "actions": tensor((None,), np.float32),
             "action_width": tensor(scalar, np.int32),
             "rewards": tensor((None,), np.float32),
@@ -141,7 +141,7 @@ def features() -> Any:
 
 
 def encode(record: Record) -> dict[str, Any]:
-    """The dict that `features()` serialises."""
+    """The dict that `features()` serializes."""
     return {
         "id": record.id.encode(),
         "kind": record.kind.encode(),
@@ -163,7 +163,7 @@ def encode(record: Record) -> dict[str, Any]:
 
 
 def decode(example: dict[str, Any]) -> Record:
-    """The record in a dict read back from TFDS. Inverse of `encode` up to float16/float32 rounding."""
+    """The record of a dict read from TFDS. Inverse of `encode` up to float16/float32 rounding."""
     width = int(example["action_width"])
     actions = np.asarray(example["actions"], np.float32)
     latents = np.frombuffer(example["latents"], "<f2").astype(np.float16, copy=False)

@@ -1,4 +1,4 @@
-"""A look at a data set: a table of what it holds, a contact sheet and an animation of some records."""
+"""Previews a data set: a summary, a contact sheet and an animation of some records."""
 
 import collections
 import dataclasses
@@ -15,19 +15,19 @@ from jvgen.data.store.sources import open_source, splits
 from jvgen.data.video_files import DecodeError, decode_window
 
 _COLUMNS = 8  # frames of a record on the contact sheet
-_THUMBNAIL = 96  # height of a picture, in pixels
+_THUMBNAIL = 96  # height of a frame, in pixels
 _GAP = 4
 _TEXT = 14  # height of a line of text
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """What `show` returns.
+class Preview:
+    """Preview of a split.
 
     Attributes:
-      text: a summary, and a line for each record shown.
-      sheet: PNG bytes; a row of frames and the caption for each record (and view).
-      animation: GIF bytes; the same records playing side by side.
+      text: a summary, and a line per record.
+      sheet: PNG bytes; a row of frames and the caption per record (and view).
+      animation: GIF bytes; the same records side by side.
     """
 
     text: str
@@ -35,14 +35,14 @@ class Shown:
     animation: bytes
 
 
-def show(path: str | Path, split: str = "train", count: int = 8) -> Shown:
-    """Look at `count` records, spread evenly over a split.
+def show(path: str | Path, split: str = "train", count: int = 8) -> Preview:
+    """Preview `count` records, evenly spaced over a split.
 
     Raises:
       ValueError: as `jvgen.data.store.sources.open_source`; `count` below 1.
     """
     if count < 1:
-        raise ValueError(f"count = {count}: show at least one record.")
+        raise ValueError(f"count = {count}: must be at least 1.")
     source = open_source(path, split)
     others = ", ".join(f"{name} ({number})" for name, number in splits(source.folder).items())
     lines = [f"{source.folder}: splits {others}", *_summary(split, source.index), ""]
@@ -55,7 +55,7 @@ def show(path: str | Path, split: str = "train", count: int = 8) -> Shown:
             strips += [(_label(record, view), _frames(record, view)) for view in range(record.views)]
         except DecodeError as error:
             lines.append(f"       cannot be decoded: {error}")
-    return Shown("\n".join(lines) + "\n", _sheet(strips), _animation([frames for _, frames in strips]))
+    return Preview("\n".join(lines) + "\n", _sheet(strips), _animation([frames for _, frames in strips]))
 
 
 def _summary(split: str, index: Index) -> list[str]:
@@ -141,14 +141,14 @@ def _animation(clips: list[np.ndarray]) -> bytes:
     wide = max([1, *(clip.shape[2] for clip in clips)])
     rows = -(-len(clips) // columns)
     size = (columns * (wide + _GAP) + _GAP, max(1, rows) * (_THUMBNAIL + _GAP) + _GAP)
-    pictures = []
-    for moment in range(_COLUMNS):
-        picture = Image.new("RGB", size, "white")
+    images = []
+    for time in range(_COLUMNS):
+        image = Image.new("RGB", size, "white")
         for number, clip in enumerate(clips):
             row, column = divmod(number, columns)
-            frame = clip[min(moment * len(clip) // _COLUMNS, len(clip) - 1)]
-            picture.paste(Image.fromarray(frame), (_GAP + column * (wide + _GAP), _GAP + row * (_THUMBNAIL + _GAP)))
-        pictures.append(picture)
+            frame = clip[min(time * len(clip) // _COLUMNS, len(clip) - 1)]
+            image.paste(Image.fromarray(frame), (_GAP + column * (wide + _GAP), _GAP + row * (_THUMBNAIL + _GAP)))
+        images.append(image)
     buffer = io.BytesIO()
-    pictures[0].save(buffer, "gif", save_all=True, append_images=pictures[1:], duration=200, loop=0)
+    images[0].save(buffer, "gif", save_all=True, append_images=images[1:], duration=200, loop=0)
     return buffer.getvalue()

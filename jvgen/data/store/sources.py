@@ -1,4 +1,4 @@
-"""Reading data sets on disk: random access to the records of one split, from any thread or process."""
+"""Reads data sets on disk: random access to the records of one split, from any thread or process."""
 
 import difflib
 import json
@@ -10,14 +10,14 @@ from jvgen.data.store import records
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import Record
 
-METADATA = "jvgen.json"  # what the builder says of the data set, beside TFDS's own files
-# The first opening imports TFDS, whose lazy modules share one lock (functools.cached_property of Python 3.11): two
-# threads at it, one inside of an import and one about to import, would wait for each other forever.
-_OPENING = threading.Lock()
+METADATA = "jvgen.json"  # metadata of the builder, beside TFDS's own files
+# Opening imports TFDS, whose lazy modules share one lock (functools.cached_property of Python 3.11): two threads that
+# import at the same time would deadlock.
+_OPEN_LOCK = threading.Lock()
 
 
 class Source:
-    """Records of one split of a data set, by row. Thread-safe; a pickled copy opens its own files."""
+    """Records of one split of a data set, by row. Thread-safe; pickled copies open their own files."""
 
     def __init__(self, folder: Path, split: str):
         self.folder = folder
@@ -32,7 +32,7 @@ class Source:
         """The record of a row, 0 <= row < len(self).
 
         Raises:
-          IndexError: no such row.
+          IndexError: the row is out of range.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {self.folder} [{self.split}], which has {len(self)} records")
@@ -40,12 +40,12 @@ class Source:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the builder wrote about the data set (origin, options, digests); see `jvgen.data.store.writer`."""
+        """Metadata of the builder (origin, options, digests); see `jvgen.data.store.writer`."""
         return read_metadata(self.folder)
 
     def _open(self) -> Any:
         if self._reader is None:
-            with _OPENING:
+            with _OPEN_LOCK:
                 if self._reader is None:
                     reader = _builder(self.folder).as_data_source(self.split)
                     if len(reader) != len(self.index):
@@ -67,11 +67,11 @@ class Source:
 
 
 def open_source(path: str | Path, split: str) -> Source:
-    """Open one split of the data set in a folder (or in the only data set below it).
+    """Open one split of the data set in a folder (or of the only data set in its subfolders).
 
     Raises:
-      ValueError: no folder, a folder without a data set (or with several), an unknown split, a missing index; the
-        message lists what there is.
+      ValueError: no folder, a folder without a data set (or with several), an unknown split or a missing index; the
+        message lists the alternatives.
     """
     folder = find_dataset(path)
     names = splits(folder)
@@ -82,7 +82,7 @@ def open_source(path: str | Path, split: str) -> Source:
 
 
 def find_dataset(path: str | Path) -> Path:
-    """The folder with `dataset_info.json`: `path` itself, or the only one below it (two levels deep).
+    """The folder with `dataset_info.json`: `path` itself, or the only one in its subfolders (two levels deep).
 
     Raises:
       ValueError: as `open_source`.
@@ -91,13 +91,13 @@ def find_dataset(path: str | Path) -> Path:
     if not path.exists():
         names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
-        hint = f"Did you mean {' or '.join(near)}?" if near else "`jvgen data build` makes data sets."
+        hint = f"Did you mean {' or '.join(near)}?" if near else "Make a data set with `jvgen data build`."
         raise ValueError(f"data set folder {str(path)!r} does not exist. {hint}")
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file; a data set is a folder with dataset_info.json.")
     if (path / "dataset_info.json").is_file():
         return path
-    # Folders that begin with a dot are builds that never finished.
+    # Folders whose names start with a dot are unfinished builds.
     found = sorted(
         info.parent
         for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
@@ -107,21 +107,21 @@ def find_dataset(path: str | Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"{path} holds {len(found)} data sets; name one: {', '.join(str(p) for p in found[:8])}.")
+        raise ValueError(f"{path} contains {len(found)} data sets; choose one: {', '.join(str(p) for p in found[:8])}.")
     names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise ValueError(
-        f"{path} holds no data set (no dataset_info.json here or below; it has: {names}). "
+        f"{path} contains no data set (no dataset_info.json in it or its subfolders; it has: {names}). "
         "Make one with `jvgen data build`."
     )
 
 
 def splits(folder: str | Path) -> dict[str, int]:
-    """Split names of a data set with their numbers of records."""
+    """Number of records of each split of a data set."""
     return {name: int(split.num_examples) for name, split in _builder(find_dataset(folder)).info.splits.items()}
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
-    """What the builder wrote about the data set.
+    """Metadata that the builder wrote about the data set.
 
     Raises:
       ValueError: the data set was not written by `jvgen data build`.

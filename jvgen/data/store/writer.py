@@ -1,4 +1,4 @@
-"""Writing a TFDS data set in ArrayRecord, without TensorFlow, all or nothing."""
+"""Writes a TFDS data set in ArrayRecord atomically, without TensorFlow."""
 
 import contextlib
 import json
@@ -16,16 +16,17 @@ from jvgen.data.store.index import COLUMNS, Index, checksum_of, describe
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import METADATA
 
-FORMAT = 1  # of jvgen's own files beside TFDS's; raised when a reader of today could not read them
-VERSION = "1.0.0"  # TFDS insists on a version
+FORMAT = 1  # of jvgen's own files; incremented when older readers cannot read them
+VERSION = "1.0.0"  # required by TFDS
+MODULE = "jvgen.data.writer"  # recorded by TFDS; constant, so that moving this file does not change data sets
 SHARD_BYTES = 512 << 20
 
 
 class Writer:
-    """Context manager that collects records in a hidden folder and moves it into place at the end.
+    """Context manager that writes records to a hidden folder and renames it at the end.
 
-    A build that fails is removed; one that is killed leaves only a folder whose name begins with a dot, which the next
-    build of the same name clears away. Records keep the order in which they are added.
+    A build that fails is removed. One that is killed leaves a folder whose name starts with a dot, which the next build
+    of the same name removes. Records keep the order in which they are added.
     """
 
     def __init__(
@@ -37,17 +38,17 @@ class Writer:
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
     ):
-        """Prepare to write.
+        """Check that the data set can be written.
 
         Args:
-          out: folder of the data set; must not exist (or be empty) unless `overwrite`.
+          out: folder of the data set; must not exist or be empty, unless `overwrite`.
           description: one line for `dataset_info.json`.
           metadata: JSON values stored in `jvgen.json` (origin, options, digests).
-          overwrite: replace a data set that is there. A folder that holds anything else is never replaced.
-          shard_bytes: a new ArrayRecord file is begun when one is larger than this.
+          overwrite: replace an existing data set. A folder with anything else is never replaced.
+          shard_bytes: size at which a new ArrayRecord file is started.
 
         Raises:
-          ValueError: something is in the way at `out`.
+          ValueError: `out` exists and may not be replaced.
         """
         self.out = Path(out).expanduser().absolute()
         self.description = description
@@ -60,7 +61,7 @@ class Writer:
         self.digests: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        self._clear_dead_builds()
+        self._remove_dead_builds()
         self._partial.mkdir(parents=True)
         return self
 
@@ -68,7 +69,7 @@ class Writer:
         """Append a record to a split.
 
         Raises:
-          ValueError: fields that do not fit together, or an id that the split already has.
+          ValueError: inconsistent fields, or an id that the split already has.
         """
         record.validate()
         if split not in self._splits:
@@ -76,7 +77,7 @@ class Writer:
         self._splits[split].add(record, self.shard_bytes)
 
     def attach(self, name: str, text: str) -> None:
-        """Write a text file that is to lie beside the data set."""
+        """Add a text file to the folder of the data set."""
         (self._partial / name).write_text(text)
 
     def __exit__(
@@ -94,7 +95,7 @@ class Writer:
         import tensorflow_datasets as tfds
 
         if not self._splits:
-            raise ValueError(f"{self.out}: nothing to write, not one record was accepted.")
+            raise ValueError(f"{self.out}: nothing to write, no record was accepted.")
         name = _identifier(self.out.name)
         infos = []
         for split in self._splits.values():
@@ -111,7 +112,7 @@ class Writer:
         metadata = {"format": FORMAT, "jvgen": jvgen.__version__, **self.metadata, "digests": self.digests}
         (self._partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
         identity = tfds.core.dataset_info.DatasetIdentity(
-            name=name, version=tfds.core.Version(VERSION), data_dir=str(self._partial), module_name=__name__
+            name=name, version=tfds.core.Version(VERSION), data_dir=str(self._partial), module_name=MODULE
         )
         info = tfds.core.DatasetInfo(
             builder=identity, description=self.description, features=records.features(), disable_shuffling=True
@@ -119,10 +120,10 @@ class Writer:
         info.set_file_format("array_record")
         info.set_splits(tfds.core.SplitDict(infos))
         info.write_to_directory(self._partial)
-        _flush(self._partial)
-        self._put_in_place()
+        _fsync(self._partial)
+        self._move_to_out()
 
-    def _put_in_place(self) -> None:
+    def _move_to_out(self) -> None:
         self._check_out()
         replaced = None
         if self.out.exists():
@@ -135,15 +136,15 @@ class Writer:
     def _check_out(self) -> None:
         out = self.out
         if out.is_file():
-            raise ValueError(f"out = {str(out)!r} is a file; name a folder that does not exist yet.")
+            raise ValueError(f"out = {str(out)!r} is a file; use a folder that does not exist yet.")
         if not out.is_dir() or not any(out.iterdir()):
             return
         if not (out / "dataset_info.json").is_file():
-            raise ValueError(f"out = {str(out)!r} holds something that is not a data set; name another folder.")
+            raise ValueError(f"out = {str(out)!r} contains something other than a data set; use another folder.")
         if not self.overwrite:
-            raise ValueError(f"out = {str(out)!r} already holds a data set; pass overwrite, or name another folder.")
+            raise ValueError(f"out = {str(out)!r} already contains a data set; pass overwrite, or use another folder.")
 
-    def _clear_dead_builds(self) -> None:
+    def _remove_dead_builds(self) -> None:
         prefix = f".{self.out.name}.partial-{socket.gethostname()}-"
         for folder in self.out.parent.glob(f"{prefix}*"):
             process = folder.name.removeprefix(prefix).split(".")[0]
@@ -169,23 +170,23 @@ class _Split:
 
         if record.id in self.ids:
             raise ValueError(f"record id {record.id!r} occurs twice in split {self.name!r}; ids must be unique.")
-        serialised = records.features().serialize_example(records.encode(record))
+        serialized = records.features().serialize_example(records.encode(record))
         if self.shard is None:
-            # Media are compressed already; groups of one are what random access wants.
+            # Media are already compressed; groups of one record give the fastest random access.
             self.shard = ArrayRecordWriter(str(self._path(len(self.lengths))), "group_size:1,uncompressed")
             self.lengths.append(0)
-        self._guarded(self.shard.write, serialised)
+        self._guarded(self.shard.write, serialized)
         self.ids.add(record.id)
-        for column, value in describe(record, checksum_of(serialised)).items():
+        for column, value in describe(record, checksum_of(serialized)).items():
             self.columns[column].append(value)
         self.lengths[-1] += 1
-        self.bytes += len(serialised)
-        self.shard_bytes += len(serialised)
+        self.bytes += len(serialized)
+        self.shard_bytes += len(serialized)
         if self.shard_bytes >= limit:
             self._close_shard()
 
     def close(self, dataset: str) -> tuple[list[int], int]:
-        """Finish the files and give them their final names; returns records a shard, and bytes in all."""
+        """Close the files and give them their final names; returns the records per shard and the total bytes."""
         self._close_shard()
         for number in range(len(self.lengths)):
             name = f"{dataset}-{self.name}.array_record-{number:05d}-of-{len(self.lengths):05d}"
@@ -193,7 +194,7 @@ class _Split:
         return self.lengths, self.bytes
 
     def abandon(self) -> None:
-        """Close a file that is about to be removed; what closing it has to say is of no interest."""
+        """Close a file that is about to be removed, ignoring errors."""
         if self.shard is not None:
             with contextlib.suppress(RuntimeError):
                 self.shard.close()
@@ -211,7 +212,7 @@ class _Split:
         self._guarded(self.shard.close)
         self.shard = None
         path = self._path(len(self.lengths) - 1)
-        # The writer does not report a full disk in every case; what it wrote cannot be smaller than its records.
+        # ArrayRecord does not always report a full disk: a file smaller than its records is incomplete.
         if path.stat().st_size < self.shard_bytes:
             raise OSError(
                 f"{path}: {path.stat().st_size} bytes on disk of {self.shard_bytes} written; is the disk full?"
@@ -223,13 +224,13 @@ class _Split:
 
 
 def _identifier(name: str) -> str:
-    """A TFDS data set name: lower-case words joined by underscores, not beginning with a digit."""
+    """A TFDS data set name: lower-case words joined by underscores, starting with a letter."""
     text = "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or "dataset"
     return text if text[0].isalpha() else f"dataset_{text}"
 
 
-def _flush(folder: Path) -> None:
-    """Bring all files of a folder to the disk, so that a rename never leads to half-written ones after a crash."""
+def _fsync(folder: Path) -> None:
+    """Flush all files of a folder to disk, so that after a crash a renamed folder has no half-written files."""
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -24,7 +24,7 @@ _DIGEST_NAMES = {"start_step": "begins", "end_step": "ends"}
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """The records of one global batch: slot i is record `row[i]` of source `source[i]`.
+    """The records of one global batch: slot i, its i-th example, is record `row[i]` of source `source[i]`.
 
     Attributes:
       step: training step.
