@@ -31,7 +31,7 @@ def experiment() -> Experiment:
         name="cv_vae_causal",
         task=VideoVAETaskConfig(
             # Motion between two latents' frames begins as a blend of theirs, not as a copy of the newer.
-            network=CVVAEConfig.causal(image).replace(frames_between="blended"),
+            network=CVVAEConfig.causal(image).replace(blend_frames=True),
             image_vae=image,
             image_vae_weights="weights/sd3_vae",
             shared=SharedLatentsConfig(decoder_weight=1.0, mapping="random"),

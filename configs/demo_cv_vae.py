@@ -25,7 +25,7 @@ def experiment() -> Experiment:
     return Experiment(
         name="demo_cv_vae",
         task=VideoVAETaskConfig(
-            network=CVVAEConfig.causal(ImageVAEConfig.tiny()).replace(frames_between="blended"),
+            network=CVVAEConfig.causal(ImageVAEConfig.tiny()).replace(blend_frames=True),
             image_vae=ImageVAEConfig.tiny(),
             image_vae_weights="runs/demo/export/image_vae/vae",
             shared=SharedLatentsConfig(decoder_weight=1.0, mapping="random"),

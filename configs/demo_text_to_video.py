@@ -44,7 +44,7 @@ def experiment() -> Experiment:
                 temporal_compression=4,
             ),
             text=TextConfig(encoder=ByteTextConfig(width=128, layers=2, heads=4), length=48),
-            vae=CVVAEConfig.causal(ImageVAEConfig.tiny()).replace(frames_between="blended"),
+            vae=CVVAEConfig.causal(ImageVAEConfig.tiny()).replace(blend_frames=True),
             vae_weights="runs/demo/export/video_vae/vae",
             spatial_compression=4,
             temporal_compression=4,

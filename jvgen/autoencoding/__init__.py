@@ -1,3 +1,3 @@
-"""Applying VAEs: encode and decode videos of any length in bounded memory, files of latents, fidelity of exported
-VAEs. Training a VAE is a task (`jvgen.tasks`), its network is in `jvgen.models`.
+"""VAEs applied: videos of any length encoded and decoded in bounded memory, files of latents, evaluation of exported
+VAEs, and decoding a run's samples with another VAE. Networks are in `jvgen.models`, their training in `jvgen.tasks`.
 """

@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvgen.autoencoding.streaming import VideoCoder
+from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.models.image_vae import posterior
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network
-from jvgen.tasks.clip_coder import CoderConfig, temporal_downsampling
+from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
 from jvgen.tasks.pixels import from_uint8
 
 
 class FrameEncoder:
-    """Calls turn uint8 frames `F H W 3` of a clip into float32 moments `f h w 2z`; statistics of the latents are kept.
+    """Calls turn uint8 frames `F H W 3` of a clip into float32 moments `f h w 2z`, and accumulate latent statistics.
 
     Args:
       folder: exported folder of an image VAE or a video VAE.
@@ -25,24 +25,24 @@ class FrameEncoder:
       batch: frames encoded together by an image VAE, about as many by a video VAE.
 
     Attributes:
-      group: frames that share a latent; clips have n groups after their first frame.
+      frames_per_latent: frames that share a latent; clips have a multiple of it after their first frame.
 
     Raises:
-      ValueError: not a VAE, or a size that it does not divide.
+      ValueError: not a VAE, or a size that its latents do not divide.
     """
 
     def __init__(self, folder: str, height: int, width: int, *, batch: int = 16):
         config = read_config(folder)
         if batch < 1:
             raise ValueError(f"--batch-size {batch}: must be at least 1.")
-        if not isinstance(config, CoderConfig):
+        if not isinstance(config, VAEConfig):
             raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not a VAE.")
         if height % config.downsampling or width % config.downsampling:
             raise ValueError(f"--size {height}x{width}: both must be multiples of {config.downsampling} for this VAE.")
         self._batch = batch
-        self.group = temporal_downsampling(config)
-        self._coder = None if isinstance(config, ImageVAEConfig) else VideoCoder(folder, part=batch)
-        if self._coder is None:
+        self.frames_per_latent = temporal_downsampling(config)
+        self._video_vae = None if isinstance(config, ImageVAEConfig) else StreamingVAE(folder, chunk_frames=batch)
+        if self._video_vae is None:
             _, parameters = import_folder(folder)
             network = Network.of(lambda rngs: ImageVAE(config, rngs=rngs))
             self._encode = jax.jit(
@@ -52,24 +52,27 @@ class FrameEncoder:
         self._count, self._sum, self._squares = 0, 0.0, 0.0
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        if (len(frames) - 1) % self.group:
-            raise ValueError(f"a clip of {len(frames)} frames: this VAE needs {self.group}n + 1.")
-        parts = list(self._of_images(frames) if self._coder is None else self._coder.moments(iter(frames), len(frames)))
-        moments = np.concatenate(parts)
+        if (len(frames) - 1) % self.frames_per_latent:
+            raise ValueError(f"a clip of {len(frames)} frames: this VAE needs {self.frames_per_latent}n + 1.")
+        if self._video_vae is None:
+            chunks = self._encode_images(frames)
+        else:
+            chunks = self._video_vae.moments(iter(frames), len(frames))
+        moments = np.concatenate(list(chunks))
         mean, log_variance = (np.asarray(part, np.float64) for part in posterior.split_moments(jnp.asarray(moments)))
         self._count += mean.size
         self._sum += mean.sum()
         self._squares += (mean**2 + np.exp(log_variance)).sum()
         return moments
 
-    def _of_images(self, frames: np.ndarray) -> Iterator[np.ndarray]:
+    def _encode_images(self, frames: np.ndarray) -> Iterator[np.ndarray]:
         for start in range(0, len(frames), self._batch):
-            some = frames[start : start + self._batch]
-            # Filled up to one shape, so that there is one program.
-            filled = np.concatenate([some, np.zeros((self._batch - len(some), *some.shape[1:]), np.uint8)])
-            yield np.asarray(self._encode(self._parameters, filled))[: len(some)]
+            batch = frames[start : start + self._batch]
+            # Padded to one shape, so that there is one compilation.
+            padded = np.concatenate([batch, np.zeros((self._batch - len(batch), *batch.shape[1:]), np.uint8)])
+            yield np.asarray(self._encode(self._parameters, padded))[: len(batch)]
 
     def statistics(self) -> dict[str, float]:
-        """Mean and standard deviation over all sampled latent elements so far."""
+        """Mean and standard deviation ("deviation") over all elements of sampled latents so far."""
         mean = self._sum / max(self._count, 1)
         return {"mean": mean, "deviation": max(self._squares / max(self._count, 1) - mean**2, 0.0) ** 0.5}

@@ -1,4 +1,4 @@
-"""Measuring exported VAEs on held-out clips: fidelity, and how well a video VAE shares latents with an image VAE."""
+"""Evaluation of exported VAEs on held-out clips: fidelity, and compatibility of a video VAE with an image VAE."""
 
 import json
 import math
@@ -21,8 +21,8 @@ from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.network import Parameters
 from jvgen.tasks import compatibility
-from jvgen.tasks.clip_coder import ClipCoder, CoderConfig, temporal_downsampling
-from jvgen.tasks.perceptual import Perceptual
+from jvgen.tasks.clip_vae import ClipVAE, VAEConfig, temporal_downsampling
+from jvgen.tasks.perceptual import PerceptualDistance
 from jvgen.tasks.pixels import from_uint8
 from jvgen.terminal import progress
 
@@ -49,34 +49,34 @@ def evaluate_vae(
     Args:
       vae: exported folder of an image or video VAE.
       data: data set folder; its validation split if it has one.
-      frames, size, stride: of the clips: number of frames, (height, width), recorded frames between two.
-      batches, batch: how many batches at most, of how many clips.
-      image_vae: exported folder of the image VAE that latents are to be shared with.
-      lpips: LPIPS weights; without, the distance is a Laplacian pyramid's, and its name says so.
+      frames, size, stride: number of frames, (height, width) and frame stride of the clips.
+      batches, batch: largest number of batches, and clips per batch.
+      image_vae: exported folder of the image VAE whose latents should be shared.
+      lpips: LPIPS weights; without them the distance is a Laplacian pyramid's, under another name.
       out: folder for metrics.json and worst.png, the clips with the lowest PSNR: originals and reconstructions.
-      worst: how many.
-      features: of clips in [0, 1], `N F H W 3` to `N D` (an I3D's): also the reconstructions' Fréchet distance, "rfvd".
-        It is biased: compare equal numbers of clips only.
+      worst: number of such clips.
+      features: `N F H W 3` clips in [0, 1] to `N D` features (an I3D's), for the reconstructions' Fréchet distance,
+        "rfvd". It is biased: compare equal numbers of clips only.
 
     Raises:
-      ValueError: folders of other networks, or clips that they cannot take.
+      ValueError: folders of other networks, or a clip size that they cannot take.
     """
     if batches < 1 or batch < 1:
         raise ValueError(f"--batches {batches}, --batch-size {batch}: at least 1 each.")
-    config, image_config = _coder_config(vae), None
+    config, image_config = _vae_config(vae), None
     _check_clip(config, frames, size)
     if image_vae is not None:
         image_config = read_config(image_vae)
         if not isinstance(image_config, ImageVAEConfig):
             raise ValueError(f"--image-vae {image_vae}: holds a {type(image_config).__name__}, not an image VAE.")
     kind = PerceptualConfig(kind="lpips", weights=lpips) if lpips else PerceptualConfig(kind="laplacian")
-    perceptual, coder = Perceptual(kind), ClipCoder(config)
-    image_coder = None if image_config is None else ClipCoder(image_config)
+    perceptual, clip_vae = PerceptualDistance(kind), ClipVAE(config)
+    image_clip_vae = None if image_config is None else ClipVAE(image_config)
 
     @jax.jit
     def run(tree: Parameters, image_tree: Parameters, frozen: Parameters, video: jax.Array) -> Any:
-        clips, means = compatibility.reconstructions(coder, tree, from_uint8(video), image_coder, image_tree)
-        shown = compatibility.shown(clips)
+        clips, means = compatibility.reconstructions(clip_vae, tree, from_uint8(video), image_clip_vae, image_tree)
+        shown = compatibility.uint8_clips(clips)
         return compatibility.fidelity(clips, perceptual, frozen), compatibility.statistics(means), shown
 
     parameters = jax.device_put(import_folder(vae)[1])
@@ -84,7 +84,7 @@ def evaluate_vae(
     frozen = jax.device_put(perceptual.load())
     rows: dict[str, list[float]] = {}
     totals: dict[str, np.ndarray] = {}
-    seen: list[tuple[float, str, np.ndarray, np.ndarray]] = []
+    lowest: list[tuple[float, str, np.ndarray, np.ndarray]] = []
     distance = None if features is None else VideoDistance(features, "rfvd")
     loader = _loader(data, frames, size, stride, batch)
     with loader.batches(0, batches) as stream:
@@ -97,42 +97,42 @@ def evaluate_vae(
                 totals[name] = totals.get(name, np.zeros(2)) + np.array([total, count], np.float64)
             if distance is not None:
                 distance.add(*(np.float32(clips) / 255.0 for clips in (video, shown["reconstruction"])))
-            seen += zip(found["psnr"].tolist(), loaded.record_ids, video, shown["reconstruction"], strict=True)
-            seen = sorted(seen, key=lambda row: row[0])[: max(worst, 0)]
+            lowest += zip(found["psnr"].tolist(), loaded.record_ids, video, shown["reconstruction"], strict=True)
+            lowest = sorted(lowest, key=lambda row: row[0])[: max(worst, 0)]
     result = {name: float(np.mean(values)) for name, values in rows.items()}
-    result |= _deviations({name: total / count for name, (total, count) in totals.items()})
+    result |= _standard_deviations({name: total / count for name, (total, count) in totals.items()})
     if distance is not None:
         result |= distance.result()
     for name, value in sorted(result.items()):
         print(f"{name:36s} {value:.6g}")
     if perceptual.config.kind != "lpips":
-        print("perceptual_laplacian is no LPIPS: give --lpips-weights FILE for that.")
+        print("perceptual_laplacian is not LPIPS: give --lpips-weights FILE for LPIPS.")
     if out is not None:
-        _write(out, vae, data, result, seen)
+        _write(out, vae, data, result, lowest)
     return result
 
 
 def _write(
-    out: Path, vae: Path, data: str, result: dict[str, float], seen: list[tuple[float, str, np.ndarray, np.ndarray]]
+    out: Path, vae: Path, data: str, result: dict[str, float], lowest: list[tuple[float, str, np.ndarray, np.ndarray]]
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    worst = [{"record": name, "psnr": value} for value, name, _, _ in seen]
+    worst = [{"record": name, "psnr": value} for value, name, _, _ in lowest]
     document = {"vae": str(vae), "data": str(data), "metrics": result, "worst": worst}
     (out / "metrics.json").write_text(json.dumps(document, indent=1) + "\n")
-    if seen:
-        pairs = [clip for _, _, original, made in seen for clip in (original, made)]
+    if lowest:
+        pairs = [clip for _, _, original, reconstruction in lowest for clip in (original, reconstruction)]
         (out / "worst.png").write_bytes(png_bytes(contact_sheet(pairs, frames=SHEET_FRAMES)))
-    print(f"wrote {out / 'metrics.json'}" + (f" and {out / 'worst.png'}" if seen else ""))
+    print(f"wrote {out / 'metrics.json'}" + (f" and {out / 'worst.png'}" if lowest else ""))
 
 
-def _coder_config(folder: Path) -> CoderConfig:
+def _vae_config(folder: Path) -> VAEConfig:
     config = read_config(folder)
-    if not isinstance(config, CoderConfig):
+    if not isinstance(config, VAEConfig):
         raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not a VAE.")
     return config
 
 
-def _check_clip(config: CoderConfig, frames: int, size: tuple[int, int]) -> None:
+def _check_clip(config: VAEConfig, frames: int, size: tuple[int, int]) -> None:
     group, side = temporal_downsampling(config), config.downsampling
     if frames < 1 or (frames - 1) % group:
         nearest = max(frames - 1, 0) // group * group + 1
@@ -159,8 +159,8 @@ def _loader(data: str, frames: int, size: tuple[int, int], stride: int, batch: i
     return Loader(config, seed=0, preprocess=lambda example: {"video": example["video"]}, evaluation=True)
 
 
-def _deviations(statistics: dict[str, float]) -> dict[str, float]:
-    """Mean squares of latent channels as standard deviations."""
+def _standard_deviations(statistics: dict[str, float]) -> dict[str, float]:
+    """The statistics with mean squares of latent channels replaced by standard deviations ("deviation_0")."""
     found = {}
     for name, value in statistics.items():
         if "/square_" in name:

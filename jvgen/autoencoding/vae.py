@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jvgen.autoencoding.streaming import VideoCoder
+from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.config import Config
 
 
@@ -16,24 +16,24 @@ class VAE:
     """
 
     def __init__(self, folder: str | Path, *, compute_dtype: str = "float32"):
-        self._coder = VideoCoder(folder, compute_dtype=compute_dtype)
+        self._vae = StreamingVAE(folder, compute_dtype=compute_dtype)
 
     @property
     def config(self) -> Config:
         """Configuration of the network."""
-        return self._coder.config
+        return self._vae.config
 
     def encode(self, video: np.ndarray) -> np.ndarray:
         """Latents (posterior means) of a video: uint8 `F H W 3` -> float32 `f h w z`.
 
-        Frames, rows and columns are filled up to whole latents by repeating the last ones.
+        Videos are padded to whole latents by repeating the last frame, row and column.
 
         Raises:
           ValueError: not a uint8 array of that shape.
         """
         if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
             raise ValueError(f"video of shape {video.shape} and {video.dtype}: expected uint8 frames F H W 3.")
-        return np.concatenate(list(self._coder.encode(iter(video), len(video))))
+        return np.concatenate(list(self._vae.encode(iter(video), len(video))))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """The video of latents: float32 `f h w z` -> uint8 `F H W 3`.
@@ -41,11 +41,11 @@ class VAE:
         Raises:
           ValueError: another number of channels.
         """
-        if latents.ndim != 4 or latents.shape[-1] != self._coder.latent_channels or not len(latents):
+        if latents.ndim != 4 or latents.shape[-1] != self._vae.latent_channels or not len(latents):
             raise ValueError(
-                f"latents of shape {latents.shape}: expected f h w z with z = {self._coder.latent_channels}."
+                f"latents of shape {latents.shape}: expected f h w z with z = {self._vae.latent_channels}."
             )
-        return np.concatenate(list(self._coder.decode(iter(latents), len(latents))))
+        return np.concatenate(list(self._vae.decode(iter(latents), len(latents))))
 
 
 def load_vae(folder: str | Path, *, compute_dtype: str = "float32") -> VAE:

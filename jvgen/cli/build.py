@@ -205,7 +205,7 @@ def run_latents(parsed: argparse.Namespace) -> int:
     with progress_bar("encoding", "records") as report:
         summary = build_latents(
             parsed.source, parsed.out, encoder, encoder_digest=content_digest(parsed.vae), height=height,
-            width=width, frames=parsed.frames, stride=parsed.stride, group=encoder.group,
+            width=width, frames=parsed.frames, stride=parsed.stride, group=encoder.frames_per_latent,
             keep_clips=parsed.keep_clips, overwrite=parsed.overwrite, progress=report,
         )  # fmt: skip
     statistics = encoder.statistics()

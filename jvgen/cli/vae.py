@@ -41,14 +41,14 @@ def add_commands(commands) -> None:
 
 def run_encode(parsed: argparse.Namespace) -> int:
     """Encode every video."""
-    from jvgen.autoencoding.latent_files import encode_file, open_coder
+    from jvgen.autoencoding.latent_files import encode_file, open_vae
 
     targets = _targets(parsed.videos, parsed.out, ".npy", parsed.overwrite)
-    coder, digest = open_coder(parsed.vae, parsed.chunk_frames, parsed.compute_dtype)
+    vae, digest = open_vae(parsed.vae, parsed.chunk_frames, parsed.compute_dtype)
     for source, target in targets:
         with progress_bar(f"encoding {source.name}", "frames") as report:
-            video = encode_file(coder, digest, source, target, dtype=parsed.dtype, report=report)
-        frames, height, width = coder.padded(video.frames, video.height, video.width)
+            video = encode_file(vae, digest, source, target, dtype=parsed.dtype, report=report)
+        frames, height, width = vae.padded_size(video.frames, video.height, video.width)
         size, padded = f"{video.frames} frames of {video.height}x{video.width}", f"{frames} frames of {height}x{width}"
         print(f"{target}: {size}" + (f", padded to {padded}" if size != padded else ""))
     return 0
@@ -56,16 +56,16 @@ def run_encode(parsed: argparse.Namespace) -> int:
 
 def run_decode(parsed: argparse.Namespace) -> int:
     """Decode every file of latents."""
-    from jvgen.autoencoding.latent_files import decode_file, open_coder, read_latents
+    from jvgen.autoencoding.latent_files import decode_file, open_vae, read_latents
 
     images = [read_latents(path)[0].frames_per_second == 0 for path in parsed.latents]
     targets = _targets(parsed.latents, parsed.out, ".mp4", parsed.overwrite)
-    coder, digest = open_coder(parsed.vae, parsed.chunk_frames, parsed.compute_dtype)
+    vae, digest = open_vae(parsed.vae, parsed.chunk_frames, parsed.compute_dtype)
     for (source, target), image in zip(targets, images, strict=True):
         target = target.with_suffix(".png") if image else target
         with progress_bar(f"decoding {source.name}", "frames") as report:
             video = decode_file(
-                coder, digest, source, target, frames_per_second=parsed.fps, quality=parsed.crf, report=report
+                vae, digest, source, target, frames_per_second=parsed.fps, quality=parsed.crf, report=report
             )
         print(f"{target}: {video.frames} frames of {video.height}x{video.width}")
     return 0

@@ -17,7 +17,7 @@ from jvgen.evaluation.motion import score
 from jvgen.evaluation.report import Report
 from jvgen.interop.from_torch import import_folder
 from jvgen.tasks import compatibility
-from jvgen.tasks.clip_coder import ClipCoder
+from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.pixels import from_uint8
 
 DIRECTIONS = ("left", "right", "toward", "away")
@@ -287,15 +287,15 @@ def _side_by_side(
 
 
 def _coded(folder: Path, clips: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """Clips through the video VAE and across the two VAEs; see `jvgen.tasks.compatibility.shown`."""
+    """Clips through the video VAE and across the two VAEs; see `jvgen.tasks.compatibility.uint8_clips`."""
     (config, weights), (image_config, image_weights) = (
         import_folder(folder / name / "vae") for name in ("video_vae", "image_vae")
     )
-    coder, image_coder = ClipCoder(config), ClipCoder(image_config)
+    coder, image_coder = ClipVAE(config), ClipVAE(image_config)
 
     @jax.jit
     def run(weights: Any, image_weights: Any, clip: jax.Array) -> dict[str, jax.Array]:
-        return compatibility.views(coder, weights, from_uint8(clip)[None], image_coder, image_weights)
+        return compatibility.reconstructed_clips(coder, weights, from_uint8(clip)[None], image_coder, image_weights)
 
     made = [jax.device_get(run(weights, image_weights, clip)) for clip in clips]
     return {name: [one[name][0] for one in made] for name in made[0]}

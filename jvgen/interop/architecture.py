@@ -1,6 +1,7 @@
-"""Whether weights on disk are of the network that a run describes: told by their config.json, before they are read."""
+"""Compare weights on disk with the network of a run by their config.json, before the weights are read."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from jvgen.config import Config
@@ -8,8 +9,8 @@ from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import read_config
 from jvgen.models.video_dit.config import Positions
 
-# What config.json says of the use that the network was made for, and what the network does not compute with.
-SAID_ONLY = {
+# Fields that the network does not compute with: what it was made for, and how it is used.
+DESCRIPTIVE_FIELDS = {
     "CompressiveTokenizerConfig": {"dropout", "commitment"},
     "FrameTransformerConfig": {"attention_dropout", "max_positions"},
     "CVVAEConfig": {
@@ -19,7 +20,7 @@ SAID_ONLY = {
         "tile_frames",
         "tile_size",
         "tile_overlap",
-        "frames_between",
+        "blend_frames",
     },
     "ImageVAEConfig": {"sample_size", "scaling_factor", "shift_factor"},
     "VideoDiTConfig": {"sample_height", "sample_width", "sample_frames", "temporal_compression", "text_length"},
@@ -37,31 +38,37 @@ def check_architecture(folder: str | Path, wanted: Config, field: str) -> None:
     lines = differences(read_config(folder), wanted)
     if lines:
         raise ValueError(
-            f"{field} = {str(folder)!r} holds another network than the run describes:\n"
+            f"{field} = {str(folder)!r} holds another network than the run's config:\n"
             + "\n".join(f"  {line}" for line in lines)
-            + f"\nName the weights of the run's network in {field}, or describe theirs in the config."
+            + f"\nName weights of the run's network in {field}, or change the config to the network of these."
         )
 
 
 def differences(found: Config, wanted: Config) -> list[str]:
-    """How the network of some weights differs from the one that a run describes, one line a field.
+    """How the network of some weights differs from the one that a run describes, one line per field.
 
     Fields that only decide how a network is run (remat, kernels) do not count.
     """
     if type(found) is not type(wanted):
         return [f"a network of {type(found).__name__} in the weights, of {type(wanted).__name__} in the run"]
     form = format_of(wanted)
-    # Through config.json and back: what no file keeps is the same on both sides then.
-    told, described = form.from_json(form.to_json(wanted)), wanted
-    has_companion = form.companion_map(described) is not None
-    wanted = form.with_companion(told, form.companion_json(described)) if has_companion else told
-    ignored = SAID_ONLY.get(type(found).__name__, set())
+    # Through config.json and back, so that what no file keeps is equal on both sides.
+    stored = form.from_json(form.to_json(wanted))
+    has_companion = form.companion_map(wanted) is not None
+    wanted = form.with_companion(stored, form.companion_json(wanted)) if has_companion else stored
+    ignored = DESCRIPTIVE_FIELDS.get(type(found).__name__, set())
     if getattr(wanted, "positions", Positions.SINCOS) is not Positions.SINCOS:
-        # Rotary positions are laid over the grid of the clip that the network is made for.
+        # Rotary positions depend on the size of the clips that the network is made for.
         ignored = ignored - {"sample_height", "sample_width", "sample_frames"}
-    values = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(found)}
-    return [
-        f"{name}: {here!r} in the weights, {there!r} in the run"
-        for name, (here, there) in values.items()
-        if here != there and name not in ignored
-    ]
+    return list(_lines(found, wanted, ignored))
+
+
+def _lines(found: Config, wanted: Config, ignored: set[str], prefix: str = "") -> Iterator[str]:
+    for name in (field.name for field in dataclasses.fields(found)):
+        here, there = getattr(found, name), getattr(wanted, name)
+        if name in ignored or here == there:
+            continue
+        if isinstance(here, Config) and type(here) is type(there):
+            yield from _lines(here, there, set(), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}: {here!r} in the weights, {there!r} in the run"

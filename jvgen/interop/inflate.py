@@ -27,7 +27,7 @@ def inflate_folder(folder: str | Path, config: Config) -> Parameters:
         raise ValueError(f"--inflate: {folder} holds a {type(image).__name__}; name an image autoencoder's folder.")
     check_sizes(image, config)
     network = format_of(config).network(config)
-    if config.temporal_attention == "none":
+    if config.temporal_attention.kind == "none":
         start = network.shapes
     else:
         start = jax.tree.map(np.asarray, jax.jit(network.init)(jax.random.key(0)))

@@ -1,7 +1,7 @@
-"""Tables that say how our parameters are named and laid out in a PyTorch state dict, read in both directions.
+"""Tables of how our parameters are named and laid out in a PyTorch state dict, for both directions.
 
-A table is a tuple of `Entry` rows. It is plain data over numpy: nothing here knows a network, a file or torch.
-Tensors are handled one at a time, so that converting needs little more memory than the largest of them.
+A table is a tuple of `Entry` rows. It is plain data over numpy, independent of networks, files and torch. Tensors are
+converted one at a time, so that converting needs little more memory than the largest of them.
 """
 
 import collections
@@ -18,12 +18,12 @@ LAYER = "{layer}"
 
 
 class WeightError(ValueError):
-    """Weights that do not fit a network: the message lists every missing, extra and wrongly shaped tensor."""
+    """Weights that do not fit a network; the message lists every missing, unexpected and wrongly shaped tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A pair of functions on one array that undo each other by moving elements and never changing them."""
+    """A pair of inverse functions of one array, which move elements and do not change their values."""
 
     name: str
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -44,7 +44,7 @@ CONV3D = permute("conv3d", 4, 3, 0, 1, 2)  # DHWIO <-> OIDHW
 
 
 def pointwise(spatial_axes: int) -> Transform:
-    """A linear layer of ours, (in, out), that is a convolution with kernels of size one there, (out, in, 1, ...)."""
+    """A linear layer here, (in, out), that is a convolution with kernels of size one there, (out, in, 1, ...)."""
     tail = (None,) * spatial_axes
     return Transform(
         f"pointwise{spatial_axes}d",
@@ -55,46 +55,50 @@ def pointwise(spatial_axes: int) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some of the named chunks that a fused tensor is made of along one axis.
+    """Some of the named chunks that a fused tensor consists of along one axis.
 
     Attributes:
-      take: the chunks meant here, in the order in which they stand in the piece.
-      of: all chunks of the fused tensor, in the order in which they stand in it.
+      chunks: chunks in this part, in their order in the part.
+      all_chunks: chunks in the fused tensor, in their order there.
       axis: axis of the fused tensor in its own layout, not counting the layers axis.
-      sizes: lengths of the chunks of `of`; None when they are all equal.
+      sizes: lengths of `all_chunks`; None if they are equal.
     """
 
-    take: tuple[str, ...]
-    of: tuple[str, ...]
+    chunks: tuple[str, ...]
+    all_chunks: tuple[str, ...]
     axis: int = 0
     sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        assert set(self.take) <= set(self.of), f"chunks {self.take} are not among {self.of}"
-        assert self.sizes is None or len(self.sizes) == len(self.of), f"{len(self.of)} chunks, sizes {self.sizes}"
+        assert set(self.chunks) <= set(self.all_chunks), f"chunks {self.chunks} are not among {self.all_chunks}"
+        assert self.sizes is None or len(self.sizes) == len(self.all_chunks), (
+            f"{len(self.all_chunks)} chunks, sizes {self.sizes}"
+        )
 
     def bounds(self, total: int) -> dict[str, tuple[int, int]]:
         """Start and stop of every chunk in a fused axis of length `total`."""
-        if self.sizes is None and total % len(self.of):
-            raise WeightError(f"an axis of length {total} cannot be cut into {len(self.of)} equal chunks {self.of}.")
-        sizes = self.sizes or (total // len(self.of),) * len(self.of)
+        if self.sizes is None and total % len(self.all_chunks):
+            raise WeightError(
+                f"an axis of length {total} cannot be cut into {len(self.all_chunks)} equal chunks {self.all_chunks}."
+            )
+        sizes = self.sizes or (total // len(self.all_chunks),) * len(self.all_chunks)
         stops = [int(stop) for stop in np.cumsum(sizes)]
-        return {name: (stop - size, stop) for name, size, stop in zip(self.of, sizes, stops, strict=True)}
+        return {name: (stop - size, stop) for name, size, stop in zip(self.all_chunks, sizes, stops, strict=True)}
 
     def total(self, piece: int) -> int:
-        """Length of the fused axis when the chunks taken are `piece` long together."""
-        return sum(self.sizes) if self.sizes else piece // len(self.take) * len(self.of)
+        """Length of the fused axis, given the length of the part."""
+        return sum(self.sizes) if self.sizes else piece // len(self.chunks) * len(self.all_chunks)
 
     def read(self, fused: np.ndarray) -> np.ndarray:
-        """The chunks taken, as one array: a view when there is one chunk."""
+        """The part of a fused array; a view if it is one chunk."""
         bounds = self.bounds(fused.shape[self.axis])
-        pieces = [fused[self._index(fused.ndim, *bounds[name])] for name in self.take]
+        pieces = [fused[self._index(fused.ndim, *bounds[name])] for name in self.chunks]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
     def write(self, fused: np.ndarray, piece: np.ndarray) -> None:
-        """Put the chunks taken into a fused array."""
+        """Write the part into a fused array."""
         bounds, offset = self.bounds(fused.shape[self.axis]), 0
-        for name in self.take:
+        for name in self.chunks:
             start, stop = bounds[name]
             source = self._index(fused.ndim, offset, offset + stop - start)
             fused[self._index(fused.ndim, start, stop)] = piece[source]
@@ -102,9 +106,9 @@ class Part:
         assert offset == piece.shape[self.axis], f"piece of {piece.shape[self.axis]} for chunks of {offset}"
 
     def shape(self, fused: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the piece, given the shape of the fused tensor."""
+        """Shape of the part, given the shape of the fused tensor."""
         bounds = self.bounds(fused[self.axis])
-        length = sum(bounds[name][1] - bounds[name][0] for name in self.take)
+        length = sum(bounds[name][1] - bounds[name][0] for name in self.chunks)
         return _with_length(fused, self.axis, length)
 
     def _index(self, rank: int, start: int, stop: int) -> tuple[slice, ...]:
@@ -113,16 +117,16 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row: where a parameter of ours lies in theirs.
+    """One row: the PyTorch tensor of one parameter.
 
     Attributes:
       ours: path of the parameter, "blocks/layers/attention/query/kernel".
-      theirs: name of the tensor. With `{layer}` in it, ours has a leading axis of layers and theirs is one tensor a
-        layer, numbered from 0.
+      theirs: name of the tensor. With `{layer}` in it, the parameter has a leading axis of layers, and there is one
+        tensor per layer, numbered from 0.
       transform: layout of one tensor (without the layers axis).
-      ours_part: this row is about some chunks of our tensor; other rows with the same `ours` are about the rest.
-      theirs_part: the same about their tensor.
-      aliases: other names that the tensor has in some files; read, never written.
+      ours_part: the row is for these chunks of the parameter only; other rows with the same `ours` have the others.
+      theirs_part: the same for the tensor.
+      aliases: names of the tensor in some files; read, never written.
     """
 
     ours: str
@@ -134,7 +138,7 @@ class Entry:
 
 
 def fused(theirs: str, ours: Mapping[str, str], transform: Transform = IDENTITY, *, axis: int = 0) -> tuple[Entry, ...]:
-    """Rows for one tensor of theirs that holds several of ours, `{chunk: our path}`, along `axis` of theirs."""
+    """Rows for one tensor that holds several of our parameters, `{chunk: our path}`, along `axis` of the tensor."""
     names = tuple(ours)
     return tuple(
         Entry(path, theirs, transform, theirs_part=Part((chunk,), names, axis)) for chunk, path in ours.items()
@@ -144,7 +148,7 @@ def fused(theirs: str, ours: Mapping[str, str], transform: Transform = IDENTITY,
 def joined(
     ours: str, theirs: Mapping[str, str], transform: Transform = IDENTITY, *, axis: int = -1
 ) -> tuple[Entry, ...]:
-    """Rows for one parameter of ours that holds several tensors of theirs, `{chunk: name}`, along `axis` of ours."""
+    """Rows for one of our parameters that holds several tensors, `{chunk: name}`, along `axis` of the parameter."""
     names = tuple(theirs)
     return tuple(Entry(ours, name, transform, ours_part=Part((chunk,), names, axis)) for chunk, name in theirs.items())
 
@@ -173,8 +177,8 @@ class WeightMap:
     """How the parameters of one network are stored in a PyTorch state dict.
 
     Attributes:
-      entries: one row a parameter (or a chunk of one).
-      ignored: regular expressions that match whole names of theirs to skip: buffers and other networks in the file.
+      entries: one row per parameter, or per part of one.
+      ignored: regular expressions of tensor names to skip: buffers and other networks in the file.
     """
 
     entries: tuple[Entry, ...]
@@ -185,7 +189,7 @@ class WeightMap:
         return any(entry.ours == path for entry in self.entries)
 
     def torch_shapes(self, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of theirs, in the order in which `to_torch` yields them.
+        """Name and shape of every tensor, in the order in which `to_torch` yields them.
 
         Args:
           shapes: nested dict of anything with `.shape` (`Network.shapes` or the parameters).
@@ -193,13 +197,13 @@ class WeightMap:
         return {name: self._torch_shape(rows, flatten(shapes)) for name, rows in self._tensors(shapes).items()}
 
     def to_torch(self, parameters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield `(name, array)` for every tensor of theirs, one at a time, in the dtype of the parameters.
+        """Yield `(name, array)` for every tensor, one at a time, in the dtype of the parameters.
 
         Args:
           parameters: nested dict of numpy or JAX arrays.
 
         Raises:
-          WeightError: the parameters are not those that the table is about.
+          WeightError: the parameters are not those of the table.
         """
         flat = flatten(parameters)
         for name, rows in self._tensors(parameters).items():
@@ -220,11 +224,11 @@ class WeightMap:
         """The nested dict of parameters, as numpy arrays in the shapes and dtypes of `shapes`.
 
         Args:
-          reader: names of theirs to arrays; reading an item may read a file. If it has a method `shape(name)`, that is
-            asked for shapes, and each tensor is read only when its turn comes.
+          reader: tensor names to arrays; reading an item may read a file. If it has a method `shape(name)`, shapes come
+            from there, and each tensor is read only when it is converted.
           shapes: nested dict of `jax.ShapeDtypeStruct` (`Network.shapes`).
-          place: makes of each parameter, as soon as it is whole, what stands in the result: `(path, array) -> array` on
-            a device. Only one stack of layers is in the host's memory then.
+          place: `(path, array) -> array` on a device, called for each parameter as soon as it is complete, so that
+            host memory holds one stack of layers at a time.
 
         Raises:
           WeightError: lists all tensors that are missing, not expected, or of another shape.
@@ -279,11 +283,11 @@ class WeightMap:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def _tensors(self, tree: Mapping[str, Any]) -> dict[str, list[_Row]]:
-        """Their tensors by name, each with the rows that make it."""
+        """The tensors by name, each with its rows."""
         flat = flatten(tree)
         ours = {entry.ours for entry in self.entries}
         problems = [f"the network has no parameter {path}" for path in sorted(ours - set(flat))]
-        problems += [f"no row of the table is about {path}" for path in sorted(set(flat) - ours)]
+        problems += [f"no row of the table is for {path}" for path in sorted(set(flat) - ours)]
         if problems:
             raise WeightError("\n".join(["parameters and weight table disagree.", *problems]))
         tensors: dict[str, list[_Row]] = {}
@@ -307,7 +311,7 @@ class WeightMap:
 
 
 def _piece(row: _Row, flat: Mapping[str, Any]) -> np.ndarray:
-    """What one row contributes to its tensor, in their layout; moves one layer from a device, not the stack."""
+    """The part of a tensor that one row has, in PyTorch's layout; moves one layer from a device, not the stack."""
     value = flat[row.entry.ours]
     array = np.asarray(value if row.layer is None else value[row.layer])
     if row.entry.ours_part is not None:
@@ -320,19 +324,19 @@ def _piece_shape(row: _Row, flat: Mapping[str, Any]) -> tuple[int, ...]:
     shape = shape if row.layer is None else shape[1:]
     if row.entry.ours_part is not None:
         shape = row.entry.ours_part.shape(shape)
-    # An array of zero strides has the shape and needs no memory.
+    # An array with zero strides has the shape and needs no memory.
     return row.entry.transform.to_torch(np.broadcast_to(np.zeros((), np.uint8), shape)).shape
 
 
 def _place(row: _Row, tensor: np.ndarray, flat: dict[str, Any], flat_shapes: Mapping[str, Any]) -> None:
-    """Put what one row finds in a tensor of theirs into our parameter."""
+    """Write the part of a tensor that one row has into our parameter."""
     entry, target = row.entry, flat_shapes[row.entry.ours]
     piece = np.asarray(tensor)
     if entry.theirs_part is not None:
         piece = entry.theirs_part.read(piece)
     piece = entry.transform.from_torch(piece)
     if row.layer is None and entry.ours_part is None:
-        # An own copy: a view would keep a file mapped or a fused tensor alive.
+        # A copy: a view would keep a file mapped or a fused tensor alive.
         flat[entry.ours] = np.array(piece, dtype=target.dtype, order="C")
         return
     if entry.ours not in flat:
@@ -352,7 +356,10 @@ def _with_length(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, .
 def _assert_whole(name: str, parts: list[Part | None]) -> None:
     if len(parts) == 1 and parts[0] is None:
         return
-    assert None not in parts, f"{name} is written by several rows that do not say which part they are about"
-    taken = sorted(chunk for part in parts for chunk in part.take)
-    assert taken == sorted(parts[0].of), f"rows about {name} cover {taken}, which are not the chunks {parts[0].of}"
-    assert all((part.of, part.axis, part.sizes) == (parts[0].of, parts[0].axis, parts[0].sizes) for part in parts), name
+    assert None not in parts, f"{name} is written by several rows without parts"
+    taken = sorted(chunk for part in parts for chunk in part.chunks)
+    assert taken == sorted(parts[0].all_chunks), f"rows for {name} cover {taken}, not the chunks {parts[0].all_chunks}"
+    assert all(
+        (part.all_chunks, part.axis, part.sizes) == (parts[0].all_chunks, parts[0].axis, parts[0].sizes)
+        for part in parts
+    ), name

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from einops import rearrange
 
+from jvgen.autoencoding.decoder_swap import DecoderSwap
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.runs.clip_folder import is_one_file, note_clips, plan_clips, write_clip
 from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
-from jvgen.tasks.other_decoder import OtherDecoder
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.telemetry.throughput import peak_memory
 
@@ -51,8 +51,8 @@ def sample_run(
       steps, guidance, enhance: of the sampler; by default the run's.
       seed: clip i of prompt p depends on (seed, p, i) only, not on `batch` or on what exists.
       batch: clips per batch.
-      vae: exported folder of another autoencoder to decode with, whose latents are the run's. If the run's is an image
-        autoencoder and this a video autoencoder, n frames become 4(n - 1) + 1; the other way round they stay n.
+      vae: exported folder of another VAE to decode with, which shares the run's latents. A video VAE in place of an
+        image VAE makes 4(n - 1) + 1 frames of n; an image VAE in place of a video VAE makes n.
 
     Returns:
       The files, in order.
@@ -74,7 +74,7 @@ def sample_run(
         asked["vae"] = str(vae)
     if enhance is not None:
         asked["enhance"] = json.loads(json.dumps(dataclasses.asdict(enhance)))
-    other = None if vae is None else OtherDecoder(vae, experiment.task)
+    swap = None if vae is None else DecoderSwap(vae, experiment.task)
     loaded = open_run(run, ema, step, untrained)
     asked["step"] = loaded.step
     if not is_one_file(out):
@@ -84,7 +84,7 @@ def sample_run(
     if todo:
         began = time.perf_counter()
         wanted = [(clip.prompt, clip.slot) for clip in todo]
-        for index, pixels in _generate(loaded, prompts, wanted, request, seed, batch, other):
+        for index, pixels in _generate(loaded, prompts, wanted, request, seed, batch, swap):
             write_clip(todo[index].path, pixels, FRAMES_PER_SECOND)
         took = time.perf_counter() - began
         print(f"{len(todo)} clips in {took:.1f} s ({took / len(todo):.2f} s/clip, compilation included) in {out}")
@@ -116,9 +116,9 @@ def sample_arrays(
       ValueError: a request that the run cannot serve.
     """
     request = sample_request(loaded.experiment, frames, size, steps, guidance, enhance)
-    other = None if vae is None else OtherDecoder(vae, loaded.experiment.task)
+    swap = None if vae is None else DecoderSwap(vae, loaded.experiment.task)
     wanted = [(prompt, slot_of(prompt, index)) for prompt in range(len(prompts)) for index in range(count)]
-    clips = [pixels for _, pixels in _generate(loaded, prompts, wanted, request, seed, batch, other)]
+    clips = [pixels for _, pixels in _generate(loaded, prompts, wanted, request, seed, batch, swap)]
     return rearrange(np.stack(clips), "(p c) f h w x -> p c f h w x", c=count)
 
 
@@ -129,12 +129,12 @@ def _generate(
     request: SampleRequest,
     seed: int,
     batch: int,
-    other: OtherDecoder | None,
+    swap: DecoderSwap | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     task, frozen, key = loaded.task, loaded.frozen, jax.random.key(seed)
-    if other is not None:
-        weights = jax.device_put(other.load(), loaded.program.sharding.replicated)
-        task, frozen = other.of(task), {**frozen, "vae": weights}
+    if swap is not None:
+        weights = jax.device_put(swap.load(), loaded.program.sharding.replicated)
+        task, frozen = swap.apply_to(task), {**frozen, "vae": weights}
     batch = batch_for_devices(batch, len(wanted), loaded.devices)
     return generate_in_batches(
         loaded,

@@ -1,4 +1,4 @@
-"""How well a video VAE reconstructs, and how well it shares its latents with an image VAE (CV-VAE, section 4)."""
+"""Metrics of a video VAE: its reconstructions, and how well it shares latents with an image VAE (CV-VAE, section 4)."""
 
 from collections.abc import Mapping
 
@@ -12,67 +12,68 @@ from jvgen.losses.frame_mapping import map_frames
 from jvgen.losses.reconstruction import absolute_error
 from jvgen.models.image_vae import posterior
 from jvgen.nn.network import Parameters
-from jvgen.tasks.clip_coder import ClipCoder
-from jvgen.tasks.perceptual import Perceptual
+from jvgen.tasks.clip_vae import ClipVAE
+from jvgen.tasks.perceptual import PerceptualDistance
 from jvgen.tasks.pixels import to_uint8
 from jvgen.tasks.task import Mean, Metrics
 
-# Clips by how they were made; the first has no prefix in metrics.
+# How a clip was reconstructed: prefixes of metric names.
 OWN = ""
-IMAGE_DECODER = "image_decoder/"  # the image VAE's decoder of the video VAE's latents
-IMAGE_LATENTS = "image_latents/"  # the video VAE's decoder of the image VAE's latents
-IMAGE_ALONE = "image_alone/"  # the image VAE's decoder of its own latents
+IMAGE_DECODER = "image_decoder/"  # latents of the video VAE, decoder of the image VAE
+IMAGE_LATENTS = "image_latents/"  # latents of the image VAE, decoder of the video VAE
+IMAGE_ALONE = "image_alone/"  # latents and decoder of the image VAE
+
+# By prefix: reconstructed and original clips, float32 in [-1, 1].
+Reconstructions = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def reconstructions(
-    coder: ClipCoder,
-    vae: Parameters,
+    vae: ClipVAE,
+    parameters: Parameters,
     video: Float[Array, "B F H W C"],
-    image_coder: ClipCoder | None,
-    image_vae: Parameters | None,
-) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, jax.Array]]:
-    """Clips (made, wanted) by how they were made, in [-1, 1] and float32, and posterior means by whose they are.
+    image_vae: ClipVAE | None,
+    image_parameters: Parameters | None,
+) -> tuple[Reconstructions, dict[str, jax.Array]]:
+    """Reconstructions from posterior means, and the means by the VAE that they are of.
 
-    Means are decoded, nothing is drawn. What an image VAE sees of a clip is the newest frame of each latent frame.
+    The image VAE encodes the last frame of those that share a latent frame.
     """
-    mean = posterior.mode(coder.moments(vae, video))
-    clips = {OWN: (coder.decode(vae, mean), video)}
+    mean = posterior.mode(vae.moments(parameters, video))
+    clips = {OWN: (vae.decode(parameters, mean), video)}
     means = {"latent": mean}
-    if image_coder is not None:
+    if image_vae is not None:
         group = (video.shape[1] - 1) // max(mean.shape[1] - 1, 1)
         frames = map_frames(video, "slice", group)
-        theirs = posterior.mode(image_coder.moments(image_vae, frames))
+        image_mean = posterior.mode(image_vae.moments(image_parameters, frames))
         clips |= {
-            IMAGE_DECODER: (image_coder.decode(image_vae, mean), frames),
-            IMAGE_LATENTS: (coder.decode(vae, theirs), video),
-            IMAGE_ALONE: (image_coder.decode(image_vae, theirs), frames),
+            IMAGE_DECODER: (image_vae.decode(image_parameters, mean), frames),
+            IMAGE_LATENTS: (vae.decode(parameters, image_mean), video),
+            IMAGE_ALONE: (image_vae.decode(image_parameters, image_mean), frames),
         }
-        means["image_latent"] = theirs
-    return {name: (made.astype(jnp.float32), wanted) for name, (made, wanted) in clips.items()}, means
+        means["image_latent"] = image_mean
+    return {name: (clip.astype(jnp.float32), target) for name, (clip, target) in clips.items()}, means
 
 
-def fidelity(
-    clips: Mapping[str, tuple[jax.Array, jax.Array]], perceptual: Perceptual, frozen: Parameters
-) -> dict[str, jax.Array]:
-    """PSNR, SSIM, L1 and perceptual distance of each kind of reconstruction: means over frames, one a clip."""
-    found: dict[str, jax.Array] = {}
-    for prefix, (made, wanted) in clips.items():
-        batch = len(made)
-        made, wanted = (rearrange(clip, "b f h w c -> (b f) h w c") for clip in (jnp.clip(made, -1, 1), wanted))
-        measures = {
-            "psnr": peak_signal_to_noise(made, wanted, data_range=2.0),
-            "ssim": structural_similarity(made, wanted, data_range=2.0),
-            "l1": absolute_error(made, wanted),
+def fidelity(clips: Reconstructions, perceptual: PerceptualDistance, frozen: Parameters) -> dict[str, jax.Array]:
+    """PSNR, SSIM, L1 and perceptual distance per clip, means over its frames, of each kind of reconstruction."""
+    values: dict[str, jax.Array] = {}
+    for prefix, (clip, target) in clips.items():
+        batch = len(clip)
+        frames, target = (rearrange(x, "b f h w c -> (b f) h w c") for x in (jnp.clip(clip, -1, 1), target))
+        metrics = {
+            "psnr": peak_signal_to_noise(frames, target, data_range=2.0),
+            "ssim": structural_similarity(frames, target, data_range=2.0),
+            "l1": absolute_error(frames, target),
         }
-        if perceptual.measures:
-            measures[perceptual.metric] = perceptual.distance(frozen, made, wanted)
-        for name, values in measures.items():
-            found[f"{prefix}{name}"] = jnp.mean(rearrange(values, "(b f) -> b f", b=batch), axis=1)
-    return found
+        if perceptual.enabled:
+            metrics[perceptual.metric_name] = perceptual.distance(frozen, frames, target)
+        for name, per_frame in metrics.items():
+            values[f"{prefix}{name}"] = jnp.mean(rearrange(per_frame, "(b f) -> b f", b=batch), axis=1)
+    return values
 
 
 def statistics(means: Mapping[str, jax.Array]) -> Metrics:
-    """Mean and mean square of each channel of latents, and the squared distance of the two kinds if there are two."""
+    """Mean and mean square of each latent channel, and with an image VAE the mean squared distance of the latents."""
     metrics: Metrics = {}
     for name, mean in means.items():
         mean = mean.astype(jnp.float32)
@@ -87,48 +88,48 @@ def statistics(means: Mapping[str, jax.Array]) -> Metrics:
     return metrics
 
 
-def measure(
-    coder: ClipCoder,
-    vae: Parameters,
+def evaluate(
+    vae: ClipVAE,
+    parameters: Parameters,
     video: Float[Array, "B F H W C"],
-    perceptual: Perceptual,
+    perceptual: PerceptualDistance,
     frozen: Parameters,
     *,
-    image_coder: ClipCoder | None,
-    image_vae: Parameters | None,
+    image_vae: ClipVAE | None,
+    image_parameters: Parameters | None,
 ) -> Metrics:
     """`fidelity` and `statistics` of a batch.
 
     Args:
-      coder, vae: the video VAE.
+      vae, parameters: the video VAE.
       video: clips in [-1, 1].
-      perceptual, frozen: the distance and where its parameters are.
-      image_coder, image_vae: the image VAE; None without.
+      perceptual, frozen: the distance, and the frozen networks that hold its weights.
+      image_vae, image_parameters: the image VAE; None for none.
     """
-    clips, means = reconstructions(coder, vae, video, image_coder, image_vae)
-    found = fidelity(clips, perceptual, frozen)
+    clips, means = reconstructions(vae, parameters, video, image_vae, image_parameters)
+    values = fidelity(clips, perceptual, frozen)
     count = jnp.float32(len(video))
-    return {name: Mean(jnp.sum(values), count) for name, values in found.items()} | statistics(means)
+    return {name: Mean(jnp.sum(per_clip), count) for name, per_clip in values.items()} | statistics(means)
 
 
-def views(
-    coder: ClipCoder,
-    vae: Parameters,
+def reconstructed_clips(
+    vae: ClipVAE,
+    parameters: Parameters,
     video: Float[Array, "B F H W C"],
-    image_coder: ClipCoder | None,
-    image_vae: Parameters | None,
+    image_vae: ClipVAE | None,
+    image_parameters: Parameters | None,
 ) -> dict[str, jax.Array]:
-    """uint8 clips to look at; see `shown`."""
-    return shown(reconstructions(coder, vae, video, image_coder, image_vae)[0])
+    """uint8 clips of the `reconstructions` of a batch; see `uint8_clips`."""
+    return uint8_clips(reconstructions(vae, parameters, video, image_vae, image_parameters)[0])
 
 
-def shown(clips: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
-    """uint8 clips of `reconstructions`, by how they were made; single frames are held until the next one."""
+def uint8_clips(clips: Reconstructions) -> dict[str, jax.Array]:
+    """Reconstructions as uint8 clips of equal length: frames of the image decoder are repeated."""
     names = {OWN: "reconstruction", IMAGE_DECODER: "image_decoder", IMAGE_LATENTS: "image_latents"}
     frames, found = clips[OWN][1].shape[1], {}
     for prefix, name in names.items():
         if prefix in clips:
-            made = to_uint8(clips[prefix][0])
-            group = (frames - 1) // max(made.shape[1] - 1, 1)
-            found[name] = jnp.concatenate([made[:, :1], jnp.repeat(made[:, 1:], group, axis=1)], axis=1)
+            clip = to_uint8(clips[prefix][0])
+            group = (frames - 1) // max(clip.shape[1] - 1, 1)
+            found[name] = jnp.concatenate([clip[:, :1], jnp.repeat(clip[:, 1:], group, axis=1)], axis=1)
     return found

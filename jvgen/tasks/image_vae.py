@@ -20,27 +20,27 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
-from jvgen.tasks.perceptual import Perceptual, check_weights
+from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.pixels import from_uint8, to_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Task, TaskConfig, activation_dtype
 
-# Purposes of a step's key; numbers never change their meaning.
+# Purposes of random keys; a number never changes its meaning.
 POSTERIOR_KEY = 17
 FRAMES_KEY = 18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageVAETaskConfig(TaskConfig):
-    """Reconstruction, perceptual distance, KL.
+    """The loss of an image VAE: reconstruction, perceptual distance, KL.
 
     Attributes:
       network: the autoencoder.
       reconstruction: error per element: "l1" or "l2".
-      perceptual: distance added to it.
+      perceptual: distance added to the error.
       perceptual_weight: of that distance.
-      kl_weight: of the divergence in nats per latent element. Stable Diffusion's 1e-6 weighs a sum over latent elements
-        against a sum over pixel values; against means it is 1e-6 x latent elements / pixel values.
-      frames_per_clip: frames of a clip that one step uses, drawn at random; 0 for all of them.
+      kl_weight: of the KL divergence in nats per latent element. Stable Diffusion's 1e-6 weighs a sum over latent
+        elements against a sum over pixel values; for means it is 1e-6 x latent elements / pixel values.
+      frames_per_clip: frames of each clip that a step uses, drawn at random; 0 for all.
     """
 
     network: ImageVAEConfig
@@ -63,9 +63,7 @@ class ImageVAETaskConfig(TaskConfig):
         for name in ("height", "width"):
             size = getattr(bucket, name)
             if size < WINDOW:
-                raise ValueError(
-                    f"{name} = {size}: must be at least {WINDOW}, the window of the SSIM that is measured."
-                )
+                raise ValueError(f"{name} = {size}: must be at least {WINDOW}, the window of the SSIM metric.")
             if size % step:
                 near = max(size // step * step, step)
                 raise ValueError(
@@ -73,8 +71,8 @@ class ImageVAETaskConfig(TaskConfig):
                 )
         if bucket.frames < self.frames_per_clip:
             raise ValueError(
-                f"frames = {bucket.frames}: less than task.frames_per_clip = {self.frames_per_clip}; lower that, or "
-                "take 0."
+                f"frames = {bucket.frames}: fewer than task.frames_per_clip = {self.frames_per_clip}; lower that, or "
+                "use 0 for all."
             )
 
     def check_weights(self) -> None:
@@ -95,7 +93,7 @@ class ImageVAETask(Task):
         self.config = config
         self.networks = {"vae": Network.of(lambda rngs: ImageVAE(config.network, rngs=rngs))}
         self.network_configs = {"vae": config.network}
-        self.perceptual = Perceptual(config.perceptual)
+        self.perceptual = PerceptualDistance(config.perceptual)
         self.frozen_networks = dict(self.perceptual.networks)
 
     def load_frozen(self) -> Parameters:
@@ -126,7 +124,7 @@ class ImageVAETask(Task):
         config, dtype = self.config, activation_dtype(parameters["vae"])
         video = batch["video"]
         if config.frames_per_clip:
-            video = self._some_frames(video, batch["slot"], key)
+            video = self._draw_frames(video, batch["slot"], key)
         images = self._images(video)
         moments = self.networks["vae"].apply(parameters["vae"], from_uint8(images, dtype), method="encode")
         frames = images.shape[0] // video.shape[0]
@@ -136,41 +134,42 @@ class ImageVAETask(Task):
             batch["slot"],
         )
         latents = posterior.sample(moments, rearrange(noise, "b f h w c -> (b f) h w c"))
-        made = self.networks["vae"].apply(parameters["vae"], latents, method="decode")
+        decoded = self.networks["vae"].apply(parameters["vae"], latents, method="decode")
         target = from_uint8(images)
         error = absolute_error if config.reconstruction == "l1" else squared_error
-        reconstruction = jnp.mean(error(made, target))
-        perceptual = jnp.mean(self.perceptual.distance(frozen, made, target))
+        reconstruction = jnp.mean(error(decoded, target))
+        perceptual = jnp.mean(self.perceptual.distance(frozen, decoded, target))
         elements = posterior.mode(moments)[0].size
         divergence = jnp.mean(posterior.kl_divergence(moments)) / elements
         total = reconstruction + config.perceptual_weight * perceptual + config.kl_weight * divergence
         count = jnp.float32(images.shape[0])
         metrics: Metrics = {
             "reconstruction": reconstruction,
-            self.perceptual.metric: perceptual,
+            self.perceptual.metric_name: perceptual,
             "kl_per_element": divergence,
             "psnr": Mean(
-                jnp.sum(peak_signal_to_noise(jnp.clip(made, -1, 1).astype(jnp.float32), target, data_range=2.0)), count
+                jnp.sum(peak_signal_to_noise(jnp.clip(decoded, -1, 1).astype(jnp.float32), target, data_range=2.0)),
+                count,
             ),
         }
-        if not self.perceptual.measures:
-            del metrics[self.perceptual.metric]
+        if not self.perceptual.enabled:
+            del metrics[self.perceptual.metric_name]
         return total, metrics
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
-        """Reconstruction from the posterior's mean: PSNR and SSIM of clipped pixels, perceptual distance."""
+        """Reconstruction from the posterior mean: PSNR, SSIM and L1 of clipped pixels, perceptual distance."""
         images = self._images(batch["video"])
-        made, moments = self.reconstruct(parameters, images)
-        made = jnp.clip(made.astype(jnp.float32), -1.0, 1.0)
+        decoded, moments = self.reconstruct(parameters, images)
+        decoded = jnp.clip(decoded.astype(jnp.float32), -1.0, 1.0)
         target, count = from_uint8(images), jnp.float32(images.shape[0])
         metrics: Metrics = {
-            "psnr": Mean(jnp.sum(peak_signal_to_noise(made, target, data_range=2.0)), count),
-            "ssim": Mean(jnp.sum(structural_similarity(made, target, data_range=2.0)), count),
-            "l1": Mean(jnp.sum(absolute_error(made, target)), count),
+            "psnr": Mean(jnp.sum(peak_signal_to_noise(decoded, target, data_range=2.0)), count),
+            "ssim": Mean(jnp.sum(structural_similarity(decoded, target, data_range=2.0)), count),
+            "l1": Mean(jnp.sum(absolute_error(decoded, target)), count),
         }
-        if self.perceptual.measures:
-            distance = self.perceptual.distance(frozen, made, target)
-            metrics[self.perceptual.metric] = Mean(jnp.sum(distance), count)
+        if self.perceptual.enabled:
+            distance = self.perceptual.distance(frozen, decoded, target)
+            metrics[self.perceptual.metric_name] = Mean(jnp.sum(distance), count)
         mean, _ = posterior.split_moments(moments)
         metrics["latent_mean"] = Mean(jnp.mean(mean) * count, count)
         metrics["latent_square"] = Mean(jnp.mean(jnp.square(mean)) * count, count)
@@ -187,9 +186,9 @@ class ImageVAETask(Task):
     ) -> dict[str, jax.Array]:
         clips = batch["video"][:4]
         clips = clips if clips.ndim == 5 else clips[:, 0]
-        made, _ = self.reconstruct(parameters, self._images(clips))
-        made = rearrange(to_uint8(made), "(b f) h w c -> b f h w c", b=clips.shape[0])
-        return {"data": clips, "reconstruction": made}
+        decoded, _ = self.reconstruct(parameters, self._images(clips))
+        decoded = rearrange(to_uint8(decoded), "(b f) h w c -> b f h w c", b=clips.shape[0])
+        return {"data": clips, "reconstruction": decoded}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         frames = min(self.config.frames_per_clip or bucket.frames, bucket.frames) * bucket.views
@@ -201,8 +200,8 @@ class ImageVAETask(Task):
             return rearrange(video, "b v f h w c -> (b v f) h w c")
         return rearrange(video, "b f h w c -> (b f) h w c")
 
-    def _some_frames(self, video: jax.Array, slots: jax.Array, key: jax.Array) -> jax.Array:
-        """`frames_per_clip` different frames of each clip (the same of all its views), drawn slot by slot."""
+    def _draw_frames(self, video: jax.Array, slots: jax.Array, key: jax.Array) -> jax.Array:
+        """`frames_per_clip` different frames of each clip, the same in all its views, drawn by the key of its slot."""
         keys = slot_keys(jax.random.fold_in(key, FRAMES_KEY), slots)
         frames, count = video.shape[-4], self.config.frames_per_clip
         chosen = jax.vmap(lambda k: jax.random.permutation(k, frames)[:count])(keys)

@@ -1,4 +1,4 @@
-"""The perceptual distance of a task: which network it needs, where its weights come from, and the distance itself."""
+"""The perceptual distance of a task: its frozen network, its weights and the distance."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,8 +10,12 @@ from jvgen.nn.network import Network, Parameters
 NAME = "lpips"
 
 
-class Perceptual:
-    """A `PerceptualConfig` put to use; `networks` joins a task's frozen networks."""
+class PerceptualDistance:
+    """The distance of a `PerceptualConfig`.
+
+    Attributes:
+      networks: to add to a task's frozen networks; empty for distances without weights.
+    """
 
     def __init__(self, config: PerceptualConfig):
         self.config = config
@@ -20,13 +24,13 @@ class Perceptual:
             self.networks[NAME] = Network.of(lambda rngs: LPIPS(rngs=rngs))
 
     @property
-    def measures(self) -> bool:
-        """Whether there is a distance at all."""
+    def enabled(self) -> bool:
+        """Whether there is a distance."""
         return self.config.kind != "none"
 
     @property
-    def metric(self) -> str:
-        """What the distance is called in logs: it is not comparable between kinds."""
+    def metric_name(self) -> str:
+        """Name of the distance in logs; it contains the kind, because kinds are not comparable."""
         return f"perceptual_{self.config.kind}"
 
     def load(self) -> Parameters:
@@ -34,18 +38,18 @@ class Perceptual:
         return {NAME: load_lpips(self.config.weights)} if self.networks else {}
 
     def digest(self) -> str:
-        """Content hash of the weights; empty without."""
+        """Content hash of the weights; empty without weights."""
         return "" if self.config.weights is None else content_digest(self.config.weights)
 
     def distance(
-        self, frozen: Parameters, made: Float[Array, "B H W 3"], target: Float[Array, "B H W 3"]
+        self, frozen: Parameters, images: Float[Array, "B H W 3"], target: Float[Array, "B H W 3"]
     ) -> Float[Array, "B"]:
-        """Distance of images in [-1, 1], one an image, float32; zeros for kind "none"."""
-        made, target = made.astype(jnp.float32), target.astype(jnp.float32)
+        """Distance per image, float32, of images in [-1, 1]; zeros for kind "none"."""
+        images, target = images.astype(jnp.float32), target.astype(jnp.float32)
         if self.config.kind == "lpips":
-            return self.networks[NAME].apply(frozen[NAME], made, target)
+            return self.networks[NAME].apply(frozen[NAME], images, target)
         if self.config.kind == "laplacian":
-            return laplacian_distance(made, target, self.config.levels)
+            return laplacian_distance(images, target, self.config.levels)
         return jnp.zeros(made.shape[:1], jnp.float32)
 
 

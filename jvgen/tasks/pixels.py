@@ -1,4 +1,4 @@
-"""Pixels on the device: uint8 in files and batches, floats in [-1, 1] in networks."""
+"""Conversion of pixels: uint8 in files and batches, floats in [-1, 1] in networks."""
 
 import jax
 import jax.numpy as jnp

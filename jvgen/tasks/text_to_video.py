@@ -30,7 +30,7 @@ from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
-from jvgen.tasks.clip_coder import ClipCoder
+from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.layer_analysis import analyze_layers
 from jvgen.tasks.pixels import to_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, SampleRequest, Task, activation_dtype
@@ -59,7 +59,7 @@ class TextToVideo(Task):
         if not self.text.frozen:
             self.network_configs["text_encoder"] = config.text.encoder
         if config.vae is not None:
-            self.coder = ClipCoder(config.vae)
+            self.coder = ClipVAE(config.vae)
             self.frozen_networks["vae"] = self.coder.network
 
     def load_frozen(self) -> Parameters:

@@ -15,7 +15,7 @@ from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.embeddings import token_grid
-from jvgen.tasks.clip_coder import CoderConfig, temporal_downsampling
+from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
 from jvgen.tasks.task import SampleRequest, TaskConfig
 from jvgen.tasks.text import TextConfig
 
@@ -43,7 +43,7 @@ class TextToVideoFields(TaskConfig):
 
     denoiser: VideoDiTConfig
     text: TextConfig
-    vae: CoderConfig | None = None
+    vae: VAEConfig | None = None
     vae_weights: str | None = None
     latents: Literal["data", "pixels"] = "data"
     latent_scale: float = 1.0

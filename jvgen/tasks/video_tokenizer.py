@@ -26,7 +26,7 @@ from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.adversary import AdversarialConfig, Adversary
-from jvgen.tasks.perceptual import Perceptual, check_weights
+from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
 
 # Purposes of a step's key; numbers never change their meaning.
@@ -144,7 +144,7 @@ class VideoTokenizer(Task):
         if config.adversarial is not None:
             self.adversary = Adversary(config.adversarial)
             self.networks[DISCRIMINATOR] = self.adversary.network
-        self.perceptual = Perceptual(config.perceptual)
+        self.perceptual = PerceptualDistance(config.perceptual)
         self.frozen_networks = self.perceptual.networks
         self.float32_networks = frozenset(self.frozen_networks)
 
@@ -188,8 +188,8 @@ class VideoTokenizer(Task):
             perceptual = jnp.mean(self.perceptual.distance(frozen, 2 * frames - 1, 2 * target - 1))
             total += reconstruction + self.config.perceptual_weight * perceptual + codes.loss
             metrics |= {f"{stream}/reconstruction": reconstruction, f"{stream}/codebook": codes.loss}
-            if self.perceptual.measures:
-                metrics[f"{stream}/{self.perceptual.metric}"] = perceptual
+            if self.perceptual.enabled:
+                metrics[f"{stream}/{self.perceptual.metric_name}"] = perceptual
             metrics |= self._fidelity(stream, frames, target, similarity=False)
             metrics |= self._code_metrics(stream, codes.ids)
         if self.adversary is not None:
@@ -214,7 +214,7 @@ class VideoTokenizer(Task):
         count, target = len(frames[0]), pictures(video[:, self.config.network.context_frames :])
 
         def pull(future: jax.Array) -> jax.Array:
-            if self.perceptual.measures:
+            if self.perceptual.enabled:
                 return jnp.mean(self.perceptual.distance(frozen, future[:, 0], target[:, 0]))
             return jnp.mean(absolute_error(future, target))
 
@@ -258,9 +258,9 @@ class VideoTokenizer(Task):
             metrics |= self._fidelity(stream, frames, target, similarity=True)
             count = jnp.float32(frames.shape[0])
             metrics[f"{stream}/l1"] = Mean(jnp.sum(absolute_error(frames, target)), count)
-            if self.perceptual.measures:
+            if self.perceptual.enabled:
                 distance = self.perceptual.distance(frozen, 2 * frames - 1, 2 * target - 1)
-                metrics[f"{stream}/{self.perceptual.metric}"] = Mean(jnp.sum(distance), count)
+                metrics[f"{stream}/{self.perceptual.metric_name}"] = Mean(jnp.sum(distance), count)
             metrics |= self._code_metrics(stream, codes.ids)
         return metrics
 

@@ -1,4 +1,4 @@
-"""Training a video VAE whose latents an image VAE shares (CV-VAE, arXiv 2405.20279): configuration, losses, players."""
+"""Training a video VAE that shares its latents with a frozen image VAE (CV-VAE, arXiv 2405.20279)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks import compatibility
 from jvgen.tasks.adversary import AdversarialConfig, Adversary
-from jvgen.tasks.clip_coder import ClipCoder
-from jvgen.tasks.perceptual import Perceptual, check_weights
+from jvgen.tasks.clip_vae import ClipVAE
+from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.pixels import from_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
 
-# Purposes of a step's key; numbers never change their meaning.
+# Purposes of random keys; a number never changes its meaning.
 POSTERIOR_KEY = 17
 PICKS_KEY = 50
 IMAGE_POSTERIOR_KEY = 51
@@ -47,13 +47,13 @@ VAE, IMAGE_VAE, DISCRIMINATOR, SCALES = "vae", "image_vae", "discriminator", "sc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedLatentsConfig(Config):
-    """Latents that a frozen image VAE shares (CV-VAE, section 3.2).
+    """Latents shared with a frozen image VAE (CV-VAE, section 3.2).
 
     Attributes:
-      decoder_weight: of the error of frames that the image VAE's decoder makes of the video VAE's latents: its gradient
-        reaches the video encoder through that decoder. The paper's best is 1 here and 0 below.
-      encoder_weight: of the error of clips that the video VAE's decoder makes of the image VAE's latents.
-      mapping: which frame of those of a latent that decoder is to make, or that encoder is given.
+      decoder_weight: of the error of the image VAE's decoder on latents of the video VAE; its gradient reaches the
+        video encoder through that decoder. The paper's best is 1 here and 0 below.
+      encoder_weight: of the error of the video VAE's decoder on latents of the image VAE.
+      mapping: which of the frames of a latent that decoder should reconstruct, or that encoder reads.
     """
 
     decoder_weight: float = 1.0
@@ -69,24 +69,24 @@ class SharedLatentsConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoVAETaskConfig(TaskConfig):
-    """Reconstruction, perceptual distance, KL, latents shared with an image VAE, a discriminator.
+    """The loss of a video VAE: reconstruction, perceptual distance, KL, shared latents, a discriminator.
 
-    Every term is a mean over pixel values, so that weights mean the same for every batch shape: the released code's
-    loss, which adds up over a frame, divided by the pixel values of a frame. Its KL alone is added up over a clip, so
-    that it weighs F times as much on clips of F frames as on images; here it weighs the same.
+    Every term is a mean over pixel values, so that weights are independent of the batch shape: the released code's
+    loss, a sum over a frame, divided by the pixel values of a frame. Its KL is a sum over a clip, which weighs F times
+    as much on clips of F frames as on images; here the weight is the same.
 
     Attributes:
       network: the video VAE.
-      image_vae: architecture of the frozen image VAE; none to train without one.
+      image_vae: the frozen image VAE; None to train without one.
       image_vae_weights: exported folder of its weights.
-      shared: how latents are shared with it; none to measure only how well they are.
-      perceptual, perceptual_weight: distance of frames added to their absolute errors.
-      kl_weight: of the divergence over the likelihood: 1 is the evidence lower bound, and makes sense with learned
-        scales; with fixed ones Stable Diffusion's 1e-6 does.
+      shared: how latents are shared with it; None to only measure how well they are.
+      perceptual, perceptual_weight: distance of frames, added to their absolute errors.
+      kl_weight: of the KL divergence relative to the likelihood: 1 (the evidence lower bound) suits learned scales,
+        Stable Diffusion's 1e-6 fixed ones.
       learned_scales: learn the log-variance of the errors, one for reconstructions and one for the image decoder's
-        frames. They are an objective of their own, "scales", so that their large gradients stay out of the
-        autoencoder's clipping.
-      adversarial: the discriminator; none for none.
+        frames. They are a separate objective, "scales", so that their large gradients do not count in the
+        autoencoder's gradient clipping.
+      adversarial: the discriminator; None for none.
     """
 
     network: CVVAEConfig
@@ -105,7 +105,7 @@ class VideoVAETaskConfig(TaskConfig):
                 f"perceptual_weight = {self.perceptual_weight}, kl_weight = {self.kl_weight}: must not be negative."
             )
         if self.shared is not None and self.image_vae is None:
-            raise ValueError("shared needs image_vae (and image_vae_weights): whose latents are to be shared?")
+            raise ValueError("shared needs image_vae and image_vae_weights: the VAE to share latents with.")
         if (self.image_vae is None) != (self.image_vae_weights is None):
             raise ValueError("image_vae and image_vae_weights belong together: give both, or neither.")
         if self.image_vae is not None:
@@ -117,11 +117,11 @@ class VideoVAETaskConfig(TaskConfig):
     def check_bucket(self, bucket: BucketConfig) -> None:
         self.network.check_clip(bucket.frames, bucket.height, bucket.width)
         if bucket.views != 1:
-            raise ValueError(f"views = {bucket.views}: a video VAE sees one view at a time; take 1.")
+            raise ValueError(f"views = {bucket.views}: a video VAE codes one view at a time; take 1.")
         for name in ("height", "width"):
             if getattr(bucket, name) < WINDOW:
                 raise ValueError(
-                    f"{name} = {getattr(bucket, name)}: must be at least {WINDOW}, the window of the measured SSIM."
+                    f"{name} = {getattr(bucket, name)}: must be at least {WINDOW}, the window of the SSIM metric."
                 )
 
     def check_weights(self) -> None:
@@ -138,19 +138,19 @@ class VideoVAETaskConfig(TaskConfig):
 
 
 class Scales(nnx.Module):
-    """Log-variances of errors: of reconstructions, and of the image decoder's frames."""
+    """Learned log-variances of the errors of reconstructions and of the image decoder's frames."""
 
     def __init__(self) -> None:
         self.reconstruction = nnx.Param(jnp.zeros((1,), jnp.float32), logical_axes=(None,))
         self.shared = nnx.Param(jnp.zeros((1,), jnp.float32), logical_axes=(None,))
 
 
-class Made(NamedTuple):
-    """Clips that the decoder made, and what they should be.
+class Decoded(NamedTuple):
+    """Decoded clips and their targets.
 
     Attributes:
-      features: what the decoder's last layer read.
-      clips: what it made of them.
+      features: input of the decoder's last layer.
+      clips: its output, float32.
       target: float32, in [-1, 1].
       weight: of the clips' error in the loss.
     """
@@ -166,9 +166,9 @@ class VideoVAETask(Task):
 
     def __init__(self, config: VideoVAETaskConfig):
         self.config = config
-        self.perceptual = Perceptual(config.perceptual)
-        self.coder = ClipCoder(config.network)
-        self.networks = {VAE: self.coder.network}
+        self.perceptual = PerceptualDistance(config.perceptual)
+        self.vae = ClipVAE(config.network)
+        self.networks = {VAE: self.vae.network}
         self.network_configs = {VAE: config.network}
         if config.learned_scales:
             self.networks[SCALES] = Network.of(lambda rngs: Scales())
@@ -177,10 +177,10 @@ class VideoVAETask(Task):
             self.adversary = Adversary(config.adversarial)
             self.networks[DISCRIMINATOR] = self.adversary.network
         self.frozen_networks = dict(self.perceptual.networks)
-        self.image_coder = None
+        self.image_vae = None
         if config.image_vae is not None:
-            self.image_coder = ClipCoder(config.image_vae)
-            self.frozen_networks[IMAGE_VAE] = self.image_coder.network
+            self.image_vae = ClipVAE(config.image_vae)
+            self.frozen_networks[IMAGE_VAE] = self.image_vae.network
 
     def load_frozen(self) -> Parameters:
         frozen = self.perceptual.load()
@@ -205,139 +205,144 @@ class VideoVAETask(Task):
             raise ValueError("the data set holds cached latents and no pixels: a video VAE needs pixels.")
         return {"video": example["video"]}
 
-    # Players.
+    # Objectives.
 
     def objectives(self) -> tuple[Objective, ...]:
         adversarial = self.config.adversarial
         alternate = adversarial is not None and adversarial.turns == "alternate"
         loss = self.both_losses if adversarial is not None and not alternate else self.loss
         turn = (0, 2) if alternate else (0, 1)
-        players = [Objective("autoencoder", f"{VAE}/", loss, turn)]
+        objectives = [Objective("autoencoder", f"{VAE}/", loss, turn)]
         if self.config.learned_scales:
-            players.append(Objective("scales", f"{SCALES}/", loss, turn))
+            objectives.append(Objective("scales", f"{SCALES}/", loss, turn))
         if adversarial is not None:
             own = self.discriminator_loss if alternate else loss
-            players.append(Objective("discriminator", f"{DISCRIMINATOR}/", own, (1, 2) if alternate else turn))
-        return tuple(players)
+            objectives.append(Objective("discriminator", f"{DISCRIMINATOR}/", own, (1, 2) if alternate else turn))
+        return tuple(objectives)
 
     def loss(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """What the autoencoder and the scales minimise."""
-        loss, metrics, _ = self._autoencoder(parameters, frozen, batch, key)
+        """The loss of the autoencoder and the scales."""
+        loss, metrics, _ = self._autoencoder_loss(parameters, frozen, batch, key)
         return loss, metrics
 
     def both_losses(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The sum of what the two sides minimise; neither has a gradient with respect to the other's parameters."""
-        loss, metrics, made = self._autoencoder(parameters, frozen, batch, key)
-        against, more = self._against(parameters, batch, made)
-        return loss + against, metrics | more
+        """The sum of the losses of autoencoder and discriminator; neither has a gradient for the other's parameters."""
+        loss, metrics, decoded = self._autoencoder_loss(parameters, frozen, batch, key)
+        hinge, more = self._discriminator_hinge(parameters, batch, decoded)
+        return loss + hinge, metrics | more
 
     def discriminator_loss(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """What the discriminator minimises."""
-        still = jax.lax.stop_gradient(parameters[VAE])
-        made, _, _ = self._reconstruct(still, frozen, batch, key)
-        return self._against(parameters, batch, made)
+        """The loss of the discriminator."""
+        vae = jax.lax.stop_gradient(parameters[VAE])
+        decoded, _, _ = self._reconstruct(vae, frozen, batch, key)
+        return self._discriminator_hinge(parameters, batch, decoded)
 
-    def _against(self, parameters: Parameters, batch: Batch, made: list[Made]) -> tuple[jax.Array, Metrics]:
-        clips = [one.clips for one in made]
+    def _discriminator_hinge(
+        self, parameters: Parameters, batch: Batch, decoded: list[Decoded]
+    ) -> tuple[jax.Array, Metrics]:
+        clips = [one.clips for one in decoded]
         return self.adversary.loss(parameters[DISCRIMINATOR], batch, from_uint8(batch["video"]), clips)
 
-    def _autoencoder(
+    def _autoencoder_loss(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Metrics, list[Made]]:
+    ) -> tuple[jax.Array, Metrics, list[Decoded]]:
         config, video = self.config, from_uint8(batch["video"])
-        made, moments, latents = self._reconstruct(parameters[VAE], frozen, batch, key)
+        decoded, moments, latents = self._reconstruct(parameters[VAE], frozen, batch, key)
         scales = parameters.get(SCALES, {})
-        loss, metrics = self._reconstruction(parameters, frozen, batch, made)
+        loss, metrics = self._reconstruction_loss(parameters, frozen, batch, decoded)
         divergence = jnp.mean(posterior.kl_divergence(moments))
         loss += config.kl_weight * divergence / video[0].size
         metrics["kl_per_element"] = divergence / latents[0].size
         if config.shared is not None and config.shared.decoder_weight:
             error = self._shared_error(frozen, batch, key, latents)
-            loss += config.shared.decoder_weight * _likelihood(error, scales.get("shared"))
+            loss += config.shared.decoder_weight * _negative_log_likelihood(error, scales.get("shared"))
             metrics["image_decoder_error"] = error
         for name, value in scales.items():
             metrics[f"log_variance_{name}"] = value[0]
-        return loss, metrics, made
+        return loss, metrics, decoded
 
     def _reconstruct(
         self, vae: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> tuple[list[Made], jax.Array, jax.Array]:
-        """What the decoder makes of drawn latents (and of the image VAE's), the moments, and those latents."""
+    ) -> tuple[list[Decoded], jax.Array, jax.Array]:
+        """Clips decoded from sampled latents (and from the image VAE's), the moments, and the sampled latents."""
         config, dtype, slots = self.config, activation_dtype(vae), batch["slot"]
         video = from_uint8(batch["video"])
         moments = self.networks[VAE].apply(vae, video.astype(dtype), method="encode")
         noise = slot_normal(jax.random.fold_in(key, POSTERIOR_KEY), posterior.mode(moments).shape, slots)
         latents = posterior.sample(moments, noise)
-        made = [self._decoded(vae, latents, video, 1.0)]
+        decoded = [self._decode(vae, latents, video, 1.0)]
         if config.shared is not None and config.shared.encoder_weight:
-            frames = self._mapped(video, slots, key)
-            theirs = self.image_coder.moments(frozen[IMAGE_VAE], frames)
+            frames = self._map_frames(video, slots, key)
+            theirs = self.image_vae.moments(frozen[IMAGE_VAE], frames)
             noise = slot_normal(jax.random.fold_in(key, IMAGE_POSTERIOR_KEY), posterior.mode(theirs).shape, slots)
-            given = posterior.sample(theirs, noise).astype(dtype)
-            target = video[:, : config.network.pixel_frames(given.shape[1])]
-            made.append(self._decoded(vae, given, target, config.shared.encoder_weight))
-        return made, moments, latents
+            image_latents = posterior.sample(theirs, noise).astype(dtype)
+            target = video[:, : config.network.pixel_frames(image_latents.shape[1])]
+            decoded.append(self._decode(vae, image_latents, target, config.shared.encoder_weight))
+        return decoded, moments, latents
 
-    def _decoded(self, vae: Parameters, latents: jax.Array, target: jax.Array, weight: float) -> Made:
+    def _decode(self, vae: Parameters, latents: jax.Array, target: jax.Array, weight: float) -> Decoded:
         features = self.networks[VAE].apply(vae, latents, method="decode_features")
         clips = self.networks[VAE].apply(vae, features, method="pixels")
-        return Made(features, clips.astype(jnp.float32), target, weight)
+        return Decoded(features, clips.astype(jnp.float32), target, weight)
 
-    def _mapped(self, video: jax.Array, slots: jax.Array, key: jax.Array) -> jax.Array:
-        """The frames that stand for latents, as `shared.mapping` says."""
+    def _map_frames(self, video: jax.Array, slots: jax.Array, key: jax.Array) -> jax.Array:
+        """One frame for each latent frame, by `shared.mapping`."""
         group = self.config.network.temporal_downsampling
         keys = slot_keys(jax.random.fold_in(key, PICKS_KEY), slots)
         picks = draw_picks(keys, (video.shape[1] - 1) // group, group)
         return map_frames(video, self.config.shared.mapping, group, picks)
 
     def _shared_error(self, frozen: Parameters, batch: Batch, key: jax.Array, latents: jax.Array) -> jax.Array:
-        """Mean absolute error of the frames that the frozen image decoder makes of the video encoder's latents."""
-        frames = self._mapped(from_uint8(batch["video"]), batch["slot"], key)
-        # The paper gives it the drawn, unscaled latents.
-        seen = self.image_coder.decode(frozen[IMAGE_VAE], latents[:, : frames.shape[1]])
-        return jnp.mean(absolute_error(seen, frames))
+        """Mean absolute error of the frozen image decoder on the video encoder's latents."""
+        frames = self._map_frames(from_uint8(batch["video"]), batch["slot"], key)
+        # Sampled latents, unscaled, as in the paper.
+        images = self.image_vae.decode(frozen[IMAGE_VAE], latents[:, : frames.shape[1]])
+        return jnp.mean(absolute_error(images, frames))
 
-    def _reconstruction(
-        self, parameters: Parameters, frozen: Parameters, batch: Batch, made: list[Made]
+    def _reconstruction_loss(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, decoded: list[Decoded]
     ) -> tuple[jax.Array, Metrics]:
-        """Likelihood of reconstructions and, with a discriminator, the adversarial loss by its adaptive weight.
+        """Negative log likelihood of reconstructions and, with a discriminator, the weighted adversarial loss.
 
-        Gradients of both losses with respect to the made clips are computed here, and reach the adaptive weight through
-        the last layer alone. Their sum is handed on, so that there is one backward pass through the autoencoder.
+        The gradients of both losses are computed here with respect to the decoded clips; the adaptive weight needs them
+        through the last layer only. Their sum is injected, so that there is one backward pass through the autoencoder.
         """
-        scale, still = parameters.get(SCALES, {}).get("reconstruction"), jax.lax.stop_gradient
-        clips = [one.clips for one in made]
+        scale, stop = parameters.get(SCALES, {}).get("reconstruction"), jax.lax.stop_gradient
+        clips = [one.clips for one in decoded]
 
         def errors(clips: list[jax.Array]) -> tuple[jax.Array, Metrics]:
-            return self._errors(frozen, [one._replace(clips=c) for one, c in zip(made, clips, strict=True)])
+            return self._errors(frozen, [one._replace(clips=c) for one, c in zip(decoded, clips, strict=True)])
 
         if self.adversary is None:
             error, metrics = errors(clips)
-            return _likelihood(error, scale), metrics
-        (error, metrics), pulls = jax.value_and_grad(errors, has_aux=True)(still(clips))
+            return _negative_log_likelihood(error, scale), metrics
+        (error, metrics), reconstruction_grads = jax.value_and_grad(errors, has_aux=True)(stop(clips))
         if scale is not None:
-            pulls = [pull * jnp.exp(-still(scale[0])) for pull in pulls]
+            reconstruction_grads = [grad * jnp.exp(-stop(scale[0])) for grad in reconstruction_grads]
 
-        def of_last_kernel(gradients: Sequence[jax.Array]) -> jax.Array:
-            return self._of_last_kernel(still(parameters[VAE]), still([one.features for one in made]), gradients)
+        def last_kernel_grad(gradients: Sequence[jax.Array]) -> jax.Array:
+            features = stop([one.features for one in decoded])
+            return self._last_kernel_grad(stop(parameters[VAE]), features, gradients)
 
-        weight, value, pushes = self.adversary.push(parameters[DISCRIMINATOR], batch, clips, pulls, of_last_kernel)
+        weight, value, adversarial_grads = self.adversary.push(
+            parameters[DISCRIMINATOR], batch, clips, reconstruction_grads, last_kernel_grad
+        )
         metrics |= {"adversarial": value, "adaptive_weight": weight}
-        total = _likelihood(error, scale) + weight * value
-        for clip, pull, push in zip(clips, pulls, pushes, strict=True):
-            total += given_gradient(clip, pull + weight * push)
+        total = _negative_log_likelihood(error, scale) + weight * value
+        for clip, of_reconstruction, of_adversary in zip(clips, reconstruction_grads, adversarial_grads, strict=True):
+            total += given_gradient(clip, of_reconstruction + weight * of_adversary)
         return total, metrics
 
-    def _of_last_kernel(
+    def _last_kernel_grad(
         self, vae: Parameters, features: Sequence[jax.Array], gradients: Sequence[jax.Array]
     ) -> jax.Array:
-        """The gradient of the decoder's last kernel, of gradients with respect to the clips."""
+        """The gradient of the decoder's last kernel, from gradients with respect to the clips."""
         decoder = vae["decoder"]
         kernel = decoder["conv_out"]["kernel"]
 
@@ -347,14 +352,14 @@ class VideoVAETask(Task):
 
         total = jnp.zeros_like(kernel)
         for feature, gradient in zip(features, gradients, strict=True):
-            made, pull = jax.vjp(lambda kernel, f=feature: last_layer(kernel, f), kernel)
-            total += pull(gradient.astype(made.dtype))[0]
+            output, pullback = jax.vjp(lambda kernel, f=feature: last_layer(kernel, f), kernel)
+            total += pullback(gradient.astype(output.dtype))[0]
         return total
 
-    def _errors(self, frozen: Parameters, made: list[Made]) -> tuple[jax.Array, Metrics]:
-        """Absolute and perceptual errors, means over pixel values, weighted; metrics of the first clips."""
+    def _errors(self, frozen: Parameters, decoded: list[Decoded]) -> tuple[jax.Array, Metrics]:
+        """Weighted absolute and perceptual errors, means over pixel values; metrics of the reconstructions only."""
         total, metrics = jnp.float32(0), {}
-        for one in made:
+        for one in decoded:
             frames, target = (rearrange(clip, "b f h w c -> (b f) h w c") for clip in (one.clips, one.target))
             absolute = jnp.mean(absolute_error(frames, target))
             distance = jnp.mean(self.perceptual.distance(frozen, frames, target))
@@ -362,27 +367,27 @@ class VideoVAETask(Task):
             if not metrics:
                 fidelity = peak_signal_to_noise(jnp.clip(frames, -1, 1), target, data_range=2.0)
                 metrics = {"l1": absolute, "psnr": Mean(jnp.sum(fidelity), jnp.float32(len(frames)))}
-                if self.perceptual.measures:
-                    metrics[self.perceptual.metric] = distance
+                if self.perceptual.enabled:
+                    metrics[self.perceptual.metric_name] = distance
         return total, metrics
 
-    # Measures.
+    # Evaluation.
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
         """Reconstruction from posterior means and, with an image VAE, how well latents are shared with it."""
-        return compatibility.measure(
-            self.coder, parameters[VAE], from_uint8(batch["video"]), self.perceptual, frozen,
-            image_coder=self.image_coder, image_vae=frozen.get(IMAGE_VAE),
+        return compatibility.evaluate(
+            self.vae, parameters[VAE], from_uint8(batch["video"]), self.perceptual, frozen,
+            image_vae=self.image_vae, image_parameters=frozen.get(IMAGE_VAE),
         )  # fmt: skip
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
         clips = batch["video"][:4]
-        shown = compatibility.views(
-            self.coder, parameters[VAE], from_uint8(clips), self.image_coder, frozen.get(IMAGE_VAE)
+        reconstructions = compatibility.reconstructed_clips(
+            self.vae, parameters[VAE], from_uint8(clips), self.image_vae, frozen.get(IMAGE_VAE)
         )
-        return {"data": clips, **shown}
+        return {"data": clips, **reconstructions}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         config, size = self.config, (bucket.frames, bucket.height, bucket.width)
@@ -396,6 +401,6 @@ class VideoVAETask(Task):
         return parts
 
 
-def _likelihood(error: jax.Array, log_variance: jax.Array | None) -> jax.Array:
-    """`error / exp(log_variance) + log_variance`; the error itself where no scale is learned."""
+def _negative_log_likelihood(error: jax.Array, log_variance: jax.Array | None) -> jax.Array:
+    """`error / exp(log_variance) + log_variance`; the error if no scale is learned."""
     return error if log_variance is None else error * jnp.exp(-log_variance[0]) + log_variance[0]

@@ -30,7 +30,7 @@ from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.models.ivideogpt.world import Held, Prediction, World
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
-from jvgen.tasks.perceptual import Perceptual, check_weights
+from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.task import (
     ArraySpec,
     Batch,
@@ -163,7 +163,7 @@ class WorldModelTask(Task):
         self.networks = {"transformer": Network.of(lambda rngs: FrameTransformer(config.transformer, rngs=rngs))}
         self.network_configs = {"transformer": config.transformer}
         tokenizer = Network.of(lambda rngs: CompressiveTokenizer(config.tokenizer, rngs=rngs))
-        self.perceptual = Perceptual(config.perceptual)
+        self.perceptual = PerceptualDistance(config.perceptual)
         self.frozen_networks = {"tokenizer": tokenizer, **self.perceptual.networks}
         of_tokenizer = {"tokenizer"} if config.tokenizer_dtype == "float32" else set()
         self.float32_networks = frozenset(of_tokenizer | set(self.perceptual.networks))
@@ -339,8 +339,8 @@ class WorldModelTask(Task):
             images = (2.0 * frames.reshape(-1, *frames.shape[-3:]) - 1.0 for frames in (made, true))
             return self.perceptual.distance(frozen, *images).reshape(made.shape[:-3])
 
-        if self.perceptual.measures:
-            measures[self.perceptual.metric] = (distance, False)
+        if self.perceptual.enabled:
+            measures[self.perceptual.metric_name] = (distance, False)
         return measures
 
     def visualize(

@@ -25,8 +25,8 @@ def run(settings: Settings) -> Result:
     latent, group = config.latent_size(height, width), config.temporal_downsampling
     rows: list[dict[str, Any]] = []
     for frames in (group, 4 * group):
-        sizes = {"encode_part": (frames, height, width, config.channels)}
-        sizes["decode_part"] = (frames // group, *latent, config.latent_channels)
+        sizes = {"encode_chunk": (frames, height, width, config.channels)}
+        sizes["decode_chunk"] = (frames // group, *latent, config.latent_channels)
         for method, (count, *rest) in sizes.items():
 
             def step(parameters: Any, part: jax.Array, past: Any, method: str = method) -> Any:

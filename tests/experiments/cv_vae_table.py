@@ -40,10 +40,12 @@ from jvgen.training.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-CAUSAL = ["temporal_attention=none"]
-BLENDED = ["frames_between=blended"]
-SD21 = ["norm_over=clip", "norm_epsilon=1e-5", "decoder_time=zeros", "upsample_time=repeat"]
-SD3 = ["norm_over=clip", "border=repeat", "downsample_sides=around", "decoder_time=repeat", "upsample_time=repeat"]
+CAUSAL = ["temporal_attention.kind=none"]
+BLENDED = ["blend_frames=true"]
+DECODER_REPEATS = ["padding.decoder_time=repeat", "padding.upsample_time=repeat"]
+SD21 = ["norm.over_clip=true", "norm.epsilon=1e-5", "padding.decoder_time=zeros", "padding.upsample_time=repeat"]
+SD3 = ["norm.over_clip=true", "padding.border=repeat", "padding.downsample_around=true", *DECODER_REPEATS]
+CAUSAL_ATTENTION = ["temporal_attention.kind=causal", "temporal_attention.window=4"]
 
 
 def _shared(decoder: float, encoder: float, mapping: str, network: Sequence[str] = CAUSAL) -> list[str]:
@@ -62,18 +64,16 @@ SHARING: dict[str, list[str]] = {
     "decoder, slice": _shared(1, 0, "slice"),
 }
 NETWORKS: dict[str, list[str]] = {
-    "published, z = 4": _shared(1, 0, "random", [*SD21, "temporal_attention=replacing"]),
+    "published, z = 4": _shared(1, 0, "random", [*SD21, "temporal_attention.kind=clip"]),
     "published, z = 4, without attention along time": _shared(1, 0, "random", SD21),
     "published, for Stable Diffusion 3": _shared(1, 0, "random", SD3),
     "causal": SHARING["decoder, random"],
-    "causal, attention along time": _shared(1, 0, "random", ["temporal_attention=added", "temporal_window=4"]),
+    "causal, attention along time": _shared(1, 0, "random", CAUSAL_ATTENTION),
     "causal, frames between blended": _shared(1, 0, "random", [*CAUSAL, *BLENDED]),
     "published, z = 4, without attention along time, frames between blended": _shared(1, 0, "random", SD21 + BLENDED),
-    "causal, frames between blended, attention along time": _shared(
-        1, 0, "random", ["temporal_attention=added", "temporal_window=4", *BLENDED]
-    ),
-    "causal encoder, decoder of both sides": _shared(1, 0, "random", ["decoder_time=repeat", "upsample_time=repeat"]),
-    "causal, norms over clips": _shared(1, 0, "random", ["norm_over=clip"]),
+    "causal, frames between blended, attention along time": _shared(1, 0, "random", [*CAUSAL_ATTENTION, *BLENDED]),
+    "causal encoder, decoder of both sides": _shared(1, 0, "random", DECODER_REPEATS),
+    "causal, norms over clips": _shared(1, 0, "random", ["norm.over_clip=true"]),
 }
 SHARING_BLENDED = {
     f"{name}, blended": [*changes, *(f"task.network.{field}" for field in BLENDED)] for name, changes in SHARING.items()
@@ -102,8 +102,8 @@ COLUMNS = (
     ("mean gap", "mean_gap", 3),
     ("deviation ratio", "deviation_ratio", 3),
 )
-# Attention along time follows attention over pixels: rows that an image VAE without it cannot be grown into.
-SEEING = ("temporal_attention=replacing", "temporal_attention=added")
+# Attention along time follows attention over pixels: rows that an image VAE without it cannot be inflated to.
+TEMPORAL_ATTENTION = ("temporal_attention.kind=clip", "temporal_attention.kind=causal")
 
 
 def summary(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -199,7 +199,9 @@ def run(rows: Mapping[str, Sequence[str]], chosen: argparse.Namespace) -> str:
     image = chosen.image_vae or (chosen.demo / "export/image_vae/vae" if chosen.demo else _image_vae(chosen, data))
     if not read_config(image).mid_attention:
         rows = {
-            name: changes for name, changes in rows.items() if not any(word in " ".join(changes) for word in SEEING)
+            name: changes
+            for name, changes in rows.items()
+            if not any(word in " ".join(changes) for word in TEMPORAL_ATTENTION)
         }
     done = chosen.out / "rows.json"
     known: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.is_file() else {}

@@ -30,7 +30,7 @@ from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.runs.analysis import analyze_run
 from jvgen.runs.evaluation import evaluate_run
 from jvgen.runs.inference import open_run
-from jvgen.tasks.clip_coder import temporal_downsampling
+from jvgen.tasks.clip_vae import temporal_downsampling
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.experiment import Experiment
 from jvgen.training.loop import train

@@ -1,6 +1,7 @@
 """CogVideoX's autoencoder against diffusers' AutoencoderKLCogVideoX with random weights: outputs, tiles, both maps."""
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -12,12 +13,13 @@ from jvgen.interop.to_torch import export_network
 from jvgen.interop.verify import verify
 from jvgen.models.cogvideox_vae import flops
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
-from jvgen.models.cogvideox_vae.model import CogVideoXVAE, streamed
+from jvgen.models.cogvideox_vae.model import CogVideoXVAE, stream_chunks
 from jvgen.models.cogvideox_vae.tiling import Tiling, tiled
 from jvgen.models.cogvideox_vae.torch_map import from_diffusers_config, to_diffusers_config, weight_map, weight_map_sat
 from jvgen.models.weight_map import WeightError
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
+from jvgen.saved_config import from_json
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -98,8 +100,8 @@ def test_batches_of_frames_handed_on_one_by_one_are_the_whole(pair):
     latents = jnp.asarray(random_array(3, 1, 7, 2, 3, CONFIG.latent_channels))
     clip = jnp.asarray(random_array(4, 1, 25, *SIZE, 3))
     for method, whole, frames, size in (
-        ("decode_frames", pair.decode, latents, CONFIG.decode_batch),
-        ("encode_frames", pair.encode, clip, CONFIG.encode_batch),
+        ("decode_chunk", pair.decode, latents, CONFIG.decode_chunk_frames),
+        ("encode_chunk", pair.encode, clip, CONFIG.encode_chunk_frames),
     ):
         shapes = []
 
@@ -112,7 +114,7 @@ def test_batches_of_frames_handed_on_one_by_one_are_the_whole(pair):
             shapes.append(jax.tree.map(jnp.shape, past))
             return result, past
 
-        parts = list(streamed(noting, frames, size))
+        parts = list(stream_chunks(noting, frames, size))
         assert len(parts) == 3 and shapes[0] == shapes[1] == shapes[2]
         np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole(frames), atol=1e-6, rtol=0)
 
@@ -135,7 +137,7 @@ def test_without_the_past_the_second_batch_is_another(pair):
 
 
 def test_one_pass_over_a_clip_differs_from_batches_beyond_the_first(pair):
-    once = config_network(CONFIG.replace(encode_batch=None))
+    once = config_network(CONFIG.replace(encode_chunk_frames=None))
     clip = random_array(5, 1, 25, *SIZE, 3)
     moments = np.asarray(jax.jit(lambda x: once.apply(pair.parameters, x, method="encode"))(clip))
     batched = np.asarray(pair.encode(clip))
@@ -270,9 +272,9 @@ def test_clips_that_do_not_come_back_are_refused(frames, height, width, said):
         ({"groups": 5}, "groups = 5 does not divide"),
         ({"temporal_downsampling": 3}, "power of two"),
         ({"temporal_downsampling": 8}, "at most 4"),
-        ({"encode_batch": 7}, "multiple of temporal_downsampling"),
+        ({"encode_chunk_frames": 7}, "multiple of temporal_downsampling"),
         ({"scaling_factor": 0.0}, "must be positive"),
-        ({"decode_batch": 0}, "decode_batch = 0"),
+        ({"decode_chunk_frames": 0}, "decode_chunk_frames = 0"),
     ],
 )
 def test_configurations_that_make_no_network_are_refused(changes, said):
@@ -286,3 +288,8 @@ def test_bfloat16_in_bfloat16_out(pair):
     exact = np.asarray(pair.decode(latents))
     assert rough.dtype == jnp.bfloat16
     assert np.abs(np.asarray(rough, np.float32) - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_chunk_sizes_that_version_0_1_0_saved():
+    saved = {"class": "jvgen.models.cogvideox_vae.config:CogVideoXVAEConfig", "encode_batch": None, "decode_batch": 4}
+    assert from_json(json.dumps(saved)) == CogVideoXVAEConfig(encode_chunk_frames=None, decode_chunk_frames=4)

@@ -1,6 +1,7 @@
 """The causal CV-VAE: an inflated image autoencoder is itself, parts are the whole, nothing sees what comes later."""
 
 import functools
+import json
 import math
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from jvgen.models.cv_vae import flops
-from jvgen.models.cv_vae.config import CVVAEConfig
+from jvgen.models.cv_vae.config import ClipNormConfig, ClipPaddingConfig, CVVAEConfig, TemporalAttentionConfig
+from jvgen.models.cv_vae.flat_fields import flatten_fields
 from jvgen.models.cv_vae.inflate import inflate
 from jvgen.models.cv_vae.model import CVVAE
 from jvgen.models.cv_vae.tiling import chunk_bounds, decode_tiled, encode_tiled, tile_starts
@@ -18,11 +20,12 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nested import flatten, map_with_path
 from jvgen.nn.network import Network
+from jvgen.saved_config import from_json, to_json
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 IMAGE = ImageVAEConfig(block_channels=(4, 8, 8), layers_per_block=1, groups=2)
-CAUSAL = CVVAEConfig.causal(IMAGE).replace(temporal_attention="added", temporal_window=2)
+CAUSAL = CVVAEConfig.causal(IMAGE).replace(temporal_attention=TemporalAttentionConfig(kind="causal", window=2))
 
 
 def network_of(config) -> Network:
@@ -79,7 +82,7 @@ def test_an_inflated_image_autoencoder_is_itself_on_images_and_clips(image, fram
 def test_frames_between_two_latents_can_be_blended(image):
     """Images, latents and every fourth frame stay the image autoencoder's; what is between changes evenly."""
     parameters, (encode_image, decode_image) = image
-    config = CAUSAL.replace(frames_between="blended")
+    config = CAUSAL.replace(blend_frames=True)
     start = jax.jit(network_of(config).init)(jax.random.key(1))
     encode, decode = coders(config, inflate(IMAGE, parameters, config, start))
     clip = clip_of(9)
@@ -97,14 +100,15 @@ def test_frames_between_two_latents_can_be_blended(image):
 
 @pytest.mark.slow
 def test_an_inflated_published_architecture_keeps_images(image):
-    """Symmetric windows, no quantisation convolutions: images inside their outermost pixels, norms as they were."""
+    """Symmetric windows, no quantization convolutions: images inside their outermost pixels, norms as they were."""
     parameters, (encode_image, decode_image) = image
     config = CVVAEConfig.sd21().replace(
         **{name: getattr(IMAGE, name) for name in ("block_channels", "layers_per_block", "groups")},
-        time_levels_down=(0,), time_levels_up=(1,), norm_epsilon=1e-6, temporal_attention="none",
+        time_levels_down=(0,), time_levels_up=(1,), norm=ClipNormConfig(over_clip=True),
+        temporal_attention=TemporalAttentionConfig(),
     )  # fmt: skip
     start = jax.jit(network_of(config).init)(jax.random.key(1))
-    # Without a bias there, folding the decoder's quantisation convolution is exact at the border too.
+    # Without a bias there, folding the decoder's quantization convolution is exact at the border too.
     parameters = {**parameters, "post_quant": {**parameters["post_quant"], "bias": np.zeros(4, np.float32)}}
     encode, decode = coders(config, inflate(IMAGE, parameters, config, start))
     clip = clip_of(1)
@@ -138,7 +142,7 @@ def test_parts_are_the_whole(causal):
     network, parameters, clip, moments, decoded = causal
     encode, decode = (
         jax.jit(lambda part, past, method=method: network.apply(parameters, part, past, method=method))
-        for method in ("encode_part", "decode_part")
+        for method in ("encode_chunk", "decode_chunk")
     )
     found, shown, past, memory = [], [], None, None
     for start, stop in [(0, 5), (5, 9), (9, 17)]:
@@ -166,10 +170,10 @@ def test_nothing_sees_what_comes_later(causal):
 
 def test_published_networks_see_what_comes_later_and_say_so():
     for config in (CVVAEConfig.sd21(), CVVAEConfig.sd3()):
-        assert not config.streams
+        assert not config.is_causal
         network = network_of(config.replace(block_channels=(4, 4, 4, 4), groups=2, layers_per_block=1))
-        with pytest.raises(ValueError, match="sees later frames.*tiling"):
-            jax.eval_shape(lambda p, x, n=network: n.apply(p, x, method="encode_part"), network.shapes, clip_of(5))
+        with pytest.raises(ValueError, match="reads later frames.*tiling"):
+            jax.eval_shape(lambda p, x, n=network: n.apply(p, x, method="encode_chunk"), network.shapes, clip_of(5))
 
 
 # Sizes.
@@ -205,10 +209,10 @@ def test_lengths():
     [
         ({"groups": 3}, "groups = 3 does not divide 4"),
         ({"time_levels_down": (2,)}, r"time_levels_down = \(2,\): different levels from 0 to 1"),
-        ({"time_levels_up": ()}, "as many"),
-        ({"upsample_time": "zeros"}, "upsample_time"),
+        ({"time_levels_up": ()}, "equal lengths"),
+        ({"padding": ClipPaddingConfig(upsample_time="zeros")}, "upsample_time"),
         ({"mid_attention": False}, "needs mid_attention"),
-        ({"decoder_time": "repeat"}, "needs decoder_time = 'causal'"),
+        ({"padding": ClipPaddingConfig(decoder_time="repeat")}, "needs padding.decoder_time = 'causal'"),
         ({"tile_frames": 6}, "tile_frames = 6: must be a multiple of 4"),
         ({"tile_size": 30}, "tile_size = 30: must be a multiple of 4"),
         ({"tile_overlap": 0.6}, "tile_overlap = 0.6"),
@@ -256,7 +260,7 @@ def test_tiles_of_a_local_coder_are_the_whole():
     ("config", "parameters", "tensors", "encode", "decode"),
     [
         (CVVAEConfig.sd21(), 182_446_475, 254, 5.67e12, 17.12e12),
-        (CVVAEConfig.sd21().replace(second_convolution="clip"), 255_879_563, 254, 8.57e12, 21.42e12),
+        (CVVAEConfig.sd21().replace(full_3d=True), 255_879_563, 254, 8.57e12, 21.42e12),
         (CVVAEConfig.sd3(), 181_892_515, 244, 5.68e12, 17.11e12),
     ],
     ids=["sd21", "sd21_3d", "sd3"],
@@ -284,7 +288,7 @@ def test_published_sizes(config, parameters, tensors, encode, decode):
         ),
         (CVVAEConfig.causal(), "CVVAE"),
         (CAUSAL, "CVVAE"),
-        (CAUSAL.replace(frames_between="blended"), "CVVAE"),
+        (CAUSAL.replace(blend_frames=True), "CVVAE"),
         (CVVAEConfig.sd21().replace(groups=16), "CVVAE"),
     ],
 )
@@ -294,6 +298,53 @@ def test_a_config_survives_its_file(config, name):
     again = from_diffusers_config(values)
     ignored = {"scaling_factor", "shift_factor"} if name == "CVVAESD3Model" else set()
     assert all(getattr(again, field) == getattr(config, field) for field in vars(config) if field not in ignored)
+
+
+FLAT = {
+    "channels": 3, "latent_channels": 4, "block_channels": (128, 256, 512, 512), "layers_per_block": 2, "groups": 32,
+    "mid_attention": True, "quant_convolutions": False, "time_levels_down": (0, 2), "time_levels_up": (0, 2),
+    "norm_epsilon": 1e-6, "norm_over": "frame", "border": "zeros", "downsample_sides": "after",
+    "decoder_time": "causal", "upsample_time": "causal", "second_convolution": "frame", "temporal_attention": "none",
+    "temporal_window": 8, "frames_between": "held", "scaling_factor": 0.18215, "shift_factor": 0.0,
+    "tile_frames": 16, "tile_size": 576, "tile_overlap": 0.2222, "sample_size": 256,
+}  # fmt: skip
+# The configs that version 0.1.0 saved, as changes of FLAT.
+SAVED = {
+    "sd21": (
+        CVVAEConfig.sd21(),
+        {"norm_epsilon": 1e-5, "norm_over": "clip", "decoder_time": "zeros", "upsample_time": "repeat",
+         "temporal_attention": "replacing"},
+    ),
+    "sd3": (
+        CVVAEConfig.sd3(),
+        {"latent_channels": 16, "norm_over": "clip", "border": "repeat", "downsample_sides": "around",
+         "decoder_time": "repeat", "upsample_time": "repeat", "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    ),
+    "causal": (CVVAEConfig.causal(), {"quant_convolutions": True, "tile_frames": None, "tile_size": None}),
+    "every value": (
+        CVVAEConfig(
+            temporal_attention=TemporalAttentionConfig(kind="causal", window=2), full_3d=True, blend_frames=True
+        ),
+        {"temporal_attention": "added", "temporal_window": 2, "second_convolution": "clip",
+         "frames_between": "blended"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_configs_of_version_0_1_0(name):
+    config, changes = SAVED[name]
+    flat = FLAT | changes
+    assert list(flatten_fields(config).items()) == list(flat.items())
+    node = {"class": "jvgen.models.cv_vae.config:CVVAEConfig", **flat, "remat": "none"}
+    assert from_json(json.dumps(node)) == config == from_json(to_json(config))
+
+
+def test_own_config_files_are_flat():
+    values = to_diffusers_config(CVVAEConfig.causal())
+    assert list(values) == ["_class_name", *FLAT] and values["block_channels"] == [128, 256, 512, 512]
+    with pytest.raises(ValueError, match="config.json: norm_over = 'both': must be one of 'frame', 'clip'"):
+        from_diffusers_config(values | {"norm_over": "both"})
 
 
 def test_own_layout_goes_both_ways(causal):

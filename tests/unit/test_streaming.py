@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from jvgen.autoencoding.evaluation import evaluate_vae
-from jvgen.autoencoding.streaming import VideoCoder
+from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.source_checks import check_latents
 from jvgen.data.video_files import encode_video, probe_file, read_frames
@@ -57,7 +57,7 @@ def frames_of(count: int, height: int, width: int) -> np.ndarray:
     return ((start + 3 * np.arange(count)[:, None, None, None]) % 256).astype(np.uint8)
 
 
-def coded(coder: VideoCoder, video: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def coded(coder: StreamingVAE, video: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     latents = list(coder.encode(iter(video), len(video)))
     flat = np.concatenate(latents)
     return latents, list(coder.decode(iter(flat), len(flat)))
@@ -72,7 +72,7 @@ def whole(config, folder, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         for method in ("encode", "decode")
     )
     clip = from_uint8(jnp.asarray(video[None]))
-    if not config.streams:
+    if not config.is_causal:
         moments = encode_tiled(encode, clip, config)
         return np.asarray(moments[0, ..., :4]), np.asarray(to_uint8(decode_tiled(decode, moments[..., :4], config)[0]))
     moments = encode(clip)
@@ -82,7 +82,7 @@ def whole(config, folder, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("config", [CAUSAL, PUBLISHED], ids=["causal", "published"])
 def test_parts_are_the_whole(config, folder):
     video = frames_of(9, 8, 12)
-    coder = VideoCoder(folder(config), part=4)
+    coder = StreamingVAE(folder(config), chunk_frames=4)
     latents, shown = coded(coder, video)
     assert [len(part) for part in latents] == [3, 2] and [len(part) for part in shown] == [5, 4]
     expected, decoded = whole(config, folder(config), video)
@@ -95,7 +95,8 @@ def test_bfloat16_computes_nearly_the_same(config, folder):
     """Its unit is 2^-8; a few dozen layers later the error is a few of them."""
     video = frames_of(9, 8, 12)
     (exact, _), (near, shown) = (
-        coded(VideoCoder(folder(config), part=4, compute_dtype=dtype), video) for dtype in ("float32", "bfloat16")
+        coded(StreamingVAE(folder(config), chunk_frames=4, compute_dtype=dtype), video)
+        for dtype in ("float32", "bfloat16")
     )
     exact, near = np.concatenate(exact), np.concatenate(near)
     assert near.dtype == np.float32 and np.concatenate(shown).shape == (9, 8, 12, 3)
@@ -104,7 +105,7 @@ def test_bfloat16_computes_nearly_the_same(config, folder):
 
 
 def test_images_are_coded_one_by_one(folder):
-    coder = VideoCoder(folder(IMAGE), part=3)
+    coder = StreamingVAE(folder(IMAGE), chunk_frames=3)
     latents, shown = coded(coder, frames_of(5, 8, 8))
     assert [part.shape for part in latents] == [(4, 4, 4, 4), (1, 4, 4, 4)]
     alone = list(coder.encode(iter(frames_of(5, 8, 8)[4:]), 1))[0]
@@ -112,10 +113,10 @@ def test_images_are_coded_one_by_one(folder):
     assert np.concatenate(shown).shape == (5, 8, 8, 3)
 
 
-def test_sizes_are_filled_up_by_repeating_what_is_last(folder):
-    coder = VideoCoder(folder(CAUSAL))
+def test_sizes_are_padded_by_repeating_the_last_frame_row_and_column(folder):
+    coder = StreamingVAE(folder(CAUSAL))
     video = frames_of(4, 7, 9)
-    assert coder.padded(4, 7, 9) == (5, 8, 10) and coder.latent_shape(4, 7, 9) == (3, 4, 5, 4)
+    assert coder.padded_size(4, 7, 9) == (5, 8, 10) and coder.latent_shape(4, 7, 9) == (3, 4, 5, 4)
     filled = np.pad(np.concatenate([video, video[-1:]]), ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
     np.testing.assert_array_equal(*(next(coder.encode(iter(v), len(v))) for v in (video, filled)))
     with pytest.raises(ValueError, match="ends after 4 of 7 frames"):
@@ -127,7 +128,7 @@ def test_the_command_goes_there_and_back(jvgen, folder, tmp_path):
     film.write_bytes(encode_video(frames_of(6, 14, 17) // 2 + 60, 12.0))
     vae, latents, videos = folder(CAUSAL), tmp_path / "latents", tmp_path / "videos"
     done = jvgen("encode", film, "--vae", vae, "--out", latents, "--chunk-frames", 2, "--dtype", "float16")
-    assert done.status == 0 and "6 frames of 14x17, filled up to 7 of 14x18" in done.out, done.err
+    assert done.status == 0 and "6 frames of 14x17, padded to 7 frames of 14x18" in done.out, done.err
     stored = np.load(latents / "film.npy")
     assert stored.shape == (4, 7, 9, 4) and stored.dtype == np.float16
     about = json.loads((latents / "film.json").read_text())
@@ -196,7 +197,7 @@ def test_mistakes_are_told_before_anything_is_coded(jvgen, folder, tmp_path):
     (tmp_path / "film.npy").write_bytes(b"nothing")
     assert "film.json" in told(tmp_path / "film.npy", "--vae", vae, by="decode")
     (tmp_path / "film.json").write_text("{}")
-    assert "damaged" in told(tmp_path / "film.npy", "--vae", vae, by="decode")
+    assert "corrupt" in told(tmp_path / "film.npy", "--vae", vae, by="decode")
 
 
 def test_latents_of_a_data_set(jvgen, folder, scenes, tmp_path):
@@ -215,7 +216,7 @@ def test_evaluating_an_exported_vae(jvgen, folder, scenes, tmp_path):
         "evaluate", "--vae", folder(CAUSAL), "--image-vae", folder(IMAGE), "--frames", 3, "--worst", 1,
         "--out", tmp_path / "report", *words,
     )  # fmt: skip
-    assert done.status == 0 and "perceptual_laplacian is no LPIPS" in done.out, done.err
+    assert done.status == 0 and "perceptual_laplacian is not LPIPS" in done.out, done.err
     report = json.loads((tmp_path / "report" / "metrics.json").read_text())
     found = report["metrics"]
     assert {"psnr", "image_decoder/ssim", "image_latents/psnr", "latent/deviation_3", "image_latent/mean_0"} < set(
@@ -234,8 +235,8 @@ def test_evaluating_an_exported_vae(jvgen, folder, scenes, tmp_path):
     for wrong, words_of in [
         (["--vae", folder(CAUSAL), "--frames", 4], "--frames 4: this VAE takes 2n + 1; give 3 or 5"),
         (["--vae", folder(CAUSAL), "--frames", 3, "--image-vae", folder(CAUSAL)], "not an image VAE"),
-        ([tmp_path, "--vae", folder(CAUSAL)], "either a run"),
-        ([], "either a run"),
+        ([tmp_path, "--vae", folder(CAUSAL)], "exactly one of"),
+        ([], "exactly one of"),
     ]:
         done = jvgen("evaluate", *wrong, *words)
         assert done.status == 2 and words_of in done.err, done.err

@@ -181,7 +181,7 @@ def test_reading_is_lazy_and_nothing_is_read_when_something_is_wrong():
 
 def test_parameters_of_another_network_are_refused():
     table = WeightMap((Entry("w", "w"),))
-    with pytest.raises(WeightError, match="(?s)no parameter w.*no row of the table is about v"):
+    with pytest.raises(WeightError, match="(?s)no parameter w.*no row of the table is for v"):
         list(table.to_torch({"v": np.zeros(1)}))
 
 

@@ -1,4 +1,4 @@
-"""What a discriminator of clips is made of."""
+"""The configuration of the discriminator of clips."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ class ClipDiscriminatorConfig(Config):
     Attributes:
       channels: of a frame.
       width: of the first layer; the others are multiples of it.
-      halvings: blocks that halve frames, height and width, after the first layer, which does so too.
+      halvings: blocks that halve frames, height and width; the first layer does so too.
       groups: groups of every group norm; divides `width`.
     """
 

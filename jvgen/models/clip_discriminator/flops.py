@@ -1,11 +1,11 @@
-"""Floating-point operations of the discriminator's convolutions, from its configuration alone."""
+"""FLOPs of the discriminator's convolutions, computed from its configuration."""
 
 from jvgen.models.clip_discriminator.config import ClipDiscriminatorConfig
 from jvgen.nn.conv import convolution_flops
 
 
 def forward(config: ClipDiscriminatorConfig, frames: int, height: int, width: int) -> float:
-    """Forward operations of one clip; a multiplication and an addition count as two."""
+    """Forward FLOPs of one clip; a multiplication and an addition count as two."""
     widths = config.widths
     size = ((frames - 1) // 2 + 1, (height - 1) // 2 + 1, (width - 1) // 2 + 1)
     total = convolution_flops((3, 3, 3, config.channels, widths[0]), size)

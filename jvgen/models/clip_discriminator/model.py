@@ -1,4 +1,4 @@
-"""The 3-D patch discriminator of CV-VAE's training: how real each patch of a clip, or of an image, looks."""
+"""The 3-D patch discriminator of CV-VAE's training: one score per patch of a clip or image."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jvgen.nn.stacked import Remat, run_block
 from jvgen.parallel.axes import BATCH, CONV_IN, CONV_OUT, FRAMES, HEIGHT, WIDTH, constrain
 
 NORM_EPSILON = 1e-5
-SLOPE = 0.2  # of what is below zero
+SLOPE = 0.2  # of the leaky ReLUs
 _INIT = nnx.initializers.normal(0.02)
 _AROUND = ((1, 1), (1, 1))
 
@@ -30,7 +30,7 @@ def _pointwise(features_in: int, features_out: int, rngs: nnx.Rngs) -> Linear:
 
 
 def halve(clip: Float[Array, "B F H W C"]) -> Float[Array, "B f h w C"]:
-    """Means of 2x2x2 blocks; of an odd number of frames, the first counts twice, and odd rows and columns are cut."""
+    """Means of 2x2x2 blocks. With an odd number of frames the first counts twice; an odd last row or column is cut."""
     if clip.shape[1] % 2:
         clip = jnp.concatenate([clip[:, :1], clip], axis=1)
     height, width = (size // 2 * 2 for size in clip.shape[2:4])
@@ -38,9 +38,9 @@ def halve(clip: Float[Array, "B F H W C"]) -> Float[Array, "B f h w C"]:
 
 
 class Block(nnx.Module):
-    """Norm, SiLU, convolution, halving, norm, SiLU, convolution, added to the halved input; then a norm and a ReLU.
+    """Norm, SiLU, convolution, halving, norm, SiLU, convolution, added to the halved input; norm, leaky ReLU.
 
-    The last norm and leaky ReLU are those that the published code puts after each block.
+    The last norm and leaky ReLU follow each block in the published code.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Block(nnx.Module):
 
 
 class ClipDiscriminator(nnx.Module):
-    """Clips, or images as clips of one frame, to one number a patch: large for real ones, small for made ones."""
+    """Clips, or images as clips of one frame, to one score per patch: high for real ones, low for generated ones."""
 
     def __init__(self, config: ClipDiscriminatorConfig, *, rngs: nnx.Rngs):
         config.validate()

@@ -1,6 +1,7 @@
-"""What CogVideoX's autoencoder is made of, and the published scales of its latents."""
+"""The configuration of CogVideoX's autoencoder, with the published scales of its latents."""
 
 import dataclasses
+from typing import ClassVar
 
 from jvgen.config import Config
 from jvgen.nn.stacked import Remat
@@ -16,18 +17,23 @@ class CogVideoXVAEConfig(Config):
       channels: channels of a frame.
       latent_channels: channels of a latent.
       block_channels: width of each level, finest first; each level but the last halves height and width.
-      layers_per_block: residual blocks a level in the encoder; the decoder has one more.
+      layers_per_block: residual blocks per level in the encoder; the decoder has one more.
       groups: groups of every group norm; divides every width.
-      temporal_downsampling: frames a latent frame, a power of two; the finest levels halve the number of frames.
-      encode_batch: frames that the encoder sees together; None for whole clips, as the code that trained it has them.
-        Norms are over a batch of frames, so this number is part of what is computed.
-      decode_batch: latent frames that the decoder sees together, by the same token.
+      temporal_downsampling: frames per latent frame, a power of two; the finest levels halve the number of frames.
+      encode_chunk_frames: frames that the encoder codes together; None for whole clips, as in training. Norms are
+        over a chunk of frames, so the result depends on this number.
+      decode_chunk_frames: latent frames that the decoder codes together; the result depends on it, too.
       scaling_factor: diffusion sees latents times this.
-      sample_height, sample_width: pixels that the network was made for; tiles are half of them.
-      invert_scale_latents: the latents of the image that CogVideoX1.5 image to video starts from are divided by
-        scaling_factor; only written to exported files.
+      sample_height, sample_width: size in pixels that the network was trained for; tiles are half of it.
+      invert_scale_latents: CogVideoX1.5 image-to-video divides the latents of its first frame by scaling_factor; only
+        written to exported files.
       remat: what the backward pass keeps of each residual block.
     """
+
+    renamed_fields: ClassVar[dict[str, str]] = {
+        "encode_batch": "encode_chunk_frames",
+        "decode_batch": "decode_chunk_frames",
+    }
 
     channels: int = 3
     latent_channels: int = 16
@@ -35,8 +41,8 @@ class CogVideoXVAEConfig(Config):
     layers_per_block: int = 3
     groups: int = 32
     temporal_downsampling: int = 4
-    encode_batch: int | None = 8
-    decode_batch: int = 2
+    encode_chunk_frames: int | None = 8
+    decode_chunk_frames: int = 2
     scaling_factor: float = 1.15258426
     sample_height: int = 480
     sample_width: int = 720
@@ -45,12 +51,12 @@ class CogVideoXVAEConfig(Config):
 
     @classmethod
     def cogvideox_2b(cls) -> "CogVideoXVAEConfig":
-        """With CogVideoX-2B and RepVideo: 215,583,907 parameters."""
+        """Of CogVideoX-2B and RepVideo: 215,583,907 parameters."""
         return cls()
 
     @classmethod
     def cogvideox_5b(cls) -> "CogVideoXVAEConfig":
-        """With CogVideoX-5B and 1.5: the same weights, another scale."""
+        """Of CogVideoX-5B and 1.5: the same weights, another scale."""
         return cls(scaling_factor=0.7)
 
     @classmethod
@@ -76,13 +82,13 @@ class CogVideoXVAEConfig(Config):
         return self.temporal_downsampling.bit_length() - 1
 
     def check_clip(self, frames: int, height: int, width: int) -> None:
-        """Raise `ValueError` for a clip that does not come back from its latents with as many frames and pixels."""
-        step = self.decode_batch * self.temporal_downsampling
+        """Raise `ValueError` for a clip whose latents do not decode to the same number of frames and pixels."""
+        step = self.decode_chunk_frames * self.temporal_downsampling
         if frames < 1 or (frames - 1) % step:
             nearest = max(frames - 1, 0) // step * step + 1
             raise ValueError(
-                f"frames = {frames}: CogVideoX's autoencoder takes {step}n + 1 frames, because other clips come back "
-                f"with another length; take {nearest} or {nearest + step}."
+                f"frames = {frames}: CogVideoX's autoencoder takes {step}n + 1 frames, because it decodes other clips "
+                f"to another length; take {nearest} or {nearest + step}."
             )
         for name, size in (("height", height), ("width", width)):
             if size < 1 or size % self.downsampling:
@@ -99,7 +105,7 @@ class CogVideoXVAEConfig(Config):
     def validate(self) -> None:
         if not self.block_channels:
             raise ValueError("block_channels is empty: give the width of at least one level.")
-        for name in ("channels", "latent_channels", "layers_per_block", "groups", "decode_batch"):
+        for name in ("channels", "latent_channels", "layers_per_block", "groups", "decode_chunk_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
         for width in self.block_channels:
@@ -111,17 +117,17 @@ class CogVideoXVAEConfig(Config):
                 f"temporal_downsampling = {times}: must be a power of two, at most {self.downsampling} with "
                 f"{len(self.block_channels)} levels."
             )
-        if self.encode_batch is not None and (self.encode_batch < 1 or self.encode_batch % times):
+        if self.encode_chunk_frames is not None and (self.encode_chunk_frames < 1 or self.encode_chunk_frames % times):
             raise ValueError(
-                f"encode_batch = {self.encode_batch}: must be a multiple of temporal_downsampling = {times}, or none "
-                "for whole clips."
+                f"encode_chunk_frames = {self.encode_chunk_frames}: must be a multiple of temporal_downsampling = "
+                f"{times}, or none for whole clips."
             )
         if self.scaling_factor <= 0:
             raise ValueError(f"scaling_factor = {self.scaling_factor} must be positive.")
 
 
-def frame_batches(frames: int, size: int | None) -> list[tuple[int, int]]:
-    """(start, stop) of each batch of frames: all have `size` frames, and the first has what is left over as well."""
+def frame_chunks(frames: int, size: int | None) -> list[tuple[int, int]]:
+    """(start, stop) of each chunk of frames: all have `size` frames, and the first has the remainder as well."""
     first = frames if size is None or frames < size else size + frames % size
     starts = [0, *range(first, frames, size or frames)]
     return list(zip(starts, [*starts[1:], frames], strict=True))

@@ -1,25 +1,25 @@
-"""Floating-point operations of the autoencoder's convolutions, from its configuration alone."""
+"""FLOPs of the autoencoder's convolutions, computed from its configuration."""
 
-from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig, frame_batches
+from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig, frame_chunks
 from jvgen.nn.conv import convolution_flops
 
 Shape = tuple[int, int, int]
 
 
 def encode(config: CogVideoXVAEConfig, frames: int, height: int, width: int) -> dict[str, float]:
-    """Forward operations of encoding one clip; a multiplication and an addition count as two."""
-    batches = frame_batches(frames, config.encode_batch)
-    return {"encoder convolutions": sum(_encode(config, (b - a, height, width)) for a, b in batches)}
+    """Forward FLOPs of encoding one clip; a multiplication and an addition count as two."""
+    chunks = frame_chunks(frames, config.encode_chunk_frames)
+    return {"encoder convolutions": sum(_encode(config, (b - a, height, width)) for a, b in chunks)}
 
 
 def decode(config: CogVideoXVAEConfig, frames: int, height: int, width: int) -> dict[str, float]:
-    """Forward operations of decoding one clip; the arguments are those of its latents."""
-    batches = frame_batches(frames, config.decode_batch)
-    return {"decoder convolutions": sum(_decode(config, (b - a, height, width)) for a, b in batches)}
+    """Forward FLOPs of decoding one clip; the arguments are those of its latents."""
+    chunks = frame_chunks(frames, config.decode_chunk_frames)
+    return {"decoder convolutions": sum(_decode(config, (b - a, height, width)) for a, b in chunks)}
 
 
 def reconstruct(config: CogVideoXVAEConfig, frames: int, height: int, width: int) -> dict[str, float]:
-    """Forward operations of encoding and decoding one clip, by part."""
+    """Forward FLOPs of encoding and decoding one clip, by component."""
     return {
         **encode(config, frames, height, width),
         **decode(config, *config.latent_shape(frames, height, width)),

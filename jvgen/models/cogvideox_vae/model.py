@@ -1,7 +1,7 @@
-"""CogVideoX's autoencoder: causal convolutions over batches of frames, each handing its last frames to the next batch.
+"""CogVideoX's autoencoder: causal convolutions over chunks of frames, with a cache from each chunk for the next.
 
-What a convolution remembers between batches of frames is an argument and a result (`Past`), so that a clip of any
-length is one `lax.scan` over equal batches, or a loop on the host that holds one batch at a time.
+The latest frames that a convolution read are an argument and a result (`Cache`), so that a clip of any length is one
+`lax.scan` over equal chunks, or a loop in Python that holds one chunk at a time.
 """
 
 import functools
@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jvgen.models.cogvideox_vae.config import NORM_EPSILON, CogVideoXVAEConfig, frame_batches
+from jvgen.models.cogvideox_vae.config import NORM_EPSILON, CogVideoXVAEConfig, frame_chunks
 from jvgen.nn.conv import DEFAULT_INIT, Conv2d, upsample_nearest
 from jvgen.nn.conv3d import Conv3d
 from jvgen.nn.linear import Linear
@@ -22,8 +22,8 @@ from jvgen.nn.norm import GroupNorm
 from jvgen.nn.stacked import run_block
 from jvgen.parallel.axes import BATCH, CONV_IN, CONV_OUT, FRAMES, HEIGHT, WIDTH, constrain
 
-# Frames that causal convolutions keep, by the names of their modules; None before the first batch of frames.
-Past = dict[str, Any] | None
+# The latest frames that causal convolutions read, by the names of their modules; None before the first chunk.
+Cache = dict[str, Any] | None
 
 
 def _pointwise(features_in: int, features_out: int, rngs: nnx.Rngs) -> Linear:
@@ -31,10 +31,10 @@ def _pointwise(features_in: int, features_out: int, rngs: nnx.Rngs) -> Linear:
 
 
 class ConditionedNorm(nnx.Module):
-    """A group norm whose scale and shift at each pixel are read off the latents (Zheng et al. 2022, "MoVQ", eq. 5).
+    """A group norm whose scale and shift at each pixel are linear in the latents (Zheng et al. 2022, "MoVQ", eq. 5).
 
-    The published form has no "1 +" before the scale. The two pointwise maps are taken of the small latents and then
-    enlarged, which gives the numbers that the other order gives.
+    The published form has no "1 +" before the scale. The two pointwise maps are applied before the latents are
+    upsampled, which gives the same numbers as the other order.
     """
 
     def __init__(self, features: int, config: CogVideoXVAEConfig, *, rngs: nnx.Rngs):
@@ -46,11 +46,11 @@ class ConditionedNorm(nnx.Module):
         self, clip: Float[Array, "B F H W C"], latents: Float[Array, "B f h w z"]
     ) -> Float[Array, "B F H W C"]:
         shape = clip.shape[1:4]
-        return self.norm(clip) * enlarge(self.scale(latents), shape) + enlarge(self.shift(latents), shape)
+        return self.norm(clip) * upsample_to(self.scale(latents), shape) + upsample_to(self.shift(latents), shape)
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU and causal convolution, added to the input; `conditioned`: the norms see the latents."""
+    """Norm, SiLU and causal convolution, twice, added to the input; `conditioned`: norms conditioned on the latents."""
 
     def __init__(
         self, features_in: int, features_out: int, config: CogVideoXVAEConfig, *, conditioned: bool, rngs: nnx.Rngs
@@ -67,39 +67,39 @@ class ResidualBlock(nnx.Module):
         self.shortcut = None if features_in == features_out else _pointwise(features_in, features_out, rngs)
 
     def __call__(
-        self, clip: Float[Array, "B F H W I"], past: Past, *latents: Float[Array, "B f h w z"]
-    ) -> tuple[Float[Array, "B F H W O"], Past]:
-        kept = {}
+        self, clip: Float[Array, "B F H W I"], cache: Cache, *latents: Float[Array, "B f h w z"]
+    ) -> tuple[Float[Array, "B F H W O"], Cache]:
+        new_cache = {}
         hidden = jax.nn.silu(self.norm1(clip, *latents))
-        hidden, kept["conv1"] = self.conv1(hidden, _of(past, "conv1"))
+        hidden, new_cache["conv1"] = self.conv1(hidden, _layer_cache(cache, "conv1"))
         hidden = jax.nn.silu(self.norm2(hidden, *latents))
-        hidden, kept["conv2"] = self.conv2(hidden, _of(past, "conv2"))
-        return hidden + (clip if self.shortcut is None else self.shortcut(clip)), kept
+        hidden, new_cache["conv2"] = self.conv2(hidden, _layer_cache(cache, "conv2"))
+        return hidden + (clip if self.shortcut is None else self.shortcut(clip)), new_cache
 
 
 class Downsample(nnx.Module):
-    """Pairs of frames averaged if `in_time`; then a strided convolution of each, with zeros at its bottom and right."""
+    """With `temporal`, means of pairs of frames; then a strided convolution of each frame, padded below and right."""
 
-    def __init__(self, features: int, *, in_time: bool, rngs: nnx.Rngs):
-        self.in_time = in_time
+    def __init__(self, features: int, *, temporal: bool, rngs: nnx.Rngs):
+        self.temporal = temporal
         self.conv = Conv2d(features, features, strides=(2, 2), padding=((0, 1), (0, 1)), rngs=rngs)
 
     def __call__(self, clip: Float[Array, "B F H W C"]) -> Float[Array, "B f h w C"]:
-        if self.in_time and clip.shape[1] > 1:
-            clip = _first_apart(clip, lambda rest: _mean_of_pairs(rest))
+        if self.temporal and clip.shape[1] > 1:
+            clip = _keep_first(clip, _mean_of_pairs)
         return _each_frame(self.conv, clip)
 
 
 class Upsample(nnx.Module):
-    """Every pixel becomes a square of four, of two frames if `in_time`; then a convolution of each frame."""
+    """Nearest-neighbor upsampling of each frame, with `temporal` of time too; then a convolution of each frame."""
 
-    def __init__(self, features: int, *, in_time: bool, rngs: nnx.Rngs):
-        self.in_time = in_time
+    def __init__(self, features: int, *, temporal: bool, rngs: nnx.Rngs):
+        self.temporal = temporal
         self.conv = Conv2d(features, features, rngs=rngs)
 
     def __call__(self, clip: Float[Array, "B F H W C"]) -> Float[Array, "B f h w C"]:
-        if self.in_time and clip.shape[1] > 1:
-            clip = _first_apart(clip, lambda rest: repeat(rest, "b f h w c -> b (f t) h w c", t=2))
+        if self.temporal and clip.shape[1] > 1:
+            clip = _keep_first(clip, lambda rest: repeat(rest, "b f h w c -> b (f t) h w c", t=2))
         return _each_frame(lambda frames: self.conv(upsample_nearest(frames)), clip)
 
 
@@ -125,18 +125,18 @@ class Level(nnx.Module):
         self.resample = None if resample is None else resample(features_out, rngs=rngs)
 
     def __call__(
-        self, clip: Float[Array, "B F H W I"], past: Past, *latents: Float[Array, "B f h w z"]
-    ) -> tuple[Float[Array, "B T P Q O"], Past]:
-        kept = {}
+        self, clip: Float[Array, "B F H W I"], cache: Cache, *latents: Float[Array, "B f h w z"]
+    ) -> tuple[Float[Array, "B T P Q O"], Cache]:
+        new_cache = {}
         for index, block in enumerate(self.blocks):
-            clip, kept[str(index)] = run_block(block, self.remat, clip, _of(past, str(index)), *latents)
+            clip, new_cache[str(index)] = run_block(block, self.remat, clip, _layer_cache(cache, str(index)), *latents)
         if self.resample is not None:
             clip = run_block(self.resample, self.remat, clip)
-        return constrain(clip, BATCH, FRAMES, HEIGHT, WIDTH, None), kept
+        return constrain(clip, BATCH, FRAMES, HEIGHT, WIDTH, None), new_cache
 
 
 class Encoder(nnx.Module):
-    """A batch of frames to the moments of its latents."""
+    """A chunk of frames to the moments of its latents."""
 
     def __init__(self, config: CogVideoXVAEConfig, *, rngs: nnx.Rngs):
         widths = config.block_channels
@@ -146,18 +146,20 @@ class Encoder(nnx.Module):
         self.norm_out = GroupNorm(widths[-1], groups=config.groups, epsilon=NORM_EPSILON, axis=CONV_OUT)
         self.conv_out = Conv3d(widths[-1], 2 * config.latent_channels, in_time="causal", rngs=rngs)
 
-    def __call__(self, frames: Float[Array, "B F H W C"], past: Past) -> tuple[Float[Array, "B f h w M"], Past]:
-        kept, levels = {}, {}
-        hidden, kept["conv_in"] = self.conv_in(frames, _of(past, "conv_in"))
+    def __call__(self, frames: Float[Array, "B F H W C"], cache: Cache) -> tuple[Float[Array, "B f h w M"], Cache]:
+        new_cache, levels = {}, {}
+        hidden, new_cache["conv_in"] = self.conv_in(frames, _layer_cache(cache, "conv_in"))
         for index, level in enumerate(self.levels):
-            hidden, levels[str(index)] = level(hidden, _of(past, "levels", str(index)))
-        hidden, kept["mid"] = self.mid(hidden, _of(past, "mid"))
-        hidden, kept["conv_out"] = self.conv_out(jax.nn.silu(self.norm_out(hidden)), _of(past, "conv_out"))
-        return hidden, {**kept, "levels": levels}
+            hidden, levels[str(index)] = level(hidden, _layer_cache(cache, "levels", str(index)))
+        hidden, new_cache["mid"] = self.mid(hidden, _layer_cache(cache, "mid"))
+        hidden, new_cache["conv_out"] = self.conv_out(
+            jax.nn.silu(self.norm_out(hidden)), _layer_cache(cache, "conv_out")
+        )
+        return hidden, {**new_cache, "levels": levels}
 
 
 class Decoder(nnx.Module):
-    """A batch of latent frames to frames; its levels are those of the encoder in reverse, with one more block each."""
+    """A chunk of latent frames to frames; its levels are those of the encoder in reverse, with one more block each."""
 
     def __init__(self, config: CogVideoXVAEConfig, *, rngs: nnx.Rngs):
         widths = config.block_channels[::-1]
@@ -167,19 +169,19 @@ class Decoder(nnx.Module):
         self.norm_out = ConditionedNorm(widths[-1], config, rngs=rngs)
         self.conv_out = Conv3d(widths[-1], config.channels, in_time="causal", rngs=rngs)
 
-    def __call__(self, latents: Float[Array, "B f h w z"], past: Past) -> tuple[Float[Array, "B F H W C"], Past]:
-        kept, levels = {}, {}
-        hidden, kept["conv_in"] = self.conv_in(latents, _of(past, "conv_in"))
-        hidden, kept["mid"] = self.mid(hidden, _of(past, "mid"), latents)
+    def __call__(self, latents: Float[Array, "B f h w z"], cache: Cache) -> tuple[Float[Array, "B F H W C"], Cache]:
+        new_cache, levels = {}, {}
+        hidden, new_cache["conv_in"] = self.conv_in(latents, _layer_cache(cache, "conv_in"))
+        hidden, new_cache["mid"] = self.mid(hidden, _layer_cache(cache, "mid"), latents)
         for index, level in enumerate(self.levels):
-            hidden, levels[str(index)] = level(hidden, _of(past, "levels", str(index)), latents)
+            hidden, levels[str(index)] = level(hidden, _layer_cache(cache, "levels", str(index)), latents)
         hidden = jax.nn.silu(self.norm_out(hidden, latents))
-        hidden, kept["conv_out"] = self.conv_out(hidden, _of(past, "conv_out"))
-        return hidden, {**kept, "levels": levels}
+        hidden, new_cache["conv_out"] = self.conv_out(hidden, _layer_cache(cache, "conv_out"))
+        return hidden, {**new_cache, "levels": levels}
 
 
 class CogVideoXVAE(nnx.Module):
-    """`encode` to moments, `decode` from latents; `encode_frames` and `decode_frames` take one batch of frames."""
+    """`encode` to moments, `decode` from latents; `encode_chunk` and `decode_chunk` take one chunk of frames."""
 
     def __init__(self, config: CogVideoXVAEConfig, *, rngs: nnx.Rngs):
         config.validate()
@@ -190,77 +192,79 @@ class CogVideoXVAE(nnx.Module):
     def encode(self, clip: Float[Array, "B F H W C"]) -> Float[Array, "B f h w M"]:
         """Mean and raw log variance of the latents, concatenated over channels, of a clip in [-1, 1].
 
-        The clip is cut into batches of `config.encode_batch` frames, of which the first also has what is left over.
+        The clip is cut into chunks of `config.encode_chunk_frames` frames, of which the first also has the remainder.
         """
-        return _over_batches(self.encoder, clip, self.config.encode_batch)
+        return _over_chunks(self.encoder, clip, self.config.encode_chunk_frames)
 
     def decode(self, latents: Float[Array, "B f h w z"]) -> Float[Array, "B F H W C"]:
         """A clip, in [-1, 1] up to the error of the network, from latents that are not scaled for diffusion."""
-        return _over_batches(self.decoder, latents, self.config.decode_batch)
+        return _over_chunks(self.decoder, latents, self.config.decode_chunk_frames)
 
-    def encode_frames(
-        self, frames: Float[Array, "B F H W C"], past: Past = None
+    def encode_chunk(
+        self, frames: Float[Array, "B F H W C"], cache: Cache = None
     ) -> tuple[Float[Array, "B f h w M"], dict[str, Any]]:
-        """Moments of one batch of frames, and what the next batch needs as its `past` (None for the first)."""
-        return self.encoder(frames, past)
+        """Moments of one chunk of frames, and the cache for the next chunk (None for the first)."""
+        return self.encoder(frames, cache)
 
-    def decode_frames(
-        self, latents: Float[Array, "B f h w z"], past: Past = None
+    def decode_chunk(
+        self, latents: Float[Array, "B f h w z"], cache: Cache = None
     ) -> tuple[Float[Array, "B F H W C"], dict[str, Any]]:
-        """Frames of one batch of latent frames, and what the next batch needs as its `past` (None for the first)."""
-        return self.decoder(latents, past)
+        """Frames of one chunk of latent frames, and the cache for the next chunk (None for the first)."""
+        return self.decoder(latents, cache)
 
     def __call__(self, clip: Float[Array, "B F H W C"]) -> Float[Array, "B T H W C"]:
         """Reconstruct a clip through the most likely latents."""
         return self.decode(self.encode(clip)[..., : self.config.latent_channels])
 
 
-def enlarge(values: Float[Array, "B f h w C"], shape: tuple[int, int, int]) -> Float[Array, "B F H W C"]:
-    """Nearest neighbours on a grid of (frames, height, width) that are whole multiples.
+def upsample_to(values: Float[Array, "B f h w C"], shape: tuple[int, int, int]) -> Float[Array, "B F H W C"]:
+    """Nearest neighbors on a grid of (frames, height, width) that are whole multiples.
 
-    Of an odd number of frames beyond one, the first stands for the first only, as it does in `Upsample`.
+    Of an odd number of frames above one, the first is copied to the first only, as in `Upsample`.
     """
     frames, height, width = shape
     if frames > 1 and frames % 2:
         first, rest = values[:, :1], values[:, 1:]
-        return jnp.concatenate([enlarge(first, (1, height, width)), enlarge(rest, (frames - 1, height, width))], axis=1)
+        return jnp.concatenate(
+            [upsample_to(first, (1, height, width)), upsample_to(rest, (frames - 1, height, width))], axis=1
+        )
     times = [size // old for size, old in zip(shape, values.shape[1:4], strict=True)]
     assert [old * n for old, n in zip(values.shape[1:4], times, strict=True)] == list(shape), (values.shape, shape)
     return repeat(values, "b f h w c -> b (f t) (h p) (w q) c", t=times[0], p=times[1], q=times[2])
 
 
-def streamed(
-    step: Callable[[jax.Array, Past], tuple[jax.Array, Past]], clip: Float[Array, "B F H W C"], size: int | None
+def stream_chunks(
+    step: Callable[[jax.Array, Cache], tuple[jax.Array, Cache]], clip: Float[Array, "B F H W C"], size: int | None
 ) -> Iterator[jax.Array]:
-    """Results of batches of frames, one after the other: for clips whose result should not lie on a device as a whole.
+    """Results of chunks of frames, one at a time: for clips whose result as a whole does not fit on a device.
 
     Args:
-      step: `encode_frames` or `decode_frames` with its parameters, under `jax.jit`; compiled for the first batch and
-        for one of the others.
+      step: `encode_chunk` or `decode_chunk` with its parameters, under `jax.jit`; compiled once for the first chunk and
+        once for the others.
       clip: pixels or latents.
-      size: `config.encode_batch` or `config.decode_batch`.
+      size: `config.encode_chunk_frames` or `config.decode_chunk_frames`.
     """
-    past = None
-    for start, stop in frame_batches(clip.shape[1], size):
-        result, past = step(clip[:, start:stop], past)
+    cache = None
+    for start, stop in frame_chunks(clip.shape[1], size):
+        result, cache = step(clip[:, start:stop], cache)
         yield result
 
 
-def _over_batches(
-    function: Callable[[jax.Array, Past], tuple[jax.Array, Past]], clip: jax.Array, size: int | None
+def _over_chunks(
+    function: Callable[[jax.Array, Cache], tuple[jax.Array, Cache]], clip: jax.Array, size: int | None
 ) -> jax.Array:
-    """Run a coder over batches of frames: the first apart, because it may be longer, and a scan over the others."""
-    (_, first), *others = frame_batches(clip.shape[1], size)
-    head, past = function(clip[:, :first], None)
+    """Run a coder over chunks of frames: the first separately, because it may be longer, and a scan over the others."""
+    (_, first), *others = frame_chunks(clip.shape[1], size)
+    head, cache = function(clip[:, :first], None)
     if not others:
         return head
-    batches = rearrange(clip[:, first:], "b (n f) h w c -> n b f h w c", n=len(others))
+    chunks = rearrange(clip[:, first:], "b (n f) h w c -> n b f h w c", n=len(others))
 
-    def step(past: Past, frames: jax.Array) -> tuple[Past, jax.Array]:
-        result, past = function(frames, past)
-        return past, result
+    def step(cache: Cache, frames: jax.Array) -> tuple[Cache, jax.Array]:
+        result, cache = function(frames, cache)
+        return cache, result
 
-    _, tail = jax.lax.scan(step, past, batches)
+    _, tail = jax.lax.scan(step, cache, chunks)
     return jnp.concatenate([head, rearrange(tail, "n b f h w c -> b (n f) h w c")], axis=1)
 
 
@@ -271,20 +275,20 @@ def _levels(
     config: CogVideoXVAEConfig,
     rngs: nnx.Rngs,
 ) -> list[Level]:
-    """Levels in the order in which they run; the first ones of either direction change the number of frames."""
+    """Levels in the order in which they run; the first `config.temporal_levels` change the number of frames."""
     levels = []
     for index, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
         resample = None
         if index < len(widths) - 1:
-            resample = functools.partial(kind, in_time=index < config.temporal_levels)
+            resample = functools.partial(kind, temporal=index < config.temporal_levels)
         levels.append(Level(before, width, layers, resample, config, conditioned=kind is Upsample, rngs=rngs))
     return levels
 
 
-def _of(past: Past, *names: str) -> Any:
+def _layer_cache(cache: Cache, *names: str) -> Any:
     for name in names:
-        past = None if past is None else past[name]
-    return past
+        cache = None if cache is None else cache[name]
+    return cache
 
 
 def _each_frame(function: Callable[[jax.Array], jax.Array], clip: jax.Array) -> jax.Array:
@@ -292,8 +296,8 @@ def _each_frame(function: Callable[[jax.Array], jax.Array], clip: jax.Array) -> 
     return rearrange(frames, "(b f) h w c -> b f h w c", b=clip.shape[0])
 
 
-def _first_apart(clip: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Change the frames of a clip; of an odd number, the first stays as it is."""
+def _keep_first(clip: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Apply a function to the frames of a clip; of an odd number, the first is kept as it is."""
     if clip.shape[1] % 2 == 0:
         return function(clip)
     return jnp.concatenate([clip[:, :1], function(clip[:, 1:])], axis=1)

@@ -1,6 +1,6 @@
-"""Frames cut into overlapping tiles, coded one by one and blended: memory for a tile, whatever the resolution.
+"""Large frames as overlapping tiles, coded one at a time and blended: memory of one tile at any resolution.
 
-A tiled result is another one than that of whole frames (norms see a tile only); it is the one that diffusers gives.
+The result differs from that of whole frames, because norms are over a tile; it is what diffusers computes.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ from jaxtyping import Array, Float
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.nn.tiles import blend
 
-# Shares of a tile that the next one covers again, down and across, as diffusers has them.
+# Shares of a tile that the next one covers again, vertically and horizontally, as in diffusers.
 OVERLAP = (1 / 6, 1 / 5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Tiles of one direction of coding; all pairs are (height, width), of what goes in or of what comes out.
+    """Tiles for encoding or for decoding; all pairs are (height, width).
 
     Attributes:
-      size: of a tile that goes in; those at the bottom and right may be smaller.
-      stride: from one tile to the next, of what goes in.
-      blend: rows and columns that two neighbours share, of what comes out.
-      keep: rows and columns that a tile adds, of what comes out.
+      size: input elements of a tile; those at the bottom and right may be smaller.
+      stride: input elements from one tile to the next.
+      blend: output rows and columns that two neighbors share.
+      keep: output rows and columns that a tile contributes.
     """
 
     size: tuple[int, int]
@@ -35,7 +35,7 @@ class Tiling:
 
     @classmethod
     def encoding(cls, config: CogVideoXVAEConfig) -> "Tiling":
-        """Tiles of pixels: half of what the network was made for.
+        """Tiles of pixels: half of the size that the network was trained for.
 
         Raises:
           ValueError: see `decoding`.
@@ -45,26 +45,26 @@ class Tiling:
 
     @classmethod
     def decoding(cls, config: CogVideoXVAEConfig) -> "Tiling":
-        """Tiles of latents: half of what the network was made for.
+        """Tiles of latents: half of the size that the network was trained for.
 
         Raises:
-          ValueError: a size of which tiles do not fit together, so that the result would have another size.
+          ValueError: a size whose tiles do not join to the size of the frame.
         """
         tiling = cls._of(_latents(config), _pixels(config))
         for name, step, kept in zip(("rows", "columns"), tiling.stride, tiling.keep, strict=True):
             if step * config.downsampling != kept:
                 raise ValueError(
                     f"sample_height, sample_width = {config.sample_height}, {config.sample_width}: a tile of "
-                    f"{tiling.size[0]}x{tiling.size[1]} latents goes on in steps of {step * config.downsampling} "
-                    f"and adds {kept} {name}; a sixth and a fifth of it must be whole latents."
+                    f"{tiling.size[0]}x{tiling.size[1]} latents has a stride of {step * config.downsampling} "
+                    f"and contributes {kept} {name}; a sixth and a fifth of it must be whole latents."
                 )
         return tiling
 
     @classmethod
-    def _of(cls, size: tuple[int, int], made: tuple[int, int]) -> "Tiling":
+    def _of(cls, size: tuple[int, int], output: tuple[int, int]) -> "Tiling":
         stride = tuple(int(length * (1 - share)) for length, share in zip(size, OVERLAP, strict=True))
-        blend = tuple(int(length * share) for length, share in zip(made, OVERLAP, strict=True))
-        return cls(size, stride, blend, tuple(length - shared for length, shared in zip(made, blend, strict=True)))
+        blend = tuple(int(length * share) for length, share in zip(output, OVERLAP, strict=True))
+        return cls(size, stride, blend, tuple(length - shared for length, shared in zip(output, blend, strict=True)))
 
     def needed(self, height: int, width: int) -> bool:
         """Whether frames of this size are larger than one tile."""
@@ -77,8 +77,8 @@ def tiled(
     """Code a clip tile by tile.
 
     Args:
-      code: encodes or decodes one tile, of all frames (each tile has a past of its own). It is called once a tile, and
-        compiled once for each of the at most four sizes of tiles if it is a function under `jax.jit`.
+      code: encodes or decodes one tile, of all frames. It is called once per tile, and under `jax.jit` compiled once
+        for each of the at most four sizes of tiles.
       clip: pixels or latents.
       tiling: for the direction of `code`.
     """
@@ -92,7 +92,7 @@ def tiled(
             code(clip[:, :, top : top + tiling.size[0], left : left + tiling.size[1]])
             for left in range(0, width, tiling.stride[1])
         ]
-        # Neighbours are blended already when the next tile is blended into them.
+        # Each tile is blended with neighbors that are blended already.
         for index in range(len(tiles)):
             if above:
                 tiles[index] = blend(above[index], tiles[index], tiling.blend[0], axis=2)

@@ -1,4 +1,4 @@
-"""The names and layouts of diffusers' `AutoencoderKLCogVideoX` and of the released training code, and config.json."""
+"""Tensor names, layouts and config.json of diffusers' `AutoencoderKLCogVideoX`, and tensor names of SAT."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ POINTWISE = pointwise(3)
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """What the two code bases call things; levels of the decoder are counted from the finest in `sat`."""
+    """Names of the modules in one of the two code bases; SAT counts the decoder's levels from the finest."""
 
     level: Callable[[str, int], str]
     block: str
@@ -36,11 +36,11 @@ def weight_map(config: CogVideoXVAEConfig) -> WeightMap:
 
 
 def weight_map_sat(config: CogVideoXVAEConfig, prefix: str = "") -> WeightMap:
-    """The table between `CogVideoXVAE` and the file that the training code (SAT) released.
+    """The table between `CogVideoXVAE` and the weights file released with the training code (SAT).
 
     Args:
       config: of the network.
-      prefix: of every name; "first_stage_model." in files that hold a whole pipeline.
+      prefix: of every name; "first_stage_model." in files of a whole pipeline.
     """
     finest = len(config.block_channels) - 1
     names = _Names(
@@ -50,7 +50,7 @@ def weight_map_sat(config: CogVideoXVAEConfig, prefix: str = "") -> WeightMap:
         mid=lambda index: f"mid.block_{index + 1}",
         shortcut="nin_shortcut",
     )
-    # The discriminator and the perceptual network that it was trained against are in the file too.
+    # The file also holds the discriminator and the perceptual network of its training.
     ignored = re.escape(prefix) + r"loss\..*"
     return WeightMap(tuple(_entries(config, names, prefix)), ignored=(ignored,))
 
@@ -99,7 +99,7 @@ def _residual(ours: str, theirs: str, shortcut: str | None, conditioned: bool) -
 
 
 def to_diffusers_config(config: CogVideoXVAEConfig) -> dict[str, Any]:
-    """What diffusers reads from config.json."""
+    """The config.json that diffusers reads."""
     levels = len(config.block_channels)
     return {
         "_class_name": CLASS_NAME,
@@ -128,10 +128,10 @@ def to_diffusers_config(config: CogVideoXVAEConfig) -> dict[str, Any]:
 
 
 def from_diffusers_config(values: Mapping[str, Any]) -> CogVideoXVAEConfig:
-    """The configuration that a config.json of diffusers describes; keys it lacks have diffusers' defaults.
+    """The configuration that a config.json of diffusers describes; missing keys have diffusers' defaults.
 
     Raises:
-      ValueError: a value that this network cannot have.
+      ValueError: a value that this network does not support.
     """
     fixed = {
         "act_fn": "silu",

@@ -1,9 +1,10 @@
-"""What a CV-VAE is made of: the two published networks, and the causal one that this library trains."""
+"""The configuration of a CV-VAE: the two published networks, and the causal one that this library trains."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jvgen.config import Config
+from jvgen.models.cv_vae.flat_fields import group_fields, is_flat
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.conv import Border
 from jvgen.nn.conv3d import InTime
@@ -11,41 +12,90 @@ from jvgen.nn.stacked import Remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CVVAEConfig(Config):
-    """CV-VAE (Zhao et al. 2024, https://arxiv.org/abs/2405.20279): Stable Diffusion's autoencoder, grown into time.
+class ClipNormConfig(Config):
+    """Group norms of a network over clips.
 
-    The published networks are `sd21()` and `sd3()`; they differ in the fields from `norm_epsilon` to
-    `temporal_attention`. `causal()` is this library's own: no layer sees a later frame and norms are of each frame, so
-    that clips of any length can be coded part by part, and an inflated image autoencoder is reproduced on clips too.
+    Attributes:
+      over_clip: statistics over all frames of a clip, so that every frame depends on later ones (published); otherwise
+        over each frame.
+      epsilon: added to the variance.
+    """
+
+    over_clip: bool = False
+    epsilon: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipPaddingConfig(Config):
+    """What convolutions read beyond a clip. The encoder is causal in every network.
+
+    Attributes:
+      border: beyond the sides of a frame: "zeros", or "repeat" for copies of the pixels at the edge.
+      downsample_around: strided convolutions read one more row and column on both sides of a frame; otherwise only
+        below and to the right of it, as Stable Diffusion's do.
+      decoder_time: beyond the ends of a clip in the decoder; see `jvgen.nn.conv3d.InTime`.
+      upsample_time: the same for the decoder's convolutions after upsampling.
+    """
+
+    border: Border = "zeros"
+    downsample_around: bool = False
+    decoder_time: InTime = "causal"
+    upsample_time: InTime = "causal"
+
+    def validate(self) -> None:
+        if self.upsample_time == "zeros":
+            raise ValueError("upsample_time = 'zeros': no network has that; use 'causal' or 'repeat'.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemporalAttentionConfig(Config):
+    """Attention of each latent pixel along time, in the middle of the decoder.
+
+    Attributes:
+      kind: "none"; "clip": over the whole clip, with the output of the spatial attention as its input, which reaches
+        the decoder in no other way (published, z = 4); "causal": over the latest `window` frames, added to the result
+        of the spatial attention, and zero before training.
+      window: latent frames that "causal" reads, its own among them.
+    """
+
+    kind: Literal["none", "clip", "causal"] = "none"
+    window: int = 8
+
+    def validate(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window = {self.window} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CVVAEConfig(Config):
+    """CV-VAE (Zhao et al. 2024, https://arxiv.org/abs/2405.20279): Stable Diffusion's autoencoder, extended to clips.
+
+    The published networks are `sd21()` and `sd3()`; they differ in `norm`, `padding` and `temporal_attention`.
+    `causal()` is this library's own: no layer reads a later frame and norms are over each frame, so that clips of any
+    length can be coded in chunks, and an inflated image autoencoder is reproduced on clips too.
 
     Attributes:
       channels: channels of a frame.
       latent_channels: channels of a latent.
       block_channels: width of each level, finest first; each level but the last halves height and width.
-      layers_per_block: residual blocks a level in the encoder; the decoder has one more.
+      layers_per_block: residual blocks per level in the encoder; the decoder has one more.
       groups: groups of every group norm; divides every width.
       mid_attention: one head of self-attention over all pixels of a frame at the coarsest level.
       quant_convolutions: a pointwise convolution after the encoder and before the decoder, as in Stable Diffusion 1
         and 2. The published networks have none.
-      time_levels_down: levels of the encoder, from the finest, that also halve the number of frames at their end.
-      time_levels_up: levels of the decoder, from the coarsest, that also double it.
-      norm_epsilon: of every group norm.
-      norm_over: statistics of group norms are over a whole clip (and so later frames are seen), or over each frame.
-      border: what convolutions over time see beyond the sides of a frame.
-      downsample_sides: strided convolutions see one row and column more "after" the frame (bottom and right, as Stable
-        Diffusion's do), or one "around" it.
-      decoder_time: what the decoder's convolutions see beyond the ends of a clip. The encoder's are causal always.
-      upsample_time: the same of the decoder's convolutions after upsampling.
-      second_convolution: of residual blocks: of each "frame" (2-D) or of the "clip" (3-D; the paper's larger network).
-      temporal_attention: attention along time of each latent pixel in the middle of the decoder. "replacing": its
-        values are what the attention over pixels returned, which reaches the output on no other way (published,
-        z = 4). "added": causal, added to the result, and zero at the start.
-      temporal_window: latent frames that "added" sees, its own among them.
-      frames_between: what an inflated decoder makes of the frames between those of two latents, before it is trained:
-        "held", copies of the newer one's, or "blended" with the older one's. Only `inflate` reads it.
-      scaling_factor, shift_factor: what diffusion sees is `(latent - shift_factor) * scaling_factor`.
+      time_levels_down: levels of the encoder, counted from the finest, that also halve the number of frames.
+      time_levels_up: levels of the decoder, counted from the coarsest, that also double it.
+      norm: of the residual blocks and before the last convolutions.
+      padding: of the convolutions.
+      temporal_attention: of the decoder; needs `mid_attention`.
+      full_3d: the second convolution of a residual block is over clips too (the paper's larger network), not over each
+        frame.
+      blend_frames: an inflated decoder starts with the frames between those of two latents blended from both; otherwise
+        with copies of the later one. Only `inflate` reads it.
+      scaling_factor, shift_factor: diffusion sees `(latent - shift_factor) * scaling_factor`.
       tile_frames: long clips are coded in chunks of this many frames and the one before; None for whole clips.
-      tile_size: large frames are coded in tiles of this many pixels a side, blended where they overlap; None for none.
+      tile_size: large frames are coded in tiles of this many pixels a side, blended where they overlap; None for whole
+        frames.
       tile_overlap: share of a tile that overlaps the next.
       sample_size: side in pixels of the frames that it was trained on; only written to exported files.
       remat: what the backward pass keeps of each block.
@@ -60,16 +110,11 @@ class CVVAEConfig(Config):
     quant_convolutions: bool = False
     time_levels_down: tuple[int, ...] = (0, 2)
     time_levels_up: tuple[int, ...] = (0, 2)
-    norm_epsilon: float = 1e-6
-    norm_over: Literal["clip", "frame"] = "frame"
-    border: Border = "zeros"
-    downsample_sides: Literal["after", "around"] = "after"
-    decoder_time: InTime = "causal"
-    upsample_time: InTime = "causal"
-    second_convolution: Literal["frame", "clip"] = "frame"
-    temporal_attention: Literal["none", "replacing", "added"] = "none"
-    temporal_window: int = 8
-    frames_between: Literal["held", "blended"] = "held"
+    norm: ClipNormConfig = ClipNormConfig()
+    padding: ClipPaddingConfig = ClipPaddingConfig()
+    temporal_attention: TemporalAttentionConfig = TemporalAttentionConfig()
+    full_3d: bool = False
+    blend_frames: bool = False
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
     tile_frames: int | None = 16
@@ -82,23 +127,20 @@ class CVVAEConfig(Config):
     def sd21(cls) -> "CVVAEConfig":
         """The published network for Stable Diffusion 1 and 2: 4x8x8 pixels to a latent of 4 channels."""
         return cls(
-            norm_epsilon=1e-5,
-            norm_over="clip",
-            decoder_time="zeros",
-            upsample_time="repeat",
-            temporal_attention="replacing",
+            norm=ClipNormConfig(over_clip=True, epsilon=1e-5),
+            padding=ClipPaddingConfig(decoder_time="zeros", upsample_time="repeat"),
+            temporal_attention=TemporalAttentionConfig(kind="clip"),
         )
 
     @classmethod
     def sd3(cls) -> "CVVAEConfig":
-        """The published network for Stable Diffusion 3: 16 channels; it differs from `sd21` in every border."""
+        """The published network for Stable Diffusion 3: 16 channels, every padding other than that of `sd21`."""
         return cls(
             latent_channels=16,
-            norm_over="clip",
-            border="repeat",
-            downsample_sides="around",
-            decoder_time="repeat",
-            upsample_time="repeat",
+            norm=ClipNormConfig(over_clip=True),
+            padding=ClipPaddingConfig(
+                border="repeat", downsample_around=True, decoder_time="repeat", upsample_time="repeat"
+            ),
             scaling_factor=1.5305,
             shift_factor=0.0609,
         )
@@ -117,6 +159,15 @@ class CVVAEConfig(Config):
             tile_size=None,
         )
 
+    @classmethod
+    def upgrade(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        if is_flat(saved):
+            saved = group_fields(saved)
+            for name, kind in GROUPS.items():
+                if name in saved:
+                    saved[name] = {"class": kind.__name__, **saved[name]}
+        return super().upgrade(saved)
+
     @property
     def downsampling(self) -> int:
         """Pixels along a side of one latent."""
@@ -124,31 +175,34 @@ class CVVAEConfig(Config):
 
     @property
     def temporal_downsampling(self) -> int:
-        """Frames of a latent frame, beyond the first."""
+        """Frames per latent frame, after the first."""
         return 2 ** len(self.time_levels_down)
 
     @property
-    def streams(self) -> bool:
-        """Whether a clip coded part by part is the same as the clip coded whole."""
-        causal = self.decoder_time == self.upsample_time == "causal"
-        return causal and self.norm_over == "frame" and self.temporal_attention != "replacing"
+    def is_causal(self) -> bool:
+        """Whether no layer reads later frames: a clip coded in chunks is then the same as the clip coded whole."""
+        causal = self.padding.decoder_time == self.padding.upsample_time == "causal"
+        return causal and not self.norm.over_clip and self.temporal_attention.kind != "clip"
 
     @property
     def class_name(self) -> str:
-        """The PyTorch class whose network this is: one of the published two, or "CVVAE" for what neither can be."""
+        """The PyTorch class that has this network: one of the published two, or "CVVAE" if neither has it."""
         levels, base = len(self.block_channels) - 1, self.block_channels[0]
         every_other = tuple(range(0, levels, 2))
         mirrored = tuple(levels - 1 - level for level in reversed(every_other))
         if self.time_levels_down == every_other:
             regular = self.groups == 32 and self.mid_attention and not any(w % base for w in self.block_channels)
-            if self._is_like(CVVAEConfig.sd21()) and regular and self.time_levels_up == mirrored:
+            if self._has_layers_of(CVVAEConfig.sd21()) and regular and self.time_levels_up == mirrored:
                 return "CVVAEModel"
-            if self._is_like(CVVAEConfig.sd3()) and self.time_levels_up == every_other:
+            if self._has_layers_of(CVVAEConfig.sd3()) and self.time_levels_up == every_other:
                 return "CVVAESD3Model"
         return "CVVAE"
 
-    def _is_like(self, other: "CVVAEConfig") -> bool:
-        return all(getattr(self, field) == getattr(other, field) for field in ARCHITECTURE)
+    def _has_layers_of(self, other: "CVVAEConfig") -> bool:
+        def layers(config: CVVAEConfig) -> tuple[Any, ...]:
+            return config.quant_convolutions, config.norm, config.padding, config.temporal_attention.kind
+
+        return layers(self) == layers(other)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the latent of a frame."""
@@ -163,7 +217,7 @@ class CVVAEConfig(Config):
         return (latent_frames - 1) * self.temporal_downsampling + 1
 
     def check_clip(self, frames: int, height: int, width: int) -> None:
-        """Raise `ValueError` for clips that latents cannot stand for as a whole."""
+        """Raise `ValueError` for a clip whose latents do not decode to the same number of frames and pixels."""
         group, side = self.temporal_downsampling, self.downsampling
         if frames < 1 or (frames - 1) % group:
             nearest = max(frames - 1, 0) // group * group + 1
@@ -178,7 +232,7 @@ class CVVAEConfig(Config):
     def validate(self) -> None:
         if not self.block_channels:
             raise ValueError("block_channels is empty: give the width of at least one level.")
-        for name in ("channels", "latent_channels", "layers_per_block", "groups", "temporal_window"):
+        for name in ("channels", "latent_channels", "layers_per_block", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
         for width in self.block_channels:
@@ -193,15 +247,17 @@ class CVVAEConfig(Config):
                 raise ValueError(f"{name} = {value}: different levels from 0 to {levels - 1}, as block_channels has.")
         if len(self.time_levels_down) != len(self.time_levels_up):
             raise ValueError(
-                f"time_levels_down = {self.time_levels_down} and time_levels_up = {self.time_levels_up}: as many of "
-                "one as of the other."
+                f"time_levels_down = {self.time_levels_down} and time_levels_up = {self.time_levels_up}: must have "
+                "equal lengths."
             )
-        if self.upsample_time == "zeros":
-            raise ValueError("upsample_time = 'zeros': no network has that; use 'causal' or 'repeat'.")
-        if self.temporal_attention != "none" and not self.mid_attention:
-            raise ValueError(f"temporal_attention = {self.temporal_attention!r}: needs mid_attention = true.")
-        if self.temporal_attention == "added" and self.decoder_time != "causal":
-            raise ValueError("temporal_attention = 'added': is causal; needs decoder_time = 'causal'.")
+        # Also of networks that are built without `validate_tree`.
+        self.padding.validate()
+        self.temporal_attention.validate()
+        kind = self.temporal_attention.kind
+        if kind != "none" and not self.mid_attention:
+            raise ValueError(f"temporal_attention.kind = {kind!r}: needs mid_attention = true.")
+        if kind == "causal" and self.padding.decoder_time != "causal":
+            raise ValueError("temporal_attention.kind = 'causal': needs padding.decoder_time = 'causal'.")
         if self.tile_frames is not None and (self.tile_frames < 1 or self.tile_frames % self.temporal_downsampling):
             raise ValueError(
                 f"tile_frames = {self.tile_frames}: must be a multiple of {self.temporal_downsampling}, or none."
@@ -212,7 +268,14 @@ class CVVAEConfig(Config):
             raise ValueError(f"tile_overlap = {self.tile_overlap}: a share of a tile from 0 to 0.5.")
 
 
-# Fields that a video autoencoder takes over from the image autoencoder that it grows out of.
+# Fields that are groups of fields, and their classes.
+GROUPS: dict[str, type[Config]] = {
+    "norm": ClipNormConfig,
+    "padding": ClipPaddingConfig,
+    "temporal_attention": TemporalAttentionConfig,
+}
+
+# Fields that a video autoencoder takes from the image autoencoder that it is inflated from.
 SHARED = (
     "channels",
     "latent_channels",
@@ -224,16 +287,4 @@ SHARED = (
     "scaling_factor",
     "shift_factor",
     "remat",
-)
-
-# Fields that tell the published networks from each other and from others.
-ARCHITECTURE = (
-    "quant_convolutions",
-    "norm_epsilon",
-    "norm_over",
-    "border",
-    "downsample_sides",
-    "decoder_time",
-    "upsample_time",
-    "temporal_attention",
 )

@@ -1,4 +1,4 @@
-"""Floating-point operations of the autoencoder's matrix products and convolutions, from its configuration alone."""
+"""FLOPs of the autoencoder's matrix products and convolutions, computed from its configuration."""
 
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.nn.conv import convolution_flops
@@ -7,7 +7,7 @@ Size = tuple[int, int, int]
 
 
 def encode(config: CVVAEConfig, frames: int, height: int, width: int) -> dict[str, float]:
-    """Forward operations of encoding one clip, by part; a multiplication and an addition count as two."""
+    """Forward FLOPs of encoding one clip, by component; a multiplication and an addition count as two."""
     widths = config.block_channels
     latent = 2 * config.latent_channels
     size = (frames, height, width)
@@ -15,8 +15,8 @@ def encode(config: CVVAEConfig, frames: int, height: int, width: int) -> dict[st
     for index, features in enumerate(widths):
         total += _level(widths[max(index - 1, 0)], features, config.layers_per_block, size, config)
         if index < len(widths) - 1:
-            in_time = index in config.time_levels_down
-            size = ((size[0] - 1) // 2 + 1 if in_time else size[0], size[1] // 2, size[2] // 2)
+            halves = index in config.time_levels_down
+            size = ((size[0] - 1) // 2 + 1 if halves else size[0], size[1] // 2, size[2] // 2)
             total += _conv(features, features, size)
     total += 2 * _residual(widths[-1], widths[-1], size, config) + _conv(widths[-1], latent, size)
     if config.quant_convolutions:
@@ -25,7 +25,7 @@ def encode(config: CVVAEConfig, frames: int, height: int, width: int) -> dict[st
 
 
 def decode(config: CVVAEConfig, frames: int, height: int, width: int) -> dict[str, float]:
-    """Forward operations of decoding one clip, by part; frames, height and width are those of its latent."""
+    """Forward FLOPs of decoding one clip, by component; frames, height and width are those of its latent."""
     widths = config.block_channels[::-1]
     latent = config.latent_channels
     size = (frames, height, width)
@@ -33,25 +33,25 @@ def decode(config: CVVAEConfig, frames: int, height: int, width: int) -> dict[st
     if config.quant_convolutions:
         total += _pointwise(latent, latent, size)
     attention = _attention("decoder attention", config, size)
-    if config.temporal_attention != "none":
+    temporal = config.temporal_attention
+    if temporal.kind != "none":
         tokens, features = height * width, widths[0]
-        # The published form sees the whole clip, the added one a window.
-        seen = frames if config.temporal_attention == "replacing" else min(config.temporal_window, frames)
+        keys = frames if temporal.kind == "clip" else min(temporal.window, frames)
         attention["temporal attention"] = (
-            4 * _pointwise(features, features, size) + 4.0 * tokens * frames * seen * features
+            4 * _pointwise(features, features, size) + 4.0 * tokens * frames * keys * features
         )
     for index, features in enumerate(widths):
         total += _level(widths[max(index - 1, 0)], features, config.layers_per_block + 1, size, config)
         if index < len(widths) - 1:
-            in_time = index in config.time_levels_up
+            doubles = index in config.time_levels_up
             size = (size[0], 2 * size[1], 2 * size[2])
-            total += _conv(features, 2 * features if in_time else features, size)
-            size = (2 * size[0] - 1 if in_time else size[0], *size[1:])
+            total += _conv(features, 2 * features if doubles else features, size)
+            size = (2 * size[0] - 1 if doubles else size[0], *size[1:])
     return {"decoder convolutions": total + _conv(widths[-1], config.channels, size), **attention}
 
 
 def reconstruct(config: CVVAEConfig, frames: int, height: int, width: int) -> dict[str, float]:
-    """Forward operations of encoding and decoding one clip, by part."""
+    """Forward FLOPs of encoding and decoding one clip, by component."""
     latent = (config.latent_frames(frames), *config.latent_size(height, width))
     return {**encode(config, frames, height, width), **decode(config, *latent)}
 
@@ -65,7 +65,7 @@ def _pointwise(features_in: int, features_out: int, size: Size) -> float:
 
 
 def _residual(features_in: int, features_out: int, size: Size, config: CVVAEConfig) -> float:
-    taps = 3 if config.second_convolution == "clip" else 1
+    taps = 3 if config.full_3d else 1
     total = _conv(features_in, features_out, size)
     total += convolution_flops((taps, 3, 3, features_out, features_out), size)
     return total + (0.0 if features_in == features_out else _pointwise(features_in, features_out, size))

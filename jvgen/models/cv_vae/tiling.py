@@ -1,8 +1,8 @@
-"""The published way to code long and large clips: chunks of 17 frames, and tiles that are blended where they overlap.
+"""Long and large clips as published: chunks of 17 frames, and tiles that are blended where they overlap.
 
-Every chunk but the first is coded as if its first frame were a still image, and its first result is dropped; norms see
-one chunk and one tile. So the result is not that of the whole clip, and the rule is part of the published models.
-Networks with `config.streams` have a better way: `jvgen.models.cv_vae.streaming`.
+Every chunk but the first is coded as if its first frame were a still image, and the result of that frame is dropped;
+norms are over one chunk and one tile. So the result differs from that of the whole clip, and the rule is part of the
+published models. Networks with `config.is_causal` are coded exactly, by `jvgen.autoencoding.streaming`.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ Coder = Callable[[jax.Array], jax.Array]
 
 
 def encode_tiled(encode: Coder, clip: Float[Array, "B F H W C"], config: CVVAEConfig) -> Float[Array, "B f h w M"]:
-    """Moments of a clip by chunks and tiles, as `config.tile_frames`, `tile_size` and `tile_overlap` say.
+    """Moments of a clip by chunks and tiles of `config.tile_frames`, `tile_size` and `tile_overlap`.
 
     Args:
-      encode: moments of what it is given; called with a few different shapes.
-      clip: of any length; `CVVAEConfig.check_clip` tells which lengths leave frames over.
+      encode: moments of a chunk or tile; called with a few different shapes.
+      clip: of any length; see `CVVAEConfig.check_clip` for lengths without a remainder.
       config: of the network.
     """
 
@@ -54,7 +54,7 @@ def decode_tiled(decode: Coder, latents: Float[Array, "B f h w z"], config: CVVA
 
 
 def chunk_bounds(frames: int, size: int | None) -> list[tuple[int, int]]:
-    """First frame and end of each chunk: `size` frames and the one before; the first frame of later ones is shared."""
+    """(start, stop) of each chunk: `size` frames and the one before, which it shares with the chunk before."""
     if size is None:
         return [(0, frames)]
     count = max(-(-(frames - 1) // size), 1)
@@ -62,7 +62,7 @@ def chunk_bounds(frames: int, size: int | None) -> list[tuple[int, int]]:
 
 
 def tile_starts(length: int, tile: int, step: int) -> list[int]:
-    """Where tiles begin along a side; the last one is the first that reaches the end."""
+    """Where tiles start along a side; the last one is the first that reaches the end."""
     starts = [0]
     while starts[-1] + tile < length and starts[-1] + step < length:
         starts.append(starts[-1] + step)
@@ -75,29 +75,29 @@ def _chunks(function: Coder, clip: jax.Array, size: int | None) -> jax.Array:
 
 
 def _tiles(function: Coder, clip: jax.Array, tile: int, step: int, overlap: int, kept: int) -> jax.Array:
-    """Code tiles and put them together.
+    """Code tiles, blend them and join them.
 
     Args:
-      tile, step: size of a tile and distance between two, on the way in.
-      overlap, kept: blended elements and elements kept of each tile but the last, on the way out.
+      tile, step: input elements per tile, and from one tile to the next.
+      overlap, kept: output elements that are blended, and that each tile but the last contributes.
     """
     height, width = clip.shape[2:4]
-    done: list[list[jax.Array]] = []
+    grid: list[list[jax.Array]] = []
     for top in tile_starts(height, tile, step):
         row: list[jax.Array] = []
         for left in tile_starts(width, tile, step):
-            made = function(clip[:, :, top : top + tile, left : left + tile])
-            # First with the tile above, then with the one before; both as they are after their own blending.
-            if done:
-                made = blend(done[-1][len(row)], made, overlap, axis=2)
+            output = function(clip[:, :, top : top + tile, left : left + tile])
+            # With the tile above, then with the one to the left; both are blended already.
+            if grid:
+                output = blend(grid[-1][len(row)], output, overlap, axis=2)
             if row:
-                made = blend(row[-1], made, overlap, axis=3)
-            row.append(made)
-        done.append(row)
+                output = blend(row[-1], output, overlap, axis=3)
+            row.append(output)
+        grid.append(row)
     rows = []
-    for number, row in enumerate(done):
-        if number < len(done) - 1:
-            row = [made[:, :, :kept] for made in row]
-        row = [*(made[:, :, :, :kept] for made in row[:-1]), row[-1]]
+    for number, row in enumerate(grid):
+        if number < len(grid) - 1:
+            row = [output[:, :, :kept] for output in row]
+        row = [*(output[:, :, :, :kept] for output in row[:-1]), row[-1]]
         rows.append(jnp.concatenate(row, axis=3))
     return jnp.concatenate(rows, axis=2)

@@ -1,23 +1,24 @@
-"""The names and layouts of CV-VAE in PyTorch: the two published classes with their config.json, and this library's own.
+"""Tensor names, layouts and config.json of CV-VAE: those of the two published PyTorch classes, and this library's own.
 
-`CVVAEModel` (z = 4) has the names of CompVis's code, `CVVAESD3Model` those of diffusers' AutoencoderKL. A network that
-neither class can be is written as `CVVAE` in diffusers' names; no PyTorch class reads it.
+`CVVAEModel` (z = 4) has the names of CompVis's code, `CVVAESD3Model` those of diffusers' AutoencoderKL. Any other
+network is written as `CVVAE` with diffusers' names, which no PyTorch class reads.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jvgen.models.cv_vae.config import CVVAEConfig
+from jvgen.models.cv_vae.config import GROUPS, CVVAEConfig
+from jvgen.models.cv_vae.flat_fields import FLAT_NAMES, flatten_fields, group_fields
 from jvgen.models.weight_map import CONV2D, CONV3D, LINEAR, Entry, Transform, WeightMap, pointwise
 
-# Of one frame: (1, H, W, I, O) <-> (O, I, H, W).
+# A convolution over each frame: (1, H, W, I, O) <-> (O, I, H, W).
 FRAME_CONV = Transform(
     "frame_conv", lambda array: CONV2D.to_torch(array[0]), lambda array: CONV2D.from_torch(array)[None]
 )
 
-# What training adds beside the autoencoder in the authors' checkpoints.
-_OTHERS = (r"loss\..*", r"constraint_decoder\..*", r"model_ema\..*")
+# Other networks in the authors' training checkpoints.
+_OTHER_NETWORKS = (r"loss\..*", r"constraint_decoder\..*", r"model_ema\..*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ DIFFUSERS = Names(
 
 
 def weight_map(config: CVVAEConfig, class_name: str | None = None) -> WeightMap:
-    """The table between `CVVAE` and a PyTorch class; unless given, the one that `config.class_name` says."""
+    """The table between `CVVAE` and a PyTorch class; default: `config.class_name`."""
     names = COMPVIS if (class_name or config.class_name) == "CVVAEModel" else DIFFUSERS
     entries: list[Entry] = []
     levels = len(config.block_channels)
@@ -91,14 +92,14 @@ def weight_map(config: CVVAEConfig, class_name: str | None = None) -> WeightMap:
             number += names is COMPVIS
             entries += _residual(f"{part}/mid/{ours}", f"{part}." + names.mid.format(block=number), config, None)
         if config.mid_attention:
-            temporal = part == "decoder" and config.temporal_attention != "none"
+            temporal = part == "decoder" and config.temporal_attention.kind != "none"
             entries += _attention(f"{part}/mid/attention", part, names, temporal=temporal)
         entries += _norm(f"{part}/norm_out", f"{part}.{names.norm_out}")
         entries += _layer(f"{part}/conv_out", f"{part}.conv_out", CONV3D)
     if config.quant_convolutions:
         entries += _layer("quant", "quant_conv", pointwise(2))
         entries += _layer("post_quant", "post_quant_conv", pointwise(2))
-    return WeightMap(tuple(entries), ignored=_OTHERS)
+    return WeightMap(tuple(entries), ignored=_OTHER_NETWORKS)
 
 
 def _layer(ours: str, theirs: str, transform: Transform) -> Iterator[Entry]:
@@ -112,7 +113,7 @@ def _norm(ours: str, theirs: str) -> Iterator[Entry]:
 
 
 def _residual(ours: str, theirs: str, config: CVVAEConfig, shortcut: tuple[str, Transform] | None) -> Iterator[Entry]:
-    second = CONV3D if config.second_convolution == "clip" else FRAME_CONV
+    second = CONV3D if config.full_3d else FRAME_CONV
     for index, transform in ((1, CONV3D), (2, second)):
         yield from _norm(f"{ours}/norm{index}", f"{theirs}.norm{index}")
         yield from _layer(f"{ours}/conv{index}", f"{theirs}.conv{index}", transform)
@@ -133,14 +134,14 @@ def _attention(ours: str, part: str, names: Names, *, temporal: bool) -> Iterato
 
 
 def to_diffusers_config(config: CVVAEConfig) -> dict[str, Any]:
-    """What the class of `config.class_name` reads from config.json; every field of ours for this library's own."""
+    """The config.json of the class `config.class_name`; every field in its flat form for this library's own class."""
     tiling = {
         "en_de_n_frames_a_time": config.tile_frames,
         "time_n_compress": config.temporal_downsampling,
         "spatial_n_compress": config.downsampling,
         "tile_spatial_size": config.tile_size,
         "tile_overlap_ratio": config.tile_overlap,
-        "half_3d": config.second_convolution == "frame",
+        "half_3d": not config.full_3d,
         "causal_encoder": True,
         "causal_decoder": False,
         "double_z": True,
@@ -178,18 +179,18 @@ def to_diffusers_config(config: CVVAEConfig) -> dict[str, Any]:
             "mid_block_add_attention": config.mid_attention,
             **tiling,
         }
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "remat"}
+    fields = flatten_fields(config)
     return {
         "_class_name": "CVVAE",
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()},
     }
 
 
 def from_diffusers_config(values: Mapping[str, Any]) -> CVVAEConfig:
-    """The configuration that a config.json describes; keys it lacks have the defaults of the class.
+    """The configuration that a config.json describes; missing keys have the defaults of the class.
 
     Raises:
-      ValueError: a value that these networks cannot have.
+      ValueError: a key or value that no CVVAE has.
     """
     read = {"CVVAEModel": _from_sd21, "CVVAESD3Model": _from_sd3}.get(values.get("_class_name", "CVVAE"), _from_own)
     config = read(values)
@@ -209,7 +210,7 @@ def _tiling(values: Mapping[str, Any]) -> dict[str, Any]:
         "tile_frames": values.get("en_de_n_frames_a_time", 16),
         "tile_size": values.get("tile_spatial_size", 576),
         "tile_overlap": values.get("tile_overlap_ratio", 0.2222),
-        "second_convolution": "frame" if values.get("half_3d", True) else "clip",
+        "full_3d": not values.get("half_3d", True),
     }
 
 
@@ -258,9 +259,12 @@ def _from_sd3(values: Mapping[str, Any]) -> CVVAEConfig:
 
 
 def _from_own(values: Mapping[str, Any]) -> CVVAEConfig:
-    known = {field.name for field in dataclasses.fields(CVVAEConfig)} - {"remat"}
-    unknown = sorted(set(values) - known - {"_class_name"})
+    unknown = sorted(set(values) - {*FLAT_NAMES, "_class_name"})
     if unknown:
-        raise ValueError(f"config.json: CVVAE has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    given = {name: value for name, value in values.items() if name in known}
-    return CVVAEConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        raise ValueError(f"config.json: CVVAE has no field {unknown[0]!r}; it has {', '.join(sorted(FLAT_NAMES))}.")
+    flat = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name != "_class_name"}
+    try:
+        fields = group_fields(flat)
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from error
+    return CVVAEConfig(**fields | {name: kind(**fields[name]) for name, kind in GROUPS.items() if name in fields})

@@ -1,4 +1,4 @@
-"""What a Stable Diffusion autoencoder is made of, and the published ones."""
+"""The configuration of Stable Diffusion's autoencoder, with the published sizes."""
 
 import dataclasses
 
@@ -16,11 +16,11 @@ class ImageVAEConfig(Config):
       channels: channels of an image.
       latent_channels: channels of a latent.
       block_channels: width of each level, finest first; each level but the last halves height and width.
-      layers_per_block: residual blocks a level in the encoder; the decoder has one more.
+      layers_per_block: residual blocks per level in the encoder; the decoder has one more.
       groups: groups of every group norm; divides every width.
       mid_attention: one head of self-attention over all pixels at the coarsest level.
       quant_convolutions: a pointwise convolution after the encoder and before the decoder (Stable Diffusion 1 and 2).
-      scaling_factor, shift_factor: what diffusion sees is `(latent - shift_factor) * scaling_factor`.
+      scaling_factor, shift_factor: diffusion sees `(latent - shift_factor) * scaling_factor`.
       sample_size: side in pixels of the images that it was trained on; only written to exported files.
       remat: what the backward pass keeps of each residual block.
     """
@@ -49,7 +49,7 @@ class ImageVAEConfig(Config):
 
     @classmethod
     def sd3(cls) -> "ImageVAEConfig":
-        """The autoencoder of Stable Diffusion 3 and 3.5: 16 channels and no quantisation convolutions."""
+        """The autoencoder of Stable Diffusion 3 and 3.5: 16 channels and no quantization convolutions."""
         return cls(
             latent_channels=16, quant_convolutions=False, scaling_factor=1.5305, shift_factor=0.0609, sample_size=1024
         )

@@ -1,11 +1,11 @@
-"""Floating-point operations of the autoencoder's matrix products and convolutions, from its configuration alone."""
+"""FLOPs of the autoencoder's matrix products and convolutions, computed from its configuration."""
 
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.conv import convolution_flops
 
 
 def encode(config: ImageVAEConfig, height: int, width: int) -> dict[str, float]:
-    """Forward operations of encoding one image, by part; a multiplication and an addition count as two."""
+    """Forward FLOPs of encoding one image, by component; a multiplication and an addition count as two."""
     widths = config.block_channels
     latent = 2 * config.latent_channels
     size = (height, width)
@@ -22,7 +22,7 @@ def encode(config: ImageVAEConfig, height: int, width: int) -> dict[str, float]:
 
 
 def decode(config: ImageVAEConfig, height: int, width: int) -> dict[str, float]:
-    """Forward operations of decoding one image, by part; height and width are those of its latent."""
+    """Forward FLOPs of decoding one image, by component; height and width are those of its latent."""
     widths = config.block_channels[::-1]
     latent = config.latent_channels
     size = (height, width)
@@ -39,7 +39,7 @@ def decode(config: ImageVAEConfig, height: int, width: int) -> dict[str, float]:
 
 
 def reconstruct(config: ImageVAEConfig, height: int, width: int) -> dict[str, float]:
-    """Forward operations of encoding and decoding one image, by part."""
+    """Forward FLOPs of encoding and decoding one image, by component."""
     return {**encode(config, height, width), **decode(config, *config.latent_size(height, width))}
 
 

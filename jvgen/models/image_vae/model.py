@@ -23,7 +23,7 @@ def _norm(features: int, config: ImageVAEConfig) -> GroupNorm:
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU and convolution, added to the input; a pointwise map of the input where the width changes."""
+    """Norm, SiLU and convolution, twice, added to the input; a pointwise map of the input where the width changes."""
 
     def __init__(self, features_in: int, features_out: int, config: ImageVAEConfig, *, rngs: nnx.Rngs):
         self.norm1 = _norm(features_in, config)
@@ -71,7 +71,7 @@ class MidBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """A strided convolution over an image with one row and one column of zeros at its bottom and right only."""
+    """A strided convolution over an image padded with one row and column of zeros, below and to the right."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.conv = Conv2d(features, features, strides=(2, 2), padding=((0, 1), (0, 1)), rngs=rngs)
@@ -81,7 +81,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour upsampling by two, then a convolution."""
+    """Nearest-neighbor upsampling by two, then a convolution."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.conv = Conv2d(features, features, rngs=rngs)
@@ -116,7 +116,7 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to the moments of their latents, before the quantisation convolution."""
+    """Images to the moments of their latents, before the quantization convolution."""
 
     def __init__(self, config: ImageVAEConfig, *, rngs: nnx.Rngs):
         widths = config.block_channels
@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
 
 
 class ImageVAE(nnx.Module):
-    """AutoencoderKL: `encode` to moments, `decode` from latents; see `posterior` for what lies between."""
+    """AutoencoderKL: `encode` to the moments of a posterior (see `posterior`), `decode` from latents."""
 
     def __init__(self, config: ImageVAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -192,13 +192,13 @@ class ImageVAE(nnx.Module):
     def encode(self, images: Float[Array, "B H W C"]) -> Float[Array, "B h w M"]:
         """Mean and raw log variance of the latents, concatenated over channels, of images in [-1, 1].
 
-        Height and width are divided by `config.downsampling`; what is left over at the bottom and right is dropped.
+        Height and width are divided by `config.downsampling`; a remainder at the bottom and right is dropped.
         """
         moments = self.encoder(images, self.config.remat)
         return moments if self.quant is None else self.quant(moments)
 
     def decode(self, latents: Float[Array, "B h w z"]) -> Float[Array, "B H W C"]:
-        """Images, in [-1, 1] up to the error of the network, from latents that are not normalised for diffusion."""
+        """Images, in [-1, 1] up to the error of the network, from latents that are not normalized for diffusion."""
         return self.decoder(latents if self.post_quant is None else self.post_quant(latents), self.config.remat)
 
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:

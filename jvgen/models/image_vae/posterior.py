@@ -1,4 +1,4 @@
-"""The Gaussian between encoder and decoder, and the scale on which diffusion sees its latents."""
+"""The Gaussian posterior between encoder and decoder, and the scale of latents in diffusion."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -33,10 +33,10 @@ def kl_divergence(moments: Float[Array, "B ... M"]) -> Float[Array, "B"]:
 
 
 def normalize_latents(latents: Float[Array, "..."], config: ImageVAEConfig) -> Float[Array, "..."]:
-    """What the decoder reads to what diffusion sees: `(latents - shift_factor) * scaling_factor`."""
+    """Latents of the decoder to latents of diffusion: `(latents - shift_factor) * scaling_factor`."""
     return (latents - config.shift_factor) * config.scaling_factor
 
 
 def denormalize_latents(latents: Float[Array, "..."], config: ImageVAEConfig) -> Float[Array, "..."]:
-    """What diffusion sees to what the decoder reads: `latents / scaling_factor + shift_factor`."""
+    """Latents of diffusion to latents of the decoder: `latents / scaling_factor + shift_factor`."""
     return latents / config.scaling_factor + config.shift_factor

@@ -1,4 +1,4 @@
-"""The names and layouts of diffusers' `AutoencoderKL`, and its config.json."""
+"""Tensor names, layouts and config.json of diffusers' `AutoencoderKL`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -68,7 +68,7 @@ def _mid(ours: str, theirs: str, config: ImageVAEConfig) -> Iterator[Entry]:
 
 
 def to_diffusers_config(config: ImageVAEConfig) -> dict[str, Any]:
-    """What diffusers reads from config.json."""
+    """The config.json that diffusers reads."""
     levels = len(config.block_channels)
     return {
         "_class_name": CLASS_NAME,
@@ -91,10 +91,10 @@ def to_diffusers_config(config: ImageVAEConfig) -> dict[str, Any]:
 
 
 def from_diffusers_config(values: Mapping[str, Any]) -> ImageVAEConfig:
-    """The configuration that a config.json of diffusers describes; keys it lacks have diffusers' defaults.
+    """The configuration that a config.json of diffusers describes; missing keys have diffusers' defaults.
 
     Raises:
-      ValueError: a value that this network cannot have.
+      ValueError: a value that this network does not support.
     """
     fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
     for name, rule in fixed.items():

@@ -10,7 +10,7 @@ import numpy as np
 
 from jvgen.diffusion.guidance import GuidanceConfig, guided, unguided
 from jvgen.diffusion.sampler import SamplerConfig, advance, coefficients, step_noise, table_rows
-from jvgen.models.cogvideox_vae.model import streamed
+from jvgen.models.cogvideox_vae.model import stream_chunks
 from jvgen.models.cogvideox_vae.tiling import Tiling, tiled
 from jvgen.models.video_dit.model import AttentionScale
 from jvgen.nn.network import Parameters
@@ -141,7 +141,7 @@ class Decoder:
         self._tiling = Tiling.decoding(task.config.vae) if in_tiles else None
         self._parameters = placement.load(task.config.vae_weights)
         network = task.coder.network
-        self._frames = placement.jit(lambda p, x, past: network.apply(p, x, past, method="decode_frames"))
+        self._frames = placement.jit(lambda p, x, cache: network.apply(p, x, cache, method="decode_chunk"))
         self._whole = placement.jit(lambda p, x: network.apply(p, x, method="decode"))
 
     def __call__(self, latents: jax.Array) -> Iterator[jax.Array]:
@@ -151,6 +151,6 @@ class Decoder:
         if self._tiling is not None and self._tiling.needed(*latents.shape[2:4]):
             yield tiled(lambda tile: self._whole(self._parameters, tile), latents, self._tiling)
             return
-        yield from streamed(
-            lambda frames, past: self._frames(self._parameters, frames, past), latents, config.vae.decode_batch
+        yield from stream_chunks(
+            lambda frames, cache: self._frames(self._parameters, frames, cache), latents, config.vae.decode_chunk_frames
         )

@@ -35,7 +35,7 @@ def run(case) -> None:
             jax.jit(functools.partial(network.apply, method=method, **options), compiler_options=QUICK),
             jax.device_put(parameters),
         )
-        for method, options in (("encode", {"rest": True}), ("decode", {}))
+        for method, options in (("encode", {"allow_remainder": True}), ("decode", {}))
     )
     {"video": video, "image": image, "tiled": tiled}[case.config["case_kind"]](Given(case), config, encode, decode)
 

@@ -1,4 +1,4 @@
-"""A frozen autoencoder between clips and latents, whether it codes images frame by frame or whole clips."""
+"""An autoencoder as functions of clips, whether it codes whole clips or frame by frame."""
 
 import jax
 from einops import rearrange
@@ -12,23 +12,23 @@ from jvgen.nn.network import Parameters
 from jvgen.tasks.pixels import from_uint8
 from jvgen.tasks.task import activation_dtype
 
-# What a task's clips can be coded with.
-CoderConfig = ImageVAEConfig | CogVideoXVAEConfig | CVVAEConfig
+# The autoencoders of images and clips.
+VAEConfig = ImageVAEConfig | CogVideoXVAEConfig | CVVAEConfig
 
 
-def temporal_downsampling(config: CoderConfig) -> int:
-    """Frames a latent frame, beyond the first."""
+def temporal_downsampling(config: VAEConfig) -> int:
+    """Frames per latent frame, after the first."""
     return 1 if isinstance(config, ImageVAEConfig) else config.temporal_downsampling
 
 
-class ClipCoder:
-    """An autoencoder as two functions of clips `B F H W C`, both to be traced under `jax.jit`.
+class ClipVAE:
+    """An autoencoder of clips `B F H W C`; its methods are pure and are traced under `jax.jit`.
 
     Attributes:
       network: the autoencoder.
     """
 
-    def __init__(self, config: CoderConfig):
+    def __init__(self, config: VAEConfig):
         self.config = config
         self.network = format_of(config).network(config)
 
@@ -41,12 +41,12 @@ class ClipCoder:
         return self._run(parameters, clips.astype(activation_dtype(parameters)), "encode")
 
     def decode(self, parameters: Parameters, latents: jax.Array) -> jax.Array:
-        """Clips in [-1, 1], up to the error of the network, of latents that are not normalised."""
+        """Clips, in [-1, 1] up to the error of the network, of latents that are not normalized."""
         return self._run(parameters, latents.astype(activation_dtype(parameters)), "decode")
 
     def _run(self, parameters: Parameters, clips: jax.Array, method: str) -> jax.Array:
-        if isinstance(self.config, CVVAEConfig) and not self.config.streams:
-            # Chunks and tiles belong to the published networks; a clip of one chunk and one tile is coded as a whole.
+        if isinstance(self.config, CVVAEConfig) and not self.config.is_causal:
+            # Chunks and tiles are part of the published networks; a clip within one chunk and tile is coded whole.
             tiled = {"encode": encode_tiled, "decode": decode_tiled}[method]
             return tiled(lambda clip: self.network.apply(parameters, clip, method=method), clips, self.config)
         if not isinstance(self.config, ImageVAEConfig):

@@ -1,4 +1,4 @@
-"""What a run makes of latents of images becomes clips of more frames with a video autoencoder that shares them."""
+"""Samples of a run on image latents, decoded to clips of more frames by a video VAE that shares the latents."""
 
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvgen.autoencoding.decoder_swap import DecoderSwap
 from jvgen.interop.to_torch import export_network
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.inflate import inflate
@@ -14,7 +15,6 @@ from jvgen.models.cv_vae.model import CVVAE
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network
-from jvgen.tasks.other_decoder import OtherDecoder
 from jvgen.tasks.text_to_video import TextToVideo
 from tests.unit.test_text_to_video_task import CONFIG
 
@@ -33,16 +33,16 @@ def image():
 def test_an_inflated_decoder_holds_the_frames_that_the_image_decoder_makes(image, tmp_path):
     video = CVVAEConfig.causal(CONFIG.vae)
     shapes = Network.of(lambda rngs: CVVAE(video, rngs=rngs)).shapes
-    other = OtherDecoder(exported(video, inflate(CONFIG.vae, image, video, shapes), tmp_path / "vae"), CONFIG)
+    other = DecoderSwap(exported(video, inflate(CONFIG.vae, image, video, shapes), tmp_path / "vae"), CONFIG)
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4, 4)), jnp.float32)
     task = CONFIG.build()
     alone = np.asarray(jax.jit(task.decode)({"vae": image}, latents), int)
-    clips = np.asarray(jax.jit(other.of(task).decode)({"vae": other.load()}, latents), int)
+    clips = np.asarray(jax.jit(other.apply_to(task).decode)({"vae": other.load()}, latents), int)
     assert clips.shape == (2, 5, 8, 8, 3) and alone.shape == (2, 3, 8, 8, 3)
     held = alone[:, [0, 1, 1, 2, 2]]
     assert np.abs(clips - held).max() <= 1 and alone.std() > 1
     # The task itself is as it was.
-    assert task.decode({"vae": image}, latents).shape[1] == 3 and isinstance(other.of(task), TextToVideo)
+    assert task.decode({"vae": image}, latents).shape[1] == 3 and isinstance(other.apply_to(task), TextToVideo)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_latents_that_cannot_be_shared(config, words, tmp_path):
     network = Network.of(lambda rngs: ImageVAE(config, rngs=rngs))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), network.shapes)
     with pytest.raises(ValueError, match=words):
-        OtherDecoder(exported(config, zeros, tmp_path / "vae"), CONFIG)
+        DecoderSwap(exported(config, zeros, tmp_path / "vae"), CONFIG)
 
 
 def test_an_image_decoder_makes_a_frame_of_each_latent_of_a_run_on_clips(image, tmp_path):
     config = CONFIG.replace(vae=CVVAEConfig.causal(CONFIG.vae), temporal_compression=2)
-    other = OtherDecoder(exported(CONFIG.vae, image, tmp_path / "vae"), config)
+    other = DecoderSwap(exported(CONFIG.vae, image, tmp_path / "vae"), config)
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4, 4)), jnp.float32)
-    frames = jax.jit(other.of(config.build()).decode)({"vae": other.load()}, latents)
+    frames = jax.jit(other.apply_to(config.build()).decode)({"vae": other.load()}, latents)
     np.testing.assert_array_equal(frames, jax.jit(CONFIG.build().decode)({"vae": image}, latents))
     assert frames.shape == (2, 3, 8, 8, 3)
 
@@ -74,6 +74,6 @@ def test_other_groups_and_other_runs(image, tmp_path):
     shapes = Network.of(lambda rngs: CVVAE(video, rngs=rngs)).shapes
     folder = exported(video, inflate(CONFIG.vae, image, video, shapes), tmp_path / "vae")
     with pytest.raises(ValueError, match="2 frames share a latent, but 4 in the run"):
-        OtherDecoder(folder, CONFIG.replace(temporal_compression=4))
+        DecoderSwap(folder, CONFIG.replace(temporal_compression=4))
     with pytest.raises(ValueError, match="only text-to-video runs"):
-        OtherDecoder(folder, SimpleNamespace(vae=None))
+        DecoderSwap(folder, SimpleNamespace(vae=None))
