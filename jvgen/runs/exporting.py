@@ -18,7 +18,8 @@ from jvgen.interop.to_torch import export_networks
 from jvgen.nn.network import Parameters
 from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, adopt_pipeline, is_pipeline, read_pipeline
 from jvgen.tasks.task import Task
-from jvgen.training.checkpoint.restore import check_new_run, load_for_inference, write_first_checkpoint
+from jvgen.training.checkpoint.initial import check_new_run, write_first_checkpoint
+from jvgen.training.checkpoint.restore import load_for_inference
 from jvgen.training.experiment import Experiment
 
 

@@ -184,7 +184,7 @@ def test_training_refuses_an_interrupted_import(jvgen, work, vae_words, vae_expo
         with pytest.raises(KeyboardInterrupt):
             jvgen("import", vae_export, "--config", *vae_words, "--to", folder)
     refused = jvgen("train", *vae_words, "--workdir", folder, "--stop-after", 1)
-    assert refused.status == 2 and "import_unfinished" in refused.err and "cut short" in refused.err
+    assert refused.status == 2 and "import_unfinished" in refused.err and "interrupted" in refused.err
     assert jvgen("import", vae_export, "--config", *vae_words, "--to", folder).status == 0
     trained = jvgen("train", *vae_words, "--workdir", folder, "--stop-after", 1)
     assert trained.status == 0 and "restored step 0" in trained.out

@@ -20,8 +20,9 @@ from jvgen.config import ConfigError  # noqa: E402
 from jvgen.data.stream.quarantine import TooManyFailures  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import session
+from jvgen.training.checkpoint.initial import write_first_checkpoint  # noqa: E402
 from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints  # noqa: E402
-from jvgen.training.checkpoint.restore import load_for_inference, write_first_checkpoint  # noqa: E402
+from jvgen.training.checkpoint.restore import load_for_inference  # noqa: E402
 from jvgen.training.config import CheckpointConfig, TrainingConfig  # noqa: E402
 from jvgen.training.loop import EXIT_DIVERGED, EXIT_DONE, EXIT_UNSAVED, train  # noqa: E402
 from jvgen.training.preemption import EXIT_RESTART  # noqa: E402

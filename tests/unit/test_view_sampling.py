@@ -16,7 +16,7 @@ from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, project
 from jvgen.runs.view_sampling import fitting_batch, pairs_without_baseline, read_views
 from jvgen.tasks.task import SampleRequest
-from jvgen.training.checkpoint.restore import write_first_checkpoint
+from jvgen.training.checkpoint.initial import write_first_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 

@@ -1,4 +1,4 @@
-"""From checkpoints to a training state or to parameters for inference, and from parameters to a first checkpoint."""
+"""From checkpoints to a training state, or to parameters for inference."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,18 +13,14 @@ from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import single_device_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Task
-from jvgen.training.checkpoint import identity
-from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
+from jvgen.training.checkpoint import identity, initial
+from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization import parameter_paths
 from jvgen.training.optimization.ema import name_of
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
-
-# Marks a run directory while its first checkpoint is being written: if that is interrupted, training must not start
-# from random parameters instead.
-UNFINISHED = "import_unfinished"
 
 
 def restore_state(
@@ -50,12 +46,7 @@ def restore_state(
 
     restored = checkpoints.restore(program.abstract_state().saved(), check)
     if restored is None:
-        unfinished = checkpoints.folder.parent / UNFINISHED
-        if unfinished.exists():
-            raise CheckpointError(
-                f"{unfinished.parent}: importing weights into it was interrupted. Import them again, or remove "
-                f"{unfinished.name} to start from random parameters."
-            )
+        initial.check_import_finished(checkpoints.folder.parent)
         log(f"starting from step 0 with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
         return program.init()
     log(f"restored step {restored.step} from {checkpoints.folder}, checksums verified")
@@ -137,39 +128,3 @@ def _decay(experiment: Experiment, ema: float | str | None) -> str | Literal["ra
         listed = ", ".join(name_of(d) for d in kept) or "none"
         raise ConfigError(f"ema = {ema}: this run keeps EMA with decay {listed}; use one of these, or raw.")
     return name_of(decay)
-
-
-def check_new_run(workdir: Path) -> None:
-    """Raise `ConfigError` if a run directory already holds checkpoints."""
-    folder = Path(workdir) / "checkpoints"
-    steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-    if steps:
-        raise ConfigError(
-            f"{workdir} already holds checkpoints of steps {', '.join(steps)}; use another run directory."
-        )
-
-
-def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Parameters) -> None:
-    """Create a run directory whose training starts from these parameters (of all or some networks) at step 0.
-
-    Args:
-      parameters: `{network: ...}`, host or device arrays; networks that are left out are initialized randomly.
-
-    Raises:
-      ConfigError: the run directory already holds checkpoints.
-      CheckpointError: the checkpoint could not be written.
-    """
-    check_new_run(workdir)
-    unfinished = Path(workdir) / UNFINISHED
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
-    checkpoints = Checkpoints(workdir, experiment.checkpoint.replace(on_failed_save="stop"))
-    try:
-        # On one device: the mesh of this machine need not be that of the run.
-        program = Program.build(experiment, single_device_mesh())
-        state = program.init_from(parameters)
-        checkpoints.save(0, state.saved(), {}, identity.run_document(experiment, program.task))
-        checkpoints.wait()
-        unfinished.unlink()
-    finally:
-        checkpoints.close()
