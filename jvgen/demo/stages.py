@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Below the work folder: one compilation cache for all stages, so that a resumed run does not compile again.
+# One compilation cache for all stages, so that a resumed run does not compile again.
 CACHE = "compilation_cache"
 
 

@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.experiments.cv_vae_table", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--out", type=Path, required=True, help="work folder; a second call goes on in it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all results; a second call resumes in it")
     parser.set_defaults(table="table")
     which = parser.add_mutually_exclusive_group()
     for flag, name, about in (
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         which.add_argument(flag, dest="table", action="store_const", const=name, help=about)
     parser.add_argument("--only", nargs="+", default=None, metavar="ROW", help="some rows")
-    parser.add_argument("--demo", type=Path, default=None, help="work folder of `make demo`: its image VAE and scenes")
+    parser.add_argument("--demo", type=Path, default=None, help="folder of `make demo`: its image VAE and scenes")
     parser.add_argument("--data", type=Path, default=None, help="data set of clips instead of rendered scenes")
     parser.add_argument("--image-vae", type=Path, default=None, help="exported folder, instead of training one")
     parser.add_argument("--size", default="9x32x32", metavar="FxHxW", help="of clips, F = 4n + 1")

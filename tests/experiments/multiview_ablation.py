@@ -85,7 +85,7 @@ class Setting:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build, train, measure, write the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.experiments.multiview_ablation", description=__doc__)
-    parser.add_argument("--demo", type=Path, required=True, help="work folder of `make demo`: its image VAE")
+    parser.add_argument("--demo", type=Path, required=True, help="folder that `make demo` wrote: its image VAE")
     parser.add_argument("--workdir", type=Path, required=True, help="data, and one run for every variant and seed")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write; the numbers go beside it")
     parser.add_argument("--scenes", type=int, default=1000)

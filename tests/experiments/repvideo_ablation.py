@@ -77,7 +77,7 @@ class Setting:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, measure, write the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.experiments.repvideo_ablation", description=__doc__)
-    parser.add_argument("--demo", type=Path, default=None, help="work folder of `make demo`: its latents and VAE")
+    parser.add_argument("--demo", type=Path, default=None, help="folder that `make demo` wrote: its latents and VAE")
     parser.add_argument("--latents", type=Path, default=None, help="data set of cached latents instead")
     parser.add_argument("--vae", type=Path, default=None, help="exported folder of the VAE that made them")
     parser.add_argument("--size", default="29x32x32", metavar="FxHxW", help="of clips, in pixels")

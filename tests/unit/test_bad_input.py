@@ -362,7 +362,7 @@ def test_invalid_input_gives_one_message_and_changes_no_file(name, world, jvgen,
     def device_work(*arguments, **options):
         raise AssertionError("a device was used")
 
-    for method in ("init", "lower", "evaluation", "given"):
+    for method in ("init", "lower", "evaluation", "external_inputs"):
         monkeypatch.setattr(Program, method, device_work)
     before = {folder: contents(folder) for folder in (world.root, world.scenes, world.weights, world.other_weights)}
     case = CASES[name]
