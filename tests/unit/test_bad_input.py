@@ -95,14 +95,14 @@ def _weights(root: Path, valid: Path) -> None:
     del tensors[first]
     tensors[second] = np.zeros((3, 3), np.float32)
     tensors["encoder.surplus.weight"] = np.zeros(4, np.float32)
-    for name in ("misfit", "pickled", "torn", "stranger"):
+    for name in ("misfit", "pickled", "truncated", "stranger"):
         (root / name).mkdir()
         shutil.copy(valid / "config.json", root / name)
     write(root / "misfit" / file, {n: TensorSpec(t.shape, t.dtype) for n, t in tensors.items()}, tensors.items())
     (root / "pickled" / "diffusion_pytorch_model.bin").write_bytes(
         pickle.dumps({"encoder.conv_in.weight": Evil()}, protocol=2)
     )
-    (root / "torn" / file).write_bytes((valid / file).read_bytes()[:-100])
+    (root / "truncated" / file).write_bytes((valid / file).read_bytes()[:-100])
     (root / "stranger" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
 
 
@@ -118,7 +118,7 @@ class Case:
     """Arguments of a command, and parts of its error message."""
 
     words: Callable[[World], list]
-    says: tuple[str, ...]
+    expected: tuple[str, ...]
 
 
 def train(*changes: str, which: str = "vae") -> Callable[[World], list]:
@@ -149,16 +149,16 @@ CASES = {
     "config without experiment": Case(
         lambda w: ["config", "show", w.root / "no_experiment.py"], ("no_experiment.py", "function experiment()")
     ),
-    "config with another thing": Case(
+    "config of another type": Case(
         lambda w: ["config", "show", w.root / "other_thing.py"], ("other_thing.py", "dict", "Experiment")
     ),
     "config not python": Case(lambda w: ["config", "show", w.root / "notes.txt"], ("notes.txt", "Python file")),
     "field misspelled": Case(train("training.stepz=3"), ("training.stepz", "Did you mean steps")),
     "field of the wrong type": Case(train("training.steps=three"), ("training.steps = 'three'", "expected int")),
-    "choice that is none": Case(train("optimizer.kind=sgd"), ("optimizer.kind = 'sgd'", "'adamw'", "'muon'")),
+    "unknown choice": Case(train("optimizer.kind=sgd"), ("optimizer.kind = 'sgd'", "'adamw'", "'muon'")),
     "group of fields": Case(train("optimizer=adamw"), ("optimizer = 'adamw'", "group of fields", "optimizer.X")),
     "no value": Case(train("training.steps"), ("'training.steps'", "PATH=VALUE")),
-    "index of nothing": Case(train("data.buckets.4.frames=1"), ("data.buckets.4.frames", "not an index")),
+    "index out of range": Case(train("data.buckets.4.frames=1"), ("data.buckets.4.frames", "not an index")),
     "steps below one": Case(train("training.steps=0"), ("training", "steps = 0", "at least 1")),
     # What does not divide.
     "mesh and devices": Case(train("mesh.tensor=3"), ("tensor=3", "multiple of 3 devices", "there are 8")),
@@ -180,24 +180,24 @@ CASES = {
     "resolution and VAE": Case(train("data.buckets.0.height=15"), ("height = 15", "multiple of 2", "take 14")),
     "resolution and patches": Case(video("data.buckets.0.width=10"), ("width = 10", "multiple of 4", "take 8")),
     # Data.
-    "clip shorter than asked": Case(
+    "clip too short": Case(
         train("data.buckets.0.frames=9"), ("1x9x16x16", "too short (fewer than 9 frames)", "10 records")
     ),
-    "clip smaller than asked": Case(train("data.buckets.0.height=64"), ("smaller than 64x16", "upscale = True")),
+    "clip too small": Case(train("data.buckets.0.height=64"), ("smaller than 64x16", "upscale = True")),
     "batch larger than the data": Case(train("data.buckets.0.batch_size=64"), ("batch_size 64", "only 10 records")),
     "data set misspelled": Case(train("data.sources.0.path={w.scenes}s"), ("scenes", "does not exist", "Did you mean")),
     "folder without a data set": Case(
         train("data.sources.0.path={w.root}/empty"), ("empty", "contains no data set", "jvgen data build")
     ),
     "file and no data set": Case(train("data.sources.0.path={w.root}/file"), ("is a file", "data set is a folder")),
-    "split that is none": Case(
+    "unknown split": Case(
         train("data.sources.0.split=test"), ("no split 'test'", "train (10 records)", "validation (8 records)")
     ),
-    "evaluation on nothing": Case(
+    "missing evaluation data": Case(
         lambda w: ["evaluate", w.run, "--data", w.root / "nowhere"], ("nowhere", "does not exist")
     ),
     "evaluation on no batches": Case(lambda w: ["evaluate", w.run, "--batches", 0], ("--batches 0", "at least one")),
-    "showing nothing": Case(lambda w: ["data", "show", w.root / "empty"], ("contains no data set",)),
+    "showing an empty folder": Case(lambda w: ["data", "show", w.root / "empty"], ("contains no data set",)),
     "corrupt and empty videos": Case(
         lambda w: ["data", "build", "videos", w.root / "videos", "--out", w.root / "new"],
         ("2 of 3 files", "nothing was written", "corrupt.mp4", "empty.mp4"),
@@ -222,7 +222,7 @@ CASES = {
     "no videos": Case(
         lambda w: ["data", "build", "videos", w.root / "empty", "--out", w.root / "new"], ("holds no files", ".mp4")
     ),
-    "data set in the way": Case(
+    "existing data set": Case(
         lambda w: ["data", "build", "scenes", "--out", w.latents, "--train", 1, "--validation", 0],
         ("latents", "overwrite"),
     ),
@@ -241,7 +241,7 @@ CASES = {
     "latents of another VAE": Case(
         video("task.vae_weights={w.other_weights}"), ("latents come from the encoder", "Build them again")
     ),
-    "VAE that is not there": Case(video("task.vae_weights={w.root}/nowhere"), ("nowhere", "no such file or folder")),
+    "missing VAE": Case(video("task.vae_weights={w.root}/nowhere"), ("nowhere", "no such file or folder")),
     "VAE not named": Case(video("task.vae_weights=none"), ("task.vae_weights = none", "jvgen export")),
     "VAE of another architecture": Case(
         video("task.vae.layers_per_block=2"), ("task.vae_weights", "layers_per_block: 1 in the weights, 2 in the run")
@@ -297,7 +297,7 @@ CASES = {
     ),
     "checkpoint of another seed": Case(resume("seed=5"), ("seed: checkpoint 0, now 5",)),
     "run directory is a file": Case(lambda w: [*train()(w)[:-1], w.root / "file"], ("file is a file", "name a folder")),
-    "export in the way": Case(
+    "existing export": Case(
         lambda w: ["export", w.run, "--to", w.root / "videos"], ("videos exists and is not empty",)
     ),
     # Sampling.
@@ -318,13 +318,15 @@ CASES = {
         ("missing", "surplus", "(3, 3)"),
     ),
     "pickle": Case(lambda w: ["import", w.root / "pickled"], ("pickled", "run code")),
-    "torn weights": Case(lambda w: ["import", w.root / "torn"], ("not a sound safetensors file", "cut short")),
-    "class that is not known": Case(lambda w: ["import", w.root / "stranger"], ("UNet2DModel", "AutoencoderKL")),
+    "truncated weights": Case(
+        lambda w: ["import", w.root / "truncated"], ("not a sound safetensors file", "cut short")
+    ),
+    "unknown class": Case(lambda w: ["import", w.root / "stranger"], ("UNet2DModel", "AutoencoderKL")),
     "no weights": Case(lambda w: ["import", w.root / "nowhere"], ("nowhere", "no such file or folder")),
     "weights for no network": Case(
         lambda w: ["import", w.weights, "--config", *w.video, "--to", w.root / "new"], ("ImageVAEConfig", "none")
     ),
-    "network that is none": Case(
+    "unknown network": Case(
         lambda w: ["import", w.weights, "--config", *w.vae, "--network", "decoder", "--to", w.root / "new"],
         ("--network decoder", "vae"),
     ),
@@ -350,9 +352,9 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
-def assert_user_error(done, says: tuple[str, ...]) -> None:
+def assert_user_error(done, expected: tuple[str, ...]) -> None:
     assert done.status == 2, (done.status, done.err)
-    missing = [words for words in says if words not in done.err]
+    missing = [words for words in expected if words not in done.err]
     assert not missing, f"{missing} not in: {done.err}"
     assert "Traceback" not in done.err and done.err.count("JVGEN_TRACEBACK") == 1
 
@@ -366,7 +368,7 @@ def test_invalid_input_gives_one_message_and_changes_no_file(name, world, jvgen,
         monkeypatch.setattr(Program, method, device_work)
     before = {folder: contents(folder) for folder in (world.root, world.scenes, world.weights, world.other_weights)}
     case = CASES[name]
-    assert_user_error(jvgen(*case.words(world)), case.says)
+    assert_user_error(jvgen(*case.words(world)), case.expected)
     assert {folder: contents(folder) for folder in before} == before
     assert not Path("unpickled").exists()
 
@@ -394,8 +396,8 @@ def test_data_set_that_was_replaced_after_a_checkpoint(world, jvgen, tmp_path, m
     look = SceneConfig(height=16, width=16, frames=4, kinds={"dynamic": 1.0}, supersampling=1)
     build_scenes(place, look, train=10, validation=8, seed=3, workers=1)
     before = contents(tmp_path / "run")
-    says = ("data.sources", "hold other records", "Point sources at the same data sets")
-    assert_user_error(jvgen("train", *words, "--workdir", tmp_path / "run"), says)
+    expected = ("data.sources", "hold other records", "Point sources at the same data sets")
+    assert_user_error(jvgen("train", *words, "--workdir", tmp_path / "run"), expected)
     assert contents(tmp_path / "run") == before
 
 
