@@ -200,7 +200,7 @@ def _sample_views(parsed: argparse.Namespace, prompts: list[str]) -> None:
         raise ValueError("--enhance: not valid with --cameras; views are generated without it.")
     sample_views(
         parsed.run, prompts, parsed.out, cameras=parsed.cameras, views=parsed.views, distance=parsed.camera_distance,
-        one_world=parsed.shared_world_frame, ema=parsed.ema, step=parsed.step, count=parsed.clips_per_prompt,
+        shared_world_frame=parsed.shared_world_frame, ema=parsed.ema, step=parsed.step, count=parsed.clips_per_prompt,
         frames=parsed.frames, size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
         batch=parsed.batch_size, untrained=parsed.untrained,
     )  # fmt: skip

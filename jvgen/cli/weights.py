@@ -115,7 +115,7 @@ def run_import(parsed: argparse.Namespace) -> int:
         raise ValueError("--to also needs --config: the config of the run that takes the weights.")
     import_run(
         parsed.weights, experiment_of(parsed), parsed.to, network=parsed.network, inflate=parsed.inflate,
-        new_gates=parsed.init_gates, adapt=parsed.allow_partial,
+        init_gates=parsed.init_gates, allow_partial=parsed.allow_partial,
     )  # fmt: skip
     return 0
 

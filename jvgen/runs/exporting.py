@@ -97,8 +97,8 @@ def import_run(
     *,
     network: str | None = None,
     inflate: bool = False,
-    new_gates: bool = False,
-    adapt: bool = False,
+    init_gates: bool = False,
+    allow_partial: bool = False,
 ) -> None:
     """Make a run directory whose training starts at step 0 with the weights of a PyTorch folder.
 
@@ -109,8 +109,8 @@ def import_run(
       workdir: to create.
       network: which network takes the weights; the one with that kind of configuration unless given.
       inflate: the weights are of an image autoencoder, and initialize the task's video autoencoder.
-      adapt: the weights may lack parameters of the network and hold others (iVideoGPT: context frames, heads).
-      new_gates: the weights are CogVideoX's and the run is RepVideo's: its gates are initialized as configured.
+      allow_partial: the weights may lack parameters of the network and hold others (iVideoGPT: context frames, heads).
+      init_gates: the weights are CogVideoX's and the run is RepVideo's: its gates are initialized as configured.
 
     Raises:
       ConfigError: no network of the task takes these weights, or several do.
@@ -123,7 +123,7 @@ def import_run(
     if network is not None and network not in task.network_configs:
         raise ConfigError(f"--network {network}: the task trains {', '.join(sorted(task.network_configs))}.")
     configs = dict(task.network_configs)
-    if new_gates:
+    if init_gates:
         configs = {name: _without_gates(config) for name, config in configs.items()}
     wanted = configs[network] if network else None
     if inflate:
@@ -150,7 +150,7 @@ def import_run(
             )
         network = matching[0]
     lines = differences(found, configs[network])
-    if lines and adapt and not alone:
+    if lines and allow_partial and not alone:
         check_new_run(workdir)
         parameters = format_of(found).adapted(import_folder(weights)[1], found, configs[network])
         _start(experiment, workdir, network, parameters, weights)

@@ -32,7 +32,7 @@ def sample_views(
     cameras: Sequence[str],
     views: int | None = None,
     distance: float = 0.5,
-    one_world: bool = False,
+    shared_world_frame: bool = False,
     ema: str | None = None,
     step: int | None = None,
     count: int = 1,
@@ -53,7 +53,7 @@ def sample_views(
       cameras: the name of a path (see `jvgen.geometry.paths.PATHS`), or one camera file per view.
       views: how many; by default as many as there are camera files, or 2.
       distance: how far named paths go.
-      one_world: camera files share a world frame; otherwise all views start at the same camera, as in training.
+      shared_world_frame: camera files share a world frame; otherwise views start at the same camera, as in training.
       ema, step, untrained: which weights, see `jvgen.runs.inference.open_run`.
       frames, size, steps, guidance: see `jvgen.runs.sampling.sample_run`.
       seed: set i of prompt p depends on (seed, p, i) only.
@@ -70,7 +70,7 @@ def sample_views(
     experiment = read_experiment(run)
     check_views(experiment)
     request = sample_request(experiment, frames, size, steps, guidance)
-    chosen = read_views(cameras, views, request, distance=distance, one_world=one_world)
+    chosen = read_views(cameras, views, request, distance=distance, shared_world_frame=shared_world_frame)
     number = chosen.intrinsics.shape[0]
     for one, other in pairs_without_baseline(chosen):
         print(
@@ -86,7 +86,7 @@ def sample_views(
     plan = plan_clips(prompts, count, out, frames=2, batch=batch)
     sets = [Clip(clip.path.with_suffix(""), clip.prompt, clip.slot) for clip in plan]
     asked = {
-        "cameras": list(cameras), "views": number, "distance": distance, "one_world": one_world, "seed": seed,
+        "cameras": list(cameras), "views": number, "distance": distance, "one_world": shared_world_frame, "seed": seed,
         "ema": ema or "best", "untrained": untrained, "steps": steps, "guidance": guidance, "frames": request.frames,
         "height": request.height, "width": request.width, "step": loaded.step,
     }  # fmt: skip
@@ -111,7 +111,7 @@ def sample_view_arrays(
     cameras: Sequence[str],
     views: int | None = None,
     distance: float = 0.5,
-    one_world: bool = False,
+    shared_world_frame: bool = False,
     count: int = 1,
     frames: int | None = None,
     size: tuple[int, int] | None = None,
@@ -132,7 +132,7 @@ def sample_view_arrays(
     """
     check_views(loaded.experiment)
     request = sample_request(loaded.experiment, frames, size, steps, guidance)
-    chosen = read_views(cameras, views, request, distance=distance, one_world=one_world)
+    chosen = read_views(cameras, views, request, distance=distance, shared_world_frame=shared_world_frame)
     batch = fitting_batch(batch, chosen.intrinsics.shape[0], loaded.devices)
     wanted = [(prompt, slot_of(prompt, index)) for prompt in range(len(prompts)) for index in range(count)]
     sets = [videos for _, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch)]
@@ -146,7 +146,7 @@ def check_views(experiment: Experiment) -> None:
 
 
 def read_views(
-    cameras: Sequence[str], views: int | None, request: SampleRequest, *, distance: float, one_world: bool
+    cameras: Sequence[str], views: int | None, request: SampleRequest, *, distance: float, shared_world_frame: bool
 ) -> Cameras:
     """The cameras of every view, `V F 4` and `V F 3 4`, float64, from a path's name or from files.
 
@@ -177,7 +177,7 @@ def read_views(
         )
     tracks = [track.subsample(request.frames, path) for track, path in zip(tracks, cameras, strict=True)]
     extrinsics = np.stack([track.extrinsics for track in tracks])
-    start = extrinsics[:1, :1] if one_world else extrinsics[:, :1]
+    start = extrinsics[:1, :1] if shared_world_frame else extrinsics[:, :1]
     size = (request.height, request.width)
     # Pixels are square: fy over fx tells the shape of the pictures that a file's numbers are divided by.
     fitted = [

@@ -183,7 +183,7 @@ def test_cogvideox_begins_a_repvideo_run(tmp_path, video_run):
 
     with pytest.raises(ConfigError, match="--init-gates"):
         import_run(weights, experiment, tmp_path / "refused")
-    import_run(weights, experiment, tmp_path / "run", new_gates=True)
+    import_run(weights, experiment, tmp_path / "run", init_gates=True)
     _, _, parameters, step = load_for_inference(tmp_path / "run", None)
     found = jax.tree.map(np.asarray, parameters["denoiser"])
     np.testing.assert_array_equal(found.pop("aggregation")["gates"], np.full(3, 0.25, np.float32))

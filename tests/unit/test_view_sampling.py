@@ -114,13 +114,13 @@ def files_of(folder, frames: int = 6, count: int = 2) -> list[str]:
 
 def test_camera_files_are_fitted_to_the_clips(tmp_path):
     files = files_of(tmp_path)
-    made = read_views(files, None, REQUEST, distance=0.5, one_world=False)
+    made = read_views(files, None, REQUEST, distance=0.5, shared_world_frame=False)
     assert made.extrinsics.shape == (2, 3, 3, 4)
     np.testing.assert_allclose(made.extrinsics[:, 0], np.broadcast_to(np.eye(3, 4), (2, 3, 4)), atol=1e-8)
     np.testing.assert_allclose(made.extrinsics[1, -1], paths.named_paths("dolly", 2, 6)[1, -1], atol=1e-8)
     # Square pixels stay square: fx of the width is fy of the height.
     np.testing.assert_allclose(made.intrinsics[..., 0] * 16, made.intrinsics[..., 1] * 8, rtol=1e-3)
-    together = read_views(files, 2, REQUEST, distance=0.5, one_world=True)
+    together = read_views(files, 2, REQUEST, distance=0.5, shared_world_frame=True)
     assert np.abs(together.extrinsics[1, 0] - np.eye(3, 4)).max() < 1e-8, "both begin at one place of the world"
 
 
@@ -129,13 +129,13 @@ def test_incompatible_camera_files(tmp_path):
     with pytest.raises(
         ValueError, match="--views 4, but 2 camera files: give one for each view, or the name of a path"
     ):
-        read_views(files, 4, REQUEST, distance=0.5, one_world=False)
+        read_views(files, 4, REQUEST, distance=0.5, shared_world_frame=False)
     with pytest.raises(ValueError, match="0.txt has 6 cameras, fewer than the 9 requested frames"):
-        read_views(files, 2, SampleRequest(9, 8, 16), distance=0.5, one_world=False)
+        read_views(files, 2, SampleRequest(9, 8, 16), distance=0.5, shared_world_frame=False)
     (tmp_path / "longer").mkdir()
     longer = files_of(tmp_path / "longer", frames=7)
     with pytest.raises(ValueError, match="camera files of different lengths .*0.txt: 6, .*1.txt: 7.* cut them to one"):
-        read_views([files[0], longer[1]], 2, REQUEST, distance=0.5, one_world=False)
+        read_views([files[0], longer[1]], 2, REQUEST, distance=0.5, shared_world_frame=False)
 
 
 def test_views_without_a_baseline_are_reported():
