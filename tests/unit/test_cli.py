@@ -78,6 +78,22 @@ def test_help_describes_every_argument_and_its_examples_parse(prog, jvgen):
         assert cli.build_parser().parse_args(words).handler
 
 
+def documented_commands() -> list[tuple[str, str]]:
+    """(file, command) for every line of the documents that is a complete `jvgen` command."""
+    found = []
+    for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("jvgen/**/*.md")):
+        lines = file.read_text().replace("\\\n", " ").splitlines()
+        commands = [part.strip() for line in lines for part in line.partition(" #")[0].split("&&")]
+        complete = [c for c in commands if c.startswith("jvgen ") and c.split()[1] in COMMANDS and "..." not in c]
+        found += [(str(file.relative_to(ROOT)), command) for command in complete]
+    return found
+
+
+@pytest.mark.parametrize(("file", "command"), documented_commands())
+def test_commands_in_documents_parse(file, command):
+    assert cli.build_parser().parse_args(shlex.split(command)[1:]).handler, file
+
+
 def test_flags_cannot_be_abbreviated(jvgen):
     done = jvgen("encode", "film.mp4", "--vae", "vae", "--out", "latents", "--compute", "bfloat16")
     assert done.status == 2 and "unrecognized arguments: --compute" in done.err
