@@ -30,7 +30,7 @@ def experiment() -> Experiment:
             denoiser=cogvideox_2b().replace(
                 # 17,776 tokens padded to 17,920: what seq = 4 and the kernels' blocks of 128 divide.
                 token_multiple=512,
-                remat=Remat.ATTENTION,
+                remat=Remat.SAVE_ATTENTION,
             ),
             text=TextConfig(
                 encoder=xxl(),

@@ -40,7 +40,7 @@ def experiment() -> Experiment:
         name="repvideo_2b_scratch",
         task=TextToVideoConfig(
             # 17,776 tokens padded to 17,920: what seq = 4 and the kernels' blocks of 128 divide.
-            denoiser=repvideo_2b().replace(token_multiple=512, remat=Remat.ATTENTION),
+            denoiser=repvideo_2b().replace(token_multiple=512, remat=Remat.SAVE_ATTENTION),
             text=TextConfig(
                 encoder=xxl(),
                 length=226,

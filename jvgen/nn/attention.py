@@ -1,7 +1,6 @@
-"""Attention: one front door, several kernels.
+"""Dispatcher of attention: chooses one of several kernels, and runs it on each device of a mesh.
 
-With a mesh, queries are split over `seq`, keys and values are gathered over it, heads are split over `tensor`, and each
-device runs its kernel on what it holds.
+On a mesh, queries are sharded over `seq`, keys and values are gathered along it, and heads are sharded over `tensor`.
 """
 
 import dataclasses
@@ -25,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionKernel(enum.Enum):
-    """Which implementation computes attention; all give the same numbers up to rounding."""
+    """Implementations of attention; all give the same numbers up to rounding."""
 
     AUTO = "auto"  # chosen by backend, lengths and dtype: see `choose`
-    REFERENCE = "reference"  # all scores at once, float32: the oracle; the only one with a bias on every backend
+    REFERENCE = "reference"  # all scores at once, float32: the oracle; the only one that has a bias on every backend
     CHUNKED = "chunked"  # blocks of scores, on any backend
     CPU = "cpu"  # one head at a time, float32
     GPU = "gpu"  # cuDNN
@@ -43,8 +42,8 @@ class Choice:
     reason: str
 
 
-# Below this many keys all scores of a head are small, and one fused softmax beats a loop over blocks.
-SHORT = 512
+# With fewer keys than this, one fused softmax over all scores is faster than a loop over blocks.
+SHORT_LENGTH = 512
 
 
 def choose(
@@ -53,15 +52,15 @@ def choose(
     """The kernel that AUTO stands for.
 
     Args:
-      platform: "cpu", "gpu" (or "cuda", "rocm") or "tpu", of the devices that will run the program.
+      platform: "cpu", "gpu" (or "cuda", "rocm") or "tpu": of the devices that run the program.
       dtype: of query, key and value.
       query_length, key_length: tokens.
       head_width: channels of a head.
-      bias: whether a bias is added to the scores.
+      bias: whether there is a bias on the scores.
     """
     name = jnp.dtype(dtype).name
     half = name in ("bfloat16", "float16")
-    short = key_length < SHORT and query_length <= 4 * SHORT
+    short = key_length < SHORT_LENGTH and query_length <= 4 * SHORT_LENGTH
     if bias:
         return Choice(AttentionKernel.REFERENCE, "a bias on the scores")
     if platform == "cpu":
@@ -74,7 +73,7 @@ def choose(
         return Choice(AttentionKernel.CHUNKED, f"TPU devices, {name}: the splash kernel would multiply in bfloat16")
     if platform in ("gpu", "cuda") and gpu.supports(dtype, head_width):
         return Choice(AttentionKernel.GPU, f"CUDA devices, heads of {head_width} in {name}")
-    unsupported = "" if half else f", {name} is not for cuDNN"
+    unsupported = "" if half else f", {name} is not supported by cuDNN"
     if short:
         return Choice(AttentionKernel.REFERENCE, f"{platform} devices, only {key_length} keys{unsupported}")
     return Choice(AttentionKernel.CHUNKED, f"{platform} devices, heads of {head_width}{unsupported}")
@@ -97,17 +96,18 @@ def attention(
       query: L tokens of N heads.
       key, value: K tokens of N heads.
       scale: factor on the scores; default 1 / sqrt(D).
-      valid_length: number of real keys, known when the program is traced; keys at or beyond it have no weight. Rows of
-        the result that belong to padded queries are finite and mean nothing.
-      causal: query i sees the keys 0..i only; needs as many queries as keys, and tokens that are not split.
+      valid_length: number of keys that are not padding, known at trace time; later keys have no weight. Rows of the
+        result for padded queries are finite and meaningless.
+      causal: query i attends to keys 0..i only; needs as many queries as keys, and tokens that are not sharded.
       bias: added to the scaled scores.
-      kernel: the implementation; AUTO picks one and logs its choice.
+      kernel: the implementation; AUTO chooses one and logs it.
 
     Returns:
       `B L N D` in the dtype of `query`. The softmax is float32 in every kernel.
 
     Raises:
-      ValueError: `valid_length` outside 1..K, a bias with a kernel that has none, or what `causal` does not go with.
+      ValueError: `valid_length` outside 1..K, a bias with a kernel that has none, or lengths or sharding that `causal`
+        does not support.
     """
     width, key_length = query.shape[-1], key.shape[1]
     scale = width**-0.5 if scale is None else float(scale)
@@ -128,22 +128,22 @@ def attention(
             bias=bias is not None,
         )
         kernel = choice.kernel
-        _say(choice, query.shape, key_length)
+        _log_choice(choice, query.shape, key_length)
     if bias is not None and kernel not in (AttentionKernel.REFERENCE, AttentionKernel.GPU):
-        raise ValueError(f"kernel = {kernel.value}: has no bias on the scores; use reference, gpu or auto.")
+        raise ValueError(f"kernel = {kernel.value}: does not support a bias on the scores; use reference, gpu or auto.")
     run = _bound(kernel, axes.platform(), scale, valid_length, causal)
     if partitioner is None or partitioner.mesh.size == 1:
         output = run(query, key, value, bias)
     else:
         output = _sharded(run, partitioner, query, key, value, bias)
     if kernel in (AttentionKernel.REFERENCE, AttentionKernel.GPU):
-        # The other kernels name what their backward pass reads; a second name would keep a second copy.
+        # The other kernels name the residuals of their own backward pass; a second name would store a second copy.
         output = checkpoint_name(output, ATTENTION_OUTPUT)
     return output
 
 
 @functools.lru_cache
-def _say(choice: Choice, shape: tuple[int, ...], key_length: int) -> None:
+def _log_choice(choice: Choice, shape: tuple[int, ...], key_length: int) -> None:
     logger.info("attention %s with %d keys: kernel %s (%s)", shape, key_length, choice.kernel.value, choice.reason)
 
 
@@ -179,7 +179,7 @@ def _check_causal(
         for axis in (split,) if isinstance(split, str) else split:
             if partitioner.mesh.shape[axis] > 1:
                 raise ValueError(
-                    f"mesh.{axis} = {partitioner.mesh.shape[axis]}: causal attention is not split over tokens; set 1."
+                    f"mesh.{axis} = {partitioner.mesh.shape[axis]}: causal attention cannot shard tokens; set it to 1."
                 )
 
 
@@ -191,7 +191,7 @@ def _sharded(
     value: jax.Array,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """Run a kernel on each device's own queries and heads, with keys and values gathered over the split of tokens."""
+    """Run a kernel on each device's queries and heads, with keys and values gathered along the sequence axis."""
     names = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS, None)
     query_spec = partitioner.activation(names, query.shape).spec
     key_spec = partitioner.activation(names, key.shape).spec
@@ -218,8 +218,8 @@ def _sharded(
 def gathered(array: jax.Array, mesh_axis: str | tuple[str, ...]) -> jax.Array:
     """All tokens of `B L N D` from the devices along a mesh axis; the transpose scatters gradients back.
 
-    Heads are joined and the devices' parts stacked in front for the transfer: TPUs keep narrow last axes padded, and
-    scatter over the first axis only (over another one they reduce everything everywhere and then cut).
+    For the transfer, heads are merged and the devices' shards are stacked along a new first axis: TPUs pad narrow last
+    axes, and reduce-scatter along the first axis only (along others they all-reduce and slice).
     """
     flat = rearrange(array, "B L N D -> B L (N D)")
     parts = jax.lax.all_gather(flat, mesh_axis, axis=0, tiled=False)

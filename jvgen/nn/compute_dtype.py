@@ -1,4 +1,4 @@
-"""Which parameters are computed with in a narrower dtype than they are kept in."""
+"""Casting of parameters to the compute dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,16 @@ from jvgen.parallel.axes import CODES, LAYERS
 
 
 def is_cast(shape: tuple[int, ...], names: tuple[str | None, ...]) -> bool:
-    """Whether a parameter is computed with in the compute dtype: matrices and convolution kernels, stacked or not.
+    """Whether a parameter is cast to the compute dtype: matrices and convolution kernels, stacked or not.
 
-    Vectors (biases, scales of norms) stay float32: they cost nothing, and norms compute in float32. So do codebooks:
-    which entry is nearest hangs on the last digits.
+    Vectors (biases, scales of norms) stay float32: they are small, and norms compute in float32. So do codebooks: the
+    choice of the nearest entry is sensitive to rounding.
     """
     return len(shape) - (LAYERS in names) >= 2 and CODES not in names
 
 
 def cast(parameters: Parameters, axes: Parameters, dtype: DTypeLike) -> Parameters:
-    """Parameters as the networks compute with them; differentiable, gradients come back in the original dtype."""
+    """Parameters in the dtypes that networks compute with; differentiable, with gradients in the original dtype."""
 
     def leaf_cast(leaf: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -1,4 +1,4 @@
-"""Convolutions over images and clips, channels last, with explicit padding; nearest-neighbour upsampling."""
+"""Convolutions over images and clips, channels last, with explicit padding; nearest-neighbor upsampling."""
 
 import functools
 import math
@@ -16,13 +16,13 @@ from jvgen.nn.linear import Initializer
 from jvgen.parallel.axes import BATCH, CONV_IN, CONV_OUT, FRAMES, HEIGHT, WIDTH, Axes, constrain, current, platform
 
 Padding = Sequence[tuple[int, int]]
-Border = Literal["zeros", "repeat"]  # what lies beyond the edge: zeros, or copies of what is at the edge
+Border = Literal["zeros", "repeat"]  # values of padding: zeros, or copies of the edge
 
-# Variance 1 / (3 fan_in): the scale that Stable Diffusion's autoencoders start from.
+# Variance 1 / (3 fan_in): the initial scale of Stable Diffusion's autoencoders.
 DEFAULT_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
-_PLACES: dict[int, Axes] = {1: (None,), 2: (HEIGHT, WIDTH), 3: (FRAMES, HEIGHT, WIDTH)}
+_AXIS_NAMES: dict[int, Axes] = {1: (None,), 2: (HEIGHT, WIDTH), 3: (FRAMES, HEIGHT, WIDTH)}
 
 
 def convolve(
@@ -33,20 +33,18 @@ def convolve(
     padding: Padding,
     borders: Sequence[Border] | None = None,
 ) -> Float[Array, "B *output O"]:
-    """Cross-correlation over one, two or three spatial axes, as `torch.nn.functional.conv{1,2,3}d` has it.
+    """Cross-correlation over one, two or three spatial axes, as `torch.nn.functional.conv{1,2,3}d`.
 
-    Over a mesh, images and clips whose axes the compute table splits (`frames`, `height`, `width`) stay split: devices
-    exchange the rows that their windows share. Where the table does not split them, or they cannot be split evenly,
-    every device has whole images.
+    On a mesh, spatial axes that the compute table shards (`frames`, `height`, `width`) stay sharded, and devices
+    exchange halos. If the table does not shard them, or they do not divide evenly, every device has whole images.
+    Differentiable in reverse mode, any number of times.
 
     Args:
       inputs: channels last.
       kernel: window axes, then input and output channels.
-      strides: one a spatial axis.
+      strides: one per spatial axis.
       padding: elements (before, after) each spatial axis.
-      borders: what they are, one a spatial axis; default zeros.
-
-    Differentiable in reverse mode, any number of times.
+      borders: values of the padding, one per spatial axis; default zeros.
     """
     strides, padding = tuple(strides), tuple((int(before), int(after)) for before, after in padding)
     borders = ("zeros",) * len(strides) if borders is None else tuple(borders)
@@ -54,20 +52,20 @@ def convolve(
     partitioner = current()
     if partitioner is None:
         return _local(inputs, kernel, strides, padding, borders)
-    places = (BATCH, *_PLACES[len(strides)], None)
-    splits = halo.splits(partitioner, places, inputs.shape, kernel.shape, strides, padding)
+    names = (BATCH, *_AXIS_NAMES[len(strides)], None)
+    splits = halo.splits(partitioner, names, inputs.shape, kernel.shape, strides, padding)
     if any(splits):
-        return halo.convolve(_local, partitioner, splits, places, inputs, kernel, strides, padding, borders)
-    # Whole images on every device: XLA (jax 0.10) doubles the kernel's gradient when it splits rows on some meshes.
-    places = (BATCH, *(None for _ in strides), None)
-    output = _local(constrain(inputs, *places), kernel, strides, padding, borders)
-    return constrain(output, *places)
+        return halo.convolve(_local, partitioner, splits, names, inputs, kernel, strides, padding, borders)
+    # Whole images on every device: XLA (jax 0.10) doubles the kernel's gradient when it shards rows on some meshes.
+    names = (BATCH, *(None for _ in strides), None)
+    output = _local(constrain(inputs, *names), kernel, strides, padding, borders)
+    return constrain(output, *names)
 
 
 def _local(
     inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Padding, borders: Sequence[Border]
 ) -> jax.Array:
-    """The convolution of what one device holds."""
+    """The convolution of the arrays of one device."""
     repeated = [pair if border == "repeat" else (0, 0) for pair, border in zip(padding, borders, strict=True)]
     if any(any(pair) for pair in repeated):
         inputs = _repeat_edges(inputs, repeated)
@@ -78,8 +76,7 @@ def _local(
 
 
 def _repeat_edges(inputs: jax.Array, padding: Padding) -> jax.Array:
-    # Not by `jnp.pad`: it cuts the edges off every axis, if only to repeat them no times, and those of a batch that is
-    # split over devices are sent around when gradients come back.
+    # `jnp.pad` also slices axes that it does not pad: for a sharded batch, communication in the backward pass.
     for axis, (before, after) in enumerate(padding, start=1):
         first, last = (jax.lax.slice_in_dim(inputs, at, at + 1, axis=axis) for at in (0, inputs.shape[axis] - 1))
         parts = [first] * before + [inputs] + [last] * after
@@ -88,7 +85,7 @@ def _repeat_edges(inputs: jax.Array, padding: Padding) -> jax.Array:
 
 
 def _by_taps(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Padding) -> jax.Array:
-    """A convolution over clips as a sum of convolutions over images, one a frame of the window.
+    """A convolution over clips as a sum of convolutions over images, one per frame of the window.
 
     XLA's convolutions over three axes take three to five times as long on CPUs, forward and backward.
     """
@@ -108,7 +105,7 @@ def _by_taps(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pad
 
 
 def _plain(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Padding) -> jax.Array:
-    # XLA's convolutions on CPUs take three times as long without any padding: one row too many is made, and cut off.
+    # XLA's convolutions on CPUs take three times as long without padding: compute one extra row, and drop it.
     bare = max(kernel.shape[:-2]) > 1 and max(strides) == 1 and not any(map(any, padding)) and platform() == "cpu"
     output = jax.lax.conv_general_dilated(
         inputs,
@@ -120,7 +117,7 @@ def _plain(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], paddi
     return output[:, :-1] if bare else output
 
 
-# XLA's convolutions on CPUs are as fast as others, except for the gradient of the kernel of large batches.
+# On CPUs, XLA computes the gradient of the kernel slowly for large batches: there the batch is cut into pieces.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Padding) -> jax.Array:
     return _plain(inputs, kernel, strides, padding)
@@ -155,7 +152,7 @@ _convolve.defvjp(_forward, _backward)
 
 
 def _pieces(batch: int, kernel: jax.Array) -> int:
-    """How many parts of a batch to take a kernel's gradient over; at least eight examples each, measured on images."""
+    """Number of pieces of a batch for the kernel's gradient; at least eight examples each, measured on images."""
     partitioner = current()
     if kernel.ndim != 4 or kernel.shape[-1] < 8 or (partitioner is not None and partitioner.mesh.size > 1):
         return 1
@@ -169,7 +166,7 @@ class Conv2d(nnx.Module):
       features_in, features_out: channels.
       kernel_size: height and width of the window.
       strides: of the window.
-      padding: zeros (before, after) the height and the width; default: the size is kept at stride 1.
+      padding: zeros (before, after) height and width; the default keeps the size at stride 1.
       axes: logical names of the channels of the kernel; the second also names the bias.
     """
 
@@ -201,7 +198,7 @@ class Conv2d(nnx.Module):
 
 
 def upsample_nearest(images: Float[Array, "B H W C"], factor: int = 2) -> Float[Array, "B h w C"]:
-    """Every pixel becomes a square of `factor` by `factor` equal pixels."""
+    """Repeat every pixel `factor` times along height and width."""
     return repeat(images, "b h w c -> b (h p) (w q) c", p=factor, q=factor)
 
 
@@ -211,5 +208,5 @@ def output_size(size: int, *, window: int, stride: int, padding: tuple[int, int]
 
 
 def convolution_flops(kernel_shape: Sequence[int], output_size: Sequence[int]) -> float:
-    """Multiplications and additions of one convolution for one image or clip, padding counted as data."""
+    """FLOPs of one convolution of one image or clip, with padding counted as data."""
     return 2.0 * math.prod(kernel_shape) * math.prod(output_size)

@@ -1,4 +1,4 @@
-"""A convolution over clips: what it sees beyond the ends of the clip, and going on where an earlier part ended."""
+"""Convolutions over clips: padding in time, and causal convolutions of a clip in chunks."""
 
 from typing import Literal
 
@@ -10,25 +10,25 @@ from jvgen.nn.conv import DEFAULT_INIT, Border, Padding, convolve
 from jvgen.nn.linear import Initializer
 from jvgen.parallel.axes import CONV_IN, CONV_OUT, Axes
 
-# What lies beyond the ends of a clip. "causal": copies of the first frame before it, and no frame sees a later one;
-# "repeat": copies of the first and the last frame; "zeros": black on both ends.
+# Padding in time. "causal": copies of the first frame in front, so that no frame depends on later ones;
+# "repeat": copies of the first and the last frame; "zeros": zeros at both ends.
 InTime = Literal["causal", "repeat", "zeros"]
-# What a causal convolution has to remember of one part of a clip for the next.
+# Cache of a causal convolution: the last input frames of one chunk, for the next chunk.
 Past = Float[Array, "B P H W I"] | None
 
 
 class Conv3d(nnx.Module):
     """`y = x * kernel + bias` over clips `B F H W C`, in the dtype of `x`.
 
-    The length in time is kept at stride 1; at stride 2 the output frames stand at frames 0, 2, 4, ...
+    The number of frames is kept at stride 1; at stride 2 the outputs are at frames 0, 2, 4, ...
 
     Args:
       features_in, features_out: channels.
       kernel_size: frames, height and width of the window; odd frames.
       strides: of the window.
-      in_time: what lies beyond the ends of the clip.
-      sides: elements (before, after) height and width; default: the size is kept at stride 1.
-      border: what those elements are.
+      in_time: padding in time.
+      sides: elements (before, after) height and width; the default keeps the size at stride 1.
+      border: values of those elements.
       axes: logical names of the channels of the kernel; the second also names the bias.
     """
 
@@ -46,7 +46,7 @@ class Conv3d(nnx.Module):
         kernel_init: Initializer = DEFAULT_INIT,
         rngs: nnx.Rngs,
     ):
-        assert kernel_size[0] % 2, f"a window of {kernel_size[0]} frames has no frame in the middle"
+        assert kernel_size[0] % 2, f"a window of {kernel_size[0]} frames has no middle frame"
         self.strides, self.in_time, self.border = tuple(strides), in_time, border
         same = tuple((size // 2, (size - 1) // 2) for size in kernel_size[1:])
         self.sides = same if sides is None else tuple(sides)
@@ -55,13 +55,15 @@ class Conv3d(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32), logical_axes=(axes[1],))
 
     def __call__(self, clip: Float[Array, "B F H W I"], past: Past = None) -> tuple[Float[Array, "B f h w O"], Past]:
-        """Convolve a clip, or the part of it that follows `past` (causal convolutions only).
+        """Convolve a clip, or the chunk of it that follows `past` (causal convolutions only).
 
         Returns:
-          The output, and the `past` of the part that follows; None if there is nothing to remember.
+          The output, and the `past` of the next chunk; None if it needs none.
         """
         taps = self.kernel.shape[0]
-        assert past is None or self.in_time == "causal", f"a convolution that pads with {self.in_time} has no past"
+        assert past is None or self.in_time == "causal", (
+            f"in_time = {self.in_time}: only causal convolutions have a past"
+        )
         kept = None
         if self.in_time == "causal":
             before, after = taps - 1, 0
@@ -82,7 +84,7 @@ class Conv3d(nnx.Module):
 
 
 def _last(clip: Array, past: Past, count: int) -> Array:
-    """The last frames of a clip; before its beginning, those of `past` or copies of its first frame."""
+    """The last `count` frames of a clip, extended to the front by `past` or copies of the first frame."""
     if clip.shape[1] < count:
         earlier = jnp.repeat(clip[:, :1], count, axis=1) if past is None else past
         clip = jnp.concatenate([earlier, clip], axis=1)

@@ -1,4 +1,4 @@
-"""Dropout drawn sample by sample: what a sample gets depends on its own key, not on its place in a batch."""
+"""Dropout with one key per sample: the mask of a sample does not depend on its index in the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def folded(keys: Key[Array, "B"] | None, purpose: int | jax.Array) -> Key[Array,
 
 
 def dropout(x: Float[Array, "B ..."], keys: Key[Array, "B"] | None, rate: float) -> Float[Array, "B ..."]:
-    """Set a share `rate` of the elements to zero and scale the rest up; identity without keys."""
+    """Set a fraction `rate` of the elements to zero and scale up the others; identity without keys."""
     if keys is None or rate == 0.0:
         return x
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
@@ -27,9 +27,9 @@ def attention_with_dropout(
     *,
     causal: bool = False,
 ) -> Float[Array, "B L N D"]:
-    """softmax(query key^T / sqrt(D)) with a share `rate` of its weights set to zero, times value.
+    """softmax(query key^T / sqrt(D)) with dropout of its weights, times value.
 
-    All weights are in memory at once: no fused kernel draws them sample by sample.
+    All weights are in memory at once: no fused kernel has masks with one key per sample.
     """
     scores = jnp.einsum("blnd,bknd->bnlk", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5

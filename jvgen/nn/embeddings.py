@@ -1,4 +1,4 @@
-"""Embeddings: sinusoids of timesteps and of grid positions, and patches of video to and from tokens."""
+"""Embeddings: sinusoids of timesteps and grid positions, patches of video to and from tokens, lookup tables."""
 
 import math
 
@@ -21,9 +21,9 @@ def sinusoidal_timesteps(timesteps: Float[Array, "B"], width: int) -> Float[Arra
       ValueError: an odd width.
     """
     if width % 2:
-        raise ValueError(f"width = {width}: as many sines as cosines make the embedding; choose an even one.")
+        raise ValueError(f"width = {width}: must be even, with half sines and half cosines.")
     half = width // 2
-    # On the host, with exponents rounded to float32 as in the published code: at timestep 999 the last bit counts.
+    # In numpy, with exponents rounded to float32 as in the published code: at timestep 999 the last bit is visible.
     exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -49,7 +49,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 def sincos_axis(positions: np.ndarray, width: int) -> np.ndarray:
-    """Sines, then cosines, of positions along one axis: float32 `n width`, computed in float64 on the host."""
+    """Sines, then cosines, of positions along one axis: float32 `n width`, computed in float64 with numpy."""
     frequencies = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width / 2))
     angles = np.outer(positions.astype(np.float64), frequencies)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
@@ -60,8 +60,8 @@ def sincos_positions(
 ) -> Float[Array, "L {width}"]:
     """Additive sin-cos positions of a grid of frames, rows and columns, in that order of tokens, float32.
 
-    A quarter of the channels is for time, then three eighths each for the column and for the row (column first:
-    the layout of CogVideoX). Each axis is a host table of its own, spread over the grid inside the program.
+    A quarter of the channels encodes time, then three eighths each the column and the row (column first, as in
+    CogVideoX). Each axis has a numpy table of its own, broadcast over the grid inside the program.
 
     Args:
       grid: frames, rows and columns of tokens.
@@ -81,7 +81,7 @@ def sincos_positions(
     )
     parts = []
     for pattern, count, scale, channels in tables:
-        # The division is done in float32, as where the published weights were trained.
+        # The division is in float32, as in the published training code.
         positions = np.arange(count, dtype=np.float32) / np.float32(scale)
         table = rearrange(jnp.asarray(sincos_axis(positions, channels)), pattern)
         parts.append(jnp.broadcast_to(table, (frames, rows, columns, channels)))
@@ -89,10 +89,10 @@ def sincos_positions(
 
 
 def token_grid(shape: tuple[int, int, int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Frames, rows and columns of tokens of a clip of (frames, height, width) cut in patches of that order.
+    """Frames, rows and columns of tokens for a clip of (frames, height, width) and patches in the same order.
 
     Raises:
-      ValueError: names the axis, its size and the patch that does not divide it.
+      ValueError: a size that is not a multiple of the patch.
     """
     for name, size, part in zip(("frames", "height", "width"), shape, patch, strict=True):
         if size < 1 or size % part:
@@ -101,10 +101,10 @@ def token_grid(shape: tuple[int, int, int], patch: tuple[int, int, int]) -> tupl
 
 
 class PatchEmbedding(nnx.Module):
-    """Cut a clip in patches and project each to a token: `B F H W C -> B L features`.
+    """Cut a clip into patches and project each to a token: `B F H W C -> B L features`.
 
     Tokens are ordered by frame, row, column. A row of the kernel belongs to one (frame, row, column, channel) of a
-    patch, channel fastest: the order in which the pixels of a patch lie in memory.
+    patch, with the channel fastest: the order of a patch's values in memory.
 
     Args:
       channels: of the clip.
@@ -137,7 +137,7 @@ class PatchEmbedding(nnx.Module):
 def unpatchify(
     tokens: Float[Array, "B L P"], grid: tuple[int, int, int], patch: tuple[int, int, int]
 ) -> Float[Array, "B F H W C"]:
-    """Lay tokens of `patch` pixels back into a clip; the inverse of the cut of `PatchEmbedding`."""
+    """Arrange tokens of `patch` pixels into a clip; the inverse of the patches of `PatchEmbedding`."""
     return rearrange(
         tokens,
         "b (f h w) (t r c x) -> b (f t) (h r) (w c) x",
@@ -151,7 +151,7 @@ def unpatchify(
 
 
 class Embedding(nnx.Module):
-    """A table of vectors looked up by index: int32 `B L -> B L features`, float32."""
+    """A table of vectors, looked up by index: int32 `B L` to float32 `B L features`."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ class FeedForward(nnx.Module):
 
     Args:
       features: width of input and output.
-      hidden: width between.
+      hidden: width between the matrices.
       output_init: initializer of the second matrix.
     """
 
@@ -35,7 +35,7 @@ class FeedForward(nnx.Module):
         def activate(hidden: jax.Array) -> jax.Array:
             return self.output(jax.nn.gelu(hidden, approximate=True))
 
-        # The backward pass computes GELU again: of the widest arrays of a block one is kept, and not six.
+        # The backward pass recomputes GELU: one of the widest arrays of a block is stored, instead of six.
         return jax.checkpoint(activate, prevent_cse=False)(hidden)
 
 
@@ -44,8 +44,8 @@ class GatedFeedForward(nnx.Module):
 
     Args:
       features: width of input and output.
-      hidden: width between.
-      activation: GELU by its tanh approximation (T5 v1.1) unless given; SiLU for Llama.
+      hidden: width between the matrices.
+      activation: by default GELU by its tanh approximation (T5 v1.1); SiLU for Llama.
       bias: of all three matrices.
       input_init, output_init: initializers of the first two matrices and of the last.
     """

@@ -1,7 +1,7 @@
-"""Convolutions of images and clips that are split over devices: each gets the edges of its neighbours' parts.
+"""Convolutions of images and clips sharded over devices: each device exchanges halos with its neighbors.
 
-XLA can split convolutions by itself, but (jax 0.10) it doubles the gradient of the kernel on some meshes when it does.
-Here what moves is written out: one permutation an edge, whose transpose sends gradients back where they belong.
+XLA can shard convolutions, but (jax 0.10) it then doubles the gradient of the kernel on some meshes. Here the
+communication is explicit: one permutation per halo, whose transpose sends gradients back.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from jvgen.parallel.axes import Axes, Partitioner
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How one spatial axis is split.
+    """Sharding of one spatial axis.
 
     Attributes:
-      mesh_axes: the mesh axes that it is split over, outermost first.
-      parts: how many parts there are.
-      before, after: elements that a part needs of the one before and of the one after it.
+      mesh_axes: the mesh axes that it is sharded over, outermost first.
+      parts: number of shards.
+      before, after: size of the halo that a shard needs from the previous and from the next one.
     """
 
     mesh_axes: tuple[str, ...]
@@ -34,26 +34,26 @@ class Split:
 
 def splits(
     partitioner: Partitioner,
-    places: Axes,
+    names: Axes,
     shape: Sequence[int],
     kernel_shape: Sequence[int],
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> tuple[Split | None, ...]:
-    """How each spatial axis of `B *spatial C` can be split; None where it is not, or not evenly.
+    """Sharding of each spatial axis of `B *spatial C`; None if it is not sharded, or not evenly.
 
     Args:
-      places: logical names of all axes of the inputs.
+      names: logical names of all axes of the inputs.
       shape, kernel_shape: of inputs and kernel.
       strides, padding: of the convolution.
     """
     found = []
     for axis, (stride, (before, after)) in enumerate(zip(strides, padding, strict=True)):
         size, window = shape[axis + 1], kernel_shape[axis]
-        # Asked for one axis at a time: an axis that cannot be split leaves its devices to no other.
-        names = tuple(place if index in (0, axis + 1) else None for index, place in enumerate(places))
-        mesh_axes = _mesh_axes(partitioner, names, shape)[axis + 1]
-        parts = math.prod(partitioner.mesh.shape[name] for name in mesh_axes)
+        # Queried one axis at a time: the mesh axes of an axis that cannot be sharded are not given to another.
+        asked = tuple(name if index in (0, axis + 1) else None for index, name in enumerate(names))
+        mesh_axes = _mesh_axes(partitioner, asked, shape)[axis + 1]
+        parts = math.prod(partitioner.mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
         needed = window - stride - before
         even = size % (parts * stride) == 0 and (size + before + after - window) // stride + 1 == size // stride
         found.append(
@@ -74,22 +74,22 @@ def convolve(
     local: Callable[..., jax.Array],
     partitioner: Partitioner,
     splits: Sequence[Split | None],
-    places: Axes,
+    names: Axes,
     inputs: jax.Array,
     kernel: jax.Array,
     strides: tuple[int, ...],
     padding: Sequence[tuple[int, int]],
     borders: Sequence[str],
 ) -> jax.Array:
-    """The convolution with its spatial axes split as `splits` says; `local` convolves what one device holds."""
-    batch = _mesh_axes(partitioner, (places[0], *(None for _ in places[1:])), inputs.shape)[0]
+    """A convolution with its spatial axes sharded according to `splits`; `local` convolves the arrays of one device."""
+    batch = _mesh_axes(partitioner, (names[0], *(None for _ in names[1:])), inputs.shape)[0]
     spec = PartitionSpec(batch or None, *(split.mesh_axes if split else None for split in splits), None)
     kept = tuple((0, 0) if split else pair for split, pair in zip(splits, padding, strict=True))
 
     def run(block: jax.Array, kernel: jax.Array) -> jax.Array:
         for axis, (split, border) in enumerate(zip(splits, borders, strict=True)):
             if split is not None:
-                block = _with_edges(block, axis + 1, split, border)
+                block = _exchange_halo(block, axis + 1, split, border)
         return local(block, kernel, strides, kept, borders)
 
     mapped = jax.shard_map(
@@ -98,26 +98,26 @@ def convolve(
     return mapped(inputs, kernel)
 
 
-def _with_edges(block: jax.Array, axis: int, split: Split, border: str) -> jax.Array:
-    """A part of an axis between the edges of its neighbours; at the ends of the axis, between what lies beyond."""
+def _exchange_halo(block: jax.Array, axis: int, split: Split, border: str) -> jax.Array:
+    """A shard with the halos of its neighbors along an axis; at the ends of the axis, zeros or copies of the edge."""
     size, last = block.shape[axis], split.parts - 1
     index = jax.lax.axis_index(split.mesh_axes)
     pieces = [block]
     if split.before:
-        edge = jax.lax.slice_in_dim(block, size - split.before, size, axis=axis)
-        # Who is sent nothing has zeros.
-        got = jax.lax.ppermute(edge, split.mesh_axes, [(i, i + 1) for i in range(last)])
+        sent = jax.lax.slice_in_dim(block, size - split.before, size, axis=axis)
+        # Devices that receive nothing get zeros.
+        halo = jax.lax.ppermute(sent, split.mesh_axes, [(i, i + 1) for i in range(last)])
         if border == "repeat":
             first = jnp.repeat(jax.lax.slice_in_dim(block, 0, 1, axis=axis), split.before, axis=axis)
-            got = jnp.where(index == 0, first, got)
-        pieces.insert(0, got)
+            halo = jnp.where(index == 0, first, halo)
+        pieces.insert(0, halo)
     if split.after:
-        edge = jax.lax.slice_in_dim(block, 0, split.after, axis=axis)
-        got = jax.lax.ppermute(edge, split.mesh_axes, [(i + 1, i) for i in range(last)])
+        sent = jax.lax.slice_in_dim(block, 0, split.after, axis=axis)
+        halo = jax.lax.ppermute(sent, split.mesh_axes, [(i + 1, i) for i in range(last)])
         if border == "repeat":
             end = jnp.repeat(jax.lax.slice_in_dim(block, size - 1, size, axis=axis), split.after, axis=axis)
-            got = jnp.where(index == last, end, got)
-        pieces.append(got)
+            halo = jnp.where(index == last, end, halo)
+        pieces.append(halo)
     return jnp.concatenate(pieces, axis=axis)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings whose parameters carry logical axis names."""
+"""Linear layers whose parameters have logical axis names."""
 
 from collections.abc import Callable
 
@@ -39,8 +39,8 @@ class Linear(nnx.Module):
         partitioner = current()
         leading = inputs.shape[:-1]
         if partitioner is None or partitioner.mesh.size == 1:
-            # XLA's CPU backend transposes what it need not in the gradient of a product with several leading axes (it
-            # takes 1.8 times as long). Over a mesh they stay apart, because each may be split.
+            # With several leading axes, the gradient takes 1.8 times as long on CPUs, because of needless transposes.
+            # On a mesh the axes stay separate, because each may be sharded.
             inputs = inputs.reshape(-1, inputs.shape[-1])
         output = inputs @ self.kernel[...].astype(inputs.dtype)
         if self.bias is not None:

@@ -1,4 +1,4 @@
-"""Adaptive layer norm: scales, shifts and gates computed from a conditioning vector, apart for text and video rows."""
+"""Adaptive layer norm: shifts, scales and gates from a conditioning vector, separate for text and video rows."""
 
 from typing import NamedTuple
 
@@ -18,14 +18,14 @@ DEFAULT_INIT = nnx.initializers.normal(0.02)
 class Modulation(nnx.Module):
     """SiLU and one Linear from a conditioning vector to `parts` vectors: `B C -> parts x (B 1 features)`, float32.
 
-    The product runs in `dtype` (it is a fifth of a block's parameters); what it gives is float32, because it meets
-    normalised activations before they are rounded.
+    The product is in `dtype` (it is a fifth of a block's parameters); its result is float32, because it is combined
+    with normalized activations before they are rounded.
 
     Args:
       condition: width of the conditioning vector.
       features: width of each part.
       parts: number of vectors.
-      kernel_init: zeros make every block start as the identity (adaLN-zero).
+      kernel_init: with zeros every block is initially the identity (adaLN-zero).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Modulation(nnx.Module):
 
 
 class RowModulation(NamedTuple):
-    """Shift, scale and gate of every row of a sequence, float32, `B L D` or what broadcasts to it."""
+    """Shift, scale and gate of every row of a sequence, float32, broadcastable to `B L D`."""
 
     shift: Float[Array, "B L D"]
     scale: Float[Array, "B L D"]
@@ -56,21 +56,21 @@ class RowModulation(NamedTuple):
 
 
 def by_modality(is_video: Bool[Array, "L"], video: jax.Array, text: jax.Array) -> Float[Array, "B L D"]:
-    """Rows of `video` (`B 1 D`) where the mask holds, rows of `text` elsewhere.
+    """`video` (`B 1 D`) in rows where the mask is true, `text` in the others.
 
-    A select by row, and not two slices: it fuses into what reads it and needs no communication when the sequence is
-    split over devices.
+    A select per row instead of two slices: it fuses with its consumers, and needs no communication for a sharded
+    sequence.
     """
 
     def select(is_video: jax.Array, video: jax.Array, text: jax.Array) -> jax.Array:
         return jnp.where(is_video[None, :, None], video, text)
 
-    # Its gradient would keep the mask of every row and channel, not of every row.
+    # Without this, its gradient would store a mask with channels.
     return jax.checkpoint(select, prevent_cse=False)(is_video, video, text)
 
 
 class TextVideoModulation(nnx.Module):
-    """Shift, scale and gate for the video rows and again for the text rows (six vectors, in the order of diffusers)."""
+    """Shift, scale and gate for the video rows, then for the text rows (six vectors, in the order of diffusers)."""
 
     def __init__(self, condition: int, features: int, *, kernel_init: Initializer = DEFAULT_INIT, rngs: nnx.Rngs):
         self.vectors = Modulation(condition, features, 6, kernel_init=kernel_init, rngs=rngs)
@@ -89,7 +89,7 @@ def modulated_norm(
 ) -> Float[Array, "B L D"]:
     """`norm(x) * (1 + scale) + shift` in float32, rounded once to the dtype of `x`.
 
-    The backward pass starts from `x` again: storing what is between costs more memory and more time than computing it.
+    The backward pass recomputes it from `x`: storing the intermediate arrays costs more memory, and more time.
     """
 
     def compute(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

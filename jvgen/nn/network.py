@@ -12,7 +12,7 @@ Parameters = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The structure of a module, apart from its parameters.
+    """The structure of a module, separate from its parameters.
 
     `init` and `apply` are pure functions of arrays, made for `jax.jit`, `jax.grad` and `lax.scan`. Parameters are a
     nested dict with string keys ("blocks" -> "layers" -> "attention" -> "query" -> "kernel"); members of a list are
@@ -21,7 +21,7 @@ class Network:
     Attributes:
       graph: NNX's description of the module without arrays.
       state: its variables with their metadata and abstract values.
-      shapes: nested dict of `jax.ShapeDtypeStruct`, one a parameter.
+      shapes: nested dict of `jax.ShapeDtypeStruct`, one per parameter.
       axes: the same nested dict with each parameter's logical axis names (see `jvgen.parallel.axes`).
     """
 
@@ -33,7 +33,7 @@ class Network:
 
     @classmethod
     def of(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
-        """Trace `constructor(rngs)` without allocating anything and keep its structure."""
+        """The structure of `constructor(rngs)`, traced without allocating arrays."""
         graph, state = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(params=0))))
         shapes, axes = {}, {}
         for path, variable in _variables(state):

@@ -6,7 +6,7 @@ from flax import nnx
 
 
 class LayerNorm(nnx.Module):
-    """Normalise the last axis to zero mean and unit variance, then scale and shift.
+    """Normalize the last axis to zero mean and unit variance, then scale and shift.
 
     Args:
       features: width of the last axis.
@@ -23,9 +23,9 @@ class LayerNorm(nnx.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         x = inputs.astype(jnp.float32)
         mean = jnp.mean(x, axis=-1, keepdims=True)
-        centred = x - mean
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        x = centred * jax.lax.rsqrt(variance + self.epsilon)
+        centered = x - mean
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        x = centered * jax.lax.rsqrt(variance + self.epsilon)
         if self.scale is not None:
             x = x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
         return x.astype(inputs.dtype)
@@ -45,7 +45,7 @@ class RMSNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalise groups of channels, as `torch.nn.GroupNorm` has it.
+    """Normalize groups of channels, as `torch.nn.GroupNorm`.
 
     Statistics of an input `B ... C` are over the channels of a group and all axes between the leading ones and the
     channels.
@@ -55,7 +55,8 @@ class GroupNorm(nnx.Module):
       groups: divides the channels.
       epsilon: added to the variance.
       axis: logical name of the channels.
-      leading: axes with statistics of their own: 1 for each example, 2 for each frame of a clip `B F H W C`.
+      leading: number of leading axes with separate statistics: 1 for one set per example, 2 for one per frame of a
+        clip `B F H W C`.
     """
 
     def __init__(self, features: int, *, groups: int, epsilon: float, axis: str | None = None, leading: int = 1):
@@ -68,12 +69,12 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), logical_axes=(axis,))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        # Axes stay apart: each may be split over devices.
+        # Axes are not merged: each may be sharded.
         x = inputs.astype(jnp.float32).reshape(*inputs.shape[:-1], self.groups, inputs.shape[-1] // self.groups)
         over = (*range(self.leading, inputs.ndim - 1), x.ndim - 1)
         mean = jnp.mean(x, axis=over, keepdims=True)
-        centred = x - mean
-        variance = jnp.mean(jnp.square(centred), axis=over, keepdims=True)
-        x = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(inputs.shape)
+        centered = x - mean
+        variance = jnp.mean(jnp.square(centered), axis=over, keepdims=True)
+        x = (centered * jax.lax.rsqrt(variance + self.epsilon)).reshape(inputs.shape)
         x = x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
         return x.astype(inputs.dtype)

@@ -1,4 +1,4 @@
-"""Rotary positions: over frames, rows and columns by adjacent pairs (CogVideoX); along a line by halves (Llama)."""
+"""Rotary positions: of frames, rows and columns in adjacent pairs (CogVideoX); of a sequence in halves (Llama)."""
 
 import enum
 from typing import NamedTuple
@@ -11,26 +11,26 @@ from jaxtyping import Array, Float, Int
 
 
 class RotaryGrid(enum.Enum):
-    """Where the rows and columns of a token grid lie on the grid that the network was made for."""
+    """Positions of the rows and columns of a token grid, relative to the base grid of the network."""
 
-    LINSPACE = "linspace"  # CogVideoX 1.0: resized to fit the base grid, centred in it
+    LINSPACE = "linspace"  # CogVideoX 1.0: resized to fit the base grid, and centered in it
     SLICE = "slice"  # CogVideoX 1.5: 0, 1, 2, ...
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of one angle a token and channel, float32 `L D`, each repeated for the channels of its pair."""
+    """Cosine and sine of one angle per token and pair of channels, repeated for both channels: float32 `L D`."""
 
     cosine: Float[Array, "L D"]
     sine: Float[Array, "L D"]
 
 
 def crop_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The region of the base grid that a (rows, columns) grid covers: resized to touch the base grid, centred in it.
+    """The region of the base grid that a (rows, columns) grid covers: resized to fit the base grid, and centered in it.
 
-    Halves round to even, as in the published code, so that positions agree with the released weights.
+    Halves round to even, as in the published code.
 
     Returns:
-      ((top, left), (bottom, right)), in units of the base grid's cells.
+      ((top, left), (bottom, right)), in cells of the base grid.
     """
     rows, columns = grid
     base_rows, base_columns = base
@@ -46,12 +46,12 @@ def crop_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int
 def grid_coordinates(
     grid: tuple[int, int, int], kind: RotaryGrid, base: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions of frames, rows and columns, float32, one array an axis.
+    """Positions of frames, rows and columns, float32, one array per axis.
 
     Args:
       grid: frames, rows and columns of tokens.
-      kind: how rows and columns are laid over the base grid; frames always count 0, 1, 2, ...
-      base: rows and columns of the grid that the network was made for.
+      kind: positions of rows and columns; those of frames are always 0, 1, 2, ...
+      base: rows and columns of the base grid, which the network was trained with.
 
     Raises:
       ValueError: a SLICE grid larger than the base grid.
@@ -62,18 +62,18 @@ def grid_coordinates(
         if rows > base[0] or columns > base[1]:
             raise ValueError(
                 f"a grid of {rows}x{columns} tokens does not fit the {base[0]}x{base[1]} positions of this network; "
-                "raise sample_height and sample_width (in latent pixels) or take smaller clips."
+                "increase sample_height and sample_width (in latent pixels) or use smaller clips."
             )
         return times, np.arange(rows, dtype=np.float32), np.arange(columns, dtype=np.float32)
     (top, left), (bottom, right) = crop_region((rows, columns), base)
-    # The published end point, stop * (n - 1) / n, is not that of an even grid when the region starts away from zero.
+    # As published, although stop * (n - 1) / n is not the last point of an even grid unless the region starts at zero.
     y = np.linspace(top, bottom * (rows - 1) / rows, rows, dtype=np.float32)
     x = np.linspace(left, right * (columns - 1) / columns, columns, dtype=np.float32)
     return times, y, x
 
 
 def axis_widths(head_width: int) -> tuple[int, int, int]:
-    """Channels of a head given to frames, rows and columns: a quarter, three eighths, three eighths.
+    """Channels of a head for frames, rows and columns: a quarter, three eighths, three eighths.
 
     Raises:
       ValueError: a head width that does not divide into even parts.
@@ -95,8 +95,8 @@ def rotation(
 ) -> Rotation:
     """Rotation of every token of a sequence `[before; frames x rows x columns; after]`.
 
-    Tokens before and after the grid are not rotated. Angles are computed on the host for each axis alone and spread
-    over the grid in the program, so that no table as long as the sequence becomes a constant of it.
+    Tokens before and after the grid are not rotated. Angles are computed with numpy per axis and broadcast over the
+    grid in the program, so that it has no constants as long as the sequence.
 
     Args:
       grid: frames, rows and columns of tokens.
@@ -127,8 +127,7 @@ def rotation(
 def rotate(x: Float[Array, "B L N D"], by: Rotation) -> Float[Array, "B L N D"]:
     """Rotate adjacent pairs of channels, (a, b) -> (a cos - b sin, b cos + a sin), in float32.
 
-    Partners are fetched by two shifts along the channels and a select: no axis of width two, which neither a TPU's
-    lanes nor a CPU's vectors like.
+    Two shifts along the channels and a select, instead of an axis of size two, which is slow on TPUs and CPUs.
     """
     y = x.astype(jnp.float32)
     even = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None, :]
@@ -137,15 +136,15 @@ def rotate(x: Float[Array, "B L N D"], by: Rotation) -> Float[Array, "B L N D"]:
 
 
 def line_rotation(positions: Int[Array, "L"], *, head_width: int, theta: float = 10000.0) -> Rotation:
-    """Rotation of tokens at whole positions along a line, for `rotate_halves`: angle i of D / 2 is for i and i + D / 2.
+    """Rotation of tokens at integer positions of a sequence, for `rotate_halves`: channels i and i + D / 2 are a pair.
 
-    Angles are the products of positions and frequencies in float32, as where Llama's weights are trained.
+    Angles are products of positions and frequencies in float32, as in the training code of Llama.
 
     Raises:
       ValueError: an odd head width.
     """
     if head_width % 2:
-        raise ValueError(f"head_width = {head_width}: rotary positions need an even one.")
+        raise ValueError(f"head_width = {head_width}: must be even for rotary positions.")
     exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     frequencies = jnp.asarray((1.0 / np.float32(theta) ** exponents).astype(np.float32))
     angles = positions.astype(jnp.float32)[:, None] * frequencies

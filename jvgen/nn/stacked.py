@@ -1,4 +1,4 @@
-"""Running blocks: what the backward pass keeps of them, and stacks of equal ones under `lax.scan`."""
+"""Rematerialization of layers, and stacks of equal layers under `lax.scan`."""
 
 import enum
 from collections.abc import Callable
@@ -12,13 +12,18 @@ from jvgen.parallel import axes
 
 
 class Remat(enum.Enum):
-    """What the backward pass keeps of each layer's forward pass; everything else is computed again."""
+    """What is stored of each layer for the backward pass; everything else is recomputed."""
 
-    NONE = "none"  # keep all: fastest, most memory
-    ATTENTION = "attention"  # keep inputs of layers and what attention returned: no attention is computed twice
-    MATMULS = "matmuls"  # keep the results of matrix products without a batch axis, and what attention returned
-    FULL = "full"  # keep inputs of layers only: least memory
-    OFFLOAD = "offload"  # as FULL, with the inputs of layers kept in host memory
+    NONE = "none"  # all activations: fastest, most memory
+    SAVE_ATTENTION = "save_attention"  # layer inputs and the output of attention
+    SAVE_MATMULS = "save_matmuls"  # layer inputs, results of matrix products without a batch axis, output of attention
+    FULL = "full"  # layer inputs only: least memory
+    OFFLOAD = "offload"  # as FULL, with the layer inputs in host memory
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Remat | None":
+        # Values of version 0.1.0.
+        return {"attention": cls.SAVE_ATTENTION, "matmuls": cls.SAVE_MATMULS}.get(value)
 
 
 # Names given by `jax.ad_checkpoint.checkpoint_name` inside layers.
@@ -32,8 +37,8 @@ def checkpointed(function: Callable[..., Any], remat: Remat) -> Callable[..., An
     if remat is Remat.NONE:
         return function
     policy = {
-        Remat.ATTENTION: policies.save_only_these_names(ATTENTION_OUTPUT),
-        Remat.MATMULS: policies.save_from_both_policies(
+        Remat.SAVE_ATTENTION: policies.save_only_these_names(ATTENTION_OUTPUT),
+        Remat.SAVE_MATMULS: policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION_OUTPUT)
         ),
         Remat.FULL: policies.nothing_saveable,
@@ -64,12 +69,12 @@ def run_block(block: Any, remat: Remat, inputs: jax.Array, *more: Any) -> Any:
 
 
 class Stacked(nnx.Module):
-    """`count` layers made by the same constructor, kept as one module with stacked parameters.
+    """`count` equal layers as one module with stacked parameters.
 
     Args:
       constructor: makes one layer from `nnx.Rngs`.
       count: number of layers.
-      rngs: one key a layer is drawn from its `params` stream.
+      rngs: source of one key per layer, from its `params` stream.
     """
 
     def __init__(self, constructor: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs):
@@ -92,8 +97,12 @@ class Stacked(nnx.Module):
     ) -> Any:
         """Run `carry = step(layer, carry, per_layer[i])` over the layers and return the last carry.
 
-        `per_layer` is a tree of arrays with a leading axis of `count` (flags, gates), or None. With `unroll` the same
-        layers run in a Python loop: for tests and for reading compiled programs.
+        Args:
+          step: computes one layer.
+          carry: input of the first step.
+          per_layer: tree of arrays with a leading axis of `count` (flags, gates), or None.
+          remat: what is stored for the backward pass.
+          unroll: run the layers in a Python loop, for tests and for reading compiled programs.
         """
 
         def body(carry: Any, scanned: Any) -> tuple[Any, None]:
@@ -108,11 +117,11 @@ class Stacked(nnx.Module):
         return carry
 
     def variables(self) -> Any:
-        """The stacked variables, a tree for `lax.scan` to cut into layers."""
+        """The stacked variables, a tree for `lax.scan` to slice into layers."""
         return nnx.state(self.layers)
 
     def layer(self, variables: Any) -> nnx.Module:
-        """The module of one layer, from its cut of `variables()`, moved to compute sharding."""
+        """The module of one layer, from its slice of `variables()`, in compute sharding."""
         graph, stacked = nnx.split(self.layers)
         names = jax.tree.map(
             lambda variable: variable.get_metadata()["logical_axes"][1:],

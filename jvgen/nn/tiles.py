@@ -1,4 +1,4 @@
-"""Where two tiles of a picture or a clip overlap."""
+"""Blending of overlapping tiles of an image or a clip."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from jaxtyping import Array, Float
 def blend(
     before: Float[Array, "B F H W C"], after: Float[Array, "B F h w C"], extent: int, *, axis: int
 ) -> Float[Array, "B F h w C"]:
-    """`after`, whose first `extent` elements along an axis come over linearly from the last ones of `before`.
+    """`after`, with its first `extent` elements along an axis blended linearly with the last ones of `before`.
 
-    The first element is all of `before`. Tiles shorter than `extent` come over as far as they reach.
+    The first element is that of `before` alone. The extent is limited by the size of both tiles.
     """
     extent = min(before.shape[axis], after.shape[axis], extent)
     if extent == 0:

@@ -10,9 +10,9 @@ from einops import rearrange
 from jvgen.diffusion.objective import draw_noise
 from jvgen.diffusion.schedule import Schedule
 from jvgen.evaluation.layer_metrics import attention_between, frame_similarity
-from jvgen.models.video_dit.enhance import mean_diagonal
 from jvgen.models.video_dit.model import TokenLayout
 from jvgen.models.video_dit.probe import LayerActivations, probe_layers
+from jvgen.nn.frame_diagonal import mean_diagonal
 from jvgen.nn.network import Network, Parameters
 from jvgen.tasks.task import Batch, activation_dtype
 
@@ -64,8 +64,8 @@ def _measure(layer: LayerActivations) -> dict[str, jax.Array]:
         for name, rows in rows_of.items():
             video = rearrange(rows[:, layout.text : layout.valid], "b (f p) d -> b f p d", f=frames)
             found[f"similarity_{name}"] = jnp.mean(frame_similarity(video), axis=0)
-        own = jnp.mean(mean_diagonal(layer.query, layer.key, layout), axis=0)
-        found["intensity"] = (1.0 - own) / (frames - 1)
+        diagonal = mean_diagonal(layer.query, layer.key, frames=frames, start=layout.text, stop=layout.valid)
+        found["intensity"] = (1.0 - jnp.mean(diagonal, axis=0)) / (frames - 1)
     for name, groups in {"frames": frame_groups(layout), "rows": row_groups(layout)}.items():
         between = attention_between(layer.query, layer.key, groups, int(groups.max()) + 1)
         found[f"attention_of_{name}"] = jnp.mean(between, axis=(0, 1))

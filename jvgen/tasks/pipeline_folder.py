@@ -1,4 +1,4 @@
-"""A CogVideoX pipeline as diffusers saves it: five sub-folders, read as the description of a text-to-video task."""
+"""Folders of CogVideoX pipelines saved by diffusers, read as the configuration of a text-to-video task."""
 
 import json
 from pathlib import Path
@@ -26,28 +26,28 @@ DENOISER, VAE, TEXT_ENCODER, TOKENIZER = "transformer", "vae", "text_encoder", "
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 NETWORKS = {DENOISER: VideoDiTConfig, VAE: CogVideoXVAEConfig, TEXT_ENCODER: T5Config}
 
-# CogVideoX1.5 (patches of several frames) says the largest grid of its positions and not the clip that it is made for.
+# The config.json of CogVideoX1.5 (patches of several frames) has the maximum grid and not the clip size of the network.
 DEFAULT_REQUEST_1_5 = SampleRequest(frames=81, height=768, width=1360)
 FRAMES_PER_SECOND, FRAMES_PER_SECOND_1_5 = 8, 16
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether a folder holds a whole pipeline (or what is left of one), and not one network."""
+    """Whether a folder contains a pipeline (complete or not), instead of a single network."""
     return (folder / INDEX).is_file() or (folder.is_dir() and (folder / DENOISER / "config.json").is_file())
 
 
 def read_pipeline(folder: Path) -> TextToVideoConfig:
-    """The task whose networks, text encoder, noise schedule and sampler are those of a pipeline folder.
+    """The task with the networks, text encoder, noise schedule and sampler of a pipeline folder.
 
-    Only small files are read: no weights.
+    Reads no weights.
 
     Args:
-      folder: with `transformer`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, as `save_pretrained` of diffusers'
-        `CogVideoXPipeline` leaves it.
+      folder: with `transformer`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, as saved by `save_pretrained` of
+        `CogVideoXPipeline` in diffusers.
 
     Raises:
-      ValueError: another kind of pipeline, sub-folders that are missing (all are listed), networks that are not
-        CogVideoX's or do not go together, a scheduler that is not known, no tokenizer.
+      ValueError: another kind of pipeline, missing subfolders (all are listed), networks that are not CogVideoX's or do
+        not match each other, an unknown scheduler, no tokenizer.
     """
     _check_folder(folder)
     found = {name: read_config(folder / name) for name in NETWORKS}
@@ -60,7 +60,7 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
     if denoiser.in_channels != denoiser.out_channels:
         raise ValueError(
             f"{folder / DENOISER}: in_channels = {denoiser.in_channels}, out_channels = {denoiser.out_channels}: an "
-            "image-to-video network, which needs an image to start from; only text to video is supported."
+            "image-to-video network, which is not supported; give a text-to-video pipeline."
         )
     scheduler = schedulers.from_diffusers(_read_json(folder / SCHEDULER_FILE), str(folder / SCHEDULER_FILE))
     tokenizer.load(folder / TOKENIZER)
@@ -86,23 +86,23 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
         for part in (denoiser, vae, encoder, config):
             part.validate()
     except ValueError as error:
-        raise ValueError(f"{folder}: the networks do not go together: {error}") from error
+        raise ValueError(f"{folder}: the networks do not match each other: {error}") from error
     return config
 
 
 def adopt_pipeline(task: TaskConfig, folder: Path) -> TextToVideoConfig:
-    """A text-to-video task that encodes captions and decodes clips with the networks of a pipeline folder.
+    """A text-to-video task with the text encoder and the VAE of a pipeline folder.
 
     Args:
-      task: what is to be trained from the pipeline's denoiser on; its text encoder must be the pipeline's.
+      task: the task that is initialized with the pipeline's denoiser; its text encoder must be that of the pipeline.
       folder: see `read_pipeline`.
 
     Raises:
-      ValueError: not a text-to-video task, or one whose latents, noise or prediction are not those that the pipeline's
-        denoiser knows; all differences are listed.
+      ValueError: not a text-to-video task, or other latents, noise or prediction than those of the pipeline's denoiser;
+        all differences are listed.
     """
     if not isinstance(task, TextToVideoConfig):
-        raise ValueError(f"{folder} is a pipeline, which a text-to-video task goes on from, not {type(task).__name__}.")
+        raise ValueError(f"{folder} is a pipeline, which initializes a text-to-video task, not {type(task).__name__}.")
     found = read_pipeline(folder)
     asked = {
         "text.length": (task.text.length, found.text.length),
@@ -119,13 +119,13 @@ def adopt_pipeline(task: TaskConfig, folder: Path) -> TextToVideoConfig:
     if task.schedule.continuous or not np.allclose(alpha_bar_table(task.schedule), alpha_bar_table(found.schedule)):
         lines.append(f"task.schedule = {task.schedule!r}, the pipeline's is {found.schedule!r}")
     if lines:
-        raise ValueError("\n  ".join([f"{folder} was trained otherwise than the config says:", *lines]))
+        raise ValueError("\n  ".join([f"{folder} was trained with other settings than the config:", *lines]))
     text = task.text.replace(weights=found.text.weights, tokenizer=found.text.tokenizer)
     return task.replace(text=text, vae=found.vae, vae_weights=found.vae_weights)
 
 
 def default_request(config: TextToVideoConfig) -> SampleRequest:
-    """The clip that a published network is made for."""
+    """The clip size of a published network."""
     denoiser = config.denoiser
     if denoiser.temporal_patch is not None:
         return DEFAULT_REQUEST_1_5
@@ -137,13 +137,13 @@ def default_request(config: TextToVideoConfig) -> SampleRequest:
 
 
 def frames_per_second(config: TextToVideoConfig) -> int:
-    """How fast clips of a published network are meant to be shown."""
+    """Frame rate of the clips of a published network."""
     return FRAMES_PER_SECOND if config.denoiser.temporal_patch is None else FRAMES_PER_SECOND_1_5
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ValueError(f"weights {str(folder)!r}: no such folder; name a CogVideoX pipeline on this machine.")
+        raise ValueError(f"weights {str(folder)!r}: no such folder; give a local folder of a CogVideoX pipeline.")
     if (folder / INDEX).is_file():
         kind = _read_json(folder / INDEX).get("_class_name")
         if kind is not None and kind != PIPELINE:
@@ -152,8 +152,8 @@ def _check_folder(folder: Path) -> None:
     missing = [name for name in wanted if not (folder / name).exists()]
     if missing:
         raise ValueError(
-            f"{folder} is not a whole CogVideoX pipeline: it has no {', '.join(missing)}. Expected what "
-            f"{PIPELINE}.save_pretrained of diffusers writes."
+            f"{folder} is not a complete CogVideoX pipeline: it has no {', '.join(missing)}. Expected are the files of "
+            f"{PIPELINE}.save_pretrained in diffusers."
         )
 
 

@@ -58,7 +58,7 @@ def run(settings: Settings) -> Result:
         shown=SHOWN,
         samples=samples,
         notes=(
-            "training: forward, backward, AdamW, remat = attention, period 6; MiB: arguments + outputs - donated +",
+            "training: forward, backward, AdamW, remat save_attention, period 6; MiB: arguments + outputs - donated +",
             "temporary + code of the compiled step. enhanced: one step of a sampler with guidance, both halves in one",
             "batch. share_alone: factors and scaling of all layers, as a program by itself, over the step without.",
         ),
@@ -74,7 +74,7 @@ class _Side:
 
 
 def _training(name: str, size: Size) -> dict[str, _Side]:
-    config = config_of(size).replace(remat=Remat.ATTENTION)
+    config = config_of(size).replace(remat=Remat.SAVE_ATTENTION)
     sides = {}
     for side, aggregation in {"without": None, "with": AggregationConfig()}.items():
         step = OurStep(case_of(name, size, config.replace(aggregation=aggregation)))

@@ -24,7 +24,7 @@ from tests.benchmarks.step_timing import Case
 
 QUICK = Size(2, (2, 4, 4), layers=2, heads=1, text=8, text_width=16, condition=32)
 FULL = Size(4, (4, 16, 16), layers=6, heads=6, text=32, text_width=128, condition=256)
-POLICIES = (Remat.NONE, Remat.MATMULS, Remat.ATTENTION, Remat.FULL)
+POLICIES = (Remat.NONE, Remat.SAVE_MATMULS, Remat.SAVE_ATTENTION, Remat.FULL)
 
 
 def run(settings: Settings) -> Result:
@@ -94,12 +94,12 @@ def saved_bytes(case: Case, program: Program) -> int:
 
 def formula_bytes(config: VideoDiTConfig, size: Size, remat: Remat) -> int | None:
     """What the policies with a closed form keep: `L` rows of `width` a layer and clip, once or twice."""
-    if remat not in (Remat.FULL, Remat.ATTENTION):
+    if remat not in (Remat.FULL, Remat.SAVE_ATTENTION):
         return None
     rows = size.text + int(np.prod(token_grid(size.clip, config.patch_shape)))
     item = jnp.dtype(size.dtype).itemsize
     layer = rows * config.width * item
-    if remat is Remat.ATTENTION:
+    if remat is Remat.SAVE_ATTENTION:
         # And the logarithm of the softmax's denominator of every row and head, float32.
         layer = 2 * layer + rows * config.heads * 4
     return size.batch * config.layers * layer

@@ -41,7 +41,7 @@ def run(settings: Settings) -> Result:
     shape = experiment.task.latent_shape(bucket.frames, bucket.height, bucket.width)
     rows = text + math.prod(token_grid(shape, denoiser.patch_shape))
     rows += -rows % denoiser.token_multiple
-    kept = {Remat.FULL: 1, Remat.ATTENTION: 2}[denoiser.remat]
+    kept = {Remat.FULL: 1, Remat.SAVE_ATTENTION: 2}[denoiser.remat]
     saved = saved_between_layers(program, bucket, rows, denoiser.width, denoiser.layers, kept)
     least, memory = report.lower_bound.total + saved, report.memory
     row: dict[str, Any] = {

@@ -29,7 +29,7 @@ CONFIGS = {
         scaling_factor=1.5305,
         shift_factor=0.0609,
     ),
-    "no_attention": SMALL.replace(mid_attention=False, layers_per_block=2, remat=Remat.ATTENTION),
+    "no_attention": SMALL.replace(mid_attention=False, layers_per_block=2, remat=Remat.SAVE_ATTENTION),
 }
 SIZES = {"z4": (19, 22), "z16": (16, 24), "no_attention": (9, 7)}
 

@@ -28,7 +28,7 @@ from jvgen.training.program import Program
 VIDEO = TextToVideoConfig(
     denoiser=VideoDiTConfig(
         layers=2, heads=4, head_width=16, in_channels=4, out_channels=4, text_width=16, text_length=7,
-        condition_width=16, remat=Remat.ATTENTION, token_multiple=8,
+        condition_width=16, remat=Remat.SAVE_ATTENTION, token_multiple=8,
     ),
     text=TextConfig(encoder=ByteTextConfig(width=16, layers=1, heads=2), length=7),
     schedule=ScheduleConfig(kind="cogvideox"),

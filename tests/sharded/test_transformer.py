@@ -54,7 +54,7 @@ class Transformer(nnx.Module):
         self.blocks = Stacked(lambda r: Block(kernel, rngs=r), 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.blocks.scan(lambda block, carry, _: block(carry), x, remat=Remat.ATTENTION)
+        return self.blocks.scan(lambda block, carry, _: block(carry), x, remat=Remat.SAVE_ATTENTION)
 
 
 class Case:

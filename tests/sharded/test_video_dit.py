@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 REPVIDEO = VideoDiTConfig(
     layers=4, heads=4, head_width=16, in_channels=4, out_channels=4, text_width=16, text_length=7, condition_width=16,
-    remat=Remat.ATTENTION, token_multiple=8, aggregation=AggregationConfig(period=3),
+    remat=Remat.SAVE_ATTENTION, token_multiple=8, aggregation=AggregationConfig(period=3),
 )  # fmt: skip
 MESHES = {
     "fsdp-seq-tensor": {"fsdp": 2, "seq": 2, "tensor": 2},

@@ -142,7 +142,7 @@ def test_gates_start_as_configured(kind, value):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"unroll": True}, {"remat": Remat.FULL}, {"remat": Remat.ATTENTION}, {"remat": Remat.MATMULS}],
+    [{}, {"unroll": True}, {"remat": Remat.FULL}, {"remat": Remat.SAVE_ATTENTION}, {"remat": Remat.SAVE_MATMULS}],
     ids=["none", "unrolled", "full", "attention", "matmuls"],
 )
 def test_output_and_gradients_are_those_of_the_rule(change, parameters, expected):
@@ -191,7 +191,7 @@ def test_gates_of_zero_are_the_network_without_aggregation_bit_for_bit(parameter
     assert np.abs(apply(parameters, *inputs_of()) - without).max() > 1e-2
 
 
-@pytest.mark.parametrize("remat", [Remat.NONE, Remat.MATMULS, Remat.ATTENTION, Remat.FULL])
+@pytest.mark.parametrize("remat", [Remat.NONE, Remat.SAVE_MATMULS, Remat.SAVE_ATTENTION, Remat.FULL])
 def test_no_sum_is_kept_for_the_backward_pass(remat):
     """Differentiation keeps no more of the tokens than without aggregation, and that is one array a layer at least."""
     inputs = jax.eval_shape(lambda: inputs_of(jnp.bfloat16))

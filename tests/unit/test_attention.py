@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jvgen.kernels.attention import chunked, cpu, gpu, reference, tpu
-from jvgen.nn import attention as front
+from jvgen.nn import attention as dispatcher
 from jvgen.nn.attention import AttentionKernel, attention, choose
 from jvgen.nn.stacked import Remat, checkpointed
 from jvgen.preflight import topology
@@ -205,7 +205,7 @@ def test_wide_heads_are_not_for_cudnn():
 
 
 def test_automatic_choice_is_said(key, caplog):
-    front._say.cache_clear()
+    dispatcher._log_choice.cache_clear()
     query, keys, value, _ = arrays(key)
     with caplog.at_level(logging.INFO):
         attention(query, keys, value)
@@ -214,7 +214,7 @@ def test_automatic_choice_is_said(key, caplog):
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.CPU, AttentionKernel.CHUNKED])
 def test_remat_keeps_what_attention_returned(key, kernel):
-    """Under Remat.ATTENTION the backward pass holds no second forward pass of attention."""
+    """Under Remat.SAVE_ATTENTION the backward pass holds no second forward pass of attention."""
     query, keys, value, _ = arrays(key)
 
     def exponentials(remat):
@@ -222,8 +222,8 @@ def test_remat_keeps_what_attention_returned(key, kernel):
         jaxpr = jax.make_jaxpr(jax.grad(lambda *a: jnp.sum(layer(*a) ** 2), argnums=(0, 1, 2)))(query, keys, value)
         return str(jaxpr).count("= exp ")
 
-    assert exponentials(Remat.ATTENTION) == exponentials(Remat.NONE)
-    assert exponentials(Remat.FULL) > exponentials(Remat.ATTENTION)
+    assert exponentials(Remat.SAVE_ATTENTION) == exponentials(Remat.NONE)
+    assert exponentials(Remat.FULL) > exponentials(Remat.SAVE_ATTENTION)
 
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.CPU, AttentionKernel.CHUNKED])

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from jvgen.models.video_dit import enhance
+from jvgen.kernels.frame_diagonal import reference, shifted
 from jvgen.models.video_dit.config import AggregationConfig, Positions, VideoDiTConfig
-from jvgen.models.video_dit.enhance import OFF, EnhanceConfig, Enhancement, mean_diagonal, shared, with_mean
+from jvgen.models.video_dit.enhance import OFF, EnhanceConfig, Enhancement, factors_with_mean, shared_mean
 from jvgen.models.video_dit.model import TokenLayout, VideoDiT
 from jvgen.nested import flatten, unflatten
+from jvgen.nn.frame_diagonal import mean_diagonal
 from jvgen.nn.network import Network
-from jvgen.parallel import axes
 
 TINY = VideoDiTConfig(
     layers=3, heads=2, head_width=16, in_channels=4, out_channels=3, text_width=12, text_length=3, condition_width=16,
@@ -66,17 +66,20 @@ def test_closed_form_is_the_mean_off_the_diagonal():
     scores = places[0] @ places[1].swapaxes(-1, -2) / np.sqrt(8)
     attention = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     off_diagonal = attention[..., ~np.eye(4, dtype=bool)].mean(axis=(1, 3))
-    np.testing.assert_allclose((1 - mean_diagonal(query, key, layout)) / 3, off_diagonal, atol=1e-6)
+    np.testing.assert_allclose(
+        (1 - mean_diagonal(query, key, frames=4, start=0, stop=layout.valid)) / 3, off_diagonal, atol=1e-6
+    )
 
 
-def test_shifted_keys_give_what_regrouped_rows_do(monkeypatch):
+def test_shifted_keys_give_the_reference():
     rng = np.random.default_rng(5)
     layout = TokenLayout(text=3, grid=(4, 2, 3), padding=2)
     query, key = (jnp.asarray(rng.standard_normal((2, layout.length, 2, 8)), jnp.float32) for _ in range(2))
-    regrouped = mean_diagonal(query, key, layout)
-    monkeypatch.setattr(axes, "platform", lambda: "tpu")
-    monkeypatch.setattr(enhance, "_regrouped_diagonal", None)
-    np.testing.assert_allclose(mean_diagonal(query, key, layout), regrouped, rtol=0, atol=1e-6)
+    video = {"frames": 4, "start": layout.text, "stop": layout.valid}
+    expected = reference.summed_diagonal(query, key, **video)
+    np.testing.assert_allclose(shifted.summed_diagonal(query, key, **video), expected, rtol=1e-6)
+    parts = [shifted.summed_diagonal(query[:, first : first + 10], key, first=first, **video) for first in (0, 10, 20)]
+    np.testing.assert_allclose(sum(parts), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("frames, temperature", [(13, 3.4), (4, 4.0)])
@@ -148,10 +151,10 @@ def test_bfloat16_is_near_float32():
 
 def test_what_shares_a_factor():
     values = jnp.arange(12.0).reshape(4, 3)
-    np.testing.assert_allclose(shared(values, "head"), values)
-    np.testing.assert_allclose(shared(values, "sample"), [[1], [4], [7], [10]])
-    np.testing.assert_allclose(shared(values, "clip", 2), [[2.5], [2.5], [8.5], [8.5]])
-    np.testing.assert_allclose(shared(values, "batch"), [[5.5]])
+    np.testing.assert_allclose(shared_mean(values, "head"), values)
+    np.testing.assert_allclose(shared_mean(values, "sample"), [[1], [4], [7], [10]])
+    np.testing.assert_allclose(shared_mean(values, "clip", 2), [[2.5], [2.5], [8.5], [8.5]])
+    np.testing.assert_allclose(shared_mean(values, "batch"), [[5.5]])
 
 
 def test_halves_of_guidance_are_averaged_before_they_are_clipped():
@@ -207,7 +210,7 @@ def test_the_schedule_of_steps():
 @pytest.mark.parametrize("mean", [1.0, 1.05, 1.3, 4.0])
 def test_the_mean_factor_of_the_heads_is_as_asked(mean):
     intensity = jnp.asarray([[0.3, 0.1, 0.02, 0.2], [0.1, 0.1, 0.1, 0.1], [0.3, 0.0, 0.0, 0.0]])
-    found = np.asarray(with_mean(intensity, jnp.float32(mean)))
+    found = np.asarray(factors_with_mean(intensity, jnp.float32(mean)))
     np.testing.assert_allclose(found.mean(axis=1), mean, rtol=1e-6)
     assert (found >= 1).all()
     # One temperature a sample: factors above one are in the ratio of the intensities.

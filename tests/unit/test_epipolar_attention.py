@@ -107,7 +107,7 @@ def test_tiles_outside_all_bands_are_skipped():
     np.testing.assert_allclose(ours, exact, atol=1e-5)
 
 
-def test_the_front_door_chooses():
+def test_the_dispatcher_chooses():
     bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
     assert choose("tpu", dtype=bfloat16, scores=10**9, keys=1350)[0] is EpipolarKernel.TPU
     assert choose("tpu", dtype=float32, scores=10**9, keys=1350)[0] is EpipolarKernel.CHUNKED

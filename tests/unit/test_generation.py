@@ -138,11 +138,11 @@ BAD_FOLDERS = {
         "holds a T5Config; a CogVideoXPipeline has a CogVideoXVAEConfig there",
     ),
     "image to video": (
-        lambda p: edit(p / "transformer" / "config.json", in_channels=8), "needs an image to start from"
+        lambda p: edit(p / "transformer" / "config.json", in_channels=8), "an image-to-video network"
     ),
     "other text width": (
         lambda p: edit(p / "transformer" / "config.json", text_embed_dim=10),
-        "do not go together: text.width = 8 but denoiser.text_width = 10",
+        "do not match each other: text.width = 8 but denoiser.text_width = 10",
     ),
     "other weights": (
         lambda p: edit(p / "transformer" / "config.json", num_layers=2), "transformer as CogVideoXTransformer3DModel"

@@ -50,7 +50,7 @@ def video_experiment(frames=5, size=64, text=16, **changes) -> Experiment:
         task=TextToVideoConfig(
             denoiser=VideoDiTConfig(
                 layers=2, heads=4, head_width=64, in_channels=4, out_channels=4, text_width=32, text_length=text,
-                condition_width=64, remat=Remat.ATTENTION, token_multiple=64,
+                condition_width=64, remat=Remat.SAVE_ATTENTION, token_multiple=64,
             ),
             text=TextConfig(encoder=ByteTextConfig(width=32, layers=1, heads=2), length=text),
             schedule=ScheduleConfig(kind="cogvideox"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvgen import saved_config
 from jvgen.models.video_dit.config import Positions, VideoDiTConfig, cogvideox1_5_5b, cogvideox_2b, cogvideox_5b
 from jvgen.models.video_dit.flops import forward_flops
 from jvgen.models.video_dit.model import VideoDiT
@@ -84,7 +85,7 @@ def assert_equal(actual, expected, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"unroll": True}, {"remat": Remat.FULL}, {"remat": Remat.ATTENTION}, {"remat": Remat.MATMULS}],
+    [{"unroll": True}, {"remat": Remat.FULL}, {"remat": Remat.SAVE_ATTENTION}, {"remat": Remat.SAVE_MATMULS}],
     ids=["unrolled", "full", "attention", "matmuls"],
 )
 def test_how_layers_are_run_changes_nothing(change, parameters, expected):
@@ -94,7 +95,7 @@ def test_how_layers_are_run_changes_nothing(change, parameters, expected):
 def test_rematerialisation_keeps_less(parameters):
     """The policies must differ in what they save, or they are not applied."""
     saved = {}
-    for remat in (Remat.NONE, Remat.ATTENTION, Remat.FULL):
+    for remat in (Remat.NONE, Remat.SAVE_ATTENTION, Remat.FULL):
         network = network_of(TINY.replace(remat=remat, layers=8))
         shapes = network.shapes
         spec = jax.eval_shape(lambda: inputs_of())
@@ -104,7 +105,7 @@ def test_rematerialisation_keeps_less(parameters):
 
         leaves = jax.tree.leaves(jax.eval_shape(residuals, shapes, spec))
         saved[remat] = sum(math.prod(leaf.shape) for leaf in leaves)
-    assert saved[Remat.FULL] < saved[Remat.ATTENTION] < saved[Remat.NONE]
+    assert saved[Remat.FULL] < saved[Remat.SAVE_ATTENTION] < saved[Remat.NONE]
 
 
 @pytest.mark.parametrize("multiple", [8, 16])
@@ -261,3 +262,9 @@ def test_offsets_must_fit_the_configuration(parameters):
     latents, text, timesteps = inputs_of()
     with pytest.raises(ValueError, match="offset_width"):
         network_of(TINY).apply(parameters, latents, text, timesteps, offsets=timesteps)
+
+
+@pytest.mark.parametrize("saved, policy", [("attention", Remat.SAVE_ATTENTION), ("matmuls", Remat.SAVE_MATMULS)])
+def test_remat_policies_saved_by_0_1_0(saved, policy):
+    config = saved_config.decode({"class": "jvgen.models.video_dit.config:VideoDiTConfig", "remat": saved})
+    assert config.remat is policy

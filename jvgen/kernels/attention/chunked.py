@@ -1,4 +1,4 @@
-"""Attention in blocks of queries and keys with a running softmax: never all scores at once, on any backend.
+"""Attention in blocks of queries and keys with a running softmax, on any backend: never all scores at once.
 
 The recurrence is that of FlashAttention (Dao et al. 2022, arXiv 2205.14135, section 3.1), written in JAX.
 """
@@ -26,12 +26,12 @@ def attention(
 ) -> jax.Array:
     """softmax(scale * query key^T) value; shapes and dtypes as in `reference.attention`.
 
-    Products run in the dtype of the inputs and accumulate in float32; the softmax is float32. Memory is that of
-    `block` x `block` scores a head, in the backward pass too.
+    Products are in the dtype of the inputs with float32 accumulation; the softmax is float32. Memory is that of
+    `block` x `block` scores per head, in both passes.
 
     Args:
-      residual_name: `checkpoint_name` given to what the backward pass needs and cannot compute cheaply.
-      block: queries and keys a block.
+      residual_name: `checkpoint_name` of the residuals that are expensive to recompute.
+      block: queries and keys per block.
     """
     length = query.shape[1]
     valid = key.shape[1] if valid_length is None else valid_length
@@ -43,7 +43,7 @@ def attention(
 
 
 def _split(array: jax.Array, block: int) -> jax.Array:
-    """`B L N D` -> `I B N block D`, padded with zeros; blocks are equal and no larger than they need to be."""
+    """`B L N D` -> `I B N block D`, padded with zeros; blocks are equal and as small as possible."""
     length = array.shape[1]
     count = -(-length // block)
     size = -(-length // count)
@@ -90,9 +90,9 @@ def _forward(
             scores = _scores(scale, valid, causal, query, key, row, index)
             new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_largest[..., None])
-            fade = jnp.exp(largest - new_largest)
-            total = total * fade + jnp.sum(weights, axis=-1)
-            output = output * fade[..., None] + _product(weights.astype(value.dtype), value, "bnlk,bnkd->bnld")
+            decay = jnp.exp(largest - new_largest)
+            total = total * decay + jnp.sum(weights, axis=-1)
+            output = output * decay[..., None] + _product(weights.astype(value.dtype), value, "bnlk,bnkd->bnld")
             return (new_largest, total, output), None
 
         # The first block always holds a valid key that every query sees, so the running maximum is finite then.

@@ -1,7 +1,7 @@
-"""Attention for CPUs: one head at a time, as plain two-dimensional matrix products, which XLA's CPU backend runs fast.
+"""Attention for CPUs: one head at a time, as two-dimensional matrix products, which are fast in XLA's CPU backend.
 
-Its batched products and its softmax over a four-dimensional array take 2.5 times as long. Work is float32; neither pass
-holds more than a block of rows of one head's scores, and the backward pass computes them again.
+Batched products and softmax over a four-dimensional array take 2.5 times as long. Everything is computed in float32.
+Both passes hold one block of one head's scores at a time; the backward pass recomputes them.
 """
 
 import functools
@@ -28,7 +28,7 @@ def attention(
     """softmax(scale * query key^T) value; shapes and dtypes as in `reference.attention`.
 
     Args:
-      residual_name: `checkpoint_name` given to what the backward pass needs and cannot compute cheaply.
+      residual_name: `checkpoint_name` of the residuals that are expensive to recompute.
     """
     heads = query.shape[2]
     key, value = key[:, :valid_length], value[:, :valid_length]
@@ -88,10 +88,10 @@ def _backward(
     def head(arrays: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         query, gradient, log_total, shared, key_blocks, value_blocks = arrays
 
-        # Everything has keys in rows: no product then needs a large transposed operand.
+        # Keys are in rows everywhere: no product needs a large transposed operand.
         def block(query_gradient: jax.Array, key_and_value: tuple) -> tuple[jax.Array, tuple]:
             key, value, index = key_and_value
-            # No weight exceeds 1; the bound keeps padded keys finite.
+            # Weights are at most 1; the bound keeps those of padded keys finite.
             weights = jnp.exp(jnp.minimum(key @ query.T - log_total, 0.0))
             if causal:
                 column = index * rows + jnp.arange(rows)

@@ -1,4 +1,4 @@
-"""Attention as it is written in papers: float32 softmax over all scores at once. The oracle of every other kernel."""
+"""Attention by its definition: float32 softmax over all scores at once. The oracle of every other kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def attention(
       key, value: `B K N D`.
       scale: factor on the scores.
       valid_length: keys at or beyond it have no weight.
-      causal: query i sees the keys 0..i; there are as many queries as keys then.
+      causal: query i attends to keys 0..i; needs as many queries as keys.
       bias: added to the scores, broadcastable to `B N L K`.
 
     Returns:

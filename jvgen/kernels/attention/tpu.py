@@ -1,4 +1,4 @@
-"""Attention for TPUs: JAX's Pallas splash attention, on the arrays of one device."""
+"""Attention for TPUs: the Pallas splash attention of JAX, on the arrays of one device."""
 
 import math
 
@@ -9,17 +9,17 @@ from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 LANES = 128
-LARGEST_BLOCK = 1024
-# Heads wider than the lanes: a block of 1024 tokens of 512 channels does not fit into the memory of a TPU's core.
-LARGEST_WIDE_BLOCK = 512
+MAX_BLOCK = 1024
+# For heads wider than the lanes: a block of 1024 tokens with 512 channels does not fit into VMEM.
+MAX_WIDE_BLOCK = 512
 
 
 class ValidKeys(splash_attention_mask.Mask):
-    """Every query sees the keys before `valid_length`; no L x K array exists.
+    """Every query attends to the keys before `valid_length`, without an L x K array.
 
     Attributes:
-      q_sequence, mask_function: what the kernel computes the mask of partly visible blocks from. Stored blocks would be
-        kept for the backward pass of every layer.
+      q_sequence, mask_function: the kernel computes the mask of partly visible blocks from these. A stored mask would
+        be a residual of every layer.
     """
 
     def __init__(self, shape: tuple[int, int], valid_length: int):
@@ -28,7 +28,7 @@ class ValidKeys(splash_attention_mask.Mask):
         self.q_sequence = np.arange(shape[0], dtype=np.int32)
 
     def mask_function(self, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
-        """Which keys are seen, for ids of one shape."""
+        """Whether keys are visible, for query and key ids of one shape."""
         return key_ids < self.valid_length
 
     @property
@@ -46,10 +46,10 @@ class ValidKeys(splash_attention_mask.Mask):
         return hash((type(self), self._shape, self.valid_length))
 
 
-def block_size(length: int, largest: int = LARGEST_BLOCK) -> int:
-    """The block, a multiple of 128 and at most `largest`, that pads `length` least; the larger one of equals."""
+def block_size(length: int, largest: int = MAX_BLOCK) -> int:
+    """The block size, a multiple of 128 and at most `largest`, with the least padding; among equals, the largest."""
     sizes = range(LANES, min(largest, math.ceil(length / LANES) * LANES) + 1, LANES)
-    # Half of `largest` or more keeps the matrix unit busy; smaller blocks only for short sequences.
+    # At least half of `largest`, for high utilization of the matrix unit; smaller blocks only for short sequences.
     candidates = [size for size in sizes if size >= min(largest // 2, max(sizes))]
     return min(candidates, key=lambda size: (math.ceil(length / size) * size, -size))
 
@@ -67,15 +67,15 @@ def attention(
 ) -> jax.Array:
     """softmax(scale * query key^T) value; shapes and dtypes as in `reference.attention`.
 
-    Sequences are padded to whole blocks where they are not; lengths that are multiples of 512 need no padding, and
-    without padding or `valid_length` no mask is read.
+    Sequences are padded to whole blocks. Multiples of 512 need no padding; without padding and `valid_length` there is
+    no mask.
 
     Args:
-      residual_name: `checkpoint_name` given to what the backward pass needs and cannot compute cheaply.
-      interpret: run the kernel's steps on the host, for tests without a TPU.
+      residual_name: `checkpoint_name` of the residuals that are expensive to recompute.
+      interpret: interpret the kernel, for tests without a TPU.
     """
     query_length, key_length, heads = query.shape[1], key.shape[1], query.shape[2]
-    largest = LARGEST_BLOCK if query.shape[3] <= LANES else LARGEST_WIDE_BLOCK
+    largest = MAX_BLOCK if query.shape[3] <= LANES else MAX_WIDE_BLOCK
     query_block, key_block = block_size(query_length, largest), block_size(key_length, largest)
     query_HLD = _padded(query * jnp.asarray(scale, query.dtype), query_block)
     key_HKD, value_HKD = _padded(key, key_block), _padded(value, key_block)

@@ -1,7 +1,7 @@
-"""Epipolar attention over blocks of queries, frame by frame, on any backend: one block's scores and bias at a time.
+"""Epipolar attention over blocks of queries, frame by frame, on any backend: scores and bias of one block at a time.
 
-The keys of a frame are few thousand at most, so a block of queries meets all of them at once. The backward pass makes
-each block's scores and bias again from what they are made of.
+A frame has at most a few thousand keys, so each block of queries attends to all of them at once. The backward pass
+recomputes the scores and the bias of each block.
 """
 
 import jax

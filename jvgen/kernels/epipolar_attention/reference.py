@@ -1,4 +1,4 @@
-"""Epipolar attention with the whole bias in memory. The oracle of every other kernel."""
+"""Epipolar attention with all scores and the whole bias in memory. The oracle of every other kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ def tile_bias(lines: jax.Array, points: jax.Array, width: jax.Array, slope: jax.
     """-slope max(0, |line . point| - width), float32 `B L K`.
 
     Args:
-      lines: `B L 3`, unit lines; zeros for queries that look everywhere.
+      lines: `B L 3`, unit lines; zeros for queries without a line, which have no bias.
       points: `K 3`.
       width, slope: `B`.
     """
@@ -28,12 +28,12 @@ def attention(
     *,
     scale: float,
 ) -> jax.Array:
-    """softmax(scale * query key^T + bias) value, the bias that of `tile_bias` for all heads.
+    """softmax(scale * query key^T + bias) value, with the bias of `tile_bias` in all heads.
 
     Args:
       query: `B L N D`.
       key, value: `B K N D`.
-      lines, points, width, slope: see `tile_bias`; no gradient goes to them.
+      lines, points, width, slope: see `tile_bias`; treated as constants by differentiation.
       scale: factor on the scores.
 
     Returns:

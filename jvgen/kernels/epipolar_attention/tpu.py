@@ -1,8 +1,8 @@
-"""Epipolar attention for TPUs: a flash kernel in Pallas that makes each tile's bias from its lines and points.
+"""Epipolar attention for TPUs: a flash kernel in Pallas that computes the bias of each tile from lines and points.
 
-Scores lie with keys in rows and queries in columns. So what there is one of for each query (maximum, sum, line) is a
-row of a tile, which fills the lanes; heads of 64 fill them too. The recurrence is that of FlashAttention (Dao et al.
-2022, arXiv 2205.14135); tiles in which no query's band holds a key are skipped.
+Scores have keys in rows and queries in columns. So per-query values (maximum, sum, line) are rows of a tile, which fill
+the lanes, also with a head width of 64. The recurrence is that of FlashAttention (Dao et al. 2022, arXiv 2205.14135);
+tiles without a key in the band of any query are skipped.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jvgen.kernels.attention.tpu import block_size
 
-LARGEST_BLOCK = 512
+MAX_BLOCK = 512
 LOWEST = -1e38
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What is known when the program is traced: valid keys, block lengths, how it is run."""
+    """Values known at trace time: number of valid keys, block sizes, name of residuals, interpreter mode."""
 
     keys: int
     query_block: int
@@ -44,19 +44,19 @@ def attention(
     scale: float,
     residual_name: str | None = None,
     interpret: bool = False,
-    largest_block: int = LARGEST_BLOCK,
+    largest_block: int = MAX_BLOCK,
 ) -> jax.Array:
     """As `reference.attention`, with products in the dtype of the inputs.
 
     Args:
-      residual_name: `checkpoint_name` given to what the backward pass needs and cannot compute cheaply.
-      interpret: run the kernel's steps on the host, for tests without a TPU.
-      largest_block: most queries and keys a tile.
+      residual_name: `checkpoint_name` of the residuals that are expensive to recompute.
+      interpret: interpret the kernel, for tests without a TPU.
+      largest_block: maximum number of queries and of keys per tile.
     """
     length, keys = query.shape[1], key.shape[1]
     static = Static(keys, block_size(length, largest_block), block_size(keys, largest_block), residual_name, interpret)
     query_pad, key_pad = -length % static.query_block, -keys % static.key_block
-    # Scaled, so that the bias is -max(0, |line . point| - threshold).
+    # Lines and widths times the slope: the bias is then -max(0, |line . point| - threshold).
     slope, width, lines, points = jax.lax.stop_gradient((slope, width, lines, points))
     threshold = jnp.broadcast_to((slope * width)[:, None, None], (*lines.shape[:2], 1))
     rows = jnp.concatenate([lines * slope[:, None, None], threshold], axis=-1)
@@ -73,11 +73,11 @@ def attention(
 
 
 def visible(rows: jax.Array, points: jax.Array, static: Static) -> jax.Array:
-    """Which tiles hold a query whose band may reach one of the keys: int32 `B I J`.
+    """Tiles with a query whose band may contain one of the keys: int32 `B I J`.
 
-    Told from the rectangle around each block of keys: a line misses it if the corners lie on one side, and then the
-    nearest of them is at the least distance. A soft bias leaves some weight everywhere, and its tiles are all computed
-    unless the bias is beyond anything that scores could make up for.
+    Computed from the bounding box of each block of keys: a line misses the box if all corners are on one side, and then
+    the nearest corner has the minimum distance. With a soft bias all keys have some weight, and all tiles are computed
+    except those with a bias that no score can compensate.
     """
     boxes = rearrange(points, "(j k) x -> j k x", k=static.key_block)
     low, high = boxes.min(axis=1), boxes.max(axis=1)
@@ -86,7 +86,7 @@ def visible(rows: jax.Array, points: jax.Array, static: Static) -> jax.Array:
     signed = jnp.stack([a * corner[:, 0, None] + b * corner[:, 1, None] + c for corner in corners])
     crossed = (signed.max(axis=0) >= 0) & (signed.min(axis=0) <= 0)
     least = jnp.where(crossed, 0.0, jnp.abs(signed).min(axis=0))
-    # Below this bias no float32 weight is left, whatever the scores of a trained network are.
+    # With a lower bias the float32 weights are zero for any scores of a trained network.
     near = least - threshold < 1e4
     return jnp.any(rearrange(near, "b j (i l) -> b i j l", l=static.query_block), axis=-1).astype(jnp.int32)
 
@@ -104,7 +104,7 @@ def _scores(static: Static, column: jax.Array, query_T: jax.Array, key: jax.Arra
 
 def _product(left: jax.Array, right: jax.Array, over_left: int, over_right: int) -> jax.Array:
     dimensions = (((over_left,), (over_right,)), ((), ()))
-    # Said for bfloat16 too: a process-wide default of float32 passes is refused by the compiler there.
+    # Explicit for bfloat16 too: the compiler rejects a process-wide default of float32 passes there.
     exact = left.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
@@ -155,7 +155,7 @@ def _forward_kernel(
     batch, row, column = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(column == 0)
-    def _begin() -> None:
+    def _initialize() -> None:
         largest[...] = jnp.full_like(largest, LOWEST)
         total[...] = jnp.zeros_like(total)
         sum_T[...] = jnp.zeros_like(sum_T)
@@ -164,13 +164,13 @@ def _forward_kernel(
     def _tile() -> None:
         scores = _scores(static, column, query_T[...], key[...], rows[...], points[...])
         highest = jnp.maximum(largest[...], jnp.max(scores, axis=0, keepdims=True))
-        weights, fade = jnp.exp(scores - highest), jnp.exp(largest[...] - highest)
+        weights, decay = jnp.exp(scores - highest), jnp.exp(largest[...] - highest)
         largest[...] = highest
-        total[...] = total[...] * fade + jnp.sum(weights, axis=0, keepdims=True)
-        sum_T[...] = sum_T[...] * fade + _product(value[...], weights, 0, 0)
+        total[...] = total[...] * decay + jnp.sum(weights, axis=0, keepdims=True)
+        sum_T[...] = sum_T[...] * decay + _product(value[...], weights, 0, 0)
 
     @pl.when(column == columns - 1)
-    def _end() -> None:
+    def _write() -> None:
         output_T[...] = (sum_T[...] / total[...]).astype(output_T.dtype)
         log_total[...] = largest[...] + jnp.log(total[...])
 
@@ -228,7 +228,7 @@ def _query_kernel(
     batch, row, column = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(column == 0)
-    def _begin() -> None:
+    def _initialize() -> None:
         sum_T[...] = jnp.zeros_like(sum_T)
 
     @pl.when(seen[batch, row, column] > 0)
@@ -247,7 +247,7 @@ def _query_kernel(
         sum_T[...] += _product(key[...], of_scores, 0, 0)
 
     @pl.when(column == columns - 1)
-    def _end() -> None:
+    def _write() -> None:
         of_query_T[...] = sum_T[...].astype(of_query_T.dtype)
 
 
@@ -258,7 +258,7 @@ def _key_kernel(
     batch, column, row = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(row == 0)
-    def _begin() -> None:
+    def _initialize() -> None:
         key_sum_T[...] = jnp.zeros_like(key_sum_T)
         value_sum_T[...] = jnp.zeros_like(value_sum_T)
 
@@ -279,13 +279,13 @@ def _key_kernel(
         key_sum_T[...] += _product(query_T[...], of_scores, 1, 1)
 
     @pl.when(row == queries - 1)
-    def _end() -> None:
+    def _write() -> None:
         of_key_T[...] = key_sum_T[...].astype(of_key_T.dtype)
         of_value_T[...] = value_sum_T[...].astype(of_value_T.dtype)
 
 
 def _specs(static: Static, width: int, *, queries_inner: bool) -> list[pl.BlockSpec]:
-    """Blocks of query, key, value, rows, points, gradient, logarithm, shared; the last grid axis is the inner one."""
+    """Blocks of query, key, value, rows, points, gradient, log_total, shared; the last grid axis is the inner one."""
     q, k = static.query_block, static.key_block
 
     def spec(shape: tuple, place) -> pl.BlockSpec:

@@ -8,15 +8,15 @@ from jvgen.nn.stacked import Remat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteTextConfig(Config):
-    """A small transformer encoder over UTF-8 bytes, trained along with what it conditions.
+    """A small transformer encoder over UTF-8 bytes, trained with the network that it conditions.
 
     Attributes:
       width: channels of an embedding.
       layers: transformer blocks.
-      heads: attention heads; width / heads is the width of one.
-      feed_forward_ratio: hidden width of the feed-forward blocks over the width.
+      heads: attention heads of width / heads channels each.
+      feed_forward_ratio: hidden width of the feed-forward blocks / width.
       norm_epsilon: of the layer norms.
-      remat: what the backward pass keeps.
+      remat: what is stored for the backward pass.
       unroll: run the layers in a Python loop and not in a scan.
     """
 
@@ -31,7 +31,7 @@ class ByteTextConfig(Config):
     def validate(self) -> None:
         for name in ("width", "layers", "heads", "feed_forward_ratio"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give a number of at least 1.")
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}; choose a divisor.")
         if self.width % 2:

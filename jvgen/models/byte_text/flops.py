@@ -1,10 +1,10 @@
-"""Floating-point operations of one forward pass of the byte encoder, by part."""
+"""FLOPs of one forward pass of the byte encoder, by component."""
 
 from jvgen.models.byte_text.config import ByteTextConfig
 
 
 def forward_flops(config: ByteTextConfig, length: int) -> dict[str, float]:
-    """Multiplications and additions of all matrix products for one caption of `length` tokens."""
+    """FLOPs of all matrix products for one caption of `length` tokens."""
     width = config.width
     return {
         "projections": float(config.layers * 2 * length * 4 * width**2),

@@ -53,12 +53,12 @@ class ByteTextBlock(nnx.Module):
 
 
 class ByteTextEncoder(nnx.Module):
-    """Byte tokens to embeddings, one each. Padding is attended to, as T5's is in CogVideoX: it says "no more"."""
+    """Byte tokens to embeddings. Padding is attended to, as in CogVideoX."""
 
     def __init__(self, config: ByteTextConfig, *, rngs: nnx.Rngs):
         config.validate()
         self.config = config
-        # As large as the positions that are added to it.
+        # Of the same scale as the positions that are added.
         self.embedding = Embedding(
             VOCABULARY,
             config.width,

@@ -10,7 +10,7 @@ VOCABULARY = FIRST_BYTE + 256
 def tokenize(caption: str, length: int) -> np.ndarray:
     """int32 `[length]`: the bytes of the caption, an end token, padding.
 
-    A longer caption is cut between characters, so that what is left is text, and still ends in the end token.
+    A longer caption is truncated between characters and still ends with the end token.
 
     Raises:
       ValueError: a length below 1.
@@ -25,7 +25,7 @@ def tokenize(caption: str, length: int) -> np.ndarray:
 
 
 def detokenize(tokens: np.ndarray) -> str:
-    """The caption that `tokenize` read, as far as it was kept."""
+    """The (possibly truncated) caption of token ids."""
     values = [int(token) for token in tokens]
     stop = values.index(END) if END in values else len(values)
     return bytes(value - FIRST_BYTE for value in values[:stop] if value >= FIRST_BYTE).decode("utf-8", errors="ignore")

@@ -1,4 +1,4 @@
-"""The byte encoder in safetensors: our own names, layers numbered, kernels as torch's linear layers have them."""
+"""Names and layouts of the byte encoder in safetensors: our own names, kernels in the layout of torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ CLASS_NAME = "ByteTextEncoder"
 
 
 def weight_map(config: ByteTextConfig) -> WeightMap:
-    """There is no such network in PyTorch; names and layouts are those that a port of it would choose."""
+    """Names of a PyTorch port, which does not exist yet."""
     layers, block = "blocks/layers/", f"blocks.{LAYER}."
     entries = [Entry("embedding/table", "embedding.weight")]
     for name in ("attention_norm", "feed_forward_norm"):
@@ -26,7 +26,7 @@ def _pair(ours: str, theirs: str, kind: str) -> tuple[Entry, Entry]:
 
 
 def to_diffusers_config(config: ByteTextConfig) -> dict[str, Any]:
-    """What `config.json` says beside the weights."""
+    """The `config.json` beside the weights."""
     return {
         "_class_name": CLASS_NAME,
         "width": config.width,

@@ -14,12 +14,12 @@ class T5Config(Config):
       vocabulary: tokens.
       width: channels of an embedding.
       layers: transformer blocks.
-      heads, head_width: of the attention; their product need not be the width.
+      heads, head_width: of the attention; their product may differ from the width.
       hidden: width of the gated feed-forward blocks.
-      buckets: of relative positions, half of them for keys behind the query.
-      max_distance: from which all distances share a bucket.
+      buckets: number of relative position buckets, half of them for keys before the query.
+      max_distance: distances from this on share one bucket.
       norm_epsilon: of the root-mean-square norms.
-      remat: what the backward pass keeps.
+      remat: what is stored for the backward pass.
       unroll: run the layers in a Python loop and not in a scan.
     """
 
@@ -38,9 +38,9 @@ class T5Config(Config):
     def validate(self) -> None:
         for name in ("vocabulary", "width", "layers", "heads", "head_width", "hidden"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give a number of at least 1.")
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.buckets < 4 or self.buckets % 4:
-            raise ValueError(f"buckets = {self.buckets}: give a multiple of 4 (two directions, near and far).")
+            raise ValueError(f"buckets = {self.buckets}: must be a multiple of 4 (two directions, near and far).")
         if self.max_distance <= self.buckets // 4:
             raise ValueError(
                 f"max_distance = {self.max_distance}: must be more than buckets / 4 = {self.buckets // 4}."

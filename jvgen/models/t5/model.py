@@ -25,14 +25,14 @@ TOKENS = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
 
 
 def relative_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of every (query, key) pair, int32 `length length`: exact near the query, logarithmic farther off.
+    """Bucket of every (query, key) pair, int32 `length length`: exact for small distances, logarithmic for large ones.
 
-    Half of the buckets are for keys behind the query, half for keys ahead of it.
+    Half of the buckets are for keys before the query, half for keys after it.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, exact = buckets // 2, buckets // 4
     size = np.abs(distance)
-    # In float32, like the code that trained the weights, so that distances on a border fall on the same side.
+    # In float32, as in the training code, so that distances at a border get the same bucket.
     ratio = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact))
     steps = ratio / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + steps.astype(np.int64), half - 1)
@@ -53,7 +53,7 @@ class T5Attention(nnx.Module):
         def projection(fan: int) -> Linear:
             return Linear(width, inner, axes=(axes.EMBED, axes.HEADS), bias=False, kernel_init=_init(fan), rngs=rngs)
 
-        # The scale that the scores lack is in the initial queries.
+        # The initial queries include the scale that the scores do not have.
         self.query = projection(width * config.head_width)
         self.key, self.value = projection(width), projection(width)
         self.output = Linear(
@@ -102,7 +102,7 @@ class T5Encoder(nnx.Module):
             init=nnx.initializers.normal(1.0),
             rngs=rngs,
         )
-        # Owned by the first layer in the published files, used by all.
+        # Part of the first layer in the published files, used by all layers.
         self.position_bias = Embedding(
             config.buckets, config.heads, axes=(None, axes.HEADS), init=_init(config.width), rngs=rngs
         )
@@ -120,9 +120,8 @@ class T5Encoder(nnx.Module):
 
         Args:
           tokens: ids, padded to one length.
-          mask: true for tokens that may be attended to. None attends to padding too, which is how the text of
-            CogVideoX and RepVideo was encoded.
-          dtype: of the computation; biases on the scores, softmax and norms are float32 in any.
+          mask: true for tokens that may be attended to. None also attends to padding, as in CogVideoX and RepVideo.
+          dtype: of the computation; biases on the scores, softmax and norms are always float32.
         """
         x = constrain(self.embedding(tokens).astype(dtype), *TOKENS)
         bias = self.bias(tokens.shape[1])
@@ -136,6 +135,6 @@ class T5Encoder(nnx.Module):
         return self.final_norm(x)
 
     def bias(self, length: int) -> Float[Array, "1 N L L"]:
-        """What every layer adds to the scores of (query, key) pairs, float32."""
+        """The bias on the scores of (query, key) pairs in every layer, float32."""
         buckets = relative_buckets(length, buckets=self.config.buckets, max_distance=self.config.max_distance)
         return rearrange(self.position_bias(jnp.asarray(buckets)), "q k n -> 1 n q k").astype(jnp.float32)

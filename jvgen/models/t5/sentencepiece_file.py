@@ -1,7 +1,8 @@
-"""Sentencepiece's vocabulary files (`spiece.model`), read as far as a unigram tokenizer needs them.
+"""Reader of sentencepiece vocabulary files (`spiece.model`), for the fields of a unigram tokenizer.
 
-The file is a protocol buffer (https://github.com/google/sentencepiece, `sentencepiece_model.proto`): fields of a
-number, a kind and a value, one after the other.
+The file is a protocol buffer (https://github.com/google/sentencepiece, `sentencepiece_model.proto`): a sequence of
+fields with a number, a kind and a value. The package `sentencepiece` is not used, because it can crash the interpreter
+in a process that has loaded other compiled modules.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Pieces of text with the logarithms of their probabilities, by token id, and how text is normalised before."""
+    """Pieces of text with their log probabilities, by token id, and the character map that normalizes text."""
 
     pieces: tuple[tuple[str, float], ...]
     character_map: bytes
@@ -30,7 +31,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary in a file.
 
     Raises:
-      ValueError: a damaged file, or one that is not of a unigram model.
+      ValueError: a corrupt file, or a model that is not a unigram model.
     """
     pieces, character_map, model_type = [], b"", UNIGRAM
     try:
@@ -43,18 +44,16 @@ def read_vocabulary(path: Path) -> Vocabulary:
                 model_type = dict(_fields(value)).get(MODEL_TYPE, UNIGRAM)
             elif number == NORMALIZER:
                 character_map = dict(_fields(value)).get(CHARACTER_MAP, b"")
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError, AttributeError, struct.error, _Damaged) as error:
-        raise ValueError(f"{str(path)!r} is not a sound sentencepiece file ({error}). Get the file again.") from error
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError, AttributeError, struct.error, _Corrupt) as error:
+        raise ValueError(f"{str(path)!r} is a corrupt sentencepiece file ({error}); download it again.") from error
     if not pieces:
         raise ValueError(f"{str(path)!r} is not a sentencepiece file: it has no pieces.")
     if model_type != UNIGRAM:
-        raise ValueError(
-            f"{str(path)!r} is of a sentencepiece model of type {model_type}; T5's is a unigram model (1)."
-        )
+        raise ValueError(f"{str(path)!r} holds a sentencepiece model of type {model_type}; T5 has a unigram model (1).")
     return Vocabulary(tuple(pieces), character_map)
 
 
-class _Damaged(Exception):
+class _Corrupt(Exception):
     pass
 
 
@@ -73,15 +72,15 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif kind in (FOUR_BYTES, EIGHT_BYTES):
             length = 4 if kind == FOUR_BYTES else 8
         else:
-            raise _Damaged(f"a field of kind {kind} at byte {position}")
+            raise _Corrupt(f"a field of kind {kind} at byte {position}")
         if position + length > len(message):
-            raise _Damaged(f"cut short at byte {len(message)}")
+            raise _Corrupt(f"truncated at byte {len(message)}")
         yield key >> 3, message[position : position + length]
         position += length
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """A number of seven bits a byte, lowest first, and where it ends."""
+    """A number with seven bits per byte, lowest first, and the position after it."""
     value = shift = 0
     while True:
         byte = message[position]
@@ -90,4 +89,4 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
         if byte < 128:
             return value, position
         if shift > 63:
-            raise _Damaged(f"a number without an end at byte {position}")
+            raise _Corrupt(f"a number without an end at byte {position}")

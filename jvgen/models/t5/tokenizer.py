@@ -10,7 +10,7 @@ from jvgen.models.t5.sentencepiece_file import read_vocabulary
 
 PAD, END, UNKNOWN = 0, 1, 2
 FILES = ("tokenizer.json", "spiece.model")
-# Tokens that stand for masked spans, after the pieces of the file: <extra_id_99> first.
+# Tokens for masked spans, after the pieces of the file, starting with <extra_id_99>.
 SENTINELS = 100
 
 
@@ -27,14 +27,14 @@ class T5Tokenizer:
         self._tokenizer = tokenizer
 
     def __call__(self, caption: str, length: int) -> np.ndarray:
-        """Token ids, int32 `[length]`: cut to `length` tokens with the end token as the last, or padded with zeros."""
+        """Token ids, int32 `[length]`: truncated to `length` tokens including the end token, or padded with zeros."""
         ids = self._tokenizer.encode(caption).ids
         if len(ids) > length:
             ids = [*ids[: length - 1], ids[-1]]
         return np.array(ids + [PAD] * (length - len(ids)), dtype=np.int32)
 
     def truncated_text(self, caption: str, length: int) -> str:
-        """The text that is cut off because a caption has more than `length` tokens, the end token included; or ""."""
+        """The text that is truncated if a caption has more than `length` tokens, including the end token; or ""."""
         encoded = self._tokenizer.encode(caption)
         if len(encoded.ids) <= length:
             return ""
@@ -45,7 +45,7 @@ def load(folder: str | Path) -> T5Tokenizer:
     """The tokenizer in a folder.
 
     Args:
-      folder: has `tokenizer.json` or `spiece.model`, as the folder `tokenizer` of a CogVideoX pipeline.
+      folder: contains `tokenizer.json` or `spiece.model`, for example the folder `tokenizer` of a CogVideoX pipeline.
 
     Raises:
       ValueError: no such file, a file that is not a tokenizer, or the package `tokenizers` is not installed.
@@ -53,9 +53,7 @@ def load(folder: str | Path) -> T5Tokenizer:
     paths = [Path(folder) / name for name in FILES]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise ValueError(
-            f"no tokenizer at {str(folder)!r}: name a local folder that has tokenizer.json or spiece.model."
-        )
+        raise ValueError(f"no tokenizer at {str(folder)!r}: give a local folder with tokenizer.json or spiece.model.")
     try:
         import tokenizers
     except ModuleNotFoundError as error:
@@ -78,11 +76,11 @@ def _read_json(path: Path, tokenizers: types.ModuleType):
 
 
 def _read_sentencepiece(path: Path, tokenizers: types.ModuleType):
-    """What transformers makes of the file: spaces become marks before words, and the end token is added."""
+    """The tokenizer that transformers builds from the file: marks before words for spaces, and an end token."""
     vocabulary = read_vocabulary(path)
     names = [piece for piece, _ in vocabulary.pieces[: UNKNOWN + 1]]
     if len(names) <= UNKNOWN:
-        raise ValueError(f"{str(path)!r} has {len(names)} pieces; T5's begin with padding, end and unknown.")
+        raise ValueError(f"{str(path)!r} has {len(names)} pieces; T5 files start with padding, end and unknown.")
     sentinels = [f"<extra_id_{number}>" for number in range(SENTINELS)]
     pieces = [*vocabulary.pieces, *((name, 0.0) for name in reversed(sentinels))]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=UNKNOWN, byte_fallback=False))

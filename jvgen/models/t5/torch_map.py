@@ -1,4 +1,4 @@
-"""How the T5 encoder's parameters lie in the files of transformers."""
+"""Names and layouts of the T5 encoder's parameters in transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ BLOCK = f"encoder.block.{LAYER}.layer."
 
 
 def weight_map(config: T5Config) -> WeightMap:
-    """Names of `T5EncoderModel`; the decoder of a complete T5 is skipped."""
+    """Names in `T5EncoderModel`; the decoder of a complete T5 is skipped."""
     attention, feed_forward = f"{BLOCK}0.SelfAttention.", f"{BLOCK}1.DenseReluDense."
     layers = "blocks/layers/"
     entries = [
@@ -28,7 +28,7 @@ def weight_map(config: T5Config) -> WeightMap:
 
 
 def to_diffusers_config(config: T5Config) -> dict[str, Any]:
-    """What `config.json` says beside the weights, for `transformers.T5EncoderModel`."""
+    """The `config.json` of `transformers.T5EncoderModel`."""
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
@@ -58,7 +58,7 @@ def from_diffusers_config(values: Mapping[str, Any]) -> T5Config:
     """The configuration that a `config.json` of a T5 v1.1 describes.
 
     Raises:
-      ValueError: an older T5, whose feed-forward blocks are not gated GELU.
+      ValueError: an older T5, without gated GELU in its feed-forward blocks.
     """
     kind = values.get("feed_forward_proj", "relu")
     if kind != "gated-gelu":

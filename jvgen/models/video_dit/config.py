@@ -10,7 +10,7 @@ from jvgen.nn.stacked import Remat
 
 
 class Positions(enum.Enum):
-    """How tokens learn where they are."""
+    """Kinds of position encoding."""
 
     SINCOS = "sincos"  # sines and cosines added to the tokens (CogVideoX-2B)
     ROTARY = "rotary"  # queries and keys rotated (CogVideoX-5B, 1.5)
@@ -18,16 +18,16 @@ class Positions(enum.Enum):
 
 
 class GateKind(enum.Enum):
-    """What weighs the mean of earlier layers against the tokens of the last one."""
+    """Kinds of gate, the weight of the mean of earlier layers against the tokens."""
 
-    SCALAR = "scalar"  # one number a layer, of any size, as released
-    SIGMOID = "sigmoid"  # one number a layer, squashed to 0..1
-    CHANNEL = "channel"  # one number a layer and channel, of any size
+    SCALAR = "scalar"  # one unbounded number per layer, as released
+    SIGMOID = "sigmoid"  # one number per layer, through a sigmoid
+    CHANNEL = "channel"  # one unbounded number per layer and channel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AggregationConfig(Config):
-    """RepVideo's aggregation (Si et al. 2025, arXiv 2501.08994): layers read a gated mean of the layers before them.
+    """RepVideo's aggregation (Si et al. 2025, arXiv 2501.08994): layers read a gated mean of earlier layers.
 
     Attributes:
       period: the mean restarts after every layer whose index (from 0) is a multiple of this.
@@ -44,9 +44,9 @@ class AggregationConfig(Config):
 
     def validate(self) -> None:
         if self.period < 1:
-            raise ValueError(f"period = {self.period}: give a number of layers, 2 or more to have an effect.")
+            raise ValueError(f"period = {self.period}: must be at least 1, and at least 2 to have an effect.")
         if self.gate is GateKind.SIGMOID and not 0 < self.initial < 1:
-            raise ValueError(f"initial = {self.initial}: a sigmoid gate starts between 0 and 1, for example at 0.5.")
+            raise ValueError(f"initial = {self.initial}: must lie between 0 and 1 for a sigmoid gate, for example 0.5.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,30 +57,30 @@ class VideoDiTConfig(Config):
       layers: transformer blocks.
       heads: attention heads.
       head_width: channels of a head; heads x head_width is the width of the network.
-      in_channels: channels of the latent clip (twice those of the VAE with an image to start from).
-      out_channels: channels of what is predicted.
+      in_channels: channels of the latent clip (for image to video, twice those of the VAE).
+      out_channels: channels of the prediction.
       patch: rows and columns of a patch.
-      temporal_patch: frames of a patch; None for the patches of single frames of CogVideoX 1.0.
+      temporal_patch: frames of a patch; None for patches of single frames (CogVideoX 1.0).
       text_width: channels of the text embeddings.
-      text_length: most rows of text a sequence has; published weights are used with exactly as many.
+      text_length: maximum rows of text in a sequence; published weights are used with exactly this many.
       condition_width: channels of the timestep embedding.
       offset_width: channels of a second such embedding (the "ofs" of 1.5 image to video), which must equal
         condition_width; None for none.
-      feed_forward_ratio: hidden width of the feed-forward blocks over the width.
+      feed_forward_ratio: hidden width of the feed-forward blocks / width.
       positions: see `Positions`.
-      rotary_grid: how rotary positions of other resolutions are laid over the base grid.
-      sample_height, sample_width, sample_frames: the latent clip that the network is made for. With SINCOS positions
+      rotary_grid: how rotary positions of other resolutions relate to the base grid.
+      sample_height, sample_width, sample_frames: the latent clip that the network is trained for. With SINCOS positions
         they are only written to exported files; with ROTARY they are the base grid.
       spatial_scale, temporal_scale: sin-cos positions are divided by these.
-      temporal_compression: pixel frames a latent frame, for exported files only.
+      temporal_compression: frames per latent frame, for exported files only.
       norm_epsilon: of the norms over the width.
       query_key_epsilon: of the norms of queries and keys.
-      output_norm_epsilon: of the last norm: 1e-5 as diffusers has it, 1e-6 as the released training code has it.
-      zero_init: start with modulations and the output layer at zero (adaLN-zero): every block is the identity at first.
-        The released code defines this and does not run it; it trains faster from scratch.
+      output_norm_epsilon: of the last norm: 1e-5 in diffusers, 1e-6 in the released training code.
+      zero_init: initialize modulations and the output layer with zeros (adaLN-zero), so that every block is initially
+        the identity. The released code defines this and does not use it; it speeds up training from scratch.
       aggregation: RepVideo's gates between layers; none for CogVideoX.
-      token_multiple: the sequence is padded to a multiple of this, once, and attention ignores the padding.
-      remat: what the backward pass keeps.
+      token_multiple: the sequence is padded to a multiple of this, and attention ignores the padding.
+      remat: what is stored for the backward pass.
       unroll: run the layers in a Python loop and not in a scan.
       attention: kernel of the attention.
     """
@@ -127,7 +127,7 @@ class VideoDiTConfig(Config):
 
     @property
     def base_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens of the clip that the network is made for."""
+        """Rows and columns of tokens of the clip that the network is trained for."""
         return self.sample_height // self.patch, self.sample_width // self.patch
 
     def validate(self) -> None:
@@ -136,10 +136,10 @@ class VideoDiTConfig(Config):
             "feed_forward_ratio sample_height sample_width sample_frames temporal_compression token_multiple"
         ).split():
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give a number of at least 1.")
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.temporal_patch is not None and self.temporal_patch < 1:
             raise ValueError(
-                f"temporal_patch = {self.temporal_patch}: give at least 1, or none for patches of one frame."
+                f"temporal_patch = {self.temporal_patch}: must be at least 1, or none for patches of one frame."
             )
         if self.positions is Positions.SINCOS and self.width % 16:
             raise ValueError(
@@ -153,36 +153,38 @@ class VideoDiTConfig(Config):
         if self.width % 2:
             raise ValueError(f"heads x head_width = {self.width}: the timestep embedding needs an even width.")
         if self.aggregation is not None and self.remat is Remat.OFFLOAD:
-            raise ValueError("remat = offload: not with aggregation, which keeps tokens itself; use full or attention.")
+            raise ValueError(
+                "remat = offload: not supported with aggregation, which stores tokens; use full or save_attention."
+            )
         if self.offset_width is not None and self.offset_width != self.condition_width:
             raise ValueError(
                 f"offset_width = {self.offset_width}: it is added to the timestep embedding, so it must equal "
-                f"condition_width = {self.condition_width}; set both alike, or offset_width to none."
+                f"condition_width = {self.condition_width}; make them equal, or set offset_width to none."
             )
 
 
 def cogvideox_2b() -> VideoDiTConfig:
-    """CogVideoX-2B: 1,693,783,872 parameters, 480x720, 49 frames at 8 a second."""
+    """CogVideoX-2B: 1,693,783,872 parameters, 480x720, 49 frames at 8 fps."""
     return VideoDiTConfig()
 
 
 def repvideo_2b() -> VideoDiTConfig:
-    """RepVideo: CogVideoX-2B and 30 gates, with the last norm as in the code that trained it."""
+    """RepVideo: CogVideoX-2B with 30 gates, and the last norm as in the released training code."""
     return cogvideox_2b().replace(aggregation=AggregationConfig(), output_norm_epsilon=1e-6)
 
 
 def cogvideox_5b() -> VideoDiTConfig:
-    """CogVideoX-5B: 5,570,283,072 parameters, 480x720, 49 frames at 8 a second."""
+    """CogVideoX-5B: 5,570,283,072 parameters, 480x720, 49 frames at 8 fps."""
     return VideoDiTConfig(layers=42, heads=48, positions=Positions.ROTARY)
 
 
 def cogvideox_5b_image_to_video() -> VideoDiTConfig:
-    """CogVideoX-5B-I2V: as 5B with the latents of the first image beside the noise, and learned positions."""
+    """CogVideoX-5B-I2V: as 5B with the latents of the first frame as extra channels, and learned positions."""
     return cogvideox_5b().replace(in_channels=32, positions=Positions.ROTARY_AND_LEARNED)
 
 
 def cogvideox1_5_5b() -> VideoDiTConfig:
-    """CogVideoX1.5-5B: 5,570,676,352 parameters, patches of two frames, 768x1360, 81 frames at 16 a second."""
+    """CogVideoX1.5-5B: 5,570,676,352 parameters, patches of two frames, 768x1360, 81 frames at 16 fps."""
     return cogvideox_5b().replace(
         temporal_patch=2,
         text_length=224,
@@ -194,5 +196,5 @@ def cogvideox1_5_5b() -> VideoDiTConfig:
 
 
 def cogvideox1_5_5b_image_to_video() -> VideoDiTConfig:
-    """CogVideoX1.5-5B-I2V: as 1.5 with the latents of the first image beside the noise, and the offset embedding."""
+    """CogVideoX1.5-5B-I2V: as 1.5 with the latents of the first frame as extra channels, and the offset embedding."""
     return cogvideox1_5_5b().replace(in_channels=32, offset_width=512)

@@ -1,4 +1,4 @@
-"""Floating-point operations of one forward pass of the denoiser, by part."""
+"""FLOPs of one forward pass of the denoiser, by component."""
 
 import math
 
@@ -7,9 +7,9 @@ from jvgen.nn.embeddings import token_grid
 
 
 def forward_flops(config: VideoDiTConfig, shape: tuple[int, int, int], text: int | None = None) -> dict[str, float]:
-    """Multiplications and additions of all matrix products for one clip; a backward pass takes twice as many.
+    """FLOPs of all matrix products for one clip; a backward pass takes twice as many.
 
-    Norms, softmax and other work on single elements are left out (about one part in a hundred). Padding is counted.
+    Norms, softmax and other elementwise operations are not counted (about 1%). Padding is counted.
 
     Args:
       config: of the network.

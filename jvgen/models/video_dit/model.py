@@ -1,4 +1,4 @@
-"""The CogVideoX denoiser: text rows and video rows in one sequence, modulated apart, attending to each other."""
+"""The CogVideoX denoiser: text and video rows in one sequence, with joint attention and separate modulation."""
 
 import dataclasses
 import math
@@ -48,22 +48,22 @@ class TokenLayout:
         return self.valid + self.padding
 
 
-# Given normed, rotated queries and keys `B L N D`, what the rows are and the number of the layer: float32 factors
-# `#B #N` for the video rows of what attention gives, one for all heads or one a head.
+# From normed, rotated queries and keys `B L N D`, the layout of the rows and the layer index: float32 factors `#B #N`
+# on the video rows of the attention output, one for all heads or one per head.
 AttentionScale = Callable[[jax.Array, jax.Array, TokenLayout, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockContext:
-    """What every block reads and none writes.
+    """Inputs that are the same for every block.
 
     Attributes:
-      condition: embedding of timestep (and offset), `B C` float32.
+      condition: embedding of the timestep (and offset), `B C` float32.
       layout: what the rows are.
-      is_video: `L` bool, false for the rows of text.
+      is_video: `L` bool, false for rows of text.
       rotation: of queries and keys; None without rotary positions.
-      attention_scale: see `AttentionScale`; None for one.
-      layer: number of the block, int32; there with an attention_scale.
+      attention_scale: see `AttentionScale`; None for no scaling.
+      layer: index of the block, int32; set if there is an attention_scale.
     """
 
     condition: jax.Array
@@ -77,8 +77,8 @@ class BlockContext:
 class JointAttention(nnx.Module):
     """Self-attention over all rows, with normed queries and keys.
 
-    Queries, keys and values have a kernel each: the heads of each split over the `tensor` axis as they are, where a
-    fused kernel would first have to be cut across it, and optimizers that work on whole matrices see whole matrices.
+    Queries, keys and values have separate kernels: their heads shard over the `tensor` axis without slicing, and
+    optimizers that work on matrices (Muon) see each matrix.
     """
 
     def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs):
@@ -107,7 +107,7 @@ class JointAttention(nnx.Module):
         mean = jnp.mean(factor, axis=1, keepdims=True)
         if factor.shape[1] > 1:
             mixed = _scaled(mixed, (factor / mean)[:, None, :, None], context.is_video[None, :, None, None])
-        # What all heads share comes after the projection, so that it scales the bias too.
+        # The mean factor is applied after the projection, so that it scales the bias too.
         return _scaled(self._projected(mixed), mean[:, None], context.is_video[None, :, None])
 
     def _projected(self, mixed: Float[Array, "B L N D"]) -> Float[Array, "B L C"]:
@@ -119,7 +119,7 @@ class JointAttention(nnx.Module):
             x = norm(x)
             return x if context.rotation is None else rotate(x, context.rotation)
 
-        # As in `modulated_norm`, the backward pass starts from what was projected.
+        # As in `modulated_norm`, the backward pass recomputes this from the projected queries and keys.
         return jax.checkpoint(compute, prevent_cse=False)(x)
 
     def _heads(self, x: Float[Array, "B L C"]) -> Float[Array, "B L N D"]:
@@ -128,7 +128,7 @@ class JointAttention(nnx.Module):
 
 
 def _scaled(x: jax.Array, factor: jax.Array, rows: jax.Array) -> jax.Array:
-    """`x` with some rows multiplied in float32; keeps the dtype."""
+    """`x` with some rows multiplied by a factor, in float32; keeps the dtype."""
     return jnp.where(rows, (x.astype(jnp.float32) * factor).astype(x.dtype), x)
 
 
@@ -157,10 +157,10 @@ class Block(nnx.Module):
 
 
 class VideoDiT(nnx.Module):
-    """Predicts, for a noisy latent clip, what its schedule asks for (noise, velocity); see the README of this folder.
+    """Predicts the target of the schedule (noise, v, velocity) for a noisy latent clip; see the README of this folder.
 
-    The residual stream has the dtype of the latents, as published; norms, softmax, modulation and the sums into the
-    stream are computed in float32 and rounded once.
+    The residual stream has the dtype of the latents, as published; norms, softmax, modulation and residual sums are
+    computed in float32 and rounded once.
     """
 
     def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs):
@@ -216,11 +216,11 @@ class VideoDiT(nnx.Module):
           latents: noisy latent clips; their dtype is the compute dtype.
           text: embeddings of the captions.
           timesteps: raw timesteps, 0..999.
-          offsets: the "ofs" of 1.5 image to video; required if and only if the configuration has an offset_width.
+          offsets: the "ofs" of 1.5 image to video; required if and only if the config has an offset_width.
           attention_scale: see `AttentionScale`.
 
         Raises:
-          ValueError: shapes that the patches do not divide or the configuration does not allow.
+          ValueError: shapes that the patches do not divide, or that the config does not allow.
         """
         layout = self.layout((latents.shape[1], latents.shape[2], latents.shape[3]), text.shape[1])
         context = self.context(timesteps, layout, offsets=offsets, attention_scale=attention_scale)
@@ -230,7 +230,7 @@ class VideoDiT(nnx.Module):
     def layout(self, shape: tuple[int, int, int], text: int) -> TokenLayout:
         """The rows of a sequence for latents of (frames, height, width) and `text` rows of text."""
         if text > self.config.text_length:
-            raise ValueError(f"{text} rows of text: text_length = {self.config.text_length} allows no more.")
+            raise ValueError(f"{text} rows of text: the maximum is text_length = {self.config.text_length}.")
         grid = token_grid(shape, self.config.patch_shape)
         valid = text + math.prod(grid)
         return TokenLayout(text=text, grid=grid, padding=-valid % self.config.token_multiple)
@@ -243,19 +243,19 @@ class VideoDiT(nnx.Module):
         offsets: Float[Array, "B"] | None = None,
         attention_scale: AttentionScale | None = None,
     ) -> BlockContext:
-        """What the blocks read: the conditioning vector, the mask of video rows, the rotation."""
+        """Inputs of all blocks: the conditioning vector, the mask of video rows, the rotation."""
         config = self.config
         condition = self.timestep_embedding(timesteps)
         if (offsets is None) != (config.offset_width is None):
             raise ValueError(
                 f"offsets {'are missing' if offsets is None else 'were given'}: offset_width = {config.offset_width}; "
-                "give offsets if and only if the configuration has an offset_width."
+                "give offsets if and only if the config has an offset_width."
             )
         if offsets is not None:
             condition = condition + self.offset_embedding(offsets)
-        turn = None
+        query_key_rotation = None
         if config.positions is not Positions.SINCOS:
-            turn = rotation(
+            query_key_rotation = rotation(
                 layout.grid,
                 head_width=config.head_width,
                 kind=config.rotary_grid,
@@ -264,12 +264,12 @@ class VideoDiT(nnx.Module):
                 after=layout.padding,
             )
         is_video = jnp.arange(layout.length) >= layout.text
-        return BlockContext(condition, layout, is_video, turn, attention_scale)
+        return BlockContext(condition, layout, is_video, query_key_rotation, attention_scale)
 
     def embed(
         self, latents: Float[Array, "B F H W C"], text: Float[Array, "B T K"], layout: TokenLayout
     ) -> Float[Array, "B L D"]:
-        """The joint sequence: projected text, projected patches, padding; with additive positions if there are any."""
+        """The joint sequence: projected text, projected patches, padding; plus additive positions if there are any."""
         config = self.config
         patches = self.patch_embedding(latents)
         if config.positions is Positions.SINCOS:
@@ -294,20 +294,20 @@ class VideoDiT(nnx.Module):
         return constrain(x, *TOKENS)
 
     def run_blocks(self, x: Float[Array, "B L D"], context: BlockContext) -> Float[Array, "B L D"]:
-        """All blocks. A variant that carries more than the tokens through the layers overrides this method."""
+        """Run all blocks. A variant that passes more than tokens from layer to layer overrides this method."""
         how = {"remat": self.config.remat, "unroll": self.config.unroll}
-        numbers = None if context.attention_scale is None else jnp.arange(self.config.layers)
+        indices = None if context.attention_scale is None else jnp.arange(self.config.layers)
         if self.config.aggregation is None:
 
-            def step(block: Block, carry: jax.Array, number: jax.Array | None) -> jax.Array:
-                return block(checkpoint_name(carry, LAYER_INPUT), dataclasses.replace(context, layer=number))
+            def step(block: Block, carry: jax.Array, index: jax.Array | None) -> jax.Array:
+                return block(checkpoint_name(carry, LAYER_INPUT), dataclasses.replace(context, layer=index))
 
-            return self.blocks.scan(step, x, numbers, **how)
+            return self.blocks.scan(step, x, indices, **how)
 
-        def layer(block: Block, number: jax.Array, read: jax.Array, condition: jax.Array, constants: Any) -> jax.Array:
-            is_video, turn = constants
-            changed = {"condition": condition, "is_video": is_video, "rotation": turn, "layer": number}
-            return block(read, dataclasses.replace(context, **changed))
+        def layer(block: Block, index: jax.Array, read: jax.Array, condition: jax.Array, constants: Any) -> jax.Array:
+            is_video, query_key_rotation = constants
+            inputs = {"condition": condition, "is_video": is_video, "rotation": query_key_rotation, "layer": index}
+            return block(read, dataclasses.replace(context, **inputs))
 
         run_layers = aggregation_memory.run_layers if self.aggregation.config.memory_saving else aggregation.run_layers
         gates, plan = self.aggregation.values(), self.aggregation.plan(self.config.layers)
@@ -315,7 +315,7 @@ class VideoDiT(nnx.Module):
         return run_layers(self.blocks, layer, gates, plan, x, context.condition, constants, **how)
 
     def head(self, x: Float[Array, "B L D"], context: BlockContext) -> Float[Array, "B F H W C"]:
-        """From the last tokens to a clip: two norms, the second modulated, a projection, and patches laid back."""
+        """From the last tokens to a clip: two norms, the second one modulated, a projection, and unpatchify."""
         layout = context.layout
         video = self.final_norm(x[:, layout.text : layout.valid])
         shift, scale = self.output_modulation(context.condition, x.dtype)
@@ -324,5 +324,5 @@ class VideoDiT(nnx.Module):
 
 
 def residual_init(layers: int) -> nnx.Initializer:
-    """Normal with a deviation that keeps the sum of 2 x layers updates of the residual stream near its start."""
+    """Normal, with a standard deviation that keeps the variance of 2 x layers residual updates independent of depth."""
     return nnx.initializers.normal(0.02 / math.sqrt(2 * layers))

@@ -1,4 +1,4 @@
-"""How the denoiser's parameters lie in PyTorch: in diffusers' files, and in the released training code's (SAT)."""
+"""Names and layouts of the denoiser's parameters in PyTorch: in diffusers, and in the released training code (SAT)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,9 +13,9 @@ from jvgen.nn.rope import RotaryGrid, rotation
 
 BLOCK = "blocks/layers/"
 SAT_PERIOD = 6
-# How a tensor ends that every file of the SAT code has, and no file of diffusers.
+# Suffix of a tensor that is in every file of the SAT code, and in no file of diffusers.
 SAT_MARK = "transformer.layers.0.attention.query_key_value.weight"
-# Stem of the files beside diffusers' weights that hold RepVideo's gates.
+# Stem of the files with RepVideo's gates, beside the weights for diffusers.
 COMPANION = "repvideo_gates"
 MODULATION_CHUNKS = tuple(
     f"{rows}_{branch}_{what}"
@@ -26,7 +26,7 @@ MODULATION_CHUNKS = tuple(
 
 
 def weight_map(config: VideoDiTConfig) -> WeightMap:
-    """Names of `CogVideoXTransformer3DModel`."""
+    """Names in `CogVideoXTransformer3DModel`."""
     block = f"transformer_blocks.{LAYER}."
     attention = {"query": "to_q", "key": "to_k", "value": "to_v", "output": "to_out.0"}
     entries = [
@@ -57,7 +57,7 @@ def weight_map(config: VideoDiTConfig) -> WeightMap:
 
 
 def weight_map_of_names(config: VideoDiTConfig, names: Iterable[str]) -> WeightMap:
-    """The table of diffusers' names or, if a tensor is called as only the SAT code calls it, of that code's."""
+    """The table of names in diffusers or, if one of the names occurs only in the SAT code, in that code."""
     for name in names:
         if name.endswith(SAT_MARK):
             return weight_map_sat(config, prefix=name.removesuffix(SAT_MARK))
@@ -65,12 +65,12 @@ def weight_map_of_names(config: VideoDiTConfig, names: Iterable[str]) -> WeightM
 
 
 def companion_map(config: VideoDiTConfig) -> WeightMap | None:
-    """Table of what diffusers' class has no place for: RepVideo's gates."""
+    """Table of the parameters that the class in diffusers does not have: RepVideo's gates."""
     return None if config.aggregation is None else WeightMap((Entry("aggregation/gates", "learnable_gating"),))
 
 
 def companion_json(config: VideoDiTConfig) -> dict[str, Any]:
-    """What is said of the gates beside their tensor, and the epsilon that diffusers' config.json has no field for."""
+    """Description of the gates, and the epsilon that `config.json` of diffusers has no field for."""
     return {
         "period": config.aggregation.period,
         "gate": config.aggregation.gate.value,
@@ -79,23 +79,24 @@ def companion_json(config: VideoDiTConfig) -> dict[str, Any]:
 
 
 def with_companion(config: VideoDiTConfig, values: dict[str, Any]) -> VideoDiTConfig:
-    """A configuration with what `companion_json` says."""
+    """A config with the values of `companion_json`."""
     aggregation = AggregationConfig(period=int(values["period"]), gate=GateKind(values["gate"]))
     return config.replace(aggregation=aggregation, output_norm_epsilon=float(values["output_norm_epsilon"]))
 
 
 def weight_map_sat(config: VideoDiTConfig, prefix: str = "model.diffusion_model.") -> WeightMap:
-    """Names of the SAT code in which CogVideoX and RepVideo were trained and released.
+    """Names in the SAT code, which CogVideoX and RepVideo were trained with and released for.
 
-    One 12-fold modulation a layer is our two, queries, keys and values are fused, and the fixed tables of positions
-    are skipped. RepVideo's gates are `transformer.learnable_gating`: there with aggregation, refused without.
+    A 12-fold modulation per layer there is two modulations here; queries, keys and values are fused there; the fixed
+    tables of positions are skipped. RepVideo's gates are `transformer.learnable_gating`: required with aggregation, an
+    error without.
 
     Args:
       config: of the network.
-      prefix: of every name; a released file has "model.diffusion_model.".
+      prefix: of every name; "model.diffusion_model." in released files.
 
     Raises:
-      ValueError: a kind of gate or a period that the SAT code cannot compute with.
+      ValueError: a kind of gate or a period that the SAT code does not support.
     """
     layer, mixins = f"{prefix}transformer.layers.{LAYER}.", f"{prefix}mixins."
     adaln, final = f"{mixins}adaln_layer.", f"{mixins}final_layer."
@@ -136,15 +137,15 @@ def weight_map_sat(config: VideoDiTConfig, prefix: str = "model.diffusion_model.
     if config.positions is not Positions.ROTARY_AND_LEARNED:
         skipped.append(r"mixins\.pos_embed\.pos_embedding")
     escaped = prefix.replace(".", r"\.")
-    # A released file may hold the VAE and the text encoder too.
+    # Released files may also contain the VAE and the text encoder.
     others = (r"first_stage_model\..*", r"conditioner\..*") if prefix else ()
     return WeightMap(tuple(entries), ignored=(*(f"{escaped}{name}" for name in skipped), *others))
 
 
 def sat_tables(config: VideoDiTConfig, prefix: str = "model.diffusion_model.") -> dict[str, np.ndarray]:
-    """Tables of positions that the SAT code keeps among its weights and loads strictly: computed, not learned.
+    """Fixed tables of positions that the SAT code stores with its weights and requires when it loads them.
 
-    For the clip that the configuration is made for. The rows of text have no position.
+    For the clip size of the config. Rows of text have no position.
     """
     frames, (rows, columns) = config.sample_frames // (config.temporal_patch or 1), config.base_grid
     grid, name = (frames, rows, columns), f"{prefix}mixins.pos_embed."
@@ -162,21 +163,21 @@ def _check_sat_aggregation(aggregation: AggregationConfig) -> None:
     if aggregation.gate is not GateKind.SCALAR or aggregation.period != SAT_PERIOD:
         raise ValueError(
             f"aggregation.gate = {aggregation.gate.value}, period = {aggregation.period}: the SAT code has gates of "
-            f"kind scalar and a period of {SAT_PERIOD} only; it cannot load this network."
+            f"kind scalar and a period of {SAT_PERIOD} only, so it cannot load this network."
         )
 
 
 def to_diffusers_config(config: VideoDiTConfig) -> dict[str, Any]:
-    """What `config.json` says beside the weights.
+    """The `config.json` of `CogVideoXTransformer3DModel`.
 
     Raises:
-      ValueError: something that `CogVideoXTransformer3DModel` cannot compute.
+      ValueError: a value that this class does not support.
     """
     fixed = {"feed_forward_ratio": 4, "query_key_epsilon": 1e-6}
     for name, value in fixed.items():
         if getattr(config, name) != value:
             raise ValueError(
-                f"{name} = {getattr(config, name)}: diffusers' network always has {value}; it cannot load this."
+                f"{name} = {getattr(config, name)}: diffusers supports {value} only, so it cannot load this network."
             )
     return {
         "_class_name": "CogVideoXTransformer3DModel",
@@ -215,7 +216,7 @@ def from_diffusers_config(values: dict[str, Any]) -> VideoDiTConfig:
     """The configuration that a `config.json` of `CogVideoXTransformer3DModel` describes.
 
     Raises:
-      ValueError: values that this network does not have, all listed.
+      ValueError: values that this network does not support; all are listed.
     """
     required = {
         "flip_sin_to_cos": True,
@@ -292,7 +293,7 @@ def _patch_sizes(config: VideoDiTConfig) -> dict[str, int]:
 
 
 def _patch_kernel(config: VideoDiTConfig) -> Transform:
-    """Ours has channels fastest. Theirs: a convolution for single frames (1.0), a linear layer otherwise (1.5)."""
+    """Channels are fastest here; diffusers has a convolution for single frames (1.0), or a linear layer (1.5)."""
     if config.temporal_patch is None:
         sizes = {"r": config.patch, "c": config.patch}
         return _rearranged("patch_convolution", "(r c x) d", "d x r c", **sizes)

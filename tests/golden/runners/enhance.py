@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement, mean_diagonal
+from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
 from jvgen.models.video_dit.model import TokenLayout, VideoDiT
 from jvgen.models.video_dit.torch_map import from_diffusers_config, weight_map
+from jvgen.nn.frame_diagonal import mean_diagonal
 from jvgen.nn.modulation import modulated_norm
 from jvgen.nn.network import Network
 
@@ -52,7 +53,8 @@ def _score(case, score: dict, temperatures: list[float]) -> None:
     query, key = jnp.asarray(query, dtype), jnp.asarray(key, dtype)
     # The products are rounded to the dtype there, and not here.
     tolerance = 2e-6 if dtype == jnp.float32 else 4e-3
-    between = (1 - mean_diagonal(query, key, layout)) / (layout.grid[0] - 1)
+    diagonal = mean_diagonal(query, key, frames=layout.grid[0], start=layout.text, stop=layout.valid)
+    between = (1 - diagonal) / (layout.grid[0] - 1)
     expected = case.io[f"{name}.cross_frame_mean_per_position"]
     np.testing.assert_allclose(rearrange(between, "p n -> (p n)"), expected, atol=tolerance, err_msg=name)
     np.testing.assert_allclose(jnp.mean(between), case.io[f"{name}.cross_frame_intensity"], atol=tolerance)
