@@ -54,8 +54,8 @@ def differences(found: Config, wanted: Config) -> list[str]:
     form = format_of(wanted)
     # Through config.json and back, so that what no file keeps is equal on both sides.
     stored = form.from_json(form.to_json(wanted))
-    has_companion = form.companion_map(wanted) is not None
-    wanted = form.with_companion(stored, form.companion_json(wanted)) if has_companion else stored
+    has_extra_weights = form.extra_weight_map(wanted) is not None
+    wanted = form.with_extra_weights(stored, form.extra_weights_json(wanted)) if has_extra_weights else stored
     ignored = DESCRIPTIVE_FIELDS.get(type(found).__name__, set())
     if getattr(wanted, "positions", Positions.SINCOS) is not Positions.SINCOS:
         # Rotary positions depend on the size of the clips that the network is made for.

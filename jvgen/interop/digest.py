@@ -1,4 +1,4 @@
-"""Content hashes of weight files, to tell whether a run is resumed with the frozen weights that it began with."""
+"""Content hashes of weight files: whether a run resumes with the frozen weights that it started with."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ def content_digest(path: str | Path) -> str:
     """SHA-256 of a file, or of a folder's .json and .safetensors files by name.
 
     Raises:
-      ValueError: nothing there.
+      ValueError: no such path.
     """
     path = Path(path)
     if not path.exists():

@@ -1,6 +1,6 @@
-"""Which networks have a layout in PyTorch's world: the class that reads them, and where our side of it lies.
+"""The networks that have a PyTorch format: the class that reads them, and the package of ours that has them.
 
-A new network with a `torch_map.py` is made exportable by one row of `FORMATS`.
+To make a new network with a `torch_map.py` exportable, add a row to `FORMATS`.
 """
 
 import dataclasses
@@ -15,26 +15,29 @@ from jvgen.nn.network import Network
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One folder layout: `config.json` and the weights of one network.
+    """One folder format: `config.json` and the weights of one network.
+
+    The module `torch_map` of the package has `weight_map`, `to_diffusers_config` and `from_diffusers_config`, and may
+    have the other functions that the methods below look up.
 
     Attributes:
-      class_name: class of theirs that reads the folder.
-      library: whose class it is; "paper" for the authors' own code, "jvgen" for networks that exist here only.
-      room: package of ours with `config`, `model` and `torch_map`.
+      class_name: PyTorch class that reads the folder.
+      library: where that class is; "paper" for the authors' code, "jvgen" for networks that exist here only.
+      package: package of ours with the modules `config`, `model` and `torch_map`.
       config_name, model_name: classes in that package.
       read_as: other class names whose files hold this network among other tensors.
     """
 
     class_name: str
     library: Literal["diffusers", "transformers", "paper", "jvgen"]
-    room: str
+    package: str
     config_name: str
     model_name: str
     read_as: tuple[str, ...] = ()
 
     @property
     def weights_name(self) -> str:
-        """Stem of the weights file, as the library has it."""
+        """Stem of the weights file in the library."""
         return "diffusion_pytorch_model" if self.library in ("diffusers", "paper") else "model"
 
     @property
@@ -48,31 +51,31 @@ class Format:
         return Network.of(lambda rngs: model(config, rngs=rngs))
 
     def weight_map(self, config: Config, names: Iterable[str] = ()) -> WeightMap:
-        """The table of names and layouts; of a network with several of them the one whose tensors have these names."""
+        """The table of names and layouts; for a network with several tables, the one with these tensor names."""
         module = self._module("torch_map")
-        choose = getattr(module, "weight_map_of_names", None)
+        choose = getattr(module, "weight_map_for_names", None)
         return module.weight_map(config) if choose is None else choose(config, names)
 
     def to_json(self, config: Config) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """The content of `config.json`."""
         return self._module("torch_map").to_diffusers_config(config)
 
     def from_json(self, values: Mapping[str, Any]) -> Config:
-        """Our configuration from what `config.json` holds."""
+        """Our configuration from the content of `config.json`."""
         return self._module("torch_map").from_diffusers_config(dict(values))
 
-    def told_by_tensors(self, values: Mapping[str, Any], open_weights: Callable[[], Any]) -> dict[str, Any]:
-        """What files of this kind leave out of `config.json`, because their tensors tell it; reads names and shapes."""
-        tell = getattr(self._module("torch_map"), "told_by_tensors", None)
-        return {} if tell is None else tell(dict(values), open_weights)
+    def json_from_tensors(self, values: Mapping[str, Any], open_weights: Callable[[], Any]) -> dict[str, Any]:
+        """Keys that `config.json` lacks and names and shapes of the tensors determine; reads no tensor."""
+        read = getattr(self._module("torch_map"), "json_from_tensors", None)
+        return {} if read is None else read(dict(values), open_weights)
 
-    def adapted(self, parameters: Mapping[str, Any], found: Config, wanted: Config) -> dict[str, Any]:
-        """Parameters of `found` that a network `wanted` of the same kind can begin with; what is left out is new there.
+    def adapt_parameters(self, parameters: Mapping[str, Any], found: Config, wanted: Config) -> dict[str, Any]:
+        """Parameters of `found` to initialize a network `wanted` with; what it lacks is to be initialized randomly.
 
         Raises:
-          ValueError: the two differ in what cannot be made up for.
+          ValueError: the two differ in sizes that cannot be adapted.
         """
-        adapt = getattr(self._module("torch_map"), "adapted", None)
+        adapt = getattr(self._module("torch_map"), "adapt_parameters", None)
         if adapt is None:
             raise ValueError(
                 f"{self.class_name}: its weights fit networks of the same shape only; leave --allow-partial out."
@@ -80,24 +83,24 @@ class Format:
         return adapt(dict(parameters), found, wanted)
 
     @property
-    def companion(self) -> str | None:
-        """Stem of the files beside the weights with what the class has no place for; see `jvgen.interop.companion`."""
-        return getattr(self._module("torch_map"), "COMPANION", None)
+    def extra_weights(self) -> str | None:
+        """Stem of the files of parameters that the class does not have; see `jvgen.interop.extra_weights`."""
+        return getattr(self._module("torch_map"), "EXTRA_WEIGHTS", None)
 
-    def companion_map(self, config: Config) -> WeightMap | None:
-        """The table of the parameters that the class has no place for; None if there are none."""
-        return None if self.companion is None else self._module("torch_map").companion_map(config)
+    def extra_weight_map(self, config: Config) -> WeightMap | None:
+        """The table of the parameters that the class does not have; None if there are none."""
+        return None if self.extra_weights is None else self._module("torch_map").extra_weight_map(config)
 
-    def companion_json(self, config: Config) -> dict[str, Any]:
-        """What is said of them beside their tensors."""
-        return self._module("torch_map").companion_json(config)
+    def extra_weights_json(self, config: Config) -> dict[str, Any]:
+        """The description of the extra weights."""
+        return self._module("torch_map").extra_weights_json(config)
 
-    def with_companion(self, config: Config, values: Mapping[str, Any]) -> Config:
-        """A configuration with what `companion_json` says."""
-        return self._module("torch_map").with_companion(config, dict(values))
+    def with_extra_weights(self, config: Config, values: Mapping[str, Any]) -> Config:
+        """A configuration completed by the description of its extra weights."""
+        return self._module("torch_map").with_extra_weights(config, dict(values))
 
     def _module(self, name: str) -> Any:
-        return importlib.import_module(f"{self.room}.{name}")
+        return importlib.import_module(f"{self.package}.{name}")
 
 
 FORMATS = (
@@ -129,31 +132,32 @@ FORMATS = (
 
 
 def format_of(config: Config) -> Format:
-    """The layout of the network that a configuration describes.
+    """The format of the network that a configuration describes.
 
     Raises:
-      ValueError: no layout is known for it.
+      ValueError: there is none.
     """
     name = type(config).__name__
     for candidate in FORMATS:
-        # Compared by name first, so that only the package in question is imported. A configuration whose networks are
-        # read by several classes says by which.
-        said = getattr(config, "class_name", candidate.class_name)
-        if (candidate.config_name, candidate.class_name) == (name, said) and isinstance(config, candidate.config_class):
+        # By name first, so that only one package is imported. Configurations of several classes have a `class_name`.
+        class_name = getattr(config, "class_name", candidate.class_name)
+        if (candidate.config_name, candidate.class_name) == (name, class_name) and isinstance(
+            config, candidate.config_class
+        ):
             return candidate
     known = ", ".join(dict.fromkeys(candidate.config_name for candidate in FORMATS))
     raise ValueError(f"{name}: no PyTorch layout is known for this network; there is one for {known}.")
 
 
 def format_named(values: Mapping[str, Any], where: str) -> Format:
-    """The layout that a `config.json` announces by `_class_name` (diffusers) or `architectures` (transformers).
+    """The format that a `config.json` names as `_class_name` (diffusers) or `architectures` (transformers).
 
     Args:
       values: the parsed file.
       where: its path, for the message.
 
     Raises:
-      ValueError: it names no class, or one that is not known.
+      ValueError: it names no class, or one without a format.
     """
     architectures = values.get("architectures") or [None]
     name = values.get("_class_name") or architectures[0]
@@ -161,5 +165,5 @@ def format_named(values: Mapping[str, Any], where: str) -> Format:
         if name == candidate.class_name or name in candidate.read_as:
             return candidate
     known = ", ".join(candidate.class_name for candidate in FORMATS)
-    said = "names no class" if name is None else f"names the class {name}, which has no counterpart here"
-    raise ValueError(f"{where} {said}. Known: {known}.")
+    problem = "names no class" if name is None else f"names the class {name}, which has no counterpart here"
+    raise ValueError(f"{where} {problem}. Known: {known}.")

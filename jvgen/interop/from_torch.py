@@ -1,4 +1,4 @@
-"""Read networks from local files of PyTorch's world: a folder with config.json, or a single weights file."""
+"""Read networks from local PyTorch files: a folder with config.json, or a single weights file."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 
 from jvgen import nested
 from jvgen.config import Config
-from jvgen.interop.companion import read_companion, with_companion
+from jvgen.interop.extra_weights import read_extra_weights, with_extra_weights
 from jvgen.interop.formats import Format, format_named, format_of
 from jvgen.interop.pickle_file import open_pickle
 from jvgen.interop.safetensors_file import SafetensorsFile
@@ -35,41 +35,42 @@ def import_folder(
     Args:
       path: folder with `config.json` and weights as diffusers or transformers write them, whole or in shards; or one
         `.safetensors` file (or `.bin`, `.pt` when torch is installed).
-      config: what the network is; needed only for a file without a `config.json` beside it.
+      config: of the network; needed only for a file without a `config.json` beside it.
       shapes: nested dict of `jax.ShapeDtypeStruct` with the dtypes to read into; default float32.
       place: see `jvgen.models.weight_map.WeightMap.from_torch`.
 
     Raises:
-      ValueError: nothing there, a class that is not known, a damaged file, a pickle without torch, an index that names
-        files outside of the folder.
+      ValueError: no such path, an unknown class, a corrupt file, a pickle without torch, an index that names files
+        outside of the folder.
       WeightError: lists all tensors that are missing, not expected, or of another shape.
     """
     path = _existing(path)
     config = read_config(path) if config is None else config
     form = format_of(config)
     reader, network = open_weights(path, form), form.network(config)
-    with _told(path, form):
+    with _naming(path, form):
         wanted = network.shapes if shapes is None else shapes(network)
         table = form.weight_map(config, reader)
-        if form.companion_map(config) is None:
+        if form.extra_weight_map(config) is None:
             return config, table.from_torch(reader, wanted, place)
-        wanted, rest = nested.split(wanted, table.covers)
+        wanted, extra = nested.split(wanted, table.covers)
         parameters = table.from_torch(reader, wanted, place)
-        return config, nested.merge(parameters, read_companion(_folder(path), form, config, rest, place))
+        return config, nested.merge(parameters, read_extra_weights(_folder(path), form, config, extra, place))
 
 
 def check_weights(path: str | Path) -> None:
-    """Raise as `import_folder` does for weights that are missing or do not fit; reads their names and shapes only."""
+    """Raise as `import_folder` does for weights that are missing or do not fit; reads names and shapes only."""
     config = read_config(path)
     form = format_of(config)
-    with _told(Path(path), form):
+    with _naming(Path(path), form):
         reader, shapes = open_weights(Path(path), form), form.network(config).shapes
         table = form.weight_map(config, reader)
-        table.check(reader, nested.split(shapes, table.covers)[0] if form.companion_map(config) else shapes)
+        table.check(reader, nested.split(shapes, table.covers)[0] if form.extra_weight_map(config) else shapes)
 
 
 @contextlib.contextmanager
-def _told(path: Path, form: Format) -> Iterator[None]:
+def _naming(path: Path, form: Format) -> Iterator[None]:
+    """Errors about weights start with the path and the class."""
     try:
         yield
     except WeightError as error:
@@ -77,24 +78,24 @@ def _told(path: Path, form: Format) -> Iterator[None]:
 
 
 def read_config(path: str | Path) -> Config:
-    """The configuration of the network in a folder (or of a file in it); reads no weights, at most their names.
+    """The configuration of the network in a folder, or of a file in it; reads no tensors.
 
     Raises:
-      ValueError: nothing there, no config.json, or a class that is not known.
+      ValueError: no such path, no config.json, or an unknown class.
     """
     path = _existing(path)
     folder = _folder(path)
     file = folder / "config.json"
     if not file.is_file():
         inside = sorted(child.parent.name for child in folder.glob("*/config.json"))
-        hint = "It says what the weights are."
+        hint = "It describes the network of the weights."
         if inside:
-            hint = f"It has networks in sub-folders; give one of: {', '.join(inside)}."
+            hint = f"It has networks in subfolders; give one of: {', '.join(inside)}."
         raise ValueError(f"{folder} has no config.json. {hint}")
     values = _read_json(file)
     form = format_named(values, str(file))
-    config = form.from_json(values | form.told_by_tensors(values, lambda: open_weights(path, form)))
-    return with_companion(folder, form, config)
+    config = form.from_json(values | form.json_from_tensors(values, lambda: open_weights(path, form)))
+    return with_extra_weights(folder, form, config)
 
 
 def _folder(path: Path) -> Path:
@@ -109,10 +110,10 @@ def _existing(path: str | Path) -> Path:
 
 
 def open_weights(path: Path, form: Format) -> Mapping[str, np.ndarray]:
-    """Names to tensors of the weights in a folder or file; each is read when it is asked for.
+    """The tensors of a folder or file by name, each read on access.
 
     Raises:
-      ValueError: there are none.
+      ValueError: no weights.
     """
     if path.is_file():
         return _open_file(path)
@@ -139,10 +140,10 @@ def _open_file(path: Path) -> Mapping[str, np.ndarray]:
 
 
 class Shards(Mapping[str, np.ndarray]):
-    """The tensors of several files by name, as an index file tells.
+    """The tensors of several files by name, as listed in an index file.
 
     Raises:
-      ValueError: the index is damaged, or names a file that is missing or is not plainly in the same folder.
+      ValueError: the index is corrupt, or names a file that is missing or outside of its folder.
     """
 
     def __init__(self, index: Path):
@@ -154,7 +155,7 @@ class Shards(Mapping[str, np.ndarray]):
             if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
                 raise ValueError(f"{index} names the shard {shard!r}: give plain file names in the same folder.")
             if not (index.parent / shard).is_file():
-                raise ValueError(f"{index} names the shard {shard!r}, which is not there. Get the file again.")
+                raise ValueError(f"{index} names the shard {shard!r}, which does not exist. Get the file again.")
             self._files[shard] = _open_file(index.parent / shard)
         self._places: dict[str, str] = {}
         for shard, file in self._files.items():
@@ -162,7 +163,7 @@ class Shards(Mapping[str, np.ndarray]):
                 self._places[name] = shard
         lost = sorted(name for name, shard in places.items() if self._places.get(name) != shard)
         if lost:
-            raise ValueError(f"{index}: tensors are not in the shards that it names: {', '.join(lost)}.")
+            raise ValueError(f"{index}: tensors are missing from the shards that it names: {', '.join(lost)}.")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[self._places[name]][name]

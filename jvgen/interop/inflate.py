@@ -1,4 +1,4 @@
-"""An image autoencoder's folder read as the parameters that a video autoencoder begins with."""
+"""Initialize a video autoencoder with the weights of an image autoencoder's folder."""
 
 from pathlib import Path
 
@@ -15,13 +15,15 @@ from jvgen.nn.network import Parameters
 
 
 def inflate_folder(folder: str | Path, config: Config) -> Parameters:
-    """Parameters of the video autoencoder `config`, grown out of the image autoencoder in a folder; numpy arrays.
+    """Parameters of the video autoencoder `config`, inflated from the image autoencoder in a folder; numpy arrays.
 
     Raises:
       ValueError: another kind of network on either side, or other sizes.
     """
     if not isinstance(config, CVVAEConfig):
-        raise ValueError(f"--inflate: the run's network is a {type(config).__name__}; only a CVVAEConfig can be grown.")
+        raise ValueError(
+            f"--inflate: the run's network is a {type(config).__name__}; only a CVVAEConfig can be inflated."
+        )
     image = read_config(folder)
     if not isinstance(image, ImageVAEConfig):
         raise ValueError(f"--inflate: {folder} holds a {type(image).__name__}; name an image autoencoder's folder.")

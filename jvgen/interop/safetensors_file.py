@@ -37,7 +37,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor that is to be written or read."""
+    """Shape and dtype of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -49,12 +49,12 @@ class TensorSpec:
 
 
 def write(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write tensors in the order of `specs`, one at a time, and bring them safely to the disk.
+    """Write tensors in the order of `specs`, one at a time, and sync the file to disk.
 
     Args:
       path: file to create.
       specs: name, shape and dtype of every tensor.
-      tensors: `(name, array)` in the same order, made as they are asked for.
+      tensors: `(name, array)` in the same order; an iterator converts them one at a time.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -70,17 +70,17 @@ def write(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[s
         for name, spec in specs.items():
             found, array = next(pending)
             assert (found, array.shape, array.dtype) == (name, spec.shape, spec.dtype), (found, array.shape, name, spec)
-            # Not every dtype has a buffer interface; its bytes have.
+            # As bytes, because not every dtype has a buffer interface.
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
 
 
 class SafetensorsFile(Mapping[str, np.ndarray]):
-    """The tensors of one file by name; reading one reads that one only.
+    """The tensors of one file by name, each read on access.
 
     Raises:
-      ValueError: not a safetensors file, or one that is cut short; names the file.
+      ValueError: not a safetensors file, or a truncated one; names the file.
     """
 
     def __init__(self, path: str | Path):
@@ -111,11 +111,11 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         if min((0, *spec.shape)) < 0 or start < 0 or stop - start != spec.nbytes:
             raise self._bad(f"{name} has shape {spec.shape} and {stop - start} bytes")
         if data_start + stop > size:
-            raise self._bad(f"it is cut short: {name} ends at byte {data_start + stop} of {size}")
+            raise self._bad(f"it is truncated: {name} ends at byte {data_start + stop} of {size}")
         return spec, data_start + start
 
     def _bad(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path} is not a sound safetensors file: {reason}. Get the file again.")
+        return ValueError(f"{self.path} is not a valid safetensors file: {reason}. Get the file again.")
 
     def __getitem__(self, name: str) -> np.ndarray:
         spec, offset = self._specs[name]

@@ -1,7 +1,7 @@
-"""Write a denoiser as the SAT code, in which CogVideoX and RepVideo were trained, names its tensors.
+"""Write a denoiser with the tensor names of SAT, the code that CogVideoX and RepVideo were trained with.
 
-One safetensors file; there, `model.load_state_dict(safetensors.torch.load_file(FILE), strict=True)` on the denoiser, or
-with the prefix of its checkpoints on the whole engine. Files of that code are read by `import_folder`.
+One safetensors file. In SAT: `model.load_state_dict(safetensors.torch.load_file(FILE), strict=True)` on the denoiser,
+or with the prefix of its checkpoints on the whole engine. `import_folder` reads files of that code.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from jvgen.interop.to_torch import FILE_DTYPES, ExportError
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.models.video_dit.torch_map import sat_tables, weight_map_sat
 
-# What the names of the checkpoints begin with.
+# Prefix of the names in checkpoints.
 PREFIX = "model.diffusion_model."
 
 
@@ -27,13 +27,13 @@ def export_sat(
 
     Args:
       config, parameters: of the denoiser.
-      path: safetensors file to create; it appears complete or not at all.
-      dtype: "float32", "bfloat16" or "float16", of the tensors in the file.
-      prefix: of every name; "" for a denoiser by itself.
+      path: safetensors file to create; it is written completely or not at all.
+      dtype: "float32", "bfloat16" or "float16": dtype of the tensors in the file.
+      prefix: of every name; "" for the denoiser alone.
 
     Raises:
       ExportError: a network without SAT names, a file in the way, an unknown dtype.
-      ValueError: a network that the SAT code cannot compute.
+      ValueError: a network that the SAT code does not have.
     """
     path = Path(path)
     if not isinstance(config, VideoDiTConfig):

@@ -14,7 +14,7 @@ BETAS = {"scaled_linear": "cogvideox", "linear": "linear"}
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
-    """What a scheduler's file says: how the network was trained, and how to sample from it."""
+    """The content of a scheduler file: how the network was trained, and how to sample from it."""
 
     schedule: ScheduleConfig
     prediction: Prediction
@@ -22,7 +22,7 @@ class Scheduler:
 
 
 def to_diffusers(scheduler: Scheduler) -> dict[str, Any] | None:
-    """What diffusers reads beside an exported denoiser: the scheduler that samples from it in the same way.
+    """The `scheduler_config.json` of the diffusers scheduler that samples in the same way; None if there is none.
 
     A flow sampler with "trailing" spacing ends at 1 / steps, where diffusers' default list ends at 1 / 1000: give its
     `set_timesteps` the noise levels (`sigmas`) then. None where diffusers has no scheduler for schedule and prediction.

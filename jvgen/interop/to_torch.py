@@ -1,4 +1,4 @@
-"""Write networks as folders that diffusers and transformers load: streamed, and all or nothing."""
+"""Write networks as folders that diffusers and transformers load, one tensor at a time and atomically."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import numpy as np
 
 from jvgen import nested
 from jvgen.config import Config
-from jvgen.interop.companion import write_companion
+from jvgen.interop.extra_weights import write_extra_weights
 from jvgen.interop.formats import Format, format_of
 from jvgen.interop.safetensors_file import TensorSpec, write
 
@@ -40,14 +40,14 @@ def export_network(
 ) -> Path:
     """Write one network so that the class of the original library loads it strictly; returns the folder.
 
-    One tensor at a time is converted and written. The folder appears complete, or not at all.
+    Tensors are converted and written one at a time. The folder is written completely or not at all.
 
     Args:
-      config: of the network; decides the layout (`jvgen.interop.formats`).
+      config: of the network; determines the format (`jvgen.interop.formats`).
       parameters: nested dict of numpy or JAX arrays.
       folder: to create.
-      dtype: "float32", "bfloat16" or "float16", of the tensors in the file.
-      shard_bytes: weights beyond this size are split over several files with an index.
+      dtype: "float32", "bfloat16" or "float16": dtype of the tensors in the file.
+      shard_bytes: largest size of a weights file; larger weights are split into several with an index.
       overwrite: replace a folder that exists.
 
     Raises:
@@ -69,7 +69,7 @@ def export_networks(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Path:
-    """Write several networks, each to the sub-folder of its name, and `model_index.json` that lists their classes.
+    """Write several networks, each to the subfolder of its name, and `model_index.json` that lists their classes.
 
     Args:
       configs, parameters: by network name.
@@ -98,15 +98,15 @@ def export_networks(
 
 
 class _Plan:
-    """Which tensors of a network go to which file."""
+    """The files of a network and their tensors."""
 
     def __init__(self, config: Config, parameters: Mapping[str, Any], dtype: np.dtype, shard_bytes: int):
         self.format: Format = format_of(config)
         self.json = self.format.to_json(config)
         self.config, self.dtype = config, dtype
-        self.map, self.rest = self.format.weight_map(config), {}
-        if self.format.companion_map(config) is not None:
-            parameters, self.rest = nested.split(parameters, self.map.covers)
+        self.map, self.extra = self.format.weight_map(config), {}
+        if self.format.extra_weight_map(config) is not None:
+            parameters, self.extra = nested.split(parameters, self.map.covers)
         self.parameters = parameters
         self.specs = {name: TensorSpec(shape, dtype) for name, shape in self.map.torch_shapes(parameters).items()}
         self.nbytes = sum(spec.nbytes for spec in self.specs.values())
@@ -132,7 +132,7 @@ class _Plan:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": places}
             _write_text(folder / f"{stem}.safetensors.index.json", _json(index))
         _write_text(folder / "config.json", _json(self.json))
-        write_companion(folder, self.format, self.config, self.rest, self.dtype)
+        write_extra_weights(folder, self.format, self.config, self.extra, self.dtype)
 
 
 def _check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
@@ -153,7 +153,7 @@ def _check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def _complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the target that takes the target's place when all went well, and vanishes otherwise."""
+    """A folder beside the target that replaces the target on success and is removed on failure."""
     folder = folder.absolute()
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     previous = folder.parent / f".{folder.name}.previous-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""Load an exported folder with the class that it was written for, strictly, and compare outputs on random inputs."""
+"""Load an exported folder strictly with its original class, and compare outputs on random inputs."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,12 @@ from jvgen.nn.network import Network
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
-      class_name: what read the folder.
+      class_name: class that read the folder.
       errors: largest absolute difference by output.
-      scales: largest absolute value of the original's output, by the same names.
+      scales: largest absolute value of the original's output, by output.
     """
 
     class_name: str
@@ -34,7 +34,7 @@ class Report:
 
     @property
     def max_abs_error(self) -> float:
-        """The largest difference of all."""
+        """The largest difference of all outputs."""
         return max(self.errors.values())
 
     def __str__(self) -> str:
@@ -53,10 +53,9 @@ Outputs = Iterator[tuple[str, np.ndarray, np.ndarray]]
 
 
 def verify(folder: str | Path, config: Config, parameters: Mapping[str, Any], *, seed: int = 0) -> Report:
-    """Compare a network with what the original library makes of its exported folder, in float32 on the CPU.
+    """Compare a network with the original library's network from its exported folder, in float32 on the CPU.
 
-    A network that exists here only, or in a paper's code only, is compared with what `import_folder` reads, number by
-    number.
+    The parameters of a network that no library has are compared with those that `import_folder` reads.
 
     Args:
       folder: as `export_network` writes it.
@@ -64,7 +63,7 @@ def verify(folder: str | Path, config: Config, parameters: Mapping[str, Any], *,
       seed: of the random inputs.
 
     Raises:
-      VerifyError: tensors are missing or left over.
+      VerifyError: missing or unexpected tensors.
       ValueError: torch or the library is not installed.
     """
     form = format_of(config)
@@ -112,7 +111,7 @@ def _load(form: Format, folder: Path) -> Any:
 
 
 def _wrapped_llama(form: Format, folder: Path) -> Any | None:
-    """The Llama inside of a file with further heads, which are kept as its attribute `heads`; None for a plain file."""
+    """The Llama in a file with more heads, which become its attribute `heads`; None for a plain file."""
     import torch
     import transformers
 
@@ -174,7 +173,7 @@ def _cogvideox_vae(
     model: Any, config: Any, network: Network, parameters: Mapping[str, Any], rng: np.random.Generator
 ) -> Outputs:
     side = 2 * config.downsampling
-    # Two batches of frames in each direction.
+    # Two chunks of frames in each direction.
     clip = _normal(rng, 1, 17, side, side, config.channels)
     latents = _normal(rng, 1, 5, 2, 2, config.latent_channels)
     moments = jax.jit(lambda p, x: network.apply(p, x, method="encode"))(parameters, clip)
@@ -191,14 +190,14 @@ def _video_dit(
     from diffusers import CogVideoXPipeline
 
     if config.aggregation is not None:
-        # diffusers' class has no gates between layers: it is the rest that is compared.
+        # diffusers' class has no gates between layers, so the network is compared without them.
         config = config.replace(aggregation=None)
         network = format_of(config).network(config)
         parameters = {name: value for name, value in parameters.items() if name != "aggregation"}
     temporal = config.temporal_patch or 1
     frames, height, width = config.sample_frames, config.sample_height, config.sample_width
     if config.positions.value != "rotary_and_learned":
-        # Learned positions have one size; otherwise a small clip is enough.
+        # Learned positions have a fixed size; otherwise a small clip is enough.
         frames, height, width = 2 * temporal, min(height, 4 * config.patch), min(width, 6 * config.patch)
     latents = _normal(rng, 2, frames, height, width, config.in_channels)
     text = _normal(rng, 2, config.text_length, config.text_width)
@@ -230,7 +229,7 @@ def _t5(model: Any, config: Any, network: Network, parameters: Mapping[str, Any]
 def _llama(
     model: Any, config: Any, network: Network, parameters: Mapping[str, Any], rng: np.random.Generator
 ) -> Outputs:
-    """Scores of sequences; with heads, those that an action was added to, and the rewards read off them."""
+    """Logits of sequences; with heads, with actions added to the embeddings, and rewards."""
     from jvgen.models.ivideogpt.layout import Layout
 
     sizes = {"context_tokens": 5, "future_tokens": 3, "context_codes": 0, "future_codes": config.vocabulary - 2}

@@ -152,7 +152,7 @@ def import_run(
     lines = differences(found, configs[network])
     if lines and allow_partial and not alone:
         check_new_run(workdir)
-        parameters = format_of(found).adapted(import_folder(weights)[1], found, configs[network])
+        parameters = format_of(found).adapt_parameters(import_folder(weights)[1], found, configs[network])
         _start(experiment, workdir, network, parameters, weights)
         return
     if lines:

@@ -94,7 +94,7 @@ def test_networks_with_and_without_gates_are_told_apart(folder, tmp_path):
 def test_half_a_pair_of_files_is_an_error(folder, tmp_path, lost):
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / f"repvideo_gates.{lost}").unlink()
-    with pytest.raises(ValueError, match=f"is there without repvideo_gates.{lost}"):
+    with pytest.raises(ValueError, match=f"exists without repvideo_gates.{lost}"):
         read_config(broken)
 
 

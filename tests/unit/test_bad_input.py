@@ -319,7 +319,7 @@ CASES = {
     ),
     "pickle": Case(lambda w: ["import", w.root / "pickled"], ("pickled", "run code")),
     "truncated weights": Case(
-        lambda w: ["import", w.root / "truncated"], ("not a sound safetensors file", "cut short")
+        lambda w: ["import", w.root / "truncated"], ("not a valid safetensors file", "truncated")
     ),
     "unknown class": Case(lambda w: ["import", w.root / "stranger"], ("UNet2DModel", "AutoencoderKL")),
     "no weights": Case(lambda w: ["import", w.root / "nowhere"], ("nowhere", "no such file or folder")),

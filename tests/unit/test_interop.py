@@ -1,4 +1,4 @@
-"""Export and import: what is written is what diffusers reads; all or nothing; nothing harmful or damaged gets in."""
+"""Export and import: files are what diffusers reads; writes are atomic; unsafe and corrupt files are refused."""
 
 import dataclasses
 import json
@@ -117,7 +117,7 @@ def test_several_networks_go_to_one_folder_each(tmp_path, parameters):
         import_folder(folder)
 
 
-def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path, parameters):
+def test_an_existing_folder_is_kept_without_overwrite(tmp_path, parameters):
     folder = export_network(VAE, parameters, tmp_path / "vae")
     with pytest.raises(ExportError, match="exists and is not empty"):
         export_network(VAE, parameters, folder)
@@ -180,17 +180,17 @@ def test_shard_names_cannot_leave_the_folder(tmp_path, parameters):
             import_folder(folder)
     index["weight_map"]["decoder.conv_in.bias"] = "absent.safetensors"
     index_path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="absent.safetensors.*not there"):
+    with pytest.raises(ValueError, match="absent.safetensors.*does not exist"):
         import_folder(folder)
 
 
-def test_damaged_files_are_named(tmp_path, parameters):
+def test_corrupt_files_are_named(tmp_path, parameters):
     folder = export_network(VAE, parameters, tmp_path / "vae")
     file = folder / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     header = int.from_bytes(whole[:8], "little")
     damages = {
-        whole[:-1]: "cut short",
+        whole[:-1]: "truncated",
         whole[:5]: "header of",
         b"\xff" * 64: "header of",
         whole[:8] + b"x" * header + whole[8 + header :]: "not JSON",
@@ -199,7 +199,7 @@ def test_damaged_files_are_named(tmp_path, parameters):
     }
     for damaged, message in damages.items():
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"vae/diffusion_pytorch_model.safetensors is not a sound .*{message}"):
+        with pytest.raises(ValueError, match=f"vae/diffusion_pytorch_model.safetensors is not a valid .*{message}"):
             import_folder(folder)
 
 

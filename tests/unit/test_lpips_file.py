@@ -113,9 +113,9 @@ def missing(tree):
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [(pickled(missing(published())), "NetLinLayer_4"), (pickled(published())[:1000], "damaged"), (b"", "damaged")],
+    [(pickled(missing(published())), "NetLinLayer_4"), (pickled(published())[:1000], "corrupt"), (b"", "corrupt")],
 )
-def test_damaged_files_are_told_and_leave_nothing(tmp_path, capsys, data, words):
+def test_corrupt_files_are_reported_and_leave_nothing(tmp_path, capsys, data, words):
     source = tmp_path / "vgg16.ckpt"
     source.write_bytes(data)
     assert cli.main(["lpips", str(source), "--out", str(tmp_path / "out" / "lpips.safetensors")]) == 2

@@ -424,7 +424,7 @@ def test_weights_of_the_vae_are_checked_before_they_are_read(tmp_path, frozen):
                 "task.vae_weights",
                 "block_channels: (8, 8) in the weights, (8, 16) in the run",
                 "groups: 4",
-                "describe theirs",
+                "change the config",
             ],
         ),
     ):

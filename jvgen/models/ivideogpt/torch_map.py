@@ -31,7 +31,7 @@ def from_diffusers_config(values: dict[str, Any]) -> Configs:
     return transformer_map.transformer_from_json(values)
 
 
-def told_by_tensors(values: dict[str, Any], open_weights: Callable[[], Any]) -> dict[str, Any]:
+def json_from_tensors(values: dict[str, Any], open_weights: Callable[[], Any]) -> dict[str, Any]:
     """Keys of config.json that the released files leave to their tensors.
 
     Args:
@@ -44,7 +44,7 @@ def told_by_tensors(values: dict[str, Any], open_weights: Callable[[], Any]) -> 
     return transformer_map.heads_in(reader, reader.shape)
 
 
-def adapted(parameters: dict[str, Any], found: Configs, wanted: Configs) -> dict[str, Any]:
+def adapt_parameters(parameters: dict[str, Any], found: Configs, wanted: Configs) -> dict[str, Any]:
     """Parameters of `found` for a network that differs in its context or its heads; see `adapt`."""
     if isinstance(wanted, CompressiveTokenizerConfig):
         return adapt.tokenizer_parameters(parameters, found, wanted)

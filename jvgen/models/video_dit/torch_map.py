@@ -16,7 +16,7 @@ SAT_PERIOD = 6
 # Suffix of a tensor that is in every file of the SAT code, and in no file of diffusers.
 SAT_MARK = "transformer.layers.0.attention.query_key_value.weight"
 # Stem of the files with RepVideo's gates, beside the weights for diffusers.
-COMPANION = "repvideo_gates"
+EXTRA_WEIGHTS = "repvideo_gates"
 MODULATION_CHUNKS = tuple(
     f"{rows}_{branch}_{what}"
     for rows in ("video", "text")
@@ -56,7 +56,7 @@ def weight_map(config: VideoDiTConfig) -> WeightMap:
     return WeightMap(tuple(entries))
 
 
-def weight_map_of_names(config: VideoDiTConfig, names: Iterable[str]) -> WeightMap:
+def weight_map_for_names(config: VideoDiTConfig, names: Iterable[str]) -> WeightMap:
     """The table of names in diffusers or, if one of the names occurs only in the SAT code, in that code."""
     for name in names:
         if name.endswith(SAT_MARK):
@@ -64,12 +64,12 @@ def weight_map_of_names(config: VideoDiTConfig, names: Iterable[str]) -> WeightM
     return weight_map(config)
 
 
-def companion_map(config: VideoDiTConfig) -> WeightMap | None:
+def extra_weight_map(config: VideoDiTConfig) -> WeightMap | None:
     """Table of the parameters that the class in diffusers does not have: RepVideo's gates."""
     return None if config.aggregation is None else WeightMap((Entry("aggregation/gates", "learnable_gating"),))
 
 
-def companion_json(config: VideoDiTConfig) -> dict[str, Any]:
+def extra_weights_json(config: VideoDiTConfig) -> dict[str, Any]:
     """Description of the gates, and the epsilon that `config.json` of diffusers has no field for."""
     return {
         "period": config.aggregation.period,
@@ -78,8 +78,8 @@ def companion_json(config: VideoDiTConfig) -> dict[str, Any]:
     }
 
 
-def with_companion(config: VideoDiTConfig, values: dict[str, Any]) -> VideoDiTConfig:
-    """A config with the values of `companion_json`."""
+def with_extra_weights(config: VideoDiTConfig, values: dict[str, Any]) -> VideoDiTConfig:
+    """A config with the values of `extra_weights_json`."""
     aggregation = AggregationConfig(period=int(values["period"]), gate=GateKind(values["gate"]))
     return config.replace(aggregation=aggregation, output_norm_epsilon=float(values["output_norm_epsilon"]))
 
