@@ -3,7 +3,7 @@
 Should reach: more than `configs/cv_vae_sd3.py` (PSNR 32.0 on WebVid's validation clips) at the same compatibility: it
 has as many parameters, starts from exact images and latents instead of shifted ones, with what lies between two latents
 blended instead of held, and trains both players in every step. That is not measured at this size; on a small scale it
-is in `jvgen/models/cv_vae/README.md`. Chips: 32 (v5p:2x4x4, or 32 GPUs of 80 GB). Data: images and clips as jvgen data
+is in `docs/cv_vae_tables.md`. Chips: 32 (v5p:2x4x4, or 32 GPUs of 80 GB). Data: images and clips as jvgen data
 sets; Stable Diffusion 3's VAE and LPIPS (`jvgen lpips`) as local files. Begin with `jvgen import weights/sd3_vae
 --inflate --config configs/cv_vae_causal.py --to runs/cv_vae_causal`.
 """
