@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import enum
 import importlib.util
+import inspect
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +190,32 @@ def _parse_one(text: str, hint: Any, path: str) -> Any:
 
 
 def load(path: str | Path) -> Any:
-    """Load a config file: run the Python file at `path` and return what its function `experiment()` returns.
+    """Load a config file: run the Python file and return what its function `experiment()` returns.
+
+    Args:
+      path: `NAME.py`, or `NAME.py:ARGUMENTS` with comma-separated arguments of `experiment`, each a value or
+        `name=value`, parsed by the parameter's annotation: `configs/cv_vae.py:sd3`.
 
     Raises:
-      ConfigError: no such file (with the nearest file names), or a file without `experiment()`.
+      ConfigError: no such file (with the nearest file names), a file without `experiment()`, or arguments that it does
+        not take.
     """
-    path = Path(path)
+    file, _, arguments = str(path).partition(".py:")
+    file = Path(f"{file}.py") if arguments else Path(path)
+    function = _experiment_function(file)
+    return function(**_arguments(function, arguments, str(path)))
+
+
+def variants(path: str | Path) -> list[str]:
+    """What `load` takes for a config file: once per choice, if the first parameter of `experiment` has choices."""
+    function = _experiment_function(Path(path))
+    for name in inspect.signature(function).parameters:
+        choices = typing.get_args(field_hints(function)[name])
+        return [f"{path}:{choice}" for choice in choices]
+    return [str(path)]
+
+
+def _experiment_function(path: Path) -> Callable[..., Any]:
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         names = [str(p) for p in sorted(folder.glob("*.py"))]
@@ -209,9 +231,26 @@ def load(path: str | Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"jvgen_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not callable(getattr(module, "experiment", None)):
+    function = getattr(module, "experiment", None)
+    if not callable(function):
         raise ConfigError(f"{path}: a config file defines a function experiment() that returns an Experiment.")
-    return module.experiment()
+    return function
+
+
+def _arguments(function: Callable[..., Any], text: str, path: str) -> dict[str, Any]:
+    """Keyword arguments of a function from `value,name=value`."""
+    names = list(inspect.signature(function).parameters)
+    hints, chosen = field_hints(function), {}
+    for number, word in enumerate(word.strip() for word in text.split(",") if word.strip()):
+        name, separator, value = word.partition("=")
+        if not separator:
+            name, value = names[number] if number < len(names) else word, word
+        if name not in names or name in chosen:
+            raise ConfigError(
+                f"{path}: experiment() takes {', '.join(names) or 'no arguments'}; {word!r} is none of them."
+            )
+        chosen[name] = parse(value, hints[name], f"{path}: {name}")
+    return chosen
 
 
 def dump(config: Any, path: str = "") -> str:
@@ -235,9 +274,9 @@ def leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, str]]:
         yield path, repr(node.value if isinstance(node, enum.Enum) else node)
 
 
-def field_hints(cls: type) -> dict[str, Any]:
-    """Resolved annotation of every field."""
-    return typing.get_type_hints(cls)
+def field_hints(owner: Any) -> dict[str, Any]:
+    """Resolved annotation of every field of a class or parameter of a function."""
+    return typing.get_type_hints(owner)
 
 
 def options(hint: Any) -> tuple[Any, ...]:

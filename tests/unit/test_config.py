@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 import jvgen
-from jvgen.config import Config, ConfigError, dump, load, override, validate_tree
+from jvgen.config import Config, ConfigError, dump, load, override, validate_tree, variants
 from jvgen.saved_config import HOMES, from_json, stable_name, to_json
 
 
@@ -164,3 +164,40 @@ def test_load_names_near_files(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="experiment()"):
         load(tmp_path / "empty.py")
+
+
+WITH_VARIANTS = """
+from typing import Literal
+
+
+def experiment(size: Literal["2b", "5b"] = "2b", steps: int = 10):
+    return size, steps
+"""
+
+
+def test_arguments_after_the_file_name_are_passed_to_experiment(tmp_path):
+    file = tmp_path / "model.py"
+    file.write_text(WITH_VARIANTS)
+    assert load(file) == ("2b", 10)
+    assert load(f"{file}:5b") == ("5b", 10)
+    assert load(f"{file}:5b,steps=20") == load(f"{file}:5b,20") == ("5b", 20)
+    assert variants(file) == [f"{file}:2b", f"{file}:5b"]
+    (tmp_path / "plain.py").write_text("def experiment():\n    return 7\n")
+    assert variants(tmp_path / "plain.py") == [str(tmp_path / "plain.py")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("7b", ["size = '7b'", "one of '2b', '5b'"]),
+        ("5b,steps=many", ["steps = 'many'", "int"]),
+        ("5b,10,20", ["takes size, steps", "'20'"]),
+        ("width=3", ["takes size, steps", "'width=3'"]),
+        ("5b,size=2b", ["'size=2b'"]),
+    ],
+)
+def test_wrong_arguments_of_a_config_file_are_named(tmp_path, arguments, words):
+    (tmp_path / "model.py").write_text(WITH_VARIANTS)
+    with pytest.raises(ConfigError) as error:
+        load(f"{tmp_path / 'model.py'}:{arguments}")
+    assert all(word in str(error.value) for word in words), str(error.value)
