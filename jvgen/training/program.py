@@ -107,10 +107,13 @@ class Program:
             self.shardings,
         )
 
+    def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The training step, `(state, batch) -> (state, metrics)`, a pure function that is not compiled yet."""
+        return make_train_step(self.task, self.optimizers, self.experiment.ema, self.experiment.training, self.sharding)
+
     def lower(self, bucket: BucketConfig) -> jax.stages.Lowered:
         """The training step for one batch shape, lowered for the devices of the mesh, with the state donated."""
-        step = make_train_step(self.task, self.optimizers, self.experiment.ema, self.experiment.training, self.sharding)
-        jitted = jax.jit(step, out_shardings=(self.shardings, self.sharding.replicated), donate_argnums=0)
+        jitted = jax.jit(self.step(), out_shardings=(self.shardings, self.sharding.replicated), donate_argnums=0)
         return jitted.lower(self.abstract_state(), self.abstract_batch(bucket))
 
     def external_inputs(self) -> tuple[jax.Array, Parameters]:
@@ -126,12 +129,12 @@ class Program:
         make = functools.partial(state.init, self.task, self.optimizers, self.experiment.ema)
         # Key and frozen parameters exist already: they are inserted afterwards, not copied through the program.
         shardings = dataclasses.replace(self.shardings, key=None, frozen=None)
-        lowered = jax.jit(
-            lambda key: dataclasses.replace(make(key, {}), key=None, frozen=None), out_shardings=shardings
-        ).lower(key)
+        jitted = jax.jit(lambda key: dataclasses.replace(make(key, {}), key=None, frozen=None), out_shardings=shardings)
         # It runs once and has a random generator per array: on CPU, compiling it optimized takes four times as long.
         quick = {"xla_backend_optimization_level": 0} if self.sharding.mesh.devices.flat[0].platform == "cpu" else {}
-        fresh = lowered.compile(compiler_options=quick)(key)
+        # Initialization is compiled even where JAX_DISABLE_JIT=1 asks for a step that is not.
+        with jax.disable_jit(False):
+            fresh = jitted.lower(key).compile(compiler_options=quick)(key)
         return dataclasses.replace(fresh, key=key, frozen=frozen)
 
     def init_from(self, parameters: Parameters) -> TrainState:

@@ -15,6 +15,7 @@ from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.parallel.mesh import DATA, FSDP, describe, make_mesh
+from jvgen.tasks.task import Batch, Metrics
 from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.checkpoint.restore import restore_state
@@ -30,6 +31,7 @@ from jvgen.training.telemetry.run_files import EVALUATION
 from jvgen.training.watchdog import Watchdog
 
 Log = Callable[[Any], None]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Session:
     document: dict[str, Any]
     state: TrainState
     start_step: int
-    steps: dict[BucketConfig, jax.stages.Compiled]
+    steps: dict[BucketConfig, Step]
     flops: dict[BucketConfig, dict[str, float]]
     peak_flops: float | None
     batches: Iterator[LoadedBatch]
@@ -193,11 +195,12 @@ def _compile_digests(state: TrainState, log: Log) -> None:
     log(f"compiled digests of {len(state.saved())} arrays in {time.perf_counter() - start:.1f} s")
 
 
-def _compile_steps(
-    program: Program, flops: dict[BucketConfig, dict[str, float]], log: Log
-) -> dict[BucketConfig, jax.stages.Compiled]:
+def _compile_steps(program: Program, flops: dict[BucketConfig, dict[str, float]], log: Log) -> dict[BucketConfig, Step]:
     """The training step of every bucket; buckets with equal arrays share a compiled step."""
-    compiled: dict[BucketConfig, jax.stages.Compiled] = {}
+    if jax.config.jax_disable_jit:
+        log("JAX_DISABLE_JIT: training steps run op by op, without compilation")
+        return dict.fromkeys(flops, program.step())
+    compiled: dict[BucketConfig, Step] = {}
     by_shape: dict[str, jax.stages.Compiled] = {}
     for bucket in flops:
         shapes = repr(sorted((n, s.shape, str(s.dtype)) for n, s in program.abstract_batch(bucket).items()))

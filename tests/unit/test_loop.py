@@ -19,7 +19,7 @@ from jvgen import nested
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.data.stream.quarantine import TooManyFailures  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
-from jvgen.training import session
+from jvgen.training import session  # noqa: E402
 from jvgen.training.checkpoint.initial import write_first_checkpoint  # noqa: E402
 from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints  # noqa: E402
 from jvgen.training.checkpoint.restore import load_for_inference  # noqa: E402
@@ -102,6 +102,13 @@ def test_stopped_and_resumed_rows_are_bit_equal(finished, tmp_path, capfd):
     assert "restored step 7" in out and "starting from step 0 with seed 0" in out
     for part in ("mesh data 1", "parameters", "compiled step for 1x4x1x1 x 16 in", "FLOPs per step", "s/step", "MFU"):
         assert part in out, part
+
+
+def test_the_loop_runs_without_jit_for_debugging(finished, tmp_path):
+    expected = read_rows(finished / "metrics.jsonl")[0]["loss"]
+    with jax.disable_jit():
+        assert run(tmp_path, stop_after=1) == EXIT_DONE
+    np.testing.assert_allclose(read_rows(tmp_path / "metrics.jsonl")[0]["loss"], expected, rtol=1e-5)
 
 
 def test_resuming_a_finished_run_does_nothing(finished):

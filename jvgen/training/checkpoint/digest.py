@@ -54,7 +54,8 @@ def start(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Start computing the digest of every array on the devices; does not wait (except on several CPU devices)."""
     words = {}
     for name, value in arrays.items():
-        words[name] = _words(value)
+        with jax.disable_jit(False):
+            words[name] = _words(value)
         if len(value.sharding.device_set) > 1 and jax.default_backend() == "cpu":
             # CPU devices share one thread pool: concurrent programs with collectives can deadlock.
             words[name].block_until_ready()
