@@ -1,4 +1,4 @@
-"""Where arrays lie: logical axes, the mesh, the rules that map one to the other, and what is known of chips.
+"""How arrays are sharded: logical axis names, the device mesh, rules from names to mesh axes, and a table of chips.
 
-No layer and no training loop.
+Layers and the training loop do not belong here.
 """

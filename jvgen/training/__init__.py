@@ -1,4 +1,4 @@
-"""One loop and one step for every task: session, program, state, evaluation, watchdog, preemption.
+"""Training of every task: one loop over a prepared session, one step, evaluation, watchdog and preemption.
 
-What is done with the result is in `jvgen.runs`.
+Checkpoints, optimization and telemetry are packages of their own. What is done with a trained model is in `jvgen.runs`.
 """

@@ -1,2 +1,4 @@
-"""What a run reports: hooks called by the loop (console, metrics files, samples, TensorBoard, Weights & Biases, users'
-own), conversion of metrics to numbers, throughput and memory. Decides nothing about training and saves no state."""
+"""What a run reports: hooks of the loop (console, files, TensorBoard, Weights & Biases), throughput and memory.
+
+Hooks observe the run and change nothing in it; nothing here is saved in checkpoints.
+"""
