@@ -50,7 +50,7 @@ class PerceptualDistance:
             return self.networks[NAME].apply(frozen[NAME], images, target)
         if self.config.kind == "laplacian":
             return laplacian_distance(images, target, self.config.levels)
-        return jnp.zeros(made.shape[:1], jnp.float32)
+        return jnp.zeros(images.shape[:1], jnp.float32)
 
 
 def check_weights(config: PerceptualConfig) -> None:
