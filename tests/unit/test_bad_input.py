@@ -220,7 +220,7 @@ CASES = {
         ("c.csv", "no such file"),
     ),
     "no videos": Case(
-        lambda w: ["data", "build", "videos", w.root / "empty", "--out", w.root / "new"], ("holds no files", ".mp4")
+        lambda w: ["data", "build", "videos", w.root / "empty", "--out", w.root / "new"], ("contains no files", ".mp4")
     ),
     "existing data set": Case(
         lambda w: ["data", "build", "scenes", "--out", w.latents, "--train", 1, "--validation", 0],
@@ -239,7 +239,7 @@ CASES = {
     ),
     # Latents and the VAE.
     "latents of another VAE": Case(
-        video("task.vae_weights={w.other_weights}"), ("latents come from the encoder", "Build them again")
+        video("task.vae_weights={w.other_weights}"), ("latents come from encoder", "Build them again")
     ),
     "missing VAE": Case(video("task.vae_weights={w.root}/nowhere"), ("nowhere", "no such file or folder")),
     "VAE not named": Case(video("task.vae_weights=none"), ("task.vae_weights = none", "jvgen export")),
