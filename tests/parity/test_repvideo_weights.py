@@ -56,7 +56,7 @@ def folder(parameters, tmp_path_factory):
 # Diffusers' folder.
 
 
-def test_gates_lie_beside_weights_that_diffusers_loads_strictly(folder, parameters):
+def test_gates_are_stored_beside_weights_that_diffusers_loads_strictly(folder, parameters):
     for module in ("torch", "diffusers"):
         pytest.importorskip(module)
     assert {"repvideo_gates.safetensors", "repvideo_gates.json"} <= {path.name for path in folder.iterdir()}
@@ -80,7 +80,7 @@ def test_a_folder_is_read_back_with_its_gates(config, tmp_path):
     assert not differences(found, config.replace(aggregation=config.aggregation.replace(initial=0.25)))
 
 
-def test_networks_with_and_without_gates_are_told_apart(folder, tmp_path):
+def test_networks_with_and_without_gates_are_distinguished(folder, tmp_path):
     assert any("aggregation" in line for line in differences(read_config(folder), COGVIDEOX))
     plain = export_network(COGVIDEOX, random_parameters(COGVIDEOX), tmp_path / "plain")
     assert read_config(plain).aggregation is None
@@ -161,7 +161,7 @@ def test_released_checkpoints_hold_other_networks_under_a_key(tmp_path, paramete
     assert_same(import_folder(tmp_path / "mp_rank_00_model_states.pt", REPVIDEO)[1], parameters)
 
 
-def test_what_the_sat_code_cannot_compute_is_not_written(tmp_path, parameters):
+def test_unsupported_networks_are_not_exported_to_sat(tmp_path, parameters):
     for aggregation in (AggregationConfig(gate=GateKind.SIGMOID), AggregationConfig(period=3)):
         config = REPVIDEO.replace(aggregation=aggregation)
         with pytest.raises(ValueError, match="the SAT code has gates of kind scalar and a period of 6"):
@@ -176,7 +176,7 @@ def test_what_the_sat_code_cannot_compute_is_not_written(tmp_path, parameters):
 # From CogVideoX to RepVideo.
 
 
-def test_cogvideox_begins_a_repvideo_run(tmp_path, video_run):
+def test_cogvideox_initializes_a_repvideo_run(tmp_path, video_run):
     experiment, weights = video_run
     from jvgen.runs.exporting import import_run
     from jvgen.training.checkpoint.restore import load_for_inference

@@ -127,7 +127,7 @@ def test_published_sizes():
     assert sizes == [35_332_800, 4_762_310_656]
 
 
-def test_operations_agree_with_the_compiler():
+def test_flops_agree_with_the_compiler():
     config = TINY.replace(width=128, hidden=256, heads=4, head_width=32, unroll=True)
     network = network_of(config)
     tokens = jax.ShapeDtypeStruct((1, 30), jnp.int32)
@@ -146,7 +146,7 @@ def tokenizer_folder(tmp_path):
     return tmp_path
 
 
-def test_tokenizer_pads_and_cuts(tokenizer_folder):
+def test_tokenizer_pads_and_truncates(tokenizer_folder):
     tokenize = tokenizer.load(tokenizer_folder)
     assert tokenize("a red ball rolls", 7).tolist() == [3, 4, 5, 6, 1, 0, 0]
     assert tokenize("a red ball rolls", 3).tolist() == [3, 4, 1]

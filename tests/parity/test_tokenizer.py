@@ -104,7 +104,7 @@ def test_token_ids_are_those_of_sentencepiece(reference):
     assert [list(piece) for piece in read_vocabulary(folder / "spiece.model").pieces] == theirs["pieces"]
 
 
-def test_what_is_cut_off_is_told(folder):
+def test_truncated_text(folder):
     ours = tokenizer.load(folder)
     caption = "A red ball rolls. Two dogs run."
     length = int(np.count_nonzero(ours(caption, 99)))
@@ -146,13 +146,13 @@ def test_a_vocabulary_written_by_hand(tmp_path):
     ],
     ids=["empty", "short", "kind", "float", "endless", "model", "one", "html"],
 )
-def test_damaged_vocabularies_are_refused(tmp_path, content, said):
+def test_corrupt_vocabularies_are_refused(tmp_path, content, said):
     (tmp_path / "spiece.model").write_bytes(content)
     with pytest.raises(ValueError, match=said):
         tokenizer.load(tmp_path)
 
 
-def test_a_missing_package_is_told(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "spiece.model").write_bytes(PIECES)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"pip install jvgen\[t5\]"):

@@ -1,4 +1,4 @@
-"""Convolutions split over eight host devices: outputs and gradients are those of one device, with few bytes moved."""
+"""Convolutions sharded over eight host devices: outputs and gradients of one device, with little communication."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_computes_what_one_device_does(name):
+def test_convolution_equals_that_of_one_device(name):
     rules, mesh, size, strides, padding, borders, split = CASES[name]
     sharding = Sharding(make_mesh(mesh), rules)
     rng = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def test_it_computes_what_one_device_does(name):
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
-def test_only_edges_move():
+def test_only_halos_are_communicated():
     sharding = Sharding(make_mesh(ROWS), SPACE)
     places = (axes.BATCH, axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
     shape = jax.ShapeDtypeStruct((1, 3, 16, 8, 3), jnp.float32, sharding=sharding.activation(places, (1, 3, 16, 8, 3)))

@@ -123,7 +123,7 @@ def shapes_in(program: str) -> set[tuple[int, ...]]:
     return {tuple(int(n) for n in found.split(",")) for found in re.findall(r"f32\[([\d,]+)\]", program)}
 
 
-def test_seq_splits_tokens():
+def test_seq_shards_tokens():
     """With seq = 8 a device never holds the scores, or the hidden units, of more than an eighth of the tokens."""
     case = Case(AttentionKernel.CPU)
     program = case.compiled(sharding_of({"fsdp": 1, "seq": 8}))[0].as_text()
@@ -135,7 +135,7 @@ def test_seq_splits_tokens():
     assert "all-gather" in program
 
 
-def test_tensor_splits_heads_and_hidden_units():
+def test_tensor_shards_heads_and_hidden_units():
     case = Case(AttentionKernel.CPU)
     shapes = shapes_in(case.compiled(sharding_of({"data": 2, "fsdp": 1, "tensor": 4}))[0].as_text())
     assert any(shape[-1] == WIDTH for shape in shapes)

@@ -1,4 +1,4 @@
-"""RepVideo and enhanced attention on eight host devices: what one device gives, whatever the mesh."""
+"""RepVideo and enhanced attention on eight host devices: the results of one device on any mesh."""
 
 import jax
 import jax.numpy as jnp

@@ -47,7 +47,7 @@ def inputs_of(dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def cached_layers(model: VideoDiT, tokens: jax.Array, context) -> jax.Array:
-    """The rule word by word: a list of tokens that is emptied now and then, and its mean."""
+    """The rule literally: a list of tokens that is cleared at the start of each group, and its mean."""
     config, gates, variables = model.config, model.aggregation.values(), model.blocks.variables()
     cache, hidden = [tokens], tokens
     for number in range(config.layers):
@@ -126,7 +126,7 @@ def test_what_is_averaged():
     steps = plan(14, 6)
     assert steps.count.tolist() == [1, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1]
     assert np.flatnonzero(steps.resets).tolist() == [0, 6, 12]
-    # Number 1 is the input of layer 1, which is the output of layer 0.
+    # Index 1 is the input of layer 1, which is the output of layer 0.
     assert steps.first.tolist() == [0] + [1] * 6 + [7] * 6 + [13]
 
 
@@ -192,22 +192,22 @@ def test_gates_of_zero_are_the_network_without_aggregation_bit_for_bit(parameter
 
 
 @pytest.mark.parametrize("remat", [Remat.NONE, Remat.SAVE_MATMULS, Remat.SAVE_ATTENTION, Remat.FULL])
-def test_no_sum_is_kept_for_the_backward_pass(remat):
-    """Differentiation keeps no more of the tokens than without aggregation, and that is one array a layer at least."""
+def test_no_sum_is_stored_for_the_backward_pass(remat):
+    """The backward pass stores no more than without aggregation, and at least one array of tokens per layer."""
     inputs = jax.eval_shape(lambda: inputs_of(jnp.bfloat16))
 
-    def kept(config: VideoDiTConfig) -> int:
+    def stored(config: VideoDiTConfig) -> int:
         network = network_of(config)
         shapes = jax.eval_shape(lambda p: cast(p, network.axes, jnp.bfloat16), network.shapes)
         pullback = jax.eval_shape(lambda p, i: jax.vjp(lambda p: network.apply(p, *i), p)[1], shapes, inputs)
-        # What has an axis of tokens, of which there are 15; vectors are nothing beside it.
+        # Arrays with an axis of tokens, of which there are 15; the others are negligible.
         leaves = [leaf for leaf in jax.tree.leaves(pullback) if 15 in leaf.shape]
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
     config = TINY.replace(layers=30, remat=remat)
-    plain = kept(config.replace(aggregation=None))
+    plain = stored(config.replace(aggregation=None))
     assert plain >= 30 * 15 * 2 * TINY.width * 2
-    assert kept(config) <= plain
+    assert stored(config) <= plain
 
 
 def test_bfloat16_is_summed_in_float32(parameters):

@@ -1,4 +1,4 @@
-"""Every attention kernel against the reference: forward, gradient, padding, precision, and what AUTO picks."""
+"""Every attention kernel against the reference: forward, gradient, padding, precision, and the choice of AUTO."""
 
 import logging
 import re
@@ -140,7 +140,7 @@ def test_splash_blocks_pad_least(length, block):
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
 @pytest.mark.parametrize("width", [128, 512])
-def test_splash_blocks_fit_a_tpus_core(width):
+def test_splash_blocks_fit_into_vmem(width):
     """Stable Diffusion's autoencoders attend with one head of 512 channels."""
     device = topology.describe("v5e:2x2").devices[0]
     tokens = jax.ShapeDtypeStruct((2, 1024, 1, width), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
@@ -204,7 +204,7 @@ def test_wide_heads_are_not_for_cudnn():
     assert choice.kernel is AttentionKernel.CHUNKED
 
 
-def test_automatic_choice_is_said(key, caplog):
+def test_automatic_choice_is_logged(key, caplog):
     dispatcher._log_choice.cache_clear()
     query, keys, value, _ = arrays(key)
     with caplog.at_level(logging.INFO):
@@ -213,7 +213,7 @@ def test_automatic_choice_is_said(key, caplog):
 
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.CPU, AttentionKernel.CHUNKED])
-def test_remat_keeps_what_attention_returned(key, kernel):
+def test_remat_stores_the_output_of_attention(key, kernel):
     """Under Remat.SAVE_ATTENTION the backward pass holds no second forward pass of attention."""
     query, keys, value, _ = arrays(key)
 

@@ -51,7 +51,7 @@ def test_embeddings_depend_on_every_byte_and_its_place(parameters):
     assert np.abs(embed("ab") - embed("ba")).max() > 1e-2
 
 
-def test_every_token_has_its_row():
+def test_every_token_has_an_embedding():
     assert network_of(TINY).shapes["embedding"]["table"].shape[0] == VOCABULARY == 258
 
 
@@ -97,7 +97,7 @@ def test_weights_and_configuration_return_unchanged(parameters):
         from_diffusers_config({"layers": 1, "heads": 1, "feed_forward_ratio": 4, "norm_epsilon": 1e-5})
 
 
-def test_operations_agree_with_the_compiler():
+def test_flops_agree_with_the_compiler():
     config = TINY.replace(width=128, unroll=True)
     network = network_of(config)
     tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)

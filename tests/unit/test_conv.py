@@ -37,7 +37,7 @@ def by_hand(inputs, kernel, strides, padding):
         ((5, 4, 6), (3, 3, 2), (1, 1, 1), ((0, 0), (0, 0), (0, 0))),
     ],
 )
-def test_convolution_is_the_sum_that_it_should_be(size, window, strides, padding):
+def test_convolution_equals_its_definition(size, window, strides, padding):
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((2, *size, 3)).astype(np.float32)
     kernel = rng.standard_normal((*window, 3, 4)).astype(np.float32)
@@ -112,5 +112,5 @@ def test_upsampling_repeats_pixels():
     np.testing.assert_array_equal(upsample_nearest(images)[0, :, :, 0], np.kron([[0, 1], [2, 3]], np.ones((2, 2))))
 
 
-def test_operations():
+def test_convolution_flops():
     assert convolution_flops((3, 3, 4, 5), (6, 7)) == 2 * 9 * 4 * 5 * 42

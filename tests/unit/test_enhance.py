@@ -54,7 +54,7 @@ def test_numbers_of_other_implementations(sizes, value):
     np.testing.assert_allclose(factor(*wave_rows(*sizes)), value, rtol=2e-6)
 
 
-def test_rows_after_the_video_are_left_out():
+def test_rows_after_the_video_are_ignored():
     query, key, layout = wave_rows(2, 3, 5, 6, 8, text=7)
     layout = TokenLayout(text=0, grid=layout.grid, padding=7)
     np.testing.assert_allclose(factor(query, key, layout), 1.667360969, rtol=2e-6)
@@ -89,12 +89,12 @@ def test_uniform_attention_gets_one_and_its_share_of_the_temperature(frames, tem
     np.testing.assert_allclose(factor(rows, rows, layout, temperature=temperature), 1 + temperature / frames, rtol=1e-6)
 
 
-def test_frames_that_see_themselves_alone_are_not_scaled():
+def test_frames_that_attend_only_to_themselves_are_not_scaled():
     rows = jnp.tile(30 * jnp.eye(4)[None, :, None, :], (1, 1, 1, 1))
     np.testing.assert_array_equal(factor(rows, rows, TokenLayout(text=0, grid=(4, 1, 1))), 1.0)
 
 
-def test_it_acts_below_a_threshold():
+def test_factors_exceed_one_below_a_threshold():
     """13 frames and 3.4: a factor above one if and only if frames give themselves less than 4.4 / 16.4."""
 
     def with_diagonal(share: float) -> tuple:
@@ -108,7 +108,7 @@ def test_it_acts_below_a_threshold():
 
 @pytest.mark.parametrize("temperature", [OFF, -7.0])
 @pytest.mark.parametrize("relative", [False, True])
-def test_temperatures_that_do_nothing(temperature, relative):
+def test_temperatures_without_effect(temperature, relative):
     config = PUBLISHED.replace(relative=relative)
     np.testing.assert_array_equal(factor(*random_rows(), config, temperature), 1.0)
     # Zero is not among them, for frames that look away from themselves.
@@ -123,7 +123,7 @@ def test_one_frame_is_the_identity(share):
     np.testing.assert_array_equal(found, 1.0)
 
 
-def test_places_heads_and_samples_are_a_set_and_frames_are_matched():
+def test_invariance_to_permutations_of_places_heads_samples_and_frames():
     query, key, layout = random_rows()
     base = factor(query, key, layout, temperature=6.0)
     assert base > 1.01
@@ -168,7 +168,7 @@ def test_halves_of_guidance_are_averaged_before_they_are_clipped():
     assert apart[0] == 1.0 and abs(np.mean(apart) - of_clip[0, 0]) > 1e-3
 
 
-def test_a_clip_does_not_depend_on_its_neighbours_unless_the_batch_shares():
+def test_a_clip_is_independent_of_its_batch_unless_the_batch_shares():
     query, key, layout = random_rows()
     for share in ("clip", "sample", "head"):
         config = EnhanceConfig(share=share)
@@ -179,7 +179,7 @@ def test_a_clip_does_not_depend_on_its_neighbours_unless_the_batch_shares():
 
 
 @pytest.mark.parametrize("frames", [2, 13, 33])
-def test_relative_temperatures_mean_the_same_for_every_length(frames):
+def test_relative_temperatures_have_the_same_effect_for_any_length(frames):
     rows, layout = jnp.zeros((1, frames, 1, 4)), TokenLayout(text=0, grid=(frames, 1, 1))
     found = factor(rows, rows, layout, PUBLISHED.replace(relative=True), 0.25)
     np.testing.assert_allclose(found, 1.25, rtol=1e-6)
@@ -208,7 +208,7 @@ def test_the_schedule_of_steps():
 
 
 @pytest.mark.parametrize("mean", [1.0, 1.05, 1.3, 4.0])
-def test_the_mean_factor_of_the_heads_is_as_asked(mean):
+def test_the_mean_factor_of_the_heads_is_as_requested(mean):
     intensity = jnp.asarray([[0.3, 0.1, 0.02, 0.2], [0.1, 0.1, 0.1, 0.1], [0.3, 0.0, 0.0, 0.0]])
     found = np.asarray(factors_with_mean(intensity, jnp.float32(mean)))
     np.testing.assert_allclose(found.mean(axis=1), mean, rtol=1e-6)
@@ -271,7 +271,7 @@ def enhanced(network, parameters):
     return run, traced
 
 
-def test_a_changed_temperature_compiles_nothing_anew(network, parameters, enhanced):
+def test_a_changed_temperature_needs_no_compilation(network, parameters, enhanced):
     run, traced = enhanced
     base = jax.jit(network.apply)(parameters, *inputs_of())
     outputs = [run(jnp.full((3,), value), *inputs_of()) for value in (OFF, 3.4, 8.0)]
@@ -281,7 +281,7 @@ def test_a_changed_temperature_compiles_nothing_anew(network, parameters, enhanc
     assert len(traced) == 1
 
 
-def test_without_it_there_is_no_trace_of_it(network, parameters):
+def test_without_the_hook_the_program_is_unchanged(network, parameters):
     """Off is exact and free: the program is the one that a network without the hook has."""
     frames_alone = "tensor<2x6x2x3x3xf32>"
     texts = [jax.jit(lambda *inputs, hook=hook: network.apply(parameters, *inputs, attention_scale=hook)).lower(
@@ -307,7 +307,7 @@ def test_every_layer_uses_its_own_temperature(network, parameters, enhanced):
         assert all(np.abs(output - other).max() > 1e-4 for other in outputs[:index])
 
 
-def test_it_goes_with_aggregation():
+def test_enhancement_with_aggregation():
     config = TINY.replace(aggregation=AggregationConfig(period=2))
     network, parameters = Network.of(lambda rngs: VideoDiT(config, rngs=rngs)), random_parameters(config)
     run = jax.jit(
@@ -380,6 +380,6 @@ def test_text_is_neither_scaled_nor_scored(network, parameters, first_layer):
     [({"start": 0.6, "end": 0.5}, "start = 0.6"), ({"gain": 0.9, "share": "head"}, "gain = 0.9"),
      ({"gain": 1.1}, "share 'head'")],
 )  # fmt: skip
-def test_mistakes_are_named(changes, message):
+def test_mistakes_in_the_config_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         EnhanceConfig(**changes).validate()

@@ -1,4 +1,4 @@
-"""Enhance-A-Video from the command's options to the clips: which steps it acts in, and what clips depend on."""
+"""Enhance-A-Video from the command's options to the clips: its active steps, and what clips depend on."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def plain(latents):
     return latents(None)
 
 
-def test_it_changes_clips_and_a_clip_has_no_neighbours(latents, plain):
+def test_enhanced_clips_are_independent_of_their_batch(latents, plain):
     both = latents(STRONG)
     assert np.abs(both - plain).max() > 1e-2
     np.testing.assert_allclose(latents(STRONG, (0,)), both[:1], atol=1e-4)
@@ -76,7 +76,7 @@ def test_it_changes_clips_and_a_clip_has_no_neighbours(latents, plain):
     assert np.abs(together - both).max() > 1e-3
 
 
-def test_steps_outside_its_schedule_are_not_touched(latents, plain):
+def test_steps_outside_the_schedule_are_unchanged(latents, plain):
     np.testing.assert_array_equal(latents(STRONG.replace(start=0.5, end=0.5)), plain)
     halves = [latents(STRONG.replace(start=start, end=end)) for start, end in ((0.0, 0.5), (0.5, 1.0))]
     whole = latents(STRONG)
@@ -84,7 +84,7 @@ def test_steps_outside_its_schedule_are_not_touched(latents, plain):
         assert np.abs(half - plain).max() > 1e-3 and np.abs(half - whole).max() > 1e-3
 
 
-def test_layers_of_the_denoiser_are_counted():
+def test_the_number_of_layers_is_checked():
     with pytest.raises(ConfigError, match="each of the 2"):
         validate_tree(CONFIG.replace(enhance=EnhanceConfig(layers=(1.0, 1.0, 1.0))))
     validate_tree(CONFIG.replace(enhance=EnhanceConfig(layers=(1.0, 0.0))))

@@ -46,7 +46,7 @@ def test_one_batch_of_two_halves_is_two_calls():
     np.testing.assert_allclose(together, first + 3.0 * (second - first), atol=1e-5)
 
 
-def test_rescaling_restores_the_conditional_deviation():
+def test_rescaling_restores_the_conditional_standard_deviation():
     guided_prediction, conditional = normal((2, 3, 200)) * jnp.asarray([5.0, 2.0])[:, None, None]
     whole = rescale_guided(guided_prediction, conditional, 1.0)
     np.testing.assert_allclose(jnp.std(whole, axis=1), jnp.std(conditional, axis=1), rtol=1e-5)

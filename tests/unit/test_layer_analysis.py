@@ -93,7 +93,7 @@ def measures() -> dict:
     return found
 
 
-def test_measures_of_every_layer(measures):
+def test_statistics_of_every_layer(measures):
     found = measures["repvideo"]
     shapes = {name: array.shape for name, array in found.items()}
     similarities = {f"similarity_{name}": (4, 2) for name in ("before", "mean", "read", "after")}
@@ -106,7 +106,7 @@ def test_measures_of_every_layer(measures):
     assert np.abs(found["similarity_read"][2] - found["similarity_mean"][2]).max() > 1e-3
 
 
-def test_a_network_without_aggregation_shows_what_a_mean_would_be(measures):
+def test_hypothetical_means_of_a_network_without_aggregation(measures):
     found = measures["plain"]
     np.testing.assert_array_equal(found["similarity_read"], found["similarity_before"])
     assert np.abs(found["similarity_mean"][3] - found["similarity_before"][3]).max() > 1e-3

@@ -1,4 +1,4 @@
-"""Draws that belong to slots, loss weights that do not know the batch, and band totals that add up."""
+"""Random draws per slot, loss weights that are independent of the batch, and band totals that add up."""
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ def test_min_snr_is_the_published_weight_for_noise_and_v():
 
 @settings(max_examples=8, deadline=None)
 @given(weighting=st.sampled_from(["uniform", "min_snr", "bell"]), size=st.sampled_from([1, 4]), seed=st.integers(0, 99))
-def test_a_samples_loss_does_not_know_the_batch(weighting, size, seed):
+def test_the_loss_of_a_sample_is_independent_of_its_batch(weighting, size, seed):
     config = ObjectiveConfig(weighting=weighting)
     clean, noise, prediction = normal(seed, (3, 9, 4))
     timesteps = timesteps_of(seed, 9)
@@ -151,14 +151,14 @@ def test_bands_add_up(bands, split, seed):
         np.testing.assert_allclose(total, first[name][0] + second[name][0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_band_holds_its_own_losses_and_survives_a_neighbours_nan():
+def test_a_band_is_independent_of_nans_in_other_bands():
     pairs = loss_by_band(jnp.asarray([1.0, 2.0, jnp.nan]), jnp.asarray([10.0, 240.0, 260.0]), 4)
     assert list(pairs) == ["loss_t0000_0250", "loss_t0250_0500", "loss_t0500_0750", "loss_t0750_1000"]
     assert tuple(map(float, pairs["loss_t0000_0250"])) == (3.0, 2.0)
     assert np.isnan(pairs["loss_t0250_0500"][0])
 
 
-def test_objectives_that_cannot_work_say_so():
+def test_invalid_objectives_are_refused():
     with pytest.raises(ConfigError, match="bands"):
         validate_tree(ObjectiveConfig(bands=3))
     with pytest.raises(ConfigError, match="std"):

@@ -39,7 +39,7 @@ def test_both_grids_agree_at_the_base_size():
     np.testing.assert_allclose(linspace.cosine, sliced.cosine, atol=1e-5)
 
 
-def test_rotation_turns_adjacent_pairs_and_leaves_text_and_padding():
+def test_rotation_of_adjacent_pairs_excludes_text_and_padding():
     by = rotation((2, 2, 3), head_width=16, kind=RotaryGrid.SLICE, base=(4, 4), before=3, after=1)
     x = jax.random.normal(jax.random.key(0), (1, 16, 2, 16))
     turned = np.asarray(rotate(x, by))
@@ -83,7 +83,7 @@ def test_sincos_table_of_the_published_size():
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 3)])
-def test_patches_laid_back_give_the_clip(patch):
+def test_unpatchify_inverts_the_patches(patch):
     clip = jax.random.normal(jax.random.key(0), (2, 4, 6, 6, 3))
     size = patch[0] * patch[1] * patch[2] * 3
 

@@ -1,4 +1,4 @@
-"""Samplers recover known distributions, refuse what cannot work, and draw the same noise for a slot in any batch."""
+"""Samplers recover known distributions, refuse invalid combinations, and give a slot the same noise in any batch."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def exact(schedule, kind):
         (ScheduleConfig(kind="rectified_flow", flow_shift=3.0).build(), "v", SamplerConfig(steps=250)),
     ],
 )
-def test_the_exact_predictor_gives_back_the_distribution(key, schedule, prediction, sampler):
+def test_the_exact_predictor_recovers_the_distribution(key, schedule, prediction, sampler):
     noise = slot_normal(key, (64, 64))
     options = {"schedule": schedule, "sampler": sampler, "prediction": prediction, "key": jax.random.fold_in(key, 1)}
     result = jax.jit(lambda x: sample(exact(schedule, prediction), x, **options))(noise)
@@ -65,7 +65,7 @@ def test_ddim_on_rectified_flow_is_euler(key):
 
 
 @pytest.mark.parametrize("sampler", [SamplerConfig(steps=6, eta=0.8), SamplerConfig(steps=6, kind="dpm_solver_sde")])
-def test_a_slots_sample_does_not_know_its_batch(key, sampler):
+def test_the_sample_of_a_slot_is_independent_of_its_batch(key, sampler):
     def run(slots):
         noise = slot_normal(key, (len(slots), 5), slots)
         denoise = exact(COGVIDEOX, "v")
@@ -89,7 +89,7 @@ def test_the_scale_of_each_step_reaches_the_network():
     assert float(seen[0, 0]) == pytest.approx(1.1234, abs=1e-4)
 
 
-def test_the_last_step_arrives_at_the_clean_sample_for_any_number_of_steps():
+def test_the_last_step_ends_at_the_clean_sample_for_any_number_of_steps():
     for steps in (1, 2, 7, 30, 50):
         table = coefficients(SamplerConfig(steps=steps), COGVIDEOX, "v")
         assert table.noisy[-1] == 0.0 and table.clean[-1] == 1.0 and table.timesteps[0] == 999.0
@@ -133,12 +133,12 @@ def test_levels_of_the_sat_code():
         (FLOW, "velocity", SamplerConfig(levels="sat"), "levels = 'schedule'"),
     ],
 )
-def test_combinations_that_cannot_work_say_so(schedule, prediction, sampler, words):
+def test_invalid_combinations_are_refused(schedule, prediction, sampler, words):
     with pytest.raises(ValueError, match=words):
         coefficients(sampler, schedule, prediction)
 
 
-def test_a_noisy_sampler_asks_for_its_key():
+def test_a_stochastic_sampler_requires_a_key():
     with pytest.raises(ValueError, match="key"):
         sample(
             exact(COGVIDEOX, "v"),

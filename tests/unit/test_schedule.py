@@ -63,7 +63,7 @@ def test_flow_levels_are_continuous():
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_device_tables_agree_with_host_levels(name):
+def test_device_tables_agree_with_numpy_levels(name):
     schedule = SCHEDULES[name].build()
     timesteps = np.arange(0, 1000, 37)
     alpha, sigma = schedule.levels(timesteps)
@@ -129,6 +129,6 @@ def test_low_precision_inputs_are_computed_in_float32():
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start"),
     ],
 )
-def test_settings_that_cannot_work_say_so(fields, words):
+def test_invalid_settings_are_refused(fields, words):
     with pytest.raises(ConfigError, match=words):
         validate_tree(ScheduleConfig(**fields))

@@ -1,4 +1,4 @@
-"""The text-to-video task: its loss, latents, captions, sampling, frozen networks, and what it says of mistakes."""
+"""The text-to-video task: its loss, latents, captions, sampling, frozen networks, and its error messages."""
 
 import json
 
@@ -107,7 +107,7 @@ def test_bands_of_timesteps_add_up_to_the_loss(parameters):
     assert count == BUCKET.batch_size and total / count == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_captions_are_dropped_slot_by_slot(key):
+def test_captions_are_dropped_per_slot(key):
     task = CONFIG.replace(caption_dropout=0.25).build()
     tokens = jnp.broadcast_to(jnp.arange(1, 7, dtype=jnp.int32), (2000, 6))
     slots = jnp.arange(2000)
@@ -148,7 +148,7 @@ def test_cached_latents_are_those_of_the_pixels(frozen, key):
 
 
 @pytest.mark.parametrize("null", ["empty_caption", "zeros"])
-def test_no_caption_is_the_empty_one_or_zeros(parameters, null):
+def test_the_unconditional_embedding_is_the_empty_caption_or_zeros(parameters, null):
     task = CONFIG.replace(text=CONFIG.text.replace(unconditional=null)).build()
     tokens = jnp.stack([task.text.unconditional_tokens(), jnp.asarray(byte_tokenizer.tokenize("", 6))])
     embeddings = np.asarray(task.text_embeddings(parameters, {}, tokens))
@@ -259,7 +259,7 @@ def test_guidance_of_one_is_no_guidance(parameters, key):
     assert np.abs(one - latents(GuidanceConfig(kind="constant", scale=4.0))).max() > 1e-3
 
 
-def test_a_request_goes_before_the_config():
+def test_a_request_overrides_the_config():
     sampler, guidance = CONFIG.sampling(REQUEST)
     assert (sampler, guidance) == (CONFIG.sampler, CONFIG.guidance)
     sampler, guidance = CONFIG.sampling(SampleRequest(3, 8, 8, steps=7, guidance=5.5))
@@ -287,7 +287,7 @@ def test_requests_that_cannot_be_served(request_changes, config_changes, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_clips_to_look_at(parameters, frozen):
+def test_clips_for_tensorboard(parameters, frozen):
     task = CONFIG.replace(visualize_clips=2).build()
     shown = jax.jit(task.visualize)(parameters, frozen, batch_of(), jax.random.key(0))
     assert {name: (clip.shape, clip.dtype) for name, clip in shown.items()} == {
@@ -336,7 +336,7 @@ def test_diffusers_samples_with_the_same_timesteps(name):
         np.testing.assert_allclose(scheduler.sigmas.numpy()[:-1], levels.sigma, rtol=1e-5)
 
 
-def test_targets_that_no_scheduler_of_diffusers_knows_are_left_out():
+def test_targets_that_diffusers_lacks_are_not_exported():
     for schedule, target in (
         (ScheduleConfig(kind="rectified_flow"), "v"),
         (ScheduleConfig(kind="cogvideox"), "velocity"),
@@ -389,13 +389,13 @@ def test_mistakes_in_the_config(changes, words):
         ({"frames": 3}, {"denoiser": CONFIG.denoiser.replace(temporal_patch=2)}, ["3", "2"]),
     ],
 )
-def test_batches_that_do_not_fit(bucket_changes, config_changes, words):
+def test_buckets_that_do_not_fit(bucket_changes, config_changes, words):
     with pytest.raises(ValueError) as error:
         CONFIG.replace(**config_changes).check_bucket(BUCKET.replace(**bucket_changes))
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_examples_without_what_is_needed():
+def test_examples_without_the_required_arrays():
     pixels = {"video": np.zeros((3, 8, 8, 3), np.uint8), "caption": "red"}
     latents = {"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": "red"}
     with pytest.raises(ValueError, match="jvgen data build latents"):
@@ -433,7 +433,7 @@ def test_weights_of_the_vae_are_checked_before_they_are_read(tmp_path, frozen):
         assert all(word in str(error.value) for word in words), error.value
 
 
-def test_data_without_weights_to_compare_with_is_not_looked_at():
+def test_data_is_not_checked_without_weights():
     data = DataConfig(sources=(SourceConfig(path="nowhere"),), buckets=(BUCKET,))
     CONFIG.replace(vae=None, vae_weights=None).check_data(data)
 

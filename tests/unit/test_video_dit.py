@@ -1,4 +1,4 @@
-"""The denoiser by itself: how its layers are run, padded and rounded must not change what it computes."""
+"""The denoiser alone: remat, unrolling, padding and rounding do not change its output."""
 
 import math
 
@@ -88,11 +88,11 @@ def assert_equal(actual, expected, tolerance: float) -> None:
     [{"unroll": True}, {"remat": Remat.FULL}, {"remat": Remat.SAVE_ATTENTION}, {"remat": Remat.SAVE_MATMULS}],
     ids=["unrolled", "full", "attention", "matmuls"],
 )
-def test_how_layers_are_run_changes_nothing(change, parameters, expected):
+def test_remat_and_unroll_do_not_change_the_result(change, parameters, expected):
     assert_equal(output_and_gradients(TINY.replace(**change), parameters), expected, 1e-5)
 
 
-def test_rematerialisation_keeps_less(parameters):
+def test_rematerialization_stores_less(parameters):
     """The policies must differ in what they save, or they are not applied."""
     saved = {}
     for remat in (Remat.NONE, Remat.SAVE_ATTENTION, Remat.FULL):
@@ -146,7 +146,7 @@ def test_text_and_timestep_reach_the_output(parameters):
     assert np.abs(apply(parameters, latents, text, timesteps + 50.0) - base).max() > 1e-3
 
 
-def test_attention_scale_acts_on_video_rows_alone(parameters):
+def test_attention_scale_applies_to_video_rows_only(parameters):
     """The hook of attention: a factor of one changes nothing, and it sees queries and keys of the whole sequence."""
     network, inputs, seen = network_of(TINY.replace(layers=1, unroll=True)), inputs_of(), []
     one_layer = {**parameters, "blocks": jax.tree.map(lambda leaf: leaf[:1], parameters["blocks"])}
@@ -162,7 +162,7 @@ def test_attention_scale_acts_on_video_rows_alone(parameters):
     assert np.abs(doubled - base).max() > 1e-3
 
 
-def test_attention_scale_multiplies_what_the_projection_gives_bias_included(parameters):
+def test_attention_scale_includes_the_bias_of_the_projection(parameters):
     network, inputs = network_of(TINY), inputs_of()
     model = network.bind(parameters)
     layout = model.layout(SHAPE, 3)
@@ -212,7 +212,7 @@ def test_published_sizes(preset, count):
 
 
 @pytest.mark.parametrize("positions", list(Positions))
-def test_operations_agree_with_the_compiler(positions):
+def test_flops_agree_with_the_compiler(positions):
     """XLA counts single-element work too, which a wide enough network makes small."""
     config = TINY.replace(
         positions=positions, heads=8, head_width=32, condition_width=64, unroll=True, sample_height=8, sample_width=12
