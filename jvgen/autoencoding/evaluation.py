@@ -76,8 +76,8 @@ def evaluate_vae(
     @jax.jit
     def run(tree: Parameters, image_tree: Parameters, frozen: Parameters, video: jax.Array) -> Any:
         clips, means = compatibility.reconstructions(clip_vae, tree, from_uint8(video), image_clip_vae, image_tree)
-        shown = compatibility.uint8_clips(clips)
-        return compatibility.fidelity(clips, perceptual, frozen), compatibility.statistics(means), shown
+        fidelity = compatibility.fidelity(clips, perceptual, frozen)
+        return fidelity, compatibility.statistics(means), compatibility.uint8_clips(clips)["reconstruction"]
 
     parameters = jax.device_put(import_folder(vae)[1])
     image_parameters = None if image_vae is None else jax.device_put(import_folder(image_vae)[1])
@@ -90,14 +90,15 @@ def evaluate_vae(
     with loader.batches(0, batches) as stream:
         for loaded in progress(stream, "evaluating", unit="batch", total=batches):
             video = loaded.arrays["video"]
-            found, statistics, shown = jax.device_get(run(parameters, image_parameters, frozen, jnp.asarray(video)))
-            for name, values in found.items():
+            outputs = run(parameters, image_parameters, frozen, jnp.asarray(video))
+            fidelity, statistics, reconstructions = jax.device_get(outputs)
+            for name, values in fidelity.items():
                 rows.setdefault(name, []).extend(values.tolist())
             for name, (total, count) in statistics.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.array([total, count], np.float64)
             if distance is not None:
-                distance.add(*(np.float32(clips) / 255.0 for clips in (video, shown["reconstruction"])))
-            lowest += zip(found["psnr"].tolist(), loaded.record_ids, video, shown["reconstruction"], strict=True)
+                distance.add(*(np.float32(clips) / 255.0 for clips in (video, reconstructions)))
+            lowest += zip(fidelity["psnr"].tolist(), loaded.record_ids, video, reconstructions, strict=True)
             lowest = sorted(lowest, key=lambda row: row[0])[: max(worst, 0)]
     result = {name: float(np.mean(values)) for name, values in rows.items()}
     result |= _standard_deviations({name: total / count for name, (total, count) in totals.items()})

@@ -62,12 +62,12 @@ def from_diffusers(values: Mapping[str, Any], where: str) -> Scheduler:
       where: its path, for messages.
 
     Raises:
-      ValueError: a class that is not known, or values of it that have no counterpart here.
+      ValueError: an unknown class, or unsupported values.
     """
     name = values.get("_class_name")
     if name not in SAMPLERS:
         raise ValueError(
-            f"{where}: the scheduler is of class {name!r}, which is not known here; "
+            f"{where}: the scheduler is of class {name!r}, which is not supported; "
             f"those of CogVideoX pipelines are {' and '.join(SAMPLERS)}."
         )
     rules = {

@@ -79,7 +79,7 @@ def to_ours(clip: "torch.Tensor") -> np.ndarray:
     return clip.detach().numpy().transpose(0, 2, 3, 4, 1)
 
 
-# An image; three batches, of which the first is longer.
+# An image; three chunks, of which the first is longer.
 @pytest.mark.parametrize("frames", [1, 25])
 def test_moments(pair, frames):
     clip = random_array(frames, 1, frames, *SIZE, 3)
@@ -96,7 +96,7 @@ def test_decoding(pair, frames):
     np.testing.assert_allclose(pair.decode(latents), expected, atol=2e-5, rtol=0)
 
 
-def test_batches_of_frames_handed_on_one_by_one_are_the_whole(pair):
+def test_chunks_equal_the_whole_clip(pair):
     latents = jnp.asarray(random_array(3, 1, 7, 2, 3, CONFIG.latent_channels))
     clip = jnp.asarray(random_array(4, 1, 25, *SIZE, 3))
     for method, whole, frames, size in (
@@ -125,18 +125,18 @@ def test_memory_does_not_grow_with_the_length_of_a_clip(pair):
         return pair.decode.lower(shape).compile().memory_analysis().temp_size_in_bytes
 
     frame = 8 * 12 * 3 * 4
-    # What is kept besides is the result, before and after its batches are joined.
+    # The rest is the result, before and after its chunks are joined.
     assert temporary(21) - temporary(7) < 3 * 14 * 2 * frame
 
 
-def test_without_the_past_the_second_batch_is_another(pair):
+def test_second_chunk_depends_on_the_cache(pair):
     latents = random_array(3, 1, 7, 2, 3, CONFIG.latent_channels)
     whole = np.asarray(pair.decode(latents))
     alone = np.asarray(pair.decode(latents[:, 5:]))
     assert np.abs(whole[:, 9:] - alone).max() > 0.05
 
 
-def test_one_pass_over_a_clip_differs_from_batches_beyond_the_first(pair):
+def test_single_pass_differs_from_chunks_after_the_first(pair):
     once = config_network(CONFIG.replace(encode_chunk_frames=None))
     clip = random_array(5, 1, 25, *SIZE, 3)
     moments = np.asarray(jax.jit(lambda x: once.apply(pair.parameters, x, method="encode"))(clip))
@@ -147,7 +147,7 @@ def test_one_pass_over_a_clip_differs_from_batches_beyond_the_first(pair):
     assert moments.shape == batched.shape and np.abs(moments - batched).max() > 0.01
 
 
-def test_tiles_are_those_of_diffusers(pair):
+def test_tiles_equal_those_of_diffusers(pair):
     # Three by three tiles, the last ones of other sizes.
     latents = jnp.asarray(random_array(6, 1, 1, 12, 11, CONFIG.latent_channels))
     clip = jnp.asarray(random_array(7, 1, 1, 48, 44, 3))
@@ -174,7 +174,7 @@ def test_published_tiles():
     assert not Tiling.decoding(config).needed(30, 45) and Tiling.decoding(config).needed(31, 45)
 
 
-def test_our_weights_load_strictly_and_come_back_bit_equal(tmp_path):
+def test_weights_load_strictly_and_round_trip_bitwise(tmp_path):
     config = CogVideoXVAEConfig.tiny()
     shapes = config_network(config).shapes
     leaves, structure = jax.tree.flatten(shapes)
@@ -188,7 +188,7 @@ def test_our_weights_load_strictly_and_come_back_bit_equal(tmp_path):
     assert all(np.array_equal(before[path], after[path]) for path in before) and list(before) == list(after)
 
 
-def test_the_released_training_files_come_and_go(pair):
+def test_sat_weights_round_trip(pair):
     """Names as `scripts/convert_cogvideox_to_diffusers.py` of diffusers tells them apart."""
     table = weight_map_sat(CONFIG, "first_stage_model.")
     state = dict(table.to_torch(pair.parameters))
@@ -213,7 +213,7 @@ def test_the_released_training_files_come_and_go(pair):
         table.from_torch(state, pair.network.shapes)
 
 
-def test_configuration_comes_back_from_that_of_diffusers(pair):
+def test_configuration_round_trip_through_diffusers(pair):
     assert from_diffusers_config(pair.reference.config) == CONFIG
     with pytest.raises(ValueError, match="use_quant_conv = True"):
         from_diffusers_config({**pair.reference.config, "use_quant_conv": True})
@@ -231,8 +231,8 @@ def test_published_size():
     assert from_diffusers_config(reference.config) == CogVideoXVAEConfig.cogvideox_2b()
 
 
-def test_operations_are_those_that_torch_counts(pair):
-    """But for the maps of latents to scales and shifts, which torch takes of enlarged latents."""
+def test_flops_equal_those_that_torch_counts(pair):
+    """Except for the maps of latents to scales and shifts, which torch applies to upsampled latents."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -258,7 +258,7 @@ def test_operations_are_those_that_torch_counts(pair):
         (9, 16, 20, "width = 20"),
     ],
 )
-def test_clips_that_do_not_come_back_are_refused(frames, height, width, said):
+def test_clips_that_decode_to_another_size_are_refused(frames, height, width, said):
     with pytest.raises(ValueError, match=said):
         CogVideoXVAEConfig().check_clip(frames, height, width)
     CogVideoXVAEConfig().check_clip(49, 480, 720)
@@ -277,12 +277,12 @@ def test_clips_that_do_not_come_back_are_refused(frames, height, width, said):
         ({"decode_chunk_frames": 0}, "decode_chunk_frames = 0"),
     ],
 )
-def test_configurations_that_make_no_network_are_refused(changes, said):
+def test_invalid_configurations_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         CONFIG.replace(**changes).validate()
 
 
-def test_bfloat16_in_bfloat16_out(pair):
+def test_bfloat16_output_for_bfloat16_input(pair):
     latents = random_array(0, 1, 2, 2, 3, CONFIG.latent_channels)
     rough = pair.decode(latents.astype(jnp.bfloat16))
     exact = np.asarray(pair.decode(latents))

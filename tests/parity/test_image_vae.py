@@ -131,7 +131,7 @@ def test_gradients_of_all_parameters(pair):
         np.testing.assert_allclose(gradient, expected, atol=atol, rtol=0, err_msg=name)
 
 
-def test_our_weights_load_strictly_and_come_back_bit_equal(pair):
+def test_weights_load_strictly_and_round_trip_bitwise(pair):
     leaves, structure = jax.tree.flatten(pair.network.shapes)
     parameters = structure.unflatten([0.3 * random_array(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
     state = {name: torch.from_numpy(np.array(array)) for name, array in weight_map(pair.config).to_torch(parameters)}
@@ -147,7 +147,7 @@ def test_our_weights_load_strictly_and_come_back_bit_equal(pair):
     assert all(np.array_equal(before[path], after[path]) for path in before) and list(before) == list(after)
 
 
-def test_configuration_comes_back_from_that_of_diffusers(pair):
+def test_configuration_round_trip_through_diffusers(pair):
     assert from_diffusers_config(pair.reference.config) == pair.config.replace(remat=Remat.NONE)
 
 
@@ -162,7 +162,7 @@ def test_published_sizes(preset, entries, count):
     assert shapes == {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
 
 
-def test_operations_are_those_that_torch_counts(pair):
+def test_flops_equal_those_that_torch_counts(pair):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -176,7 +176,7 @@ def test_operations_are_those_that_torch_counts(pair):
 
 
 @pytest.mark.parametrize("pair", ["z4"], indirect=True)
-def test_bfloat16_in_bfloat16_out(pair):
+def test_bfloat16_output_for_bfloat16_input(pair):
     images = random_array(0, 1, 8, 8, 3)
     encode = jax.jit(lambda parameters, images: pair.network.apply(parameters, images, method="encode"))
     exact, rough = encode(pair.parameters, images), encode(pair.parameters, images.astype(jnp.bfloat16))

@@ -1,4 +1,4 @@
-"""`jvgen verify`: exported folders load strictly in the original classes, with equal outputs; mistakes are seen."""
+"""`jvgen verify`: exported folders load strictly in the original classes, with equal outputs; errors are reported."""
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ def test_exports_load_strictly_with_equal_outputs(tmp_path, name):
     assert all(np.array_equal(left, right) for left, right in leaves)
 
 
-def test_a_difference_is_seen_and_a_misfit_refused(tmp_path):
+def test_differences_and_misfits_are_reported(tmp_path):
     config = CONFIGS["vae"]
     parameters = random_parameters(config)
     folder = export_network(config, parameters, tmp_path / "vae")

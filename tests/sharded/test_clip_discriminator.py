@@ -1,4 +1,4 @@
-"""The discriminator with its parameters split over eight host devices: every kernel is gathered once."""
+"""The discriminator with its parameters split over eight CPU devices: every kernel is gathered once."""
 
 import jax
 import jax.numpy as jnp

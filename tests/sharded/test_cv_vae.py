@@ -1,4 +1,4 @@
-"""Both kinds of CV-VAE with clips split over eight host devices: outputs and gradients are those of one device."""
+"""Causal and published CV-VAEs with clips split over eight CPU devices: outputs and gradients equal those of one."""
 
 import jax
 import jax.numpy as jnp

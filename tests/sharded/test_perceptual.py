@@ -1,4 +1,4 @@
-"""LPIPS of images that are split over eight host devices: what one device finds, and no features move."""
+"""LPIPS of images split over eight CPU devices: equal to one device, and no features are sent."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The causal CV-VAE: an inflated image autoencoder is itself, parts are the whole, nothing sees what comes later."""
+"""The causal CV-VAE: inflation is exact, chunks equal the whole clip, no layer reads later frames; configs, files."""
 
 import functools
 import json
@@ -67,7 +67,7 @@ def image():
 
 
 @pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 9])
-def test_an_inflated_image_autoencoder_is_itself_on_images_and_clips(image, frames):
+def test_inflated_network_equals_the_image_autoencoder_on_images_and_clips(image, frames):
     parameters, (encode_image, decode_image) = image
     start = jax.jit(network_of(CAUSAL).init)(jax.random.key(1))
     encode, decode = coders(CAUSAL, inflate(IMAGE, parameters, CAUSAL, start))
@@ -79,7 +79,7 @@ def test_an_inflated_image_autoencoder_is_itself_on_images_and_clips(image, fram
     np.testing.assert_allclose(decode(latents)[0], held, atol=1e-5)
 
 
-def test_frames_between_two_latents_can_be_blended(image):
+def test_blended_frames_between_latents(image):
     """Images, latents and every fourth frame stay the image autoencoder's; what is between changes evenly."""
     parameters, (encode_image, decode_image) = image
     config = CAUSAL.replace(blend_frames=True)
@@ -99,7 +99,7 @@ def test_frames_between_two_latents_can_be_blended(image):
 
 
 @pytest.mark.slow
-def test_an_inflated_published_architecture_keeps_images(image):
+def test_inflated_published_architecture_equals_the_image_autoencoder_on_images(image):
     """Symmetric windows, no quantization convolutions: images inside their outermost pixels, norms as they were."""
     parameters, (encode_image, decode_image) = image
     config = CVVAEConfig.sd21().replace(
@@ -118,14 +118,14 @@ def test_an_inflated_published_architecture_keeps_images(image):
     np.testing.assert_allclose(decode(moments[..., :4])[0], decode_image(moments[0, ..., :4]), atol=1e-5)
 
 
-def test_other_sizes_do_not_inflate(image):
+def test_inflation_refuses_other_sizes(image):
     config = CAUSAL.replace(latent_channels=16, groups=4)
     with pytest.raises(ValueError) as error:
         inflate(IMAGE, image[0], config, network_of(config).shapes)
     assert all(words in str(error.value) for words in ("latent_channels: 4 of the image", "groups: 2")), error.value
 
 
-# Parts and the whole.
+# Chunks.
 
 
 @pytest.fixture(scope="module")
@@ -138,26 +138,26 @@ def causal():
     return network, parameters, clip, moments, decode(moments[..., :4])
 
 
-def test_parts_are_the_whole(causal):
+def test_chunks_equal_the_whole_clip(causal):
     network, parameters, clip, moments, decoded = causal
     encode, decode = (
-        jax.jit(lambda part, past, method=method: network.apply(parameters, part, past, method=method))
+        jax.jit(lambda chunk, cache, method=method: network.apply(parameters, chunk, cache, method=method))
         for method in ("encode_chunk", "decode_chunk")
     )
-    found, shown, past, memory = [], [], None, None
+    found, shown, encoder_cache, decoder_cache = [], [], None, None
     for start, stop in [(0, 5), (5, 9), (9, 17)]:
-        part, past = encode(clip[:, start:stop], past)
-        found.append(part)
-        frames, memory = decode(part[..., :4], memory)
+        chunk, encoder_cache = encode(clip[:, start:stop], encoder_cache)
+        found.append(chunk)
+        frames, decoder_cache = decode(chunk[..., :4], decoder_cache)
         shown.append(frames)
-    assert [part.shape[1] for part in found] == [2, 1, 2] and [part.shape[1] for part in shown] == [5, 4, 8]
+    assert [chunk.shape[1] for chunk in found] == [2, 1, 2] and [chunk.shape[1] for chunk in shown] == [5, 4, 8]
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), moments, atol=1e-5)
     np.testing.assert_allclose(jnp.concatenate(shown, axis=1), decoded, atol=1e-5)
-    # What is remembered does not grow: two frames a convolution, one less than the window of the attention.
-    assert {leaf.shape[1] for leaf in jax.tree.leaves((past, memory))} == {1, 2}
+    # The cache does not grow: two frames per convolution, one less than the window of the attention.
+    assert {leaf.shape[1] for leaf in jax.tree.leaves((encoder_cache, decoder_cache))} == {1, 2}
 
 
-def test_nothing_sees_what_comes_later(causal):
+def test_no_layer_reads_later_frames(causal):
     network, parameters, clip, moments, decoded = causal
     encode, decode = coders(CAUSAL, parameters)
     later = encode(clip.at[:, 9].add(5.0))
@@ -168,7 +168,7 @@ def test_nothing_sees_what_comes_later(causal):
     )
 
 
-def test_published_networks_see_what_comes_later_and_say_so():
+def test_published_networks_refuse_chunks():
     for config in (CVVAEConfig.sd21(), CVVAEConfig.sd3()):
         assert not config.is_causal
         network = network_of(config.replace(block_channels=(4, 4, 4, 4), groups=2, layers_per_block=1))
@@ -188,7 +188,7 @@ def test_published_networks_see_what_comes_later_and_say_so():
         ((1, 5, 8, 2, 3), ["width = 2", "take 4"]),
     ],
 )
-def test_sizes_that_leave_something_over(shape, words):
+def test_sizes_with_a_remainder_are_refused(shape, words):
     network = network_of(CAUSAL)
     with pytest.raises(ValueError) as error:
         jax.eval_shape(lambda p, x: network.apply(p, x, method="encode"), network.shapes, jnp.zeros(shape))
@@ -235,7 +235,7 @@ def test_chunks_share_a_frame_and_tiles_end_at_the_edge():
     assert tile_starts(576, 576, 448) == [0] and tile_starts(72, 72, 56) == [0]
 
 
-def test_tiles_of_a_local_coder_are_the_whole():
+def test_tiles_of_a_pointwise_coder_equal_the_whole_clip():
     """Coders that look at nothing but their own place: cutting, blending and joining must not be seen."""
     config = CVVAEConfig.sd21().replace(tile_frames=4, tile_size=32, tile_overlap=0.25)
 
@@ -253,7 +253,7 @@ def test_tiles_of_a_local_coder_are_the_whole():
     np.testing.assert_allclose(decode_tiled(decode, latents, config), decode(latents), atol=1e-6)
 
 
-# What is known without running anything.
+# Sizes, configs and files.
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_published_sizes(config, parameters, tensors, encode, decode):
         (CVVAEConfig.sd21().replace(groups=16), "CVVAE"),
     ],
 )
-def test_a_config_survives_its_file(config, name):
+def test_config_round_trip_through_config_json(config, name):
     values = to_diffusers_config(config)
     assert values["_class_name"] == name
     again = from_diffusers_config(values)
@@ -347,7 +347,7 @@ def test_own_config_files_are_flat():
         from_diffusers_config(values | {"norm_over": "both"})
 
 
-def test_own_layout_goes_both_ways(causal):
+def test_own_format_round_trip(causal):
     network, parameters, *_ = causal
     table = weight_map(CAUSAL)
     state = dict(table.to_torch(parameters))

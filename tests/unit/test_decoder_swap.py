@@ -30,19 +30,19 @@ def image():
     return jax.jit(Network.of(lambda rngs: ImageVAE(CONFIG.vae, rngs=rngs)).init)(jax.random.key(1))
 
 
-def test_an_inflated_decoder_holds_the_frames_that_the_image_decoder_makes(image, tmp_path):
+def test_inflated_decoder_holds_the_frames_of_the_image_decoder(image, tmp_path):
     video = CVVAEConfig.causal(CONFIG.vae)
     shapes = Network.of(lambda rngs: CVVAE(video, rngs=rngs)).shapes
-    other = DecoderSwap(exported(video, inflate(CONFIG.vae, image, video, shapes), tmp_path / "vae"), CONFIG)
+    swap = DecoderSwap(exported(video, inflate(CONFIG.vae, image, video, shapes), tmp_path / "vae"), CONFIG)
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4, 4)), jnp.float32)
     task = CONFIG.build()
     alone = np.asarray(jax.jit(task.decode)({"vae": image}, latents), int)
-    clips = np.asarray(jax.jit(other.apply_to(task).decode)({"vae": other.load()}, latents), int)
+    clips = np.asarray(jax.jit(swap.apply_to(task).decode)({"vae": swap.load()}, latents), int)
     assert clips.shape == (2, 5, 8, 8, 3) and alone.shape == (2, 3, 8, 8, 3)
     held = alone[:, [0, 1, 1, 2, 2]]
     assert np.abs(clips - held).max() <= 1 and alone.std() > 1
-    # The task itself is as it was.
-    assert task.decode({"vae": image}, latents).shape[1] == 3 and isinstance(other.apply_to(task), TextToVideo)
+    # The task itself is unchanged.
+    assert task.decode({"vae": image}, latents).shape[1] == 3 and isinstance(swap.apply_to(task), TextToVideo)
 
 
 @pytest.mark.parametrize(
@@ -53,23 +53,23 @@ def test_an_inflated_decoder_holds_the_frames_that_the_image_decoder_makes(image
     ],
     ids=["channels", "sizes"],
 )
-def test_latents_that_cannot_be_shared(config, words, tmp_path):
+def test_vaes_that_cannot_share_latents_are_refused(config, words, tmp_path):
     network = Network.of(lambda rngs: ImageVAE(config, rngs=rngs))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), network.shapes)
     with pytest.raises(ValueError, match=words):
         DecoderSwap(exported(config, zeros, tmp_path / "vae"), CONFIG)
 
 
-def test_an_image_decoder_makes_a_frame_of_each_latent_of_a_run_on_clips(image, tmp_path):
+def test_image_decoder_makes_one_frame_per_latent_of_clips(image, tmp_path):
     config = CONFIG.replace(vae=CVVAEConfig.causal(CONFIG.vae), temporal_compression=2)
-    other = DecoderSwap(exported(CONFIG.vae, image, tmp_path / "vae"), config)
+    swap = DecoderSwap(exported(CONFIG.vae, image, tmp_path / "vae"), config)
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4, 4)), jnp.float32)
-    frames = jax.jit(other.apply_to(config.build()).decode)({"vae": other.load()}, latents)
+    frames = jax.jit(swap.apply_to(config.build()).decode)({"vae": swap.load()}, latents)
     np.testing.assert_array_equal(frames, jax.jit(CONFIG.build().decode)({"vae": image}, latents))
     assert frames.shape == (2, 3, 8, 8, 3)
 
 
-def test_other_groups_and_other_runs(image, tmp_path):
+def test_other_compression_and_other_runs_are_refused(image, tmp_path):
     video = CVVAEConfig.causal(CONFIG.vae)
     shapes = Network.of(lambda rngs: CVVAE(video, rngs=rngs)).shapes
     folder = exported(video, inflate(CONFIG.vae, image, video, shapes), tmp_path / "vae")

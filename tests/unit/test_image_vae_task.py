@@ -1,4 +1,4 @@
-"""The image VAE task: its loss, its metrics, draws by slot, and what it says of sizes that do not fit."""
+"""The image VAE task: its loss, its metrics, draws per slot, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def whole(parameters):
     return losses(CONFIG.replace(frames_per_clip=2), parameters, batch_of(), jax.random.key(3), 1)
 
 
-def test_microbatches_make_the_same_loss(parameters, whole):
+def test_microbatches_have_the_same_loss(parameters, whole):
     """The posterior's noise and the frames that are picked belong to a slot, not to its place in a microbatch."""
     loss, metrics = whole
     parts, of_parts = losses(CONFIG.replace(frames_per_clip=2), parameters, batch_of(), jax.random.key(3), 2)
@@ -69,7 +69,7 @@ def test_the_loss_is_the_sum_of_its_parts(whole):
     assert loss == pytest.approx(parts, rel=1e-6)
 
 
-def test_frames_of_a_clip_are_different_ones_and_the_same_in_every_view(key):
+def test_drawn_frames_are_distinct_and_equal_in_every_view(key):
     task = CONFIG.replace(frames_per_clip=2).build()
     bucket = BUCKET.replace(views=2, frames=5, batch_size=6)
     shape = (bucket.batch_size, *task.fields(bucket)["video"].shape)
@@ -84,7 +84,7 @@ def test_frames_of_a_clip_are_different_ones_and_the_same_in_every_view(key):
     np.testing.assert_array_equal(some, chosen[3:5])
 
 
-def test_evaluation_uses_the_mean_and_no_draws(parameters):
+def test_evaluation_uses_the_posterior_mean(parameters):
     task, batch = CONFIG.build(), batch_of()
 
     @jax.jit
@@ -103,7 +103,7 @@ def test_evaluation_uses_the_mean_and_no_draws(parameters):
     assert shown["reconstruction"].dtype == jnp.uint8
 
 
-def test_flops_count_the_frames_that_are_used():
+def test_flops_count_the_frames_used():
     clip, frame = (CONFIG.replace(frames_per_clip=n).build().flops(BUCKET) for n in (0, 1))
     assert sum(clip.values()) == pytest.approx(3 * sum(frame.values()))
     both = CONFIG.build().flops(BUCKET.replace(views=2))
@@ -134,13 +134,13 @@ def test_mistakes_in_the_config(changes, words):
         ({"frames": 1}, ["frames = 1", "frames_per_clip = 2"]),
     ],
 )
-def test_batches_that_do_not_fit(changes, words):
+def test_batch_shapes_that_do_not_fit(changes, words):
     with pytest.raises(ValueError) as error:
         CONFIG.replace(frames_per_clip=2).check_bucket(BUCKET.replace(**changes))
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_it_needs_pixels_and_makes_nothing_from_prompts(tmp_path):
+def test_needs_pixels_and_refuses_prompts(tmp_path):
     with pytest.raises(ValueError, match="cached latents and no pixels"):
         CONFIG.build().preprocess({"latents": np.zeros((3, 4, 4, 8), np.float32), "caption": ""})
     with pytest.raises(ValueError, match="text-to-video run"):

@@ -47,7 +47,7 @@ def contents(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_what_is_exported_is_imported(tmp_path, parameters):
+def test_export_import_round_trip(tmp_path, parameters):
     folder = export_network(VAE, parameters, tmp_path / "vae")
     assert contents(tmp_path) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
     config, again = import_folder(folder)
@@ -96,7 +96,7 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
         assert ours[name].dtype == array.dtype and ours.shape(name) == array.shape
 
 
-def test_several_networks_go_to_one_folder_each(tmp_path, parameters):
+def test_several_networks_have_a_subfolder_each(tmp_path, parameters):
     text = ByteTextConfig(width=16, layers=2, heads=2)
     text_parameters = random_parameters(text)
     folder = export_networks(
@@ -130,7 +130,7 @@ def test_an_existing_folder_is_kept_without_overwrite(tmp_path, parameters):
         export_network(VAE, parameters, tmp_path / "file")
 
 
-def test_a_full_disk_is_seen_before_writing(tmp_path, parameters, monkeypatch):
+def test_full_disk_is_reported_before_writing(tmp_path, parameters, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(ExportError, match="too full: the export needs .* MB and 0.0 MB are free. Nothing was written"):
@@ -139,7 +139,7 @@ def test_a_full_disk_is_seen_before_writing(tmp_path, parameters, monkeypatch):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_write_that_fails_leaves_things_as_they_were(tmp_path, parameters, exists):
+def test_failed_write_changes_nothing(tmp_path, parameters, exists):
     other = random_parameters(VAE, seed=1)
     if exists:
         export_network(VAE, other, tmp_path / "vae")
@@ -168,7 +168,7 @@ def test_weights_of_another_network_are_listed(tmp_path, parameters):
     assert contents(tmp_path) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
 
 
-def test_shard_names_cannot_leave_the_folder(tmp_path, parameters):
+def test_shards_outside_the_folder_are_refused(tmp_path, parameters):
     folder = export_network(VAE, parameters, tmp_path / "vae", shard_bytes=20000)
     outside = export_network(VAE, parameters, tmp_path / "outside") / "diffusion_pytorch_model.safetensors"
     index_path = folder / "diffusion_pytorch_model.safetensors.index.json"
@@ -237,7 +237,7 @@ def test_pickles_are_refused_without_torch(tmp_path, monkeypatch):
 
 
 @pytest.mark.torch
-def test_pickles_are_read_as_tensors_or_not_at_all(tmp_path, parameters):
+def test_pickles_with_other_objects_are_refused(tmp_path, parameters):
     torch = pytest.importorskip("torch")
     state = {
         name: torch.from_numpy(array.copy())

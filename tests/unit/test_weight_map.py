@@ -92,7 +92,7 @@ def test_round_trips_are_bitwise_in_both_directions(rows, shuffle):
     assert all(same_bits(other[name], once_more[name]) for name in other)
 
 
-def test_layouts_are_those_of_torch():
+def test_layouts_equal_those_of_torch():
     kernel = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
     parameters = {"conv": {"kernel": kernel}, "linear": {"kernel": kernel[0, 0]}, "point": kernel[0, 1]}
     table = WeightMap(
@@ -108,7 +108,7 @@ def test_layouts_are_those_of_torch():
     assert theirs["point.weight"].shape == (5, 4, 1, 1) and theirs["point.weight"][4, 3, 0, 0] == kernel[0, 1, 3, 4]
 
 
-def test_named_chunks_may_be_taken_in_another_order_and_of_unequal_sizes():
+def test_named_chunks_in_another_order_and_of_unequal_sizes():
     chunks, sizes = ("shift", "scale", "gate"), (1, 2, 3)
     table = WeightMap(
         (
@@ -185,14 +185,14 @@ def test_parameters_of_another_network_are_refused():
         list(table.to_torch({"v": np.zeros(1)}))
 
 
-def test_to_torch_takes_jax_arrays_and_is_lazy():
+def test_to_torch_accepts_jax_arrays_and_is_lazy():
     table = WeightMap((Entry("w", "w.{layer}", LINEAR),))
     stream = table.to_torch({"w": jax.numpy.arange(12.0).reshape(2, 2, 3)})
     name, first = next(stream)
     assert name == "w.0" and first.shape == (3, 2) and first[2, 1] == 5
 
 
-def test_parameters_are_placed_as_soon_as_they_are_whole():
+def test_parameters_are_placed_as_soon_as_complete():
     """Each once, in the dtype asked for, before tensors of the next stack are read."""
     shapes = {
         "blocks": {"kernel": jax.ShapeDtypeStruct((3, 2, 4), np.float16)},

@@ -107,7 +107,7 @@ class Decoder(nnx.Module):
 
 
 class CVVAE(nnx.Module):
-    """`encode` to moments, `decode` from latents; see `jvgen.models.image_vae.posterior` for what lies between.
+    """`encode` to moments of a posterior (see `jvgen.models.image_vae.posterior`), `decode` from latents.
 
     An image is a clip of one frame. `encode_chunk` and `decode_chunk` code a clip in chunks, in causal networks.
     """

@@ -1,4 +1,4 @@
-"""Both published CV-VAEs as the authors' code runs them: clips, single images, chunks and tiles."""
+"""Both published CV-VAEs against the authors' code: clips, single images, chunks and tiles."""
 
 import functools
 
