@@ -1,13 +1,13 @@
-"""CVD's ablation at the scale of the demo: what synchronization, epipolar bias and the kinds of data do, several seeds.
+"""CVD's ablation at the scale of the demo: synchronization, epipolar bias and kinds of data, over several seeds.
 
     make demo
     python -m tests.experiments.multiview_ablation --demo runs/demo --workdir runs/multiview --out multiview.md
 
-Builds scenes (still ones with a moving camera, moving ones) and their latents. Trains a transformer on single clips and
-their cameras once; on it, standing still as in the paper, what every variant adds, with the same data, steps and seeds.
-Then measures pairs of views generated from held-out captions and cameras: do their first frames, which one camera
-takes, agree; do two views of one trajectory; is the body on the epipolar line of where the other view has it; do
-bodies move as captions say, and alike. What was trained before is not trained again.
+Builds scenes (static ones with a moving camera, dynamic ones) and their latents. Trains a transformer on single clips
+with cameras once; then, with the transformer frozen as in the paper, the modules of every variant, with equal data,
+steps and seeds. Evaluates pairs of views generated from held-out captions and cameras: MSE of first frames, which share
+a camera, and of views with the same trajectory; distance of the body from the epipolar line of its position in the
+other view; motion as named in the caption, and equal in both views. Finished runs are not trained again.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Setting:
 
     @property
     def base(self) -> Path:
-        """The run whose transformer stands still."""
+        """The run of the frozen transformer."""
         return self.workdir / f"base_{self.base_steps}"
 
 
@@ -260,35 +260,35 @@ def generated(setting: Setting, run: Path) -> dict[str, float]:
     batch = min(8, len(captions))
 
     @jax.jit
-    def generate(parameters: Any, frozen: Any, tokens: jax.Array, slots: jax.Array, told: Cameras) -> jax.Array:
-        return task.generate_views(parameters, frozen, tokens, told, slots, jax.random.key(1), request)
+    def generate(parameters: Any, frozen: Any, tokens: jax.Array, slots: jax.Array, cameras: Cameras) -> jax.Array:
+        return task.generate_views(parameters, frozen, tokens, cameras, slots, jax.random.key(1), request)
 
-    def views_of(captions: Sequence[str], told: Cameras) -> np.ndarray:
-        made = []
+    def views_of(captions: Sequence[str], cameras: Cameras) -> np.ndarray:
+        generated = []
         for start in range(0, len(captions) - batch + 1, batch):
             rows = slice(start, start + batch)
-            some = Cameras(*(jnp.asarray(part[rows], jnp.float32) for part in told))
+            some = Cameras(*(jnp.asarray(part[rows], jnp.float32) for part in cameras))
             slots = jnp.arange(start, start + batch, dtype=jnp.int32)
-            made.append(np.asarray(generate(parameters, loaded.frozen, task.tokens(captions[rows]), slots, some)))
-        return np.concatenate(made)
+            generated.append(np.asarray(generate(parameters, loaded.frozen, task.tokens(captions[rows]), slots, some)))
+        return np.concatenate(generated)
 
-    made = views_of(captions, cameras)
-    alike = views_of(captions, Cameras(*(np.repeat(part[:, :1], 2, axis=1) for part in cameras)))
-    # Cameras at rest: all that changes is what the caption says.
-    said = captions_of_motion(setting)[: len(captions)]
-    at_rest = Cameras(*(np.broadcast_to(part[:, :1, :1], part.shape) for part in cameras))
-    moving = views_of(said, at_rest)
-    for name, clips in (("views", made), ("moving", moving)):
+    generated = views_of(captions, cameras)
+    same = views_of(captions, Cameras(*(np.repeat(part[:, :1], 2, axis=1) for part in cameras)))
+    # With static cameras only the scene moves, as its caption says.
+    motion_captions = captions_of_motion(setting)[: len(captions)]
+    static = Cameras(*(np.broadcast_to(part[:, :1, :1], part.shape) for part in cameras))
+    moving = views_of(motion_captions, static)
+    for name, clips in (("views", generated), ("moving", moving)):
         rows = [clip for pair in clips[:4] for clip in pair]
         (run / f"{name}.png").write_bytes(png_bytes(contact_sheet(rows, scale=2)))
-    np.savez_compressed(run / "views.npz", views=made, alike=alike, moving=moving)
-    real = real[: len(made)]
+    np.savez_compressed(run / "views.npz", views=generated, same_trajectory=same, moving=moving)
+    real = real[: len(generated)]
     return {
-        **agreement(made, cameras, captions),
-        "one trajectory": float(np.mean([views_mse(*pair) for pair in alike])),
-        **motion(moving, said),
+        **agreement(generated, cameras, captions),
+        "same trajectory": float(np.mean([views_mse(*pair) for pair in same])),
+        **motion(moving, motion_captions),
         **{f"real {key}": value for key, value in agreement(real, cameras, captions).items()},
-        "real one trajectory": 0.0,
+        "real same trajectory": 0.0,
     }
 
 
@@ -298,14 +298,16 @@ def agreement(videos: np.ndarray, cameras: Cameras, captions: Sequence[str]) -> 
     shown = [[classify_clip(view, PALETTE).color for view in pair] for pair in videos]
     return {
         "first frames": float(np.mean([views_mse(pair[0, :1], pair[1, :1]) for pair in videos])),
-        "off the line": float(np.nanmedian([off_the_line(*row) for row in zip(videos, *cameras, strict=False)])),
+        "distance from line": float(
+            np.nanmedian([line_distances(*row) for row in zip(videos, *cameras, strict=False)])
+        ),
         "named color": float(np.mean([one == name for pair, name in zip(shown, named, strict=True) for one in pair])),
         **poses(videos, cameras),
     }
 
 
 def motion(videos: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
-    """Whether views `B 2 F H W 3` of one camera at rest show one and the same motion, and the one that is named."""
+    """Agreement of the motion in views `B 2 F H W 3` of one static camera with each other and with the caption."""
     named = [labels_of(caption).direction for caption in captions[: len(videos)]]
     shown = [[classify_clip(view, PALETTE, DIRECTIONS).direction for view in pair] for pair in videos]
     return {
@@ -313,12 +315,12 @@ def motion(videos: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
         "named direction": float(
             np.mean([one == name for pair, name in zip(shown, named, strict=True) for one in pair])
         ),
-        "one direction": float(np.mean([pair[0] is not None and pair[0] == pair[1] for pair in shown])),
+        "same direction": float(np.mean([pair[0] is not None and pair[0] == pair[1] for pair in shown])),
     }
 
 
-def off_the_line(pair: np.ndarray, intrinsics: np.ndarray, extrinsics: np.ndarray) -> np.ndarray:
-    """Pixels between the body in one view and the epipolar line of where the other has it: each view, frame 1 on."""
+def line_distances(pair: np.ndarray, intrinsics: np.ndarray, extrinsics: np.ndarray) -> np.ndarray:
+    """Distance in pixels of the body in a view from the epipolar line of its position in the other, from frame 1 on."""
     places = np.concatenate([[places_of_body(view[1:]) for view in pair], np.ones((2, len(pair[0]) - 1, 1))], axis=-1)
     tracks = [Cameras(intrinsics[v, 1:].astype(np.float64), extrinsics[v, 1:].astype(np.float64)) for v in (0, 1)]
     distances = []
@@ -330,9 +332,9 @@ def off_the_line(pair: np.ndarray, intrinsics: np.ndarray, extrinsics: np.ndarra
 
 
 def places_of_body(video: np.ndarray) -> np.ndarray:
-    """Middle of the coloured body in each frame, `F 2`, x and y in pixels; NaN where none is seen.
+    """Center of the colored body in each frame, `F 2`, x and y in pixels; NaN where it is not visible.
 
-    What differs in hue from both borders of its row is the body; shadows are grey.
+    Pixels whose hue differs from both borders of their row belong to the body; shadows are gray.
     """
     hue = video - video.mean(axis=-1, keepdims=True)
     columns = max(1, video.shape[2] // 8)
@@ -345,7 +347,7 @@ def places_of_body(video: np.ndarray) -> np.ndarray:
 
 
 def poses(videos: np.ndarray, cameras: Cameras) -> dict[str, float]:
-    """Agreement of corresponding frames with their cameras; the first frames, which one camera takes, do not count."""
+    """Agreement of corresponding frames with their cameras; without the first frames, which share a camera."""
     errors, match = [], sift()
     for pair, intrinsics, extrinsics in zip(videos, *cameras, strict=False):
         tracks = []
@@ -370,25 +372,25 @@ def _enlarged(video: np.ndarray) -> np.ndarray:
 
 
 def report(setting: Setting, found: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Markdown: one row a variant, mean and deviation over seeds."""
+    """Markdown: one row per variant, mean and standard deviation over seeds."""
     measures = {
-        "first frames": 4, "one trajectory": 4, "off the line": 2, "rotation AUC@20": 3, "translation AUC@20": 3,
+        "first frames": 4, "same trajectory": 4, "distance from line": 2, "rotation AUC@20": 3, "translation AUC@20": 3,
         "precision": 3, "matching score": 3, "named color": 2, "moving, one camera": 4, "named direction": 2,
-        "one direction": 2,
+        "same direction": 2,
     }  # fmt: skip
     found = {name: runs for name, runs in found.items() if runs}
     seeds = max(map(len, found.values()))
     lines = [
-        f"# Views that agree, at the demo's scale: {setting.steps} steps on a transformer of {setting.base_steps}, "
+        f"# Multi-view consistency at the demo's scale: {setting.steps} steps on a transformer of {setting.base_steps}, "
         f"seeds {', '.join(map(str, setting.seeds[:seeds]))}",
         "",
-        f"{setting.pairs} pairs of views a run, from held-out captions and cameras; mean over seeds and deviation. "
-        "Mean squared differences (pixels 0 to 1) of first frames, which one camera takes, and of two views of one "
-        "trajectory; median distance in pixels of the body from the epipolar line of where the other view has it; "
-        "agreement of corresponding frames with their cameras by SIFT; share of views with the colour that the caption "
-        "names. Of captions of moving bodies and one camera at rest: squared differences of both views, share of views "
-        "that move as named, of pairs that move alike. Loss of held-out pairs with cameras; seconds of training and "
-        "compiling.",
+        f"{setting.pairs} pairs of views per run, from held-out captions and cameras; mean and standard deviation over "
+        "seeds. MSE (pixels in [0, 1]) between first frames, which share a camera, and between two views with the same "
+        "trajectory; median distance in pixels of the body from the epipolar line of its position in the other view; "
+        "agreement of corresponding frames with their cameras by SIFT; share of views with the color of the caption. "
+        "For captions of moving bodies and one static camera: MSE between both views, share of views that move as "
+        "named, and of pairs with the same direction. Loss of held-out pairs with cameras; seconds of training and "
+        "compilation.",
         "",
     ]
     header = ["variant", *measures, "held-out loss", "seconds"]
