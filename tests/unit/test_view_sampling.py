@@ -1,4 +1,4 @@
-"""`jvgen sample --cameras`: from a run of several views to files that can be checked, and what is said of mistakes."""
+"""`jvgen sample --cameras`: the files it writes for a multi-view run, and its error messages."""
 
 import json
 from pathlib import Path
@@ -86,16 +86,16 @@ def test_views_of_a_named_path(run, jvgen, tmp_path):
 
 
 def test_mistakes_are_reported_before_weights_are_read(run, jvgen, tmp_path):
-    def told(*words) -> str:
+    def error_of(*words) -> str:
         done = jvgen("sample", run, "--prompt", "a", "--out", tmp_path / "x", *words)
         assert done.status == 2
         return done.err
 
-    assert "cameras = 'spiral': must be one of circle" in told("--cameras", "spiral")
-    assert "camera file 'none.txt' does not exist" in told("--cameras", "none.txt")
-    assert "--cameras: name a path (circle, hemisphere, interpolate, dolly) or camera files" in told("--views", 2)
-    assert "--enhance: not with --cameras" in told("--cameras", "circle", "--enhance", 2.0)
-    assert "do not divide over 8 devices; take --batch-size 8" in told(
+    assert "cameras = 'spiral': must be one of circle" in error_of("--cameras", "spiral")
+    assert "camera file 'none.txt' does not exist" in error_of("--cameras", "none.txt")
+    assert "--cameras: name a path (circle, hemisphere, interpolate, dolly) or camera files" in error_of("--views", 2)
+    assert "--enhance: not with --cameras" in error_of("--cameras", "circle", "--enhance", 2.0)
+    assert "do not divide over 8 devices; take --batch-size 8" in error_of(
         "--cameras", "circle", "--views", 3, "--batch-size", 2
     )
 
@@ -121,7 +121,7 @@ def test_camera_files_are_fitted_to_the_clips(tmp_path):
     # Square pixels stay square: fx of the width is fy of the height.
     np.testing.assert_allclose(made.intrinsics[..., 0] * 16, made.intrinsics[..., 1] * 8, rtol=1e-3)
     together = read_views(files, 2, REQUEST, distance=0.5, shared_world_frame=True)
-    assert np.abs(together.extrinsics[1, 0] - np.eye(3, 4)).max() < 1e-8, "both begin at one place of the world"
+    assert np.abs(together.extrinsics[1, 0] - np.eye(3, 4)).max() < 1e-8, "both start at the same point of the world"
 
 
 def test_incompatible_camera_files(tmp_path):
@@ -152,7 +152,7 @@ def test_views_fit_the_mesh(views, devices, least):
 
 
 def test_lines_of_the_epipolar_sheet_go_through_the_marked_points():
-    """A white dot in a black world, seen by two cameras: the line of its place in one crosses it in the other."""
+    """A white dot in a black world, seen by two cameras: its epipolar line crosses it in the other view."""
     extrinsics = np.stack([paths.named_paths("circle", 2, 2, distance=1.0)[view, -1:] for view in range(2)])
     cameras = Cameras(paths.default_intrinsics(2, 1, 4 / 3), extrinsics)
     point = np.array([[0.1, 0.05, 1.2]])
