@@ -381,8 +381,8 @@ def report(setting: Setting, found: Mapping[str, list[dict[str, Any]]]) -> str:
     found = {name: runs for name, runs in found.items() if runs}
     seeds = max(map(len, found.values()))
     lines = [
-        f"# Multi-view consistency at the demo's scale: {setting.steps} steps on a transformer of {setting.base_steps}, "
-        f"seeds {', '.join(map(str, setting.seeds[:seeds]))}",
+        f"# Multi-view consistency at the demo's scale: {setting.steps} steps after {setting.base_steps} of the "
+        f"transformer, seeds {', '.join(map(str, setting.seeds[:seeds]))}",
         "",
         f"{setting.pairs} pairs of views per run, from held-out captions and cameras; mean and standard deviation over "
         "seeds. MSE (pixels in [0, 1]) between first frames, which share a camera, and between two views with the same "
