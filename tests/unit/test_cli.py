@@ -156,7 +156,7 @@ def test_training_writes_metrics_and_checkpoints(vae_run):
 
 def test_evaluation_measures_the_chosen_parameters(jvgen, vae_run, tmp_path):
     done = jvgen("evaluate", vae_run, "--fvd-weights", tmp_path / "none.safetensors")
-    assert done.status == 2 and "predicts no clips to measure" in done.err
+    assert done.status == 2 and "predicts no clips; this needs" in done.err
     done = jvgen("evaluate", vae_run, "--batches", 1, "--out", tmp_path / "trained.json")
     assert done.status == 0, done.err
     measured = json.loads((tmp_path / "trained.json").read_text())
@@ -290,7 +290,7 @@ def test_existing_samples_are_kept(jvgen, video_run, tmp_path):
     assert len({content for content, _ in before.values()}) == 4
 
     again = jvgen(*words)
-    assert again.status == 0 and "4 clips were there already" in again.out
+    assert again.status == 0 and "4 clips existed already" in again.out
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files} == before
     # One that is missing is made again to the byte, whatever it is made together with.
     files[2].unlink()
