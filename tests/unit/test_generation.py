@@ -167,7 +167,7 @@ BAD_WORDS = {
         ("--noise-levels", "sat", "--timestep-spacing", "linspace"),
         "levels = 'sat': leave spacing = 'trailing'",
     ),
-    "a run's option": (("--ema", "0.9"), "--ema: only a run has that option"),
+    "a run's option": (("--ema", "0.9"), "--ema: only valid with RUN"),
     "fps": (("--fps", "0"), "--fps 0.0: must be more than 0"),
     "devices": (("--devices", "99"), "--devices 99: this machine has"),
     "noise": (("--noise", "nowhere.npy"), "--noise nowhere.npy: no such file"),
@@ -210,11 +210,11 @@ def test_a_run_and_weights_are_two_things(whole, jvgen, tmp_path):
     both = jvgen("sample", tmp_path, "--weights", whole, *ASKED, "--out", tmp_path / "clips")
     neither = jvgen("sample", "--prompt", "a", "--out", tmp_path / "clips")
     for done in (both, neither):
-        assert done.status == 2 and "one of them" in done.err
+        assert done.status == 2 and "give exactly one of" in done.err
     done = jvgen("sample", tmp_path, "--prompt", "a", "--noise", "x.npy", "--tiles", "--out", tmp_path / "clips")
     assert done.status == 2 and "--noise, --tiles: only valid with --weights" in done.err
     done = jvgen("sample", "--weights", whole, "--out", tmp_path / "clips")
-    assert done.status == 2 and "nothing to sample" in done.err
+    assert done.status == 2 and "no prompts" in done.err
 
 
 SHAPE = (3, 4, 6, 4)

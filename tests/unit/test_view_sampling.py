@@ -94,7 +94,7 @@ def test_mistakes_are_reported_before_weights_are_read(run, jvgen, tmp_path):
     assert "cameras = 'spiral': must be one of circle" in error_of("--cameras", "spiral")
     assert "camera file 'none.txt' does not exist" in error_of("--cameras", "none.txt")
     assert "--cameras: name a path (circle, hemisphere, interpolate, dolly) or camera files" in error_of("--views", 2)
-    assert "--enhance: not with --cameras" in error_of("--cameras", "circle", "--enhance", 2.0)
+    assert "--enhance: not valid with --cameras" in error_of("--cameras", "circle", "--enhance", 2.0)
     assert "do not divide over 8 devices; take --batch-size 8" in error_of(
         "--cameras", "circle", "--views", 3, "--batch-size", 2
     )
