@@ -1,4 +1,4 @@
-"""Memory of a device of a TPU pod, as compiled for it, against the least that the step of CogVideoX-2B could need."""
+"""Memory per device of a TPU pod, as compiled, against a lower bound for the training step of CogVideoX-2B."""
 
 import math
 from pathlib import Path
@@ -43,7 +43,7 @@ def run(settings: Settings) -> Result:
     rows += -rows % denoiser.token_multiple
     kept = {Remat.FULL: 1, Remat.SAVE_ATTENTION: 2}[denoiser.remat]
     saved = saved_between_layers(program, bucket, rows, denoiser.width, denoiser.layers, kept)
-    least, memory = report.lower_bound.total + saved, report.memory
+    bound, memory = report.lower_bound.total + saved, report.memory
     row: dict[str, Any] = {
         "topology": pod.name,
         "state": report.lower_bound.state / GIB,
@@ -51,20 +51,20 @@ def run(settings: Settings) -> Result:
         "gradients": report.lower_bound.gradients / GIB,
         "cast": report.lower_bound.cast / GIB,
         "saved": saved / GIB,
-        "least": least / GIB,
+        "lower_bound": bound / GIB,
         "compiled": None if memory is None else memory.total / GIB,
-        "ratio": None if memory is None else memory.total / least,
+        "ratio": None if memory is None else memory.total / bound,
         "hbm": pod.hbm_bytes / GIB,
         "compile_s": report.seconds,
     }
     return Result(
-        title="GiB a device of configs/cogvideox_2b.py, as XLA's TPU compiler has it; ratio = compiled / least",
+        title="GiB per device of configs/cogvideox_2b.py, as XLA's TPU compiler reports; ratio = compiled / lower_bound",
         settings={"quick": settings.quick, "mesh": dict(program.sharding.mesh.shape), "remat": denoiser.remat.value},
         rows=[row],
         notes=(
-            "least = state (frozen text encoder included) + batch + gradients + parameters in bfloat16",
-            f"+ what the remat policy keeps: {kept} arrays of tokens x width a layer. What one layer needs while it",
-            "runs is left out.",
+            "lower_bound = state (frozen text encoder included) + batch + gradients + parameters in bfloat16",
+            f"+ what the remat policy saves: {kept} arrays of tokens x width per layer; the temporaries of one layer are",
+            "not included.",
             *([report.problem] if report.problem else []),
         ),
     )
