@@ -58,12 +58,12 @@ def run(settings: Settings) -> Result:
         "compile_s": report.seconds,
     }
     return Result(
-        title="GiB per device of configs/cogvideox_2b.py, as XLA's TPU compiler reports; ratio = compiled / lower_bound",
+        title="GiB/device of configs/cogvideox_2b.py, as XLA's TPU compiler has it; ratio = compiled / lower_bound",
         settings={"quick": settings.quick, "mesh": dict(program.sharding.mesh.shape), "remat": denoiser.remat.value},
         rows=[row],
         notes=(
             "lower_bound = state (frozen text encoder included) + batch + gradients + parameters in bfloat16",
-            f"+ what the remat policy saves: {kept} arrays of tokens x width per layer; the temporaries of one layer are",
+            f"+ what the remat policy saves: {kept} arrays of tokens x width per layer; temporaries of one layer are",
             "not included.",
             *([report.problem] if report.problem else []),
         ),
