@@ -332,7 +332,7 @@ CASES = {
     ),
     "weights of another network": Case(
         lambda w: ["import", w.weights, "--config", *w.vae, "--set", "task.network.groups=2", "--to", w.root / "new"],
-        ("another network", "groups: 4 in the weights, 2 in the run"),
+        ("is not the architecture of", "groups: 4 in the weights, 2 in the run"),
     ),
     "import without a config": Case(lambda w: ["import", w.weights, "--to", w.root / "new"], ("--config",)),
     "import over a run": Case(
