@@ -251,7 +251,7 @@ def report(setting: Setting, found: Mapping[str, list[dict[str, Any]]]) -> str:
              _spread([row["seconds"] for row in rows], 0)]
             for name, rows in found.items()
         ]),
-        "", "## Cosine of neighbouring frames' features after each layer", "",
+        "", "## Cosine similarity of neighboring frames' features after each layer", "",
     ]  # fmt: skip
     layers = len(next(iter(found.values()))[0]["similarity"][f"{TIMESTEPS[0]:g}"]["after"])
     for t in (f"{t:g}" for t in TIMESTEPS):
@@ -261,12 +261,12 @@ def report(setting: Setting, found: Mapping[str, list[dict[str, Any]]]) -> str:
     gates = [[name, *(_spread([row["gates"][layer] for row in rows], 2) for layer in range(layers))]
              for name, rows in found.items() if rows[0]["gates"] is not None]  # fmt: skip
     if gates:
-        lines += ["Gates as parameters (before squashing), averaged over channels:", "",
+        lines += ["Gates as parameters (before the sigmoid), averaged over channels:", "",
                   *_table(["variant", *(f"layer {n}" for n in range(layers))], gates), ""]  # fmt: skip
     measures = list(next(iter(found.values()))[0]["samples"]["none"])
     rows = [[name, *(_spread([run["samples"]["none"][key] for run in runs]) for key in measures)]
             for name, runs in found.items()]  # fmt: skip
-    lines += [f"## {setting.clips} clips a run", "", *_table(["variant", *measures], rows), ""]
+    lines += [f"## {setting.clips} clips per run", "", *_table(["variant", *measures], rows), ""]
     rows = [[f"{name}: {way}", *(_spread([run["samples"][way][key] for run in runs]) for key in measures)]
             for name, runs in found.items() for way in runs[0]["samples"] if len(runs[0]["samples"]) > 1]  # fmt: skip
     if rows:

@@ -61,7 +61,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A folder with a `spiece.model` of 60 pieces that has T5's special tokens and its normalisation of text; and what
+    """A folder with a `spiece.model` of 60 pieces that has T5's special tokens and its normalization of text; and what
     sentencepiece and transformers make of the captions with it."""
     path = tmp_path_factory.mktemp("tokenizer")
     command = [sys.executable, "-c", REFERENCE, str(path), *map(json.dumps, (CORPUS, CAPTIONS, LENGTHS))]
