@@ -15,7 +15,7 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import SPATIAL_SHARDING, ShardingConfig
-from jvgen.tasks.adversary import AdversarialConfig
+from jvgen.tasks.adversarial import AdversarialConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
 from jvgen.training.experiment import Experiment

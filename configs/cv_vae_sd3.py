@@ -17,7 +17,7 @@ from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import MeshConfig
-from jvgen.tasks.adversary import AdversarialConfig
+from jvgen.tasks.adversarial import AdversarialConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
@@ -38,7 +38,7 @@ def experiment() -> Experiment:
             image_vae_weights="weights/sd3_vae",
             shared=SharedLatentsConfig(decoder_weight=1.0, mapping="random"),
             perceptual=PerceptualConfig(kind="lpips", weights="weights/lpips_vgg.safetensors"),
-            adversarial=AdversarialConfig(turns="alternate"),
+            adversarial=AdversarialConfig(update_schedule="alternate"),
         ),
         data=DataConfig(
             sources=(SourceConfig(path="data/images"), SourceConfig(path="data/videos")),

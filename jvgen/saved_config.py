@@ -15,7 +15,7 @@ from jvgen.config import Config, ConfigError, field_hints, item_hint, options
 
 # Stable name of each class -> the module that defines it now. Names never change; rows follow classes that move.
 HOMES = {
-    "AdversarialConfig": "jvgen.tasks.adversary",
+    "AdversarialConfig": "jvgen.tasks.adversarial",
     "AggregationConfig": "jvgen.models.video_dit.config",
     "AugmentationConfig": "jvgen.data.stream.augment",
     "BucketConfig": "jvgen.data.stream.config",

@@ -1,4 +1,4 @@
-"""A world model as a gymnasium environment: episodes begin at recorded frames and go on in imagination."""
+"""A world model as a gymnasium environment: episodes start at recorded frames and continue with predicted ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,18 +19,18 @@ Reward = Callable[[np.ndarray, np.ndarray], float]
 class WorldModelEnvironment(gymnasium.Env):
     """One imagined episode at a time, with the interface of `gymnasium.Env`.
 
-    Observations are uint8 `H W 3`. An episode is truncated after `steps` frames; beyond the world's horizon it goes on
-    from the last frames as a new context.
+    Observations are uint8 `H W 3`. An episode is truncated after `steps` frames; beyond the world's horizon its last
+    frames become a new context (`WorldModel.refresh`).
 
     Args:
-      world: the model.
-      starts: uint8 `N T H W 3`: contexts to begin at; `reset` draws one, or takes `options={"start": index}`.
-      low, high: bounds of an action, numbers or one a component; actions are clipped to them.
-      steps: frames of an episode; the world's horizon unless given.
-      reward: (frame uint8 `H W 3`, action) -> reward, for worlds without a reward head, or instead of it.
+      world: the world model.
+      starts: uint8 `N T H W 3`: contexts of episodes; `reset` draws one, or takes `options={"start": index}`.
+      low, high: bounds of an action, one number or one per component; actions are clipped to them.
+      steps: frames per episode; default: the world's horizon.
+      reward: (frame uint8 `H W 3`, action) -> reward, for worlds without a reward head, or in place of it.
 
     Raises:
-      ValueError: no contexts, contexts of another shape, bounds that do not fit, no reward.
+      ValueError: no contexts, contexts of another shape, bounds that do not fit, no actions, no reward.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - gymnasium's name
@@ -59,7 +59,7 @@ class WorldModelEnvironment(gymnasium.Env):
             raise ValueError(f"low = {low}, high = {high}: every lower bound must be below its upper bound.")
         steps = world.horizon if steps is None else steps
         if steps < 1:
-            raise ValueError(f"steps = {steps}: an episode has at least one frame.")
+            raise ValueError(f"steps = {steps}: must be at least 1, the frames of an episode.")
         self.world, self.starts, self.steps, self.reward = world, starts, steps, reward
         self.render_mode = render_mode
         side = world.tokenizer.resolution
@@ -67,31 +67,31 @@ class WorldModelEnvironment(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(low, high, width, np.float32)
         self._state: State | None = None
         self._frame = starts[0, -1]
-        self._taken = 0
+        self._steps_taken = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin an episode; returns the last frame of its context, and which context it is."""
+        """Start an episode; returns the last frame of its context, and the index of the context."""
         super().reset(seed=seed)
         start = (options or {}).get("start")
         index = int(self.np_random.integers(len(self.starts)) if start is None else start)
         key = int(self.np_random.integers(2**31))
         self._state = self.world.reset(self.starts[index : index + 1], key)
-        self._frame, self._taken = self.starts[index, -1].copy(), 0
+        self._frame, self._steps_taken = self.starts[index, -1].copy(), 0
         return self._frame.copy(), {"start": index}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Observation, reward, terminated (never: a world does not know its ends), truncated, and nothing more."""
+        """Observation, reward, terminated (always False: a world model has no terminal states), truncated, info."""
         if self._state is None:
             raise ValueError("step before reset: call reset() first.")
-        if self._taken and self._taken % self.world.horizon == 0:
+        if self._steps_taken and self._steps_taken % self.world.horizon == 0:
             self._state = self.world.refresh(self._state)
         action = np.clip(np.asarray(action, np.float32), self.action_space.low, self.action_space.high)
         self._state, frame, reward = self.world.step(self._state, action[None])
-        self._frame, self._taken = to_pixels(frame)[0], self._taken + 1
-        gained = float(reward[0]) if self.reward is None else float(self.reward(self._frame, action))
-        return self._frame.copy(), gained, False, self._taken >= self.steps, {}
+        self._frame, self._steps_taken = to_pixels(frame)[0], self._steps_taken + 1
+        value = float(reward[0]) if self.reward is None else float(self.reward(self._frame, action))
+        return self._frame.copy(), value, False, self._steps_taken >= self.steps, {}
 
     def render(self) -> np.ndarray:
         """The current frame, uint8 `H W 3`."""

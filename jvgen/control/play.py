@@ -1,4 +1,4 @@
-"""Playing in a world model: actions from the keyboard or from a file, frames in the terminal and in a file."""
+"""Interactive episodes of a world model: actions from the keyboard or a file, frames in the terminal."""
 
 import contextlib
 import csv
@@ -11,29 +11,31 @@ import numpy as np
 
 from jvgen.control.world_model import WorldModel, to_pixels
 
-# Keys that move a component of the action down and up, by component.
+# Keys that set a component of the action to minus and plus the size, by component.
 KEYS = (("a", "d"), ("s", "w"), ("q", "e"), ("f", "r"), ("z", "c"), ("v", "t"))
-STAY, LEAVE = " ", ("x", "\x03", "\x04", "")
+NO_ACTION, QUIT = " ", ("x", "\x03", "\x04", "")
 
-HELP = "keys: {keys}; space: no action; x: leave"
+HELP = "keys: {keys}; space: no action; x: quit"
 
 
 def actions_from_keys(keys: Iterable[str], width: int, size: float) -> Iterator[np.ndarray]:
-    """One action a key: a component at plus or minus `size`, the others 0. Other keys are passed over; x ends it.
+    """One action per key: one component at plus or minus `size`, the others 0. Unknown keys are skipped; x quits.
 
     Raises:
       ValueError: more components than there are keys for.
     """
     if width > len(KEYS):
-        raise ValueError(f"actions have {width} numbers: the keyboard moves at most {len(KEYS)}; give --actions FILE.")
-    moves = {
+        raise ValueError(
+            f"actions have {width} components, but there are keys for at most {len(KEYS)}; give --actions FILE."
+        )
+    by_key = {
         key: (component, sign) for component, pair in enumerate(KEYS) for key, sign in zip(pair, (-1, 1), strict=True)
     }
     for key in keys:
-        if key in LEAVE:
+        if key in QUIT:
             return
-        component, sign = moves.get(key, (None, 0))
-        if key != STAY and (component is None or component >= width):
+        component, sign = by_key.get(key, (None, 0))
+        if key != NO_ACTION and (component is None or component >= width):
             continue
         action = np.zeros(width, np.float32)
         if component is not None:
@@ -42,16 +44,16 @@ def actions_from_keys(keys: Iterable[str], width: int, size: float) -> Iterator[
 
 
 def help_text(width: int) -> str:
-    """What the keys do."""
+    """One line that lists the keys and what they do."""
     pairs = ", ".join(f"{low}/{high} component {number}" for number, (low, high) in enumerate(KEYS[:width]))
     return HELP.format(keys=pairs)
 
 
 def read_actions(path: Path, width: int) -> np.ndarray:
-    """Actions of a file, float32 (steps, width): .npy, or .csv with one action a line; a first line may be of words.
+    """Actions of a file, float32 (steps, width): .npy, or .csv with one action per line and an optional header.
 
     Raises:
-      ValueError: no such file, another ending, another width, words where numbers should be.
+      ValueError: no such file, another suffix, another width, or cells that are not numbers.
     """
     if not path.is_file():
         raise ValueError(f"--actions {path}: no such file.")
@@ -70,7 +72,7 @@ def read_actions(path: Path, width: int) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"--actions {path}: cannot be read as actions ({error}).") from error
     if actions.ndim != 2 or actions.shape[1] != width or not len(actions):
-        raise ValueError(f"--actions {path}: holds {actions.shape}; expected one line of {width} numbers a step.")
+        raise ValueError(f"--actions {path}: has shape {actions.shape}; expected one line of {width} numbers per step.")
     return actions
 
 
@@ -82,39 +84,39 @@ def play(
     seed: int = 0,
     show: Callable[[np.ndarray, str], None] | None = None,
 ) -> tuple[np.ndarray, list[float]]:
-    """Step one episode by the given actions; beyond the horizon it goes on from its last frames.
+    """Step one episode with the given actions; beyond the horizon its last frames become a new context.
 
     Args:
-      world: the model.
-      context: uint8 `T H W 3`, as many frames as the world begins at.
-      actions: an action a step; None where the world takes none.
+      world: the world model.
+      context: uint8 `T H W 3`, T = world.context_frames.
+      actions: one per step; None where the world takes none.
       seed: of the episode.
-      show: called with every frame, and a line about it.
+      show: called with every frame and a line of text about it.
 
     Returns:
-      uint8 `F H W 3`, the context and every frame made; and the rewards, empty without that head.
+      uint8 `F H W 3`, the context and all predicted frames; and the rewards, empty without the reward head.
     """
     show = show or (lambda frame, line: None)
     state = world.reset(context[None], seed)
-    made, rewards = [*context], []
+    frames, rewards = [*context], []
     show(context[-1], "start")
     for number, action in enumerate(actions):
         if number and number % world.horizon == 0:
             state = world.refresh(state)
         state, frame, reward = world.step(state, None if action is None else action[None])
-        made.append(to_pixels(frame)[0])
+        frames.append(to_pixels(frame)[0])
         line = f"step {number + 1}"
         if action is not None:
             line += f"  action {np.array2string(action, precision=2, separator=',')}"
         if reward is not None:
             rewards.append(float(reward[0]))
             line += f"  reward {rewards[-1]:.3f}"
-        show(made[-1], line)
-    return np.stack(made), rewards
+        show(frames[-1], line)
+    return np.stack(frames), rewards
 
 
-def terminal_picture(frame: np.ndarray, columns: int = 64) -> str:
-    """A frame as coloured text: two pixels above each other a character. For terminals with 24-bit colours."""
+def terminal_image(frame: np.ndarray, columns: int = 64) -> str:
+    """A frame as colored text, two rows of pixels per line, for terminals with 24-bit color."""
     step = max(1, -(-frame.shape[1] // columns))
     small = frame[::step, ::step]
     if len(small) % 2:
@@ -130,20 +132,20 @@ def terminal_picture(frame: np.ndarray, columns: int = 64) -> str:
 
 
 class TerminalView:
-    """Shows every frame in the same place of a terminal."""
+    """Redraws every frame at the same place of a terminal."""
 
     def __init__(self, write: Callable[[str], Any] | None = None):
         self._write = write or (lambda text: (sys.stdout.write(text), sys.stdout.flush()))
         self._height = 0
 
     def __call__(self, frame: np.ndarray, line: str) -> None:
-        text = f"{terminal_picture(frame)}\n{line}\x1b[K\n"
+        text = f"{terminal_image(frame)}\n{line}\x1b[K\n"
         self._write((f"\x1b[{self._height}A" if self._height else "") + text)
         self._height = text.count("\n")
 
 
 def pressed_keys() -> Iterator[str]:
-    """Keys as they are pressed, one character each, until the input ends; without a terminal, its characters."""
+    """Characters of standard input until it ends; from a terminal, as they are pressed, without Enter."""
     with contextlib.ExitStack() as stack:
         if sys.stdin.isatty():
             import termios

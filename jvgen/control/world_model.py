@@ -1,4 +1,4 @@
-"""A world to act in: frames in, then one action at a time, each giving the next frame and its reward."""
+"""A world model to act in: reset at frames, then step with actions, each giving the next frame and a reward."""
 
 import functools
 from typing import Any
@@ -8,31 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.models.ivideogpt.config import MAX_ACTION, CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.world import Prediction, State, World
 from jvgen.nn.network import Parameters
 
-# An action beyond this was not meant: recorded ones reach 25.
-LARGEST_ACTION = 1e3
-
 
 class WorldModel:
-    """A tokenizer and a transformer as a world (iVideoGPT, arXiv 2405.15223, section 3.3).
+    """A tokenizer and a transformer as a world model (iVideoGPT, arXiv 2405.15223, section 3.3).
 
-    `reset`, `step` and `rollout` are compiled, work on batches, and can be traced: under `jax.vmap`, `jax.jit` or
-    `lax.scan`, where what depends on values is not checked.
+    `reset`, `step` and `rollout` are compiled, work on batches, and can be traced under `jax.vmap`, `jax.jit` or
+    `lax.scan`; values are not checked there.
 
     Args:
       tokenizer, transformer: the configurations.
       tokenizer_parameters, transformer_parameters: their parameters.
-      frames: longest episode, context included; at most as many as the transformer was trained with give good frames.
+      frames: longest episode, context included. Quality drops beyond the length that the transformer was trained with.
       sampling: how ids are chosen.
       rewards_in_symlog: the transformer predicts symlog of rewards, as `jvgen.tasks.world_model` trains it.
       dtype: of the transformer's computation.
 
     Raises:
-      ValueError: networks that do not belong together, or more frames than positions.
+      ValueError: networks that do not belong together, or more frames than max_positions holds.
     """
 
     def __init__(
@@ -52,7 +49,7 @@ class WorldModel:
         sampling.validate()
         self.tokenizer, self.transformer = tokenizer, transformer
         self.world = World(tokenizer, transformer, frames, sampling, rewards_in_symlog, dtype)
-        self.held = jax.jit(self.world.hold)(tokenizer_parameters, transformer_parameters)
+        self.weights = jax.jit(self.world.prepare)(tokenizer_parameters, transformer_parameters)
         self._reset = jax.jit(self.world.reset)
         self._step = jax.jit(self.world.step)
         self._rollout = jax.jit(self.world.rollout)
@@ -69,61 +66,61 @@ class WorldModel:
 
     @property
     def action_width(self) -> int:
-        """Numbers in an action; 0 for a world without actions."""
+        """Components of an action; 0 for a world without actions."""
         return self.transformer.action_width
 
     def reset(self, frames: Any, key: Key[Array, ""] | int = 0, *, samples: int = 1) -> State:
-        """Begin episodes at given frames.
+        """Start episodes at given frames.
 
         Args:
           frames: `B T H W 3`, T = context_frames, uint8, or floats in [0, 1]. A goal-conditioned model takes the goal
             first and then the current frame.
-          key: of all draws, or a seed for it.
-          samples: episodes that begin at each of the B contexts; R = B x samples, ordered by context.
+          key: random key, or a seed.
+          samples: episodes per context; R = B x samples, ordered by context.
 
         Raises:
           ValueError: frames of another shape or range.
         """
         frames = self.check_frames(frames)
-        return self._reset(self.held, frames, _keys(key, frames.shape[0] * samples))
+        return self._reset(self.weights, frames, _keys(key, frames.shape[0] * samples))
 
     def step(
         self, state: State, actions: Any = None
     ) -> tuple[State, Float[Array, "R H W 3"], Float[Array, "R"] | None]:
-        """One frame on: the new state, the frame in [0, 1], and the reward of the action (None without that head).
+        """Predict one frame: the new state, the frame in [0, 1], and the action's reward (None without that head).
 
         Args:
           state: of `reset` or `step`.
           actions: `R A`; None for a world without actions.
 
         Raises:
-          ValueError: actions of another width, not finite or absurd; an episode at its horizon (see `refresh`).
+          ValueError: actions of another shape, not finite or too large; an episode at its horizon (see `refresh`).
         """
         actions = self.check_actions(actions, (state.slots.shape[0],))
         if _is_known(state.number) and int(state.number) >= self.horizon:
             raise ValueError(
-                f"the episode is {int(state.number)} frames long, the horizon of this world: reset it, or go on from "
-                "its last frames with refresh(state)."
+                f"the episode is {int(state.number)} frames long, the horizon of this world: reset it, or continue "
+                "from its last frames with refresh(state)."
             )
-        return self._step(self.held, state, actions)
+        return self._step(self.weights, state, actions)
 
     def refresh(self, state: State) -> State:
-        """The same episodes with their last frames as a new context: room for `horizon` more frames.
+        """The same episodes with their last frames as a new context, for `horizon` more frames.
 
-        Frames that were predicted are coded again as context, which costs quality each time.
+        Predicted frames are tokenized again as context, which costs quality each time.
         """
         keys = jax.vmap(lambda key: jax.random.fold_in(key, state.number))(state.keys)
-        return self._reset(self.held, state.frames, keys)
+        return self._reset(self.weights, state.frames, keys)
 
     def rollout(
         self, frames: Any, actions: Any = None, key: Key[Array, ""] | int = 0, *, samples: int = 1
     ) -> Prediction:
-        """Whole episodes at once, in one program: `horizon` frames, or as many as there are actions.
+        """Whole episodes in one program: `horizon` frames, or as many as there are actions.
 
         Args:
           frames: `B T H W 3`, as in `reset`.
-          actions: `R F A` with R = B x samples (all samples of a context after each other); None without actions.
-          key, samples: as in `reset`. Episode r draws what it would draw in `step`.
+          actions: `R F A` with R = B x samples (the samples of a context are adjacent); None without actions.
+          key, samples: as in `reset`. Episode r samples the same ids as with `step`.
 
         Raises:
           ValueError: as `reset` and `step`.
@@ -132,19 +129,19 @@ class WorldModel:
         count = self.horizon if actions is None else np.shape(actions)[1] if np.ndim(actions) == 3 else 0
         if not 1 <= count <= self.horizon:
             raise ValueError(
-                f"actions {np.shape(actions)}: give 1..{self.horizon} actions an episode (R F A), the horizon of this "
-                "world."
+                f"actions {np.shape(actions)}: give 1..{self.horizon} actions per episode (R F A), the horizon of "
+                "this world."
             )
         actions = self.check_actions(actions, (frames.shape[0] * samples, count))
-        return self._rollout(self.held, frames, actions, _keys(key, frames.shape[0] * samples))
+        return self._rollout(self.weights, frames, actions, _keys(key, frames.shape[0] * samples))
 
     def check_frames(self, frames: Any) -> Float[Array, "B T H W 3"]:
-        """Frames as floats in [0, 1]; raises `ValueError` for what this world cannot begin at."""
+        """Frames as floats in [0, 1]; raises `ValueError` for another shape, dtype or range."""
         side, count = self.tokenizer.resolution, self.context_frames
         shape = tuple(np.shape(frames))
         if len(shape) != 5 or shape[1:] != (count, side, side, self.tokenizer.channels):
             raise ValueError(
-                f"frames {shape}: this world begins at {count} frames of {side}x{side}: (batch, {count}, {side}, "
+                f"frames {shape}: this world starts from {count} frames of {side}x{side}: (batch, {count}, {side}, "
                 f"{side}, {self.tokenizer.channels}). Crop and resize them first."
             )
         frames = jnp.asarray(frames)
@@ -159,23 +156,23 @@ class WorldModel:
         return frames.astype(jnp.float32)
 
     def check_actions(self, actions: Any, leading: tuple[int, ...]) -> Float[Array, "..."] | None:
-        """Actions as float32; raises `ValueError` for what this world cannot take."""
+        """Actions as float32; raises `ValueError` for another shape, or values that are not finite or too large."""
         if not self.action_width:
             if actions is not None:
                 raise ValueError("actions were given to a world without actions: pass None.")
             return None
         wanted = (*leading, self.action_width)
         if actions is None:
-            raise ValueError(f"no actions: this world is stepped with {self.action_width} numbers, shape {wanted}.")
+            raise ValueError(f"no actions: this world takes actions of {self.action_width} components, shape {wanted}.")
         actions = jnp.asarray(actions)
         if actions.shape != wanted:
-            raise ValueError(f"actions {actions.shape}: expected {wanted}, {self.action_width} numbers an action.")
+            raise ValueError(f"actions {actions.shape}: expected {wanted}, {self.action_width} components per action.")
         actions = actions.astype(jnp.float32)
         if _is_known(actions):
             largest = float(jnp.max(jnp.abs(actions)))
-            if not largest <= LARGEST_ACTION:
+            if not largest <= MAX_ACTION:
                 raise ValueError(
-                    f"actions reach {largest:g}: they must be finite and at most {LARGEST_ACTION:g}; give them in the "
+                    f"actions reach {largest:g}: they must be finite and at most {MAX_ACTION:g}; give them in the "
                     "units that the world was trained with."
                 )
         return actions

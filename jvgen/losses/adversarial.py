@@ -1,46 +1,47 @@
-"""Losses of an autoencoder against a discriminator, and how strongly the two are mixed."""
+"""Hinge losses of an autoencoder against a discriminator, and the adaptive weight between them."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def hinge_discriminator(real: Float[Array, "..."], made: Float[Array, "..."]) -> Float[Array, ""]:
-    """`(mean max(0, 1 - real) + mean max(0, 1 + made)) / 2` of a discriminator's outputs (Lim and Ye 2017), float32."""
-    real, made = real.astype(jnp.float32), made.astype(jnp.float32)
-    return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + made)))
+def hinge_discriminator(real: Float[Array, "..."], reconstructed: Float[Array, "..."]) -> Float[Array, ""]:
+    """`(mean relu(1 - real) + mean relu(1 + reconstructed)) / 2` of discriminator scores (Lim and Ye 2017), float32."""
+    real, reconstructed = real.astype(jnp.float32), reconstructed.astype(jnp.float32)
+    return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + reconstructed)))
 
 
-def hinge_generator(made: Float[Array, "..."]) -> Float[Array, ""]:
-    """`-mean made`: what the autoencoder minimises against `hinge_discriminator`, float32."""
-    return -jnp.mean(made.astype(jnp.float32))
+def hinge_generator(reconstructed: Float[Array, "..."]) -> Float[Array, ""]:
+    """`-mean` of discriminator scores: the autoencoder's loss against `hinge_discriminator`, float32."""
+    return -jnp.mean(reconstructed.astype(jnp.float32))
 
 
 def adaptive_weight(
-    reconstruction: Float[Array, "..."],
-    adversarial: Float[Array, "..."],
+    reconstruction_grad: Float[Array, "..."],
+    adversarial_grad: Float[Array, "..."],
     *,
     limit: float = 1e4,
     epsilon: float = 1e-4,
 ) -> Float[Array, ""]:
-    """The weight that makes an adversarial loss pull as hard as the reconstruction (Esser et al. 2021, VQGAN, eq. 7).
+    """The weight that scales the adversarial gradient to the reconstruction gradient (Esser et al. 2021, VQGAN, eq. 7).
 
     Args:
-      reconstruction, adversarial: gradients of the two losses with respect to the kernel of the decoder's last layer.
+      reconstruction_grad, adversarial_grad: gradients of the two losses with respect to the kernel of the decoder's
+        last layer.
       limit: largest weight.
       epsilon: added to the norm of the adversarial gradient.
 
     Returns:
-      `min(|reconstruction| / (|adversarial| + epsilon), limit)`, float32, without a gradient.
+      `min(|reconstruction_grad| / (|adversarial_grad| + epsilon), limit)`, float32, without a gradient.
     """
-    norms = [jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)))) for g in (reconstruction, adversarial)]
+    norms = [jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)))) for g in (reconstruction_grad, adversarial_grad)]
     return jax.lax.stop_gradient(jnp.minimum(norms[0] / (norms[1] + epsilon), limit))
 
 
-def given_gradient(of: Float[Array, "..."], gradient: Float[Array, "..."]) -> Float[Array, ""]:
-    """Zero, whose gradient with respect to `of` is `gradient`; float32.
+def surrogate_loss(x: Float[Array, "..."], gradient: Float[Array, "..."]) -> Float[Array, ""]:
+    """A float32 zero whose gradient with respect to `x` is `gradient`.
 
-    For gradients that were computed already, so that no second backward pass computes them again.
+    Injects a gradient that was computed already, so that no second backward pass computes it again.
     """
-    pull = jnp.sum(of.astype(jnp.float32) * jax.lax.stop_gradient(gradient.astype(jnp.float32)))
-    return pull - jax.lax.stop_gradient(pull)
+    product = jnp.sum(x.astype(jnp.float32) * jax.lax.stop_gradient(gradient.astype(jnp.float32)))
+    return product - jax.lax.stop_gradient(product)

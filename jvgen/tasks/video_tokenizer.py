@@ -1,4 +1,4 @@
-"""Training iVideoGPT's tokenizer: reconstruct context and future frames through two codebooks (arXiv 2405.15223)."""
+"""Training of iVideoGPT's tokenizer: context and future frames through two codebooks (arXiv 2405.15223)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.source_checks import check_pixels
 from jvgen.diffusion.objective import slot_keys
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
-from jvgen.losses.adversarial import given_gradient
+from jvgen.losses.adversarial import surrogate_loss
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.losses.reconstruction import absolute_error, squared_error
 from jvgen.models.clip_discriminator import flops as discriminator_flops
 from jvgen.models.ivideogpt import flops
-from jvgen.models.ivideogpt.codebook import perplexity, usage
+from jvgen.models.ivideogpt.codebook import Quantized, perplexity, usage
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
-from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
+from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer, Reconstruction
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
-from jvgen.tasks.adversary import AdversarialConfig, Adversary
+from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
 
-# Purposes of a step's key; numbers never change their meaning.
+# Purposes folded into a step's key; they never change, so that saved runs resume exactly.
 DROPOUT_KEY = 40
 RESTART_KEY = 41
 DISCRIMINATOR = "discriminator"
@@ -37,14 +37,14 @@ DISCRIMINATOR = "discriminator"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RestartConfig(Config):
-    """Putting codes that nothing is coded with where something is.
+    """Restart of dead codes: codes that are hardly used are set to latents of the batch.
 
-    The published tokenizer has none of this: gradients alone move its codebooks.
+    The published tokenizer does not do this: its codebooks are trained by gradients alone.
 
     Attributes:
-      every: steps between two looks at what a batch is coded with; 0 for never.
+      every: steps between restarts; 0 for never.
       below: a code is dead when its running count is less than this share of the mean count.
-      decay: of the running counts, from look to look.
+      decay: of the running counts, per restart.
     """
 
     every: int = 0
@@ -53,23 +53,23 @@ class RestartConfig(Config):
 
     def validate(self) -> None:
         if self.every < 0:
-            raise ValueError(f"every = {self.every}: steps between looks, or 0 for never.")
+            raise ValueError(f"every = {self.every}: must be a number of steps, or 0 for never.")
         if not 0 < self.below < 1 or not 0 <= self.decay < 1:
-            raise ValueError(f"below = {self.below}, decay = {self.decay}: from 0 up to 1, below positive.")
+            raise ValueError(f"below = {self.below}, decay = {self.decay}: must be in (0, 1) and in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoTokenizerConfig(TaskConfig):
-    """Error of pixels, perceptual distance and codebook loss, each of context and of future frames, with equal weights.
+    """Pixel error, perceptual distance and codebook loss of context and of future frames, equally weighted.
 
     Attributes:
       network: the tokenizer.
-      reconstruction: error per element: "l1" or "l2".
-      perceptual: distance added to it.
+      reconstruction: pixel error, "l1" or "l2".
+      perceptual: perceptual distance added to it.
       perceptual_weight: of that distance.
       restart: of dead codes.
-      adversarial: a discriminator of single frames; none for none, as in all published runs but RoboNet's at 256x256.
-        There its weight is 0.8, its start step 1e5 (of a count that includes its own steps).
+      adversarial: discriminator of single frames, or none, as in all published runs except RoboNet at 256x256: weight
+        0.8, start 1e5 (counting the discriminator's own steps).
     """
 
     network: CompressiveTokenizerConfig
@@ -82,21 +82,21 @@ class VideoTokenizerConfig(TaskConfig):
     def validate(self) -> None:
         if self.perceptual_weight < 0:
             raise ValueError(f"perceptual_weight = {self.perceptual_weight}: must not be negative.")
-        if self.adversarial is not None and self.adversarial.turns != "together":
+        if self.adversarial is not None and self.adversarial.update_schedule != "together":
             raise ValueError(
-                f"adversarial.turns = {self.adversarial.turns!r}: the tokenizer and its discriminator are trained in "
-                "every step; set it to 'together'."
+                f"adversarial.update_schedule = {self.adversarial.update_schedule!r}: the tokenizer and its "
+                "discriminator are both updated in every step; set it to 'together'."
             )
 
     def check_bucket(self, bucket: BucketConfig) -> None:
         check_frames(self.network, bucket)
         if bucket.height < WINDOW:
-            raise ValueError(f"height = {bucket.height}: at least {WINDOW}, the window of the SSIM that is measured.")
+            raise ValueError(f"height = {bucket.height}: must be at least {WINDOW}, the window of the SSIM metric.")
         segment = bucket.segment
         if segment is not None and segment.choice == "later" and segment.context != self.network.context_frames:
             raise ValueError(
-                f"segment.context = {segment.context}, but the tokenizer has {self.network.context_frames} frames of "
-                "context: make them equal."
+                f"segment.context = {segment.context}, but the tokenizer has {self.network.context_frames} context "
+                "frames: make them equal."
             )
 
     def check_weights(self) -> None:
@@ -111,9 +111,9 @@ class VideoTokenizerConfig(TaskConfig):
 
 
 def check_frames(network: CompressiveTokenizerConfig, bucket: BucketConfig) -> None:
-    """Raise `ValueError` for batches that a tokenizer does not take."""
+    """Raise `ValueError` for batch shapes that a tokenizer does not take."""
     if bucket.views != 1:
-        raise ValueError(f"views = {bucket.views}: this task sees one camera at a time; set views = 1.")
+        raise ValueError(f"views = {bucket.views}: this task trains on single views; set views = 1.")
     if (bucket.height, bucket.width) != (network.resolution, network.resolution):
         raise ValueError(
             f"frames of {bucket.height}x{bucket.width}: the tokenizer takes {network.resolution}x{network.resolution}; "
@@ -123,7 +123,7 @@ def check_frames(network: CompressiveTokenizerConfig, bucket: BucketConfig) -> N
 
 
 class CodeCounts(nnx.Module):
-    """How often each code was chosen lately; moved by `VideoTokenizer.after_update`, not by a gradient."""
+    """Running counts of each code's use, updated by `VideoTokenizer.after_update`, not by gradients."""
 
     def __init__(self, config: CompressiveTokenizerConfig, *, rngs: nnx.Rngs):
         self.context = nnx.Param(jnp.zeros((config.context_codes,)), logical_axes=(axes.CODES,))
@@ -140,10 +140,10 @@ class VideoTokenizer(Task):
         self.network_configs = {"tokenizer": network}
         if config.restart.every:
             self.networks["counts"] = Network.of(lambda rngs: CodeCounts(network, rngs=rngs))
-        self.adversary = None
+        self.adversarial = None
         if config.adversarial is not None:
-            self.adversary = Adversary(config.adversarial)
-            self.networks[DISCRIMINATOR] = self.adversary.network
+            self.adversarial = AdversarialLoss(config.adversarial)
+            self.networks[DISCRIMINATOR] = self.adversarial.network
         self.perceptual = PerceptualDistance(config.perceptual)
         self.frozen_networks = self.perceptual.networks
         self.float32_networks = frozenset(self.frozen_networks)
@@ -155,11 +155,11 @@ class VideoTokenizer(Task):
         return self.perceptual.digest()
 
     def objectives(self) -> tuple[Objective, ...]:
-        players = [Objective("model", "tokenizer/.*", self.loss)]
-        if self.adversary is not None:
-            # The same loss: both share its passes, and neither has a gradient through the other.
-            players.append(Objective(DISCRIMINATOR, f"{DISCRIMINATOR}/", self.loss))
-        return tuple(players)
+        objectives = [Objective("model", "tokenizer/.*", self.loss)]
+        if self.adversarial is not None:
+            # The same loss function, so that both share its passes; neither has a gradient through the other.
+            objectives.append(Objective(DISCRIMINATOR, f"{DISCRIMINATOR}/", self.loss))
+        return tuple(objectives)
 
     # Batches.
 
@@ -169,7 +169,7 @@ class VideoTokenizer(Task):
 
     def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         if "video" not in example:
-            raise ValueError("the data set holds cached latents and no pixels: a tokenizer needs pixels.")
+            raise ValueError("the data set has cached latents and no pixels: a tokenizer needs pixels.")
         return {"video": example["video"]}
 
     # Loss.
@@ -180,9 +180,9 @@ class VideoTokenizer(Task):
         dtype = activation_dtype(parameters["tokenizer"])
         video = _unit(batch["video"])
         keys = slot_keys(jax.random.fold_in(key, DROPOUT_KEY), batch["slot"])
-        made = self.networks["tokenizer"].apply(parameters["tokenizer"], video.astype(dtype), keys)
+        output = self.networks["tokenizer"].apply(parameters["tokenizer"], video.astype(dtype), keys)
         total, metrics = jnp.zeros((), jnp.float32), {}
-        for stream, frames, codes, target in self._streams(made, video):
+        for stream, frames, codes, target in self._streams(output, video):
             error = absolute_error if self.config.reconstruction == "l1" else squared_error
             reconstruction = jnp.mean(error(frames, target))
             perceptual = jnp.mean(self.perceptual.distance(frozen, 2 * frames - 1, 2 * target - 1))
@@ -192,50 +192,52 @@ class VideoTokenizer(Task):
                 metrics[f"{stream}/{self.perceptual.metric_name}"] = perceptual
             metrics |= self._fidelity(stream, frames, target, similarity=False)
             metrics |= self._code_metrics(stream, codes.ids)
-        if self.adversary is not None:
-            loss, more = self._adversarial(parameters, frozen, batch, made, video)
+        if self.adversarial is not None:
+            loss, more = self._adversarial_loss(parameters, frozen, batch, output, video)
             total, metrics = total + loss, metrics | more
         return total, metrics
 
-    def _adversarial(
-        self, parameters: Parameters, frozen: Parameters, batch: Batch, made: Any, video: jax.Array
+    def _adversarial_loss(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, output: Reconstruction, video: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """What both sides add: all reconstructed frames against all true ones, as pictures in [-1, 1].
+        """Loss of tokenizer and discriminator: all reconstructed frames against all true ones, as images in [-1, 1].
 
-        As in the released code the weight makes the adversarial loss pull as hard on the last kernel of the future
-        frames as their perceptual distance does (their error, where there is none).
+        As in the released code the adaptive weight compares gradients of the last kernel of future frames: of their
+        perceptual distance (of their error, where there is none) and of the adversarial loss.
         """
 
-        def pictures(clips: jax.Array) -> jax.Array:
+        def images(clips: jax.Array) -> jax.Array:
             return rearrange(2.0 * clips.astype(jnp.float32) - 1.0, "b f h w c -> (b f) 1 h w c")
 
-        still = jax.lax.stop_gradient
-        frames = [pictures(clips) for clips in (made.context, made.future)]
-        count, target = len(frames[0]), pictures(video[:, self.config.network.context_frames :])
+        stop = jax.lax.stop_gradient
+        context, future = (images(clips) for clips in (output.context, output.future))
+        target = images(video[:, self.config.network.context_frames :])
 
-        def pull(future: jax.Array) -> jax.Array:
+        def distance(future: jax.Array) -> jax.Array:
             if self.perceptual.enabled:
                 return jnp.mean(self.perceptual.distance(frozen, future[:, 0], target[:, 0]))
             return jnp.mean(absolute_error(future, target))
 
-        of_future = jax.grad(pull)(still(frames[1]))
-        together = jnp.concatenate(frames)
-        pulls = jnp.concatenate([jnp.zeros_like(frames[0]), of_future])
+        future_grad = jax.grad(distance)(stop(future))
+        reconstructed = jnp.concatenate([context, future])
+        reconstruction_grad = jnp.concatenate([jnp.zeros_like(context), future_grad])
 
-        def of_last_kernel(gradients: Sequence[jax.Array]) -> jax.Array:
-            # In [-1, 1] a gradient is half of that in [0, 1].
-            return self._of_last_kernel(still((parameters["tokenizer"], made.future_last)), 2 * gradients[0][count:, 0])
+        def last_kernel_grad(gradients: Sequence[jax.Array]) -> jax.Array:
+            # Images in [-1, 1] have twice the range of frames in [0, 1].
+            of_future = 2 * gradients[0][len(context) :, 0]
+            return self._last_kernel_grad(stop(parameters["tokenizer"]), stop(output.future_last), of_future)
 
-        weight, value, pushes = self.adversary.push(
-            parameters[DISCRIMINATOR], batch, [together], [pulls], of_last_kernel
+        weight, value, (adversarial_grad,) = self.adversarial.generator_loss(
+            parameters[DISCRIMINATOR], batch, [reconstructed], [reconstruction_grad], last_kernel_grad
         )
-        against, metrics = self.adversary.loss(parameters[DISCRIMINATOR], batch, pictures(video), [together])
-        loss = weight * value + given_gradient(together, weight * pushes[0]) + against
+        discriminator_loss, metrics = self.adversarial.discriminator_loss(
+            parameters[DISCRIMINATOR], batch, images(video), [reconstructed]
+        )
+        loss = weight * value + surrogate_loss(reconstructed, weight * adversarial_grad) + discriminator_loss
         return loss, metrics | {"adversarial": value, "adaptive_weight": weight}
 
-    def _of_last_kernel(self, given: tuple[Parameters, jax.Array], gradient: jax.Array) -> jax.Array:
-        """The gradient of the last kernel of future frames, of one with respect to their pixels."""
-        tokenizer, last = given
+    def _last_kernel_grad(self, tokenizer: Parameters, last: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Gradient of the last kernel of future frames, from the gradient of their pixels and that layer's input."""
         decoder = tokenizer["prediction_decoder"]
 
         def pixels(kernel: jax.Array) -> jax.Array:
@@ -243,17 +245,17 @@ class VideoTokenizer(Task):
             changed = {**tokenizer, "prediction_decoder": {**decoder, "conv_out": layer}}
             return self.networks["tokenizer"].apply(changed, last, method="future_pixels")
 
-        made, pull = jax.vjp(pixels, decoder["conv_out"]["kernel"])
-        return pull(gradient.astype(made.dtype))[0]
+        frames, pullback = jax.vjp(pixels, decoder["conv_out"]["kernel"])
+        return pullback(gradient.astype(frames.dtype))[0]
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
-        """Fidelity of clipped frames and use of the codebooks, without dropout."""
+        """Fidelity of clipped frames and codebook use, without dropout."""
         video = _unit(batch["video"])
-        made = self.networks["tokenizer"].apply(
+        output = self.networks["tokenizer"].apply(
             parameters["tokenizer"], video.astype(activation_dtype(parameters["tokenizer"]))
         )
         metrics: Metrics = {}
-        for stream, frames, codes, target in self._streams(made, video):
+        for stream, frames, codes, target in self._streams(output, video):
             frames = jnp.clip(frames, 0.0, 1.0)
             metrics |= self._fidelity(stream, frames, target, similarity=True)
             count = jnp.float32(frames.shape[0])
@@ -264,7 +266,9 @@ class VideoTokenizer(Task):
             metrics |= self._code_metrics(stream, codes.ids)
         return metrics
 
-    def _streams(self, made: Any, video: jax.Array) -> tuple[tuple[str, jax.Array, Any, jax.Array], ...]:
+    def _streams(
+        self, output: Reconstruction, video: jax.Array
+    ) -> tuple[tuple[str, jax.Array, Quantized, jax.Array], ...]:
         """(name, reconstructed images, codes, true images) of both kinds of frames, float32 `N H W 3` in [0, 1]."""
         count = self.config.network.context_frames
 
@@ -272,19 +276,20 @@ class VideoTokenizer(Task):
             return rearrange(frames, "b f h w c -> (b f) h w c").astype(jnp.float32)
 
         return (
-            ("context", images(made.context), made.context_codes, images(video[:, :count])),
-            ("future", images(made.future), made.future_codes, images(video[:, count:])),
+            ("context", images(output.context), output.context_codes, images(video[:, :count])),
+            ("future", images(output.future), output.future_codes, images(video[:, count:])),
         )
 
-    def _fidelity(self, stream: str, made: jax.Array, target: jax.Array, *, similarity: bool) -> Metrics:
-        made, count = jnp.clip(made, 0.0, 1.0), jnp.float32(made.shape[0])
-        metrics: Metrics = {f"{stream}/psnr": Mean(jnp.sum(peak_signal_to_noise(made, target, data_range=1.0)), count)}
+    def _fidelity(self, stream: str, frames: jax.Array, target: jax.Array, *, similarity: bool) -> Metrics:
+        frames, count = jnp.clip(frames, 0.0, 1.0), jnp.float32(frames.shape[0])
+        psnr = peak_signal_to_noise(frames, target, data_range=1.0)
+        metrics: Metrics = {f"{stream}/psnr": Mean(jnp.sum(psnr), count)}
         if similarity:
-            metrics[f"{stream}/ssim"] = Mean(jnp.sum(structural_similarity(made, target, data_range=1.0)), count)
+            metrics[f"{stream}/ssim"] = Mean(jnp.sum(structural_similarity(frames, target, data_range=1.0)), count)
         return metrics
 
     def _code_metrics(self, stream: str, ids: jax.Array) -> Metrics:
-        """Share of the codes that occur in the batch, and the perplexity of their frequencies."""
+        """Share of the codes that the batch uses, and the perplexity of their frequencies."""
         size = getattr(self.config.network, f"{stream}_codes")
         counts = usage(ids, size)
         return {f"{stream}/codes_used": jnp.mean(counts > 0), f"{stream}/perplexity": perplexity(counts)}
@@ -294,12 +299,12 @@ class VideoTokenizer(Task):
     def after_update(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, step: jax.Array
     ) -> Parameters:
-        """Every so many steps, dead codes become latents of the batch."""
+        """Set dead codes to latents of the batch, every `restart.every` steps."""
         restart = self.config.restart
         if not restart.every:
             return parameters
 
-        def look(parameters: Parameters) -> Parameters:
+        def restarted(parameters: Parameters) -> Parameters:
             model = self.networks["tokenizer"].bind(parameters["tokenizer"])
             video, count = _unit(batch["video"]), self.config.network.context_frames
             context, conditions = model.encode_context(video[:, :count])
@@ -314,26 +319,26 @@ class VideoTokenizer(Task):
                 draw = jax.random.fold_in(jax.random.fold_in(key, RESTART_KEY), number)
                 drawn = flat[jax.random.randint(draw, (table.shape[0],), 0, flat.shape[0])]
                 tokenizer[f"{stream}_codebook"] = {"table": jnp.where(dead[:, None], drawn, table)}
-                # A new code counts as one of the middle, so that it has time to be chosen.
+                # A restarted code gets the mean count, so that it has time to be used.
                 counts[stream] = jnp.where(dead, jnp.mean(running), running)
             return {**parameters, "tokenizer": tokenizer, "counts": counts}
 
         due = step % restart.every == restart.every - 1
-        return jax.lax.cond(due, look, lambda parameters: parameters, parameters)
+        return jax.lax.cond(due, restarted, lambda parameters: parameters, parameters)
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
         clips = batch["video"][:4]
         dtype = activation_dtype(parameters["tokenizer"])
-        made = self.networks["tokenizer"].apply(parameters["tokenizer"], _unit(clips).astype(dtype))
-        return {"data": clips, "reconstruction": to_uint8(jnp.concatenate([made.context, made.future], axis=1))}
+        output = self.networks["tokenizer"].apply(parameters["tokenizer"], _unit(clips).astype(dtype))
+        return {"data": clips, "reconstruction": to_uint8(jnp.concatenate([output.context, output.future], axis=1))}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         parts = flops.reconstruct(self.config.network, bucket.frames)
         if self.config.adversarial is not None:
-            of_frame = discriminator_flops.forward(self.config.adversarial.network, 1, bucket.height, bucket.width)
-            parts["discriminator"] = 2 * bucket.frames * of_frame
+            per_frame = discriminator_flops.forward(self.config.adversarial.network, 1, bucket.height, bucket.width)
+            parts["discriminator"] = 2 * bucket.frames * per_frame
         return parts
 
 

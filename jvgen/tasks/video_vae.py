@@ -18,7 +18,7 @@ from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
-from jvgen.losses.adversarial import given_gradient
+from jvgen.losses.adversarial import surrogate_loss
 from jvgen.losses.frame_mapping import FrameMapping, draw_picks, map_frames
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.losses.reconstruction import absolute_error
@@ -31,7 +31,7 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks import compatibility
-from jvgen.tasks.adversary import AdversarialConfig, Adversary
+from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.pixels import from_uint8
@@ -172,10 +172,10 @@ class VideoVAETask(Task):
         self.network_configs = {VAE: config.network}
         if config.learned_scales:
             self.networks[SCALES] = Network.of(lambda rngs: Scales())
-        self.adversary = None
+        self.adversarial = None
         if config.adversarial is not None:
-            self.adversary = Adversary(config.adversarial)
-            self.networks[DISCRIMINATOR] = self.adversary.network
+            self.adversarial = AdversarialLoss(config.adversarial)
+            self.networks[DISCRIMINATOR] = self.adversarial.network
         self.frozen_networks = dict(self.perceptual.networks)
         self.image_vae = None
         if config.image_vae is not None:
@@ -209,7 +209,7 @@ class VideoVAETask(Task):
 
     def objectives(self) -> tuple[Objective, ...]:
         adversarial = self.config.adversarial
-        alternate = adversarial is not None and adversarial.turns == "alternate"
+        alternate = adversarial is not None and adversarial.update_schedule == "alternate"
         loss = self.both_losses if adversarial is not None and not alternate else self.loss
         turn = (0, 2) if alternate else (0, 1)
         objectives = [Objective("autoencoder", f"{VAE}/", loss, turn)]
@@ -247,7 +247,7 @@ class VideoVAETask(Task):
         self, parameters: Parameters, batch: Batch, decoded: list[Decoded]
     ) -> tuple[jax.Array, Metrics]:
         clips = [one.clips for one in decoded]
-        return self.adversary.loss(parameters[DISCRIMINATOR], batch, from_uint8(batch["video"]), clips)
+        return self.adversarial.discriminator_loss(parameters[DISCRIMINATOR], batch, from_uint8(batch["video"]), clips)
 
     def _autoencoder_loss(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
@@ -319,7 +319,7 @@ class VideoVAETask(Task):
         def errors(clips: list[jax.Array]) -> tuple[jax.Array, Metrics]:
             return self._errors(frozen, [one._replace(clips=c) for one, c in zip(decoded, clips, strict=True)])
 
-        if self.adversary is None:
+        if self.adversarial is None:
             error, metrics = errors(clips)
             return _negative_log_likelihood(error, scale), metrics
         (error, metrics), reconstruction_grads = jax.value_and_grad(errors, has_aux=True)(stop(clips))
@@ -330,13 +330,13 @@ class VideoVAETask(Task):
             features = stop([one.features for one in decoded])
             return self._last_kernel_grad(stop(parameters[VAE]), features, gradients)
 
-        weight, value, adversarial_grads = self.adversary.push(
+        weight, value, adversarial_grads = self.adversarial.generator_loss(
             parameters[DISCRIMINATOR], batch, clips, reconstruction_grads, last_kernel_grad
         )
         metrics |= {"adversarial": value, "adaptive_weight": weight}
         total = _negative_log_likelihood(error, scale) + weight * value
-        for clip, of_reconstruction, of_adversary in zip(clips, reconstruction_grads, adversarial_grads, strict=True):
-            total += given_gradient(clip, of_reconstruction + weight * of_adversary)
+        for clip, of_reconstruction, of_adversarial in zip(clips, reconstruction_grads, adversarial_grads, strict=True):
+            total += surrogate_loss(clip, of_reconstruction + weight * of_adversarial)
         return total, metrics
 
     def _last_kernel_grad(

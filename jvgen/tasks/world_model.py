@@ -1,4 +1,4 @@
-"""Training iVideoGPT's transformer: predict the tokens of future frames; actions, goals and rewards (2405.15223)."""
+"""Training of iVideoGPT's transformer: tokens of future frames, rewards and actions (arXiv 2405.15223)."""
 
 import dataclasses
 import functools
@@ -22,12 +22,12 @@ from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt import flops
-from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
-from jvgen.models.ivideogpt.objective import symlog, terms
+from jvgen.models.ivideogpt.config import MAX_ACTION, CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.models.ivideogpt.objective import loss_terms, symlog
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
 from jvgen.models.ivideogpt.transformer import FrameTransformer
-from jvgen.models.ivideogpt.world import Held, Prediction, World
+from jvgen.models.ivideogpt.world import Prediction, World
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
@@ -43,30 +43,28 @@ from jvgen.tasks.task import (
 )
 from jvgen.tasks.video_tokenizer import check_frames, to_uint8
 
-# Purposes of a step's key; numbers never change their meaning.
+# Purposes folded into a step's key; they never change, so that saved runs resume exactly.
 DROPOUT_KEY = 48
 ROLLOUT_KEY = 49
-# File of an export that tells which tokenizer the transformer was trained with, by its content.
+# File of an export with the content digest of the tokenizer that the transformer was trained with.
 TRAINED_WITH = "trained_with.json"
-# A recorded action beyond this is a mistake of the recording.
-LARGEST_ACTION = 1e3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorldModelConfig(TaskConfig):
-    """Next-token prediction over frozen tokens, made in the step.
+    """Next-token prediction over tokens of a frozen tokenizer, which runs inside the training step.
 
     Attributes:
-      transformer: the network that is trained; its action_width and reward say what it is conditioned on and predicts.
+      transformer: the trained network; action_width and reward select conditioning on actions and reward prediction.
       tokenizer: architecture of the frozen tokenizer.
       tokenizer_weights: exported folder of the tokenizer's weights.
-      goal: put the last frame first, as a goal: with two frames of context, the goal and the current frame.
-      reward_weight: of the squared error of rewards (in symlog).
-      action_reconstruction_weight: of the squared error of the actions read back.
-      tokenizer_dtype: "float32", as the published models were trained, or that of the step ("compute").
-      sampling: how frames are rolled out in evaluation.
-      evaluation_samples: rollouts of each clip in evaluation, of which the best counts; 0 for no rollouts.
-      perceptual: a distance that is measured of rollouts as well.
+      goal: put the last frame first, as a goal: with two context frames, the goal and the current frame.
+      reward_weight: weight of the squared error of rewards (in symlog).
+      action_reconstruction_weight: weight of the squared error of reconstructed actions.
+      tokenizer_dtype: "float32", as the published models were trained, or the compute dtype of the step ("compute").
+      sampling: how ids are chosen in evaluation rollouts.
+      evaluation_samples: rollouts per clip in evaluation, of which the best counts; 0 for no rollouts.
+      perceptual: perceptual distance that is also measured of rollouts.
       visualize_clips: clips rolled out for TensorBoard.
     """
 
@@ -87,22 +85,23 @@ class WorldModelConfig(TaskConfig):
         if self.reward_weight < 0 or self.action_reconstruction_weight < 0:
             raise ValueError(
                 f"reward_weight = {self.reward_weight}, action_reconstruction_weight = "
-                f"{self.action_reconstruction_weight}: must not be negative."
+                f"{self.action_reconstruction_weight}: must be 0 or more."
             )
         if self.action_reconstruction_weight and not self.transformer.action_reconstruction:
             raise ValueError("action_reconstruction_weight needs transformer.action_reconstruction = true.")
         if self.goal and self.tokenizer.context_frames < 2:
             raise ValueError(
-                f"goal needs at least 2 frames of context (the goal and the current frame); the tokenizer has "
+                f"goal needs at least 2 context frames (the goal and the current frame); the tokenizer has "
                 f"{self.tokenizer.context_frames}."
             )
         if self.evaluation_samples < 0 or self.visualize_clips < 0:
             raise ValueError(
-                f"evaluation_samples = {self.evaluation_samples}, visualize_clips = {self.visualize_clips}: 0 or more."
+                f"evaluation_samples = {self.evaluation_samples}, visualize_clips = {self.visualize_clips}: must be "
+                "0 or more."
             )
 
     def frames(self, bucket: BucketConfig) -> int:
-        """Frames of a sequence: a goal comes before the frames of the clip."""
+        """Frames per sequence: those of the clip, after the goal if there is one."""
         return bucket.frames + self.goal
 
     @property
@@ -112,14 +111,16 @@ class WorldModelConfig(TaskConfig):
     def check_bucket(self, bucket: BucketConfig) -> None:
         check_frames(self.tokenizer, bucket)
         if bucket.segment is not None:
-            raise ValueError("segment: a world model needs frames that follow on each other; leave it out.")
+            raise ValueError("segment: a world model needs consecutive frames; remove it.")
         if self.evaluation_samples and bucket.height < WINDOW:
-            raise ValueError(f"height = {bucket.height}: at least {WINDOW}, the window of the SSIM that is measured.")
+            raise ValueError(f"height = {bucket.height}: must be at least {WINDOW}, the window of the SSIM metric.")
         self.transformer.check_tokenizer(self.tokenizer, self.frames(bucket))
 
     def check_weights(self) -> None:
         if self.tokenizer_weights is None:
-            raise ValueError("tokenizer_weights = none: name the exported folder of the tokenizer (`jvgen export`).")
+            raise ValueError(
+                "tokenizer_weights = none: set it to the exported folder of the tokenizer (`jvgen export`)."
+            )
         check_architecture(self.tokenizer_weights, self.tokenizer, "task.tokenizer_weights")
         check_weights(self.perceptual)
 
@@ -149,7 +150,7 @@ class WorldModelConfig(TaskConfig):
                 )
 
     def check_request(self, request: SampleRequest) -> None:
-        raise ValueError("a world model makes no clips from prompts: step it with actions, `jvgen play RUN`.")
+        raise ValueError("a world model generates no clips from prompts: step it with actions, `jvgen play RUN`.")
 
     def build(self) -> "WorldModelTask":
         return WorldModelTask(self)
@@ -165,8 +166,8 @@ class WorldModelTask(Task):
         tokenizer = Network.of(lambda rngs: CompressiveTokenizer(config.tokenizer, rngs=rngs))
         self.perceptual = PerceptualDistance(config.perceptual)
         self.frozen_networks = {"tokenizer": tokenizer, **self.perceptual.networks}
-        of_tokenizer = {"tokenizer"} if config.tokenizer_dtype == "float32" else set()
-        self.float32_networks = frozenset(of_tokenizer | set(self.perceptual.networks))
+        tokenizer_names = {"tokenizer"} if config.tokenizer_dtype == "float32" else set()
+        self.float32_networks = frozenset(tokenizer_names | set(self.perceptual.networks))
 
     def load_frozen(self) -> Parameters:
         return {"tokenizer": import_folder(self.config.tokenizer_weights)[1], **self.perceptual.load()}
@@ -196,17 +197,17 @@ class WorldModelTask(Task):
 
     def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         if "video" not in example:
-            raise ValueError("the data set holds cached latents and no pixels: a world model needs pixels.")
+            raise ValueError("the data set has cached latents and no pixels: a world model needs pixels.")
         arrays, width = {"video": example["video"]}, self.config.transformer.action_width
         if width:
             actions = np.asarray(example["actions"], np.float32)
             if not example["has_action"] or actions.shape[-1] != width:
                 found = f"{actions.shape[-1]} numbers" if example["has_action"] else "none"
                 raise ValueError(f"a recording's actions have {found}; transformer.action_width = {width}.")
-            if not np.all(np.abs(actions) <= LARGEST_ACTION):
+            if not np.all(np.abs(actions) <= MAX_ACTION):
                 raise ValueError(
                     f"a recording's actions reach {np.abs(actions).max():g}: they must be finite and at most "
-                    f"{LARGEST_ACTION:g}. Build the data set again with --clip-actions."
+                    f"{MAX_ACTION:g}. Build the data set again with --clip-actions."
                 )
             arrays["actions"] = actions
         if self.config.transformer.reward:
@@ -236,9 +237,9 @@ class WorldModelTask(Task):
             )
         )
         actions, rewards = (batch.get(name) for name in ("actions", "rewards"))
-        # The action, and the reward of it, that lead to each future frame. The released code learns the reward of the
-        # action after the frame, and reads it as that of the one before.
-        parts = terms(
+        # The action that leads to each future frame, and its reward. The released code learns the reward of the action
+        # after the frame, and uses the prediction as that of the action before it.
+        terms = loss_terms(
             self.networks["transformer"].bind(parameters["transformer"]),
             tokens,
             layout,
@@ -247,97 +248,97 @@ class WorldModelTask(Task):
             keys=keys,
             dtype=activation_dtype(parameters["transformer"]),
         )
-        total = parts.cross_entropy
-        metrics: Metrics = {"cross_entropy": parts.cross_entropy, "accuracy": parts.accuracy}
-        if parts.reward is not None:
-            total += config.reward_weight * parts.reward
-            metrics["reward_error"] = parts.reward
-        if parts.action_reconstruction is not None:
-            total += config.action_reconstruction_weight * parts.action_reconstruction
-            metrics["action_error"] = parts.action_reconstruction
+        total = terms.cross_entropy
+        metrics: Metrics = {"cross_entropy": terms.cross_entropy, "accuracy": terms.accuracy}
+        if terms.reward is not None:
+            total += config.reward_weight * terms.reward
+            metrics["reward_error"] = terms.reward
+        if terms.action_reconstruction is not None:
+            total += config.action_reconstruction_weight * terms.action_reconstruction
+            metrics["action_error"] = terms.action_reconstruction
         return total, metrics
 
     def _ordered(self, batch: Batch) -> dict[str, jax.Array]:
-        """The batch with the goal first: what belongs to a frame goes with it."""
+        """The batch with the goal frame first, and its action and reward with it."""
         if not self.config.goal:
             return dict(batch)
-        of_frames = {"video", "actions", "rewards"} & set(batch)
+        per_frame = {"video", "actions", "rewards"} & set(batch)
         return {
-            name: jnp.concatenate([value[:, -1:], value], axis=1) if name in of_frames else value
+            name: jnp.concatenate([value[:, -1:], value], axis=1) if name in per_frame else value
             for name, value in batch.items()
         }
 
     # Rollouts.
 
     def world(self, frames: int, dtype: Any = jnp.float32) -> World:
-        """What rolls out clips of so many frames, context (and goal) included."""
+        """The world model for clips of this many frames, context (and goal) included."""
         config = self.config
         return World(config.tokenizer, config.transformer, frames, config.sampling, dtype=dtype)
 
     def predict(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, samples: int = 1
     ) -> tuple[Prediction, dict[str, jax.Array]]:
-        """Rollouts from the first frames of a batch, `samples` of each clip; and the batch, goals put first."""
+        """Rollouts from the context frames of a batch, `samples` per clip; and the batch in the order of sequences."""
         ordered, count = self._ordered(batch), self.config.tokenizer.context_frames
         video = ordered["video"].astype(jnp.float32) / 255.0
         world = self.world(video.shape[1], activation_dtype(parameters["transformer"]))
-        held = Held(frozen["tokenizer"], world.hold({}, parameters["transformer"]).transformer)
+        weights = world.prepare(frozen["tokenizer"], parameters["transformer"])
         actions = ordered.get("actions")
         if actions is not None:
             actions = jnp.repeat(actions[:, world.layout.action_frames], samples, axis=0)
         keys = slot_keys(jax.random.fold_in(key, ROLLOUT_KEY), batch["slot"])
         keys = jax.vmap(lambda one: jax.vmap(lambda i: jax.random.fold_in(one, i))(jnp.arange(samples)))(keys)
         context = video[:, :count].astype(activation_dtype(frozen["tokenizer"]))
-        return world.rollout(held, context, actions, keys.reshape(-1)), ordered
+        return world.rollout(weights, context, actions, keys.reshape(-1)), ordered
 
     def predicted_clips(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Recorded clips `B F H W 3` and predictions of each, context as reconstructed, float32 in [0, 1]."""
+        """Recorded clips `B F H W 3`, and predictions with reconstructed context frames, float32 in [0, 1]."""
         samples, count = max(1, self.config.evaluation_samples), self.config.tokenizer.context_frames
-        made, ordered = self.predict(parameters, frozen, batch, key, samples)
+        prediction, ordered = self.predict(parameters, frozen, batch, key, samples)
         video = ordered["video"].astype(jnp.float32) / 255.0
         tokenizer = self.frozen_networks["tokenizer"].bind(frozen["tokenizer"])
         context = video[:, :count].astype(activation_dtype(frozen["tokenizer"]))
-        read, _ = tokenizer.read_context(tokenizer.tokenize_context(context), context.dtype)
-        read = jnp.repeat(jnp.clip(read.astype(jnp.float32), 0.0, 1.0), samples, axis=0)
-        return video, jnp.concatenate([read, made.frames], axis=1)
+        reconstructed, _ = tokenizer.detokenize_context(tokenizer.tokenize_context(context), context.dtype)
+        reconstructed = jnp.repeat(jnp.clip(reconstructed.astype(jnp.float32), 0.0, 1.0), samples, axis=0)
+        return video, jnp.concatenate([reconstructed, prediction.frames], axis=1)
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
-        """The loss without dropout, and how near rollouts come to the recording.
+        """The loss without dropout, and image metrics of rollouts against the recording.
 
-        Each measure takes the best of several samples of a clip. Plain names are of predicted frames only;
-        "whole_" counts the reconstructed frames of the context as well, as published numbers do; "_copying" is of the
-        last frame of the context, repeated.
+        Each metric is that of the best of several samples of a clip. Plain names are of predicted frames only;
+        "whole_..." includes the reconstructed context frames, as published numbers do; "..._copying" is of the last
+        context frame, repeated.
         """
         loss, metrics = self._loss(parameters, frozen, batch, None)
         metrics = {"loss": loss, **metrics}
         samples, count = self.config.evaluation_samples, self.config.tokenizer.context_frames
         if not samples:
             return metrics
-        video, made = self.predicted_clips(parameters, frozen, batch, key)
+        video, predicted = self.predicted_clips(parameters, frozen, batch, key)
         clips = jnp.float32(video.shape[0])
-        made = made.reshape(video.shape[0], samples, *made.shape[1:])
-        still = jnp.broadcast_to(video[:, count - 1 : count], video[:, count:].shape)
+        predicted = predicted.reshape(video.shape[0], samples, *predicted.shape[1:])
+        last = jnp.broadcast_to(video[:, count - 1 : count], video[:, count:].shape)
         for name, (measure, higher_is_better) in self._measures(frozen).items():
-            score = measure(made, jnp.broadcast_to(video[:, None], made.shape))
+            score = measure(predicted, jnp.broadcast_to(video[:, None], predicted.shape))
             for prefix, counted in (("", score[..., count:]), ("whole_", score)):
                 best = best_of(counted, higher_is_better=higher_is_better)
                 metrics[f"{prefix}{name}"] = Mean(jnp.sum(best), clips)
-            copied = jnp.mean(measure(still, video[:, count:]), axis=-1)
+            copied = jnp.mean(measure(last, video[:, count:]), axis=-1)
             metrics[f"{name}_copying"] = Mean(jnp.sum(copied), clips)
         return metrics
 
     def _measures(self, frozen: Parameters) -> dict[str, tuple[Callable[[jax.Array, jax.Array], jax.Array], bool]]:
-        """Scores of frames in [0, 1], one a frame, by name; and whether higher ones are better."""
+        """Per-frame metrics of frames in [0, 1] by name, and whether higher is better."""
         measures = {
             "psnr": (functools.partial(peak_signal_to_noise, data_range=1.0), True),
             "ssim": (functools.partial(structural_similarity, data_range=1.0), True),
         }
 
-        def distance(made: jax.Array, true: jax.Array) -> jax.Array:
-            images = (2.0 * frames.reshape(-1, *frames.shape[-3:]) - 1.0 for frames in (made, true))
-            return self.perceptual.distance(frozen, *images).reshape(made.shape[:-3])
+        def distance(predicted: jax.Array, recorded: jax.Array) -> jax.Array:
+            images = (2.0 * frames.reshape(-1, *frames.shape[-3:]) - 1.0 for frames in (predicted, recorded))
+            return self.perceptual.distance(frozen, *images).reshape(predicted.shape[:-3])
 
         if self.perceptual.enabled:
             measures[self.perceptual.metric_name] = (distance, False)
@@ -348,10 +349,10 @@ class WorldModelTask(Task):
     ) -> dict[str, jax.Array]:
         if not self.config.visualize_clips:
             return {}
-        some = {name: value[: self.config.visualize_clips] for name, value in batch.items()}
-        made, ordered = self.predict(parameters, frozen, some, key)
+        shown = {name: value[: self.config.visualize_clips] for name, value in batch.items()}
+        prediction, ordered = self.predict(parameters, frozen, shown, key)
         context = ordered["video"][:, : self.config.tokenizer.context_frames]
-        return {"data": ordered["video"], "rollout": jnp.concatenate([context, to_uint8(made.frames)], axis=1)}
+        return {"data": ordered["video"], "rollout": jnp.concatenate([context, to_uint8(prediction.frames)], axis=1)}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         layout = self.config.tokenizer.layout(self.config.frames(bucket))

@@ -154,7 +154,7 @@ def compare(name: str, size: Size, settings: Settings) -> tuple[dict, dict]:
     actions = rng.standard_normal((size.batch, size.future, 4)).astype(np.float32)
 
     decoder = Decoder(config, layout, SamplingConfig(greedy=True), dtype=jnp.dtype(size.dtype))
-    weights = jax.jit(decoder.weights)(parameters)
+    weights = jax.jit(decoder.prepare)(parameters)
     keys = jax.random.split(jax.random.key(0), size.batch)
     began = time.perf_counter()
     program = jax.jit(decoder.rollout).lower(weights, prompt, actions, keys).compile()

@@ -215,14 +215,14 @@ def reconstruct(world: WorldModel, video: np.ndarray) -> np.ndarray:
         model = world.world.network.bind(parameters)
         return model.detokenize(model.tokenize(frames))[:, world.context_frames :]
 
-    return np.clip(np.asarray(run(world.held.tokenizer, jnp.asarray(video) / 255.0)), 0, 1)
+    return np.clip(np.asarray(run(world.weights.tokenizer, jnp.asarray(video) / 255.0)), 0, 1)
 
 
 def decoding(world: WorldModel, video: np.ndarray, actions: np.ndarray) -> list[dict[str, Any]]:
     """Frames a second of the transformer alone, one id after the other and guessed together: one episode, and all."""
-    count, held, rows = world.context_frames, world.held, []
+    count, weights, rows = world.context_frames, world.weights, []
     read = jax.jit(lambda p, x: world.world.network.bind(p).tokenize_context(x))
-    prompt = world.world.layout.prompt(read(held.tokenizer, jnp.asarray(video[:, :count]) / np.float32(255)))
+    prompt = world.world.layout.prompt(read(weights.tokenizer, jnp.asarray(video[:, :count]) / np.float32(255)))
     led = jnp.asarray(actions[:, count - 1 : -1])
     for episodes in (1, len(video)):
         keys, made = jax.random.split(jax.random.key(0), episodes), {}
@@ -233,7 +233,7 @@ def decoding(world: WorldModel, video: np.ndarray, actions: np.ndarray) -> list[
             seconds = []
             for _ in range(6):
                 began = time.perf_counter()
-                made[name] = np.asarray(run(held.transformer, prompt[:episodes], led[:episodes], keys)[0])
+                made[name] = np.asarray(run(weights.transformer, prompt[:episodes], led[:episodes], keys)[0])
                 seconds.append(time.perf_counter() - began)
             row[name] = episodes * led.shape[1] / min(seconds[1:])
         row["equal"] = bool((made["one by one"] == made["together"]).all())

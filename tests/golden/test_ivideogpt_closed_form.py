@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from jvgen.models.ivideogpt import adapt
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.decoding import Decoder
 from jvgen.models.ivideogpt.layout import Layout
-from jvgen.models.ivideogpt.objective import terms
+from jvgen.models.ivideogpt.objective import loss_terms
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer, Tokens
-from jvgen.models.ivideogpt.torch_map import weight_map
+from jvgen.models.ivideogpt.torch_map import adapt_transformer, weight_map
 from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.nn.network import Network
 
@@ -103,13 +102,13 @@ def test_tokenizer(name, config, frames):
 
     def run(parameters, video, tokens):
         model = network.bind(parameters)
-        passed = model.encoder(video[0, :count])
+        encoded = model.encoder(video[0, :count])
         latents, conditions = model.encode_context(video[:, :count])
         coded = model.prediction_encoder(video[0, count:], conditions)
         future = model.encode_future(video[:, count:], conditions)
         made = model(video)
         ids = Tokens(layout.context_ids(tokens), layout.future_ids(tokens))
-        return passed.result, latents, coded.result, future, model.tokenize(video), made, model.detokenize(ids)
+        return encoded.output, latents, coded.output, future, model.tokenize(video), made, model.detokenize(ids)
 
     encoded, latents, coded, future, tokens, made, decoded = jax.jit(run)(parameters, video, fixed)
     check(rearrange(encoded, "n h w z -> n z h w"), numbers["encoder_out"], "encoder_out")
@@ -155,13 +154,13 @@ def with_heads() -> dict:
 def test_transformer(with_heads):
     numbers = NUMBERS["llama138m"]
     network = Network.of(lambda rngs: FrameTransformer(SMALL, rngs=rngs))
-    parameters = adapt.transformer_parameters(with_heads, HEADS, SMALL)
+    parameters = adapt_transformer(with_heads, HEADS, SMALL)
     tokens = jnp.asarray(NUMBERS["fixed_tokens_ctx2_T4"], jnp.int32)[None]
 
     def run(parameters, tokens):
         model = network.bind(parameters)
         hidden = model(tokens)
-        return model.embed(tokens), hidden, model.logits(hidden)[0], terms(model, tokens, LAYOUT).cross_entropy
+        return model.embed(tokens), hidden, model.logits(hidden)[0], loss_terms(model, tokens, LAYOUT).cross_entropy
 
     embedded, hidden, logits, loss = jax.jit(run)(parameters, tokens)
     np.testing.assert_allclose(loss, numbers["ce_no_action"], atol=1e-4)
@@ -182,7 +181,7 @@ def test_transformer_with_actions_and_rewards(with_heads):
         model = network.bind(parameters)
         hidden = model(tokens, LAYOUT, actions)
         rewards = model.rewards(hidden[:, LAYOUT.reward_positions])
-        return model.logits(hidden)[0], rewards, terms(model, tokens, LAYOUT, actions=actions).cross_entropy
+        return model.logits(hidden)[0], rewards, loss_terms(model, tokens, LAYOUT, actions=actions).cross_entropy
 
     logits, rewards, loss = jax.jit(run)(parameters, tokens, actions)
     np.testing.assert_allclose(loss, numbers["ce_action"], atol=1e-4)
@@ -204,7 +203,7 @@ def check_greedy(decoder: Decoder, parameters, tokens, actions, expected: list[i
     ids = []
     for parallel in (False, True):
         one = Decoder(decoder.config, decoder.layout, decoder.sampling.replace(parallel=parallel), decoder.forced_slots)
-        made, _ = jax.jit(lambda p, t, a, d=one: d.rollout(d.weights(p), t, a, jax.random.split(jax.random.key(0), 1)))(
+        made, _ = jax.jit(lambda p, t, a, d=one: d.rollout(d.prepare(p), t, a, jax.random.split(jax.random.key(0), 1)))(
             parameters, tokens[:, : LAYOUT.prompt_length], actions
         )
         ids.append(np.asarray(made))

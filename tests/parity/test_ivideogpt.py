@@ -10,10 +10,10 @@ import pytest
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.interop.to_torch import export_network
 from jvgen.interop.verify import VerifyError, verify
-from jvgen.models.ivideogpt import adapt
+from jvgen.models.ivideogpt import torch_map
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.layout import Layout
-from jvgen.models.ivideogpt.objective import terms
+from jvgen.models.ivideogpt.objective import loss_terms
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
 from jvgen.models.ivideogpt.tokenizer_map import tokenizer_map
 from jvgen.models.ivideogpt.transformer import FrameTransformer
@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_those_of_llama():
 
     def loss(p):
         model = network.bind(p)
-        return terms(model, jnp.asarray(tokens), LAYOUT).cross_entropy, model.logits(model(jnp.asarray(tokens)))
+        return loss_terms(model, jnp.asarray(tokens), LAYOUT).cross_entropy, model.logits(model(jnp.asarray(tokens)))
 
     (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters)
     np.testing.assert_allclose(value, output.loss.item(), rtol=1e-6)
@@ -161,29 +161,29 @@ def test_released_sizes():
 def test_weights_put_to_another_use():
     parameters = random_parameters(TOKENIZER)
     one = TOKENIZER.replace(context_frames=1)
-    cut = flatten(adapt.tokenizer_parameters(parameters, TOKENIZER, one))
+    cut = flatten(torch_map.adapt_tokenizer(parameters, TOKENIZER, one))
     for path, shape in flatten(network_of(one).shapes).items():
         assert cut[path].shape == shape.shape, path
     path = "prediction_decoder/sites/0/context_positions"
     np.testing.assert_array_equal(cut[path], flatten(parameters)[path][64:])
     # More frames: the positions that are there belong to the last ones.
     three = TOKENIZER.replace(context_frames=3)
-    grown = adapt.tokenizer_parameters(parameters, TOKENIZER, three)
+    grown = torch_map.adapt_tokenizer(parameters, TOKENIZER, three)
     for path, shape in flatten(network_of(three).shapes).items():
         assert flatten(grown)[path].shape == shape.shape, path
     site = "prediction_encoder/sites/0/context_positions"
     np.testing.assert_array_equal(flatten(grown)[site][:64], flatten(parameters)[site][:64])
-    back = adapt.tokenizer_parameters(grown, three, TOKENIZER)
+    back = torch_map.adapt_tokenizer(grown, three, TOKENIZER)
     jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(np.asarray, parameters))
     with pytest.raises(ValueError, match="more than context_frames"):
-        adapt.tokenizer_parameters(parameters, TOKENIZER, one.replace(code_width=4))
+        torch_map.adapt_tokenizer(parameters, TOKENIZER, one.replace(code_width=4))
 
     heads = random_parameters(HEADS)
-    assert set(adapt.transformer_parameters(heads, HEADS, HEADS)) == set(heads)
-    assert set(heads) - set(adapt.transformer_parameters(heads, HEADS, HEADS.replace(action_width=2))) == {"action"}
-    assert set(heads) - set(adapt.transformer_parameters(heads, HEADS, PLAIN)) == {"action", "reward"}
+    assert set(torch_map.adapt_transformer(heads, HEADS, HEADS)) == set(heads)
+    assert set(heads) - set(torch_map.adapt_transformer(heads, HEADS, HEADS.replace(action_width=2))) == {"action"}
+    assert set(heads) - set(torch_map.adapt_transformer(heads, HEADS, PLAIN)) == {"action", "reward"}
     with pytest.raises(ValueError, match="more than their heads"):
-        adapt.transformer_parameters(heads, HEADS, HEADS.replace(layers=3))
+        torch_map.adapt_transformer(heads, HEADS, HEADS.replace(layers=3))
 
 
 def test_actions_of_a_model_that_never_saw_any_change_nothing():

@@ -13,8 +13,8 @@ from jvgen.models.ivideogpt.codebook import Codebook, perplexity, usage
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.decoding import Decoder
 from jvgen.models.ivideogpt.layout import Layout
-from jvgen.models.ivideogpt.objective import symexp, symlog, terms
-from jvgen.models.ivideogpt.sampling import SamplingConfig, choose, kept
+from jvgen.models.ivideogpt.objective import loss_terms, symexp, symlog
+from jvgen.models.ivideogpt.sampling import SamplingConfig, candidates, choose
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
 from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.nn import attention as front
@@ -56,7 +56,7 @@ def test_published_lengths(context, frames, length, targets):
 def test_ids_that_are_no_codes_of_future_frames_become_the_first_or_last(parameters):
     decoder = Decoder(TINY, LAYOUT)
     ids = jnp.array([0, 17, 18, 29, 30, 31])
-    assert LAYOUT.future_codes_of(ids).tolist() == [0, 0, 0, 11, 11, 11]
+    assert LAYOUT.clamp_future_codes(ids).tolist() == [0, 0, 0, 11, 11, 11]
     with pytest.raises(ValueError, match="ids from -1 to 3: this vocabulary has 0..31"):
         LAYOUT.check_ids(np.concatenate([[-1], np.full(27, 3)])[None])
     with pytest.raises(ValueError, match="ids from 0 to 32"):
@@ -64,7 +64,7 @@ def test_ids_that_are_no_codes_of_future_frames_become_the_first_or_last(paramet
     with pytest.raises(ValueError, match="a sequence of 27 ids: .* are 13, 3 future frames more 28"):
         LAYOUT.check_ids(np.zeros(27, int))
     with pytest.raises(ValueError, match="ids from 32 to 32: this vocabulary has 0..31"):
-        decoder.prefill(decoder.weights(parameters), jnp.full((1, LAYOUT.prompt_length), 32))
+        decoder.prefill(decoder.prepare(parameters), jnp.full((1, LAYOUT.prompt_length), 32))
 
 
 # Codebook.
@@ -137,7 +137,7 @@ def test_temperature_and_top_p():
         if sampling.top_k:
             theirs = warpers.TopKLogitsWarper(sampling.top_k)(None, theirs)
         theirs = warpers.TopPLogitsWarper(sampling.top_p)(None, theirs)[0].numpy()
-        left, ids = kept(LOGITS, sampling)
+        left, ids = candidates(LOGITS, sampling)
         ours = np.full(200, -np.inf, np.float32)
         ours[np.arange(200) if ids is None else np.asarray(ids)] = np.asarray(left)
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
@@ -176,7 +176,7 @@ def roll(parameters, sampling: SamplingConfig, *, rows: int = 4, samples: int = 
     decoder = Decoder(TINY, LAYOUT, sampling, forced_slots=forced)
     keys = jax.random.split(jax.random.key(seed), rows)
     prompt = LAYOUT.prompt(context)
-    ids, rewards = jax.jit(lambda p: decoder.rollout(decoder.weights(p), prompt, actions, keys))(parameters)
+    ids, rewards = jax.jit(lambda p: decoder.rollout(decoder.prepare(p), prompt, actions, keys))(parameters)
     return prompt, actions, np.asarray(ids), np.asarray(rewards)
 
 
@@ -223,7 +223,7 @@ def test_samples_share_a_prompt_and_nothing_else(parameters):
     decoder = Decoder(TINY, LAYOUT, sampling)
     keys = jax.random.split(jax.random.key(0), 6)
     repeated = jnp.repeat(prompt, 3, axis=0)
-    apart, theirs = jax.jit(lambda p: decoder.rollout(decoder.weights(p), repeated, actions, keys))(parameters)
+    apart, theirs = jax.jit(lambda p: decoder.rollout(decoder.prepare(p), repeated, actions, keys))(parameters)
     np.testing.assert_array_equal(ids, apart)
     np.testing.assert_allclose(rewards, theirs, atol=2e-5)
     assert (ids[0] != ids[1]).any()
@@ -233,7 +233,7 @@ def test_a_row_does_not_depend_on_the_others(parameters):
     sampling = SamplingConfig(top_k=9)
     prompt, actions, ids, _ = roll(parameters, sampling)
     decoder, keys = Decoder(TINY, LAYOUT, sampling), jax.random.split(jax.random.key(0), 4)
-    alone, _ = jax.jit(lambda p: decoder.rollout(decoder.weights(p), prompt[2:3], actions[2:3], keys[2:3]))(parameters)
+    alone, _ = jax.jit(lambda p: decoder.rollout(decoder.prepare(p), prompt[2:3], actions[2:3], keys[2:3]))(parameters)
     np.testing.assert_array_equal(alone[0], ids[2])
 
 
@@ -248,7 +248,7 @@ def test_only_codes_of_future_frames_if_asked(parameters):
 def test_bfloat16_decodes(parameters):
     decoder = Decoder(TINY, LAYOUT, SamplingConfig(greedy=True), dtype=jnp.bfloat16)
     prompt, actions, ids, rewards = roll(parameters, SamplingConfig(greedy=True))
-    weights = decoder.weights(parameters)
+    weights = decoder.prepare(parameters)
     assert {leaf.dtype for leaf in jax.tree.leaves(weights) if leaf.ndim > 1} == {jnp.dtype(jnp.bfloat16)}
     made, theirs = jax.jit(decoder.rollout)(weights, prompt, actions, jax.random.split(jax.random.key(0), 4))
     assert made.shape == ids.shape and theirs.dtype == jnp.float32
@@ -269,7 +269,7 @@ def test_the_context_is_no_target_and_dropout_belongs_to_a_sequence(network, par
     keys = jax.random.split(jax.random.key(0), 3)
 
     def run(p, tokens, actions, keys):
-        return terms(
+        return loss_terms(
             network.bind(p), tokens, LAYOUT, actions=actions, rewards=jnp.zeros(tokens.shape[:1] + (3,)), keys=keys
         )
 
@@ -328,7 +328,7 @@ def test_operations_agree_with_the_compiler(monkeypatch):
     actions = jax.ShapeDtypeStruct((1, 3, 2), jnp.float32)
 
     def run(p, tokens, actions):
-        return terms(network.bind(p), tokens, LAYOUT, actions=actions).cross_entropy
+        return loss_terms(network.bind(p), tokens, LAYOUT, actions=actions).cross_entropy
 
     counted = jax.jit(run).lower(network.shapes, tokens, actions).cost_analysis()["flops"]
     assert sum(flops.forward(config, LAYOUT).values()) == pytest.approx(counted, rel=0.06)

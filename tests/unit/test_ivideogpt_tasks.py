@@ -22,7 +22,7 @@ from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
 from jvgen.parallel.axes import LAYERS
-from jvgen.tasks.adversary import AdversarialConfig
+from jvgen.tasks.adversarial import AdversarialConfig
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.video_tokenizer import RestartConfig, VideoTokenizerConfig
 from jvgen.tasks.world_model import WorldModelConfig
@@ -189,7 +189,7 @@ def test_a_discriminator_pulls_as_hard_as_the_perceptual_distance():
         return 2 * made.context - 1, 2 * made.future - 1
 
     def push(tokenizer):
-        judged = [task.adversary.judge(parameters["discriminator"], clip.reshape(-1, 1, 16, 16, 3))
+        judged = [task.adversarial.scores(parameters["discriminator"], clip.reshape(-1, 1, 16, 16, 3))
                   for clip in frames(tokenizer)]  # fmt: skip
         return -jnp.mean(jnp.concatenate(judged))
 
@@ -209,7 +209,7 @@ def test_a_discriminator_pulls_as_hard_as_the_perceptual_distance():
         np.testing.assert_allclose(more, own + weight * against, rtol=2e-3, atol=2e-4 * float(jnp.abs(more).max()))
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient["discriminator"]))
     with pytest.raises(ConfigError, match="trained in every step"):
-        validate_tree(config.replace(adversarial=AdversarialConfig(turns="alternate")), "task")
+        validate_tree(config.replace(adversarial=AdversarialConfig(update_schedule="alternate")), "task")
 
 
 # World model.

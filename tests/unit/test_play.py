@@ -1,4 +1,4 @@
-"""`jvgen play`: keys and files as actions, episodes in files and in the terminal, and what it refuses."""
+"""`jvgen play`: keys and files as actions, episodes in files and in the terminal, errors; adapted weights; FVD."""
 
 import io
 import json
@@ -83,7 +83,7 @@ def test_files_of_actions(tmp_path):
     (tmp_path / "c.csv").write_text("1,2\n3,fast\n")
     (tmp_path / "d.txt").write_text("1,2\n")
     for name, words in (
-        ("a.csv", "holds \\(2, 2\\); expected one line of 3"),
+        ("a.csv", "has shape \\(2, 2\\); expected one line of 3"),
         ("c.csv", "cannot be read as actions .*fast"),
         ("d.txt", "expected .npy or .csv"),
         ("none.csv", "no such file"),
@@ -95,9 +95,9 @@ def test_files_of_actions(tmp_path):
 def test_frames_as_text():
     frame = np.zeros((3, 4, 3), np.uint8)
     frame[0, 0] = (255, 0, 7)
-    text = play.terminal_picture(frame)
+    text = play.terminal_image(frame)
     assert text.count("\n") == 1 and text.count("\u2580") == 8 and "38;2;255;0;7;48;2;0;0;0m" in text
-    assert play.terminal_picture(np.zeros((128, 128, 3), np.uint8)).count("\u2580") == 64 * 32
+    assert play.terminal_image(np.zeros((128, 128, 3), np.uint8)).count("\u2580") == 64 * 32
     written = []
     view = play.TerminalView(written.append)
     view(frame, "first")

@@ -10,7 +10,7 @@ import pytest
 from jvgen.config import ConfigError, validate_tree
 from jvgen.data.stream.config import BucketConfig
 from jvgen.interop.to_torch import export_network
-from jvgen.losses.adversarial import adaptive_weight, given_gradient, hinge_discriminator, hinge_generator
+from jvgen.losses.adversarial import adaptive_weight, hinge_discriminator, hinge_generator, surrogate_loss
 from jvgen.losses.frame_mapping import draw_picks, map_frames
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.clip_discriminator import flops as discriminator_flops
@@ -21,7 +21,7 @@ from jvgen.models.cv_vae.inflate import inflate
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
-from jvgen.tasks.adversary import AdversarialConfig
+from jvgen.tasks.adversarial import AdversarialConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
 from jvgen.training.step import accumulate
 from jvgen.training.telemetry.metrics import to_host
@@ -86,7 +86,7 @@ def test_gradient_equals_that_of_the_explicit_losses(config, given, together):
     def parts(parameters, key):
         made, moments, latents = task._reconstruct(parameters["vae"], frozen, batch, key)
         errors, _ = task._errors(frozen, made)
-        judged = [task.adversary.judge(jax.lax.stop_gradient(parameters["discriminator"]), m.clips) for m in made]
+        judged = [task.adversarial.scores(jax.lax.stop_gradient(parameters["discriminator"]), m.clips) for m in made]
         adversarial = 0.5 * sum(hinge_generator(one) for one in judged)
         return errors, adversarial, made, moments, latents
 
@@ -110,8 +110,8 @@ def test_gradient_equals_that_of_the_explicit_losses(config, given, together):
         real = jnp.asarray(batch["video"], jnp.float32) / 127.5 - 1
         against = [
             hinge_discriminator(
-                task.adversary.judge(parameters["discriminator"], real),
-                task.adversary.judge(parameters["discriminator"], jax.lax.stop_gradient(one.clips)),
+                task.adversarial.scores(parameters["discriminator"], real),
+                task.adversarial.scores(parameters["discriminator"], jax.lax.stop_gradient(one.clips)),
             )
             for one in made
         ]
@@ -143,7 +143,7 @@ def test_objectives(config):
     together = config.build().objectives()
     assert [o.name for o in together] == ["autoencoder", "scales", "discriminator"]
     assert len({o.loss for o in together}) == 1 and {o.update_schedule for o in together} == {(0, 1)}
-    alternate = config.replace(adversarial=ADVERSARIAL.replace(turns="alternate")).build().objectives()
+    alternate = config.replace(adversarial=ADVERSARIAL.replace(update_schedule="alternate")).build().objectives()
     assert [o.update_schedule for o in alternate] == [(0, 2), (0, 2), (1, 2)]
     assert alternate[0].loss == alternate[1].loss != alternate[2].loss
     alone = config.replace(adversarial=None, learned_scales=False).build()
@@ -220,7 +220,7 @@ def test_hinge_loss_and_adaptive_weight():
     pull, push = jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])
     assert float(adaptive_weight(pull, push)) == pytest.approx(5 / 2.0001)
     assert float(adaptive_weight(pull, 0 * push)) == 1e4 and float(adaptive_weight(pull, push, limit=1.0)) == 1.0
-    value, gradient = jax.value_and_grad(lambda x: given_gradient(x, jnp.array([5.0, -1.0])))(pull)
+    value, gradient = jax.value_and_grad(lambda x: surrogate_loss(x, jnp.array([5.0, -1.0])))(pull)
     assert float(value) == 0.0 and gradient.tolist() == [5.0, -1.0]
 
 

@@ -1,4 +1,4 @@
-"""A world model is stepped, rolled out, mapped over and lived in as an environment; what it refuses, and how."""
+"""World models: steps against rollouts, under vmap, as an environment, and errors for bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ TRANSFORMER = FrameTransformerConfig(
 FRAMES = 5
 
 
-def loud(shapes: dict, seed: int) -> dict:
-    """Random parameters large enough that everything matters."""
+def large_parameters(shapes: dict, seed: int) -> dict:
+    """Random parameters large enough that every part of the networks matters."""
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(seed)
     return structure.unflatten(
@@ -35,7 +35,13 @@ def world_of(transformer: FrameTransformerConfig = TRANSFORMER, **options) -> Wo
     of_tokenizer = Network.of(lambda rngs: CompressiveTokenizer(TOKENIZER, rngs=rngs))
     of_transformer = Network.of(lambda rngs: FrameTransformer(transformer, rngs=rngs))
     options = {"frames": FRAMES, "sampling": SamplingConfig(top_k=8), **options}
-    return WorldModel(TOKENIZER, loud(of_tokenizer.shapes, 0), transformer, loud(of_transformer.shapes, 1), **options)
+    return WorldModel(
+        TOKENIZER,
+        large_parameters(of_tokenizer.shapes, 0),
+        transformer,
+        large_parameters(of_transformer.shapes, 1),
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def stepped(world, frames, actions):
     return states, np.stack([f for f, _ in made], 1), np.stack([r for _, r in made], 1)
 
 
-def test_steps_are_what_a_rollout_is(world, frames, actions, stepped):
+def test_steps_equal_a_rollout(world, frames, actions, stepped):
     states, of_steps, rewards = stepped
     assert (world.horizon, world.context_frames, world.action_width) == (3, 2, 2)
     whole = world.rollout(frames, actions, 7)
@@ -87,8 +93,8 @@ def test_actions_and_seeds_matter(world, frames, actions):
     assert to_pixels(jnp.array([-1.0, 0.5, 2.0])).tolist() == [0, 128, 255]
 
 
-def test_it_can_be_mapped_over(world, frames, stepped):
-    """Candidate actions from one state, as a planner tries them; and under jit with the steps in a scan."""
+def test_steps_under_vmap(world, frames, stepped):
+    """Candidate actions from one state, as in planning."""
     states, *_ = stepped
     candidates = jnp.asarray(np.random.default_rng(5).normal(size=(4, 2, 2)), jnp.float32)
     mapped = jax.jit(jax.vmap(lambda action: world.step(states[1], action)[1:]))(candidates)
@@ -107,7 +113,7 @@ def test_several_samples_of_a_context(world, frames):
     np.testing.assert_allclose(first, made.frames[:, 0], atol=2e-5)
 
 
-def test_the_horizon_and_beyond(world, actions, stepped):
+def test_refresh_continues_beyond_the_horizon(world, actions, stepped):
     states, of_steps, _ = stepped
     with pytest.raises(ValueError, match="3 frames long, the horizon .* refresh"):
         world.step(states[3], actions[:, 0])
@@ -128,11 +134,11 @@ def test_a_world_without_actions_or_rewards(frames):
         plain.step(state, np.zeros((2, 2)))
 
 
-def test_what_it_refuses(world, frames, actions):
+def test_bad_input(world, frames, actions):
     unit = frames / np.float32(255)
     for wrong, words in (
-        (frames[:, :1], "begins at 2 frames of 16x16"),
-        (frames[:, :, :8], "begins at 2 frames of 16x16"),
+        (frames[:, :1], "starts from 2 frames of 16x16"),
+        (frames[:, :, :8], "starts from 2 frames of 16x16"),
         (unit * 255, "floats must be in \\[0, 1\\]"),
         (unit * np.nan, "floats must be in"),
         (frames.astype(np.int32), "frames of int32"),
@@ -141,7 +147,7 @@ def test_what_it_refuses(world, frames, actions):
             world.reset(wrong)
     state = world.reset(unit)
     for wrong, words in (
-        (None, "stepped with 2 numbers"),
+        (None, "takes actions of 2 components"),
         (np.zeros((2, 3)), "actions \\(2, 3\\): expected \\(2, 2\\)"),
         (np.full((2, 2), np.nan), "reach nan"),
         (np.full((2, 2), 1e6), "reach 1e\\+06"),
@@ -172,7 +178,7 @@ def environment(world, frames):
     return WorldModelEnvironment(world, frames, steps=5)
 
 
-def test_an_environment_keeps_the_rules(environment):
+def test_environment_passes_the_checker_of_gymnasium(environment):
     from gymnasium.utils.env_checker import check_env
 
     check_env(environment, skip_render_check=True)
@@ -194,7 +200,7 @@ def test_episodes(environment, world, frames):
     np.testing.assert_array_equal(made[:3], again)
 
 
-def test_rewards_from_elsewhere_and_mistakes(world, frames):
+def test_custom_rewards_and_bad_arguments(world, frames):
     pytest.importorskip("gymnasium")
     from jvgen.control.environment import WorldModelEnvironment
 

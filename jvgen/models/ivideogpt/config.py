@@ -1,4 +1,4 @@
-"""What the two networks of iVideoGPT are made of, and the released ones."""
+"""Configurations of the two networks of iVideoGPT, with the released sizes."""
 
 import dataclasses
 
@@ -7,8 +7,10 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.ivideogpt.layout import Layout
 from jvgen.nn.stacked import Remat
 
+# Larger components of an action are refused as errors: recorded ones reach 25.
+MAX_ACTION = 1e3
 CROSS_HEADS = 4
-CROSS_NORM_EPSILON = 1e-5  # the other norms of the tokenizer have 1e-6
+CROSS_NORM_EPSILON = 1e-5  # 1e-6 in all other norms of the tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,17 +21,17 @@ class CompressiveTokenizerConfig(Config):
       resolution: height and width of a frame in pixels.
       channels: of a frame.
       block_channels: width of each level, finest first; each level but the last halves height and width.
-      layers_per_block: residual blocks a level in the encoders; the decoders have one more.
+      layers_per_block: residual blocks per level in the encoders; the decoders have one more.
       groups: of the backbone's group norms.
       latent_channels: channels of the latent grid.
       code_width: width of a codebook's vectors.
       context_codes, future_codes: entries of the two codebooks.
-      context_frames: frames that are coded on their own, T0; every other frame is coded given these.
-      patch: side, in cells of the latent grid, of what one token of a future frame stands for.
-      attention_side: cross-attention sits after every level whose grid has at most this side.
-      attention_groups: groups of the cross-attention's norms; the released code has 32, whatever the width.
+      context_frames: T0, leading frames that are coded alone; all later frames are coded given these.
+      patch: side of the patch of latent cells that one token of a future frame covers.
+      attention_side: cross-attention follows every level whose feature map has at most this side.
+      attention_groups: groups of the cross-attention's norms; 32 in the released code, whatever the width.
       context_mid_attention: self-attention in the middle of the context pair (the prediction pair always has it).
-      dropout: of the cross-attention's weights and of its result, in training.
+      dropout: rate in training, of the cross-attention's weights and of its output.
       commitment: weight of the commitment term of the codebook loss.
       remat: what the backward pass keeps of each block.
     """
@@ -78,7 +80,7 @@ class CompressiveTokenizerConfig(Config):
         return (self.grid // self.patch) ** 2
 
     def backbone(self, *, mid_attention: bool) -> ImageVAEConfig:
-        """The convolutional blocks, which are those of Stable Diffusion's autoencoder."""
+        """Configuration of the convolutional blocks, which are those of Stable Diffusion's autoencoder."""
         return ImageVAEConfig(
             channels=self.channels,
             latent_channels=self.latent_channels,
@@ -111,8 +113,7 @@ class CompressiveTokenizerConfig(Config):
         """
         if frames <= self.context_frames:
             raise ValueError(
-                f"{frames} frames with {self.context_frames} frames of context: nothing is left to predict; give more "
-                "frames."
+                f"{frames} frames with {self.context_frames} context frames: no frame to predict; give more frames."
             )
         return Layout(
             context_frames=self.context_frames,
@@ -125,7 +126,7 @@ class CompressiveTokenizerConfig(Config):
 
     @property
     def vocabulary(self) -> int:
-        """Ids of a transformer that belongs to this tokenizer: both codebooks and two slots."""
+        """Number of ids of a transformer for this tokenizer: both codebooks and two slots."""
         return self.context_codes + self.future_codes + 2
 
     def validate(self) -> None:
@@ -143,8 +144,8 @@ class CompressiveTokenizerConfig(Config):
             raise ValueError(f"patch = {self.patch}: must divide the side of the latent grid, {self.grid}.")
         if self.attention_side < self.grid:
             raise ValueError(
-                f"attention_side = {self.attention_side}: at least the side of the latent grid, {self.grid}, or future "
-                "frames would not see their context."
+                f"attention_side = {self.attention_side}: must be at least the side of the latent grid, {self.grid}, "
+                "or future frames would not attend to their context."
             )
         wide = self.block_channels[::-1]
         attended = {self.block_channels[level] for level, _ in self.encoder_sites()}
@@ -157,27 +158,27 @@ class CompressiveTokenizerConfig(Config):
                 )
         if not 0 <= self.dropout < 1 or self.commitment < 0:
             raise ValueError(
-                f"dropout = {self.dropout}, commitment = {self.commitment}: from 0 up to 1, and not negative."
+                f"dropout = {self.dropout}, commitment = {self.commitment}: must be in [0, 1) and 0 or more."
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameTransformerConfig(Config):
-    """A Llama over frame tokens, with actions added to the slots and a reward read off the frames (section 3.2, A.2).
+    """A Llama over frame tokens with actions, and heads for rewards and actions (arXiv 2405.15223, 3.2, A.2).
 
     Attributes:
-      vocabulary: ids, `CompressiveTokenizerConfig.vocabulary`.
+      vocabulary: number of ids, `CompressiveTokenizerConfig.vocabulary`.
       width: of the residual stream.
       layers, heads: of the transformer; the width of a head is width / heads.
       hidden: width of the gated feed-forward blocks.
-      max_positions: longest sequence.
-      action_width: numbers in an action; 0 for a model without actions.
-      reward: whether a reward is predicted after each frame.
-      action_reconstruction: whether a head reads the action back from the frame's hidden states.
-      attention_dropout: of the attention's weights, in training.
+      max_positions: longest sequence, in ids.
+      action_width: components of an action; 0 for a model without actions.
+      reward: predict a reward after each frame.
+      action_reconstruction: reconstruct the action from the frame's hidden states.
+      attention_dropout: rate in training, of the attention's weights.
       norm_epsilon, rope_theta: of the root-mean-square norms and of the rotary positions.
       remat: what the backward pass keeps of each layer.
-      unroll: run the layers in a Python loop and not in a scan.
+      unroll: run the layers in a Python loop instead of a scan.
     """
 
     vocabulary: int = 16386
@@ -197,12 +198,12 @@ class FrameTransformerConfig(Config):
 
     @classmethod
     def small(cls) -> "FrameTransformerConfig":
-        """138,434,304 parameters without heads for actions and rewards."""
+        """The released small transformer: 138,434,304 parameters without action and reward heads."""
         return cls()
 
     @classmethod
     def medium(cls) -> "FrameTransformerConfig":
-        """436,261,888 parameters without heads for actions and rewards."""
+        """The released medium transformer: 436,261,888 parameters without action and reward heads."""
         return cls(width=1024, layers=24, heads=16, hidden=4096)
 
     @property
@@ -211,12 +212,12 @@ class FrameTransformerConfig(Config):
         return self.width // self.heads
 
     def check_tokenizer(self, tokenizer: CompressiveTokenizerConfig, frames: int) -> None:
-        """Raise `ValueError` unless this transformer belongs to a tokenizer and takes clips of `frames` frames."""
+        """Raise `ValueError` unless the vocabulary is a tokenizer's and clips of `frames` frames fit max_positions."""
         if self.vocabulary != tokenizer.vocabulary:
             raise ValueError(
                 f"transformer.vocabulary = {self.vocabulary}, but the tokenizer has {tokenizer.context_codes} + "
                 f"{tokenizer.future_codes} codes and two slots: they do not belong together. Set it to "
-                f"{tokenizer.vocabulary}, or name the tokenizer that the transformer was trained with."
+                f"{tokenizer.vocabulary}, or give the tokenizer that the transformer was trained with."
             )
         length = tokenizer.layout(frames).length
         if length > self.max_positions:
@@ -235,8 +236,8 @@ class FrameTransformerConfig(Config):
                 "channels of a head)."
             )
         if self.action_width < 0:
-            raise ValueError(f"action_width = {self.action_width}: numbers in an action, or 0 for none.")
+            raise ValueError(f"action_width = {self.action_width}: components of an action, or 0 for no actions.")
         if self.action_reconstruction and not self.action_width:
             raise ValueError("action_reconstruction needs actions: set action_width.")
         if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout = {self.attention_dropout}: from 0 up to 1.")
+            raise ValueError(f"attention_dropout = {self.attention_dropout}: must be in [0, 1).")

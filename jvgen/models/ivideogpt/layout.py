@@ -1,10 +1,10 @@
-"""Where everything lies in the sequence of a clip: index arithmetic, and nothing of networks.
+"""Positions and ids in the token sequence of a clip: index arithmetic, no networks.
 
     c c ... c  S1 c c ... c   ...   S2 f ... f  S2 f ... f   ...
     frame 0    frame 1              frame T0    frame T0+1
 
-Context frames are `context_tokens` ids each, with the slot S1 before every one but the first. Each future frame is the
-slot S2, to which its action is added, and `future_tokens` ids. Ids: context codes, then future codes, then S1, then S2
+A context frame is `context_tokens` ids, preceded by the slot S1 except in the first frame. A future frame is the slot
+S2, to which its action is added, and `future_tokens` ids. Ids: context codes, then future codes, then S1, then S2
 (arXiv 2405.15223, section 3.1 and the released code).
 """
 
@@ -23,7 +23,7 @@ class Layout:
 
     Attributes:
       context_frames, future_frames: T0 and F.
-      context_tokens, future_tokens: ids of a frame of either kind.
+      context_tokens, future_tokens: ids per context frame and per future frame.
       context_codes, future_codes: entries of the two codebooks.
     """
 
@@ -73,43 +73,43 @@ class Layout:
 
     @property
     def context_positions(self) -> np.ndarray:
-        """(T0, context_tokens): where the ids of context frames lie."""
+        """(T0, context_tokens): positions of the ids of context frames."""
         starts = (self.context_tokens + 1) * np.arange(self.context_frames)
         return starts[:, None] + np.arange(self.context_tokens)
 
     @property
     def future_slots(self) -> np.ndarray:
-        """(F,): where every S2 lies; the action that leads to the frame is added there."""
+        """(F,): positions of the slots S2; the action that leads to the frame is added there."""
         return self.prompt_length + self.frame_length * np.arange(self.future_frames)
 
     @property
     def future_positions(self) -> np.ndarray:
-        """(F, future_tokens): where the ids of future frames lie."""
+        """(F, future_tokens): positions of the ids of future frames."""
         return self.future_slots[:, None] + 1 + np.arange(self.future_tokens)
 
     @property
     def reward_positions(self) -> np.ndarray:
-        """(F,): the last id of every future frame, whose hidden state tells the reward of having come there."""
+        """(F,): position of the last id of each future frame, whose hidden state predicts the reward of reaching it."""
         return self.future_slots + self.future_tokens
 
     @property
     def action_frames(self) -> np.ndarray:
-        """(F,): which frame's action leads to each future frame: the one before it."""
+        """(F,): the frame whose action leads to each future frame: the one before it."""
         return self.context_frames - 1 + np.arange(self.future_frames)
 
     @property
     def is_target(self) -> np.ndarray:
-        """(length,) bool: ids that are learned to predict: all after the first S2, later slots included."""
+        """(length,) bool: ids that are prediction targets: all after the first S2, later slots included."""
         return np.arange(self.length) > self.prompt_length
 
     # Ids.
 
     def flatten(self, context_ids: Int[Array, "B T N"], future_ids: Int[Array, "B F M"]) -> Int[Array, "B L"]:
-        """The sequence of codebook indices, each counted from 0 within its own codebook.
+        """Codebook indices, each counted from 0 within its own codebook, as one sequence.
 
         Args:
           context_ids: T0 frames.
-          future_ids: any number of frames, also none.
+          future_ids: any number of frames, including 0.
         """
         prompt = self.prompt(context_ids)
         future = jnp.pad(future_ids + self.context_codes, ((0, 0), (0, 0), (1, 0)), constant_values=self.future_slot)
@@ -121,23 +121,23 @@ class Layout:
         return rearrange(with_slots, "b t n -> b (t n)")[:, 1:]
 
     def context_ids(self, tokens: Int[Array, "B L"]) -> Int[Array, "B T N"]:
-        """Indices into the context codebook, as they stand."""
+        """Indices into the context codebook, not clamped (as in the released code)."""
         return tokens[:, self.context_positions]
 
     def future_ids(self, tokens: Int[Array, "B L"]) -> Int[Array, "B F M"]:
-        """Indices into the future codebook; ids that are none of its codes become its first or last entry."""
-        return self.future_codes_of(tokens[:, self.future_positions])
+        """Indices into the future codebook, clamped: other ids become its first or last entry."""
+        return self.clamp_future_codes(tokens[:, self.future_positions])
 
-    def future_codes_of(self, ids: Int[Array, "*B"]) -> Int[Array, "*B"]:
+    def clamp_future_codes(self, ids: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """Ids of the vocabulary to indices into the future codebook, clamped as the released decoder does."""
         return jnp.clip(ids - self.context_codes, 0, self.future_codes - 1)
 
     def targets(self, tokens: Int[Array, "B L"]) -> tuple[Int[Array, "B M"], slice]:
-        """The ids to be predicted, and the positions whose hidden states predict them: each the one before."""
+        """The target ids, and the positions whose hidden states predict them: each one earlier."""
         return tokens[:, self.prompt_length + 1 :], slice(self.prompt_length, self.length - 1)
 
     def check_ids(self, tokens: np.ndarray | jax.Array) -> None:
-        """Raise `ValueError` for ids outside of the vocabulary, or neither a prompt nor a whole clip (on the host)."""
+        """Raise `ValueError` for ids outside the vocabulary, or a sequence that is neither a prompt nor a clip."""
         tokens = np.asarray(tokens)
         if tokens.shape[-1] not in (self.prompt_length, self.length):
             raise ValueError(

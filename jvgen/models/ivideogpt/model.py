@@ -1,4 +1,4 @@
-"""The networks of this room under the name that exporters and importers look for."""
+"""Both networks, in the module where `jvgen.interop.formats` looks for them."""
 
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
 from jvgen.models.ivideogpt.transformer import FrameTransformer

@@ -1,4 +1,4 @@
-"""What the transformer is trained on: the next id of future frames, the reward of each frame, the action read back."""
+"""Losses of the transformer: next ids of future frames, the reward of each frame, reconstructed actions."""
 
 from typing import Any, NamedTuple
 
@@ -10,14 +10,14 @@ from jvgen.models.ivideogpt.layout import Layout
 from jvgen.models.ivideogpt.transformer import FrameTransformer
 
 
-class Terms(NamedTuple):
-    """Losses, float32 scalars; None where the model has no such head or there is nothing to compare with.
+class LossTerms(NamedTuple):
+    """Losses, float32 scalars; None where the model lacks the head or the batch lacks the target.
 
     Attributes:
-      cross_entropy: of the ids after the first slot, a mean over all of them.
+      cross_entropy: mean over the ids after the first slot.
       accuracy: share of these ids that have the highest score.
       reward: mean squared error of the rewards.
-      action_reconstruction: mean squared error of the actions read back.
+      action_reconstruction: mean squared error of the reconstructed actions.
     """
 
     cross_entropy: jax.Array
@@ -26,7 +26,7 @@ class Terms(NamedTuple):
     action_reconstruction: jax.Array | None
 
 
-def terms(
+def loss_terms(
     model: FrameTransformer,
     tokens: Int[Array, "B L"],
     layout: Layout,
@@ -35,38 +35,38 @@ def terms(
     rewards: Float[Array, "B F"] | None = None,
     keys: Key[Array, "B"] | None = None,
     dtype: Any = jnp.float32,
-) -> Terms:
+) -> LossTerms:
     """All losses of a batch of sequences (arXiv 2405.15223, section 3.2, and the released code).
 
-    Scores are made for the ids that are learned only: the context, most of a sequence, is never a target.
+    Scores are computed at target positions only: the context, most of a sequence, is never a target.
 
     Args:
       model: with its parameters.
       tokens: sequences in a layout.
       actions: those that lead to the future frames (`Layout.action_frames`).
       rewards: of these actions, in the scale that the model predicts.
-      keys: of dropout, one a sequence; None for none.
+      keys: dropout keys, one per sequence; None for no dropout.
       dtype: of the computation.
     """
     hidden = model(tokens, layout, actions, keys, dtype=dtype)
-    ids, where = layout.targets(tokens)
-    logits = model.logits(hidden[:, where])
+    targets, positions = layout.targets(tokens)
+    logits = model.logits(hidden[:, positions])
     log_total = jax.nn.logsumexp(logits, axis=-1)
-    of_target = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    hits = jnp.argmax(logits, axis=-1) == ids
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    hits = jnp.argmax(logits, axis=-1) == targets
     reward = reconstruction = None
     if rewards is not None and model.reward is not None:
         predicted = model.rewards(hidden[:, layout.reward_positions])
         reward = jnp.mean(jnp.square(predicted - rewards.astype(jnp.float32)))
     if actions is not None and model.action_reconstruction is not None:
-        read = model.reconstructed_actions(hidden[:, layout.prompt_length :])
-        wanted = jnp.repeat(actions.astype(jnp.float32), layout.frame_length, axis=1)
-        reconstruction = jnp.mean(jnp.square(read - wanted))
-    return Terms(jnp.mean(log_total - of_target), jnp.mean(hits.astype(jnp.float32)), reward, reconstruction)
+        reconstructed = model.reconstructed_actions(hidden[:, layout.prompt_length :])
+        expected = jnp.repeat(actions.astype(jnp.float32), layout.frame_length, axis=1)
+        reconstruction = jnp.mean(jnp.square(reconstructed - expected))
+    return LossTerms(jnp.mean(log_total - of_target), jnp.mean(hits.astype(jnp.float32)), reward, reconstruction)
 
 
 def symlog(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """sign(x) log(1 + |x|): rewards of any size in a range for a linear head (Hafner et al. 2023, equation 1)."""
+    """sign(x) log(1 + |x|): compresses rewards of any size for a linear head (Hafner et al. 2023, equation 1)."""
     return jnp.sign(x) * jnp.log1p(jnp.abs(x))
 
 

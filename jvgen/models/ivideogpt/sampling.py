@@ -1,4 +1,4 @@
-"""Choosing the next id from scores: the highest, or drawn after temperature, top-k and top-p."""
+"""The next id from scores: greedy, or sampled with temperature, top-k and top-p."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ class SamplingConfig(Config):
       temperature: scores are divided by it.
       top_k: keep this many of the most likely ids; 0 for all.
       top_p: of these keep the most likely ones whose probabilities sum to at least this (Holtzman et al. 2020).
-      future_codes_only: choose among codes of future frames where one belongs. The released models may choose any id,
-        and what is no such code is read as the first or the last one.
-      parallel: guess a frame's ids at once and repeat until nothing changes: the same ids in fewer, wider passes (see
-        `jvgen.models.ivideogpt.decoding`). For few sequences at a time.
+      future_codes_only: exclude ids that are no code of a future frame, inside frames. The released models may choose
+        any id, and clamp it to the first or the last code.
+      parallel: Jacobi decoding: guess all ids of a frame and repeat until none changes; the same ids in fewer, wider
+        passes (see `jvgen.models.ivideogpt.decoding`). For few sequences at a time.
     """
 
     greedy: bool = False
@@ -33,21 +33,21 @@ class SamplingConfig(Config):
 
     def validate(self) -> None:
         if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature}: must be positive; for the likeliest ids set greedy.")
+            raise ValueError(f"temperature = {self.temperature}: must be positive; for the most likely ids set greedy.")
         if self.top_k < 0:
-            raise ValueError(f"top_k = {self.top_k}: a number of ids, or 0 for all.")
+            raise ValueError(f"top_k = {self.top_k}: must be a number of ids, or 0 for all.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p}: above 0, up to 1 (1 keeps all).")
+            raise ValueError(f"top_p = {self.top_p}: must be in (0, 1]; 1 keeps all.")
 
 
 def choose(logits: Float[Array, "*R V"], keys: Key[Array, "*R"], sampling: SamplingConfig) -> Int[Array, "*R"]:
-    """One id for each row of scores, int32, drawn from the row's own key.
+    """One id per row of scores, int32, sampled with the row's own key.
 
-    With equal keys the same id is chosen however the rows were computed: a draw is the highest of scores plus noise.
+    Sampling is the argmax of scores plus Gumbel noise: with equal keys the same id is chosen however rows are batched.
     """
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scores, ids = kept(logits, sampling)
+    scores, ids = candidates(logits, sampling)
     noise = jnp.vectorize(lambda key: jax.random.gumbel(key, scores.shape[-1:]), signature="()->(k)")(keys)
     best = jnp.argmax(scores + noise, axis=-1)
     if ids is None:
@@ -55,12 +55,12 @@ def choose(logits: Float[Array, "*R V"], keys: Key[Array, "*R"], sampling: Sampl
     return jnp.take_along_axis(ids, best[..., None], axis=-1)[..., 0].astype(jnp.int32)
 
 
-def kept(
+def candidates(
     logits: Float[Array, "*R V"], sampling: SamplingConfig
 ) -> tuple[Float[Array, "*R K"], Int[Array, "*R K"] | None]:
-    """Scores over temperature of the ids that may be drawn, -inf for those that may not, and which ids they are.
+    """Scores over temperature of the ids that may be sampled, -inf for those that may not, and the ids.
 
-    In descending order where there is a `top_k` or `top_p`; otherwise all of them as they stand, and None.
+    In descending order with a `top_k` or `top_p`; otherwise all scores in the order of ids, and None.
     """
     scores = logits.astype(jnp.float32) / sampling.temperature
     count = logits.shape[-1]

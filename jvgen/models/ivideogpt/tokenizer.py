@@ -1,4 +1,4 @@
-"""The compressive tokenizer: context frames by many tokens each, every other frame by few, given the context."""
+"""The compressive tokenizer: many tokens per context frame, few per future frame, which is coded given the context."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from jvgen.models.ivideogpt.backbone import Decoder, Encoder, Passed
+from jvgen.models.ivideogpt.backbone import BackboneOutput, Condition, Decoder, Encoder
 from jvgen.models.ivideogpt.codebook import Codebook, Quantized
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
-from jvgen.models.ivideogpt.cross_attention import Condition
 from jvgen.nn.conv import DEFAULT_INIT
 from jvgen.nn.dropout import folded
 from jvgen.nn.linear import Linear
@@ -34,12 +33,12 @@ class Tokens(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """What training sees of a clip.
+    """Reconstruction of a clip, with what its losses need.
 
     Attributes:
       context, future: reconstructed frames, `B T H W 3` and `B F H W 3`, not clipped.
-      context_codes, future_codes: the two quantised latents with their losses.
-      future_last: what the last convolution of the future frames read, `(B F) H W C`.
+      context_codes, future_codes: the two quantized latents with their losses.
+      future_last: input of the last convolution of the future frames, `(B F) H W C`.
     """
 
     context: jax.Array
@@ -50,11 +49,11 @@ class Reconstruction(NamedTuple):
 
 
 class CompressiveTokenizer(nnx.Module):
-    """Two autoencoders of one architecture: for context frames, and for future frames, which read the context's maps.
+    """Two autoencoders of one architecture: of context frames, and of future frames, which attend to the context.
 
     Frames are floats in [0, 1]. A future frame's tokens depend on the context and on that frame alone. The prediction
-    encoder reads maps of the context encoder (of the true frames), the prediction decoder those of the context decoder
-    (of the quantised ones).
+    encoder attends to feature maps of the context encoder (of the true frames), the prediction decoder to those of the
+    context decoder (of the quantized frames).
     """
 
     def __init__(self, config: CompressiveTokenizerConfig, *, rngs: nnx.Rngs):
@@ -79,22 +78,22 @@ class CompressiveTokenizer(nnx.Module):
     # Frames to latents.
 
     def encode_context(self, frames: Float[Array, "B T H W C"]) -> tuple[Float[Array, "B T N D"], Conditions]:
-        """Latents of context frames before quantisation, and what the prediction encoder reads of them."""
-        passed = self.encoder(rearrange(frames, "b t h w c -> (b t) h w c"))
+        """Latents of context frames before quantization, and the prediction encoder's conditions."""
+        encoded = self.encoder(rearrange(frames, "b t h w c -> (b t) h w c"))
         maps = {
             level: rearrange(value, "(b t) h w c -> b t h w c", b=frames.shape[0])
-            for level, value in passed.maps.items()
+            for level, value in encoded.maps.items()
         }
-        latents = rearrange(self.to_context_code(passed.result), "(b t) h w d -> b t (h w) d", b=frames.shape[0])
+        latents = rearrange(self.to_context_code(encoded.output), "(b t) h w d -> b t (h w) d", b=frames.shape[0])
         return latents, self.prediction_encoder.conditions(maps)
 
     def encode_future(
         self, frames: Float[Array, "B F H W C"], conditions: Conditions, keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B F M D"]:
-        """Latents of future frames before quantisation, one a patch of the latent grid."""
-        passed = self.prediction_encoder(rearrange(frames, "b f h w c -> (b f) h w c"), conditions, keys)
+        """Latents of future frames before quantization, one per patch of the latent grid."""
+        encoded = self.prediction_encoder(rearrange(frames, "b f h w c -> (b f) h w c"), conditions, keys)
         patches = rearrange(
-            passed.result, "(b f) (h p) (w q) c -> b f (h w) (p q c)", b=frames.shape[0], p=self.config.patch,
+            encoded.output, "(b f) (h p) (w q) c -> b f (h w) (p q c)", b=frames.shape[0], p=self.config.patch,
             q=self.config.patch,
         )  # fmt: skip
         return self.to_future_code(patches)
@@ -102,25 +101,25 @@ class CompressiveTokenizer(nnx.Module):
     # Latents to frames.
 
     def decode_context(self, vectors: Float[Array, "B T N D"]) -> tuple[Float[Array, "B T H W C"], Conditions]:
-        """Context frames of quantised latents, not clipped, and what the prediction decoder reads of them."""
+        """Context frames of quantized latents, not clipped, and the prediction decoder's conditions."""
         latents = rearrange(self.from_context_code(vectors), "b t (h w) z -> (b t) h w z", h=self.config.grid)
-        passed = self.decoder(latents)
+        decoded = self.decoder(latents)
         frames, *maps = (
             rearrange(value, "(b t) h w c -> b t h w c", b=vectors.shape[0])
-            for value in (passed.result, *passed.maps.values())
+            for value in (decoded.output, *decoded.maps.values())
         )
-        return frames, self.prediction_decoder.conditions(dict(zip(passed.maps, maps, strict=True)))
+        return frames, self.prediction_decoder.conditions(dict(zip(decoded.maps, maps, strict=True)))
 
     def decode_future(
         self, vectors: Float[Array, "B F M D"], conditions: Conditions, keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B F H W C"]:
-        """Future frames of quantised latents, not clipped."""
-        made = self._decode_future(vectors, conditions, keys).result
-        return rearrange(made, "(b f) h w c -> b f h w c", b=vectors.shape[0])
+        """Future frames of quantized latents, not clipped."""
+        frames = self._decode_future(vectors, conditions, keys).output
+        return rearrange(frames, "(b f) h w c -> b f h w c", b=vectors.shape[0])
 
     def _decode_future(
         self, vectors: Float[Array, "B F M D"], conditions: Conditions, keys: Key[Array, "B"] | None = None
-    ) -> Passed:
+    ) -> BackboneOutput:
         patch = self.config.patch
         latents = rearrange(
             self.from_future_code(vectors), "b f (h w) (p q z) -> (b f) (h p) (w q) z", p=patch, q=patch,
@@ -145,30 +144,30 @@ class CompressiveTokenizer(nnx.Module):
         """Tokens of context frames alone: the prompt of a rollout."""
         return self.context_codebook.nearest(self.encode_context(frames)[0])
 
-    def read_context(
+    def detokenize_context(
         self, ids: Int[Array, "B T N"], dtype: jax.typing.DTypeLike = "float32"
     ) -> tuple[Float[Array, "B T H W C"], Conditions]:
-        """Context frames of tokens, not clipped, and the conditions that any number of future frames decode with."""
+        """Context frames of tokens, not clipped, and the conditions for decoding any number of future frames."""
         return self.decode_context(self.context_codebook(ids).astype(dtype))
 
-    def read_future(self, ids: Int[Array, "B F M"], conditions: Conditions) -> Float[Array, "B F H W C"]:
+    def detokenize_future(self, ids: Int[Array, "B F M"], conditions: Conditions) -> Float[Array, "B F H W C"]:
         """Future frames of tokens, not clipped, in the dtype of the conditions."""
         return self.decode_future(self.future_codebook(ids).astype(conditions[0].key.dtype), conditions)
 
     def detokenize(self, tokens: Tokens, dtype: jax.typing.DTypeLike = "float32") -> Float[Array, "B F H W C"]:
         """All frames of clips, context first, not clipped."""
-        context, conditions = self.read_context(tokens.context, dtype)
-        return jax.numpy.concatenate([context, self.read_future(tokens.future, conditions)], axis=1)
+        context, conditions = self.detokenize_context(tokens.context, dtype)
+        return jax.numpy.concatenate([context, self.detokenize_future(tokens.future, conditions)], axis=1)
 
     def __call__(self, frames: Float[Array, "B F H W C"], keys: Key[Array, "B"] | None = None) -> Reconstruction:
-        """Encode, quantise and decode clips; with keys, with dropout."""
+        """Encode, quantize and decode clips; with dropout if keys are given."""
         count = self.config.context_frames
         latents, conditions = self.encode_context(frames[:, :count])
         context = self.context_codebook.quantize(latents)
         future = self.future_codebook.quantize(
             self.encode_future(frames[:, count:], conditions, folded(keys, ENCODER_DROPOUT))
         )
-        made, conditions = self.decode_context(context.vectors)
-        passed = self._decode_future(future.vectors, conditions, folded(keys, DECODER_DROPOUT))
-        predicted = rearrange(passed.result, "(b f) h w c -> b f h w c", b=frames.shape[0])
-        return Reconstruction(made, predicted, context, future, passed.last)
+        context_frames, conditions = self.decode_context(context.vectors)
+        decoded = self._decode_future(future.vectors, conditions, folded(keys, DECODER_DROPOUT))
+        future_frames = rearrange(decoded.output, "(b f) h w c -> b f h w c", b=frames.shape[0])
+        return Reconstruction(context_frames, future_frames, context, future, decoded.last)

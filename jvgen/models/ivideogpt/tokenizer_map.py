@@ -1,4 +1,4 @@
-"""The names and layouts of the released tokenizer (`CompressiveVQModel`), and its config.json."""
+"""Names and layouts of the released tokenizer (`CompressiveVQModel`), and its config.json."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -9,9 +9,9 @@ from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
 from jvgen.models.weight_map import LINEAR, Entry, Transform, WeightMap, fused, pointwise
 
 CLASS_NAME = "CompressiveVQModel"
-# Written for other programs that read the file; the network computes with none of them.
+# Keys that other programs read; the network uses none of them.
 INERT = {"scaling_factor": 0.18215, "norm_type": "group", "lookup_from_codebook": True, "force_upcast": True}
-# Ours -> theirs, of the halves that read a context.
+# Ours -> theirs, of the encoder and decoder that attend to a context.
 PREDICTION = {"encoder": ("prediction_encoder", "cond_encoder"), "decoder": ("prediction_decoder", "cond_decoder")}
 
 
@@ -58,7 +58,7 @@ def _site(ours: str, theirs: str) -> Iterator[Entry]:
 
 
 def tokenizer_to_json(config: CompressiveTokenizerConfig) -> dict[str, Any]:
-    """What the released code reads from config.json."""
+    """Contents of config.json, as the released code reads it."""
     levels = len(config.block_channels)
     return {
         "_class_name": CLASS_NAME,
@@ -86,10 +86,10 @@ def tokenizer_to_json(config: CompressiveTokenizerConfig) -> dict[str, Any]:
 
 
 def tokenizer_from_json(values: Mapping[str, Any]) -> CompressiveTokenizerConfig:
-    """The configuration that a config.json of the released code describes; keys it lacks have that code's defaults.
+    """The configuration that a config.json of the released code describes; missing keys have that code's defaults.
 
     Raises:
-      ValueError: a value that this network cannot have.
+      ValueError: a value that this network does not support, or missing keys without a default.
     """
     for name, rule in (("act_fn", "silu"), ("norm_type", "group")):
         if values.get(name, rule) != rule:

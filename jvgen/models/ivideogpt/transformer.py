@@ -1,6 +1,10 @@
-"""A Llama over the tokens of frames; actions are added to the slots of frames, rewards read off their last token."""
+"""A Llama over frame tokens: actions are added to the slots that open frames, rewards are read off their last tokens.
 
-from typing import Any
+The same layers train on whole sequences and decode with a cache of keys and values (`FrameTransformer.decode`); what
+a cache holds is the business of `jvgen.models.ivideogpt.decoding`.
+"""
+
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from jvgen.nn.dropout import attention_with_dropout, folded
 from jvgen.nn.embeddings import Embedding
 from jvgen.nn.feed_forward import GatedFeedForward
 from jvgen.nn.linear import Linear
+from jvgen.nn.network import Parameters
 from jvgen.nn.norm import RMSNorm
 from jvgen.nn.rope import Rotation, line_rotation, rotate_halves
 from jvgen.nn.stacked import LAYER_INPUT, Stacked
@@ -25,42 +30,50 @@ from jvgen.parallel.axes import constrain
 TOKENS = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
 
 
+@runtime_checkable
+class LayerCache(Protocol):
+    """Keys and values of one layer that new tokens read besides their own."""
+
+    def attend(
+        self, query: Float[Array, "B L N D"], key: Float[Array, "B L N D"], value: Float[Array, "B L N D"]
+    ) -> tuple[Float[Array, "B L N D"], "LayerCache"]:
+        """Causal attention of new tokens, rotated, over the cache and themselves; and the cache with them in it."""
+
+
 class CausalAttention(nnx.Module):
-    """Self-attention without biases over what came before, with rotary positions."""
+    """Causal self-attention with rotary positions, without biases."""
 
     def __init__(self, config: FrameTransformerConfig, *, rngs: nnx.Rngs):
-        self.heads, self.rate = config.heads, config.attention_dropout
+        self.heads, self.dropout_rate = config.heads, config.attention_dropout
         into, out = (axes.EMBED, axes.HEADS), (axes.HEADS, axes.EMBED)
         width = config.width
         self.query, self.key, self.value = (Linear(width, width, axes=into, bias=False, rngs=rngs) for _ in range(3))
         self.output = Linear(width, width, axes=out, bias=False, rngs=rngs)
 
-    def project(
-        self, x: Float[Array, "B L C"], rotation: Rotation
-    ) -> tuple[Float[Array, "B L N D"], Float[Array, "B L N D"], Float[Array, "B L N D"]]:
-        """Rotated queries and keys, and values."""
+    def __call__(
+        self,
+        x: Float[Array, "B L C"],
+        rotation: Rotation,
+        keys: Key[Array, "B"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B L C"], LayerCache | None]:
         query, key, value = (
             rearrange(projection(x), "b l (n d) -> b l n d", n=self.heads)
             for projection in (self.query, self.key, self.value)
         )
-        return rotate_halves(query, rotation), rotate_halves(key, rotation), value
-
-    def join(self, mixed: Float[Array, "B L N D"]) -> Float[Array, "B L C"]:
-        """The output projection of what the heads read."""
+        query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
+        if cache is not None:
+            mixed, cache = cache.attend(query, key, value)
+        elif keys is None or self.dropout_rate == 0.0:
+            mixed = attention(query, key, value, causal=True)
+        else:
+            mixed = attention_with_dropout(query, key, value, keys, self.dropout_rate, causal=True)
         mixed = rearrange(mixed, "b l n d -> b l (n d)")
-        return self.output(constrain(mixed, axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS))
-
-    def __call__(
-        self, x: Float[Array, "B L C"], rotation: Rotation, keys: Key[Array, "B"] | None
-    ) -> Float[Array, "B L C"]:
-        query, key, value = self.project(x, rotation)
-        if keys is None or self.rate == 0.0:
-            return self.join(attention(query, key, value, causal=True))
-        return self.join(attention_with_dropout(query, key, value, keys, self.rate, causal=True))
+        return self.output(constrain(mixed, axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS)), cache
 
 
 class Block(nnx.Module):
-    """Norm, attention, sum; norm, gated feed-forward with SiLU, sum."""
+    """Pre-norm attention and gated feed-forward (SiLU), each with a residual sum."""
 
     def __init__(self, config: FrameTransformerConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, epsilon=config.norm_epsilon, axis=axes.EMBED)
@@ -69,25 +82,45 @@ class Block(nnx.Module):
         self.feed_forward = GatedFeedForward(config.width, config.hidden, activation=jax.nn.silu, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B L C"], rotation: Rotation, keys: Key[Array, "B"] | None = None
-    ) -> Float[Array, "B L C"]:
-        x = constrain(x + self.attention(self.attention_norm(x), rotation, keys), *TOKENS)
-        return constrain(x + self.feed_forward(self.feed_forward_norm(x)), *TOKENS)
+        self,
+        x: Float[Array, "B L C"],
+        rotation: Rotation,
+        keys: Key[Array, "B"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B L C"], LayerCache | None]:
+        """The layer's output; with a cache, also the cache with the new tokens in it.
+
+        Args:
+          x: tokens.
+          rotation: rotary angles of their positions.
+          keys: dropout keys, one per sequence; None for no dropout.
+          cache: keys and values of earlier tokens; None to attend among the given tokens alone.
+        """
+        attended, cache = self.attention(self.attention_norm(x), rotation, keys, cache)
+        x = constrain(x + attended, *TOKENS)
+        return constrain(x + self.feed_forward(self.feed_forward_norm(x)), *TOKENS), cache
 
 
 class FrameTransformer(nnx.Module):
-    """Token ids to hidden states; `logits`, `rewards` and `reconstructed_actions` read them.
+    """Token ids to hidden states; `logits`, `rewards` and `reconstructed_actions` are its heads.
 
-    Without an action the model is a plain Llama. The map from actions starts at zero, so that an action-free model
-    given actions begins as what it was.
+    Without actions the model is a plain Llama. The action projection is initialized at zero, so that an action-free
+    model given actions starts as what it was.
+
+    Args:
+      config: the architecture.
+      unstacked: one module per layer in place of stacked parameters: for decoding (`unstack` converts parameters).
     """
 
-    def __init__(self, config: FrameTransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: FrameTransformerConfig, *, unstacked: bool = False, rngs: nnx.Rngs):
         config.validate()
         self.config = config
         table = (axes.VOCABULARY, axes.EMBED)
         self.embedding = Embedding(config.vocabulary, config.width, axes=table, rngs=rngs)
-        self.blocks = Stacked(lambda layer_rngs: Block(config, rngs=layer_rngs), config.layers, rngs=rngs)
+        if unstacked:
+            self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
+        else:
+            self.blocks = Stacked(lambda layer_rngs: Block(config, rngs=layer_rngs), config.layers, rngs=rngs)
         self.final_norm = RMSNorm(config.width, epsilon=config.norm_epsilon, axis=axes.EMBED)
         self.head = Linear(config.width, config.vocabulary, axes=table[::-1], bias=False, rngs=rngs)
         zeros = {"axes": (None, axes.EMBED), "kernel_init": nnx.initializers.zeros, "rngs": rngs}
@@ -105,12 +138,12 @@ class FrameTransformer(nnx.Module):
         *,
         dtype: Any = jnp.float32,
     ) -> Float[Array, "B L C"]:
-        """What the first block sees: embeddings of ids, with those of actions added at the slots of future frames.
+        """Embeddings of ids, with those of actions added at the slots of future frames.
 
         Args:
           tokens: ids.
           layout: where the slots are; needed with actions.
-          actions: the action that leads to each future frame (`Layout.action_frames`), as recorded, not normalised.
+          actions: the action that leads to each future frame (`Layout.action_frames`), as recorded, not normalized.
           dtype: of the computation.
         """
         x = self.embedding(tokens).astype(dtype)
@@ -118,6 +151,16 @@ class FrameTransformer(nnx.Module):
             assert self.action is not None and layout is not None
             x = x.at[:, layout.future_slots].add(self.action(actions.astype(dtype)))
         return constrain(x, *TOKENS)
+
+    def embed_slots(
+        self, slots: Int[Array, "B"], actions: Float[Array, "B A"] | None, *, dtype: Any = jnp.float32
+    ) -> Float[Array, "B 1 C"]:
+        """Embeddings of the ids that open one frame of each sequence, with the action that leads to it added."""
+        x = self.embed(slots[:, None], dtype=dtype)
+        if actions is None:
+            return x
+        assert self.action is not None, "actions given to a transformer without them"
+        return x + self.action(actions.astype(dtype))[:, None]
 
     def __call__(
         self,
@@ -128,31 +171,55 @@ class FrameTransformer(nnx.Module):
         *,
         dtype: Any = jnp.float32,
     ) -> Float[Array, "B L C"]:
-        """Hidden states after the last norm; arguments as in `embed`, and keys of dropout."""
+        """Hidden states of whole sequences after the last norm; arguments as in `embed`, and dropout keys."""
         x = self.embed(tokens, layout, actions, dtype=dtype)
-        rotation = self.rotation(jnp.arange(tokens.shape[1]))
+        rotation = self._rotation(jnp.arange(tokens.shape[1]))
 
         def step(block: Block, carry: jax.Array, layer: jax.Array) -> jax.Array:
-            return block(checkpoint_name(carry, LAYER_INPUT), rotation, folded(keys, layer))
+            return block(checkpoint_name(carry, LAYER_INPUT), rotation, folded(keys, layer))[0]
 
         layers = jnp.arange(self.config.layers)
         x = self.blocks.scan(step, x, layers, remat=self.config.remat, unroll=self.config.unroll)
         return self.final_norm(x)
 
-    def rotation(self, positions: Int[Array, "L"]) -> Rotation:
-        """Rotary angles of positions in the sequence."""
-        return line_rotation(positions, head_width=self.config.head_width, theta=self.config.rope_theta)
+    def decode(
+        self, x: Float[Array, "B L C"], positions: Int[Array, "L"], caches: tuple[LayerCache, ...]
+    ) -> tuple[Float[Array, "B L C"], tuple[LayerCache, ...]]:
+        """Hidden states of embedded tokens that follow on those in the caches, and the caches with them in it.
+
+        Args:
+          x: of `embed` or `embed_slots`.
+          positions: in the sequence.
+          caches: one per layer.
+        """
+        rotation, after = self._rotation(positions), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block(x, rotation, cache=cache)
+            after.append(cache)
+        return self.final_norm(x), tuple(after)
 
     def logits(self, hidden: Float[Array, "*B C"]) -> Float[Array, "*B V"]:
         """Scores of the next id, float32."""
         return self.head(hidden).astype(jnp.float32)
 
     def reconstructed_actions(self, hidden: Float[Array, "*B C"]) -> Float[Array, "*B A"]:
-        """The action read back from a frame's hidden states, float32."""
+        """The action reconstructed from a frame's hidden states, float32."""
         assert self.action_reconstruction is not None
         return self.action_reconstruction(hidden).astype(jnp.float32)
 
     def rewards(self, hidden: Float[Array, "*B C"]) -> Float[Array, "*B"]:
-        """Predicted rewards (in whatever scale they were trained in), float32, from hidden states of last tokens."""
+        """Predicted rewards, float32, from hidden states of frames' last tokens, in the scale they were trained in."""
         assert self.reward is not None
         return self.reward(hidden)[..., 0].astype(jnp.float32)
+
+    def _rotation(self, positions: Int[Array, "L"]) -> Rotation:
+        return line_rotation(positions, head_width=self.config.head_width, theta=self.config.rope_theta)
+
+
+def unstack(parameters: Parameters, layers: int) -> Parameters:
+    """Parameters of `FrameTransformer` in the structure of the unstacked one, which decodes."""
+    stacked = parameters["blocks"]["layers"]
+    return {
+        **parameters,
+        "blocks": {str(layer): jax.tree.map(lambda leaf, i=layer: leaf[i], stacked) for layer in range(layers)},
+    }

@@ -1,4 +1,4 @@
-"""The names and layouts of the released transformers: a plain `LlamaForCausalLM`, or one wrapped with further heads."""
+"""Names and layouts of the released transformers: a plain `LlamaForCausalLM`, or one in a wrapper with more heads."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,10 +7,10 @@ from jvgen.models.ivideogpt.config import FrameTransformerConfig
 from jvgen.models.weight_map import LAYER, LINEAR, Entry, WeightMap
 
 CLASS_NAME = "LlamaForCausalLM"
-# What the wrapper calls the Llama in it.
+# Prefix of the Llama inside the wrapper.
 WRAPPED = "llm."
 HEADS = {"action": "action_linear", "reward": "reward_linear", "action_reconstruction": "action_recon_linear"}
-# Outside of every vocabulary on purpose: nothing ends a sequence.
+# Outside every vocabulary on purpose: no id ends a sequence.
 NO_TOKEN = 50256
 
 
@@ -42,7 +42,7 @@ def transformer_map(config: FrameTransformerConfig) -> WeightMap:
 
 
 def transformer_to_json(config: FrameTransformerConfig) -> dict[str, Any]:
-    """What transformers reads from config.json, and beside it which heads the file has."""
+    """Contents of config.json: the keys that transformers reads, and which heads the file has."""
     return {
         "architectures": [CLASS_NAME],
         "model_type": "llama",
@@ -70,12 +70,12 @@ def transformer_to_json(config: FrameTransformerConfig) -> dict[str, Any]:
 
 
 def transformer_from_json(values: Mapping[str, Any]) -> FrameTransformerConfig:
-    """The configuration that a config.json of a Llama describes; keys it lacks have transformers' defaults.
+    """The configuration that a config.json of a Llama describes; missing keys have transformers' defaults.
 
-    The released files do not say in config.json which heads they hold: see `heads_in`.
+    The config.json of released files does not list their heads: see `heads_in`.
 
     Raises:
-      ValueError: a Llama of another kind.
+      ValueError: a variant of Llama that this transformer does not support.
     """
     heads = values.get("num_attention_heads", 32)
     width = values.get("hidden_size", 4096)
@@ -114,7 +114,7 @@ def transformer_from_json(values: Mapping[str, Any]) -> FrameTransformerConfig:
 
 
 def heads_in(names: Iterable[str], shape_of: Callable[[str], tuple[int, ...]]) -> dict[str, Any]:
-    """Keys of config.json that the tensors of a file tell: the width of an action, and which heads there are."""
+    """Keys of config.json that follow from a file's tensors: the width of an action, and which heads it has."""
     present = set(names)
     action = f"{HEADS['action']}.weight"
     return {

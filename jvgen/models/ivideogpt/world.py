@@ -1,4 +1,4 @@
-"""Tokenizer and transformer together, as pure functions: begin at frames, go one frame on, or roll a whole clip out."""
+"""Tokenizer and transformer as one world model, in pure functions: reset at frames, step by one frame, roll out."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
-from jvgen.models.ivideogpt.decoding import Cache, Decoder, Weights
+from jvgen.models.ivideogpt.decoding import Cache, Decoder
 from jvgen.models.ivideogpt.layout import Layout
 from jvgen.models.ivideogpt.objective import symexp
 from jvgen.models.ivideogpt.sampling import SamplingConfig
@@ -20,14 +20,16 @@ from jvgen.nn.network import Network, Parameters
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where R imagined episodes are.
+    """State of R imagined episodes.
 
     Attributes:
       number: int32 scalar, frames since the reset.
       frames: the last context_frames frames, `R T H W 3` in [0, 1].
       ids: those of the last frame, ids of the vocabulary, `R M`.
-      keys: one an episode.
-      slots, cache, conditions: what the next frame is decoded with.
+      keys: one per episode.
+      slots: the id that opens the next frame, `R`.
+      cache: keys and values of everything before the next frame.
+      conditions: of the tokenizer's prediction decoder.
     """
 
     number: jax.Array
@@ -40,23 +42,23 @@ class State:
 
 
 class Prediction(NamedTuple):
-    """A rollout: frames `R F H W 3` in [0, 1], rewards `R F` (None without that head), and ids `R F M`."""
+    """A rollout: frames `R F H W 3` in [0, 1], rewards `R F` (None without the reward head), and ids `R F M`."""
 
     frames: jax.Array
     rewards: jax.Array | None
     ids: jax.Array
 
 
-class Held(NamedTuple):
-    """The arrays of a world: parameters of the tokenizer, weights of the transformer (`World.hold`)."""
+class WorldWeights(NamedTuple):
+    """The arrays of a world: parameters of the tokenizer, and of the transformer as `Decoder.prepare` returns them."""
 
     tokenizer: Parameters
-    transformer: Weights
+    transformer: Parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Both networks' structure, and how they are used (arXiv 2405.15223, section 3.3).
+    """The structure of both networks, and how they roll out (arXiv 2405.15223, section 3.3).
 
     Attributes:
       tokenizer, transformer: configurations that belong together.
@@ -88,14 +90,14 @@ class World:
         """Of the tokenizer."""
         return Network.of(lambda rngs: CompressiveTokenizer(self.tokenizer, rngs=rngs))
 
-    def hold(self, tokenizer: Parameters, transformer: Parameters) -> Held:
-        """Parameters as the functions below take them. Worth doing once, not in every call."""
-        return Held(tokenizer, self.decoder.weights(transformer))
+    def prepare(self, tokenizer: Parameters, transformer: Parameters) -> WorldWeights:
+        """Parameters in the form that the functions below take. Call it once, not per rollout: it copies them."""
+        return WorldWeights(tokenizer, self.decoder.prepare(transformer))
 
-    def reset(self, held: Held, frames: Float[Array, "B T H W 3"], keys: Key[Array, "R"]) -> State:
-        """Begin R / B episodes at each of B contexts; rows are ordered by context, then by episode."""
+    def reset(self, weights: WorldWeights, frames: Float[Array, "B T H W 3"], keys: Key[Array, "R"]) -> State:
+        """Start R / B episodes from each of B contexts; rows are ordered by context, then by episode."""
         rows, samples = keys.shape[0], keys.shape[0] // frames.shape[0]
-        ids, conditions = self._read(held, frames)
+        ids, conditions = self._encode_context(weights, frames)
         return State(
             number=jnp.zeros((), jnp.int32),
             frames=jnp.repeat(frames, samples, axis=0),
@@ -103,31 +105,31 @@ class World:
             ids=jnp.full((rows, self.layout.future_tokens), self.layout.context_codes, jnp.int32),
             keys=keys,
             slots=jnp.full((rows,), self.layout.future_slot, jnp.int32),
-            cache=self.decoder.prefill(held.transformer, self.layout.prompt(ids), samples),
+            cache=self.decoder.prefill(weights.transformer, self.layout.prompt(ids), samples),
             conditions=jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), conditions),
         )
 
     def step(
-        self, held: Held, state: State, actions: Float[Array, "R A"] | None
+        self, weights: WorldWeights, state: State, actions: Float[Array, "R A"] | None
     ) -> tuple[State, Float[Array, "R H W 3"], Float[Array, "R"] | None]:
-        """One frame on: the new state, the frame in [0, 1], the reward of the action."""
-        made, cache = self.decoder.frame(
-            held.transformer, state.cache, state.number, state.slots, actions, state.keys, state.ids
+        """Predict one frame: the new state, the frame in [0, 1], the reward of the action."""
+        decoded, cache = self.decoder.frame(
+            weights.transformer, state.cache, state.number, state.slots, actions, state.keys, state.ids
         )
-        frame = self._pixels(held, made.ids[:, None], state.conditions)[:, 0]
+        frame = self._frames(weights, decoded.ids[:, None], state.conditions)[:, 0]
         state = dataclasses.replace(
             state,
             number=state.number + 1,
             frames=jnp.concatenate([state.frames[:, 1:], frame[:, None]], axis=1),
-            ids=made.ids,
-            slots=made.next_slot,
+            ids=decoded.ids,
+            slots=decoded.next_slot,
             cache=cache,
         )
-        return state, frame, self._reward(made.reward)
+        return state, frame, self._reward(decoded.reward)
 
     def rollout(
         self,
-        held: Held,
+        weights: WorldWeights,
         frames: Float[Array, "B T H W 3"],
         actions: Float[Array, "R F A"] | None,
         keys: Key[Array, "R"],
@@ -136,19 +138,24 @@ class World:
         samples = keys.shape[0] // frames.shape[0]
         count = self.layout.future_frames if actions is None else actions.shape[1]
         decoder = dataclasses.replace(self.decoder, layout=dataclasses.replace(self.layout, future_frames=count))
-        ids, conditions = self._read(held, frames)
-        made, rewards = decoder.rollout(held.transformer, self.layout.prompt(ids), actions, keys)
+        ids, conditions = self._encode_context(weights, frames)
+        ids, rewards = decoder.rollout(weights.transformer, self.layout.prompt(ids), actions, keys)
         conditions = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), conditions)
-        return Prediction(self._pixels(held, made, conditions), self._reward(rewards), made)
+        return Prediction(self._frames(weights, ids, conditions), self._reward(rewards), ids)
 
-    def _read(self, held: Held, frames: Float[Array, "B T H W 3"]) -> tuple[Int[Array, "B T N"], Conditions]:
-        model = self.network.bind(held.tokenizer)
+    def _encode_context(
+        self, weights: WorldWeights, frames: Float[Array, "B T H W 3"]
+    ) -> tuple[Int[Array, "B T N"], Conditions]:
+        model = self.network.bind(weights.tokenizer)
         ids = model.tokenize_context(frames)
-        return ids, model.read_context(ids, frames.dtype)[1]
+        return ids, model.detokenize_context(ids, frames.dtype)[1]
 
-    def _pixels(self, held: Held, ids: Int[Array, "R F M"], conditions: Conditions) -> Float[Array, "R F H W 3"]:
-        made = self.network.bind(held.tokenizer).read_future(self.layout.future_codes_of(ids), conditions)
-        return jnp.clip(made.astype(jnp.float32), 0.0, 1.0)
+    def _frames(
+        self, weights: WorldWeights, ids: Int[Array, "R F M"], conditions: Conditions
+    ) -> Float[Array, "R F H W 3"]:
+        model = self.network.bind(weights.tokenizer)
+        frames = model.detokenize_future(self.layout.clamp_future_codes(ids), conditions)
+        return jnp.clip(frames.astype(jnp.float32), 0.0, 1.0)
 
     def _reward(self, reward: jax.Array | None) -> jax.Array | None:
         return symexp(reward) if reward is not None and self.rewards_in_symlog else reward

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from jvgen.models.ivideogpt import adapt
+from jvgen.models.ivideogpt import torch_map
 from jvgen.models.ivideogpt.decoding import Decoder
 from jvgen.models.ivideogpt.layout import Layout
-from jvgen.models.ivideogpt.objective import symexp, symlog, terms
+from jvgen.models.ivideogpt.objective import loss_terms, symexp, symlog
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer, Tokens
 from jvgen.models.ivideogpt.tokenizer_map import tokenizer_from_json, tokenizer_map
@@ -117,8 +117,8 @@ def cached(network: Network, parameters, layout: Layout, io) -> None:
 
     def run(parameters, tokens, own):
         model = network.bind(parameters)
-        context, conditions = model.read_context(layout.context_ids(tokens))
-        frame = model.read_future(layout.future_codes_of(own)[:, None], conditions)
+        context, conditions = model.detokenize_context(layout.context_ids(tokens))
+        frame = model.detokenize_future(layout.clamp_future_codes(own)[:, None], conditions)
         return jnp.concatenate([context, frame], axis=1)
 
     frames(jax.jit(run)(parameters, io["out.indices"], own), io, "out.detok_cached_one")
@@ -170,7 +170,7 @@ def shorter_context(config, parameters, video: np.ndarray, io) -> None:
     """The same weights with one frame of context less."""
     shorter = config.replace(context_frames=1)
     network = network_of(CompressiveTokenizer, shorter)
-    parameters = adapt.tokenizer_parameters(parameters, config, shorter)
+    parameters = torch_map.adapt_tokenizer(parameters, config, shorter)
     layout = shorter.layout(video.shape[1] - 1)
     tokens = jax.jit(lambda p, x: network.apply(p, x, method="tokenize"))(parameters, video[:, 1:])
     flat = np.asarray(layout.flatten(*tokens))
@@ -213,7 +213,7 @@ def layout(case) -> None:
         tokens, actions = jnp.asarray(flat), jnp.asarray(io[f"in.{name}.action"][:, grid.action_frames])
         embedded = network.apply(parameters, tokens, grid, actions, method="embed")
         close(embedded, io[f"out.{name}.inputs_embeds"], "inputs_embeds", 1e-6)
-        loss = jax.jit(lambda p, t, a, n=network, g=grid: terms(n.bind(p), t, g, actions=a).cross_entropy)
+        loss = jax.jit(lambda p, t, a, n=network, g=grid: loss_terms(n.bind(p), t, g, actions=a).cross_entropy)
         np.testing.assert_allclose(loss(parameters, tokens, actions), io[f"out.{name}.loss"], rtol=1e-6)
 
 
@@ -251,8 +251,8 @@ def transformer(case) -> None:
         model = network.bind(parameters)
         hidden = model(tokens, grid, actions)
         rewards = model.rewards(hidden[:, grid.reward_positions])
-        rest = terms(model, tokens, grid, actions=actions)
-        plain = terms(model, tokens, grid, actions=jnp.zeros_like(actions))
+        rest = loss_terms(model, tokens, grid, actions=actions)
+        plain = loss_terms(model, tokens, grid, actions=jnp.zeros_like(actions))
         return model.embed(tokens, grid, actions), hidden, model.logits(hidden), rewards, rest, plain
 
     embedded, hidden, logits, rewards, parts, zero = jax.jit(run)(parameters, tokens, actions["action"])
@@ -288,7 +288,7 @@ def generate(network: Network, parameters, grid: Layout, tokens, actions, forced
     for parallel in (False, True):
         decoder = Decoder(config, grid, SamplingConfig(greedy=True, parallel=parallel), forced_slots=forced)
         keys = jax.random.split(jax.random.key(0), len(tokens))
-        made = jax.jit(lambda p, t, a, d=decoder, k=keys: d.rollout(d.weights(p), t, a, k))(
+        made = jax.jit(lambda p, t, a, d=decoder, k=keys: d.rollout(d.prepare(p), t, a, k))(
             parameters, tokens[:, : grid.prompt_length], actions
         )
         if parallel:
@@ -318,9 +318,9 @@ def rollout(case) -> None:
         model = tokenizer_network.bind(read)
         ids = model.tokenize_context(context)
         keys = jax.random.split(jax.random.key(0), len(context))
-        made, rewards = decoder.rollout(decoder.weights(parameters), layout.prompt(ids), actions, keys)
-        _, conditions = model.read_context(ids)
-        return made, rewards, jnp.clip(model.read_future(layout.future_codes_of(made), conditions), 0, 1)
+        made, rewards = decoder.rollout(decoder.prepare(parameters), layout.prompt(ids), actions, keys)
+        _, conditions = model.detokenize_context(ids)
+        return made, rewards, jnp.clip(model.detokenize_future(layout.clamp_future_codes(made), conditions), 0, 1)
 
     ids, rewards, made = jax.jit(run)(read, parameters, context, actions)
     np.testing.assert_array_equal(ids, io["out.tokens"][:, :, : layout.future_tokens])

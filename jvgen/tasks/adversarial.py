@@ -1,0 +1,118 @@
+"""Adversarial training of autoencoders: the discriminator, its loss, and the term it adds to the autoencoder's loss."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jvgen.config import Config
+from jvgen.losses.adversarial import adaptive_weight, hinge_discriminator, hinge_generator
+from jvgen.models.clip_discriminator.config import ClipDiscriminatorConfig
+from jvgen.models.clip_discriminator.model import ClipDiscriminator
+from jvgen.nn.network import Network, Parameters
+from jvgen.tasks.task import Batch, Metrics, activation_dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialConfig(Config):
+    """A discriminator of clips, with the hinge loss and VQGAN's adaptive weight.
+
+    Attributes:
+      network: the discriminator.
+      weight: factor on the adaptive weight.
+      start: first step in which the discriminator is trained and the autoencoder is trained against it.
+      update_schedule: "together": both are updated in every step and share its forward pass; "alternate": the
+        autoencoder in even steps, the discriminator in odd ones, as in the released code.
+      limit: largest adaptive weight.
+    """
+
+    renamed_fields: ClassVar[dict[str, str]] = {"turns": "update_schedule"}
+
+    network: ClipDiscriminatorConfig = ClipDiscriminatorConfig()
+    weight: float = 0.5
+    start: int = 0
+    update_schedule: Literal["together", "alternate"] = "together"
+    limit: float = 1e4
+
+    def validate(self) -> None:
+        if self.weight < 0 or self.start < 0 or self.limit <= 0:
+            raise ValueError(
+                f"weight = {self.weight}, start = {self.start}, limit = {self.limit}: weight and start must be 0 or "
+                "more, limit positive."
+            )
+
+
+class AdversarialLoss:
+    """The losses of an `AdversarialConfig`; `network` is the discriminator, which has an objective of its own."""
+
+    def __init__(self, config: AdversarialConfig):
+        self.config = config
+        self.network = Network.of(lambda rngs: ClipDiscriminator(config.network, rngs=rngs))
+
+    def scores(self, discriminator: Parameters, clips: jax.Array) -> jax.Array:
+        """Scores of the patches of clips `B F H W C`; higher means real."""
+        return self.network.apply(discriminator, clips.astype(activation_dtype(discriminator)))
+
+    def generator_loss(
+        self,
+        discriminator: Parameters,
+        batch: Batch,
+        clips: Sequence[jax.Array],
+        reconstruction_grads: Sequence[jax.Array],
+        last_kernel_grad: Callable[[Sequence[jax.Array]], jax.Array],
+    ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """The term that the autoencoder's loss gets from the discriminator, with its gradients; 0 before the start.
+
+        Nothing returned has a gradient: gradients with respect to the clips are values (see `surrogate_loss`).
+
+        Args:
+          discriminator: parameters.
+          batch: with the number of the step.
+          clips: reconstructed by the autoencoder.
+          reconstruction_grads: gradients of the other losses with respect to the clips.
+          last_kernel_grad: from gradients with respect to the clips to the gradient of the last layer's kernel.
+
+        Returns:
+          Weight and value of the loss, and its gradients with respect to the clips, not weighted.
+        """
+        discriminator, clips = jax.lax.stop_gradient((discriminator, list(clips)))
+
+        def hinge(clips: list[jax.Array]) -> jax.Array:
+            return jnp.mean(jnp.stack([hinge_generator(self.scores(discriminator, clip)) for clip in clips]))
+
+        def started(clips: list[jax.Array]) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+            value, adversarial_grads = jax.value_and_grad(hinge)(clips)
+            kernel_grads = last_kernel_grad(reconstruction_grads), last_kernel_grad(adversarial_grads)
+            weight = adaptive_weight(*kernel_grads, limit=self.config.limit)
+            return self.config.weight * weight, value, adversarial_grads
+
+        def not_started(clips: list[jax.Array]) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+            return jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, clips)
+
+        return self._from_start(batch, started, not_started, clips)
+
+    def discriminator_loss(
+        self, discriminator: Parameters, batch: Batch, real: jax.Array, reconstructed: Sequence[jax.Array]
+    ) -> tuple[jax.Array, Metrics]:
+        """Hinge loss of real against reconstructed clips, which get no gradient; 0 before the start."""
+        reconstructed = jax.lax.stop_gradient(list(reconstructed))
+
+        def started(discriminator: Parameters) -> tuple[jax.Array, jax.Array, jax.Array]:
+            real_scores = self.scores(discriminator, real)
+            all_scores = [self.scores(discriminator, clip) for clip in reconstructed]
+            losses = jnp.stack([hinge_discriminator(real_scores, scores) for scores in all_scores])
+            means = (jnp.mean(scores.astype(jnp.float32)) for scores in (real_scores, all_scores[0]))
+            return jnp.mean(losses), *means
+
+        def not_started(discriminator: Parameters) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return jnp.float32(0), jnp.float32(0), jnp.float32(0)
+
+        loss, of_real, of_made = self._from_start(batch, started, not_started, discriminator)
+        return loss, {"hinge": loss, "judged_real": of_real, "judged_made": of_made}
+
+    def _from_start(self, batch: Batch, started: Callable, not_started: Callable, operand: object) -> tuple:
+        if not self.config.start or "step" not in batch:
+            return started(operand)
+        return jax.lax.cond(jnp.max(batch["step"]) >= self.config.start, started, not_started, operand)
