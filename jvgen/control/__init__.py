@@ -1,3 +1,3 @@
-"""Acting in learned worlds: a world model that is stepped with actions, as a function and as a gymnasium environment.
+"""World models to act in: reset, step and rollout with checked input, a gymnasium environment, interactive episodes.
 The networks are in `jvgen.models.ivideogpt`, their training in `jvgen.tasks`.
 """

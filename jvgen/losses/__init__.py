@@ -1,3 +1,3 @@
-"""Losses between pictures, clips and scores: reconstruction, perceptual distance, adversarial terms, frame mappings
+"""Losses on images, clips and scores: reconstruction, perceptual distance, adversarial terms, frame mappings
 of CV-VAE. Diffusion targets are in `jvgen.diffusion`.
 """

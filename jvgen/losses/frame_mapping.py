@@ -1,4 +1,4 @@
-"""Which frame stands for those of one latent, where a video and an image autoencoder are compared (CV-VAE, 3.2)."""
+"""Mapping of a clip to one frame per latent frame, to compare video and image autoencoders (CV-VAE, section 3.2)."""
 
 from typing import Literal
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
-# "first": frame 0 alone. The others keep frame 0 and take, of every group that shares a latent, its newest frame
-# ("slice"), the mean of its frames ("average"), or one drawn at random ("random").
+# "first": frame 0 alone. The others keep frame 0 and take, of every group of frames that shares a latent, the last
+# frame ("slice"), the mean ("average"), or a random frame ("random").
 FrameMapping = Literal["first", "slice", "average", "random"]
 
 
@@ -18,13 +18,13 @@ def map_frames(
     group: int,
     picks: Int[Array, "B G"] | None = None,
 ) -> Float[Array, "B f H W C"]:
-    """One frame for each latent frame of a clip.
+    """One frame per latent frame of a clip.
 
     Args:
-      clip: n groups of frames after the first one.
+      clip: the first frame, then n groups of frames.
       mapping: see `FrameMapping`.
-      group: frames of a group: 4 where time is divided by 4.
-      picks: of "random": the frame of each group of each clip, 0 to group - 1.
+      group: frames per group, the temporal compression.
+      picks: for "random": index of the frame in each group of each clip, 0 to group - 1.
 
     Returns:
       n + 1 frames; 1 for "first".
@@ -44,7 +44,7 @@ def map_frames(
 
 
 def draw_picks(keys: Key[Array, "B"], groups: int, group: int) -> Int[Array, "B {groups}"]:
-    """Uniformly random frames for `map_frames`, of each clip by its own key.
+    """Uniformly random picks for `map_frames`, from one key per clip.
 
     The published code draws once for a whole batch.
     """

@@ -1,4 +1,4 @@
-"""Perceptual distance of images: LPIPS on VGG-16 where its weights are given; a named substitute that needs none."""
+"""Perceptual distance of images: LPIPS on VGG-16, or a Laplacian-pyramid distance that needs no weights."""
 
 import dataclasses
 import re
@@ -32,13 +32,13 @@ SCALE = (0.458, 0.448, 0.450)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerceptualConfig(Config):
-    """Which perceptual distance.
+    """Selects the perceptual distance.
 
     Attributes:
       kind: "none", "lpips" (Zhang et al. 2018 on VGG-16, needs `weights`), or "laplacian" (L1 of a Laplacian pyramid:
-        a substitute that needs no weights and is not comparable with LPIPS).
+        needs no weights, not comparable with LPIPS).
       weights: safetensors file for lpips: VGG-16's convolutions and the five linear layers, under the names of
-        torchvision and of the lpips or taming-transformers packages. `jvgen lpips` makes it.
+        torchvision and of the lpips or taming-transformers packages. `jvgen lpips` writes it.
       levels: of the pyramid.
     """
 
@@ -60,7 +60,7 @@ def laplacian_distance(
 ) -> Float[Array, "B"]:
     """L1 distance of the Laplacian pyramids of two images, level k weighted by 2^k (Bojanowski et al. 2018, section 4).
 
-    Emphasises edges and texture at several scales. Sides are halved `levels` times by averaging; odd rests are cut.
+    Emphasizes edges and texture at several scales. Sides are halved `levels` times by averaging; odd sides are cropped.
     The coarsest level compares local means.
     """
     difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
@@ -81,7 +81,7 @@ def laplacian_distance(
 class LPIPS(nnx.Module):
     """Learned perceptual distance on VGG-16 features (Zhang et al. 2018), version 0.1.
 
-    Parameters are random until they are replaced by `load_lpips`; a distance with random parameters means nothing.
+    Parameters are random until replaced by those of `load_lpips`; distances with random parameters are meaningless.
     Convolutions run in the dtype of the images, distances in float32. Input sides are at least 16 pixels.
     """
 
@@ -103,12 +103,12 @@ class LPIPS(nnx.Module):
         )
 
     def __call__(self, prediction: Float[Array, "B H W 3"], target: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
-        """Distance of images in [-1, 1], one a sample, float32."""
+        """Distance of images in [-1, 1], one per sample, float32."""
         if min(prediction.shape[1:3]) < 16:
             raise ValueError(f"LPIPS needs sides of at least 16 pixels, got images of {prediction.shape[1:3]}.")
         distance = jnp.zeros(prediction.shape[:1], jnp.float32)
-        # One pass over both images. Pairs stay together, on the device that has them: one after the other, every
-        # device's share would be of both, and XLA gathers all features on all devices.
+        # One pass over both images, interleaved so that each pair stays on its device: concatenated along the batch,
+        # XLA would gather all features on all devices.
         features = constrain(rearrange([prediction, target], "p b h w c -> (b p) h w c"), BATCH, None, None, None)
         features = (features - jnp.asarray(SHIFT, features.dtype)) / jnp.asarray(SCALE, features.dtype)
         for stage, layers in enumerate(STAGES):
@@ -145,7 +145,7 @@ def _max_pool(features: Array) -> Array:
 
 
 def _unit(features: Array) -> Array:
-    # Both epsilons are in the published code: one keeps the square root differentiable, one the division finite.
+    # Both epsilons are in the published code: one keeps the square root differentiable, the other the division finite.
     norm = jnp.sqrt(jnp.sum(jnp.square(features), axis=-1, keepdims=True) + 1e-10)
     return features / (norm + 1e-10)
 
@@ -157,13 +157,13 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
     taming-transformers), the linear layers as `lin0.model.1.weight` ... `lin4.model.1.weight`.
 
     Raises:
-      ValueError: the file is not there, or lacks tensors or has others of wrong shape; all are listed.
+      ValueError: no such file, or missing tensors or wrong shapes; all are listed.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"LPIPS weights {str(path)!r}: no such file; `jvgen lpips --help` says how to make it (safetensors with "
-            "VGG-16 and lin0..lin4)."
+            f"LPIPS weights {str(path)!r}: no such file; `jvgen lpips` writes it (safetensors with VGG-16 and "
+            "lin0..lin4)."
         )
     with safe_open(path, framework="numpy") as file:
         tensors = {canonical_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -181,10 +181,10 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
 
 
 def checked_tensors(found: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    """Those of LPIPS among the found tensors, float32, by canonical name in the network's order.
+    """The tensors of LPIPS, float32, by canonical name in the network's order.
 
     Raises:
-      ValueError: some are missing or of wrong shape; all are listed, after `source`.
+      ValueError: missing tensors or wrong shapes; all are listed, after `source`.
     """
     wanted: dict[str, tuple[int, ...]] = {}
     for index, features_in, features_out in _convolutions():
@@ -204,7 +204,7 @@ def checked_tensors(found: Mapping[str, np.ndarray], source: str) -> dict[str, n
 
 
 def canonical_name(name: str) -> str:
-    """A published tensor's name without what packages put before it: "N.weight", "N.bias", "linK"."""
+    """A published tensor's name without the prefixes of packages: "N.weight", "N.bias", "linK"."""
     convolution = re.search(r"(?:features|slice\d)\.(\d+\.(?:weight|bias))$", name)
     if convolution:
         return convolution.group(1)

@@ -1,4 +1,4 @@
-"""iVideoGPT's transformer against transformers' Llama; its files both ways, and what the released ones leave unsaid."""
+"""iVideoGPT's transformer against transformers' Llama; its files both ways, and keys that released files lack."""
 
 import json
 
@@ -94,8 +94,8 @@ def test_exports_load_strictly_with_equal_outputs(tmp_path, config):
         np.testing.assert_array_equal(flatten(imported)[path], value, err_msg=path)
 
 
-def test_released_files_do_not_say_which_heads_they_have(tmp_path):
-    """Their config.json is that of a plain Llama: the width of an action is that of a tensor."""
+def test_heads_are_read_off_the_tensors_of_released_files(tmp_path):
+    """Their config.json is that of a plain Llama; the action width is the shape of a tensor."""
     folder = export_network(HEADS, random_parameters(HEADS), tmp_path / "transformer")
     values = json.loads((folder / "config.json").read_text())
     for name in ("action_dim", "reward_prediction", "action_recon"):
@@ -106,7 +106,7 @@ def test_released_files_do_not_say_which_heads_they_have(tmp_path):
     assert read_config(plain) == PLAIN
 
 
-def test_a_wrapped_llama_that_lacks_a_tensor_is_refused(tmp_path):
+def test_missing_tensors_of_a_wrapped_llama(tmp_path):
     folder = export_network(HEADS, random_parameters(HEADS), tmp_path / "transformer")
     fewer = HEADS.replace(layers=1)
     other = export_network(fewer, random_parameters(fewer), tmp_path / "fewer")
@@ -117,7 +117,7 @@ def test_a_wrapped_llama_that_lacks_a_tensor_is_refused(tmp_path):
         verify(other, HEADS, random_parameters(HEADS))
 
 
-def test_configurations_return_unchanged_and_other_llamas_are_refused():
+def test_config_round_trip_and_unsupported_llamas():
     for config in (PLAIN, HEADS, FrameTransformerConfig.small()):
         theirs = transformers.LlamaConfig(**transformer_to_json(config))
         assert transformer_from_json(theirs.to_dict()) == config
@@ -126,7 +126,7 @@ def test_configurations_return_unchanged_and_other_llamas_are_refused():
             transformer_from_json(transformer_to_json(PLAIN) | change)
 
 
-def test_tokenizers_return_unchanged(tmp_path):
+def test_tokenizer_round_trip(tmp_path):
     parameters = random_parameters(TOKENIZER)
     folder = export_network(TOKENIZER, parameters, tmp_path / "tokenizer")
     assert (folder / "diffusion_pytorch_model.safetensors").is_file()
@@ -158,7 +158,7 @@ def test_released_sizes():
     assert fewer == 5 * 256 * 256 and abs(4 * fewer - (456_684_912 - 455_374_184)) < 16
 
 
-def test_weights_put_to_another_use():
+def test_weights_adapted_to_other_contexts_and_heads():
     parameters = random_parameters(TOKENIZER)
     one = TOKENIZER.replace(context_frames=1)
     cut = flatten(torch_map.adapt_tokenizer(parameters, TOKENIZER, one))
@@ -186,8 +186,8 @@ def test_weights_put_to_another_use():
         torch_map.adapt_transformer(heads, HEADS, HEADS.replace(layers=3))
 
 
-def test_actions_of_a_model_that_never_saw_any_change_nothing():
-    """The map from actions begins at zero: an action-free model given actions starts as what it was."""
+def test_new_action_projection_changes_nothing():
+    """It is zero: an action-free model given actions starts as what it was."""
     network = network_of(HEADS)
     parameters = network.init(jax.random.key(0))
     tokens = jnp.zeros((1, LAYOUT.length), jnp.int32)

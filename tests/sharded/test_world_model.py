@@ -1,4 +1,4 @@
-"""iVideoGPT over devices: what is learned and what is rolled out are those of one device."""
+"""iVideoGPT over a mesh: loss, gradients and rollouts equal those of one device."""
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def alone() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_training_and_rollouts_over_devices_are_those_of_one(mesh, alone):
+def test_training_and_rollouts_over_a_mesh_equal_one_device(mesh, alone):
     split = run_on(MeshConfig(**mesh))
     np.testing.assert_array_equal(split.pop("ids"), alone["ids"])
     # Rollouts differ between contexts and between samples of one context, so that a mixed-up order would show.

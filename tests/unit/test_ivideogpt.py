@@ -1,4 +1,4 @@
-"""iVideoGPT's parts on their own: layout, codebook, sampling, decoding against the whole network, flops."""
+"""Parts of iVideoGPT: layout, codebook, sampling, decoding against one pass without a cache, FLOPs."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_published_lengths(context, frames, length, targets):
     assert (layout.length, layout.is_target.sum(), layout.vocabulary) == (length, targets, 16386)
 
 
-def test_ids_that_are_no_codes_of_future_frames_become_the_first_or_last(parameters):
+def test_ids_outside_the_codebook_or_vocabulary(parameters):
     decoder = Decoder(TINY, LAYOUT)
     ids = jnp.array([0, 17, 18, 29, 30, 31])
     assert LAYOUT.clamp_future_codes(ids).tolist() == [0, 0, 0, 11, 11, 11]
@@ -95,7 +95,7 @@ def test_codebook(key):
     np.testing.assert_allclose(through, 2 * made.vectors, atol=1e-6)
 
 
-def test_use_of_codes():
+def test_code_usage_and_perplexity():
     counts = usage(jnp.array([[0, 1], [1, 3]]), 5)
     assert counts.tolist() == [1, 2, 0, 1, 0]
     np.testing.assert_allclose(perplexity(counts), np.exp(1.5 * np.log(2)), rtol=1e-6)
@@ -115,8 +115,8 @@ def shares(sampling: SamplingConfig, count: int = 20_000) -> np.ndarray:
     return np.bincount(np.asarray(ids), minlength=200) / count
 
 
-def test_ids_are_drawn_as_often_as_they_should():
-    """Top-k: the k likeliest ids, their probabilities renormalised."""
+def test_sampling_frequencies_match_the_probabilities():
+    """Top-k: the k likeliest ids, their probabilities renormalized."""
     found = shares(SamplingConfig(top_k=10))
     best = np.argsort(-np.asarray(LOGITS))[:10]
     expected = np.zeros(200)
@@ -143,7 +143,7 @@ def test_temperature_and_top_p():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_greedy_and_its_mistakes():
+def test_greedy_sampling_and_bad_configs():
     assert shares(SamplingConfig(greedy=True), 10)[int(jnp.argmax(LOGITS))] == 1
     for change, words in (({"temperature": 0.0}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0.0}, "top_p")):
         with pytest.raises(ConfigError, match=words):
@@ -190,8 +190,8 @@ def greedy(parameters):
     return roll(parameters, SamplingConfig(greedy=True))
 
 
-def test_greedy_ids_are_the_likeliest_of_the_whole_network(network, parameters, greedy):
-    """One pass over what was generated, without a cache: every id is the likeliest one at its place."""
+def test_greedy_ids_equal_the_argmax_without_a_cache(network, parameters, greedy):
+    """One training pass over the generated sequence: every generated id is the argmax at its position."""
     prompt, actions, ids, rewards = greedy
 
     def run(p, tokens, actions):
@@ -206,7 +206,7 @@ def test_greedy_ids_are_the_likeliest_of_the_whole_network(network, parameters, 
     assert len(np.unique(ids)) > 4
 
 
-def test_guessing_together_gives_what_one_after_the_other_gives(parameters, greedy):
+def test_parallel_decoding_equals_sequential(parameters, greedy):
     _, _, ids, rewards = greedy
     _, _, together, theirs = roll(parameters, SamplingConfig(greedy=True, parallel=True))
     np.testing.assert_array_equal(together, ids)
@@ -216,8 +216,7 @@ def test_guessing_together_gives_what_one_after_the_other_gives(parameters, gree
     assert (drawn[0] != ids).any()
 
 
-def test_samples_share_a_prompt_and_nothing_else(parameters):
-    """Rows of one prompt are what rows of repeated prompts are."""
+def test_samples_of_one_prompt_equal_rows_of_repeated_prompts(parameters):
     sampling = SamplingConfig(top_k=9)
     prompt, actions, ids, rewards = roll(parameters, sampling, rows=6, samples=3)
     decoder = Decoder(TINY, LAYOUT, sampling)
@@ -237,7 +236,7 @@ def test_a_row_does_not_depend_on_the_others(parameters):
     np.testing.assert_array_equal(alone[0], ids[2])
 
 
-def test_only_codes_of_future_frames_if_asked(parameters):
+def test_future_codes_only(parameters):
     for greedy in (False, True):
         _, _, ids, _ = roll(parameters, SamplingConfig(top_k=0, temperature=5.0, future_codes_only=True, greedy=greedy))
         assert ids.min() >= 18 and ids.max() < 30
@@ -263,7 +262,7 @@ def test_symlog():
     np.testing.assert_allclose(symlog(jnp.array(np.e - 1)), 1.0, rtol=1e-6)
 
 
-def test_the_context_is_no_target_and_dropout_belongs_to_a_sequence(network, parameters):
+def test_dropout_depends_on_the_sequence_alone(network, parameters):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (3, LAYOUT.length)), jnp.int32)
     actions = jnp.ones((3, 3, 2))
     keys = jax.random.split(jax.random.key(0), 3)
@@ -298,7 +297,7 @@ def test_the_context_is_no_target_and_dropout_belongs_to_a_sequence(network, par
         (TINY.replace(attention_dropout=1.0), "attention_dropout = 1.0"),
     ],
 )
-def test_mistakes(config, words):
+def test_bad_configs(config, words):
     with pytest.raises(ConfigError, match=words):
         validate_tree(config)
 
@@ -309,7 +308,7 @@ def test_networks_that_do_not_belong_together():
         TINY.replace(vocabulary=33).check_tokenizer(TOKENIZER, 3)
     with pytest.raises(ValueError, match="3 frames are 134 tokens, more than transformer.max_positions = 64"):
         TINY.check_tokenizer(TOKENIZER, 3)
-    with pytest.raises(ValueError, match="2 frames with 2 frames of context: nothing is left"):
+    with pytest.raises(ValueError, match="2 frames with 2 context frames: no frame to predict"):
         TINY.check_tokenizer(TOKENIZER, 2)
 
 
@@ -319,8 +318,8 @@ def test_sites_of_the_released_tokenizers():
     assert large.encoder_sites() == ((2, 32), (3, 16), (4, 16)) and large.decoder_sites() == ((-1, 16), (0, 32))
 
 
-def test_operations_agree_with_the_compiler(monkeypatch):
-    # The compiler counts what is inside of a kernel's loop once.
+def test_flops_agree_with_the_compiler(monkeypatch):
+    # The compiler counts the body of a kernel's loop once.
     monkeypatch.setattr(front, "choose", lambda *_, **__: front.Choice(front.AttentionKernel.REFERENCE, "to count"))
     config = dataclasses.replace(TINY, width=96, hidden=256, heads=3, unroll=True, attention_dropout=0.0)
     network = Network.of(lambda rngs: FrameTransformer(config, rngs=rngs))
@@ -333,7 +332,7 @@ def test_operations_agree_with_the_compiler(monkeypatch):
     counted = jax.jit(run).lower(network.shapes, tokens, actions).cost_analysis()["flops"]
     assert sum(flops.forward(config, LAYOUT).values()) == pytest.approx(counted, rel=0.06)
 
-    # Large, because padding counts as data here and not there.
+    # Large, because padding counts in our FLOPs and not in the compiler's.
     tokenizer = TOKENIZER.replace(block_channels=(32, 64), groups=8, code_width=16, resolution=64, attention_side=32)
     network = Network.of(lambda rngs: CompressiveTokenizer(tokenizer, rngs=rngs))
     video = jax.ShapeDtypeStruct((1, 4, 64, 64, 3), jnp.float32)

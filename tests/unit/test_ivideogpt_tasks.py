@@ -1,4 +1,4 @@
-"""Training iVideoGPT's two networks: what the losses add up to, what they are made from, restarts, and bad input."""
+"""Training tasks of iVideoGPT: terms of the losses and their inputs, restarts of dead codes, evaluation, bad input."""
 
 import functools
 
@@ -22,6 +22,7 @@ from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
 from jvgen.parallel.axes import LAYERS
+from jvgen.saved_config import from_json, to_json
 from jvgen.tasks.adversarial import AdversarialConfig
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.video_tokenizer import RestartConfig, VideoTokenizerConfig
@@ -59,7 +60,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 
 def drawn(task, scale: float = 0.2) -> dict:
-    """Random parameters: an initialiser for each would take longer to compile than all of what is tested."""
+    """Random parameters: initializers would take longer to compile than everything tested here."""
     rng = np.random.default_rng(7)
     leaves, structure = jax.tree.flatten({name: network.shapes for name, network in sorted(task.networks.items())})
     values = [scale * rng.standard_normal(s.shape) + (s.ndim == 1) for s in leaves]
@@ -88,7 +89,7 @@ def tokenizer_loss(tokenizer_parameters):
     return [loss_of(TOKENIZER)(tokenizer_parameters, {}, batch, key, count) for count in (1, 2)]
 
 
-def test_the_loss_is_the_sum_of_its_terms(tokenizer_loss):
+def test_loss_is_the_sum_of_its_terms(tokenizer_loss):
     (loss, metrics), _ = tokenizer_loss
     values = to_host(metrics)
     total = sum(
@@ -102,12 +103,12 @@ def test_the_loss_is_the_sum_of_its_terms(tokenizer_loss):
     assert {"context/psnr", "future/psnr"} < set(values)
 
 
-def test_dropout_of_the_tokenizer_belongs_to_a_slot(tokenizer_loss):
+def test_tokenizer_dropout_depends_on_the_slot(tokenizer_loss):
     (whole, _), (parts, _) = tokenizer_loss
     assert float(parts) == pytest.approx(float(whole), rel=1e-5)
 
 
-def test_evaluation_and_pictures(tokenizer_parameters):
+def test_evaluation_and_visualization(tokenizer_parameters):
     task = TOKENIZER.build()
     batch = batch_of(task)
 
@@ -161,8 +162,8 @@ def test_dead_codes_become_latents_of_the_batch():
 
 
 @pytest.mark.slow
-def test_a_discriminator_pulls_as_hard_as_the_perceptual_distance():
-    """Against gradients of each loss on its own, taken through the whole tokenizer."""
+def test_adaptive_weight_balances_adversarial_and_perceptual_gradients():
+    """Against the gradient of each loss alone, through the whole tokenizer."""
     config = TOKENIZER.replace(
         network=NETWORK.replace(dropout=0.0),
         adversarial=AdversarialConfig(
@@ -208,8 +209,13 @@ def test_a_discriminator_pulls_as_hard_as_the_perceptual_distance():
         )
         np.testing.assert_allclose(more, own + weight * against, rtol=2e-3, atol=2e-4 * float(jnp.abs(more).max()))
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient["discriminator"]))
-    with pytest.raises(ConfigError, match="trained in every step"):
+    with pytest.raises(ConfigError, match="are both updated in every step"):
         validate_tree(config.replace(adversarial=AdversarialConfig(update_schedule="alternate")), "task")
+
+
+def test_saved_update_schedule_is_read_under_its_earlier_name():
+    config = AdversarialConfig(update_schedule="alternate")
+    assert from_json(to_json(config).replace('"update_schedule"', '"turns"')) == config
 
 
 # World model.
@@ -229,13 +235,13 @@ def losses(config: WorldModelConfig, networks, batch, parameters=None):
 STILL = WORLD.replace(transformer=TRANSFORMER.replace(attention_dropout=0.0))
 
 
-def test_an_untrained_model_knows_nothing(networks):
+def test_untrained_loss_is_that_of_uniform_guesses(networks):
     loss, metrics = losses(STILL, networks, batch_of(STILL.build()))
     assert metrics["cross_entropy"] == pytest.approx(np.log(32), rel=0.05)
     assert loss == pytest.approx(metrics["cross_entropy"] + metrics["reward_error"], rel=1e-6)
 
 
-def test_the_reward_learned_is_that_of_the_action_which_led_to_the_frame(networks):
+def test_reward_targets_are_those_of_the_action_that_led_to_the_frame(networks):
     """Zero head: the error is the mean square of the targets, which are those of the frames before."""
     batch = batch_of(STILL.build())
     parameters = {"transformer": {**networks[0]["transformer"]}}
@@ -246,7 +252,7 @@ def test_the_reward_learned_is_that_of_the_action_which_led_to_the_frame(network
     assert metrics["reward_error"] == pytest.approx(float(jnp.mean(targets**2)), rel=1e-5)
 
 
-def test_actions_that_lead_to_no_predicted_frame_change_nothing(networks):
+def test_actions_that_lead_to_no_predicted_frame_are_ignored(networks):
     """The action of the last frame, and those before the last context frame."""
     batch = batch_of(STILL.build())
     parameters = networks[0]
@@ -269,7 +275,7 @@ def test_a_goal_comes_first(networks):
     assert losses(config, networks, batch)[0] != losses(STILL, networks, batch)[0]
 
 
-def test_dropout_of_the_transformer_belongs_to_a_slot(networks):
+def test_transformer_dropout_depends_on_the_slot(networks):
     batch = batch_of(WORLD.build())
     parts = [float(loss_of(WORLD)(*networks, batch, jax.random.key(3), count)[0]) for count in (1, 2)]
     assert parts[0] == pytest.approx(parts[1], rel=1e-5)
@@ -303,7 +309,7 @@ def test_evaluation_rolls_out(networks):
 # The published optimiser.
 
 
-def test_what_decays_and_how_the_rate_falls():
+def test_weight_decay_and_learning_rate_of_the_recipes():
     """The release leaves 26 tensors of the small model without decay, 28 with both heads; its cosine is over 1M."""
     optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=5000, schedule="cosine", weight_decay=0.01)
     for heads, count in (({}, 26), ({"action_width": 4, "reward": True}, 28)):
@@ -382,7 +388,7 @@ def test_examples_that_do_not_fit(changes, words):
         (TOKENIZER.replace(restart=RestartConfig(every=1, below=0.0)), "below = 0.0"),
     ],
 )
-def test_mistakes_in_the_config(config, words):
+def test_bad_configs(config, words):
     with pytest.raises(ConfigError, match=words):
         validate_tree(config, "task")
 
@@ -391,10 +397,10 @@ def test_mistakes_in_the_config(config, words):
     ("task", "bucket", "words"),
     [
         (TOKENIZER, BUCKET.replace(height=20), "frames of 20x16: the tokenizer takes 16x16"),
-        (TOKENIZER, BUCKET.replace(frames=2), "nothing is left to predict"),
-        (TOKENIZER, BUCKET.replace(views=2), "one camera at a time"),
+        (TOKENIZER, BUCKET.replace(frames=2), "no frame to predict"),
+        (TOKENIZER, BUCKET.replace(views=2), "trains on single views"),
         (TOKENIZER, BUCKET.replace(segment=SegmentConfig(choice="later", horizon=8, context=1)), "segment.context = 1"),
-        (WORLD, BUCKET.replace(segment=SegmentConfig(choice="shuffled", horizon=8)), "follow on each other"),
+        (WORLD, BUCKET.replace(segment=SegmentConfig(choice="shuffled", horizon=8)), "needs consecutive frames"),
         (WORLD, BUCKET.replace(frames=60), "more than transformer.max_positions = 256"),
     ],
 )

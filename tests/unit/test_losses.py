@@ -33,7 +33,7 @@ def test_kl_clamps_as_the_published_posterior():
     assert np.isfinite(gaussian_kl(jnp.zeros((1, 1)), jnp.full((1, 1), 1000.0))).all()
 
 
-def test_likelihood_is_least_at_the_mean_error():
+def test_likelihood_loss_is_minimal_at_the_mean_error():
     errors = jnp.asarray([[0.5, 1.5, 1.0]])
     np.testing.assert_allclose(negative_log_likelihood(errors, jnp.float32(0.0)), [3.0])
     slope = jax.grad(lambda s: negative_log_likelihood(errors, s)[0])
@@ -41,7 +41,7 @@ def test_likelihood_is_least_at_the_mean_error():
     assert float(slope(jnp.float32(-1.0))) < 0 < float(slope(jnp.float32(1.0)))
 
 
-def test_laplacian_distance_sees_blur_more_than_a_shade():
+def test_laplacian_distance_penalizes_blur_more_than_a_constant_offset():
     image = jnp.asarray(np.indices((32, 32)).sum(0) // 4 % 2, jnp.float32)[None, :, :, None] * jnp.ones((1, 1, 1, 3))
     blurred = jax.image.resize(jax.image.resize(image, (1, 8, 8, 3), "linear"), (1, 32, 32, 3), "linear")
     shade = image + jnp.mean(jnp.abs(blurred - image))
@@ -67,7 +67,7 @@ def test_laplacian_distance_takes_odd_and_tiny_images():
 
 
 def torch_lpips(torch, tensors, first, second):
-    """The arithmetic of the lpips package, written again in torch."""
+    """The arithmetic of the lpips package in torch."""
 
     def features(x):
         x = (x - torch.tensor(SHIFT).view(1, 3, 1, 1)) / torch.tensor(SCALE).view(1, 3, 1, 1)
@@ -100,7 +100,7 @@ def random_tensors(torch):
 
 
 @pytest.mark.torch
-def test_lpips_is_that_of_torch_forward_and_gradient(tmp_path):
+def test_lpips_equals_torch_forward_and_gradient(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
@@ -126,7 +126,7 @@ def test_lpips_is_that_of_torch_forward_and_gradient(tmp_path):
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-3 * np.abs(expected_gradient).max())
 
 
-def test_lpips_weights_that_do_not_fit_are_all_listed(tmp_path):
+def test_all_missing_or_misshapen_lpips_tensors_are_listed(tmp_path):
     from safetensors.numpy import save_file
 
     path = tmp_path / "half.safetensors"
@@ -139,7 +139,7 @@ def test_lpips_weights_that_do_not_fit_are_all_listed(tmp_path):
         load_lpips(tmp_path / "nothing.safetensors")
 
 
-def test_a_substitute_is_never_silent():
+def test_distance_and_weights_must_match():
     with pytest.raises(ConfigError, match="laplacian"):
         validate_tree(PerceptualConfig(kind="lpips"))
     with pytest.raises(ConfigError, match="reads no weights"):

@@ -75,7 +75,7 @@ def test_keys_without_a_terminal(monkeypatch):
     assert list(play.pressed_keys()) == ["a", "d"]
 
 
-def test_files_of_actions(tmp_path):
+def test_action_files(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n0.5,1\n\n-1,2e-1\n")
     np.testing.assert_allclose(play.read_actions(tmp_path / "a.csv", 2), [[0.5, 1], [-1, 0.2]])
     np.save(tmp_path / "b.npy", np.ones((3, 2)))
@@ -92,7 +92,7 @@ def test_files_of_actions(tmp_path):
             play.read_actions(tmp_path / name, 3 if name == "a.csv" else 2)
 
 
-def test_frames_as_text():
+def test_terminal_image():
     frame = np.zeros((3, 4, 3), np.uint8)
     frame[0, 0] = (255, 0, 7)
     text = play.terminal_image(frame)
@@ -106,7 +106,7 @@ def test_frames_as_text():
     assert not written[0].startswith("\x1b[3A") and written[1].startswith("\x1b[3A") and "second" in written[1]
 
 
-def test_an_episode_from_a_file_of_actions(model, data, tmp_path, jvgen):
+def test_episode_from_an_action_file(model, data, tmp_path, jvgen):
     (tmp_path / "actions.csv").write_text("0.5,0\n" * 5)
     out = tmp_path / "new" / "episode.mp4"
     done = jvgen("play", model, "--data", data, "--start-frame", 4, "--stride", 2, "--actions",
@@ -126,14 +126,14 @@ def test_an_episode_from_a_file_of_actions(model, data, tmp_path, jvgen):
         assert image.n_frames <= 3
 
 
-def test_an_episode_from_the_keyboard(model, data, jvgen, monkeypatch):
+def test_episode_from_the_keyboard(model, data, jvgen, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("dwx"))
     done = jvgen("play", model, "--data", data, "--quiet")
     assert done.status == 0 and "a/d component 0" in done.out and "2 frames" in done.out
 
 
-def test_a_tokenizer_of_the_same_size_that_the_transformer_does_not_know(model, data, tmp_path, jvgen):
-    """A run's export says which tokenizer it was trained with; another one stops the game."""
+def test_tokenizer_that_the_transformer_was_not_trained_with(model, data, tmp_path, jvgen):
+    """An export records its tokenizer's digest; another tokenizer of the same shapes is refused."""
     together, other = tmp_path / "together", tmp_path / "other"
     shutil.copytree(model, together)
     task = WorldModelConfig(
@@ -153,7 +153,7 @@ def test_a_tokenizer_of_the_same_size_that_the_transformer_does_not_know(model, 
     assert done.status == 2 and "not the one that its transformer/ was trained with" in done.err
 
 
-def test_what_it_refuses(model, data, tmp_path, jvgen):
+def test_bad_input(model, data, tmp_path, jvgen):
     (tmp_path / "actions.csv").write_text("0.5,0\n")
     common = ["--data", data, "--actions", tmp_path / "actions.csv", "--quiet"]
     for words, message in (
@@ -169,7 +169,7 @@ def test_what_it_refuses(model, data, tmp_path, jvgen):
         assert re.search(message, done.err), done.err
 
 
-# Weights put to another use, as the finetuning recipes do.
+# Weights adapted to other heads, as in the finetuning recipes.
 
 ADAPTED = """
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
@@ -193,7 +193,7 @@ def experiment():
 """
 
 
-def test_released_weights_begin_a_run_with_other_actions(model, tmp_path, jvgen):
+def test_released_weights_initialize_a_run_with_other_actions(model, tmp_path, jvgen):
     wider = TRANSFORMER.replace(action_width=3, reward=False)
     text = ADAPTED.format(transformer=wider, tokenizer=TOKENIZER, weights=model / "tokenizer")
     (tmp_path / "adapted.py").write_text(text.replace("<Remat.NONE: 'none'>", "Remat.NONE"))
@@ -210,8 +210,8 @@ def test_released_weights_begin_a_run_with_other_actions(model, tmp_path, jvgen)
     jax.tree.map(np.testing.assert_array_equal, found["blocks"], given["blocks"])
 
 
-def test_the_distance_of_a_runs_predictions_from_what_was_recorded(model, scenes, tmp_path, jvgen, monkeypatch):
-    """The way from a run to the measure; what an I3D makes of clips is tested with its network."""
+def test_fvd_of_a_runs_predictions(model, scenes, tmp_path, jvgen, monkeypatch):
+    """From a run to the metric; the features of the I3D are tested with its network."""
     alone = TRANSFORMER.replace(action_width=0, reward=False)
     text = ADAPTED.format(transformer=alone, tokenizer=TOKENIZER, weights=model / "tokenizer")
     (tmp_path / "alone.py").write_text(text.replace("<Remat.NONE: 'none'>", "Remat.NONE"))
