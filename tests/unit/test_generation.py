@@ -173,7 +173,7 @@ BAD_WORDS = {
     "noise": (("--noise", "nowhere.npy"), "--noise nowhere.npy: no such file"),
     "ending": (("--out", "clip.png"), "5 frames are written as .mp4"),
     "several in one": (("--clips-per-prompt", "2", "--out", "clip.mp4"), "one file, but 2 clips"),
-    "tiles": (("--tiles",), "a tile of 6x5 latents goes on in steps"),
+    "tiles": (("--tiles",), "a tile of 6x5 latents has a stride of"),
     "enhanced layers": (("--enhance", "1", "--enhance-set", "layers=1,1"), "layers has 2 factors"),
 }
 
