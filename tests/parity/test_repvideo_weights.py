@@ -87,7 +87,7 @@ def test_networks_with_and_without_gates_are_distinguished(folder, tmp_path):
     lines = differences(read_config(plain), REPVIDEO)
     assert [line for line in lines if line.startswith("aggregation: None in the weights")]
     other = REPVIDEO.replace(aggregation=AggregationConfig(period=4))
-    assert any("period=4" in line for line in differences(read_config(folder), other))
+    assert any("period: 6 in the weights, 4 in the run" in line for line in differences(read_config(folder), other))
 
 
 @pytest.mark.parametrize("lost", ["json", "safetensors"])
