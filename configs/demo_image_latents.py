@@ -1,10 +1,13 @@
 """The demo's text-to-video DiT on latents of the image VAE: 8 frames of 32x32 pixels from a caption, on a CPU.
 
-Should reach: sampled clips whose colour and direction of motion are those of their captions, and with
+Should reach: sampled clips whose color and direction of motion are those of their captions, and with
 `jvgen sample RUN --vae runs/demo/export/video_vae/vae` clips of 29 frames from the same latents, without tuning
-(`notebooks/cv_vae.ipynb`). Data, after `make demo`: `jvgen data build latents runs/demo/scenes --vae
-runs/demo/export/image_vae/vae --size 32x32 --stride 4 --out runs/demo/image_latents`. Set `task.latent_shift` and
-`task.latent_scale` as that command prints them. All else is `demo_text_to_video.py`'s.
+(`notebooks/cv_vae.ipynb`).
+Chips: a CPU with 2 cores.
+Memory: as `demo_text_to_video.py`.
+Time: as `demo_text_to_video.py` (measured there).
+Data: after `make demo`, `jvgen data build latents runs/demo/scenes --vae runs/demo/export/image_vae/vae --size 32x32
+--stride 4 --out runs/demo/image_latents`. Set `task.latent_shift` and `task.latent_scale` as that command prints them.
 """
 
 from pathlib import Path

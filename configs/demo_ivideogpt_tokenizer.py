@@ -1,8 +1,11 @@
-"""A small tokenizer of 32x32 frames of the embedded scenes, on a CPU in minutes: 64 and 16 tokens a frame.
+"""A small iVideoGPT tokenizer of 32x32 frames of the embedded scenes: 64 and 16 tokens per frame, on a CPU.
 
-Should reach: 20.8 dB PSNR on held-out future frames of scenes after 700 steps of 4 clips (27 dB on Meta-World's). Data:
-`jvgen data build scenes --out runs/world/scenes --set frames=12 --set height=32 --set width=32 --set driven=1.0 --set
-kinds.image=0 --set kinds.static=0`. Run, with what follows on it, by `python -m tests.experiments.ivideogpt_metaworld`.
+Should reach: PSNR 20.8 dB on held-out future frames of scenes after 700 steps of 4 clips (27 dB on Meta-World's).
+Chips: a CPU with 2 cores.
+Memory: not measured.
+Time: minutes for the whole run (estimated from the experiment).
+Data: `jvgen data build scenes --out runs/world/scenes --set frames=12 --set height=32 --set width=32 --set driven=1.0
+--set kinds.image=0 --set kinds.static=0`. Run, with what follows, by `python -m tests.experiments.ivideogpt_metaworld`.
 """
 
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig

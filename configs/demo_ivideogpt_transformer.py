@@ -1,11 +1,17 @@
-"""A small world model of the embedded scenes: a body that is pushed to a goal by actions, on a CPU in minutes.
+"""A small world model of the embedded scenes: a body that is pushed to a goal by actions, on a CPU.
 
-Should reach: rolled out frames nearer to the true ones than the last frame is, and rewards; see the experiment. Data as
-in `demo_ivideogpt_tokenizer.py`, whose export it reads. Run by `python -m tests.experiments.ivideogpt_metaworld`.
+Should reach: predicted frames closer to the true ones than the last frame is, and rewards; see the experiment.
+Chips: a CPU with 2 cores.
+Memory: not measured.
+Time: minutes for the whole run (estimated from the experiment).
+Data: as `demo_ivideogpt_tokenizer.py`, whose export it reads. Run by `python -m tests.experiments.ivideogpt_metaworld`.
 """
 
+from pathlib import Path
+
+from jvgen import config
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.models.ivideogpt.config import FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.tasks.world_model import WorldModelConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
@@ -13,24 +19,6 @@ from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.optimizer import OptimizerConfig
 
 SCENES = "runs/world/scenes"
-
-
-def tokenizer() -> CompressiveTokenizerConfig:
-    """That of `demo_ivideogpt_tokenizer.py`."""
-    return CompressiveTokenizerConfig(
-        resolution=32,
-        block_channels=(16, 32, 64),
-        layers_per_block=1,
-        groups=8,
-        latent_channels=16,
-        code_width=16,
-        context_codes=512,
-        future_codes=512,
-        patch=2,
-        attention_side=16,
-        attention_groups=8,
-        dropout=0.0,
-    )
 
 
 def experiment() -> Experiment:
@@ -41,7 +29,7 @@ def experiment() -> Experiment:
                 vocabulary=1026, width=128, layers=4, heads=4, hidden=384, max_positions=256, action_width=2,
                 reward=True, attention_dropout=0.0,
             ),
-            tokenizer=tokenizer(),
+            tokenizer=config.load(Path(__file__).with_name("demo_ivideogpt_tokenizer.py")).task.network,
             tokenizer_weights="runs/world/export/scenes_tokenizer/tokenizer",
             sampling=SamplingConfig(greedy=True),
         ),

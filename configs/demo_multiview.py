@@ -1,9 +1,11 @@
 """The demo's video DiT for two views: 8 frames of 32x32 pixels from a caption and two camera paths, on a CPU.
 
-Should reach: views of one scene that agree with each other and with their cameras better than views that never meet;
-`python -m tests.experiments.multiview_ablation` trains this config's ablations and measures them. Half an hour on two
-CPU cores.
-Data, after `make demo` (whose image VAE it takes):
+Should reach: views of one scene that agree with each other and with their cameras better than views without
+synchronization; `python -m tests.experiments.multiview_ablation` trains this config's ablations and measures them.
+Chips: a CPU with 2 cores.
+Memory: not measured.
+Time: half an hour for the whole run (measured, 2 shared cores).
+Data: after `make demo`, whose image VAE it uses:
 
     jvgen data build scenes --out runs/multiview/scenes --set frames=15 --set kinds.image=0 --set kinds.static=0.7 \\
         --set kinds.dynamic=0.3
