@@ -80,7 +80,7 @@ def test_views_of_a_named_path(run, jvgen, tmp_path):
     row = json.loads((tmp_path / "clips" / "index.jsonl").read_text())
     assert (row["cameras"], row["views"], row["frames"]) == (["circle"], 3, 3)
     again = jvgen(*words)
-    assert again.status == 0 and "1 sets were there already" in again.out
+    assert again.status == 0 and "1 sets existed already" in again.out
     other = jvgen(*words, "--seed", 1)
     assert other.status == 2 and "made with other settings (seed = 0, now 1)" in other.err
 
