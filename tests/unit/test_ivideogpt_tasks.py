@@ -380,7 +380,7 @@ def test_examples_that_do_not_fit(changes, words):
     [
         (WORLD.replace(reward_weight=-1.0), "reward_weight = -1.0"),
         (WORLD.replace(action_reconstruction_weight=0.1), "needs transformer.action_reconstruction"),
-        (WORLD.replace(goal=True, tokenizer=NETWORK.replace(context_frames=1)), "goal needs at least 2 frames"),
+        (WORLD.replace(goal=True, tokenizer=NETWORK.replace(context_frames=1)), "goal needs at least 2 context frames"),
         (WORLD.replace(transformer=TRANSFORMER.replace(vocabulary=31)), "do not belong together"),
         (WORLD.replace(evaluation_samples=-1), "evaluation_samples = -1"),
         (TOKENIZER.replace(perceptual_weight=-1.0), "perceptual_weight = -1.0"),
