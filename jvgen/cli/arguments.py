@@ -76,7 +76,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG and `--set`: `experiment_of` reads them."""
     parser.add_argument(
         "config", type=Path, metavar="CONFIG",
-        help="config file: a Python file with a function experiment(), whose arguments may follow as in FILE.py:5b, or "
+        help="config file: a Python file with a function experiment(), optionally with its arguments "
+        "(configs/cv_vae.py:sd3), or "
         "the saved config.json of a run",
     )  # fmt: skip
     add_set_argument(parser)

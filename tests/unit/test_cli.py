@@ -91,7 +91,10 @@ def documented_commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("file", "command"), documented_commands())
 def test_commands_in_documents_parse(file, command):
-    assert cli.build_parser().parse_args(shlex.split(command)[1:]).handler, file
+    parsed = cli.build_parser().parse_args(shlex.split(command)[1:])
+    assert parsed.handler, file
+    config_file = str(getattr(parsed, "config", None) or "").partition(":")[0]
+    assert not config_file.startswith("configs/") or (ROOT / config_file).is_file(), f"{file}: no {config_file}"
 
 
 def test_flags_cannot_be_abbreviated(jvgen):
