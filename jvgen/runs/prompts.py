@@ -1,4 +1,4 @@
-"""Files of prompts: one a line, or JSON as VBench has it."""
+"""Read prompts from a text file with one per line, or from JSON in VBench's form."""
 
 import json
 from collections.abc import Sequence

@@ -51,7 +51,7 @@ GPU = {
 
 
 def config_of(size: Size) -> VideoDiTConfig:
-    """The network of a size: sin-cos positions, as CogVideoX-2B, without zero-initialised layers."""
+    """The network of a size: sin-cos positions, as CogVideoX-2B, without zero-initialized layers."""
     return VideoDiTConfig(
         layers=size.layers,
         heads=size.heads,

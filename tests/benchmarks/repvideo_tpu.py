@@ -24,7 +24,7 @@ from tests.benchmarks.step_memory_tpu import CONFIG, QUICK
 
 # Bytes a second between a chip and its memory, from the public data sheets.
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}
-UTILISATION = 0.4
+UTILIZATION = 0.4
 
 
 def run(settings: Settings) -> Result:
@@ -47,7 +47,7 @@ def run(settings: Settings) -> Result:
         notes=(
             "GiB: arguments, outputs, temporaries of the program, by the TPU compiler. layer_MiB: what a layer moves",
             "between chip and memory besides its attention kernel, forward and backward (loops count once).",
-            f"added_time: what is moved more, in all layers, against the step at {UTILISATION:.0%} of peak.",
+            f"added_time: what is moved more, in all layers, against the step at {UTILIZATION:.0%} of peak.",
         ),
     )
 
@@ -87,7 +87,7 @@ def _rows(
     sides = {side: _measured(program) for side, program in programs.items()}
     flops = sum(step_flops(base.task.build(), base.data.buckets[0]).values()) / len(pod.devices)
     # Backward passes have twice the products of forward passes.
-    seconds = flops / (1 if what == "training" else 3) / pod.peak_flops / UTILISATION
+    seconds = flops / (1 if what == "training" else 3) / pod.peak_flops / UTILIZATION
     bandwidth = BANDWIDTH.get(pod.name.split(":")[0], math.nan) * pod.chips / len(pod.devices)
     moved = (sides[changed]["layer_MiB"] - sides["without"]["layer_MiB"]) * 2**20 * base.task.denoiser.layers
     for side, row in sides.items():

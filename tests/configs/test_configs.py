@@ -62,7 +62,7 @@ SLOW = {
 }  # fmt: skip
 SLOW |= {name for name in CONFIGS if name.startswith("ivideogpt_")}
 HEAVY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONFIGS]
-OF_PLAYERS = ("loss", "gradient_norm", "update_norm")
+PER_OBJECTIVE = ("loss", "gradient_norm", "update_norm")
 
 
 def toy(node, path: str = ""):
@@ -166,9 +166,9 @@ def test_at_toy_width_it_takes_a_step(experiment, quick_compilations):
     batch = program.shard_batch(fake_examples(task, bucket), bucket)
     state, metrics = program.lower(bucket).compile()(program.init(), batch)
     values = to_host(metrics)
-    # Of every player that acts in the first step.
-    of_players = {kind: [v for k, v in values.items() if k.split("/")[-1] == kind] for kind in OF_PLAYERS}
-    assert all(found and max(found) > 0 and math.isfinite(sum(found)) for found in of_players.values()), of_players
+    # Of every objective that is active in the first step.
+    per_objective = {kind: [v for k, v in values.items() if k.split("/")[-1] == kind] for kind in PER_OBJECTIVE}
+    assert all(found and max(found) > 0 and math.isfinite(sum(found)) for found in per_objective.values()), per_objective
     assert (values["skipped"], int(state.step)) == (0, 1)
 
 

@@ -4,7 +4,7 @@
     python -m tests.experiments.repvideo_ablation --demo runs/demo --workdir runs/ablation --out ablation.md
 
 Every variant is trained with the same data, steps and seeds; what was trained before is not trained again. With
-`--latents FOLDER --vae FOLDER` (and --size) it runs on other clips; colours and directions are then not scored.
+`--latents FOLDER --vae FOLDER` (and --size) it runs on other clips; colors and directions are then not scored.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def sampled(setting: Setting, run: Path, ways: Mapping[str, EnhanceConfig | None
 
 
 def prompts_of(count: int) -> tuple[list[str], list[Labels]]:
-    """Captions of every colour and direction in turn, and what they ask for."""
+    """Captions of every color and direction in turn, and what they ask for."""
     made = [
         Labels(color=color, shape=("ball", "cube")[(a + b) % 2], direction=direction)
         for a, color in enumerate(DEMO_COLORS)

@@ -175,7 +175,7 @@ def test_the_same_noise_becomes_the_same_video(case, pipeline, folder, latents, 
 
     ours = np.load(tmp_path / "clip.npy")
     assert ours.shape == expected.shape == (FRAMES, HEIGHT, WIDTH, 3) and ours.dtype == np.float32
-    # The frames are not grey: a wrong clip is far off.
+    # The frames are not gray: a wrong clip is far off.
     assert expected.std() > 0.05
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 

@@ -139,9 +139,9 @@ def test_other_matchers_plug_in(rendered):
     """A matcher is a function: here one by optical flow."""
 
     def flow(first: np.ndarray, second: np.ndarray) -> Matches:
-        grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (first, second)]
-        points = cv2.goodFeaturesToTrack(grey[0], 400, 0.01, 4)
-        there, found, _ = cv2.calcOpticalFlowPyrLK(*grey, points, None)
+        gray = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (first, second)]
+        points = cv2.goodFeaturesToTrack(gray[0], 400, 0.01, 4)
+        there, found, _ = cv2.calcOpticalFlowPyrLK(*gray, points, None)
         kept = found[:, 0] > 0
         return Matches(points[kept, 0] + 0.5, there[kept, 0] + 0.5, len(points))
 

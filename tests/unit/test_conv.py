@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_plain_convolution(key, batch, channels, stri
         )
 
     def penalty(convolution, inputs, kernel):
-        # A gradient of a gradient, as discriminators are regularised.
+        # A gradient of a gradient, as discriminators are regularized.
         of_inputs = jax.grad(lambda x: jnp.sum(jnp.square(convolution(x, kernel))))(inputs)
         return jnp.sum(jnp.sin(of_inputs))
 

@@ -88,7 +88,7 @@ def test_temporal_metrics_on_static_flickering_and_shifted_clips():
 
 
 def shape_clip(color, direction, *, size=32, frames=8, blur=0.0, noise=0.0, seed=0):
-    """A shaded disc over a grey gradient with a grey shadow; toward and away change its size."""
+    """A shaded disc over a gray gradient with a gray shadow; toward and away change its size."""
     random = np.random.default_rng(seed)
     rows, columns = np.indices((size, size)) / size
     way = {
@@ -135,8 +135,8 @@ def test_confidence_falls_when_half_of_the_shape_has_another_color():
 
 def test_blank_clips_gray_shapes_and_static_shapes_have_no_label():
     assert classify_clip(np.full((6, 32, 32, 3), 90, np.uint8), PALETTE).color is None
-    grey = shape_clip("red", "left").mean(axis=-1, keepdims=True).repeat(3, -1).astype(np.uint8)
-    assert classify_clip(grey, PALETTE).color is None
+    gray = shape_clip("red", "left").mean(axis=-1, keepdims=True).repeat(3, -1).astype(np.uint8)
+    assert classify_clip(gray, PALETTE).color is None
     still = np.repeat(shape_clip("red", "left")[:1], 6, axis=0)
     assert classify_clip(still, PALETTE)[:2] == ("red", None)
 

@@ -168,8 +168,8 @@ def test_degenerate_cameras_give_finite_numbers(seed, case):
         extrinsics[:, :, 3] += 1e6
     elif case == "at the epipole":
         # Straight ahead, with the epipole on a sample.
-        centre = epipolar.token_points(GRID, SIZE)[25, :2] / [SIZE[1], SIZE[0]]
-        intrinsics[:, 2:] = centre
+        center = epipolar.token_points(GRID, SIZE)[25, :2] / [SIZE[1], SIZE[0]]
+        intrinsics[:, 2:] = center
         source = source._replace(intrinsics=intrinsics)
         extrinsics = compose(ahead[None], extrinsics)
     target = Cameras(intrinsics, extrinsics)
@@ -279,7 +279,7 @@ def test_rays_go_through_the_camera_and_its_pixels(seed):
     np.testing.assert_allclose(np.sum(moment * direction, axis=-1), 0.0, atol=1e-5)
     origin = centers(cameras.extrinsics)[:, None, None]
     np.testing.assert_allclose(np.cross(np.broadcast_to(origin, direction.shape), direction), moment, atol=1e-5)
-    # Two units along each ray, back through the camera: the centres of the cells.
+    # Two units along each ray, back through the camera: the centers of the cells.
     seen = project((origin + 2 * direction).reshape(2, -1, 3), cameras, SIZE)
     np.testing.assert_allclose(
         seen[..., :2], np.broadcast_to(epipolar.token_points(GRID, SIZE)[:, :2], (2, 60, 2)), atol=1e-3

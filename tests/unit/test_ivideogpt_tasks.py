@@ -306,7 +306,7 @@ def test_evaluation_rolls_out(networks):
     np.testing.assert_array_equal(shown["rollout"][:, :2], batch["video"][:2, :2])
 
 
-# The published optimiser.
+# The published optimizer.
 
 
 def test_weight_decay_and_learning_rate_of_the_recipes():

@@ -280,7 +280,7 @@ def test_invalid_configs_are_rejected(change, message):
 
 
 def test_modules_are_exported_and_imported(tmp_path):
-    """What is trained beside a transformer that stands still: exported by itself, and the same when it comes back."""
+    """View conditioning trained beside a frozen transformer is exported separately and imported unchanged."""
     config = TINY.replace(adapter_rank=2)
     network = Network.of(lambda rngs: MultiViewModules(config, rngs=rngs))
     parameters = random_parameters(network)

@@ -152,8 +152,8 @@ def test_commands_encode_and_decode(jvgen, folder, tmp_path):
 
 
 def test_gray_transparent_and_variable_rate_videos(jvgen, folder, tmp_path):
-    grey, clear = tmp_path / "grey.mkv", tmp_path / "clear.png"
-    with av.open(str(grey), "w") as container:
+    gray, clear = tmp_path / "gray.mkv", tmp_path / "clear.png"
+    with av.open(str(gray), "w") as container:
         stream = container.add_stream("ffv1", rate=10)
         stream.height, stream.width, stream.pix_fmt = 8, 8, "gray"
         for number, frame in enumerate(frames_of(5, 8, 8)):
@@ -163,9 +163,9 @@ def test_gray_transparent_and_variable_rate_videos(jvgen, folder, tmp_path):
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     Image.fromarray(np.dstack([frames_of(1, 8, 8)[0], np.full((8, 8), 9, np.uint8)])).save(clear)
-    done = jvgen("encode", grey, clear, "--vae", folder(CAUSAL), "--out", tmp_path / "latents")
+    done = jvgen("encode", gray, clear, "--vae", folder(CAUSAL), "--out", tmp_path / "latents")
     assert done.status == 0 and "5 frames of 8x8" in done.out and "1 frames of 8x8" in done.out, done.err
-    found = np.stack(list(read_frames(grey)))
+    found = np.stack(list(read_frames(gray)))
     np.testing.assert_array_equal(found, frames_of(5, 8, 8)[..., :1].repeat(3, axis=-1))
     np.testing.assert_array_equal(next(read_frames(clear)), frames_of(1, 8, 8)[0])
     done = jvgen("decode", tmp_path / "latents" / "clear.npy", "--vae", folder(CAUSAL), "--out", tmp_path / "back")

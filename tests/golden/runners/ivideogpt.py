@@ -92,7 +92,7 @@ def frames(made: jax.Array, io, name: str) -> None:
 
 
 def latents(network: Network, parameters, video: np.ndarray, io) -> None:
-    """Latents before quantisation, and quantised ones."""
+    """Latents before quantization, and quantized ones."""
 
     def run(parameters, video):
         model = network.bind(parameters)
