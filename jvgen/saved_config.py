@@ -61,6 +61,7 @@ HOMES = {
     "TaskConfig": "jvgen.tasks.task",
     "TemporalAttentionConfig": "jvgen.models.cv_vae.config",
     "TextConfig": "jvgen.tasks.text",
+    "TextToVideoFields": "jvgen.tasks.text_to_video_config",
     "TextToVideoConfig": "jvgen.tasks.text_to_video",
     "TimestepConfig": "jvgen.diffusion.objective",
     "TrainingConfig": "jvgen.training.config",

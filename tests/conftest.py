@@ -30,16 +30,24 @@ def key() -> jax.Array:
 
 
 @pytest.fixture(scope="module")
-def quick_compilations(tmp_path_factory) -> Iterator[None]:
-    """For real steps of small networks: compiling is what takes their time, so compile carelessly, and once."""
+def shared_compilations(tmp_path_factory) -> Iterator[None]:
+    """Programs that are compiled once are kept for the module."""
     changed = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: getattr(jax.config, name) for name in changed}
-    for name, value in {**changed, "jax_disable_most_optimizations": True}.items():
+    for name, value in changed.items():
         jax.config.update(name, value)
     yield
-    for name, value in {**before, "jax_disable_most_optimizations": False}.items():
+    for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def quick_compilations(shared_compilations) -> Iterator[None]:
+    """For real steps of small networks, which spend their time on compiling: compile once and without optimization."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

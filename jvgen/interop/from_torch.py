@@ -92,7 +92,7 @@ def read_config(path: str | Path) -> Config:
         if inside:
             hint = f"It has networks in subfolders; give one of: {', '.join(inside)}."
         raise ValueError(f"{folder} has no config.json. {hint}")
-    values = _read_json(file)
+    values = read_json_object(file)
     form = format_named(values, str(file))
     config = form.from_json(values | form.json_from_tensors(values, lambda: open_weights(path, form)))
     return with_extra_weights(folder, form, config)
@@ -147,7 +147,7 @@ class Shards(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, index: Path):
-        places = _read_json(index).get("weight_map")
+        places = read_json_object(index).get("weight_map")
         if not isinstance(places, dict):
             raise ValueError(f"{index} has no weight_map.")
         self._files: dict[str, Any] = {}
@@ -179,7 +179,12 @@ class Shards(Mapping[str, np.ndarray]):
         return self._files[self._places[name]].shape(name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Contents of a JSON file.
+
+    Raises:
+      ValueError: it is not JSON, or not an object.
+    """
     try:
         value = json.loads(path.read_text())
     except ValueError as error:

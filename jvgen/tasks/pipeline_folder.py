@@ -1,8 +1,6 @@
 """Folders of CogVideoX pipelines saved by diffusers, read as the configuration of a text-to-video task."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,7 +9,7 @@ from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.schedule import alpha_bar_table
 from jvgen.interop import schedulers
 from jvgen.interop.architecture import differences
-from jvgen.interop.from_torch import read_config
+from jvgen.interop.from_torch import read_config, read_json_object
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.t5 import tokenizer
 from jvgen.models.t5.config import T5Config
@@ -62,7 +60,7 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
             f"{folder / DENOISER}: in_channels = {denoiser.in_channels}, out_channels = {denoiser.out_channels}: an "
             "image-to-video network, which is not supported; give a text-to-video pipeline."
         )
-    scheduler = schedulers.from_diffusers(_read_json(folder / SCHEDULER_FILE), str(folder / SCHEDULER_FILE))
+    scheduler = schedulers.from_diffusers(read_json_object(folder / SCHEDULER_FILE), str(folder / SCHEDULER_FILE))
     tokenizer.load(folder / TOKENIZER)
     config = TextToVideoConfig(
         denoiser=denoiser,
@@ -145,7 +143,7 @@ def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"weights {str(folder)!r}: no such folder; give a local folder of a CogVideoX pipeline.")
     if (folder / INDEX).is_file():
-        kind = _read_json(folder / INDEX).get("_class_name")
+        kind = read_json_object(folder / INDEX).get("_class_name")
         if kind is not None and kind != PIPELINE:
             raise ValueError(f"{folder / INDEX}: the pipeline is a {kind}; only {PIPELINE} is supported.")
     wanted = [*(f"{name}/config.json" for name in NETWORKS), TOKENIZER, SCHEDULER_FILE]
@@ -155,13 +153,3 @@ def _check_folder(folder: Path) -> None:
             f"{folder} is not a complete CogVideoX pipeline: it has no {', '.join(missing)}. Expected are the files of "
             f"{PIPELINE}.save_pretrained in diffusers."
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object.")
-    return value

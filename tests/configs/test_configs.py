@@ -168,7 +168,9 @@ def test_at_toy_width_it_takes_a_step(experiment, quick_compilations):
     values = to_host(metrics)
     # Of every objective that is active in the first step.
     per_objective = {kind: [v for k, v in values.items() if k.split("/")[-1] == kind] for kind in PER_OBJECTIVE}
-    assert all(found and max(found) > 0 and math.isfinite(sum(found)) for found in per_objective.values()), per_objective
+    assert all(found and max(found) > 0 and math.isfinite(sum(found)) for found in per_objective.values()), (
+        per_objective
+    )
     assert (values["skipped"], int(state.step)) == (0, 1)
 
 

@@ -27,21 +27,8 @@ from jvgen.training.optimization.optimizer import OptimizerConfig  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
 from jvgen.training.telemetry.metrics import to_host  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def shared_compilations(tmp_path_factory):
-    """Most tests compile the same programs again: keep them for this module."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0, -1), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+# Most tests compile the same programs again.
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 def run(experiment, steps: int = 2, mesh=None, bucket: int = 0, change_batch=None):

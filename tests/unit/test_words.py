@@ -9,6 +9,12 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("jvgen", "configs", "docs", "notebooks", "tests")
 ENDINGS = {".py", ".md", ".toml", ".ipynb", ".html", ".j2"}
 
+UNITS = "step|frame|channel|slot|clip|device"
+NOUNS = f"{UNITS}|row|line|run|file|network|view|parameter|layer|process|host"
+BRITISH = (
+    "synchroni|normali|regulari|initiali|optimi|quanti|vectori|orthogonali|seriali|utili|tokeni|visuali|minimi|maximi|"
+    "generali|randomi|summari|paralleli"
+)
 # Pattern -> what to write instead.
 BANNED = {
     r"stands? still": "frozen, is not trained",
@@ -23,14 +29,14 @@ BANNED = {
     r"\b(goes|go|going|went) on from\b": "resumes from, continues from",
     r"\b(begin|begins|began|begun) (anew|again)\b": "restart",
     r"\blikewise\b": "the same as ..., also",
-    r"\b(TFLOP|GFLOP|MiB|GiB|s) a (device|step|clip|frame)\b": "TFLOP/device/step, s/clip",
-    r"\bone a (step|frame|channel|slot|row|line|run|file|clip|network|view|parameter|layer|device|process|host)\b": "one per ...",
-    r"\b(an?|each) (step|device|frame|channel|slot|clip) and (step|device|frame|channel|slot|clip)\b(?! each)": "per device and step",
+    rf"\b(TFLOP|GFLOP|MiB|GiB|s) an? ({UNITS})\b": "TFLOP/device/step, s/clip",
+    rf"\bone an? ({NOUNS})\b": "one per ...",
+    rf"\b(an?|each) ({UNITS}) and ({UNITS})\b(?! each)": "per device and step",
     r"\(default: None\)": "say what the absence means",
     r"\b(rooms?|floors?|cellar|corridor) of the house\b|\bfloors? below\b|\bthe house\b": "packages, layers",
     r"(?i)\banalys(e|es|ed|ing|er)\b": "analyze",
-    r"(?i)\b\w*(synchroni|normali|regulari|initiali|optimi|quanti|vectori|orthogonali|seriali|utili|tokeni|visuali|minimi|maximi|generali|randomi|summari|paralleli)s(e|es|ed|er|ers|ing|ation|ations)\b": "z: US spelling",
-    r"(?i)\b(colou?rs?|neighbours?|neighbouring|behaviours?|favourites?|honours?)\b(?<!color)(?<!colors)": "US spelling",
+    rf"(?i)\b\w*({BRITISH})s(e|es|ed|er|ers|ing|ation|ations)\b": "z: US spelling",
+    r"(?i)\b(colours?|neighbours?|neighbouring|behaviours?|favourites?|honours?)\b": "US spelling",
     r"(?i)\b(centre|centres|centred|metres?|licence|licences|grey)\b": "US spelling",
 }
 # Files that name such words for a reason.

@@ -233,16 +233,7 @@ def _query_kernel(
 
     @pl.when(seen[batch, row, column] > 0)
     def _tile() -> None:
-        tile = (
-            query_T[...],
-            key[...],
-            value[...],
-            rows[...],
-            points[...],
-            gradient_T[...],
-            log_total[...],
-            shared[...],
-        )
+        tile = [ref[...] for ref in (query_T, key, value, rows, points, gradient_T, log_total, shared)]
         _, of_scores = _score_gradient(static, column, *tile)
         sum_T[...] += _product(key[...], of_scores, 0, 0)
 
@@ -264,16 +255,7 @@ def _key_kernel(
 
     @pl.when(seen[batch, row, column] > 0)
     def _tile() -> None:
-        tile = (
-            query_T[...],
-            key[...],
-            value[...],
-            rows[...],
-            points[...],
-            gradient_T[...],
-            log_total[...],
-            shared[...],
-        )
+        tile = [ref[...] for ref in (query_T, key, value, rows, points, gradient_T, log_total, shared)]
         weights, of_scores = _score_gradient(static, column, *tile)
         value_sum_T[...] += _product(gradient_T[...], weights, 1, 1)
         key_sum_T[...] += _product(query_T[...], of_scores, 1, 1)

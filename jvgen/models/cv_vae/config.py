@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from jvgen.config import Config
 from jvgen.models.cv_vae.flat_fields import group_fields, is_flat
-from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.image_vae.config import ImageVAEConfig, check_sizes
 from jvgen.nn.conv import Border
 from jvgen.nn.conv3d import InTime
 from jvgen.nn.stacked import Remat
@@ -230,16 +230,7 @@ class CVVAEConfig(Config):
                 raise ValueError(f"{name} = {size}: must be a multiple of {side}; take {max(size // side, 1) * side}.")
 
     def validate(self) -> None:
-        if not self.block_channels:
-            raise ValueError("block_channels is empty: give the width of at least one level.")
-        for name in ("channels", "latent_channels", "layers_per_block", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
-        for width in self.block_channels:
-            if width < 1 or width % self.groups:
-                raise ValueError(f"groups = {self.groups} does not divide {width}, one of block_channels.")
-        if self.scaling_factor <= 0:
-            raise ValueError(f"scaling_factor = {self.scaling_factor} must be positive.")
+        check_sizes(self)
         levels = len(self.block_channels) - 1
         for name in ("time_levels_down", "time_levels_up"):
             value = getattr(self, name)

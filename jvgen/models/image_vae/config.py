@@ -1,6 +1,7 @@
 """The configuration of Stable Diffusion's autoencoder, with the published sizes."""
 
 import dataclasses
+from typing import Any
 
 from jvgen.config import Config
 from jvgen.nn.stacked import Remat
@@ -77,13 +78,18 @@ class ImageVAEConfig(Config):
         return height // self.downsampling, width // self.downsampling
 
     def validate(self) -> None:
-        if not self.block_channels:
-            raise ValueError("block_channels is empty: give the width of at least one level.")
-        for name in ("channels", "latent_channels", "layers_per_block", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
-        for width in self.block_channels:
-            if width < 1 or width % self.groups:
-                raise ValueError(f"groups = {self.groups} does not divide {width}, one of block_channels.")
-        if self.scaling_factor <= 0:
-            raise ValueError(f"scaling_factor = {self.scaling_factor} must be positive.")
+        check_sizes(self)
+
+
+def check_sizes(config: Any) -> None:
+    """Raise `ValueError` for sizes that an autoencoder of images or clips cannot have."""
+    if not config.block_channels:
+        raise ValueError("block_channels is empty: give the width of at least one level.")
+    for name in ("channels", "latent_channels", "layers_per_block", "groups"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)} must be at least 1.")
+    for width in config.block_channels:
+        if width < 1 or width % config.groups:
+            raise ValueError(f"groups = {config.groups} does not divide {width}, one of block_channels.")
+    if config.scaling_factor <= 0:
+        raise ValueError(f"scaling_factor = {config.scaling_factor} must be positive.")
