@@ -136,13 +136,13 @@ def test_a_vocabulary_written_by_hand(tmp_path):
     "content, said",
     [
         (b"", "has no pieces"),
-        (PIECES[:-3], "cut short"),
+        (PIECES[:-3], "truncated at byte"),
         (PIECES + b"\x0b", "a field of kind 3"),
         (PIECES + b"\x0a\x02\x15", "a corrupt sentencepiece file"),
         (PIECES + b"\xff" * 12, "a number without an end"),
         (PIECES + b"\x12\x02\x18\x02", "of type 2"),
         (_piece("a", 0.0), "has 1 pieces"),
-        (b"<html>not found</html>", "not a sound"),
+        (b"<html>not found</html>", "a corrupt sentencepiece file"),
     ],
     ids=["empty", "short", "kind", "float", "endless", "model", "one", "html"],
 )
