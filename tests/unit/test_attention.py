@@ -167,7 +167,7 @@ def test_bias(key, kernel, shape):
 
 def test_bias_with_a_kernel_that_has_none(key):
     query, keys, value, _ = arrays(key)
-    with pytest.raises(ValueError, match="kernel = cpu: has no bias"):
+    with pytest.raises(ValueError, match="kernel = cpu: does not support a bias"):
         attention(query, keys, value, bias=jnp.zeros((1, 1, 1, 56)), kernel=AttentionKernel.CPU)
 
 
