@@ -366,7 +366,7 @@ def test_targets_that_diffusers_lacks_are_not_exported():
         ({"vae": VAE.replace(latent_channels=8)}, ["vae.latent_channels = 8", "out_channels = 4", "equal"]),
         ({"temporal_compression": 4}, ["temporal_compression = 1", "image VAE"]),
         ({"spatial_compression": 8}, ["spatial_compression = 8", "the VAE's is 2"]),
-        ({"caption_dropout": 1.0}, ["caption_dropout = 1.0", "0 up to 1"]),
+        ({"caption_dropout": 1.0}, ["caption_dropout = 1.0", "below 1"]),
         ({"latent_scale": 0.0}, ["latent_scale = 0.0", "positive"]),
         ({"objective": ObjectiveConfig(target="epsilon")}, ["target = 'epsilon'", "pure noise", "choose"]),
         ({"denoiser": CONFIG.denoiser.replace(head_width=7)}, ["heads x head_width", "multiple of 16"]),
