@@ -14,7 +14,7 @@ from jvgen.data.store.sources import splits
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.source_checks import check_pixels
-from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
+from jvgen.evaluation.contact_sheets import contact_sheet, png_bytes
 from jvgen.evaluation.distribution import VideoDistance
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.losses.perceptual import PerceptualConfig

@@ -97,7 +97,7 @@ def run_play(parsed: argparse.Namespace) -> int:
 
 def _write(out: Path, frames: "np.ndarray", rewards: list[float]) -> None:
     from jvgen.data.video_files import encode_video
-    from jvgen.evaluation.contact_sheet import gif_bytes
+    from jvgen.evaluation.contact_sheets import gif_bytes
 
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(encode_video(frames, 10.0) if out.suffix == ".mp4" else gif_bytes(frames, scale=4))

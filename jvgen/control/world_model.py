@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from jvgen.models.ivideogpt.config import MAX_ACTION, CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
+from jvgen.models.ivideogpt.tokenizer import Tokens
 from jvgen.models.ivideogpt.world import Prediction, State, World
 from jvgen.nn.network import Parameters
 
@@ -53,6 +54,7 @@ class WorldModel:
         self._reset = jax.jit(self.world.reset)
         self._step = jax.jit(self.world.step)
         self._rollout = jax.jit(self.world.rollout)
+        self._tokenize = jax.jit(lambda parameters, video: self.world.network.bind(parameters).tokenize(video))
 
     @property
     def horizon(self) -> int:
@@ -135,6 +137,24 @@ class WorldModel:
         actions = self.check_actions(actions, (frames.shape[0] * samples, count))
         return self._rollout(self.weights, frames, actions, _keys(key, frames.shape[0] * samples))
 
+    def tokenize(self, video: Any) -> Tokens:
+        """Token ids of clips: the context frames' `B T N` and the later frames' `B F M`, each in its own codebook.
+
+        Args:
+          video: `B T+F H W 3`, uint8, or floats in [0, 1].
+
+        Raises:
+          ValueError: frames of another shape or range.
+        """
+        shape, count = tuple(np.shape(video)), self.context_frames
+        side, channels = self.tokenizer.resolution, self.tokenizer.channels
+        if len(shape) != 5 or shape[1] <= count or shape[2:] != (side, side, channels):
+            raise ValueError(
+                f"video {shape}: expected (batch, frames, {side}, {side}, {channels}) with more than {count} frames. "
+                "Crop and resize them first."
+            )
+        return self._tokenize(self.weights.tokenizer, _as_floats(video))
+
     def check_frames(self, frames: Any) -> Float[Array, "B T H W 3"]:
         """Frames as floats in [0, 1]; raises `ValueError` for another shape, dtype or range."""
         side, count = self.tokenizer.resolution, self.context_frames
@@ -144,16 +164,7 @@ class WorldModel:
                 f"frames {shape}: this world starts from {count} frames of {side}x{side}: (batch, {count}, {side}, "
                 f"{side}, {self.tokenizer.channels}). Crop and resize them first."
             )
-        frames = jnp.asarray(frames)
-        if frames.dtype == jnp.uint8:
-            return frames.astype(jnp.float32) / 255.0
-        if not jnp.issubdtype(frames.dtype, jnp.floating):
-            raise ValueError(f"frames of {frames.dtype}: give uint8 in 0..255, or floats in [0, 1].")
-        if _is_known(frames):
-            low, high = float(jnp.min(frames)), float(jnp.max(frames))
-            if not (low >= 0 and high <= 1):
-                raise ValueError(f"frames from {low:g} to {high:g}: floats must be in [0, 1]; divide 0..255 by 255.")
-        return frames.astype(jnp.float32)
+        return _as_floats(frames)
 
     def check_actions(self, actions: Any, leading: tuple[int, ...]) -> Float[Array, "..."] | None:
         """Actions as float32; raises `ValueError` for another shape, or values that are not finite or too large."""
@@ -181,6 +192,19 @@ class WorldModel:
 def to_pixels(frames: Any) -> np.ndarray:
     """Frames in [0, 1] as uint8 host arrays."""
     return np.rint(np.clip(np.asarray(frames), 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def _as_floats(frames: Any) -> jax.Array:
+    frames = jnp.asarray(frames)
+    if frames.dtype == jnp.uint8:
+        return frames.astype(jnp.float32) / 255.0
+    if not jnp.issubdtype(frames.dtype, jnp.floating):
+        raise ValueError(f"frames of {frames.dtype}: give uint8 in 0..255, or floats in [0, 1].")
+    if _is_known(frames):
+        low, high = float(jnp.min(frames)), float(jnp.max(frames))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"frames from {low:g} to {high:g}: floats must be in [0, 1]; divide 0..255 by 255.")
+    return frames.astype(jnp.float32)
 
 
 def _keys(key: Any, count: int) -> jax.Array:

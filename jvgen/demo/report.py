@@ -13,7 +13,7 @@ from jvgen import __version__
 from jvgen.data.scenes.labels import COLORS, labels_of
 from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window, probe
-from jvgen.evaluation.motion import score
+from jvgen.evaluation.motion import motion_score
 from jvgen.evaluation.report import Report
 from jvgen.interop.from_torch import import_folder
 from jvgen.tasks import compatibility
@@ -320,7 +320,7 @@ def _swap(sampled: Sequence[np.ndarray], swapped: Sequence[np.ndarray]) -> dict[
 
 def _score(clips: Sequence[np.ndarray], prompts: Sequence[str], palette: Mapping[str, tuple]) -> dict[str, float]:
     labels = [labels_of(prompt) for prompt in prompts]
-    return score(clips, [(label.color, label.direction) for label in labels], palette, DIRECTIONS)
+    return motion_score(clips, [(label.color, label.direction) for label in labels], palette, DIRECTIONS)
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:

@@ -225,7 +225,7 @@ def _same_ray(first: np.ndarray, second: np.ndarray, motion: np.ndarray) -> np.n
     return 2 * np.sum((rotated[:, :2] / rotated[:, 2:] - second) ** 2, axis=1)
 
 
-def across_views(
+def pose_errors_across_views(
     first: np.ndarray, second: np.ndarray, one: Cameras, other: Cameras, matcher: Matcher
 ) -> list[PairError]:
     """Errors of corresponding frames of two videos, uint8 `F H W 3` with cameras `F 4` and `F 3 4`."""
@@ -237,7 +237,7 @@ def across_views(
     ]
 
 
-def within_video(video: np.ndarray, cameras: Cameras, matcher: Matcher) -> list[PairError]:
+def pose_errors_within_video(video: np.ndarray, cameras: Cameras, matcher: Matcher) -> list[PairError]:
     """Errors between the first frame of a video, uint8 `F H W 3`, and each later one."""
     start = Cameras(*(part[0] for part in cameras))
     return [

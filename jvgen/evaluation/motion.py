@@ -87,7 +87,7 @@ def classify_clip(clip: np.ndarray, palette: Palette, directions: Sequence[str] 
     return ClipLabels(color, ranked[0], color_confidence, float((best - second) / best), travel)
 
 
-def score(
+def motion_score(
     clips: Sequence[np.ndarray],
     labels: Sequence[tuple[str | None, str | None]],
     palette: Palette,

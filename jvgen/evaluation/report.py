@@ -13,7 +13,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
-from jvgen.evaluation.contact_sheet import contact_sheet, gif_bytes, png_bytes
+from jvgen.evaluation.contact_sheets import contact_sheet, gif_bytes, png_bytes
 from jvgen.evaluation.plots import Series, inline_svg, line_plot
 
 

@@ -219,7 +219,7 @@ def band(
     return Band(lines, points, *(jnp.full(lines.shape[:-2], value, jnp.float32) for value in (wide, slope)))
 
 
-def bias(band: Band) -> Float[Array, "*b n k"]:
+def epipolar_bias(band: Band) -> Float[Array, "*b n k"]:
     """The bias as a matrix, float32, for small grids and as a reference."""
     beyond = distances(band.lines, band.points) - band.width[..., None, None]
     return -band.slope[..., None, None] * jnp.maximum(beyond, 0.0)

@@ -2,33 +2,47 @@
 
 These are `config`, `model`, `flops`, `torch_map` and a README. No model knows a task, an optimizer, a file or a mesh
 axis.
-The names below are Flax NNX modules and their configs, usable on their own: `VideoDiT(config, rngs=nnx.Rngs(0))`.
+The names below are usable as `jvgen.models.NAME`; each is imported when it is first used. They are Flax NNX modules and
+their configs, usable on their own (`VideoDiT(config, rngs=nnx.Rngs(0))`), `Network`, which separates a module from its
+parameters, and the papers' ideas as functions: RepVideo's `aggregation_plan`, Enhance-A-Video's `factors_with_mean`,
+CV-VAE's `inflate`, `map_frames` and `draw_picks`, CVD's `camera_band`.
 """
 
 import importlib
 from typing import Any
 
 _MODULES = {
-    "ByteTextConfig": "byte_text.config",
-    "ByteTextEncoder": "byte_text.model",
-    "ClipDiscriminator": "clip_discriminator.model",
-    "ClipDiscriminatorConfig": "clip_discriminator.config",
-    "CogVideoXVAE": "cogvideox_vae.model",
-    "CogVideoXVAEConfig": "cogvideox_vae.config",
-    "CompressiveTokenizer": "ivideogpt.tokenizer",
-    "CompressiveTokenizerConfig": "ivideogpt.config",
-    "CVVAE": "cv_vae.model",
-    "CVVAEConfig": "cv_vae.config",
-    "FrameTransformer": "ivideogpt.transformer",
-    "FrameTransformerConfig": "ivideogpt.config",
-    "ImageVAE": "image_vae.model",
-    "ImageVAEConfig": "image_vae.config",
-    "MultiViewDiT": "multiview.model",
-    "MultiViewDiTConfig": "multiview.config",
-    "T5Config": "t5.config",
-    "T5Encoder": "t5.model",
-    "VideoDiT": "video_dit.model",
-    "VideoDiTConfig": "video_dit.config",
+    "aggregation_plan": "jvgen.models.video_dit.aggregation",
+    "AggregationConfig": "jvgen.models.video_dit.config",
+    "ByteTextConfig": "jvgen.models.byte_text.config",
+    "ByteTextEncoder": "jvgen.models.byte_text.model",
+    "camera_band": "jvgen.models.multiview.view_conditioning",
+    "ClipDiscriminator": "jvgen.models.clip_discriminator.model",
+    "ClipDiscriminatorConfig": "jvgen.models.clip_discriminator.config",
+    "ClipNormConfig": "jvgen.models.cv_vae.config",
+    "CogVideoXVAE": "jvgen.models.cogvideox_vae.model",
+    "CogVideoXVAEConfig": "jvgen.models.cogvideox_vae.config",
+    "CompressiveTokenizer": "jvgen.models.ivideogpt.tokenizer",
+    "CompressiveTokenizerConfig": "jvgen.models.ivideogpt.config",
+    "CVVAE": "jvgen.models.cv_vae.model",
+    "CVVAEConfig": "jvgen.models.cv_vae.config",
+    "draw_picks": "jvgen.losses.frame_mapping",
+    "EnhanceConfig": "jvgen.models.video_dit.enhance",
+    "factors_with_mean": "jvgen.models.video_dit.enhance",
+    "FrameTransformer": "jvgen.models.ivideogpt.transformer",
+    "FrameTransformerConfig": "jvgen.models.ivideogpt.config",
+    "ImageVAE": "jvgen.models.image_vae.model",
+    "ImageVAEConfig": "jvgen.models.image_vae.config",
+    "inflate": "jvgen.models.cv_vae.inflate",
+    "map_frames": "jvgen.losses.frame_mapping",
+    "MultiViewDiT": "jvgen.models.multiview.model",
+    "MultiViewDiTConfig": "jvgen.models.multiview.config",
+    "Network": "jvgen.nn.network",
+    "SyncConfig": "jvgen.models.multiview.config",
+    "T5Config": "jvgen.models.t5.config",
+    "T5Encoder": "jvgen.models.t5.model",
+    "VideoDiT": "jvgen.models.video_dit.model",
+    "VideoDiTConfig": "jvgen.models.video_dit.config",
 }
 
 __all__ = list(_MODULES)
@@ -37,7 +51,7 @@ __all__ = list(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'jvgen.models' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"jvgen.models.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,7 @@ from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.tasks.task import Batch
+from jvgen.training.experiment import Experiment
 from jvgen.training.state import EVALUATE, key_for
 
 # Raw timesteps of the four stages of denoising in RepVideo's figures.
@@ -35,12 +36,41 @@ def analyze_run(
     batches: int = 1,
     untrained: bool = False,
 ) -> dict[str, Any]:
-    """Write `analysis.json` and plots of a video DiT's layers.
+    """Analyze the layers of the run in a folder, print a table, and name the files that `analyze` writes.
 
     Args:
       run: run directory.
       out: folder for the files.
       ema, step, untrained: which weights, see `jvgen.runs.inference.open_run`.
+      data, timesteps, batches: see `analyze`.
+
+    Raises:
+      ValueError: see `analyze`.
+      CheckpointError: no such run, or no valid checkpoint.
+    """
+    # Mistakes are found before weights are read.
+    loader = _prepare(read_experiment(run), data, timesteps, batches)
+    loaded = open_run(run, ema, step, untrained)
+    found = _measure(loaded, loader, timesteps, batches)
+    document, written = _write(found, out, {"run": str(run), "step": loaded.step, "batches": batches})
+    print(table(found))
+    print("\n".join(str(path) for path in written))
+    return document
+
+
+def analyze(
+    loaded: LoadedRun,
+    out: Path,
+    *,
+    data: str | None = None,
+    timesteps: Sequence[float] = TIMESTEPS,
+    batches: int = 1,
+) -> dict[str, Any]:
+    """Write `analysis.json` and plots of a video DiT's layers.
+
+    Args:
+      loaded: the run.
+      out: folder for the files.
       data: data set folder instead of the run's evaluation sources; its validation split if it has one.
       timesteps: raw noise levels, from 0 (clean) to 999.
       batches: held-out batches to average over.
@@ -51,11 +81,17 @@ def analyze_run(
     Raises:
       ValueError: a task without layers to analyze, a run without evaluation data, or timesteps out of range.
     """
+    loader = _prepare(loaded.experiment, data, timesteps, batches)
+    found = _measure(loaded, loader, timesteps, batches)
+    about = {"run": loaded.experiment.name, "step": loaded.step, "batches": batches}
+    return _write(found, out, about)[0]
+
+
+def _prepare(experiment: Experiment, data: str | None, timesteps: Sequence[float], batches: int) -> Loader:
     if not timesteps or min(timesteps) < 0 or max(timesteps) > 999:
         raise ValueError(f"--timesteps {','.join(f'{t:g}' for t in timesteps)}: raw timesteps from 0 to 999.")
     if batches < 1:
         raise ValueError(f"--batches {batches}: average over at least one batch.")
-    experiment = read_experiment(run)
     config = experiment.data
     if data is not None:
         split = "validation" if "validation" in splits(data) else "train"
@@ -63,24 +99,24 @@ def analyze_run(
     if not config.evaluation_sources:
         raise ValueError("the run has no data.evaluation_sources; give a data set with --data FOLDER.")
     experiment.task.check_data(config.replace(sources=config.evaluation_sources))
-    loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().preprocess, evaluation=True)
-    loaded = open_run(run, ema, step, untrained)
-    found = _measure(loaded, loader, timesteps, batches, jax.random.key(experiment.seed))
+    return Loader(config, seed=experiment.seed, preprocess=experiment.task.build().preprocess, evaluation=True)
+
+
+def _write(
+    found: Sequence[tuple[float, dict[str, np.ndarray]]], out: Path, about: dict[str, Any]
+) -> tuple[dict[str, Any], list[Path]]:
     out.mkdir(parents=True, exist_ok=True)
     document = {
-        "run": str(run), "step": loaded.step, "batches": batches,
+        **about,
         "timesteps": {f"{t:g}": {name: np.vectorize(lambda x: float(f"{x:.6g}"))(array).tolist()
                                  for name, array in measures.items()} for t, measures in found},
     }  # fmt: skip
     (out / "analysis.json").write_text(json.dumps(document))
-    written = [out / "analysis.json", *draw(found, out)]
-    print(table(found))
-    print("\n".join(str(path) for path in written))
-    return document
+    return document, [out / "analysis.json", *draw(found, out)]
 
 
 def _measure(
-    loaded: LoadedRun, loader: Loader, timesteps: Sequence[float], batches: int, key: jax.Array
+    loaded: LoadedRun, loader: Loader, timesteps: Sequence[float], batches: int
 ) -> list[tuple[float, dict[str, np.ndarray]]]:
     task, sharding = loaded.task, loaded.program.sharding
 
@@ -89,14 +125,14 @@ def _measure(
         with axes.partitioned(sharding):
             return task.analyze_layers(parameters, frozen, batch, key, timestep)
 
-    parameters = loaded.compute_parameters()
+    parameters, seed = loaded.compute_parameters(), jax.random.key(loaded.experiment.seed)
     totals: list[dict[str, np.ndarray]] = [{} for _ in timesteps]
     with loader.batches(0, batches) as stream:
         for number, batch in enumerate(stream):
             placed = loaded.program.shard_batch(batch.arrays, batch.bucket)
             for total, timestep in zip(totals, timesteps, strict=True):
                 found = measure(
-                    parameters, loaded.frozen, placed, key_for(key, EVALUATE, number), jnp.float32(timestep)
+                    parameters, loaded.frozen, placed, key_for(seed, EVALUATE, number), jnp.float32(timestep)
                 )
                 for name, value in found.items():
                     total[name] = total.get(name, 0.0) + np.asarray(value, np.float64) / batches

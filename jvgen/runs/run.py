@@ -11,6 +11,7 @@ import numpy as np
 from jvgen.config import Config, ConfigError
 from jvgen.geometry.cameras import Cameras
 from jvgen.nn.network import Network, Parameters
+from jvgen.runs.analysis import analyze
 from jvgen.runs.evaluation import evaluate
 from jvgen.runs.exporting import export
 from jvgen.runs.inference import LoadedRun, open_run
@@ -93,6 +94,21 @@ class Run(LoadedRun):
           options: `data`, `batches`, `fvd_weights`, see `jvgen.runs.evaluation.evaluate`.
         """
         return evaluate(self, **options)
+
+    def analyze_layers(self, folder: str | Path, **options: Any) -> dict[str, Any]:
+        """Measure every layer of a video DiT on held-out clips, and write the numbers and plots to a folder.
+
+        Args:
+          folder: for `analysis.json`, `similarity.png`, `attention_of_frames_t300.png` ...
+          options: `data`, `timesteps`, `batches`, see `jvgen.runs.analysis.analyze`.
+
+        Returns:
+          What `analysis.json` holds: for every timestep the measures of each layer.
+
+        Raises:
+          ValueError: a task without layers to analyze, or no evaluation data.
+        """
+        return analyze(self, Path(folder), **options)
 
     def export(self, folder: str | Path, **options: Any) -> Path:
         """Write every trained network as a folder for `from_pretrained` of diffusers or transformers.

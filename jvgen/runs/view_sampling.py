@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from jvgen.evaluation.contact_sheet import png_bytes
-from jvgen.evaluation.epipolar_sheet import epipolar_sheet
+from jvgen.evaluation.contact_sheets import png_bytes
+from jvgen.evaluation.epipolar_sheets import epipolar_sheet
 from jvgen.geometry import paths
 from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, relative, resized_and_cropped, share_a_center

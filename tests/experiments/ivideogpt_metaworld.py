@@ -31,7 +31,7 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
 from jvgen.demo.stages import Stages
-from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
+from jvgen.evaluation.contact_sheets import contact_sheet, png_bytes
 from jvgen.evaluation.plots import Series, line_plot, save_plot
 from jvgen.evaluation.prediction import by_horizon
 from jvgen.evaluation.reconstruction import peak_signal_to_noise, structural_similarity

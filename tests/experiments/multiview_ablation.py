@@ -35,8 +35,8 @@ from jvgen.data.stream.pairs import folded
 from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
 from jvgen.demo.report import DIRECTIONS
-from jvgen.evaluation.camera_pose import PoseScore, across_views, sift, views_mse
-from jvgen.evaluation.contact_sheet import contact_sheet, png_bytes
+from jvgen.evaluation.camera_pose import PoseScore, pose_errors_across_views, sift, views_mse
+from jvgen.evaluation.contact_sheets import contact_sheet, png_bytes
 from jvgen.evaluation.motion import classify_clip
 from jvgen.geometry.cameras import Cameras, relative
 from jvgen.geometry.epipolar import fundamental_matrices
@@ -354,7 +354,7 @@ def poses(videos: np.ndarray, cameras: Cameras) -> dict[str, float]:
         for view in (0, 1):
             world = relative(extrinsics[view].astype(np.float64), extrinsics[view, :1].astype(np.float64))
             tracks.append(Cameras(intrinsics[view, 1:].astype(np.float64), world[1:]))
-        errors += across_views(*(_enlarged(view[1:]) for view in pair), *tracks, match)
+        errors += pose_errors_across_views(*(_enlarged(view[1:]) for view in pair), *tracks, match)
     score = PoseScore.of(errors)
     return {
         "rotation AUC@20": score.rotation_auc[2],

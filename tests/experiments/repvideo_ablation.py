@@ -22,7 +22,7 @@ import numpy as np
 
 from jvgen import config as configuration
 from jvgen.data.scenes.labels import COLORS, Labels, captions_of, labels_of
-from jvgen.evaluation.motion import score
+from jvgen.evaluation.motion import motion_score
 from jvgen.evaluation.temporal import adjacent_similarity, smoothness
 from jvgen.interop.from_torch import read_config
 from jvgen.models.video_dit.config import AggregationConfig, GateKind
@@ -209,7 +209,7 @@ def sampled(setting: Setting, run: Path, ways: Mapping[str, EnhanceConfig | None
         found[name] = temporal(clips)
         if setting.scored:
             palette = {color: COLORS[color] for color in DEMO_COLORS}
-            marks = score(list(clips), [(label.color, label.direction) for label in labels], palette, DIRECTIONS)
+            marks = motion_score(list(clips), [(label.color, label.direction) for label in labels], palette, DIRECTIONS)
             found[name] |= {key: marks[f"{key}_accuracy"] for key in ("color", "direction")}
     return found
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jvgen.models.video_dit import aggregation, aggregation_memory
-from jvgen.models.video_dit.aggregation import Aggregation, plan
+from jvgen.models.video_dit.aggregation import Aggregation, aggregation_plan
 from jvgen.models.video_dit.config import AggregationConfig, GateKind, Positions, VideoDiTConfig
 from jvgen.models.video_dit.model import VideoDiT
 from jvgen.nested import flatten, unflatten
@@ -123,7 +123,7 @@ def test_toy_layers_give_the_numbers_of_the_released_code(module, layers, gate, 
 
 
 def test_what_is_averaged():
-    steps = plan(14, 6)
+    steps = aggregation_plan(14, 6)
     assert steps.count.tolist() == [1, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1]
     assert np.flatnonzero(steps.resets).tolist() == [0, 6, 12]
     # Index 1 is the input of layer 1, which is the output of layer 0.
@@ -176,7 +176,7 @@ def test_other_gates(config):
 
 def test_gates_of_layers_that_average_one_thing_have_no_gradient(expected, parameters):
     gradient = output_and_gradients(TINY, parameters)[1]["aggregation/gates"]
-    inert = plan(TINY.layers, 3).count == 1
+    inert = aggregation_plan(TINY.layers, 3).count == 1
     assert inert.tolist() == [True, True, False, False, True]
     np.testing.assert_array_equal(gradient[inert], 0.0)
     assert np.abs(gradient[~inert]).min() > 1e-3

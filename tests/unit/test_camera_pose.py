@@ -13,14 +13,14 @@ from jvgen.evaluation.camera_pose import (
     Matches,
     PairError,
     PoseScore,
-    across_views,
     epipolar_errors,
     pair_error,
     pose_auc,
+    pose_errors_across_views,
+    pose_errors_within_video,
     relative_pose,
     sift,
     views_mse,
-    within_video,
 )
 from jvgen.geometry import rotations
 from jvgen.geometry.camera_file import read_cameras
@@ -116,21 +116,21 @@ def rendered():
 def test_cameras_of_rendered_scenes_are_recovered(rendered):
     cameras = Cameras(rendered.intrinsics[0].astype(np.float64), rendered.extrinsics[0].astype(np.float64))
     video = rendered.video[0]
-    errors = within_video(video, cameras, sift())
+    errors = pose_errors_within_video(video, cameras, sift())
     score = PoseScore.of(errors[:4])
     assert score.rotation_auc[1] > 0.7 and score.precision > 0.8, score
     # Folded, as for training: the two halves of the clip, frame by frame.
     middle = len(video) // 2
     halves = video[middle::-1], video[middle:]
     one, other = (Cameras(*(part[half] for part in cameras)) for half in (slice(middle, None, -1), slice(middle, None)))
-    across = across_views(*halves, one, other, sift())
+    across = pose_errors_across_views(*halves, one, other, sift())
     assert np.isnan(across[0].translation)
     assert PoseScore.of(across[1:3]).rotation_auc[2] > 0.7
     # The same pictures said to be taken by cameras that also roll: the score must fall.
     angles = np.radians(8.0) * np.arange(len(video))
     roll = rotations.exponential(angles[:, None] * np.array([0.0, 0.0, 1.0]))
     turned = compose(np.concatenate([roll, np.zeros((len(video), 3, 1))], axis=-1), cameras.extrinsics)
-    wrong = PoseScore.of(within_video(video, cameras._replace(extrinsics=turned), sift())[:4])
+    wrong = PoseScore.of(pose_errors_within_video(video, cameras._replace(extrinsics=turned), sift())[:4])
     assert wrong.precision < 0.6 * score.precision and wrong.rotation_auc[1] < 0.4
     assert "rotation AUC@5/10/20" in str(score)
 
@@ -146,7 +146,7 @@ def test_other_matchers_plug_in(rendered):
         return Matches(points[kept, 0] + 0.5, there[kept, 0] + 0.5, len(points))
 
     cameras = Cameras(rendered.intrinsics[0].astype(np.float64), rendered.extrinsics[0].astype(np.float64))
-    errors = within_video(rendered.video[0][:2], Cameras(*(part[:2] for part in cameras)), flow)
+    errors = pose_errors_within_video(rendered.video[0][:2], Cameras(*(part[:2] for part in cameras)), flow)
     assert errors[0].precision > 0.8 and errors[0].rotation < 5
 
 
@@ -167,7 +167,7 @@ def test_cameras_of_real_footage_are_recovered():
     for clip in clips:
         track = read_cameras(clip.with_suffix(".txt"))
         video = decode_window(clip.read_bytes(), range(len(track)))
-        errors += within_video(video, track.cameras, sift())
+        errors += pose_errors_within_video(video, track.cameras, sift())
     score = PoseScore.of(errors)
     print(score)
     assert score.rotation_auc[2] > 0.7 and score.precision > 0.6

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen.geometry.epipolar import Band, EpipolarBias, band, bias, token_points, unit_lines
+from jvgen.geometry.epipolar import Band, EpipolarBias, band, epipolar_bias, token_points, unit_lines
 from jvgen.kernels.epipolar_attention import chunked, reference, tpu
 from jvgen.nn.epipolar_attention import EpipolarKernel, choose, epipolar_attention
 from jvgen.preflight import topology
@@ -70,7 +70,7 @@ def test_kernels_agree_with_the_reference(name, form, expected):
 def test_the_reference_adds_the_bias_of_the_geometry():
     query, key, value = inputs()
     made = some_band(EpipolarBias.SOFT)
-    scores = 0.3 * jnp.einsum("blnd,bknd->bnlk", query, key) + bias(made)[:, None]
+    scores = 0.3 * jnp.einsum("blnd,bknd->bnlk", query, key) + epipolar_bias(made)[:, None]
     plain = jnp.einsum("bnlk,bknd->blnd", jax.nn.softmax(scores, axis=-1), value)
     np.testing.assert_allclose(reference.attention(query, key, value, *made, scale=0.3), plain, atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_tiles_outside_all_bands_are_skipped():
     rows = jnp.concatenate([lines[0].T * made.slope[0], jnp.full((1, 512), made.slope[0] * made.width[0])])[None]
     seen = jax.jit(tpu.visible, static_argnums=2)(jnp.float32(rows), jnp.asarray(points), static)
     np.testing.assert_array_equal(seen[0], np.eye(4))
-    every = np.asarray(bias(made))[0].reshape(4, 128, 4, 128)
+    every = np.asarray(epipolar_bias(made))[0].reshape(4, 128, 4, 128)
     np.testing.assert_array_equal((every == 0).any(axis=(1, 3)), np.eye(4))
     ours, exact = (
         jax.jit(functools.partial(attend, scale=0.3))(query, key, value, *made)

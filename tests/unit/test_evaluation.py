@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvgen.evaluation.contact_sheet import contact_sheet, evenly_spaced, gif_bytes, png_bytes
-from jvgen.evaluation.motion import DIRECTIONS, classify_clip, score
+from jvgen.evaluation.contact_sheets import contact_sheet, evenly_spaced, gif_bytes, png_bytes
+from jvgen.evaluation.motion import DIRECTIONS, classify_clip, motion_score
 from jvgen.evaluation.reconstruction import peak_signal_to_noise, structural_similarity
 from jvgen.evaluation.temporal import adjacent_similarity, motion_error, smoothness
 
@@ -119,7 +119,7 @@ def shape_clip(color, direction, *, size=32, frames=8, blur=0.0, noise=0.0, seed
 def test_every_color_and_direction_is_read(size, blur, noise):
     pairs = [(color, direction) for color in PALETTE for direction in DIRECTIONS]
     clips = [shape_clip(*pair, size=size, blur=blur * size / 32, noise=noise, seed=k) for k, pair in enumerate(pairs)]
-    result = score(clips, pairs, PALETTE)
+    result = motion_score(clips, pairs, PALETTE)
     assert result["color_accuracy"] == result["direction_accuracy"] == result["both_accuracy"] == 1.0
     assert result["found"] == 1.0 and result["count"] == 30 and result["color_chance"] == 0.2
 
@@ -145,16 +145,16 @@ def test_noise_scores_like_guessing_or_worse():
     random = np.random.default_rng(0)
     clips = [random.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8) for _ in range(40)]
     labels = [(color, direction) for color in PALETTE for direction in DIRECTIONS][:40]
-    result = score(clips[: len(labels)], labels, PALETTE)
+    result = motion_score(clips[: len(labels)], labels, PALETTE)
     assert result["color_accuracy"] < 0.35 and result["both_accuracy"] < 0.15
 
 
 def test_scores_count_only_what_a_caption_names():
     clips = [shape_clip("red", "left"), shape_clip("blue", "up")]
-    result = score(clips, [("red", None), (None, "down")], PALETTE)
+    result = motion_score(clips, [("red", None), (None, "down")], PALETTE)
     assert result["color_accuracy"] == 1.0 and result["direction_accuracy"] == 0.0 and np.isnan(result["both_accuracy"])
     with pytest.raises(ValueError, match="one label per clip"):
-        score(clips, [("red", None)], PALETTE)
+        motion_score(clips, [("red", None)], PALETTE)
     with pytest.raises(ValueError, match="uint8"):
         classify_clip(clips[0].astype(np.float32), PALETTE)
 

@@ -24,7 +24,7 @@ from jvgen.geometry.cameras import (
     resized_and_cropped,
     share_a_center,
 )
-from jvgen.geometry.epipolar import EpipolarBias, band, bias, distances, unit_lines
+from jvgen.geometry.epipolar import EpipolarBias, band, distances, epipolar_bias, unit_lines
 
 SIZE, GRID = (48, 80), (6, 10)
 few = settings(
@@ -49,7 +49,7 @@ def on_device(cameras: Cameras) -> Cameras:
 def bias_of(source: Cameras, target: Cameras, form: EpipolarBias = EpipolarBias.SOFT, scale: jax.Array = 1.0):
     matrices = scale * epipolar.fundamental_matrices(source, target, SIZE)
     lines = unit_lines(epipolar.epipolar_lines(matrices, epipolar.token_points(GRID, SIZE)))
-    return bias(band(lines, GRID, SIZE, form=form))
+    return epipolar_bias(band(lines, GRID, SIZE, form=form))
 
 
 # Poses ---------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_the_soft_bias_is_the_released_one():
         size, grid = (side, side), (8, 8)
         matrices = epipolar.fundamental_matrices(source, target, size)
         lines = unit_lines(epipolar.epipolar_lines(matrices, epipolar.token_points(grid, size)))
-        return bias(band(lines, grid, size)).min(axis=(1, 2))
+        return epipolar_bias(band(lines, grid, size)).min(axis=(1, 2))
 
     for side in (256, 64):
         np.testing.assert_allclose(least(source, target, side), -3.0 * (side // 2 / 3.0 - 1.0), rtol=1e-5)
@@ -253,7 +253,7 @@ def test_points_behind_the_horizon_have_no_bias():
     def places_and_bias(matrix: jax.Array):
         there = homography.map_points(matrix[None], points, (64, 64))
         lines = unit_lines(epipolar.pseudo_lines(there, jnp.float32([[0.0, 1.0]])))
-        return there[0, :, 2] == 0, bias(band(lines, (8, 8), (64, 64)))
+        return there[0, :, 2] == 0, epipolar_bias(band(lines, (8, 8), (64, 64)))
 
     nowhere, made = (np.asarray(part) for part in places_and_bias(matrix))
     assert 0 < nowhere.sum() < len(points)

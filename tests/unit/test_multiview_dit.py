@@ -10,7 +10,7 @@ import pytest
 
 from jvgen.geometry import paths
 from jvgen.geometry.cameras import Cameras
-from jvgen.geometry.epipolar import EpipolarBias, bias, random_normals
+from jvgen.geometry.epipolar import EpipolarBias, epipolar_bias, random_normals
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
@@ -228,7 +228,7 @@ def test_ray_patches_cover_every_frame():
 @pytest.mark.parametrize("without", ["pseudo", "open"])
 def test_bands_of_cameras_with_a_common_center(without):
     sync = SYNC.replace(without_baseline=without, bias=EpipolarBias.ABSOLUTE, band=1.0)
-    made = np.asarray(jax.jit(lambda: bias(views_of(2, [1, 0], sync=sync).band))())
+    made = np.asarray(jax.jit(lambda: epipolar_bias(views_of(2, [1, 0], sync=sync).band))())
     assert made.shape == (2, 2, 6, 6)
     own = np.diagonal(made[:, 0], axis1=-2, axis2=-1)
     assert (own == 0).all() and ((made[:, 0] == 0).all() == (without == "open"))
@@ -242,7 +242,9 @@ def test_homography_bands_follow_the_warp():
     matrices = jnp.asarray(np.stack([np.eye(3, dtype=np.float32), shift]))[None]
     upright = jnp.broadcast_to(jnp.float32([1.0, 0.0]), (1, 2, 2, 2))
     sync = SYNC.replace(bias=EpipolarBias.ABSOLUTE, band=1.0)
-    made = np.asarray(bias(homography_band(matrices, sync, upright, grid=GRID, size=SIZE))).reshape(2, 2, 2, 3, 2, 3)
+    made = np.asarray(epipolar_bias(homography_band(matrices, sync, upright, grid=GRID, size=SIZE))).reshape(
+        2, 2, 2, 3, 2, 3
+    )
     free = (made == 0).all(axis=(2, 4))
     np.testing.assert_array_equal(free[:, 0], [np.eye(3)] * 2)
     np.testing.assert_array_equal(free[:, 1], [np.eye(3, k=1), np.eye(3, k=-1)])

@@ -1,8 +1,11 @@
 """The stable interface of `import jvgen`: fast to import, touches no device, and does what the command does."""
 
+import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -13,6 +16,9 @@ import jvgen
 from jvgen.config import ConfigError
 from jvgen.interop.from_torch import import_folder
 
+NAMESPACES = (jvgen.data, jvgen.evaluation, jvgen.geometry, jvgen.models)
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
 CHECK = """
 import sys, time
 began = time.perf_counter()
@@ -21,9 +27,14 @@ took = time.perf_counter() - began
 heavy = {"jax", "flax", "torch", "tensorflow", "numpy", "grain"} & set(sys.modules)
 assert not heavy, heavy
 assert took < 1, took
-assert {"load_experiment", "train", "load_run", "load_vae", "load_world_model", "models"} <= set(dir(jvgen))
+assert {"load_experiment", "train", "load_run", "load_vae", "load_world_model", "WorldModel"} <= set(dir(jvgen))
+assert {"data", "evaluation", "geometry", "models"} <= set(dir(jvgen))
+jvgen.data, jvgen.evaluation, jvgen.geometry, jvgen.models
+heavy = {"jax", "flax", "torch", "tensorflow", "numpy", "grain"} & set(sys.modules)
+assert not heavy, heavy
 from jax._src import xla_bridge
 jvgen.load_experiment, jvgen.train, jvgen.load_run, jvgen.load_vae, jvgen.load_world_model, jvgen.models.VideoDiT
+jvgen.data.render_scene, jvgen.evaluation.contact_sheet, jvgen.geometry.epipolar_bias
 assert not xla_bridge.backends_are_initialized()
 assert "torch" not in sys.modules and "tensorflow" not in sys.modules
 """
@@ -36,13 +47,39 @@ def test_importing_is_fast_and_touches_no_device():
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = jvgen.nonsense
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = jvgen.models.nonsense
+    for namespace in NAMESPACES:
+        with pytest.raises(AttributeError, match="nonsense"):
+            _ = namespace.nonsense
 
 
-@pytest.mark.parametrize("name", jvgen.models.__all__)
-def test_every_listed_model_exists(name):
-    assert getattr(jvgen.models, name).__name__ == name
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda namespace: namespace.__name__)
+def test_every_listed_name_exists(namespace):
+    for name in namespace.__all__:
+        value = getattr(namespace, name)
+        assert not isinstance(value, ModuleType), f"{namespace.__name__}.{name} is hidden by a module of that name"
+        assert getattr(value, "__name__", name) == name
+    assert dir(namespace) == sorted(namespace.__all__)
+
+
+def jvgen_imports(source: str) -> list[str]:
+    """The modules of jvgen that a notebook cell imports, or imports names from."""
+    modules = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules.append(node.module)
+            if node.module == "jvgen":
+                modules += [f"jvgen.{alias.name}" for alias in node.names]
+    return [module for module in modules if module.split(".")[0] == "jvgen"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_import_the_public_api_alone(path):
+    allowed = {"jvgen", *(f"jvgen.{name}" for name in jvgen.__all__)}
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    imported = [module for cell in cells for module in jvgen_imports("".join(cell["source"]))]
+    assert imported and set(imported) <= allowed
 
 
 def test_a_model_works_on_its_own():

@@ -10,7 +10,7 @@ from jvgen import config
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.video_files import decode_window
-from jvgen.evaluation.epipolar_sheet import epipolar_sheet
+from jvgen.evaluation.epipolar_sheets import epipolar_sheet
 from jvgen.geometry import paths
 from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, project

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     resets: np.ndarray
 
 
-def plan(layers: int, period: int) -> Plan:
+def aggregation_plan(layers: int, period: int) -> Plan:
     """What each of `layers` layers averages."""
     layer = np.arange(layers, dtype=np.int32)
     anchor = np.where(layer == 0, -1, period * ((layer - 1) // period)).astype(np.int32)
@@ -139,7 +139,7 @@ class Aggregation(nnx.Module):
 
     def plan(self, layers: int) -> Plan:
         """What each of `layers` layers averages."""
-        return plan(layers, self.config.period)
+        return aggregation_plan(layers, self.config.period)
 
 
 def constrain_tokens(tokens: Float[Array, "B L D"]) -> Float[Array, "B L D"]:

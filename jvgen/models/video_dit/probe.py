@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jvgen.models.video_dit.aggregation import RunningSum, plan
+from jvgen.models.video_dit.aggregation import RunningSum, aggregation_plan
 from jvgen.models.video_dit.config import AggregationConfig
 from jvgen.models.video_dit.model import BlockContext, TokenLayout, VideoDiT
 
@@ -58,7 +58,7 @@ def probe_layers(
       The last tokens, and the results of `probe`, stacked over layers.
     """
     aggregation, layers = model.config.aggregation, model.config.layers
-    plans = plan(layers, period if aggregation is None else aggregation.period)
+    plans = aggregation_plan(layers, period if aggregation is None else aggregation.period)
     # With a gate of zero a layer reads the tokens alone.
     gates = jnp.zeros((layers, 1)) if aggregation is None else model.aggregation.values()
 

@@ -10,8 +10,8 @@ from jvgen.geometry.camera_file import from_rows
 from jvgen.geometry.cameras import Cameras, inverse, relative, resized_and_cropped
 from jvgen.geometry.epipolar import (
     band,
-    bias,
     distances,
+    epipolar_bias,
     epipolar_lines,
     fundamental_of,
     pseudo_lines,
@@ -128,7 +128,7 @@ def _compare_bias(lines, sizes, grid, side: int, read, magnified: np.ndarray | f
     _within(made.slope, read["decay"].reshape(-1), steep)
     share = (steep / read["decay"].reshape(-1))[:, None, None]
     allowed = read["decay"].reshape(-1, 1, 1) * (near + wide[:, None, None]) + share * np.abs(read["mask"])
-    _within(bias(made), read["mask"], allowed)
+    _within(epipolar_bias(made), read["mask"], allowed)
 
 
 # Rays ----------------------------------------------------------------------------------------------------------------

@@ -71,9 +71,9 @@ def _band(read: dict, layer: int, grid: tuple[int, int], side: int) -> Band:
 
 
 def _compare_mask(made: Band, mask: np.ndarray) -> None:
-    from jvgen.geometry.epipolar import bias
+    from jvgen.geometry.epipolar import epipolar_bias
 
-    ours = rearrange(bias(made), "r f l k -> (r f) l k")
+    ours = rearrange(epipolar_bias(made), "r f l k -> (r f) l k")
     np.testing.assert_allclose(ours, mask, atol=1e-4 * np.abs(mask).max())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from jvgen.evaluation.contact_sheet import contact_sheet, evenly_spaced
+from jvgen.evaluation.contact_sheets import contact_sheet, evenly_spaced
 from jvgen.geometry.cameras import Cameras
 from jvgen.geometry.epipolar import fundamental_matrices
 
