@@ -17,6 +17,7 @@ from jvgen.cli import main as cli
 from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window, probe
 from jvgen.runs.clip_folder import plan_clips, write_clip
+from jvgen.runs.run import load_run
 from jvgen.training.checkpoint.manager import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
@@ -248,10 +249,20 @@ def test_layers_of_a_run_are_analyzed(jvgen, video_run, vae_run, tmp_path):
     document = json.loads((tmp_path / "analysis.json").read_text())
     assert sorted(document["timesteps"]) == ["100", "800"] and document["step"] == 3
     assert len(document["timesteps"]["800"]["similarity_after"][0]) == 3
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"} and "cosine" in done.out
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"} and "cosine" in done.out
     refused = jvgen("analyze", vae_run, "--out", tmp_path / "vae")
     assert refused.status == 2 and "give a text-to-video run" in refused.err
     assert "0 to 999" in jvgen("analyze", video_run, "--timesteps", "1000", "--out", tmp_path).err
+    from_python = load_run(video_run).analyze_layers(tmp_path / "python", timesteps=(800, 100))
+    assert from_python["timesteps"] == document["timesteps"]
+
+
+def test_a_loaded_run_samples_clips_and_decodes_them_with_another_vae(video_run, vae_export):
+    run = load_run(video_run)
+    clips = run.sample(["a red ball", "a blue cube"], count=2, steps=2, seed=1, batch=4)
+    assert clips.shape[:2] == (2, 2) and clips.shape[-1] == 3 and clips.dtype == np.uint8
+    again = run.sample("a red ball", count=2, steps=2, seed=1, batch=4, vae=vae_export)
+    assert np.abs(again[0].astype(int) - clips[0]).max() <= 1
 
 
 @pytest.mark.slow

@@ -71,6 +71,17 @@ def stepped(world, frames, actions):
     return states, np.stack([f for f, _ in made], 1), np.stack([r for _, r in made], 1)
 
 
+def test_a_clip_is_tokenized(world, frames):
+    clip = np.concatenate([frames, frames[:, :1]], axis=1)
+    context, future = world.tokenize(clip)
+    layout = world.tokenizer.layout(3)
+    assert context.shape == (2, 2, layout.context_tokens) and future.shape == (2, 1, layout.future_tokens)
+    assert context.max() < world.tokenizer.context_codes and future.max() < world.tokenizer.future_codes
+    np.testing.assert_array_equal(world.tokenize(clip / 255.0).context, context)
+    with pytest.raises(ValueError, match="more than 2 frames"):
+        world.tokenize(frames)
+
+
 def test_steps_equal_a_rollout(world, frames, actions, stepped):
     states, of_steps, rewards = stepped
     assert (world.horizon, world.context_frames, world.action_width) == (3, 2, 2)
