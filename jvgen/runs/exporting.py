@@ -119,52 +119,58 @@ def import_run(
     if is_pipeline(weights):
         experiment = experiment.replace(task=adopt_pipeline(experiment.task, weights.resolve()))
         weights = weights / DENOISER
-    task = experiment.task.build()
-    if network is not None and network not in task.network_configs:
-        raise ConfigError(f"--network {network}: the task trains {', '.join(sorted(task.network_configs))}.")
-    configs = dict(task.network_configs)
-    if init_gates:
-        configs = {name: _without_gates(config) for name, config in configs.items()}
-    wanted = configs[network] if network else None
+    configs = dict(experiment.task.build().network_configs)
+    if network is not None and network not in configs:
+        raise ConfigError(f"--network {network}: the task trains {', '.join(sorted(configs))}.")
     if inflate:
-        network = network or _only_video_autoencoder(task.network_configs)
+        network = network or _only_video_autoencoder(configs)
         check_new_run(workdir)
-        _start(experiment, workdir, network, inflate_folder(weights, task.network_configs[network]), weights)
-        return
-    # A single file does not name its architecture: the experiment does.
-    alone = weights.is_file() and not (weights.parent / "config.json").is_file()
-    if alone and wanted is None:
-        candidates = sorted(task.network_configs)
-        if len(candidates) != 1:
+        parameters = inflate_folder(weights, configs[network])
+    else:
+        if init_gates:
+            configs = {name: _without_gates(config) for name, config in configs.items()}
+        network, found = _identify(weights, configs, network)
+        lines = differences(found, configs[network])
+        if lines and not (allow_partial and _names_its_architecture(weights)):
+            hint = "\nTo start a RepVideo run from CogVideoX's weights, pass --init-gates." * _lacks_gates(lines)
             raise ConfigError(
-                f"{weights} has no config.json beside it: say which of {', '.join(candidates)} with --network."
+                f"{weights} is not the architecture of {network!r} in {experiment.name}:\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + f"\nSet task fields of {network!r} to those of the weights, or import other weights."
+                + hint
             )
-        network, wanted = candidates[0], configs[candidates[0]]
-    found = wanted if alone else read_config(weights)
-    if network is None:
-        matching = [name for name, config in sorted(configs.items()) if type(config) is type(found)]
-        if len(matching) != 1:
-            raise ConfigError(
-                f"{weights} holds a {type(found).__name__}; networks of this kind in the task: "
-                f"{', '.join(matching) or 'none'}. Choose another config, or name the network with --network."
-            )
-        network = matching[0]
-    lines = differences(found, configs[network])
-    if lines and allow_partial and not alone:
         check_new_run(workdir)
-        parameters = format_of(found).adapt_parameters(import_folder(weights)[1], found, configs[network])
-        _start(experiment, workdir, network, parameters, weights)
-        return
-    if lines:
+        _, parameters = import_folder(weights, None if _names_its_architecture(weights) else found)
+        if lines:
+            parameters = format_of(found).adapt_parameters(parameters, found, configs[network])
+    write_first_checkpoint(experiment, workdir, {network: parameters})
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    print(f"{workdir}: step 0 with {count:,} parameters from {weights} as {network!r}; train with `jvgen train`")
+
+
+def _identify(weights: Path, configs: Mapping[str, Config], network: str | None) -> tuple[str, Config]:
+    """Which network the weights are for, and their architecture: that of a single file is what the experiment says."""
+    if not _names_its_architecture(weights):
+        if network is None and len(configs) != 1:
+            raise ConfigError(
+                f"{weights} has no config.json beside it: say which of {', '.join(sorted(configs))} with --network."
+            )
+        network = network or next(iter(configs))
+        return network, configs[network]
+    found = read_config(weights)
+    if network is not None:
+        return network, found
+    matching = [name for name, config in sorted(configs.items()) if type(config) is type(found)]
+    if len(matching) != 1:
         raise ConfigError(
-            f"{weights} is not the architecture of {network!r} in {experiment.name}:\n"
-            + "\n".join(f"  {line}" for line in lines)
-            + f"\nSet task fields of {network!r} to those of the weights, or import other weights."
-            + ("\nTo start a RepVideo run from CogVideoX's weights, pass --init-gates." if _lacks_gates(lines) else "")
+            f"{weights} holds a {type(found).__name__}; networks of this kind in the task: "
+            f"{', '.join(matching) or 'none'}. Choose another config, or name the network with --network."
         )
-    check_new_run(workdir)
-    _, parameters = import_folder(weights, wanted if alone else None)
-    _start(experiment, workdir, network, parameters, weights)
+    return matching[0], found
+
+
+def _names_its_architecture(weights: Path) -> bool:
+    return not weights.is_file() or (weights.parent / "config.json").is_file()
 
 
 def _without_gates(config: Config) -> Config:
@@ -173,12 +179,6 @@ def _without_gates(config: Config) -> Config:
 
 def _lacks_gates(lines: list[str]) -> bool:
     return any(line.startswith("aggregation: None in the weights") for line in lines)
-
-
-def _start(experiment: Experiment, workdir: Path, network: str, parameters: Parameters, weights: Path) -> None:
-    write_first_checkpoint(experiment, workdir, {network: parameters})
-    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    print(f"{workdir}: step 0 with {count:,} parameters from {weights} as {network!r}; train with `jvgen train`")
 
 
 def _only_video_autoencoder(configs: Mapping[str, Config]) -> str:
