@@ -23,6 +23,9 @@ from jvgen.training.experiment import Experiment
 FIXTURE = Path(__file__).parent / "saved_by_0_1_0"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 RUNS = EXPECTED["runs"]
+# Compiling the other tasks' steps takes minutes.
+QUICK = {"image_vae", "text_to_video"}
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in RUNS]
 CONFIGS = json.loads(gzip.decompress((FIXTURE / "configs.json.gz").read_bytes()))
 EXPORTED = ("image_vae", "text_to_video", "tokenizer")
 AT_SAVED_STEP = ("--step", EXPECTED["saved"])
@@ -51,7 +54,7 @@ def metrics(name: str) -> list[dict]:
     return [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_training_resumes_with_the_same_losses(name):
     before = metrics(name)
     jvgen("train", f"runs/{name}/config.json", "--workdir", f"runs/{name}")
@@ -61,7 +64,7 @@ def test_training_resumes_with_the_same_losses(name):
     assert [row["loss"] for row in after] == pytest.approx(RUNS[name]["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_evaluation_gives_the_same_metrics(name, tmp_path):
     jvgen("evaluate", f"runs/{name}", *AT_SAVED_STEP, "--batches", 1, "--out", tmp_path / "metrics.json")
     found = json.loads((tmp_path / "metrics.json").read_text())
@@ -71,7 +74,10 @@ def test_evaluation_gives_the_same_metrics(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("text_to_video", ()), ("multiview", ("--cameras", "circle", "--views", 2))],
+    [
+        ("text_to_video", ()),
+        pytest.param("multiview", ("--cameras", "circle", "--views", 2), marks=pytest.mark.slow),
+    ],
     ids=["text_to_video", "multiview"],
 )
 def test_clips_are_sampled(name, options, tmp_path):
@@ -79,6 +85,7 @@ def test_clips_are_sampled(name, options, tmp_path):
     assert any((tmp_path / "clips").rglob("*.mp4"))
 
 
+@pytest.mark.slow
 def test_the_world_model_is_played(tmp_path):
     (tmp_path / "actions.csv").write_text("0.5,0\n0,1\n")
     jvgen(
