@@ -169,7 +169,7 @@ def test_published_tiles():
     config = CogVideoXVAEConfig()
     assert Tiling.decoding(config) == Tiling(size=(30, 45), stride=(25, 36), blend=(40, 72), keep=(200, 288))
     assert Tiling.encoding(config) == Tiling(size=(240, 360), stride=(200, 288), blend=(5, 9), keep=(25, 36))
-    with pytest.raises(ValueError, match="steps of 12 and adds 14 rows"):
+    with pytest.raises(ValueError, match="stride of 12 and contributes 14 rows"):
         Tiling.decoding(CONFIG.replace(sample_height=32))
     assert not Tiling.decoding(config).needed(30, 45) and Tiling.decoding(config).needed(31, 45)
 

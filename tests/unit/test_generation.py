@@ -124,7 +124,7 @@ BAD_FOLDERS = {
     ),
     "other scheduler": (
         lambda p: edit(p / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler"),
-        "class 'EulerDiscreteScheduler', which is not known",
+        "class 'EulerDiscreteScheduler', which is not supported",
     ),
     "other betas": (
         lambda p: edit(p / "scheduler" / "scheduler_config.json", beta_schedule="squaredcos_cap_v2"),
