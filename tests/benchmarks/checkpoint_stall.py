@@ -34,7 +34,7 @@ def run(settings: Settings) -> Result:
     _, state_bytes = size_of(step.state.saved())
     parameters, _ = size_of(step.state.parameters)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep_last=1), say=_refuse)
+        checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep_last=1), log=_refuse)
         # The first one compiles the digests.
         first, *saves = [_save(step, checkpoints, number, usual) for number in range(settings.repeats + 1)]
         checkpoints.close()
@@ -105,7 +105,7 @@ def _refuse(line: str) -> None:
 
 def _restore(step: OurStep, folder: Path) -> float:
     began = time.perf_counter()
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1), say=_refuse)
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1), log=_refuse)
     restored = checkpoints.restore(step.program.abstract_state().saved())
     jax.block_until_ready(restored.arrays)
     seconds = time.perf_counter() - began

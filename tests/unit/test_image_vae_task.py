@@ -75,12 +75,12 @@ def test_drawn_frames_are_distinct_and_equal_in_every_view(key):
     shape = (bucket.batch_size, *task.fields(bucket)["video"].shape)
     assert shape == (6, 2, 5, 12, 12, 3)
     numbers = jnp.broadcast_to(jnp.arange(5)[:, None, None, None], shape)
-    chosen = np.asarray(task._some_frames(numbers, jnp.arange(6), key))
+    chosen = np.asarray(task._draw_frames(numbers, jnp.arange(6), key))
     assert chosen.shape == (6, 2, 2, 12, 12, 3)
     picked = chosen[..., 0, 0, 0]
     assert (picked[:, 0] == picked[:, 1]).all()
     assert (picked[:, :, 0] != picked[:, :, 1]).all() and len(np.unique(picked)) > 2
-    some = np.asarray(task._some_frames(numbers[3:5], jnp.array([3, 4]), key))
+    some = np.asarray(task._draw_frames(numbers[3:5], jnp.array([3, 4]), key))
     np.testing.assert_array_equal(some, chosen[3:5])
 
 
