@@ -23,7 +23,7 @@ def test_constant_and_none():
 
 
 def test_fractional_exponents_are_refused_where_they_have_no_value():
-    with pytest.raises(ValueError, match="whole number"):
+    with pytest.raises(ValueError, match="choose an integer"):
         guidance_scales(GuidanceConfig(kind="dynamic", exponent=2.5), np.asarray([999, 499]))
 
 
