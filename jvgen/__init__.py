@@ -6,34 +6,24 @@ each name is loaded when it is first used. So are the namespaces `jvgen.data` (d
 `jvgen.models` (networks); what each lists in `__all__` is stable too. Other modules may change between minor versions.
 """
 
-import importlib
-from typing import Any
+from jvgen.lazy_names import lazy_names
 
 __version__ = "0.2.0.dev0"
 
-_PUBLIC = {
-    "Experiment": "jvgen.training.experiment",
-    "Hook": "jvgen.training.telemetry.hooks",
-    "WorldModel": "jvgen.control.world_model",
-    "load_experiment": "jvgen.training.experiment",
-    "load_run": "jvgen.runs.run",
-    "load_vae": "jvgen.autoencoding.vae",
-    "load_world_model": "jvgen.runs.world_models",
-    "train": "jvgen.training.loop",
+_MODULES = {
+    "Experiment": "training.experiment",
+    "Hook": "training.telemetry.hooks",
+    "WorldModel": "control.world_model",
+    "load_experiment": "training.experiment",
+    "load_run": "runs.run",
+    "load_vae": "autoencoding.vae",
+    "load_world_model": "runs.world_models",
+    "train": "training.loop",
+    "data": "data",
+    "evaluation": "evaluation",
+    "geometry": "geometry",
+    "models": "models",
 }
 
-_NAMESPACES = ("data", "evaluation", "geometry", "models")
-
-__all__ = ["__version__", *_NAMESPACES, *_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMESPACES:
-        return importlib.import_module(f"jvgen.{name}")
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'jvgen' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__ = ["__version__", *_MODULES]
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

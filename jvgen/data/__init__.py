@@ -6,42 +6,32 @@ stream and scenes, from those to store, and from store to video_files. Nothing h
 The names below are usable as `jvgen.data.NAME`; each is imported when it is first used.
 """
 
-import importlib
-from typing import Any
+from jvgen.lazy_names import lazy_names
 
 _MODULES = {
-    "BucketConfig": "stream.config",
-    "captions_of": "scenes.labels",
-    "ClipSpec": "stream.plan",
-    "COLORS": "scenes.labels",
-    "DataConfig": "stream.config",
-    "decode_window": "video_files",
-    "encode_video": "video_files",
-    "folded": "stream.pairs",
-    "HomographyConfig": "stream.pairs",
-    "Labels": "scenes.labels",
-    "labels_of": "scenes.labels",
-    "load_example": "stream.transforms",
-    "Loader": "stream.loader",
-    "open_source": "store.sources",
-    "Record": "store.records",
-    "render_scene": "scenes.scenes",
-    "Scene": "scenes.scenes",
-    "SceneConfig": "scenes.scenes",
-    "Source": "store.sources",
-    "SourceConfig": "stream.config",
-    "warped_pair": "stream.pairs",
-    "Writer": "store.writer",
+    "BucketConfig": "data.stream.config",
+    "captions_of": "data.scenes.labels",
+    "ClipSpec": "data.stream.plan",
+    "COLORS": "data.scenes.labels",
+    "DataConfig": "data.stream.config",
+    "decode_window": "data.video_files",
+    "encode_video": "data.video_files",
+    "folded": "data.stream.pairs",
+    "HomographyConfig": "data.stream.pairs",
+    "Labels": "data.scenes.labels",
+    "labels_of": "data.scenes.labels",
+    "load_example": "data.stream.transforms",
+    "Loader": "data.stream.loader",
+    "open_source": "data.store.sources",
+    "Record": "data.store.records",
+    "render_scene": "data.scenes.scenes",
+    "Scene": "data.scenes.scenes",
+    "SceneConfig": "data.scenes.scenes",
+    "Source": "data.store.sources",
+    "SourceConfig": "data.stream.config",
+    "warped_pair": "data.stream.pairs",
+    "Writer": "data.store.writer",
 }
 
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'jvgen.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"jvgen.data.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -5,44 +5,34 @@ Functions take numpy or JAX arrays and know nothing of networks or data sets.
 The names below are usable as `jvgen.geometry.NAME`; each is imported when it is first used.
 """
 
-import importlib
-from typing import Any
+from jvgen.lazy_names import lazy_names
 
 _MODULES = {
-    "Band": "epipolar",
-    "between": "cameras",
-    "Cameras": "cameras",
-    "CameraTrack": "camera_file",
-    "centers": "cameras",
-    "default_intrinsics": "paths",
-    "epipolar_bias": "epipolar",
-    "epipolar_lines": "epipolar",
-    "EpipolarBias": "epipolar",
-    "fundamental_matrices": "epipolar",
-    "homographies": "homography",
-    "infinite_homographies": "epipolar",
-    "inverse": "cameras",
-    "look_at": "paths",
-    "Motion": "homography",
-    "named_paths": "paths",
-    "PATHS": "paths",
-    "project": "cameras",
-    "rays": "plucker",
-    "read_cameras": "camera_file",
-    "relative": "cameras",
-    "resized_and_cropped": "cameras",
-    "token_points": "epipolar",
-    "write_cameras": "camera_file",
+    "Band": "geometry.epipolar",
+    "between": "geometry.cameras",
+    "Cameras": "geometry.cameras",
+    "CameraTrack": "geometry.camera_file",
+    "centers": "geometry.cameras",
+    "default_intrinsics": "geometry.paths",
+    "epipolar_bias": "geometry.epipolar",
+    "epipolar_lines": "geometry.epipolar",
+    "EpipolarBias": "geometry.epipolar",
+    "fundamental_matrices": "geometry.epipolar",
+    "homographies": "geometry.homography",
+    "infinite_homographies": "geometry.epipolar",
+    "inverse": "geometry.cameras",
+    "look_at": "geometry.paths",
+    "Motion": "geometry.homography",
+    "named_paths": "geometry.paths",
+    "PATHS": "geometry.paths",
+    "project": "geometry.cameras",
+    "rays": "geometry.plucker",
+    "read_cameras": "geometry.camera_file",
+    "relative": "geometry.cameras",
+    "resized_and_cropped": "geometry.cameras",
+    "token_points": "geometry.epipolar",
+    "write_cameras": "geometry.camera_file",
 }
 
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'jvgen.geometry' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"jvgen.geometry.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -8,51 +8,41 @@ parameters, and the papers' ideas as functions: RepVideo's `aggregation_plan`, E
 CV-VAE's `inflate`, `map_frames` and `draw_picks`, CVD's `camera_band`.
 """
 
-import importlib
-from typing import Any
+from jvgen.lazy_names import lazy_names
 
 _MODULES = {
-    "aggregation_plan": "jvgen.models.video_dit.aggregation",
-    "AggregationConfig": "jvgen.models.video_dit.config",
-    "ByteTextConfig": "jvgen.models.byte_text.config",
-    "ByteTextEncoder": "jvgen.models.byte_text.model",
-    "camera_band": "jvgen.models.multiview.view_conditioning",
-    "ClipDiscriminator": "jvgen.models.clip_discriminator.model",
-    "ClipDiscriminatorConfig": "jvgen.models.clip_discriminator.config",
-    "ClipNormConfig": "jvgen.models.cv_vae.config",
-    "CogVideoXVAE": "jvgen.models.cogvideox_vae.model",
-    "CogVideoXVAEConfig": "jvgen.models.cogvideox_vae.config",
-    "CompressiveTokenizer": "jvgen.models.ivideogpt.tokenizer",
-    "CompressiveTokenizerConfig": "jvgen.models.ivideogpt.config",
-    "CVVAE": "jvgen.models.cv_vae.model",
-    "CVVAEConfig": "jvgen.models.cv_vae.config",
-    "draw_picks": "jvgen.losses.frame_mapping",
-    "EnhanceConfig": "jvgen.models.video_dit.enhance",
-    "factors_with_mean": "jvgen.models.video_dit.enhance",
-    "FrameTransformer": "jvgen.models.ivideogpt.transformer",
-    "FrameTransformerConfig": "jvgen.models.ivideogpt.config",
-    "ImageVAE": "jvgen.models.image_vae.model",
-    "ImageVAEConfig": "jvgen.models.image_vae.config",
-    "inflate": "jvgen.models.cv_vae.inflate",
-    "map_frames": "jvgen.losses.frame_mapping",
-    "MultiViewDiT": "jvgen.models.multiview.model",
-    "MultiViewDiTConfig": "jvgen.models.multiview.config",
-    "Network": "jvgen.nn.network",
-    "SyncConfig": "jvgen.models.multiview.config",
-    "T5Config": "jvgen.models.t5.config",
-    "T5Encoder": "jvgen.models.t5.model",
-    "VideoDiT": "jvgen.models.video_dit.model",
-    "VideoDiTConfig": "jvgen.models.video_dit.config",
+    "aggregation_plan": "models.video_dit.aggregation",
+    "AggregationConfig": "models.video_dit.config",
+    "ByteTextConfig": "models.byte_text.config",
+    "ByteTextEncoder": "models.byte_text.model",
+    "camera_band": "models.multiview.view_conditioning",
+    "ClipDiscriminator": "models.clip_discriminator.model",
+    "ClipDiscriminatorConfig": "models.clip_discriminator.config",
+    "ClipNormConfig": "models.cv_vae.config",
+    "CogVideoXVAE": "models.cogvideox_vae.model",
+    "CogVideoXVAEConfig": "models.cogvideox_vae.config",
+    "CompressiveTokenizer": "models.ivideogpt.tokenizer",
+    "CompressiveTokenizerConfig": "models.ivideogpt.config",
+    "CVVAE": "models.cv_vae.model",
+    "CVVAEConfig": "models.cv_vae.config",
+    "draw_picks": "losses.frame_mapping",
+    "EnhanceConfig": "models.video_dit.enhance",
+    "factors_with_mean": "models.video_dit.enhance",
+    "FrameTransformer": "models.ivideogpt.transformer",
+    "FrameTransformerConfig": "models.ivideogpt.config",
+    "ImageVAE": "models.image_vae.model",
+    "ImageVAEConfig": "models.image_vae.config",
+    "inflate": "models.cv_vae.inflate",
+    "map_frames": "losses.frame_mapping",
+    "MultiViewDiT": "models.multiview.model",
+    "MultiViewDiTConfig": "models.multiview.config",
+    "Network": "nn.network",
+    "SyncConfig": "models.multiview.config",
+    "T5Config": "models.t5.config",
+    "T5Encoder": "models.t5.model",
+    "VideoDiT": "models.video_dit.model",
+    "VideoDiTConfig": "models.video_dit.config",
 }
 
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'jvgen.models' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
