@@ -1,0 +1,81 @@
+"""Exit codes of the `jvgen` command: one table for the code, the documentation and the launch files."""
+
+import dataclasses
+import os
+
+# Overrides the code that asks a launcher to start the same command again.
+RESTART_CODE_VARIABLE = "JVGEN_RESTART_CODE"
+
+DONE = 0
+ERROR = 1
+USER_ERROR = 2
+DIVERGED = 65  # EX_DATAERR of sysexits.h
+UNSAVED = 74  # EX_IOERR
+DEFAULT_RESTART = 75  # EX_TEMPFAIL
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitCode:
+    """One row of the table.
+
+    Attributes:
+      code: exit status of the process.
+      name: for messages and launch files.
+      meaning: when a process ends with it.
+      restart: whether a launcher should start the same command again.
+    """
+
+    code: int
+    name: str
+    meaning: str
+    restart: bool
+
+
+TABLE = (
+    ExitCode(DONE, "done", "finished, or `--stop-after` reached", False),
+    ExitCode(ERROR, "error", "an unexpected error: its traceback is printed and in `errors/process_N.txt`", False),
+    ExitCode(USER_ERROR, "user error", "a mistake in config, data or arguments; the message names it", False),
+    ExitCode(DIVERGED, "diverged", "too many steps were skipped, or the state holds NaN or infinity", False),
+    ExitCode(UNSAVED, "unsaved", "checkpoints could not be written (a full disk, lost permissions)", False),
+    ExitCode(
+        DEFAULT_RESTART,
+        "restart",
+        "told to stop and saved, a lost process, a hang, or a storage error that may pass",
+        True,
+    ),
+    ExitCode(134, "aborted", "JAX or a driver aborted (SIGABRT), for example because process 0 died", True),
+    ExitCode(
+        137, "killed", "killed (SIGKILL), by the system for memory or by a scheduler after its grace period", True
+    ),
+    ExitCode(143, "terminated", "ended by SIGTERM before Python ran", True),
+)
+# A launcher that restarts on every other code does what the table says.
+NO_RESTART = tuple(row.code for row in TABLE if not row.restart)
+
+
+def restart_code() -> int:
+    """The code that asks for a restart: 75, or what the environment variable `JVGEN_RESTART_CODE` says.
+
+    Raises:
+      ValueError: the variable is not a number from 1 to 255, or a code of the table that is not restarted.
+    """
+    text = os.environ.get(RESTART_CODE_VARIABLE)
+    return DEFAULT_RESTART if not text else parse_restart_code(text, RESTART_CODE_VARIABLE)
+
+
+def parse_restart_code(text: str, source: str) -> int:
+    """Read a restart code; raises `ValueError` naming `source` if it is none."""
+    taken = ", ".join(str(code) for code in NO_RESTART)
+    code = int(text) if text.isdecimal() and len(text) <= 3 else 0
+    if not 1 <= code <= 255 or code in NO_RESTART:
+        raise ValueError(
+            f"{source} = {text!r}: a number from 1 to 255 other than {taken}, which mean that a restart does not help; "
+            f"for example {DEFAULT_RESTART}, or 42 for launchers that restart only 42 and 127-255."
+        )
+    return code
+
+
+def markdown() -> str:
+    """The table of docs/runs.md."""
+    rows = [f"| {row.code} | {row.name} | {'yes' if row.restart else 'no'} | {row.meaning} |" for row in TABLE]
+    return "\n".join(["| exit code | name | restart | meaning |", "|---|---|---|---|", *rows])

@@ -1,0 +1,33 @@
+"""The table of exit codes: what the documentation says, and the configurable restart code."""
+
+from pathlib import Path
+
+import pytest
+
+from jvgen import exit_codes
+
+RUNS = Path(__file__).parents[2] / "docs" / "runs.md"
+
+
+def test_the_documentation_has_the_table():
+    assert exit_codes.markdown() in RUNS.read_text()
+    listed = ", ".join(str(code) for code in exit_codes.NO_RESTART[:-1])
+    assert f"except {listed} and {exit_codes.NO_RESTART[-1]}" in RUNS.read_text()
+
+
+def test_codes_and_names_are_unique():
+    assert len({row.code for row in exit_codes.TABLE}) == len({row.name for row in exit_codes.TABLE}) == 9
+
+
+def test_the_restart_code_can_be_changed(monkeypatch):
+    monkeypatch.delenv("JVGEN_RESTART_CODE", raising=False)
+    assert exit_codes.restart_code() == 75
+    monkeypatch.setenv("JVGEN_RESTART_CODE", "42")
+    assert exit_codes.restart_code() == 42
+
+
+@pytest.mark.parametrize("text", ["0", "2", "74", "256", "-1", "x", "1", "4_2"])
+def test_a_restart_code_that_means_something_else_is_refused(monkeypatch, text):
+    monkeypatch.setenv("JVGEN_RESTART_CODE", text)
+    with pytest.raises(ValueError, match=rf"JVGEN_RESTART_CODE = '{text}'.*other than 0, 1, 2, 65, 74"):
+        exit_codes.restart_code()
