@@ -2,8 +2,8 @@
 
 Should reach: PSNR 31 dB on held-out frames.
 Chips: a CPU with 2 cores.
-Memory: not measured.
-Time: a share of the 18 processor minutes of `make demo` (measured).
+Memory: 1.6 GiB resident at most, with everything else of the process (measured).
+Time: 0.44 s per step, 3.5 minutes for the run (measured beside one other job).
 Data: `jvgen data build scenes --out runs/demo/scenes`. Run by `make demo`.
 """
 
