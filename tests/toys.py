@@ -162,14 +162,13 @@ class FakeLoader:
         *,
         seed,
         preprocess,
-        process_index=0,
-        process_count=1,
+        rows=None,
         evaluation=False,
         quarantine_log=None,
         delay=0.0,
     ):
         self.data, self.seed, self.delay = data, seed, delay
-        self.process_index, self.process_count = process_index, process_count
+        self.slots = rows or (lambda bucket: np.arange(bucket.batch_size))
         self.stream = 10**6 if evaluation else 0
 
     width = 16
@@ -193,15 +192,18 @@ class FakeLoader:
 
     def at(self, step: int) -> LoadedBatch:
         bucket = self.bucket(step)
-        size = bucket.batch_size // self.process_count
-        slots = range(self.process_index * size, (self.process_index + 1) * size)
-        rows = [step * bucket.batch_size + slot for slot in slots]
+        slots = self.slots(bucket)
+        rows = [step * bucket.batch_size + slot for slot in slots.tolist()]
         draws = [np.random.default_rng([self.seed, self.stream, row]) for row in rows]
         x = np.stack([rng.standard_normal((bucket.frames, self.width), np.float32) for rng in draws])
         if self.delay:
             time.sleep(self.delay)
         ids = tuple(f"record-{row}" for row in rows)
-        return LoadedBatch(step, bucket, {"x": x, "record": np.array(rows, np.int32)}, ids, 0.0)
+        return LoadedBatch(step, bucket, {"x": x, "record": np.array(rows, np.int32)}, ids, 0.0, slots=slots)
+
+    def record_ids(self, step: int) -> tuple[str, ...]:
+        size = self.bucket(step).batch_size
+        return tuple(f"record-{row}" for row in range(step * size, (step + 1) * size))
 
 
 class FakeBatches(Iterator):

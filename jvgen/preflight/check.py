@@ -91,10 +91,9 @@ def _data(experiment: Experiment) -> Iterator[str]:
     for evaluation in (False, True) if evaluates else (False,):
         yield from _attempt(
             lambda evaluation=evaluation: Loader(
-                experiment.data, seed=experiment.seed, preprocess=dict, process_count=jax.process_count(),
-                process_index=jax.process_index(), evaluation=evaluation,
+                experiment.data, seed=experiment.seed, preprocess=dict, evaluation=evaluation
             )
-        )[1]  # fmt: skip
+        )[1]
     yield from _attempt(experiment.task.check_weights)[1]
     yield from _attempt(lambda: experiment.task.check_data(experiment.data))[1]
 

@@ -57,7 +57,7 @@ class Evaluator:
     def _sharded_batches(self, count: int) -> Iterator[Batch]:
         with self._batches(0, count) as loaded:
             for batch in loaded:
-                yield self._program.shard_batch(batch.arrays, batch.bucket, jax.process_index(), jax.process_count())
+                yield self._program.shard_batch(batch.arrays, batch.bucket)
 
 
 def parameter_variants(state: TrainState) -> dict[str, Parameters]:

@@ -146,7 +146,7 @@ class _Loop:
 
     def _step(self, batch: LoadedBatch) -> Metrics:
         """Dispatch one training step; does not wait for it."""
-        sharded = self.session.program.shard_batch(batch.arrays, batch.bucket, jax.process_index(), jax.process_count())
+        sharded = self.session.program.shard_batch(batch.arrays, batch.bucket)
         self.state, metrics = self.session.steps[batch.bucket](self.state, sharded)
         return metrics
 
@@ -217,7 +217,7 @@ class _Loop:
     def _row(self, pending: _Pending, values: dict[str, float], seconds: float) -> dict[str, Any]:
         """A step's row of metrics.jsonl."""
         session, bucket = self.session, pending.batch.bucket
-        records = "\n".join(pending.batch.record_ids)
+        records = "\n".join(self._record_ids(pending.batch))
         devices = session.program.sharding.mesh.size
         return {
             "step": pending.step,
@@ -232,12 +232,21 @@ class _Loop:
             "host_rss_mib": throughput.host_rss_mib(),
         }
 
+    def _record_ids(self, batch: LoadedBatch) -> Sequence[str]:
+        """Ids of the records of the whole global batch; substitutes are known for the rows of this process."""
+        if len(batch.record_ids) == batch.bucket.batch_size:
+            return batch.record_ids
+        ids = list(self.session.loader.record_ids(batch.step))
+        for slot, record_id in zip(batch.slots.tolist(), batch.record_ids, strict=True):
+            ids[slot] = record_id
+        return ids
+
     def _check_skips(self, pending: _Pending, values: dict[str, float]) -> None:
         """Log a skipped step with its records; raise `TrainingDiverged` if there were too many."""
         numbers = ", ".join(
             f"{name} = {values[name]}" for name in values if name.split("/")[-1] in ("loss", "gradient_norm")
         )
-        records = ", ".join(pending.batch.record_ids)
+        records = ", ".join(self._record_ids(pending.batch))
         self.session.log(f"WARNING: step {pending.step} was skipped: {numbers}. Its records: {records}")
         limits = {"consecutive_skips": "max_consecutive_skips", "skipped_total": "max_skips"}
         for name, field in limits.items():

@@ -16,6 +16,7 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
+from jvgen.parallel.rows import global_array, rows_by_process
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Batch, Metrics, Task
 from jvgen.training import state
@@ -85,9 +86,9 @@ class Program:
             check_batch(self.experiment, bucket, self.sharding)
             self.experiment.task.check_bucket(bucket)
 
-    def abstract_batch(self, bucket: BucketConfig, batch_size: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract_batch(self, bucket: BucketConfig) -> dict[str, jax.ShapeDtypeStruct]:
         """Global shapes, dtypes and shardings of a batch."""
-        size = bucket.batch_size if batch_size is None else batch_size
+        size = bucket.batch_size
         shapes = {
             name: jax.ShapeDtypeStruct((size, *spec.shape), jax.dtypes.canonicalize_dtype(spec.dtype))
             for name, spec in self.task.fields(bucket).items()
@@ -160,19 +161,24 @@ class Program:
 
         return jax.jit(run, out_shardings=self.sharding.replicated)
 
-    def shard_batch(
-        self, arrays: dict[str, np.ndarray], bucket: BucketConfig, process_index: int = 0, process_count: int = 1
-    ) -> Batch:
-        """The global batch, sharded over the mesh, from this process's part of it."""
-        size = next(iter(arrays.values())).shape[0]
-        slots = np.arange(process_index * size, (process_index + 1) * size, dtype=np.int32)
-        wanted = self.abstract_batch(bucket, size * process_count)
+    def rows_by_process(self, bucket: BucketConfig) -> dict[int, np.ndarray]:
+        """Process index -> the rows (slots) of a bucket's global batch that its devices hold, increasing."""
+        size = bucket.batch_size
+        return rows_by_process(self.sharding.activation((axes.BATCH,), (size,)), size)
+
+    def rows(self, bucket: BucketConfig) -> np.ndarray:
+        """The rows (slots) of a bucket's global batch that the devices of this process hold, increasing."""
+        return self.rows_by_process(bucket)[jax.process_index()]
+
+    def shard_batch(self, arrays: dict[str, np.ndarray], bucket: BucketConfig) -> Batch:
+        """The global batch, sharded over the mesh, from the rows of this process (`rows`), in their order."""
+        rows = self.rows(bucket)
+        wanted = self.abstract_batch(bucket)
         missing = sorted(set(wanted) - set(arrays) - {SLOT})
         assert not missing, f"the task's preprocess() left out {missing}, which its fields() promise"
+        local = arrays | {SLOT: rows}
         return {
-            name: jax.make_array_from_process_local_data(
-                spec.sharding, (arrays | {SLOT: slots})[name].astype(spec.dtype, copy=False), spec.shape
-            )
+            name: global_array(local[name].astype(spec.dtype, copy=False), rows, spec.shape, spec.sharding)
             for name, spec in wanted.items()
         }
 

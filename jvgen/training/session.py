@@ -14,7 +14,8 @@ import jax
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import LoadedBatch, Loader
-from jvgen.parallel.mesh import DATA, FSDP, describe, make_mesh
+from jvgen.data.stream.quarantine import process_log
+from jvgen.parallel.mesh import describe, make_mesh
 from jvgen.tasks.task import Batch, Metrics
 from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints
@@ -147,24 +148,14 @@ def _build_program(experiment: Experiment, log: Log) -> Program:
     program.check()
     experiment.task.check_weights()
     experiment.task.check_data(experiment.data)
-    replicas, processes = mesh.shape[DATA] * mesh.shape[FSDP], jax.process_count()
-    if replicas % processes:
-        raise ConfigError(
-            f"mesh: {processes} processes read different examples, but data x fsdp = {replicas}; make it a multiple of "
-            "the number of processes."
-        )
     return program
 
 
 def _open_data(program: Program, workdir: Path, make_loader: Callable[..., Any]) -> tuple[Loader, Evaluator | None]:
     experiment, training = program.experiment, program.experiment.training
-    shared = {
-        "seed": experiment.seed,
-        "preprocess": program.task.preprocess,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    loader = make_loader(experiment.data, **shared, quarantine_log=workdir / "quarantine.jsonl")
+    shared = {"seed": experiment.seed, "preprocess": program.task.preprocess, "rows": program.rows}
+    quarantine_log = process_log(workdir / "quarantine.jsonl", jax.process_index(), jax.process_count())
+    loader = make_loader(experiment.data, **shared, quarantine_log=quarantine_log)
     if not (training.evaluate_every or training.visualize_every):
         return loader, None
     held_out = make_loader(experiment.data, **shared, evaluation=True)

@@ -17,7 +17,7 @@ from absl import flags
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.plan import Plan
-from jvgen.data.stream.quarantine import Quarantine, process_log
+from jvgen.data.stream.quarantine import Quarantine
 from jvgen.data.stream.reader import BatchReader, Preprocess
 
 # The stop step when none is given; `len` of a sequence must fit in 64 bits.
@@ -26,15 +26,17 @@ _ENDLESS = 2**62
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBatch:
-    """This process's part of one global batch. A slot is the index of an example in the global batch.
+    """The rows of one global batch that this process reads. A slot is the index of an example in the global batch.
 
     Attributes:
       step: training step.
       bucket: shape of the batch; the same for every process at a step.
-      arrays: preprocessed arrays by name, stacked over the contiguous slots of the process.
-      record_ids: ids of the records, one per slot (of the substitute where a record could not be decoded).
+      arrays: preprocessed arrays by name, stacked over the slots of the process.
+      record_ids: ids of the records, one per slot of the process (of the substitute where a record could not be
+        decoded).
       read_seconds: time that the consumer waited for the batch.
       substitutes: number of slots filled by a substitute.
+      slots: the slots of the process, increasing, int64; another process may read some of them too.
     """
 
     step: int
@@ -43,6 +45,7 @@ class LoadedBatch:
     record_ids: tuple[str, ...]
     read_seconds: float
     substitutes: int = 0
+    slots: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class Loader:
@@ -53,13 +56,12 @@ class Loader:
       seed: seed of the run.
       preprocess: maps an example (`jvgen.data.stream.transforms.load_example`) to named arrays, with the same shapes
         for every example of a bucket. With workers it is pickled, and it must not use a device.
-      process_index, process_count: process i of n reads the slots [i * B / n, (i + 1) * B / n) of every batch of B.
+      rows: bucket -> the slots that this process reads, increasing (`Program.rows`); None for all of them.
       evaluation: read `config.evaluation_sources` in a fixed order instead.
-      quarantine_log: JSON-lines file of records that could not be decoded; one per process if there are several.
+      quarantine_log: JSON-lines file of records that could not be decoded, of this process alone.
 
     Raises:
-      ValueError: a data set that cannot be opened, a bucket that cannot be filled, a batch size that does not divide
-        over the processes.
+      ValueError: a data set that cannot be opened, a bucket that cannot be filled.
     """
 
     def __init__(
@@ -68,30 +70,23 @@ class Loader:
         *,
         seed: int,
         preprocess: Preprocess,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Callable[[BucketConfig], np.ndarray] | None = None,
         evaluation: bool = False,
         quarantine_log: Path | None = None,
     ):
-        assert 0 <= process_index < process_count
-        for number, bucket in enumerate(config.buckets):
-            if bucket.batch_size % process_count:
-                raise ValueError(
-                    f"buckets.{number}.batch_size = {bucket.batch_size}: is not divisible by the number of processes; "
-                    f"use a multiple of {process_count}."
-                )
         # Evaluation is short and repeated: starting workers would take longer than reading.
         self.config = config.replace(workers=0) if evaluation else config
         sources = [open_source(s.path, s.split) for s in (config.evaluation_sources if evaluation else config.sources)]
         self.plan = Plan(config, [source.index for source in sources], seed, evaluation=evaluation)
-        log = None if quarantine_log is None else process_log(Path(quarantine_log), process_index, process_count)
+        rows = _all_rows if rows is None else rows
+        log = None if quarantine_log is None else Path(quarantine_log)
         self._reader = BatchReader(
             plan=self.plan,
             sources=sources,
             preprocess=preprocess,
             resize=config.resize,
-            process_index=process_index,
-            process_count=process_count,
+            # Resolved here: what goes to workers knows no devices.
+            slots={bucket: rows(bucket) for bucket in self.plan.buckets},
             threads=config.threads,
             quarantine=Quarantine(log, config.error_budget),
         )
@@ -104,6 +99,15 @@ class Loader:
     def bucket(self, step: int) -> BucketConfig:
         """The shape of a step's batch."""
         return self.plan.bucket(step)
+
+    def record_ids(self, step: int) -> tuple[str, ...]:
+        """Ids of the records that the plan puts into the whole global batch of a step; nothing is read."""
+        planned = self.plan.at(step)
+        indices = [source.index for source in self._reader.sources]
+        return tuple(
+            str(indices[source].id[row])
+            for source, row in zip(planned.source.tolist(), planned.row.tolist(), strict=True)
+        )
 
     def batches(self, start_step: int, stop_step: int | None = None) -> "Batches":
         """Batches of steps [start_step, stop_step), endless without a stop. Close it or use it in a `with` block."""
@@ -138,7 +142,7 @@ class Batches(Iterator[LoadedBatch]):
     """Iterator over batches. Owns its threads, and its workers if there are any, until it is closed."""
 
     def __init__(self, reader: BatchReader, config: DataConfig, start: int, stop: int):
-        self._plan, self._workers = reader.plan, config.workers > 0
+        self._plan, self._slots, self._workers = reader.plan, reader.slots, config.workers > 0
         reader = copy.copy(reader)  # own threads: another iterator of the same loader may be closed earlier
         # In a list that close() empties: Grain's iterators must be destroyed before interpreter shutdown.
         self._iterators = [iter(_dataset(_Steps(reader, start, stop), config))]
@@ -158,6 +162,7 @@ class Batches(Iterator[LoadedBatch]):
             record_ids=tuple(element["record_ids"]),
             read_seconds=waited,
             substitutes=element["substitutes"],
+            slots=self._slots[self._plan.bucket(element["step"])],
         )
 
     def close(self) -> None:
@@ -171,6 +176,10 @@ class Batches(Iterator[LoadedBatch]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _all_rows(bucket: BucketConfig) -> np.ndarray:
+    return np.arange(bucket.batch_size)
 
 
 class _Steps:

@@ -25,7 +25,7 @@ class _Slot(NamedTuple):
 
 
 class BatchReader:
-    """Callable: step -> this process's part of the batch, a pure function of the step and the records.
+    """Callable: step -> this process's rows of the batch, a pure function of the step and the records.
 
     Picklable; every copy has its own threads.
     """
@@ -37,8 +37,7 @@ class BatchReader:
         sources: Sequence[Source],
         preprocess: Preprocess,
         resize: Resize,
-        process_index: int,
-        process_count: int,
+        slots: dict[BucketConfig, np.ndarray],
         threads: int,
         quarantine: Quarantine,
     ):
@@ -46,7 +45,7 @@ class BatchReader:
         self.sources = tuple(sources)
         self.preprocess = preprocess
         self.resize: Resize = resize
-        self.process_index, self.process_count = process_index, process_count
+        self.slots = slots
         self.threads = threads
         self.quarantine = quarantine
         self._lock = threading.Lock()
@@ -62,11 +61,10 @@ class BatchReader:
         """
         planned = self.plan.at(step)
         source, row = planned.source.tolist(), planned.row.tolist()
-        share = planned.bucket.batch_size // self.process_count
         threads = self._threads()
         pending = [
             threads.submit(self._read, step, slot, planned.bucket, source[slot], row[slot])
-            for slot in range(self.process_index * share, (self.process_index + 1) * share)
+            for slot in self.slots[planned.bucket].tolist()
         ]
         try:
             slots = [future.result() for future in pending]
