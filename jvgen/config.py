@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jvgen import exit_codes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -49,6 +51,8 @@ class Config:
 
 class ConfigError(ValueError):
     """A user's mistake in a configuration: the message is meant to be read without a traceback."""
+
+    exit_code = exit_codes.USER_ERROR
 
 
 def validate_tree(config: Any, path: str = "") -> None:

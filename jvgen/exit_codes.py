@@ -1,6 +1,7 @@
 """Exit codes of the `jvgen` command: one table for the code, the documentation and the launch files."""
 
 import dataclasses
+import errno
 import os
 
 # Overrides the code that asks a launcher to start the same command again.
@@ -79,3 +80,31 @@ def markdown() -> str:
     """The table of docs/runs.md."""
     rows = [f"| {row.code} | {row.name} | {'yes' if row.restart else 'no'} | {row.meaning} |" for row in TABLE]
     return "\n".join(["| exit code | name | restart | meaning |", "|---|---|---|---|", *rows])
+
+
+# Storage and network errors that may pass: a mounted bucket or a file server that was away for a moment.
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE", "ENETUNREACH",
+                 "EHOSTUNREACH", "ENETDOWN", "EHOSTDOWN", "EREMOTEIO", "EAGAIN", "ENOTCONN")
+    if hasattr(errno, name)
+)  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def of_error(error: BaseException) -> int:
+    """The exit code for an exception that ends a process.
+
+    jvgen's own exceptions have it as their attribute `exit_code`. Of the others a missing or forbidden file is a user's
+    mistake, a full disk is "unsaved", storage and network errors that may pass ask for a restart, and the rest is 1.
+    """
+    if hasattr(error, "exit_code"):
+        return error.exit_code
+    if isinstance(error, OSError):
+        if error.errno in _FULL:
+            return UNSAVED
+        if error.errno in _PASSING or isinstance(error, (TimeoutError, ConnectionError)):
+            return restart_code()
+        if error.filename is not None:
+            return USER_ERROR
+    return ERROR

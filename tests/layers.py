@@ -17,7 +17,8 @@ LAYERS: list[list[str]] = [
     ["losses", "nn"],
     ["data", "evaluation", "diffusion", "parallel"],
     ["geometry", "kernels", "saved_config"],
-    ["config", "exit_codes", "lazy_names", "nested", "terminal", "versions"],
+    ["config"],
+    ["exit_codes", "lazy_names", "nested", "terminal", "versions"],
 ]
 
 # The same inside two packages. Modules that are not listed are unrestricted.

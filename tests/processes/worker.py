@@ -1,0 +1,56 @@
+"""One of several processes that use `jvgen.parallel.processes`: `worker.py SCENARIO PORT PROCESSES PROCESS FOLDER`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from jvgen.config import ConfigError
+from jvgen.parallel import processes
+
+scenario, port, number_of, number, folder = sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5])
+told = {}
+
+
+def failure(function, *arguments) -> str:
+    try:
+        function(*arguments)
+    except (processes.LostProcess, ConfigError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def agreements() -> None:
+    told["count"], told["index"] = processes.count(), processes.index()
+    processes.barrier("start")
+    told["broadcast"] = [processes.broadcast({"from": number, "turn": turn}, "value") for turn in range(2)]
+    told["combined"] = processes.combine(number + 1, sum, "sum")
+    told["same"] = failure(processes.agree, {"seed": 3, "config": "abc"})
+    told["differ"] = failure(
+        processes.agree, {"seed": 3, "config": "abc" if number != 1 else "xyz", "step": number if number == 2 else 0}
+    )
+    if number == 1:
+        time.sleep(2.5)
+    told["late"] = failure(processes.barrier, "save", 1.0)
+    processes.barrier("save again")
+
+
+def fails() -> None:
+    processes.barrier("start")
+    told["start"] = time.time()
+    (folder / f"{number}.json").write_text(json.dumps(told))
+    if number == int(scenario[-1]):
+        if scenario.startswith("mistake"):
+            raise ConfigError("data.path = 3: a path.")
+        raise RuntimeError("a bug\nin two lines")
+    time.sleep(60)
+
+
+try:
+    with processes.fail_fast(folder):
+        processes.initialize(f"127.0.0.1:{port}", number_of, number, timeout=4 if scenario == "alone" else 60)
+        agreements() if scenario == "agreements" else fails()
+except processes.LostProcess as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+(folder / f"{number}.json").write_text(json.dumps(told))
