@@ -11,12 +11,13 @@ READY = $(VENV)/.ready-$(PINS)
 READY_TO_TEST = $(VENV)/.ready-to-test-$(PINS)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup setup-test demo test test-slow bench lint clean
+.PHONY: help setup setup-test demo test test-slow test-faults bench lint clean
 
 help:
 	@echo "make demo       build the embedded data, train two VAEs and a video DiT, resume, sample, export, report (CPU, minutes)"
 	@echo "make test       the whole test suite, except what is marked slow"
 	@echo "make test-slow  the checks that take longer (pod-sized compilations, long resume runs)"
+	@echo "make test-faults  kill, stop and damage tiny real runs; prints a table of what came of it"
 	@echo "make bench      timings against PyTorch"
 
 $(BIN)/python:
@@ -43,6 +44,9 @@ test: setup-test
 
 test-slow: setup-test
 	$(BIN)/python -m pytest -m slow --durations=15
+
+test-faults: setup-test
+	$(BIN)/python -m tests.faults --workdir build/faults --out build/faults.md
 
 bench: setup-test
 	$(BIN)/python -m tests.benchmarks
