@@ -105,9 +105,9 @@ def test_two_processes_that_share_examples_train_as_one(tmp_path, quick_compilat
         )
         for number in (0, 1)
     ]  # fmt: skip
-    assert train(clips.experiment(data), tmp_path / "one") == 0
-    outputs = [process.communicate(timeout=120)[0] for process in pair]
+    outputs = [process.communicate(timeout=200)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
+    assert train(clips.experiment(data), tmp_path / "one") == 0
     for file in ("metrics.jsonl", "evaluation.jsonl"):
         one, two = (read_rows(tmp_path / run / file) for run in ("one", "two"))
         assert [row["step"] for row in one] == [row["step"] for row in two] and one

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.data.store import sources
+from jvgen.data.store import shards, sources
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
 from jvgen.data.store.writer import Writer
@@ -81,6 +81,32 @@ def test_pickled_copies_and_threads(dataset: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_bounded_number_of_shards_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many shards as records, eight threads, three open files."""
+    folder = write(tmp_path / "set", shard_bytes=1, train=30)
+    assert len(list(folder.glob("*train*array_record*"))) == 30
+    opened = shards.OpenShards(limit=3)
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", opened)
+    source = open_source(folder, "train")
+    check(source, [0])
+
+    def descriptors() -> int:
+        names = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        return sum(str(folder) in name for name in names)
+
+    with ThreadPoolExecutor(8) as threads:
+        rows = np.random.default_rng(0).integers(0, 30, (8, 60)).tolist()
+        list(threads.map(lambda row: check(source, row), rows))
+    assert len(opened) == 3 == descriptors()
+    # The one that was used last is still open; the one that was used first is not.
+    check(source, [1, 2, 3])
+    used = opened.reader(source._open()[0]._shards[3].path)
+    check(source, [4, 5])
+    assert opened.reader(source._open()[0]._shards[3].path) is used
+    check(source, [6, 7, 8])
+    assert opened.reader(source._open()[0]._shards[3].path) is not used
 
 
 def test_data_sets_are_opened_one_at_a_time(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

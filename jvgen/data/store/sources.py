@@ -9,6 +9,7 @@ from typing import Any
 from jvgen.data.store import records
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import Record
+from jvgen.data.store.shards import Shard, ShardedRecords
 
 METADATA = "jvgen.json"  # metadata of the builder, beside TFDS's own files
 # Opening imports TFDS, whose lazy modules share one lock (functools.cached_property of Python 3.11): two threads that
@@ -23,7 +24,7 @@ class Source:
         self.folder = folder
         self.split = split
         self.index = Index.load(folder, split)
-        self._reader: Any = None
+        self._opened: tuple[ShardedRecords, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -36,31 +37,35 @@ class Source:
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {self.folder} [{self.split}], which has {len(self)} records")
-        return records.decode(self._open()[int(row)])
+        shards, features = self._open()
+        return records.decode(features.deserialize_example_np(shards[int(row)]))
 
     @property
     def metadata(self) -> dict[str, Any]:
         """Metadata of the builder (origin, options, digests); see `jvgen.data.store.writer`."""
         return read_metadata(self.folder)
 
-    def _open(self) -> Any:
-        if self._reader is None:
+    def _open(self) -> tuple[ShardedRecords, Any]:
+        """The serialized records, and what parses one."""
+        if self._opened is None:
             with _OPEN_LOCK:
-                if self._reader is None:
-                    reader = _builder(self.folder).as_data_source(self.split)
-                    if len(reader) != len(self.index):
+                if self._opened is None:
+                    info = _builder(self.folder).info
+                    instructions = info.splits[self.split].file_instructions
+                    shards = ShardedRecords([Shard(str(i.filename), i.skip, i.skip + i.take) for i in instructions])
+                    if len(shards) != len(self.index):
                         raise ValueError(
                             f"{self.folder} [{self.split}]: the index has {len(self.index)} rows, the data set "
-                            f"{len(reader)} records. Build it again."
+                            f"{len(shards)} records. Build it again."
                         )
-                    self._reader = reader
-        return self._reader
+                    self._opened = shards, info.features
+        return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "split": self.split, "index": self.index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _reader=None)
+        self.__dict__.update(state, _opened=None)
 
     def __repr__(self) -> str:
         return f"Source({str(self.folder)!r}, {self.split!r}, {len(self)} records)"

@@ -1,0 +1,83 @@
+"""Random access to the records of a split's ArrayRecord files, with a bounded number of files open in a process."""
+
+import bisect
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+# Files open at a time in a process, over all data sets: a quarter of the usual `ulimit -n`.
+MAX_OPEN_SHARDS = 256
+
+
+class Shard(NamedTuple):
+    """Records [start, stop) of one ArrayRecord file."""
+
+    path: str
+    start: int
+    stop: int
+
+
+class OpenShards:
+    """Least-recently-used readers of ArrayRecord files; thread-safe.
+
+    A reader that is dropped while another thread reads from it is closed when that thread is done.
+
+    Args:
+      limit: readers kept open.
+    """
+
+    def __init__(self, limit: int = MAX_OPEN_SHARDS):
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._readers: OrderedDict[str, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def reader(self, path: str) -> Any:
+        """The reader of a file, opened if it is not open."""
+        with self._lock:
+            if path in self._readers:
+                self._readers.move_to_end(path)
+                return self._readers[path]
+        reader = _open(path)
+        dropped = []
+        with self._lock:
+            # Another thread may have opened it meanwhile.
+            reader = self._readers.setdefault(path, reader)
+            self._readers.move_to_end(path)
+            while len(self._readers) > self.limit:
+                dropped.append(self._readers.popitem(last=False))
+        return reader
+
+
+# One per process, since open files are counted per process. Worker processes are spawned with their own.
+_OPEN_SHARDS = OpenShards()
+
+
+class ShardedRecords(Sequence[bytes]):
+    """The serialized records of several shards, in order."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self._shards = list(shards)
+        self._ends = list(itertools.accumulate(shard.stop - shard.start for shard in shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, row: int) -> bytes:
+        if not 0 <= row < len(self):
+            raise IndexError(f"record {row} of {len(self)}")
+        number = bisect.bisect_right(self._ends, row)
+        shard = self._shards[number]
+        position = shard.stop - (self._ends[number] - row)
+        return _OPEN_SHARDS.reader(shard.path).read([position])[0]
+
+
+def _open(path: str) -> Any:
+    from array_record.python import array_record_module
+
+    # As `array_record_data_source` opens files for random access: no reading ahead, small buffers.
+    return array_record_module.ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
