@@ -136,8 +136,8 @@ def attention(
         output = run(query, key, value, bias)
     else:
         output = _sharded(run, partitioner, query, key, value, bias)
-    if kernel in (AttentionKernel.REFERENCE, AttentionKernel.GPU):
-        # The other kernels name the residuals of their own backward pass; a second name would store a second copy.
+    if kernel is AttentionKernel.REFERENCE or (kernel is AttentionKernel.GPU and axes.platform() == "cpu"):
+        # What the other kernels' own backward pass needs is known to remat policies: a name would store a second copy.
         output = checkpoint_name(output, ATTENTION_OUTPUT)
     return output
 

@@ -26,21 +26,28 @@ class Remat(enum.Enum):
         return {"attention": cls.SAVE_ATTENTION, "matmuls": cls.SAVE_MATMULS}.get(value)
 
 
-# Names given by `jax.ad_checkpoint.checkpoint_name` inside layers.
+# Names given by `jax.ad_checkpoint.checkpoint_name` inside layers. cuDNN's attention is known by its primitive instead:
+# its backward pass needs the softmax statistics too, which carry no name.
 ATTENTION_OUTPUT = "attention_output"
 LAYER_INPUT = "layer_input"
+CUDNN_ATTENTION = "dot_product_attention_fwd"
 
 
-def checkpointed(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """Wrap the function of one layer in `jax.checkpoint` with the policy of `remat`."""
+def checkpointed(function: Callable[..., Any], remat: Remat, *, in_scan: bool) -> Callable[..., Any]:
+    """Wrap the function of one layer in `jax.checkpoint` with the policy of `remat`.
+
+    Args:
+      in_scan: whether the calls are iterations of a `jax.lax.scan` that is not unrolled. There, forward and backward
+        pass are loops of their own. Elsewhere XLA would find the recomputation equal to the forward pass and keep the
+        results of that instead, so that nothing is saved: it must be kept from that.
+    """
     policies = jax.checkpoint_policies
     if remat is Remat.NONE:
         return function
+    attention = policies.save_from_both_policies(policies.save_only_these_names(ATTENTION_OUTPUT), _is_cudnn_attention)
     policy = {
-        Remat.SAVE_ATTENTION: policies.save_only_these_names(ATTENTION_OUTPUT),
-        Remat.SAVE_MATMULS: policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION_OUTPUT)
-        ),
+        Remat.SAVE_ATTENTION: attention,
+        Remat.SAVE_MATMULS: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
         Remat.FULL: policies.nothing_saveable,
         Remat.OFFLOAD: policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -49,7 +56,11 @@ def checkpointed(function: Callable[..., Any], remat: Remat) -> Callable[..., An
             offload_dst="pinned_host",
         ),
     }[remat]
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+
+def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name.startswith(CUDNN_ATTENTION)
 
 
 def run_block(block: Any, remat: Remat, inputs: jax.Array, *more: Any) -> Any:
@@ -65,7 +76,7 @@ def run_block(block: Any, remat: Remat, inputs: jax.Array, *more: Any) -> Any:
         inputs = checkpoint_name(inputs, LAYER_INPUT)
         return nnx.merge(graph, axes.fsdp_all_gather(state, block_axes))(inputs, *more)
 
-    return checkpointed(body, remat)(state, inputs, *more)
+    return checkpointed(body, remat, in_scan=False)(state, inputs, *more)
 
 
 class Stacked(nnx.Module):
@@ -109,7 +120,7 @@ class Stacked(nnx.Module):
             variables, extra = scanned
             return step(self.layer(variables), carry, extra), None
 
-        body, variables = checkpointed(body, remat), self.variables()
+        body, variables = checkpointed(body, remat, in_scan=not unroll), self.variables()
         if not unroll:
             return jax.lax.scan(body, carry, (variables, per_layer))[0]
         for index in range(self.count):

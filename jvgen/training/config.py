@@ -35,11 +35,15 @@ class TrainingConfig(Config):
       evaluate_every: steps between evaluations; 0 for none.
       evaluation_batches: batches per evaluation, the same ones every time.
       visualize_every: steps between samples of the task (`Task.visualize`); 0 for none.
-      spike_sigma: a step is skipped if a gradient norm exceeds its running mean by more than spike_sigma standard
-        deviations; 0 turns this off.
+      spike_sigma: a step is also skipped if the gradient norm of an objective exceeds its running mean in the steps of
+        the same bucket by more than spike_sigma standard deviations; 0 skips steps that are not finite and no others.
       spike_decay: decay of the running mean and variance of gradient norms.
-      spike_warmup: number of steps at the start of the statistics that are never skipped as spikes.
-      max_consecutive_skips, max_skips: the run stops when more consecutive steps, or more steps in total, are skipped.
+      spike_warmup: number of steps at the start of the statistics that are never skipped as spikes; the statistics
+        start at step 0 and again where a stage of the curriculum starts.
+      spike_patience: after this many consecutive spikes (at most max_consecutive_skips) the next step is taken, and
+        the statistics start again: the norm has a new level.
+      max_consecutive_skips, max_skips: the run stops when more consecutive steps, or more steps in total, are skipped;
+        spikes do not count in the total.
       hang_seconds: if a step takes longer, the stacks of all threads are printed; 0 turns this watchdog off.
       hang_action: "report" prints, "exit" also exits with status 75, on which launchers restart.
       peak_flops: bfloat16 peak of one device in FLOP/s, for the logged MFU; none for the built-in table.
@@ -54,9 +58,10 @@ class TrainingConfig(Config):
     evaluate_every: int = 0
     evaluation_batches: int = 8
     visualize_every: int = 0
-    spike_sigma: float = 6.0
+    spike_sigma: float = 0.0
     spike_decay: float = 0.99
     spike_warmup: int = 100
+    spike_patience: int = 5
     max_consecutive_skips: int = 10
     max_skips: int = 100
     hang_seconds: float = 1800.0
@@ -70,8 +75,8 @@ class TrainingConfig(Config):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)}: must be at least 1.")
         for field in (
-            "evaluate_every", "visualize_every", "spike_sigma", "spike_warmup", "max_consecutive_skips", "max_skips",
-            "hang_seconds",
+            "evaluate_every", "visualize_every", "spike_sigma", "spike_warmup", "spike_patience",
+            "max_consecutive_skips", "max_skips", "hang_seconds",
         ):  # fmt: skip
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} = {getattr(self, field)}: must be 0 (off) or more.")

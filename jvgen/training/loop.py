@@ -251,9 +251,11 @@ class _Loop:
         limits = {"consecutive_skips": "max_consecutive_skips", "skipped_total": "max_skips"}
         for name, field in limits.items():
             limit = getattr(self.training, field)
-            if values[name] > limit:
+            # A run cannot get stuck on spikes: after `spike_patience` of them the next is accepted.
+            count = values[name] - (values.get("spikes_total", 0) if name == "skipped_total" else 0)
+            if count > limit:
                 raise TrainingDiverged(
-                    f"step {pending.step}: {name} = {values[name]} exceeds training.{field} = {limit}. {numbers}. "
+                    f"step {pending.step}: {name} = {count} exceeds training.{field} = {limit}. {numbers}. "
                     f"Records of the last batch: {records}. Checkpoints: {_listed(self.session.checkpoints.steps())}. "
                     "Look at these records, lower optimizer.learning_rate, or raise the limit."
                 )

@@ -21,6 +21,7 @@ from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Batch, Metrics, Task
 from jvgen.training import state
 from jvgen.training.experiment import Experiment
+from jvgen.training.optimization import health
 from jvgen.training.optimization.optimizer import Optimizer, make_optimizer
 from jvgen.training.state import TrainState
 from jvgen.training.step import make_train_step
@@ -77,7 +78,7 @@ class Program:
             owners = [name for name, optimizer in optimizers.items() if optimizer.trainable(path)]
             assert len(owners) <= 1, f"{path} belongs to several objectives: {owners}"
         dtype = jnp.dtype(experiment.training.compute_dtype)
-        abstract = state.abstract_state(task, optimizers, experiment.ema, dtype)
+        abstract = state.abstract_state(task, optimizers, experiment.ema, dtype, _guarded_buckets(experiment))
         return cls(experiment, task, optimizers, sharding, abstract, state.state_shardings(task, abstract, sharding))
 
     def check(self) -> None:
@@ -108,13 +109,23 @@ class Program:
             self.shardings,
         )
 
-    def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """The training step, `(state, batch) -> (state, metrics)`, a pure function that is not compiled yet."""
-        return make_train_step(self.task, self.optimizers, self.experiment.ema, self.experiment.training, self.sharding)
+    def step(self, bucket: BucketConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The training step of a bucket, `(state, batch) -> (state, metrics)`: pure, and not compiled yet."""
+        experiment = self.experiment
+        optimizers = (experiment.optimizer, *experiment.optimizers.values())
+        return make_train_step(
+            self.task,
+            self.optimizers,
+            experiment.ema,
+            experiment.training,
+            self.sharding,
+            bucket=health.bucket_key(bucket),
+            stage_starts=health.stage_starts(experiment.data.buckets, optimizers),
+        )
 
     def lower(self, bucket: BucketConfig) -> jax.stages.Lowered:
         """The training step for one batch shape, lowered for the devices of the mesh, with the state donated."""
-        jitted = jax.jit(self.step(), out_shardings=(self.shardings, self.sharding.replicated), donate_argnums=0)
+        jitted = jax.jit(self.step(bucket), out_shardings=(self.shardings, self.sharding.replicated), donate_argnums=0)
         return jitted.lower(self.abstract_state(), self.abstract_batch(bucket))
 
     def external_inputs(self) -> tuple[jax.Array, Parameters]:
@@ -127,7 +138,13 @@ class Program:
     def init(self) -> TrainState:
         """A fresh state; each shard is initialized on its own device."""
         key, frozen = self.external_inputs()
-        make = functools.partial(state.init, self.task, self.optimizers, self.experiment.ema)
+        make = functools.partial(
+            state.init,
+            self.task,
+            self.optimizers,
+            self.experiment.ema,
+            guarded_buckets=_guarded_buckets(self.experiment),
+        )
         # Key and frozen parameters exist already: they are inserted afterwards, not copied through the program.
         shardings = dataclasses.replace(self.shardings, key=None, frozen=None)
         jitted = jax.jit(lambda key: dataclasses.replace(make(key, {}), key=None, frozen=None), out_shardings=shardings)
@@ -181,6 +198,11 @@ class Program:
             name: global_array(local[name].astype(spec.dtype, copy=False), rows, spec.shape, spec.sharding)
             for name, spec in wanted.items()
         }
+
+
+def _guarded_buckets(experiment: Experiment) -> list[str]:
+    """Keys of the buckets whose gradient norms have statistics: those of all stages, or none without spike guard."""
+    return [health.bucket_key(bucket) for bucket in experiment.data.buckets] if experiment.training.spike_sigma else []
 
 
 def check_batch(experiment: Experiment, bucket: BucketConfig, sharding: Sharding) -> None:

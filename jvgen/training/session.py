@@ -190,7 +190,7 @@ def _compile_steps(program: Program, flops: dict[BucketConfig, dict[str, float]]
     """The training step of every bucket; buckets with equal arrays share a compiled step."""
     if jax.config.jax_disable_jit:
         log("JAX_DISABLE_JIT: training steps run op by op, without compilation")
-        return dict.fromkeys(flops, program.step())
+        return {bucket: program.step(bucket) for bucket in flops}
     compiled: dict[BucketConfig, Step] = {}
     by_shape: dict[str, jax.stages.Compiled] = {}
     for bucket in flops:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ class TrainState:
       parameters: float32, `{network: ...}`.
       optimizer: optimizer state by objective name.
       ema: EMA parameters by decay ("0.9999").
-      health: statistics of gradient norms, counts of skipped steps.
+      health: counts of skipped steps, statistics of gradient norms.
       key: random key of the run, constant; each use folds in its purpose and the step.
       frozen: parameters of frozen networks, read from their own files and never saved.
     """
@@ -55,6 +55,12 @@ class TrainState:
             }
         )
 
+    @staticmethod
+    def may_be_missing(name: str) -> bool:
+        """Whether a checkpoint may lack this array, or hold it in vain: statistics of the spike guard start again."""
+        counts = ("health/count", "health/consecutive", "health/skipped")
+        return name.startswith("health/") and name not in counts
+
     def with_saved(self, arrays: Mapping[str, Any]) -> "TrainState":
         """A copy with the `saved()` leaves taken from `arrays`."""
         parts = {name: getattr(self, name) for name in ("step", "parameters", "optimizer", "ema", "health")}
@@ -65,9 +71,18 @@ class TrainState:
 
 
 def init(
-    task: Task, optimizers: Mapping[str, Optimizer], ema_config: EmaConfig, key: jax.Array, frozen: Parameters
+    task: Task,
+    optimizers: Mapping[str, Optimizer],
+    ema_config: EmaConfig,
+    key: jax.Array,
+    frozen: Parameters,
+    guarded_buckets: Sequence[str] = (),
 ) -> TrainState:
-    """A fresh state. Pure: trace it under `jax.jit` with `out_shardings`."""
+    """A fresh state. Pure: trace it under `jax.jit` with `out_shardings`.
+
+    Args:
+      guarded_buckets: keys of the buckets with statistics of gradient norms, see `health.bucket_key`.
+    """
     parameters = task.init(jax.random.fold_in(key, INIT))
     trained, _ = nested.split(parameters, lambda path: any(o.trainable(path) for o in optimizers.values()))
     return TrainState(
@@ -78,7 +93,7 @@ def init(
             for name, optimizer in optimizers.items()
         },
         ema=ema.init(ema_config, trained),
-        health=health.Health.start(tuple(sorted(optimizers))),
+        health=health.Health.start(optimizers, guarded_buckets),
         key=key,
         frozen=frozen,
     )
@@ -94,7 +109,11 @@ def key_for(key: jax.Array, purpose: int, step: jax.Array | int) -> jax.Array:
 
 
 def abstract_state(
-    task: Task, optimizers: Mapping[str, Optimizer], ema_config: EmaConfig, compute_dtype: jnp.dtype
+    task: Task,
+    optimizers: Mapping[str, Optimizer],
+    ema_config: EmaConfig,
+    compute_dtype: jnp.dtype,
+    guarded_buckets: Sequence[str] = (),
 ) -> TrainState:
     """Shapes and dtypes of the state; allocates nothing and reads no file."""
     frozen = {
@@ -102,7 +121,7 @@ def abstract_state(
         for name, network in sorted(task.frozen_networks.items())
     }
     return jax.eval_shape(
-        lambda key, frozen: init(task, optimizers, ema_config, key, frozen), jax.random.key(0), frozen
+        lambda key, frozen: init(task, optimizers, ema_config, key, frozen, guarded_buckets), jax.random.key(0), frozen
     )
 
 

@@ -31,23 +31,29 @@ def make_train_step(
     ema_config: EmaConfig,
     training: TrainingConfig,
     sharding: Sharding | None = None,
+    *,
+    bucket: str | None = None,
+    stage_starts: Sequence[int] = (),
 ) -> Step:
     """Build the training step of a task.
 
     The gradients of all objectives are taken at the parameters that the step starts from; each optimizer then updates
     its own parameters. Objectives with the same loss share one forward and backward pass. An objective that is inactive
     in a step (see `Objective`) reports no metrics, and nothing of it changes. A step with a loss or gradient norm that
-    is not finite, or with a spike of the norm, is skipped: parameters, moments and EMA stay as they are, and the skip
-    is counted.
+    is not finite, or with a spike of the norm (`jvgen.training.optimization.health`), is skipped: parameters, moments
+    and EMA stay as they are, also where `Task.after_update` would change them, and the skip is counted.
 
     Args:
       optimizers: one per objective, by name, in the order of `task.objectives()`.
       sharding: constrains activations and gradients while the step is traced; None for one device.
+      bucket: key of the bucket that the step is for, see `health.bucket_key`; needed by the spike guard.
+      stage_starts: steps at which the statistics of the spike guard start again.
 
     Returns:
       A pure function to trace under `jax.jit` with the state donated. Its metrics: those of the task, and "loss",
       "gradient_norm" (before clipping), "update_norm" and "learning_rate" (prefixed with "NAME/" if there are several
-      objectives), "parameter_norm", "skipped" (0 or 1), "consecutive_skips", "skipped_total".
+      objectives), "parameter_norm", "skipped" (0 or 1), "consecutive_skips", "skipped_total", and "spikes_total" (of
+      these, the finite ones) with the spike guard.
     """
     objectives = task.objectives()
     assert [o.name for o in objectives] == list(optimizers), "one optimizer per objective, in order"
@@ -98,7 +104,10 @@ def make_train_step(
                 losses[name], gradients[name] = value, nested.split(gradient, optimizers[name].trainable)[0]
                 norms[name] = global_norm(gradients[name])
 
-        healthy = health.is_healthy(training, state.health, losses, norms)
+        new_stage = jnp.isin(state.step, jnp.asarray(stage_starts, jnp.int32)) if stage_starts else False
+        healthy, counts = health.check_step(
+            training, state.health, losses, norms, bucket=bucket, new_stage=new_stage, activity=activity
+        )
         parameters, moments = state.parameters, {}
         for objective in objectives:
             name, prefix = objective.name, f"{objective.name}/" if len(objectives) > 1 else ""
@@ -117,17 +126,18 @@ def make_train_step(
             parameters = nested.merge(parameters, jax.tree.map(jnp.add, trained, updates))
         averaged = ema.update(ema_config, state.ema, parameters, state.health.count)
 
-        parameters = _select(healthy, parameters, state.parameters)
         parameters = task.after_update(
             parameters, state.frozen, batch, jax.random.fold_in(key, len(objectives)), state.step
         )
-        counts = health.update(training, state.health, norms, healthy, activity)
+        parameters = _select(healthy, parameters, state.parameters)
         metrics |= {
             "parameter_norm": global_norm(parameters),
             "skipped": 1 - healthy.astype(jnp.int32),
             "consecutive_skips": counts.consecutive,
             "skipped_total": counts.skipped,
         }
+        if training.spike_sigma:
+            metrics["spikes_total"] = counts.spikes
         state = dataclasses.replace(
             state,
             step=state.step + 1,

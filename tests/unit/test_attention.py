@@ -218,7 +218,7 @@ def test_remat_stores_the_output_of_attention(key, kernel):
     query, keys, value, _ = arrays(key)
 
     def exponentials(remat):
-        layer = checkpointed(lambda *a: attention(*a, kernel=kernel), remat)
+        layer = checkpointed(lambda *a: attention(*a, kernel=kernel), remat, in_scan=True)
         jaxpr = jax.make_jaxpr(jax.grad(lambda *a: jnp.sum(layer(*a) ** 2), argnums=(0, 1, 2)))(query, keys, value)
         return str(jaxpr).count("= exp ")
 

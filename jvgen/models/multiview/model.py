@@ -104,8 +104,8 @@ class MultiViewDiT(VideoDiT):
     ) -> Float[Array, "R L D"]:
         """All blocks, with a synchronization module after every `sync.every` of them: a scan of scans."""
         config, every, count = self.config, self.config.sync.every, self.config.sync_layers
-        block = checkpointed(self._block_step(context), config.remat)
-        sync = checkpointed(self._sync_step(context, views), config.remat)
+        block = checkpointed(self._block_step(context), config.remat, in_scan=not config.unroll)
+        sync = checkpointed(self._sync_step(context, views), config.remat, in_scan=not config.unroll)
         layers = (self.blocks.variables(), self._per_layer())
         grouped = jax.tree.map(lambda leaf: leaf.reshape(count, every, *leaf.shape[1:]), layers)
 

@@ -42,7 +42,7 @@ def run_layers(
         def one_layer(variables: Any, read: jax.Array, condition: Any, constants: Any) -> jax.Array:
             return layer(blocks.layer(variables), plan.layer, read, condition, constants)
 
-        return checkpointed(one_layer, remat)
+        return checkpointed(one_layer, remat, in_scan=not unroll)
 
     def scan(body: Callable, carry: Any, per_layer: Any, *, reverse: bool = False) -> tuple[Any, Any]:
         per_layer = jax.tree.map(jnp.asarray, per_layer)

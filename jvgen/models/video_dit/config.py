@@ -29,6 +29,9 @@ class GateKind(enum.Enum):
 class AggregationConfig(Config):
     """RepVideo's aggregation (Si et al. 2025, arXiv 2501.08994): layers read a gated mean of earlier layers.
 
+    Gates have the learning rate and the weight decay of matrices, as in the released training code, which excludes
+    norms and biases only. At the released rate of 1e-5 the decay is negligible beside Adam's steps.
+
     Attributes:
       period: the mean restarts after every layer whose index (from 0) is a multiple of this.
       gate: kind of gate.

@@ -215,6 +215,7 @@ class Checkpoints:
         *,
         step: int | None = None,
         partial: bool = False,
+        may_be_missing: Callable[[str], bool] = lambda name: False,
     ) -> Restored | None:
         """Restore the latest valid checkpoint, or the one of `step`; None if there are no checkpoints.
 
@@ -224,6 +225,8 @@ class Checkpoints:
           wanted: shape, dtype and sharding of the arrays to read, by name.
           check: called with (data state, run document) before any array is read; raises if they are of another run.
           partial: the checkpoint may hold other arrays than the wanted ones.
+          may_be_missing: whether the checkpoint may lack the array of a name, which is then left out of the result, or
+            hold one that is not wanted.
 
         Raises:
           CheckpointError: there are checkpoints, and none is valid.
@@ -247,9 +250,12 @@ class Checkpoints:
                 manifest, data, run = documents
                 if check is not None:
                     check(data, run)
-                _check_arrays_fit(manifest["arrays"], wanted, partial, self.folder / str(candidate))
+                saved = manifest["arrays"]
+                present = {name: want for name, want in wanted.items() if name in saved or not may_be_missing(name)}
+                known = {name: about for name, about in saved.items() if name in wanted or not may_be_missing(name)}
+                _check_arrays_fit(known, present, partial, self.folder / str(candidate))
                 try:
-                    restored = self._arrays(candidate, manifest, wanted)
+                    restored = self._arrays(candidate, manifest, present)
                 except CorruptCheckpoint as error:
                     problem = str(error)
                 if _agree(problem is None):

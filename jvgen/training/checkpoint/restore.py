@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from jvgen import nested
 from jvgen.config import ConfigError
@@ -44,14 +45,24 @@ def restore_state(
         if data and ".*" not in accepted:
             loader.check_state(data)
 
-    restored = checkpoints.restore(program.abstract_state().saved(), check)
+    wanted = program.abstract_state().saved()
+    restored = checkpoints.restore(wanted, check, may_be_missing=TrainState.may_be_missing)
     if restored is None:
         initial.check_import_finished(checkpoints.folder.parent)
         log(f"starting from step 0 with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
         return program.init()
     log(f"restored step {restored.step} from {checkpoints.folder}, checksums verified")
+    missing = {name: _zeros(want) for name, want in wanted.items() if name not in restored.arrays}
+    if any(name.startswith("health/norms/") for name in missing):
+        log("the statistics of the spike guard start again: the checkpoint holds none of these buckets")
     key, frozen = program.external_inputs()
-    return dataclasses.replace(program.abstract, key=key, frozen=frozen).with_saved(restored.arrays)
+    return dataclasses.replace(program.abstract, key=key, frozen=frozen).with_saved(restored.arrays | missing)
+
+
+def _zeros(want: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(
+        want.shape, want.sharding, lambda index: np.zeros(want.sharding.shard_shape(want.shape), want.dtype)
+    )
 
 
 def load_for_inference(
