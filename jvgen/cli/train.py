@@ -25,6 +25,11 @@ def add_commands(commands) -> None:
         help="resume even though model, data or seed in the config differ from the checkpoint's",
     )  # fmt: skip
     parser.add_argument(
+        "--cache", type=Path, metavar="DIR",
+        help="folder of compiled programs, which later starts read; that of JAX_COMPILATION_CACHE_DIR if it is set, "
+        "else compiled/ in the run directory",
+    )  # fmt: skip
+    parser.add_argument(
         "--distributed", action="store_true",
         help="call jax.distributed.initialize() first, for runs of several processes",
     )  # fmt: skip
@@ -41,4 +46,7 @@ def run_train(parsed: argparse.Namespace) -> int:
 
         jax.distributed.initialize()
     check(experiment, parsed.workdir)
-    return train(experiment, parsed.workdir, stop_after=parsed.stop_after, allow_changes=parsed.allow_changes)
+    return train(
+        experiment, parsed.workdir, stop_after=parsed.stop_after, allow_changes=parsed.allow_changes,
+        cache=parsed.cache,
+    )  # fmt: skip

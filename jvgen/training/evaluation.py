@@ -7,8 +7,10 @@ import jax
 import numpy as np
 
 from jvgen import nested
+from jvgen.data.stream.config import BucketConfig
 from jvgen.nn.network import Parameters
 from jvgen.tasks.task import Batch
+from jvgen.training.compilation import Programs
 from jvgen.training.program import Program
 from jvgen.training.state import EVALUATE, VISUALIZE, TrainState, key_for
 from jvgen.training.telemetry.metrics import RunningMeans
@@ -23,21 +25,21 @@ class Evaluator:
     Args:
       program: the run.
       batches: (start, stop) -> closable iterator of evaluation batches (`Loader.batches`).
+      programs: the compiled evaluation programs.
     """
 
-    def __init__(self, program: Program, batches: Callable[[int, int], Any]):
-        self._program, self._batches = program, batches
-        self._evaluate = program.evaluation("evaluate")
-        self._visualize = program.evaluation("visualize")
+    def __init__(self, program: Program, batches: Callable[[int, int], Any], programs: Programs):
+        self._program, self._batches, self._programs = program, batches, programs
 
     def evaluate(self, state: TrainState, count: int) -> dict[str, float]:
         """Metrics over the first `count` batches: "loss" of the raw parameters, "ema_0.9999/loss" of each EMA."""
         variants = parameter_variants(state)
         means = {name: RunningMeans() for name in variants}
-        for index, batch in enumerate(self._sharded_batches(count)):
+        for index, (bucket, batch) in enumerate(self._sharded_batches(count)):
+            evaluate = self._programs.evaluation("evaluate", bucket)
             key = key_for(state.key, EVALUATE, index)
             for name, parameters in variants.items():
-                means[name].add(self._evaluate(parameters, state.frozen, batch, key))
+                means[name].add(evaluate(parameters, state.frozen, batch, key))
         return {
             metric if name == RAW else f"{name}/{metric}": value
             for name, mean in means.items()
@@ -49,15 +51,16 @@ class Evaluator:
         parameters = list(parameter_variants(state).values())[-1]
         key = key_for(state.key, VISUALIZE, 0)
         clips: dict[str, np.ndarray] = {}
-        for batch in self._sharded_batches(1):
-            shown = jax.device_get(self._visualize(parameters, state.frozen, batch, key))
+        for bucket, batch in self._sharded_batches(1):
+            visualize = self._programs.evaluation("visualize", bucket)
+            shown = jax.device_get(visualize(parameters, state.frozen, batch, key))
             clips = {name: np.asarray(value)[:MAX_SAMPLES] for name, value in shown.items()}
         return clips
 
-    def _sharded_batches(self, count: int) -> Iterator[Batch]:
+    def _sharded_batches(self, count: int) -> Iterator[tuple[BucketConfig, Batch]]:
         with self._batches(0, count) as loaded:
             for batch in loaded:
-                yield self._program.shard_batch(batch.arrays, batch.bucket)
+                yield batch.bucket, self._program.shard_batch(batch.arrays, batch.bucket)
 
 
 def parameter_variants(state: TrainState) -> dict[str, Parameters]:

@@ -44,6 +44,7 @@ def train(
     resume: bool = True,
     stop_after: int | None = None,
     allow_changes: bool = False,
+    cache: Path | None = None,
     make_loader: Callable[..., Any] = Loader,
 ) -> int:
     """Train to the end of the run, resuming from the latest valid checkpoint in the run directory.
@@ -56,6 +57,8 @@ def train(
       resume: with False the run directory must not hold checkpoints.
       stop_after: save and stop after this many steps of the run.
       allow_changes: resume although model, data or seed differ from the checkpoint's.
+      cache: folder of compiled programs; that of `JAX_COMPILATION_CACHE_DIR` if it is set, else `compiled/` in the run
+        directory.
       make_loader: `Loader`, or something with its interface.
 
     Returns:
@@ -77,7 +80,7 @@ def train(
     try:
         with prepare(
             experiment, workdir, hooks=all_hooks, log=console.log,
-            resume=resume, allow_changes=allow_changes, make_loader=make_loader,
+            resume=resume, allow_changes=allow_changes, cache=cache, make_loader=make_loader,
         ) as session:  # fmt: skip
             all_hooks.on_start(RunInfo(experiment, workdir, session.start_step, session.document))
             status = _Loop(session).run(stop_after)
@@ -139,6 +142,7 @@ class _Loop:
                     if previous is not None:
                         self._log(previous)
                 session.checkpoints.poll()
+                session.programs.poll()
                 step += 1
         except TrainingDiverged as error:
             session.log(f"ERROR: {error}")
@@ -147,7 +151,7 @@ class _Loop:
     def _step(self, batch: LoadedBatch) -> Metrics:
         """Dispatch one training step; does not wait for it."""
         sharded = self.session.program.shard_batch(batch.arrays, batch.bucket)
-        self.state, metrics = self.session.steps[batch.bucket](self.state, sharded)
+        self.state, metrics = self.session.programs.step(batch.bucket)(self.state, sharded)
         return metrics
 
     def _next_batch(self, step: int) -> tuple[LoadedBatch, float]:

@@ -178,6 +178,11 @@ class Program:
 
         return jax.jit(run, out_shardings=self.sharding.replicated)
 
+    def lower_evaluation(self, method: str, bucket: BucketConfig) -> jax.stages.Lowered:
+        """`evaluation(method)` for one batch shape, lowered for the devices of the mesh."""
+        state = self.abstract_state()
+        return self.evaluation(method).lower(state.parameters, state.frozen, self.abstract_batch(bucket), state.key)
+
     def rows_by_process(self, bucket: BucketConfig) -> dict[int, np.ndarray]:
         """Process index -> the rows (slots) of a bucket's global batch that its devices hold, increasing."""
         size = bucket.batch_size

@@ -16,10 +16,12 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import process_log
 from jvgen.parallel.mesh import describe, make_mesh
-from jvgen.tasks.task import Batch, Metrics
 from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.checkpoint.restore import restore_state
+from jvgen.training.compilation import FOLDER as COMPILED
+from jvgen.training.compilation import Programs, compile_programs, persistent_cache
+from jvgen.training.config import TrainingConfig
 from jvgen.training.evaluation import Evaluator
 from jvgen.training.experiment import Experiment
 from jvgen.training.preemption import EXIT_RESTART, Preemption
@@ -32,7 +34,6 @@ from jvgen.training.telemetry.run_files import EVALUATION
 from jvgen.training.watchdog import Watchdog
 
 Log = Callable[[Any], None]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Session:
       document: the run document that is saved in checkpoints.
       state: state to start from, restored or fresh; the first step donates it.
       start_step: number of steps done before.
-      steps: compiled training step of each bucket.
+      programs: compiled training step of each bucket, and evaluation programs.
       flops: FLOPs per step of each bucket, by component.
       peak_flops: peak of one device in FLOP/s; None if unknown.
       batches: batches of this process from `start_step` on.
@@ -66,7 +67,7 @@ class Session:
     document: dict[str, Any]
     state: TrainState
     start_step: int
-    steps: dict[BucketConfig, Step]
+    programs: Programs
     flops: dict[BucketConfig, dict[str, float]]
     peak_flops: float | None
     batches: Iterator[LoadedBatch]
@@ -85,6 +86,7 @@ def prepare(
     log: Log,
     resume: bool = True,
     allow_changes: bool = False,
+    cache: Path | None = None,
     make_loader: Callable[..., Any] = Loader,
 ) -> Iterator[Session]:
     """Open a session; leaving the context closes its checkpoints, data and threads. Arguments are those of `train`.
@@ -96,7 +98,8 @@ def prepare(
     training = experiment.training
     with contextlib.ExitStack() as stack:
         program = _build_program(experiment, log)
-        loader, evaluator = _open_data(program, workdir, make_loader)
+        stack.enter_context(persistent_cache(cache, workdir / COMPILED, log))
+        loader, held_out = _open_data(program, workdir, make_loader)
         _log_parameters(program, log)
         checkpoints = Checkpoints(workdir, experiment.checkpoint, log=log, on_saved=hooks.on_checkpoint)
         stack.callback(checkpoints.close)
@@ -113,7 +116,9 @@ def prepare(
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(json.dumps(document, indent=1))
         flops = {bucket: throughput.step_flops(program.task, bucket) for bucket in loader.buckets}
-        steps = _compile_steps(program, flops, log)
+        evaluations = [] if held_out is None else _evaluations(held_out, training)
+        programs = compile_programs(program, loader.buckets, evaluations, start_step, flops, log)
+        evaluator = None if held_out is None else Evaluator(program, held_out.batches, programs)
         peak_flops = throughput.peak_flops(program.sharding.mesh.devices.flat[0], training.peak_flops)
         peak = f"{peak_flops:.4g} FLOP/s per device" if peak_flops else "of this device unknown"
         log(f"{throughput.FORMULA}; peak {peak}")
@@ -130,7 +135,7 @@ def prepare(
             document=document,
             state=state,
             start_step=start_step,
-            steps=steps,
+            programs=programs,
             flops=flops,
             peak_flops=peak_flops,
             batches=batches,
@@ -151,15 +156,15 @@ def _build_program(experiment: Experiment, log: Log) -> Program:
     return program
 
 
-def _open_data(program: Program, workdir: Path, make_loader: Callable[..., Any]) -> tuple[Loader, Evaluator | None]:
+def _open_data(program: Program, workdir: Path, make_loader: Callable[..., Any]) -> tuple[Loader, Loader | None]:
+    """The training data, and the held-out data if the run evaluates."""
     experiment, training = program.experiment, program.experiment.training
     shared = {"seed": experiment.seed, "preprocess": program.task.preprocess, "rows": program.rows}
     quarantine_log = process_log(workdir / "quarantine.jsonl", jax.process_index(), jax.process_count())
     loader = make_loader(experiment.data, **shared, quarantine_log=quarantine_log)
     if not (training.evaluate_every or training.visualize_every):
         return loader, None
-    held_out = make_loader(experiment.data, **shared, evaluation=True)
-    return loader, Evaluator(program, held_out.batches)
+    return loader, make_loader(experiment.data, **shared, evaluation=True)
 
 
 def _log_parameters(program: Program, log: Log) -> None:
@@ -186,22 +191,14 @@ def _compile_digests(state: TrainState, log: Log) -> None:
     log(f"compiled digests of {len(state.saved())} arrays in {time.perf_counter() - start:.1f} s")
 
 
-def _compile_steps(program: Program, flops: dict[BucketConfig, dict[str, float]], log: Log) -> dict[BucketConfig, Step]:
-    """The training step of every bucket; buckets with equal arrays share a compiled step."""
-    if jax.config.jax_disable_jit:
-        log("JAX_DISABLE_JIT: training steps run op by op, without compilation")
-        return {bucket: program.step(bucket) for bucket in flops}
-    compiled: dict[BucketConfig, Step] = {}
-    by_shape: dict[str, jax.stages.Compiled] = {}
-    for bucket in flops:
-        shapes = repr(sorted((n, s.shape, str(s.dtype)) for n, s in program.abstract_batch(bucket).items()))
-        if shapes not in by_shape:
-            start = time.perf_counter()
-            by_shape[shapes] = program.lower(bucket).compile()
-            log(startup.memory_line(bucket, by_shape[shapes], time.perf_counter() - start))
-            log(startup.flops_line(bucket, flops[bucket], program.sharding.mesh.size))
-        compiled[bucket] = by_shape[shapes]
-    return compiled
+def _evaluations(held_out: Any, training: TrainingConfig) -> list[tuple[str, BucketConfig]]:
+    """The evaluation programs that a run needs: (method of the task, bucket), each once."""
+    wanted: dict[tuple[str, BucketConfig], None] = {}
+    if training.evaluate_every:
+        wanted |= {("evaluate", held_out.bucket(index)): None for index in range(training.evaluation_batches)}
+    if training.visualize_every:
+        wanted["visualize", held_out.bucket(0)] = None
+    return list(wanted)
 
 
 def _start_watchdog(experiment: Experiment, workdir: Path) -> Watchdog:

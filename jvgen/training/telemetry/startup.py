@@ -44,9 +44,10 @@ def _spec(sharding: jax.sharding.NamedSharding) -> str:
     return f"over {sharding.spec}" if any(sharding.spec) else "replicated"
 
 
-def memory_line(bucket: BucketConfig, compiled: jax.stages.Compiled, seconds: float) -> str:
-    """Memory per device of one compiled step, and its compile time."""
-    line = f"compiled step for {bucket.name} x {bucket.batch_size} in {seconds:.1f} s"
+def memory_line(bucket: BucketConfig, compiled: jax.stages.Compiled, seconds: float, cached: bool = False) -> str:
+    """Memory per device of one compiled step, its compile time and whether it was read from the persistent cache."""
+    source = " (from the cache)" if cached else ""
+    line = f"compiled step for {bucket.name} x {bucket.batch_size} in {seconds:.1f} s{source}"
     analysis = compiled.memory_analysis()
     if analysis is None:
         return line

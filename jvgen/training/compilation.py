@@ -1,0 +1,319 @@
+"""Compilation of a run's programs: a persistent cache, the current stage's programs in parallel, later ones in the
+background.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from jvgen.data.stream.config import BucketConfig
+from jvgen.tasks.task import Batch, Metrics
+from jvgen.training.program import Program
+from jvgen.training.state import TrainState
+from jvgen.training.telemetry import startup
+
+Log = Callable[[Any], None]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+# Folder of the cache in a run directory.
+FOLDER = "compiled"
+# Programs that compile faster are not written to the cache: reading them would take as long.
+MIN_COMPILE_SECONDS = 0.1
+# Each compilation of a large program takes several GiB of host memory.
+MAX_THREADS = 16
+# Seconds between two looks at `while_waiting` while programs are compiled.
+POLL_SECONDS = 0.2
+_VERIFIED = "verified"
+
+
+@contextlib.contextmanager
+def persistent_cache(folder: Path | None, default: Path, log: Log) -> Iterator[Path | None]:
+    """Context in which compiled programs are kept in a folder and read from it, on all backends.
+
+    Only process 0 writes. Entries that a killed process left incomplete are removed; otherwise their programs would be
+    compiled at every start. Whoever can write to the folder can make the run execute code.
+
+    Args:
+      folder: created if missing; None for the one that JAX is configured to use (`JAX_COMPILATION_CACHE_DIR`).
+      default: the folder if there is neither.
+
+    Yields:
+      The folder in use; None if `JAX_ENABLE_COMPILATION_CACHE` is off.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        log("compilation cache: off (JAX_ENABLE_COMPILATION_CACHE)")
+        yield None
+        return
+    if folder is None and jax.config.jax_compilation_cache_dir is not None:
+        yield Path(jax.config.jax_compilation_cache_dir)
+        return
+    folder = folder or default
+    if jax.process_index() == 0:
+        _remove_incomplete(folder, log)
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": MIN_COMPILE_SECONDS,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    _configure(settings)
+    try:
+        yield folder
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    # JAX opens its cache once, at the first compilation.
+    compilation_cache.reset_cache()
+
+
+def _remove_incomplete(folder: Path, log: Log) -> None:
+    """Remove entries that cannot be decompressed; those that were checked at an earlier start are not read again."""
+    if not folder.is_dir():
+        return
+    marker = folder / _VERIFIED
+    known = set(marker.read_text().split()) if marker.exists() else set()
+    entries = {path.name: path for path in folder.iterdir() if path.name.endswith("-cache")}
+    for name in sorted(entries.keys() - known):
+        if not _is_complete(entries[name].read_bytes()):
+            entries.pop(name).unlink(missing_ok=True)
+            log(f"compilation cache: removed {folder / name}, which an interrupted run left incomplete")
+    if entries.keys() != known:
+        marker.write_text("".join(f"{name}\n" for name in sorted(entries)))
+
+
+def _is_complete(entry: bytes) -> bool:
+    """Whether a compressed entry has its end. zlib's own checksum is checked; of zstandard only the frame's header."""
+    if entry[:4] == b"\x28\xb5\x2f\xfd":
+        return True
+    decompressor = zlib.decompressobj()
+    try:
+        decompressor.decompress(entry)
+    except zlib.error:
+        return False
+    return decompressor.eof
+
+
+_cache_hits = threading.local()
+
+
+@functools.cache
+def _count_cache_hits() -> None:
+    """Start counting, in `_cache_hits`, the programs that each thread reads from the persistent cache."""
+
+    def count(event: str, **unused: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            _cache_hits.count = getattr(_cache_hits, "count", 0) + 1
+
+    jax.monitoring.register_event_listener(count)
+
+
+@dataclasses.dataclass
+class _Job:
+    """One program to compile.
+
+    Attributes:
+      name: for messages.
+      lower: traces it.
+      report: lines for the log, given the compiled program.
+      done: set when `compiled` or `error` is.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    report: Callable[["_Job"], list[str]]
+    compiled: jax.stages.Compiled | None = None
+    error: BaseException | None = None
+    seconds: float = 0.0
+    cached: bool = False
+    logged: bool = False
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+class Programs:
+    """The compiled programs of a run: a training step per bucket, evaluation programs per bucket.
+
+    Made by `compile_programs`. Not safe for several threads: only the main thread calls it.
+    """
+
+    def __init__(self, program: Program, log: Log, while_waiting: Callable[[], None]):
+        self._program, self._log, self._while_waiting = program, log, while_waiting
+        self._steps: dict[BucketConfig, _Job] = {}
+        self._evaluations: dict[tuple[str, BucketConfig], _Job] = {}
+        self._background: list[_Job] = []
+
+    def step(self, bucket: BucketConfig) -> Step:
+        """The training step of a bucket; waits for it if it is still being compiled.
+
+        Raises:
+          Exception: what its compilation raised.
+        """
+        if jax.config.jax_disable_jit:
+            return self._program.step(bucket)
+        return self._result(self._steps[bucket])
+
+    def evaluation(self, method: str, bucket: BucketConfig) -> Callable[..., Any]:
+        """A method of the task ("evaluate", "visualize") for batches of a bucket, see `Program.evaluation`."""
+        if jax.config.jax_disable_jit or (method, bucket) not in self._evaluations:
+            return self._program.evaluation(method)
+        return self._result(self._evaluations[method, bucket])
+
+    def poll(self) -> None:
+        """Log what was compiled in the background since the last call, and what failed. It does not wait."""
+        for job in self._background:
+            if job.done.is_set() and not job.logged:
+                self._log_job(job)
+        self._background = [job for job in self._background if not job.logged]
+
+    def _result(self, job: _Job) -> Any:
+        while not job.done.wait(POLL_SECONDS):
+            self._while_waiting()
+        if not job.logged:
+            self._log_job(job)
+        if job.error is not None:
+            raise job.error
+        return job.compiled
+
+    def _log_job(self, job: _Job) -> None:
+        job.logged = True
+        if job.error is None:
+            for line in job.report(job):
+                self._log(line)
+        else:
+            first = (str(job.error).strip().splitlines() or [""])[0]
+            self._log(f"ERROR: compiling {job.name} failed: {type(job.error).__name__}: {first}")
+
+
+def compile_programs(
+    program: Program,
+    buckets: Sequence[BucketConfig],
+    evaluations: Sequence[tuple[str, BucketConfig]],
+    start_step: int,
+    flops: dict[BucketConfig, dict[str, float]],
+    log: Log,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> Programs:
+    """Compile the programs of a run and return when those of the current stage are compiled.
+
+    The steps of the buckets that are active at `start_step` and the evaluation programs are compiled in parallel, at
+    most one per CPU core. Steps of later stages are compiled while training, one after the other; a failure there is
+    logged by `Programs.poll` and raised when the step is needed. Buckets with equal arrays share a step.
+
+    Args:
+      evaluations: (method of the task, bucket of its batches).
+      flops: of the steps, for the log.
+      log: takes messages for the user, on the calling thread.
+      while_waiting: called on the calling thread about every 0.2 s while it waits; what it raises ends the wait.
+
+    Raises:
+      Exception: what compilation of a program of the current stage raised; the log names the program.
+    """
+    programs = Programs(program, log, while_waiting)
+    if jax.config.jax_disable_jit:
+        log("JAX_DISABLE_JIT: training steps run op by op, without compilation")
+        return programs
+    current: list[_Job] = []
+    later: list[tuple[int, _Job]] = []
+    by_shape: dict[str, _Job] = {}
+    # Buckets of the current stage first, so that a later one with equal arrays shares its step.
+    for bucket in sorted(buckets, key=lambda bucket: (not _is_active(bucket, start_step), bucket.start_step)):
+        if bucket.end_step is not None and bucket.end_step <= start_step:
+            continue
+        shapes = repr(sorted((n, s.shape, str(s.dtype)) for n, s in program.abstract_batch(bucket).items()))
+        if shapes not in by_shape:
+            job = by_shape[shapes] = _step_job(program, bucket, flops[bucket])
+            current.append(job) if _is_active(bucket, start_step) else later.append((bucket.start_step, job))
+        programs._steps[bucket] = by_shape[shapes]
+    for method, bucket in evaluations:
+        job = programs._evaluations[method, bucket] = _evaluation_job(program, method, bucket)
+        current.append(job)
+    start = time.perf_counter()
+    threads = min(len(current), _cores(), MAX_THREADS)
+    _start_threads(current, threads)
+    try:
+        for job in current:
+            programs._result(job)
+    finally:
+        programs._background = [job for job in current if not job.logged]
+    hits = sum(job.cached for job in current)
+    where = f" {jax.config.jax_compilation_cache_dir}" if jax.config.jax_compilation_cache_dir else ""
+    log(
+        f"compiled {len(current)} programs in {time.perf_counter() - start:.1f} s on {threads} threads, "
+        f"{hits} from the cache{where}"
+    )
+    if later:
+        programs._background = [job for _, job in sorted(later, key=lambda item: item[0])]
+        log(f"compiling {len(later)} steps of later stages while training")
+        _start_threads(programs._background, 1)
+    return programs
+
+
+def _is_active(bucket: BucketConfig, step: int) -> bool:
+    return bucket.start_step <= step and (bucket.end_step is None or bucket.end_step > step)
+
+
+def _step_job(program: Program, bucket: BucketConfig, flops: dict[str, float]) -> _Job:
+    def report(job: _Job) -> list[str]:
+        return [
+            startup.memory_line(bucket, job.compiled, job.seconds, job.cached),
+            startup.flops_line(bucket, flops, program.sharding.mesh.size),
+        ]
+
+    return _Job(f"the step for {bucket.name} x {bucket.batch_size}", lambda: program.lower(bucket), report)
+
+
+def _evaluation_job(program: Program, method: str, bucket: BucketConfig) -> _Job:
+    def report(job: _Job) -> list[str]:
+        cached = " (from the cache)" if job.cached else ""
+        return [f"compiled {job.name} in {job.seconds:.1f} s{cached}"]
+
+    name = f"{method} for {bucket.name} x {bucket.batch_size}"
+    return _Job(name, lambda: program.lower_evaluation(method, bucket), report)
+
+
+def _cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_threads(jobs: Sequence[_Job], count: int) -> None:
+    """Compile jobs in order on this many threads, which end with the last job."""
+    left = iter(list(jobs))
+    next_job, tracing = threading.Lock(), threading.Lock()
+    _count_cache_hits()
+
+    def work() -> None:
+        while True:
+            with next_job:
+                job = next(left, None)
+            if job is None:
+                return
+            start = time.perf_counter()
+            try:
+                # Tracing holds the interpreter lock in any case; XLA's compilation releases it.
+                with tracing:
+                    lowered = job.lower()
+                _cache_hits.count = 0
+                job.compiled = lowered.compile()
+                job.cached = _cache_hits.count > 0
+            except BaseException as error:
+                job.error = error
+            job.seconds = time.perf_counter() - start
+            job.done.set()
+
+    # Daemons: a compilation cannot be interrupted, and must not keep a process alive that was asked to stop.
+    for number in range(count):
+        threading.Thread(target=work, name=f"compile-{number}", daemon=True).start()
