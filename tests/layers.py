@@ -17,6 +17,7 @@ LAYERS: list[list[str]] = [
     ["losses", "nn"],
     ["data", "evaluation", "diffusion", "parallel"],
     ["geometry", "kernels", "saved_config"],
+    ["storage"],
     ["config"],
     ["exit_codes", "lazy_names", "nested", "terminal", "versions"],
 ]

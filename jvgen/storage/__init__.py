@@ -1,0 +1,48 @@
+"""Files on local disks and in buckets: paths, reads and writes with retries, local copies of remote files.
+
+Local paths are `pathlib.Path`, those of buckets (`gs://`, `s3://`) `etils.epath.Path`; both have the methods that jvgen
+uses. What a bucket does not have (rename, append, file descriptors, memory maps) has a function here.
+"""
+
+from jvgen.storage.cache import FileCache, default_cache
+from jvgen.storage.errors import StorageError
+from jvgen.storage.files import (
+    check_writable,
+    is_empty,
+    local_copy,
+    local_file,
+    read_bytes,
+    read_text,
+    remove_tree,
+    size,
+    upload_folder,
+    write_bytes,
+    write_text,
+)
+from jvgen.storage.mirror import Mirror
+from jvgen.storage.paths import Path, absolute, as_path, is_remote
+from jvgen.storage.retries import Retries, count_of_retries
+
+__all__ = [
+    "FileCache",
+    "Mirror",
+    "Path",
+    "Retries",
+    "StorageError",
+    "absolute",
+    "as_path",
+    "check_writable",
+    "count_of_retries",
+    "default_cache",
+    "is_empty",
+    "is_remote",
+    "local_copy",
+    "local_file",
+    "read_bytes",
+    "read_text",
+    "remove_tree",
+    "size",
+    "upload_folder",
+    "write_bytes",
+    "write_text",
+]
