@@ -38,6 +38,7 @@ HOMES = {
     "HomographyConfig": "jvgen.data.stream.pairs",
     "ImageVAEConfig": "jvgen.models.image_vae.config",
     "ImageVAETaskConfig": "jvgen.tasks.image_vae",
+    "InitFromConfig": "jvgen.training.config",
     "LRStage": "jvgen.training.optimization.optimizer",
     "MeshConfig": "jvgen.parallel.mesh",
     "MultiViewConfig": "jvgen.tasks.multiview",

@@ -37,16 +37,22 @@ def add_commands(commands) -> None:
 
 def run_train(parsed: argparse.Namespace) -> int:
     """Check the run, then train."""
+    from jvgen.training.telemetry.startup import StartClock
+
+    clock = StartClock.of_process()
+
     from jvgen.preflight.check import check
     from jvgen.training.loop import train
 
+    clock.mark("imports")
     experiment = experiment_of(parsed)
     if parsed.distributed:
         import jax
 
         jax.distributed.initialize()
     check(experiment, parsed.workdir)
+    clock.mark("checks")
     return train(
         experiment, parsed.workdir, stop_after=parsed.stop_after, allow_changes=parsed.allow_changes,
-        cache=parsed.cache,
+        cache=parsed.cache, clock=clock,
     )  # fmt: skip

@@ -47,6 +47,9 @@ class TrainingConfig(Config):
       hang_seconds: if a step takes longer, the stacks of all threads are printed; 0 turns this watchdog off.
       hang_action: "report" prints, "exit" also exits with status 75, on which launchers restart.
       peak_flops: bfloat16 peak of one device in FLOP/s, for the logged MFU; none for the built-in table.
+      profile_steps: first step to trace with JAX's profiler, and the step before which the trace ends ("10,12" traces
+        steps 10 and 11); none for no trace. The trace is in `profile/` of the run directory, for XProf.
+      profile_processes: trace the "first" process, or "all".
       tensorboard: write TensorBoard files to the run directory.
       wandb: logging to Weights & Biases.
     """
@@ -67,6 +70,8 @@ class TrainingConfig(Config):
     hang_seconds: float = 1800.0
     hang_action: Literal["report", "exit"] = "report"
     peak_flops: float | None = None
+    profile_steps: tuple[int, int] | None = None
+    profile_processes: Literal["first", "all"] = "first"
     tensorboard: bool = True
     wandb: WandbConfig = WandbConfig()
 
@@ -82,8 +87,51 @@ class TrainingConfig(Config):
                 raise ValueError(f"{field} = {getattr(self, field)}: must be 0 (off) or more.")
         if not 0 < self.spike_decay < 1:
             raise ValueError(f"spike_decay = {self.spike_decay}: must lie between 0 and 1, for example 0.99.")
+        if self.profile_steps is not None and (
+            len(self.profile_steps) != 2 or not 0 <= self.profile_steps[0] < self.profile_steps[1]
+        ):
+            raise ValueError(
+                f"profile_steps = {self.profile_steps}: the first step and the step after the last one, for example "
+                "10,12; or none."
+            )
         if self.peak_flops is not None and self.peak_flops <= 0:
             raise ValueError(f"peak_flops = {self.peak_flops}: FLOP/s of one device, for example 459e12; or none.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFromConfig(Config):
+    """Which parameters a new run takes from another run of jvgen, at step 0; the learning rate schedule starts anew.
+
+    Used once: a run that has a checkpoint resumes from it.
+
+    Attributes:
+      run: run directory to take them from; none for random initialization.
+      step: of its checkpoint; none for the latest valid one.
+      parameters: regular expression of the parameters to take, matched from the start of their paths; the others are
+        initialized randomly.
+      ema: the EMA with this decay ("0.9999"), the "raw" parameters, or "best": the EMA with the largest decay that the
+        run keeps, raw if it keeps none.
+      keep_optimizer: also take the optimizer state, the EMA of each decay that both runs keep and the statistics of
+        gradient norms (needs ema="raw"). Otherwise these start anew. An EMA that is not taken starts from the
+        parameters.
+      allow_partial: initialize parameters randomly that `parameters` selects and the other run lacks or has in another
+        shape, such as those of a new module; each is logged.
+    """
+
+    run: str | None = None
+    step: int | None = None
+    parameters: str = ".*"
+    ema: str = "raw"
+    keep_optimizer: bool = False
+    allow_partial: bool = False
+
+    def validate(self) -> None:
+        if self.keep_optimizer and self.ema != "raw":
+            raise ValueError(f'keep_optimizer = true: moments belong to the raw parameters, not to ema = "{self.ema}".')
+        try:
+            re.compile(self.parameters)
+        except re.error as error:
+            raise ValueError(f"parameters = {self.parameters!r}: not a regular expression ({error}).") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

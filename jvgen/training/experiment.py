@@ -12,7 +12,7 @@ from jvgen.data.stream.stages import check_stages
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.tasks.task import TaskConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.config import CheckpointConfig, InitFromConfig, TrainingConfig
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
 
@@ -28,6 +28,7 @@ class Experiment(Config):
       data: what it is trained on.
       optimizer: of every objective that `optimizers` does not name.
       training, ema, checkpoint: the loop, EMA parameters, saving.
+      init_from: another run to take the first parameters from.
       mesh, sharding: arrangement of the devices, and of arrays on them.
       optimizers: by objective name, for tasks with several objectives.
     """
@@ -40,6 +41,7 @@ class Experiment(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    init_from: InitFromConfig = InitFromConfig()
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingConfig = dataclasses.field(default_factory=ShardingConfig)
     optimizers: dict[str, OptimizerConfig] = dataclasses.field(default_factory=dict)

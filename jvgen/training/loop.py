@@ -17,11 +17,13 @@ from jvgen.training.config import TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.preemption import EXIT_RESTART
 from jvgen.training.session import Session, prepare
-from jvgen.training.telemetry import throughput
+from jvgen.training.telemetry import goodput, throughput
 from jvgen.training.telemetry.console import ConsoleLog
 from jvgen.training.telemetry.hooks import Hook, HookList, RunInfo
 from jvgen.training.telemetry.metrics import to_host
+from jvgen.training.telemetry.process_log import ProcessLog
 from jvgen.training.telemetry.run_files import RunFiles
+from jvgen.training.telemetry.startup import StartClock
 from jvgen.training.telemetry.tensorboard import TensorBoard
 from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases
 
@@ -45,20 +47,22 @@ def train(
     stop_after: int | None = None,
     allow_changes: bool = False,
     cache: Path | None = None,
+    clock: StartClock | None = None,
     make_loader: Callable[..., Any] = Loader,
 ) -> int:
     """Train to the end of the run, resuming from the latest valid checkpoint in the run directory.
 
     Args:
       experiment: the run.
-      workdir: run directory; gets `checkpoints/`, `metrics.jsonl`, `evaluation.jsonl`, `samples/`, `tensorboard/`,
-        `config.json`.
+      workdir: run directory; gets `checkpoints/`, `metrics.jsonl`, `evaluation.jsonl`, `reports.jsonl`, `samples/`,
+        `tensorboard/`, `logs/`, `compiled/`, `goodput.json`, `config.json`.
       hooks: called at the events of the run, after jvgen's own (console, files, TensorBoard, Weights & Biases).
       resume: with False the run directory must not hold checkpoints.
       stop_after: save and stop after this many steps of the run.
       allow_changes: resume although model, data or seed differ from the checkpoint's.
       cache: folder of compiled programs; that of `JAX_COMPILATION_CACHE_DIR` if it is set, else `compiled/` in the run
         directory.
+      clock: of this start; it starts now if None.
       make_loader: `Loader`, or something with its interface.
 
     Returns:
@@ -72,20 +76,23 @@ def train(
     """
     config.validate_tree(experiment)
     training, workdir = experiment.training, Path(workdir)
-    console = ConsoleLog(experiment.name, training.steps, training.log_every)
     first_process = jax.process_index() == 0
-    all_hooks = HookList([*configured_hooks(training), console, *hooks] if first_process else [])
+    own_hooks = configured_hooks(training) if first_process else []
     workdir.mkdir(parents=True, exist_ok=True)
+    clock = clock or StartClock()
     status = None
-    try:
-        with prepare(
-            experiment, workdir, hooks=all_hooks, log=console.log,
-            resume=resume, allow_changes=allow_changes, cache=cache, make_loader=make_loader,
-        ) as session:  # fmt: skip
-            all_hooks.on_start(RunInfo(experiment, workdir, session.start_step, session.document))
-            status = _Loop(session).run(stop_after)
-    finally:
-        all_hooks.on_end(status)
+    with ProcessLog(workdir) as file:
+        console = ConsoleLog(experiment.name, training.steps, training.log_every, file=file)
+        all_hooks = HookList([*own_hooks, console, *hooks] if first_process else [])
+        try:
+            with prepare(
+                experiment, workdir, hooks=all_hooks, log=console.log,
+                resume=resume, allow_changes=allow_changes, cache=cache, clock=clock, make_loader=make_loader,
+            ) as session:  # fmt: skip
+                all_hooks.on_start(RunInfo(experiment, workdir, session.start_step, session.document))
+                status = _Loop(session).run(stop_after)
+        finally:
+            all_hooks.on_end(status)
     return status
 
 
@@ -129,13 +136,15 @@ class _Loop:
                 leaving = stopping or step >= end
                 if leaving or self._evaluation_due(step) or self._save_due(step):
                     self._log_pending()
-                self._evaluate(step)
+                with session.goodput.spending(goodput.EVALUATION):
+                    self._evaluate(step)
                 if leaving or self._save_due(step):
                     self._save(step)
                 if leaving:
                     return self._finish(step, done=step >= end)
+                session.profiler.before_step(step, self._log_pending)
                 batch, wait_seconds = self._next_batch(step)
-                with session.watchdog.watching(f"step {step}"):
+                with session.watchdog.watching(f"step {step}"), session.profiler.step(step):
                     metrics = self._step(batch)
                     # The devices compute this step while the metrics of the previous one are read and logged.
                     previous, self.pending = self.pending, _Pending(step, metrics, batch, wait_seconds)
@@ -144,6 +153,8 @@ class _Loop:
                 session.checkpoints.poll()
                 session.programs.poll()
                 step += 1
+                if session.goodput.update(step):
+                    session.hooks.on_report("goodput", step, session.goodput.summary())
         except TrainingDiverged as error:
             session.log(f"ERROR: {error}")
             return EXIT_DIVERGED
@@ -151,7 +162,9 @@ class _Loop:
     def _step(self, batch: LoadedBatch) -> Metrics:
         """Dispatch one training step; does not wait for it."""
         sharded = self.session.program.shard_batch(batch.arrays, batch.bucket)
-        self.state, metrics = self.session.programs.step(batch.bucket)(self.state, sharded)
+        with self.session.goodput.spending(goodput.COMPILE):
+            step = self.session.programs.step(batch.bucket)
+        self.state, metrics = step(self.state, sharded)
         return metrics
 
     def _next_batch(self, step: int) -> tuple[LoadedBatch, float]:
@@ -168,16 +181,23 @@ class _Loop:
                 self.session.checkpoints.wait()
                 self.session.log(f"reading the batch of step {step} failed; the {step} steps before it are saved")
             raise
-        return batch, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if step == self.session.start_step:
+            self.session.clock.mark("first batch")
+        # While the devices compute, waiting costs nothing.
+        if self.pending is None or all(leaf.is_ready() for leaf in jax.tree.leaves(self.pending.metrics)):
+            self.session.goodput.add(goodput.DATA_WAIT, seconds)
+        return batch, seconds
 
     def _save_due(self, step: int) -> bool:
         return step > self.session.start_step and step % self.experiment.checkpoint.every == 0
 
     def _save(self, step: int) -> None:
         session = self.session
-        self.save_stall = session.checkpoints.save(
-            step, self.state.saved(), session.loader.state(step), session.document
-        )
+        with session.goodput.spending(goodput.SAVE):
+            self.save_stall = session.checkpoints.save(
+                step, self.state.saved(), session.loader.state(step), session.document
+            )
 
     def _evaluation_due(self, step: int) -> bool:
         return self._due(step, self.training.evaluate_every) or self._due(step, self.training.visualize_every)
@@ -213,6 +233,9 @@ class _Loop:
         values = to_host(pending.metrics)
         now = time.perf_counter()
         seconds, self.last_read = now - self.last_read, now
+        if pending.step == self.session.start_step:
+            self.session.clock.mark("first step")
+            self.session.hooks.on_report("start", pending.step + 1, self.session.clock.report())
         self.session.hooks.on_step(self._row(pending, values, seconds))
         self.save_stall = 0.0
         if values["skipped"]:
@@ -234,6 +257,7 @@ class _Loop:
             "mfu": throughput.utilization(session.flops[bucket], seconds, devices, session.peak_flops),
             "save_stall": self.save_stall,
             "host_rss_mib": throughput.host_rss_mib(),
+            **throughput.device_memory_peak_mib(),
         }
 
     def _record_ids(self, batch: LoadedBatch) -> Sequence[str]:
@@ -267,7 +291,10 @@ class _Loop:
     def _finish(self, step: int, done: bool) -> int:
         """Wait for the last checkpoint and log the outcome; returns the exit status."""
         checkpoints, log = self.session.checkpoints, self.session.log
-        saved = checkpoints.wait()
+        with self.session.goodput.spending(goodput.SAVE):
+            saved = checkpoints.wait()
+        self.session.goodput.update(step, write=True)
+        self.session.hooks.on_report("goodput", step, self.session.goodput.summary())
         steps = checkpoints.steps()
         if not saved or step not in steps:
             log(f"ERROR: step {step} is not saved; the latest checkpoint is {_listed(steps[-1:])}.")

@@ -27,10 +27,13 @@ from jvgen.training.experiment import Experiment
 from jvgen.training.preemption import EXIT_RESTART, Preemption
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
-from jvgen.training.telemetry import startup, throughput
+from jvgen.training.telemetry import goodput, startup, throughput
+from jvgen.training.telemetry.goodput import Goodput
 from jvgen.training.telemetry.hooks import Hook
 from jvgen.training.telemetry.json_lines import read_rows
+from jvgen.training.telemetry.profiler import Profiler
 from jvgen.training.telemetry.run_files import EVALUATION
+from jvgen.training.telemetry.startup import StartClock
 from jvgen.training.watchdog import Watchdog
 
 Log = Callable[[Any], None]
@@ -55,6 +58,9 @@ class Session:
       batches: batches of this process from `start_step` on.
       watchdog: reports steps that hang.
       preemption: tells when the run was asked to stop.
+      clock: times of this start, until its first step.
+      goodput: what the time of the run is spent on.
+      profiler: traces the steps that the config names.
       hooks: called at the events of the run.
       log: takes messages for the user.
     """
@@ -73,6 +79,9 @@ class Session:
     batches: Iterator[LoadedBatch]
     watchdog: Watchdog
     preemption: Preemption
+    clock: StartClock
+    goodput: Goodput
+    profiler: Profiler
     hooks: Hook
     log: Log
 
@@ -87,6 +96,7 @@ def prepare(
     resume: bool = True,
     allow_changes: bool = False,
     cache: Path | None = None,
+    clock: StartClock | None = None,
     make_loader: Callable[..., Any] = Loader,
 ) -> Iterator[Session]:
     """Open a session; leaving the context closes its checkpoints, data and threads. Arguments are those of `train`.
@@ -96,10 +106,13 @@ def prepare(
       CheckpointError: there are checkpoints, and none is valid.
     """
     training = experiment.training
+    clock = clock or StartClock()
     with contextlib.ExitStack() as stack:
         program = _build_program(experiment, log)
+        clock.mark("devices")
         stack.enter_context(persistent_cache(cache, workdir / COMPILED, log))
         loader, held_out = _open_data(program, workdir, make_loader)
+        clock.mark("data")
         _log_parameters(program, log)
         checkpoints = Checkpoints(workdir, experiment.checkpoint, log=log, on_saved=hooks.on_checkpoint)
         stack.callback(checkpoints.close)
@@ -109,8 +122,10 @@ def prepare(
                 "or resume from them."
             )
         document = identity.run_document(experiment, program.task)
+        clock.mark("digests")
         state = restore_state(program, checkpoints, loader, document, allow_changes, log)
         start_step = int(state.step)
+        clock.mark("restore" if start_step else "init")
         _read_scores(checkpoints, workdir, start_step)
         _compile_digests(state, log)
         if jax.process_index() == 0:
@@ -118,6 +133,7 @@ def prepare(
         flops = {bucket: throughput.step_flops(program.task, bucket) for bucket in loader.buckets}
         evaluations = [] if held_out is None else _evaluations(held_out, training)
         programs = compile_programs(program, loader.buckets, evaluations, start_step, flops, log)
+        clock.mark("compile")
         evaluator = None if held_out is None else Evaluator(program, held_out.batches, programs)
         peak_flops = throughput.peak_flops(program.sharding.mesh.devices.flat[0], training.peak_flops)
         peak = f"{peak_flops:.4g} FLOP/s per device" if peak_flops else "of this device unknown"
@@ -125,6 +141,10 @@ def prepare(
         watchdog = _start_watchdog(experiment, workdir)
         stack.callback(watchdog.close)
         preemption = stack.enter_context(Preemption())
+        profiler = Profiler(training, workdir, start_step, log)
+        stack.callback(profiler.close)
+        times = _start_goodput(workdir, start_step, clock)
+        stack.callback(times.close)
         batches = stack.enter_context(loader.batches(start_step, training.steps))
         yield Session(
             experiment=experiment,
@@ -141,6 +161,9 @@ def prepare(
             batches=batches,
             watchdog=watchdog,
             preemption=preemption,
+            clock=clock,
+            goodput=times,
+            profiler=profiler,
             hooks=hooks,
             log=log,
         )
@@ -199,6 +222,12 @@ def _evaluations(held_out: Any, training: TrainingConfig) -> list[tuple[str, Buc
     if training.visualize_every:
         wanted["visualize", held_out.bucket(0)] = None
     return list(wanted)
+
+
+def _start_goodput(workdir: Path, start_step: int, clock: StartClock) -> Goodput:
+    compiling = clock.seconds["compile"]
+    spent = {goodput.START: clock.age - compiling, goodput.COMPILE: compiling}
+    return Goodput(workdir if jax.process_index() == 0 else None, start_step, clock.age, spent)
 
 
 def _start_watchdog(experiment: Experiment, workdir: Path) -> Watchdog:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jvgen.training.telemetry.goodput import goodput_line
 from jvgen.training.telemetry.hooks import Hook, RunInfo
+from jvgen.training.telemetry.process_log import ProcessLog
+from jvgen.training.telemetry.startup import start_line
+
+# Seconds between two lines about goodput; the last one is printed at the end.
+GOODPUT_SECONDS = 600.0
 
 
 class ConsoleLog(Hook):
@@ -20,12 +27,17 @@ class ConsoleLog(Hook):
       name: of the run, shown at the progress bar.
       steps: length of the run.
       log_every: steps between lines; times in a line are means over its steps.
+      file: gets every message too, on all processes.
       console: for tests; standard output by default.
     """
 
-    def __init__(self, name: str, steps: int, log_every: int, console: Console | None = None):
+    def __init__(self, name: str, steps: int, log_every: int, console: Console | None = None, *,
+        file: ProcessLog | None = None,
+    ):  # fmt: skip
         self._console = console or Console(soft_wrap=True, highlight=False)
-        self._steps, self._log_every = steps, log_every
+        self._steps, self._log_every, self._file = steps, log_every, file
+        self._next_report = time.monotonic() + GOODPUT_SECONDS
+        self._goodput: Mapping[str, float] | None = None
         self._start_step = 0
         self._rows: list[Mapping[str, Any]] = []
         self._enabled = jax.process_index() == 0
@@ -42,6 +54,8 @@ class ConsoleLog(Hook):
 
     def log(self, message: str | Table) -> None:
         """Print one line or table."""
+        if self._file is not None:
+            self._file.write(message)
         if self._enabled:
             self._console.print(message, markup=False) if isinstance(message, str) else self._console.print(message)
             sys.stdout.flush()
@@ -65,7 +79,18 @@ class ConsoleLog(Hook):
         listed = "  ".join(f"{name} {value:.5g}" for name, value in values.items() if name != "seconds")
         self.log(f"evaluation at step {step} ({values['seconds']:.1f} s)  {listed}")
 
+    def on_report(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        if name == "start":
+            self.log(start_line(values))
+        elif name == "goodput":
+            self._goodput = values
+            if time.monotonic() >= self._next_report:
+                self._next_report = time.monotonic() + GOODPUT_SECONDS
+                self.log(goodput_line(values))
+
     def on_end(self, status: int | None) -> None:
+        if self._goodput is not None:
+            self.log(goodput_line(self._goodput))
         if self._progress is not None:
             self._progress.stop()
 

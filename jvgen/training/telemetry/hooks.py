@@ -58,6 +58,16 @@ class Hook:
     def on_checkpoint(self, step: int) -> None:
         """Called when the checkpoint of a step is completely written, which is some steps after it was started."""
 
+    def on_report(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """Called with numbers about the run that do not belong to one step.
+
+        Args:
+          name: "start", once, after the first step: seconds of this start by part, and their "total"; or "goodput",
+            about every 30 s and at the end: what the time of all starts was spent on (see
+            `jvgen.training.telemetry.goodput.Goodput.summary`).
+          step: number of steps done.
+        """
+
     def on_end(self, status: int | None) -> None:
         """Called once however the run ends, also when it fails before `on_start`.
 
@@ -90,6 +100,9 @@ class HookList(Hook):
 
     def on_checkpoint(self, step: int) -> None:
         self._call_all("on_checkpoint", step)
+
+    def on_report(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        self._call_all("on_report", name, step, values)
 
     def on_end(self, status: int | None) -> None:
         """Calls all of them, even if one raises: files and connections are closed here."""

@@ -11,11 +11,12 @@ from typing import Any, TextIO
 class JsonLinesFile:
     """A JSON-lines file with one object per step, floats at full precision, flushed after every row.
 
-    Opening it drops the rows of `start_step` and later, because a run that resumes at `start_step` writes them again.
+    Opening it drops the rows of `start_step` and later, because a run that resumes at `start_step` writes them again;
+    without a `start_step` all rows stay.
     """
 
-    def __init__(self, path: Path, start_step: int):
-        kept = [row for row in read_rows(path) if row["step"] < start_step]
+    def __init__(self, path: Path, start_step: int | None = None):
+        kept = [row for row in read_rows(path) if start_step is None or row["step"] < start_step]
         partial = path.with_name(f"{path.name}.partial")
         with partial.open("w") as file:
             file.writelines(_line(row) for row in kept)

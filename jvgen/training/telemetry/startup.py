@@ -1,6 +1,9 @@
-"""What a run logs at its start: parameters, memory and FLOPs of the compiled steps."""
+"""What a run logs at its start: times, parameters, memory and FLOPs of the compiled steps."""
 
+import os
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +13,50 @@ from jvgen import nested
 from jvgen.data.stream.config import BucketConfig
 from jvgen.nn.network import Parameters
 from jvgen.training.state import size_of
+
+
+class StartClock:
+    """Seconds from a start to its first training step, by part.
+
+    Args:
+      age: seconds that have passed since the start when the clock is made.
+    """
+
+    def __init__(self, age: float = 0.0):
+        self._began = self._last = time.perf_counter() - age
+        self.seconds: dict[str, float] = {}
+
+    @classmethod
+    def of_process(cls) -> "StartClock":
+        """A clock that started when the operating system started this process (or now, where that is unknown)."""
+        try:
+            # Field 22: clock ticks from boot to the start of the process; field 2, the name, may hold spaces.
+            ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+            age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        except (OSError, AttributeError, ValueError, IndexError):
+            age = 0.0
+        return cls(max(0.0, age))
+
+    def mark(self, part: str) -> None:
+        """Count the time since the last mark as a part."""
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def age(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+    def report(self) -> dict[str, float]:
+        """Seconds by part, and their "total"."""
+        return self.seconds | {"total": sum(self.seconds.values())}
+
+
+def start_line(report: Mapping[str, float]) -> str:
+    """`StartClock.report` as one line."""
+    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in report.items() if part != "total")
+    return f"first step {report['total']:.1f} s after the start (seconds: {parts})"
 
 
 def parameter_table(

@@ -38,6 +38,9 @@ class TensorBoard(Hook):
         for name, batch in clips.items():
             self._writer.clips(step, name, batch)
 
+    def on_report(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        self._writer.scalars(step, values, f"{name}/")
+
     def on_end(self, status: int | None) -> None:
         if self._writer is not None:
             self._writer.close()

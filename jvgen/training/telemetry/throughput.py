@@ -44,6 +44,13 @@ def host_rss_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def device_memory_peak_mib() -> dict[str, float]:
+    """Peak memory so far of the fullest device of this process, `{"device_memory_peak_mib": ...}`; {} on CPUs."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    return {"device_memory_peak_mib": max(known) / 2**20} if known else {}
+
+
 def peak_memory(device: jax.Device) -> str:
     """Peak memory so far as text: of a device (if its backend counts it) and of this process on the host."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -66,6 +66,9 @@ class WeightsAndBiases(Hook):
         media = {f"samples/{name}": [self._media(clip) for clip in batch] for name, batch in clips.items()}
         self._run.log({"step": step} | media)
 
+    def on_report(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step} | {f"{name}/{key}": value for key, value in values.items()})
+
     def on_end(self, status: int | None) -> None:
         if self._run is not None:
             self._run.finish(exit_code=1 if status is None else status)

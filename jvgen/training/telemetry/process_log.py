@@ -1,0 +1,80 @@
+"""The log file of one process: all its messages and the warnings of libraries, each line with its time."""
+
+import logging
+import threading
+import time
+import warnings
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from rich.console import Console
+
+from jvgen import storage
+
+FOLDER = "logs"
+# Width of tables in the file, in characters.
+TABLE_WIDTH = 160
+
+
+class ProcessLog(logging.Handler):
+    """Context that appends to `logs/process_N.log` of the run directory: messages, Python warnings, log records.
+
+    Records of other libraries' loggers count from level WARNING on. They and Python warnings still go to where they
+    went before.
+
+    Args:
+      workdir: run directory.
+      process_index: N; that of this process by default.
+    """
+
+    def __init__(self, workdir: storage.Path, process_index: int | None = None):
+        super().__init__(logging.WARNING)
+        number = jax.process_index() if process_index is None else process_index
+        self._mirror = storage.Mirror(workdir / FOLDER / f"process_{number}.log", log=lambda message: None)
+        self._mirror.local.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._mirror.local.open("a", encoding="utf-8")
+        self._write_lock = threading.Lock()
+        self._tables = Console(file=self._file, width=TABLE_WIDTH, color_system=None, force_terminal=False)
+        self.write(f"process {number} of {jax.process_count()} starts")
+
+    def write(self, message: Any) -> None:
+        """Append a message: text, every line with the time, or a rich table."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S") + f".{time.time() % 1 * 1000:03.0f}"
+        with self._write_lock:
+            if self._file.closed:
+                return
+            if isinstance(message, str):
+                self._file.writelines(f"{stamp} {line}\n" for line in message.splitlines() or [""])
+            else:
+                self._file.write(f"{stamp}\n")
+                self._tables.print(message)
+            self._file.flush()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A record of a library's logger."""
+        try:
+            self.write(f"{record.levelname} {record.name}: {record.getMessage()}")
+        except Exception:
+            self.handleError(record)
+
+    def __enter__(self) -> Self:
+        logging.getLogger().addHandler(self)
+        self._showwarning = warnings.showwarning
+        warnings.showwarning = self._show_warning
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.write(f"ends with {type(error).__name__}: {error}")
+        warnings.showwarning = self._showwarning
+        logging.getLogger().removeHandler(self)
+        with self._write_lock:
+            self._file.close()
+        self._mirror.close()
+
+    def _show_warning(self, message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+        self.write(f"WARNING {filename}:{lineno}: {category.__name__}: {message}")
+        self._showwarning(message, category, filename, lineno, *rest)
