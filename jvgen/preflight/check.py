@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -16,11 +15,13 @@ from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
+from jvgen.data.stream.source_checks import check_cache
 from jvgen.nn.compute_dtype import cast
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
 from jvgen.parallel.mesh import make_mesh
 from jvgen.parallel.rules import Sharding
+from jvgen.storage import Path, StorageError, absolute, check_run_directory, is_remote
 from jvgen.tasks.task import Task
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program, check_batch
@@ -73,10 +74,10 @@ def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax
 
 
 def _attempt(make: Callable[[], T]) -> tuple[T | None, list[str]]:
-    """(result, []), or (None, [message]) if `make` raises ValueError or FileNotFoundError."""
+    """(result, []), or (None, [message]) if `make` raises ValueError, FileNotFoundError or StorageError."""
     try:
         return make(), []
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, StorageError) as error:
         return None, [str(error)]
 
 
@@ -94,6 +95,7 @@ def _data(experiment: Experiment) -> Iterator[str]:
                 experiment.data, seed=experiment.seed, preprocess=dict, evaluation=evaluation
             )
         )[1]
+    yield from _attempt(lambda: check_cache(experiment.data))[1]
     yield from _attempt(experiment.task.check_weights)[1]
     yield from _attempt(lambda: experiment.task.check_data(experiment.data))[1]
 
@@ -101,7 +103,10 @@ def _data(experiment: Experiment) -> Iterator[str]:
 def _workdir(workdir: Path | None, program: Program) -> Iterator[str]:
     if workdir is None:
         return
-    workdir = Path(workdir).absolute()
+    workdir = absolute(workdir)
+    if is_remote(workdir):
+        yield from _attempt(lambda: check_run_directory(workdir))[1]
+        return
     existing = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
     if not existing.is_dir():
         yield f"run directory {workdir}: {existing} is a file; name a folder."

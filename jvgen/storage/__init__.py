@@ -5,9 +5,9 @@ uses. What a bucket does not have (rename, append, file descriptors, memory maps
 """
 
 from jvgen.storage.cache import FileCache, default_cache
-from jvgen.storage.errors import StorageError
+from jvgen.storage.errors import StorageError, StorageUnavailable
 from jvgen.storage.files import (
-    check_writable,
+    check_run_directory,
     is_empty,
     local_copy,
     local_file,
@@ -29,9 +29,10 @@ __all__ = [
     "Path",
     "Retries",
     "StorageError",
+    "StorageUnavailable",
     "absolute",
     "as_path",
-    "check_writable",
+    "check_run_directory",
     "count_of_retries",
     "default_cache",
     "is_empty",

@@ -1,5 +1,6 @@
 """What went wrong in a bucket, in one sentence that says what to do."""
 
+from jvgen import exit_codes
 from jvgen.storage.paths import Path
 
 _CREDENTIALS = {
@@ -17,7 +18,21 @@ _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryE
 
 
 class StorageError(OSError):
-    """A bucket could not be read or written; the message says what to do."""
+    """A bucket cannot be read or written, and trying again does not help; the message says what to do."""
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the process if this ends it (`jvgen.exit_codes`)."""
+        return exit_codes.USER_ERROR
+
+
+class StorageUnavailable(StorageError):
+    """A bucket that still could not be read or written after retries; it may pass."""
+
+    @property
+    def exit_code(self) -> int:
+        """As in `StorageError`."""
+        return exit_codes.restart_code()
 
 
 def is_transient(error: BaseException) -> bool:
@@ -47,7 +62,8 @@ def explain(error: BaseException, path: Path, action: str, attempts: int = 1) ->
             )
         return FileNotFoundError(f"{path} does not exist")
     again = f" after {attempts} attempts" if attempts > 1 else ""
-    return StorageError(f"cannot {action} {path}{again}: {_short(error)}.")
+    kind = StorageUnavailable if is_transient(error) else StorageError
+    return kind(f"cannot {action} {path}{again}: {_short(error)}.")
 
 
 def bucket_exists(path: Path) -> bool:

@@ -13,6 +13,7 @@ from jvgen.storage.paths import Path
 T = TypeVar("T")
 _lock = threading.Lock()
 _retries = 0
+_sleep = time.sleep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Retries:
     attempts: int = 5
     delay: float = 1.0
     longest: float = 30.0
-    sleep: Callable[[float], None] = time.sleep
 
     def call(self, action: Callable[[], T], path: Path, verb: str) -> T:
         """The result of `action`.
@@ -46,7 +46,7 @@ class Retries:
             except Exception as error:
                 if attempt < self.attempts and is_transient(error):
                     _count()
-                    self.sleep(min(self.longest, self.delay * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
+                    _sleep(min(self.longest, self.delay * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
                     continue
                 raise explain(error, path, verb, attempt) from error
         raise AssertionError("unreachable: attempts is at least 1")

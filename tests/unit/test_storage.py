@@ -8,14 +8,22 @@ import time
 
 import pytest
 
-from jvgen import storage
+from jvgen import exit_codes, storage
 from jvgen.config import ConfigError
 from jvgen.storage import cache as caching
-from jvgen.storage import errors, paths
+from jvgen.storage import errors, paths, retries
 from jvgen.storage.retries import Retries
 from tests.fake_bucket import buckets  # noqa: F401
 
-NO_WAIT = Retries(attempts=3, sleep=lambda seconds: None)
+NO_WAIT = Retries(attempts=3)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch) -> list[float]:
+    """Seconds that retries would have slept."""
+    seconds: list[float] = []
+    monkeypatch.setattr(retries, "_sleep", seconds.append)
+    return seconds
 
 
 @pytest.fixture
@@ -67,25 +75,26 @@ def test_a_failed_write_leaves_nothing(buckets, tmp_path):  # noqa: F811
         assert storage.is_empty(folder)
 
 
-def test_throttled_reads_are_tried_again_and_counted(buckets):  # noqa: F811
+def test_throttled_reads_are_tried_again_and_counted(buckets, waits):  # noqa: F811
     path = storage.as_path("gs://bucket/a.txt")
     storage.write_text(path, "here")
-    waits: list[float] = []
     before = storage.count_of_retries()
     buckets.failing["cat_file"] = 3
-    assert storage.read_text(path, Retries(attempts=4, sleep=waits.append)) == "here"
+    assert storage.read_text(path, Retries(attempts=4)) == "here"
     assert storage.count_of_retries() - before == 3
     assert 0.5 <= waits[0] <= 1 <= waits[1] <= 2 <= waits[2] <= 4
     buckets.failing["cat_file"] = 99
-    with pytest.raises(storage.StorageError, match=r"cannot read gs://bucket/a.txt after 3 attempts: Throttled"):
+    with pytest.raises(storage.StorageUnavailable, match="cannot read gs://bucket/a.txt after 3 attempts") as failed:
         storage.read_text(path, NO_WAIT)
+    assert exit_codes.of_error(failed.value) == exit_codes.restart_code()
 
 
 def test_missing_files_buckets_and_credentials_are_told_apart(buckets):  # noqa: F811
     with pytest.raises(FileNotFoundError, match="gs://bucket/none.txt does not exist"):
         storage.read_text(storage.as_path("gs://bucket/none.txt"), NO_WAIT)
-    with pytest.raises(storage.StorageError, match="the bucket gs://elsewhere does not exist"):
+    with pytest.raises(storage.StorageError, match="the bucket gs://elsewhere does not exist") as failed:
         storage.read_text(storage.as_path("gs://elsewhere/none.txt"), NO_WAIT)
+    assert exit_codes.of_error(failed.value) == exit_codes.USER_ERROR
     assert buckets.calls["cat_file"] == 2  # neither was tried again
 
     class DefaultCredentialsError(Exception):
@@ -103,7 +112,7 @@ def test_missing_files_buckets_and_credentials_are_told_apart(buckets):  # noqa:
 
 def test_a_bucket_that_cannot_be_written_is_a_config_error(buckets, monkeypatch):  # noqa: F811
     folder = storage.as_path("gs://bucket/run")
-    storage.check_writable(folder)
+    storage.check_run_directory(folder)
     assert storage.is_empty(folder)
 
     def denied(*arguments, **options):
@@ -111,7 +120,9 @@ def test_a_bucket_that_cannot_be_written_is_a_config_error(buckets, monkeypatch)
 
     monkeypatch.setattr(buckets, "pipe_file", denied)
     with pytest.raises(ConfigError, match="cannot write gs://bucket/run/.*access denied"):
-        storage.check_writable(folder)
+        storage.check_run_directory(folder)
+    with pytest.raises(ConfigError, match="Orbax writes checkpoints to gs:// and to local folders only"):
+        storage.check_run_directory("s3://bucket/run")
 
 
 def test_the_cache_keeps_the_files_used_last(buckets, cache):  # noqa: F811

@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from jvgen import storage
 from jvgen.config import Config
 from jvgen.data.store.records import KINDS, Record
 from jvgen.data.store.writer import Writer
 from jvgen.data.video_files import DecodeError
+from jvgen.storage import Path
 
 Progress = Callable[[int, int], None]
 _CHUNKS_IN_FLIGHT = 4  # per worker
@@ -191,7 +192,7 @@ def build_dataset(
         counts={split: dict(kinds) for split, kinds in counts.items()},
         rejected=tuple(rejected),
         digests=writer.digests,
-        bytes=sum(path.stat().st_size for path in writer.out.iterdir()),
+        bytes=sum(storage.size(path) for path in writer.out.iterdir()),
         seconds=time.perf_counter() - began,
     )
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.source_checks import LATENTS_FORMAT
 from jvgen.data.stream.transforms import fit, fit_intrinsics, sum_over_stride
 from jvgen.data.video_files import DecodeError, decode_window, encode_image, encode_video
+from jvgen.storage import Path
 
 # uint8 frames (F, H, W, 3) to moments (f, h, w, 2z): mean, then log-variance.
 Encode = Callable[[np.ndarray], np.ndarray]

@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import hashlib
+import io
 import zipfile
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
+from jvgen import storage
 from jvgen.data.store.records import KINDS, Record
+from jvgen.storage import Path, StorageError, as_path
 
 # Columns and dtypes on disk. `checksum` makes the digest depend on the content of the records.
 COLUMNS = {
@@ -120,7 +122,7 @@ class Index:
     def save(self, folder: str | Path, split: str) -> Path:
         """Write `index-<split>.npz` into the folder and return its path."""
         path = path_of(folder, split)
-        with path.open("wb") as file:
+        with storage.local_file(path) as partial, partial.open("wb") as file:
             np.savez(file, digest=np.str_(self.digest), **{name: getattr(self, name) for name in COLUMNS})
         return path
 
@@ -138,9 +140,12 @@ class Index:
                 "incomplete. Build it again."
             )
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            content = io.BytesIO(storage.read_bytes(path))
+            with np.load(content, allow_pickle=False) as stored:
                 columns = {name: stored[name] for name in COLUMNS}
                 digest = str(stored["digest"])
+        except StorageError:
+            raise
         except _READ_ERRORS as error:
             raise ValueError(f"{path}: cannot be read as an index ({error}). Build the data set again.") from error
         index = cls(**columns)
@@ -154,7 +159,7 @@ class Index:
 
 def path_of(folder: str | Path, split: str) -> Path:
     """Path of the index of a split."""
-    return Path(folder) / f"index-{split}.npz"
+    return as_path(folder) / f"index-{split}.npz"
 
 
 def describe(record: Record, checksum: int) -> dict[str, object]:

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jvgen.storage import FileCache, as_path, default_cache, is_remote
+
 # Files open at a time in a process, over all data sets: a quarter of the usual `ulimit -n`.
 MAX_OPEN_SHARDS = 256
 
@@ -36,13 +38,13 @@ class OpenShards:
     def __len__(self) -> int:
         return len(self._readers)
 
-    def reader(self, path: str) -> Any:
-        """The reader of a file, opened if it is not open."""
+    def reader(self, path: str, cache: FileCache | None = None) -> Any:
+        """The reader of a file, opened if it is not open; a remote file is read from its copy in the cache."""
         with self._lock:
             if path in self._readers:
                 self._readers.move_to_end(path)
                 return self._readers[path]
-        reader = _open(path)
+        reader = _open(path, cache)
         dropped = []
         with self._lock:
             # Another thread may have opened it meanwhile.
@@ -58,10 +60,10 @@ _OPEN_SHARDS = OpenShards()
 
 
 class ShardedRecords(Sequence[bytes]):
-    """The serialized records of several shards, in order."""
+    """The serialized records of several shards, in order. Remote ones are read from copies in `cache`."""
 
-    def __init__(self, shards: Sequence[Shard]):
-        self._shards = list(shards)
+    def __init__(self, shards: Sequence[Shard], cache: FileCache | None = None):
+        self._shards, self._cache = list(shards), cache
         self._ends = list(itertools.accumulate(shard.stop - shard.start for shard in shards))
 
     def __len__(self) -> int:
@@ -73,10 +75,14 @@ class ShardedRecords(Sequence[bytes]):
         number = bisect.bisect_right(self._ends, row)
         shard = self._shards[number]
         position = shard.stop - (self._ends[number] - row)
-        return _OPEN_SHARDS.reader(shard.path).read([position])[0]
+        return _OPEN_SHARDS.reader(shard.path, self._cache).read([position])[0]
 
 
-def _open(path: str) -> Any:
+def _open(path: str, cache: FileCache | None) -> Any:
+    if is_remote(path):
+        # An open file can be read after the cache removed it.
+        with (cache or default_cache()).opening(as_path(path)) as copy:
+            return _open(str(copy), None)
     from array_record.python import array_record_module
 
     # As `array_record_data_source` opens files for random access: no reading ahead, small buffers.

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import io
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,6 +12,7 @@ from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS, Record
 from jvgen.data.store.sources import open_source, splits
 from jvgen.data.video_files import DecodeError, decode_window
+from jvgen.storage import Path
 
 _COLUMNS = 8  # frames of a record on the contact sheet
 _THUMBNAIL = 96  # height of a frame, in pixels

@@ -3,13 +3,13 @@
 import difflib
 import json
 import threading
-from pathlib import Path
 from typing import Any
 
 from jvgen.data.store import records
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import Record
 from jvgen.data.store.shards import Shard, ShardedRecords
+from jvgen.storage import FileCache, Path, StorageError, as_path, default_cache, is_remote, read_text
 
 METADATA = "jvgen.json"  # metadata of the builder, beside TFDS's own files
 # Opening imports TFDS, whose lazy modules share one lock (functools.cached_property of Python 3.11): two threads that
@@ -18,11 +18,18 @@ _OPEN_LOCK = threading.Lock()
 
 
 class Source:
-    """Records of one split of a data set, by row. Thread-safe; pickled copies open their own files."""
+    """Records of one split of a data set, by row. Thread-safe; pickled copies open their own files.
 
-    def __init__(self, folder: Path, split: str):
+    Args:
+      folder: of the data set; may be in a bucket.
+      split: its split.
+      cache: where copies of remote shards are kept; `jvgen.storage.default_cache` if None.
+    """
+
+    def __init__(self, folder: Path, split: str, cache: FileCache | None = None):
         self.folder = folder
         self.split = split
+        self.cache = cache
         self.index = Index.load(folder, split)
         self._opened: tuple[ShardedRecords, Any] | None = None
 
@@ -45,6 +52,14 @@ class Source:
         """Metadata of the builder (origin, options, digests); see `jvgen.data.store.writer`."""
         return read_metadata(self.folder)
 
+    def read_ahead(self) -> None:
+        """Start copying the shards of a remote split to the cache, in a thread, if the cache holds all of them."""
+        cache = self.cache or default_cache()
+        info = _builder(self.folder).info.splits[self.split]
+        if is_remote(self.folder) and info.num_bytes <= cache.limit:
+            files = [as_path(instruction.filename) for instruction in info.file_instructions]
+            threading.Thread(target=_copy_all, args=(files, cache), name="read-ahead", daemon=True).start()
+
     def _open(self) -> tuple[ShardedRecords, Any]:
         """The serialized records, and what parses one."""
         if self._opened is None:
@@ -52,7 +67,8 @@ class Source:
                 if self._opened is None:
                     info = _builder(self.folder).info
                     instructions = info.splits[self.split].file_instructions
-                    shards = ShardedRecords([Shard(str(i.filename), i.skip, i.skip + i.take) for i in instructions])
+                    shards = [Shard(str(i.filename), i.skip, i.skip + i.take) for i in instructions]
+                    shards = ShardedRecords(shards, self.cache)
                     if len(shards) != len(self.index):
                         raise ValueError(
                             f"{self.folder} [{self.split}]: the index has {len(self.index)} rows, the data set "
@@ -62,7 +78,7 @@ class Source:
         return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "split": self.split, "index": self.index}
+        return {"folder": self.folder, "split": self.split, "cache": self.cache, "index": self.index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _opened=None)
@@ -71,8 +87,8 @@ class Source:
         return f"Source({str(self.folder)!r}, {self.split!r}, {len(self)} records)"
 
 
-def open_source(path: str | Path, split: str) -> Source:
-    """Open one split of the data set in a folder (or of the only data set in its subfolders).
+def open_source(path: str | Path, split: str, cache: FileCache | None = None) -> Source:
+    """Open one split of the data set in a folder (or of the only data set in its subfolders); see `Source`.
 
     Raises:
       ValueError: no folder, a folder without a data set (or with several), an unknown split or a missing index; the
@@ -83,7 +99,7 @@ def open_source(path: str | Path, split: str) -> Source:
     if split not in names:
         known = ", ".join(f"{name} ({count} records)" for name, count in names.items()) or "none"
         raise ValueError(f"{folder} has no split {split!r}. Its splits: {known}.")
-    return Source(folder, split)
+    return Source(folder, split, cache)
 
 
 def find_dataset(path: str | Path) -> Path:
@@ -92,7 +108,7 @@ def find_dataset(path: str | Path) -> Path:
     Raises:
       ValueError: as `open_source`.
     """
-    path = Path(path).expanduser()
+    path = as_path(path)
     if not path.exists():
         names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
@@ -125,16 +141,21 @@ def splits(folder: str | Path) -> dict[str, int]:
     return {name: int(split.num_examples) for name, split in _builder(find_dataset(folder)).info.splits.items()}
 
 
+def bytes_of(folder: str | Path, split: str) -> int:
+    """Bytes of the records of a split."""
+    return int(_builder(find_dataset(folder)).info.splits[split].num_bytes)
+
+
 def read_metadata(folder: str | Path) -> dict[str, Any]:
     """Metadata that the builder wrote about the data set.
 
     Raises:
       ValueError: the data set was not written by `jvgen data build`.
     """
-    path = Path(folder) / METADATA
+    path = as_path(folder) / METADATA
     if not path.is_file():
         raise ValueError(f"{folder} has no {METADATA}: it was not written by `jvgen data build`.")
-    return json.loads(path.read_text())
+    return json.loads(read_text(path))
 
 
 def _builder(folder: Path) -> Any:
@@ -147,3 +168,11 @@ def _builder(folder: Path) -> Any:
         raise ValueError(
             f"{folder}: dataset_info.json or features.json cannot be read as TFDS metadata ({error})."
         ) from error
+
+
+def _copy_all(files: list[Path], cache: FileCache) -> None:
+    for file in files:
+        try:
+            cache.fetch(file)
+        except (StorageError, FileNotFoundError):
+            return  # Whoever needs the file reports it.

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from jvgen.data.store import records
 from jvgen.data.store.index import COLUMNS, Index, checksum_of, describe
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import METADATA
+from jvgen.storage import absolute, is_remote, remove_tree, upload_folder
 
 FORMAT = 1  # of jvgen's own files; incremented when older readers cannot read them
 VERSION = "1.0.0"  # required by TFDS
@@ -24,6 +26,9 @@ SHARD_BYTES = 512 << 20
 
 class Writer:
     """Context manager that writes records to a hidden folder and renames it at the end.
+
+    A data set in a bucket is written to a temporary folder of this machine (`TMPDIR` says where) and uploaded at the
+    end, `dataset_info.json` last: without that file the folder is no data set.
 
     A build that fails is removed. One that is killed leaves a folder whose name starts with a dot, which the next build
     of the same name removes. Records keep the order in which they are added.
@@ -50,13 +55,14 @@ class Writer:
         Raises:
           ValueError: `out` exists and may not be replaced.
         """
-        self.out = Path(out).expanduser().absolute()
+        self.out = absolute(out)
         self.description = description
         self.metadata = dict(metadata or {})
         self.overwrite = overwrite
         self.shard_bytes = shard_bytes
         self._check_out()
-        self._partial = self.out.parent / f".{self.out.name}.partial-{socket.gethostname()}-{os.getpid()}"
+        parent = Path(tempfile.gettempdir()) if is_remote(self.out) else self.out.parent
+        self._partial = parent / f".{self.out.name}.partial-{socket.gethostname()}-{os.getpid()}"
         self._splits: dict[str, _Split] = {}
         self.digests: dict[str, str] = {}
 
@@ -125,6 +131,10 @@ class Writer:
 
     def _move_to_out(self) -> None:
         self._check_out()
+        if is_remote(self.out):
+            remove_tree(self.out)
+            upload_folder(self._partial, self.out, last=("dataset_info.json",))
+            return
         replaced = None
         if self.out.exists():
             replaced = self.out.parent / f"{self._partial.name}.replaced"
@@ -146,7 +156,7 @@ class Writer:
 
     def _remove_dead_builds(self) -> None:
         prefix = f".{self.out.name}.partial-{socket.gethostname()}-"
-        for folder in self.out.parent.glob(f"{prefix}*"):
+        for folder in self._partial.parent.glob(f"{prefix}*"):
             process = folder.name.removeprefix(prefix).split(".")[0]
             if process.isdigit() and (int(process) == os.getpid() or not _alive(int(process))):
                 shutil.rmtree(folder, ignore_errors=True)

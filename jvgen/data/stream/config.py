@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from jvgen.config import Config
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.segments import SegmentConfig
+from jvgen.storage.cache import DEFAULT_GIB, FileCache, cache_of
 
 Kind = Literal["image", "static", "dynamic"]
 
@@ -116,6 +117,12 @@ class DataConfig(Config):
       workers: worker processes per process; 0 reads in the process itself.
       prefetch: number of batches read ahead.
       error_budget: fraction of the records read that may fail to decode before the run stops.
+      cache_folder: local folder for copies of the shards of data sets in buckets; none for one in the machine's
+        temporary folder. The variable JVGEN_CACHE replaces it.
+      cache_gib: size at which the shards that were used least recently are removed. JVGEN_CACHE_GIB replaces it.
+      on_failed_read: what a bucket that still cannot be read after retries does. "stop": end the run, so that a restart
+        tries again. "quarantine": use another record and count against `error_budget`; processes that read the same
+        rows (`seq` or `tensor` across processes) would then differ.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -130,6 +137,9 @@ class DataConfig(Config):
     workers: int = 0
     prefetch: int = 4
     error_budget: float = 0.001
+    cache_folder: str | None = None
+    cache_gib: float = DEFAULT_GIB
+    on_failed_read: Literal["stop", "quarantine"] = "stop"
 
     def validate(self) -> None:
         if not self.sources:
@@ -141,5 +151,11 @@ class DataConfig(Config):
                 f"threads = {self.threads}, workers = {self.workers}, prefetch = {self.prefetch}: "
                 "threads and prefetch must be at least 1, workers at least 0."
             )
+        if self.cache_gib <= 0:
+            raise ValueError(f"cache_gib = {self.cache_gib}: GiB of local disk, must be positive.")
         if not 0 <= self.error_budget < 1:
             raise ValueError(f"error_budget = {self.error_budget}: a fraction of records, from 0 up to 1.")
+
+    def cache(self) -> FileCache:
+        """The cache of remote shards on this machine."""
+        return cache_of(self.cache_folder, self.cache_gib)

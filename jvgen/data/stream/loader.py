@@ -6,7 +6,6 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.plan import Plan
 from jvgen.data.stream.quarantine import Quarantine
 from jvgen.data.stream.reader import BatchReader, Preprocess
+from jvgen.storage import Path, as_path
 
 # The stop step when none is given; `len` of a sequence must fit in 64 bits.
 _ENDLESS = 2**62
@@ -75,11 +75,12 @@ class Loader:
         quarantine_log: Path | None = None,
     ):
         # Evaluation is short and repeated: starting workers would take longer than reading.
-        self.config = config.replace(workers=0) if evaluation else config
-        sources = [open_source(s.path, s.split) for s in (config.evaluation_sources if evaluation else config.sources)]
+        self.config, self._evaluation = config.replace(workers=0) if evaluation else config, evaluation
+        chosen, cache = config.evaluation_sources if evaluation else config.sources, config.cache()
+        sources = [open_source(source.path, source.split, cache) for source in chosen]
         self.plan = Plan(config, [source.index for source in sources], seed, evaluation=evaluation)
         rows = _all_rows if rows is None else rows
-        log = None if quarantine_log is None else Path(quarantine_log)
+        log = None if quarantine_log is None else as_path(quarantine_log)
         self._reader = BatchReader(
             plan=self.plan,
             sources=sources,
@@ -89,6 +90,7 @@ class Loader:
             slots={bucket: rows(bucket) for bucket in self.plan.buckets},
             threads=config.threads,
             quarantine=Quarantine(log, config.error_budget),
+            quarantine_failed_reads=config.on_failed_read == "quarantine",
         )
 
     @property
@@ -111,6 +113,9 @@ class Loader:
 
     def batches(self, start_step: int, stop_step: int | None = None) -> "Batches":
         """Batches of steps [start_step, stop_step), endless without a stop. Close it or use it in a `with` block."""
+        if not self._evaluation:
+            for source in self._reader.sources:
+                source.read_ahead()
         return Batches(self._reader, self.config, start_step, _ENDLESS if stop_step is None else stop_step)
 
     def state(self, step: int) -> dict[str, Any]:

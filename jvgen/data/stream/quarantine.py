@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import threading
-from pathlib import Path
+import uuid
 from typing import Any
+
+from jvgen import storage
+from jvgen.storage import Path
 
 # With a budget above zero this many records may fail before the fraction counts: one failure among the first ten
 # records does not make a bad data set.
@@ -96,7 +99,10 @@ def describe(failures: list[Failure]) -> str:
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Append one JSON object as a line, in one write."""
+    """Append one JSON object as a line, in one write. In a bucket, which has no append, it is a file `PATH/ID.json`."""
+    if storage.is_remote(path):
+        storage.write_text(path / f"{uuid.uuid4().hex}.json", json.dumps(content) + "\n")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:

@@ -14,6 +14,7 @@ from jvgen.data.stream.plan import Plan
 from jvgen.data.stream.quarantine import Failure, Quarantine, TooManyFailures
 from jvgen.data.stream.transforms import Resize, load_example
 from jvgen.data.video_files import DecodeError
+from jvgen.storage import StorageError
 
 Preprocess = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 
@@ -40,6 +41,7 @@ class BatchReader:
         slots: dict[BucketConfig, np.ndarray],
         threads: int,
         quarantine: Quarantine,
+        quarantine_failed_reads: bool = False,
     ):
         self.plan = plan
         self.sources = tuple(sources)
@@ -48,6 +50,7 @@ class BatchReader:
         self.slots = slots
         self.threads = threads
         self.quarantine = quarantine
+        self.quarantine_failed_reads = quarantine_failed_reads
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
@@ -90,7 +93,7 @@ class BatchReader:
         while True:
             spec = self.plan.sample_spec(step, slot, attempt, source, row)
             try:
-                record = _record(self.sources[source], row)
+                record = _record(self.sources[source], row, self.quarantine_failed_reads)
                 example = load_example(record, spec, bucket, self.resize)
             except DecodeError as error:
                 failure = self._failure(step, slot, source, row, error)
@@ -133,9 +136,13 @@ class BatchReader:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
-def _record(source: Source, row: int) -> Record:
+def _record(source: Source, row: int, quarantine_failed_reads: bool) -> Record:
     try:
         return source.read(row)
+    except StorageError as error:
+        if not quarantine_failed_reads:
+            raise
+        raise DecodeError(str(error)) from error
     except RuntimeError as error:
         # What ArrayRecord raises when a stored chunk does not match its checksum; other I/O errors are not data errors.
         if "corrupted" not in str(error).lower():

@@ -1,10 +1,11 @@
 """Checks of a run's data sets: that cached latents match its VAE, and that pixels are there if it needs them."""
 
-from pathlib import Path
 from typing import Any
 
-from jvgen.data.store.sources import find_dataset, open_source, read_metadata
-from jvgen.data.stream.config import SourceConfig
+from jvgen.data.store.sources import bytes_of, find_dataset, open_source, read_metadata
+from jvgen.data.stream.config import DataConfig, SourceConfig
+from jvgen.storage import Path, is_remote
+from jvgen.storage.cache import GIB, SIZE_VARIABLE
 
 LATENTS_FORMAT = 1  # incremented when the preprocessing of the encoder's input changes
 
@@ -44,4 +45,16 @@ def check_pixels(source: SourceConfig) -> None:
         raise ValueError(
             f"{source.path} [{source.split}] has cached latents but no pixels, which this run needs; use the data set "
             f"with the clips ({made_from})."
+        )
+
+
+def check_cache(config: DataConfig) -> None:
+    """Raise `ValueError` if data sets in buckets do not fit the cache: most reads would then download a shard again."""
+    remote = {source.path: source for source in config.sources if is_remote(source.path)}
+    needed, cache = sum(bytes_of(source.path, source.split) for source in remote.values()), config.cache()
+    if needed > cache.limit:
+        raise ValueError(
+            f"{', '.join(remote)}: {needed / GIB:.2f} GiB of records, more than the cache of {cache.limit / GIB:.2f} "
+            f"GiB in {cache.folder}; raise data.cache_gib or {SIZE_VARIABLE}, or mount the bucket and name the mounted "
+            "folder."
         )
