@@ -83,6 +83,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     add_set_argument(parser)
 
 
+def add_pod_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add `--topology`, `--slices` and `--bucket` (parsed as `buckets`)."""
+    parser.add_argument(
+        "--topology", required=required, metavar="CHIP:SHAPE",
+        help="TPU topology of one slice: v5e:16x16, v5p:4x4x8, v6e:16x16, ..."
+        + ("" if required else "; the attached devices if omitted"),
+    )  # fmt: skip
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of such TPU slices")
+    parser.add_argument(
+        "--bucket", dest="buckets", action="append", default=[], metavar="VIEWSxFRAMESxHEIGHTxWIDTH",
+        help="only this batch shape of data.buckets (repeatable)",
+    )  # fmt: skip
+
+
 def experiment_of(parsed: argparse.Namespace) -> "Experiment":
     """The experiment that CONFIG and `--set` describe, validated."""
     from jvgen.training.experiment import load_experiment

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jvgen.cli.arguments import add_command, add_config_arguments, experiment_of
+from jvgen.cli.arguments import add_command, add_config_arguments, add_pod_arguments, experiment_of
 
 if TYPE_CHECKING:
     from jvgen.preflight.report import CompileReport
@@ -16,15 +16,13 @@ def add_commands(commands) -> None:
     parser = add_command(
         commands, "compile", "compile the training step for a TPU pod that this machine does not have",
         "jvgen compile configs/cogvideox_2b.py --topology v5p:4x4x8",
-        details="Prints memory per device against HBM, FLOPs by component and the largest collectives for every batch "
-        "shape; exits with status 1 if one does not fit. A large network of 3-D convolutions can take the TPU compiler "
-        "half an hour per batch shape. Needs the `tpu` extra, and no TPU.",
+        details="Prints memory per device against HBM, FLOPs by component, what a process reads and the largest "
+        "collectives for every batch shape; exits with status 1 if one does not fit. A large network of 3-D "
+        "convolutions can take the TPU compiler half an hour per batch shape. Needs the `tpu` extra, and no TPU.",
         handler=run_compile,
     )  # fmt: skip
     add_config_arguments(parser)
-    parser.add_argument(
-        "--topology", required=True, metavar="CHIP:SHAPE", help="TPU topology: v5e:16x16, v5p:4x4x8, v6e:16x16, ..."
-    )
+    add_pod_arguments(parser, required=True)
     parser.add_argument(
         "--json", type=Path, metavar="FILE",
         help="also write the report to this JSON file, updated after every batch shape",
@@ -34,8 +32,9 @@ def add_commands(commands) -> None:
 def run_compile(parsed: argparse.Namespace) -> int:
     """Compile every batch shape and print the report; 1 if one does not fit."""
     from jvgen.preflight.ahead_of_time import compile_ahead
+    from jvgen.preflight.check import with_buckets
 
-    experiment = experiment_of(parsed)
+    experiment = with_buckets(experiment_of(parsed), parsed.buckets)
     if parsed.json:
         _check_writable(parsed.json)
 
@@ -46,7 +45,7 @@ def run_compile(parsed: argparse.Namespace) -> int:
         if parsed.json:
             parsed.json.write_text(report.to_json())
 
-    report = compile_ahead(experiment, parsed.topology, on_bucket=log)
+    report = compile_ahead(experiment, parsed.topology, slices=parsed.slices, on_bucket=log)
     print(report)
     return 0 if report.fits else 1
 

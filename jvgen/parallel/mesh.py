@@ -97,6 +97,17 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = across_slices(shape, slices)
+    within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def across_slices(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
+    """The part of each mesh axis that crosses between slices: of data first, then of fsdp.
+
+    Raises:
+      ValueError: data x fsdp is not a multiple of the slices.
+    """
     across = [1] * len(shape)
     for axis in range(2):
         across[axis] = math.gcd(shape[axis], slices // math.prod(across))
@@ -105,8 +116,7 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
             f"mesh data={shape[0]}, fsdp={shape[1]} on {slices} slices: seq and tensor stay inside a slice, "
             f"so data x fsdp must be a multiple of {slices}."
         )
-    within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
-    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return tuple(across)
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:

@@ -40,9 +40,15 @@ def global_array(local: np.ndarray, rows: np.ndarray, shape: tuple[int, ...], sh
         return jax.device_put(local, sharding)
 
     # `make_array_from_process_local_data` refuses processes whose rows overlap without being equal, as on a torus.
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[0].indices(shape[0])
-        first = int(np.searchsorted(rows, start))
-        return local[(slice(first, first + stop - start), *index[1:])]
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: shard_of(local, rows, shape[0], index), dtype=local.dtype
+    )
 
-    return jax.make_array_from_callback(shape, sharding, shard, dtype=local.dtype)
+
+def shard_of(local: np.ndarray, rows: np.ndarray, size: int, index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index` of a global array with `size` rows, of which `local` has the numbers `rows` (increasing)."""
+    start, stop, _ = index[0].indices(size)
+    first = int(np.searchsorted(rows, start))
+    shard = local[(slice(first, first + stop - start), *index[1:])]
+    assert np.array_equal(rows[first : first + stop - start], np.arange(start, stop)), f"rows {start}:{stop} not read"
+    return shard

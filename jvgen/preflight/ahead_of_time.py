@@ -1,18 +1,18 @@
 """Compile a run's training step for a TPU pod that this machine does not have."""
 
+import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel.mesh import describe as describe_mesh
-from jvgen.parallel.mesh import make_mesh
 from jvgen.preflight import collectives, topology
-from jvgen.preflight.estimate import lower_bound
+from jvgen.preflight.estimate import lower_bound, reading
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
@@ -24,20 +24,24 @@ def _ignore(report: CompileReport) -> None:
 
 
 def compile_ahead(
-    experiment: Experiment, topology_name: str, *, on_bucket: Callable[[CompileReport], None] = _ignore
+    experiment: Experiment,
+    topology_name: str,
+    *,
+    slices: int = 1,
+    on_bucket: Callable[[CompileReport], None] = _ignore,
 ) -> CompileReport:
     """Compile the training step of every batch shape for a described TPU pod; no array is allocated, no data is read.
 
     Args:
       experiment: the run; its mesh must fit the topology.
-      topology_name: such as "v5p:4x4x8".
+      topology_name: of one slice, such as "v5p:4x4x8".
+      slices: number of slices.
       on_bucket: called after every batch shape with the report so far; one shape can take half an hour.
 
     Raises:
       ConfigError: libtpu is missing, the topology is unknown, or the run does not shard evenly over it.
     """
-    pod = topology.describe(topology_name)
-    mesh = make_mesh(experiment.mesh, pod.devices)
+    pod, mesh = topology.describe_for(experiment.mesh, topology_name, slices)
     program = Program.build(experiment, mesh)
     program.check()
     report = CompileReport(
@@ -45,23 +49,25 @@ def compile_ahead(
         chip=pod.chip.name,
         mesh=describe_mesh(mesh),
         devices=len(pod.devices),
+        processes=len({device.process_index for device in pod.devices}),
         hbm_bytes=pod.hbm_bytes,
         peak_flops=pod.peak_flops,
         buckets=(),
     )
     for bucket in experiment.data.buckets:
-        report = dataclasses.replace(report, buckets=(*report.buckets, compile_bucket(program, bucket)))
+        report = dataclasses.replace(report, buckets=(*report.buckets, compile_bucket(program, bucket, pod.peak_flops)))
         on_bucket(report)
     return report
 
 
-def compile_bucket(program: Program, bucket: BucketConfig) -> BucketReport:
-    """Compile the step of one batch shape for the devices of the program's mesh."""
+def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | None = None) -> BucketReport:
+    """Compile the step of one batch shape for the devices of the program's mesh, with this peak in FLOP/s each."""
     start = time.perf_counter()
     memory, problem, found = None, "", ()
     lowered = program.lower(bucket)
     try:
-        compiled = lowered.compile()
+        with _without_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise ConfigError(f"the TPU compiler rejected the step of {bucket.name}: {error}") from error
@@ -73,8 +79,20 @@ def compile_bucket(program: Program, bucket: BucketConfig) -> BucketReport:
         bucket=bucket,
         memory=memory,
         lower_bound=lower_bound(program, bucket),
+        reading=reading(program, bucket, peak_flops),
         flops=step_flops(program.task, bucket),
         collectives=found,
         seconds=time.perf_counter() - start,
         problem=problem,
     )
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Compile without JAX's cache of compiled programs, which cannot be read for devices that are only described."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -35,6 +35,22 @@ FIXES = {
     axes.ACTIVATION_HEADS: "choose a mesh.tensor that divides the number of heads",
     axes.HEADS: "choose a mesh.tensor that divides the number of heads",
 }
+
+
+def with_buckets(experiment: Experiment, names: Sequence[str]) -> Experiment:
+    """The experiment with only the buckets of these names ("1x49x480x720"); all of them if there are no names.
+
+    Raises:
+      ConfigError: no bucket has the name.
+    """
+    known = [bucket.name for bucket in experiment.data.buckets]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"bucket {name!r}: data.buckets has {', '.join(known)}.")
+    if not names:
+        return experiment
+    buckets = tuple(bucket for bucket in experiment.data.buckets if bucket.name in names)
+    return experiment.replace(data=experiment.data.replace(buckets=buckets))
 
 
 def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax.Device] | None = None) -> None:

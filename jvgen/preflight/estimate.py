@@ -1,4 +1,4 @@
-"""A lower bound on the memory of a training step, by arithmetic, to compare with what the compiler allocates."""
+"""What arithmetic says about a training step: a lower bound on its memory, its time, and what a process reads."""
 
 import dataclasses
 import math
@@ -7,9 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jvgen import nested
 from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel import axes
+from jvgen.parallel.mesh import FSDP
 from jvgen.training.program import Program
+from jvgen.training.telemetry.throughput import step_flops
+
+# Model FLOPs utilization of an estimated step.
+ASSUMED_MFU = 0.4
+MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +62,103 @@ def lower_bound(program: Program, bucket: BucketConfig) -> Estimate:
         batch=local_bytes(program.abstract_batch(bucket)),
         gradients=parameters,
         cast=parameters * dtype.itemsize / 4 if dtype.itemsize < 4 else 0.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """What every device holds beyond an even split over `fsdp`, in bytes per device, over the whole train state.
+
+    Attributes:
+      small: of arrays below `sharding.replicate_below`, which are replicated on purpose.
+      undivided: of larger arrays, by path, the most bytes first: `fsdp` does not divide them, or not wholly.
+    """
+
+    small: float
+    undivided: dict[str, float]
+
+
+def replicated(program: Program) -> Replicated:
+    """Bytes of parameters, optimizer state, EMA and frozen networks that `fsdp` does not split."""
+    fsdp, below = program.sharding.mesh.shape[FSDP], program.sharding.config.replicate_below
+    names = nested.flatten(program.task.axes())
+    if program.abstract.frozen:
+        names |= nested.flatten(program.task.frozen_axes())
+    state = program.abstract_state()
+    small, undivided = 0.0, {}
+    parts = {"parameters": state.parameters, "optimizer": state.optimizer, "ema": state.ema, "frozen": state.frozen}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(parts):
+        local, whole = local_bytes(leaf), math.prod(leaf.shape) * leaf.dtype.itemsize
+        beyond = local - whole / fsdp
+        if beyond < 0.5:
+            continue
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        # The path of a moment ends with the path of its parameter; a counter has none.
+        ends = (path.split("/", start)[-1] for start in range(path.count("/") + 1))
+        logical = next((names[end] for end in ends if end in names), ())
+        layer = [size for name, size in zip(logical, leaf.shape, strict=False) if name != axes.LAYERS]
+        if logical and math.prod(layer) >= below:
+            undivided[path] = beyond
+        else:
+            small += beyond
+    return Replicated(small, dict(sorted(undivided.items(), key=lambda item: -item[1])))
+
+
+def step_seconds(program: Program, bucket: BucketConfig, peak_flops: float | None) -> float | None:
+    """Seconds per step at `ASSUMED_MFU` of a device's peak in FLOP/s; None if either FLOPs or peak are unknown."""
+    flops = sum(step_flops(program.task, bucket).values())
+    devices = program.sharding.mesh.size
+    return flops / (devices * peak_flops * ASSUMED_MFU) if flops and peak_flops else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a process reads for one step.
+
+    Attributes:
+      rows: rows of the global batch that a process reads; the most, if processes differ.
+      clips: clips of these rows (one per view).
+      batch_size: rows of the global batch.
+      readers: number of processes that read the same row, on average.
+      bytes: arrays of these rows as they go to the devices, uncompressed.
+      seconds: estimated time of a step; None if unknown.
+    """
+
+    rows: int
+    clips: int
+    batch_size: int
+    readers: float
+    bytes: float
+    seconds: float | None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Bytes per second that a process has to prepare to keep up with the devices."""
+        return self.bytes / self.seconds if self.seconds else None
+
+    def __str__(self) -> str:
+        shared = f", each read by {self.readers:.3g} processes" if self.readers > 1 else ""
+        text = (
+            f"a process reads {self.rows} of {self.batch_size} examples per step ({self.clips} clips{shared}), "
+            f"{self.bytes / MIB:.1f} MiB decoded"
+        )
+        if self.seconds is None:
+            return text
+        return f"{text}: {self.bytes_per_second / MIB:.1f} MiB/s at {self.seconds:.3g} s/step ({ASSUMED_MFU:.0%} MFU)"
+
+
+def reading(program: Program, bucket: BucketConfig, peak_flops: float | None) -> Reading:
+    """What one process reads for a step of a bucket."""
+    rows = [len(rows) for rows in program.rows_by_process(bucket).values()]
+    batch = jax.tree.leaves(program.abstract_batch(bucket))
+    per_row = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in batch) / bucket.batch_size
+    return Reading(
+        rows=max(rows),
+        clips=max(rows) * bucket.views,
+        batch_size=bucket.batch_size,
+        readers=sum(rows) / bucket.batch_size,
+        bytes=per_row * max(rows),
+        seconds=step_seconds(program, bucket, peak_flops),
     )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jvgen.data.stream.config import BucketConfig
 from jvgen.preflight.collectives import Collective
-from jvgen.preflight.estimate import Estimate
+from jvgen.preflight.estimate import ASSUMED_MFU, Estimate, Reading
 
 GIB = 2**30
 MIB = 2**20
@@ -62,6 +62,7 @@ class BucketReport:
       bucket: batch shape.
       memory: as compiled; None if it does not fit, `problem` is then the compiler's message.
       lower_bound: of memory, by arithmetic, without activations.
+      reading: what a process reads for a step.
       flops: per step over all devices, by component; the backward pass counts, recomputation does not.
       collectives: of one step, the most bytes per step first.
       seconds: time to trace and compile.
@@ -70,6 +71,7 @@ class BucketReport:
     bucket: BucketConfig
     memory: Memory | None
     lower_bound: Estimate
+    reading: Reading
     flops: dict[str, float]
     collectives: tuple[Collective, ...]
     seconds: float
@@ -83,7 +85,7 @@ class CompileReport:
     Attributes:
       topology, chip: target of the compilation.
       mesh: in one line.
-      devices: number of JAX devices of the pod.
+      devices, processes: number of JAX devices and of processes (hosts) of the pod.
       hbm_bytes, peak_flops: per device, bytes and FLOP/s.
       buckets: one report per batch shape.
     """
@@ -92,6 +94,7 @@ class CompileReport:
     chip: str
     mesh: str
     devices: int
+    processes: int
     hbm_bytes: float
     peak_flops: float
     buckets: tuple[BucketReport, ...]
@@ -112,6 +115,7 @@ class CompileReport:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140, highlight=False)
         console.print(f"{self.mesh}, topology {self.topology}, {self.hbm_bytes / GIB:.2f} GiB HBM/device")
+        console.print(f"{self.processes} processes (hosts) of {self.devices // self.processes} devices")
         for report in self.buckets:
             self._print_bucket(console, report)
         return console.file.getvalue().rstrip()
@@ -129,9 +133,10 @@ class CompileReport:
             at_peak = per_device / self.peak_flops
             console.print(
                 f"{per_device / 1e12:.1f} TFLOP/device/step: {at_peak:.3f} s/step at the peak of "
-                f"{self.peak_flops / 1e12:.0f} TFLOP/s, {at_peak / 0.4:.3f} s/step at 40% MFU; recomputation by remat "
-                "is not counted"
+                f"{self.peak_flops / 1e12:.0f} TFLOP/s, {at_peak / ASSUMED_MFU:.3f} s/step at {ASSUMED_MFU:.0%} MFU; "
+                "recomputation by remat is not counted"
             )
+        console.print(str(report.reading))
         console.print(_collectives_table(report.collectives))
 
 

@@ -2,20 +2,19 @@
 
 import dataclasses
 import importlib.util
-import math
 import os
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from jvgen.config import ConfigError
-from jvgen.parallel.chips import Chip, chip_named
+from jvgen.parallel.chips import Chip
+from jvgen.parallel.mesh import MeshConfig, across_slices, make_mesh
+from jvgen.parallel.pods import Pod, pod_named
 
-# Tested names; others of the same form work too.
-KNOWN = (
-    "v4:4x4x4", "v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v5p:4x4x8", "v5p:8x8x8", "v6e:2x2",
-    "v6e:16x16", "tpu7x:2x2x1", "tpu7x:4x4x4",
-)  # fmt: skip
+# Without this libtpu shows the two cores of a v4 chip as two devices, where TPU VMs show one.
+_CHIP_CONFIGS = {"v4": "megacore"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +22,32 @@ class Topology:
     """A described pod.
 
     Attributes:
-      name: such as "v5p:4x4x8".
-      chip: kind of chip.
-      chips: number of chips.
+      pod: kind of chip, shape and slices.
       devices: JAX devices, compile-only: they hold no arrays.
     """
 
-    name: str
-    chip: Chip
-    chips: int
+    pod: Pod
     devices: tuple[jax.Device, ...]
+
+    @property
+    def name(self) -> str:
+        """Such as "v5p:4x4x8"."""
+        return self.pod.name
+
+    @property
+    def chip(self) -> Chip:
+        """Kind of chip."""
+        return self.pod.chip
 
     @property
     def hbm_bytes(self) -> float:
         """Usable memory per device in bytes."""
-        return self.chip.hbm_bytes * self.chips / len(self.devices)
+        return self.chip.device_hbm_bytes
 
     @property
     def peak_flops(self) -> float:
         """bfloat16 peak per device in FLOP/s."""
-        return self.chip.peak_flops * self.chips / len(self.devices)
+        return self.chip.device_peak_flops
 
 
 def has_compiler() -> bool:
@@ -50,15 +55,36 @@ def has_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def describe(name: str) -> Topology:
-    """Devices of the topology `CHIP:AxB` or `CHIP:AxBxC`.
+def describe_for(config: MeshConfig, name: str, slices: int = 1) -> tuple[Topology, Mesh]:
+    """A described pod, and its devices arranged into a configured mesh.
 
     Raises:
-      ConfigError: libtpu is missing, or it does not know the topology.
+      ConfigError: as `describe`; or the mesh does not fit the number of devices or of slices, found before libtpu is
+        asked.
     """
+    pod = pod_named(name, slices)
+    try:
+        shape = tuple(config.resolve(pod.devices).values())
+        across_slices(shape, slices)
+        topology = describe(name, slices)
+        return topology, make_mesh(config, topology.devices)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"topology {pod.name}: {error}") from error
+
+
+def describe(name: str, slices: int = 1) -> Topology:
+    """Devices of the topology `GENERATION:AxB` or `GENERATION:AxBxC`, of one or several such slices.
+
+    Raises:
+      ConfigError: there is no such topology, or libtpu is missing.
+    """
+    # First: libtpu ends the whole process for some shapes that do not exist.
+    pod = pod_named(name, slices)
     if not has_compiler():
         raise ConfigError(
-            "compiling ahead of time needs the TPU compiler of the package libtpu, which is not installed: "
+            "describing a TPU pod needs the TPU compiler of the package libtpu, which is not installed: "
             "pip install 'jvgen[tpu]'. No TPU is needed."
         )
     # Without these libtpu would look for TPUs and for other users of them.
@@ -69,15 +95,12 @@ def describe(name: str) -> Topology:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     }.items():
         os.environ.setdefault(variable, value)
-    kind, _, shape = name.partition(":")
+    options = {"num_slices": slices} if slices > 1 else {}
+    if pod.chip.name in _CHIP_CONFIGS:
+        options["chip_config_name"] = _CHIP_CONFIGS[pod.chip.name]
     try:
-        chip = chip_named(kind)
-        chips = math.prod(int(part) for part in shape.split("x"))
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=pod.topology, **options).devices
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"topology {name!r} is unknown to the TPU compiler ({reason}). Write CHIP:SHAPE, for example "
-            f"{', '.join(KNOWN)}."
-        ) from error
-    return Topology(name, chip, chips, tuple(devices))
+        raise ConfigError(f"topology {name!r}: this version of libtpu does not describe it ({reason}).") from error
+    return Topology(pod, tuple(devices))

@@ -88,7 +88,7 @@ def _rows(
     flops = sum(step_flops(base.task.build(), base.data.buckets[0]).values()) / len(pod.devices)
     # Backward passes have twice the products of forward passes.
     seconds = flops / (1 if what == "training" else 3) / pod.peak_flops / UTILIZATION
-    bandwidth = BANDWIDTH.get(pod.name.split(":")[0], math.nan) * pod.chips / len(pod.devices)
+    bandwidth = BANDWIDTH.get(pod.name.split(":")[0], math.nan) * pod.pod.chips / len(pod.devices)
     moved = (sides[changed]["layer_MiB"] - sides["without"]["layer_MiB"]) * 2**20 * base.task.denoiser.layers
     for side, row in sides.items():
         row["ratio"] = row["GiB"] / sides["without"]["GiB"]

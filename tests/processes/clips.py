@@ -1,6 +1,7 @@
 """A toy task on clips that the real loader reads; also a script that trains it as one of several processes."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from jvgen.tasks.task import Task  # noqa: E402
 from jvgen.training.experiment import Experiment  # noqa: E402
 from jvgen.training.loop import train  # noqa: E402
 
-# Owners of the 4 x 2 devices of a mesh `fsdp 4 x seq 2`, as a torus may have them: examples 2 and 3 are split over both
-# processes, the rows of process 0 have a gap, and the rows of the two processes overlap without being equal.
-OWNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
+# Axes of the mesh, and the processes that own its four devices in their order: tokens of every example split over both
+# processes, as on a torus; and rows with a gap.
+LAYOUTS = {"seq": ({"fsdp": 2, "seq": 2}, (0, 1, 1, 0)), "gap": ({"fsdp": 4}, (0, 1, 1, 0))}
 
 
 class ClipTask(toys.ToyTask):
@@ -51,8 +52,8 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def experiment(data: Path) -> Experiment:
-    """Six steps on two batch shapes of these clips, with evaluation and samples."""
+def experiment(data: Path, axes: dict[str, int]) -> Experiment:
+    """Six steps on two batch shapes of these clips, with evaluation and samples, on a mesh with these axes."""
     base = toys.experiment(**{"training.steps": 6, "training.evaluate_every": 6, "training.visualize_every": 6})
     buckets = tuple(BucketConfig(frames=frames, height=16, width=16, batch_size=8) for frames in (4, 2))
     return base.replace(
@@ -64,30 +65,32 @@ def experiment(data: Path) -> Experiment:
             threads=2,
         ),
         training=base.training.replace(evaluation_batches=1),
-        mesh=mesh.MeshConfig(fsdp=4, seq=2),
+        mesh=mesh.MeshConfig(**axes),
     )
 
 
-def interleaved(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """The devices in the order of `OWNERS`."""
+def arranged(owners: tuple[int, ...], shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in the order of their owners."""
     of_process = {index: iter([d for d in devices if d.process_index == index]) for index in (0, 1)}
     ordered = np.empty(len(devices), object)
-    ordered[:] = [next(of_process[owner]) for pair in OWNERS for owner in pair]
+    ordered[:] = [next(of_process[owner]) for owner in owners]
     return ordered.reshape(shape)
 
 
 def main() -> int:
-    """Train as one of two processes: `clips.py DATA WORKDIR --process I --port P`."""
+    """Train as one of two processes: `clips.py DATA WORKDIR LAYOUT --process I --port P`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("workdir", type=Path)
+    parser.add_argument("layout", choices=LAYOUTS)
     parser.add_argument("--process", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
     parsed = parser.parse_args()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{parsed.port}", 2, parsed.process)
-    mesh._arrange = interleaved
-    return train(experiment(parsed.data), parsed.workdir)
+    axes, owners = LAYOUTS[parsed.layout]
+    mesh._arrange = functools.partial(arranged, owners)
+    return train(experiment(parsed.data, axes), parsed.workdir)
 
 
 if __name__ == "__main__":

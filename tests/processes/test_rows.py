@@ -18,7 +18,7 @@ from jvgen import config
 from jvgen.config import ConfigError
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import MESH_AXES, make_mesh
-from jvgen.parallel.rows import global_array, rows_by_process
+from jvgen.parallel.rows import global_array, rows_by_process, shard_of
 from jvgen.parallel.rules import Sharding
 from jvgen.preflight import topology
 from jvgen.training.loop import train
@@ -90,14 +90,33 @@ def test_a_global_array_in_any_order_of_devices():
         global_array(whole[:4], np.arange(8), whole.shape, placed)
 
 
-def test_two_processes_that_share_examples_train_as_one(tmp_path, quick_compilations):
-    """The real loader reads overlapping rows with gaps; losses, evaluation and records are those of one process."""
-    data = clips.build(tmp_path / "data")
+def test_shards_of_rows_with_a_gap():
+    whole = np.arange(8 * 3).reshape(8, 3)
+    rows = np.array([1, 4, 5, 6])
+    for index in ((slice(4, 6), slice(None)), (slice(1, 2), slice(0, 2)), (slice(6, 7, None), slice(None))):
+        assert np.array_equal(shard_of(whole[rows], rows, 8, index), whole[index])
+    with pytest.raises(AssertionError, match="rows 6:8 not read"):
+        shard_of(whole[rows], rows, 8, (slice(6, None), slice(None)))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, quick_compilations) -> tuple[Path, Path]:
+    """Clips, and a run of one process on them."""
+    data = clips.build(tmp_path_factory.mktemp("clips") / "data")
+    run = tmp_path_factory.mktemp("runs") / "one"
+    assert train(clips.experiment(data, {"fsdp": 4, "seq": 2}), run) == 0
+    return data, run
+
+
+@pytest.mark.parametrize("layout", ["seq", pytest.param("gap", marks=pytest.mark.slow)])
+def test_two_processes_in_an_order_of_a_torus_train_as_one(one_process, tmp_path, layout):
+    """The real loader reads what each holds; losses, evaluation and records are those of one process."""
+    data, one = one_process
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    command = [sys.executable, clips.__file__, data, tmp_path / "two", "--port", str(port)]
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    command = [sys.executable, clips.__file__, data, tmp_path / "two", layout, "--port", str(port)]
     pair = [
         subprocess.Popen(
             [*command, "--process", str(number)], env=os.environ | {"XLA_FLAGS": flags},
@@ -105,14 +124,17 @@ def test_two_processes_that_share_examples_train_as_one(tmp_path, quick_compilat
         )
         for number in (0, 1)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=200)[0] for process in pair]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
     assert [process.returncode for process in pair] == [0, 0], outputs
-    assert train(clips.experiment(data), tmp_path / "one") == 0
     for file in ("metrics.jsonl", "evaluation.jsonl"):
-        one, two = (read_rows(tmp_path / run / file) for run in ("one", "two"))
-        assert [row["step"] for row in one] == [row["step"] for row in two] and one
+        alone, both = (read_rows(run / file) for run in (one, tmp_path / "two"))
+        assert [row["step"] for row in alone] == [row["step"] for row in both] and alone
         for name in ("loss", "input", "high"):
             np.testing.assert_allclose(
-                [row[name] for row in two if name in row], [row[name] for row in one if name in row], rtol=1e-5
+                [row[name] for row in both if name in row], [row[name] for row in alone if name in row], rtol=1e-5
             )
-        assert [row.get("records") for row in one] == [row.get("records") for row in two]
+        assert [row.get("records") for row in alone] == [row.get("records") for row in both]

@@ -16,13 +16,23 @@ from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn.stacked import Remat
+from jvgen.parallel.chips import chip_of
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.preflight import check as preflight
 from jvgen.preflight import collectives, topology
 from jvgen.preflight.ahead_of_time import compile_ahead
 from jvgen.preflight.check import check
-from jvgen.preflight.estimate import local_bytes, lower_bound, saved_between_layers
+from jvgen.preflight.estimate import (
+    ASSUMED_MFU,
+    Reading,
+    local_bytes,
+    lower_bound,
+    reading,
+    replicated,
+    saved_between_layers,
+    step_seconds,
+)
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
@@ -138,6 +148,33 @@ def test_bytes_saved_between_layers_count_one_shard():
     assert size == 3 * 2 * (8 // 2) * (64 // 4) * 256 * 2
 
 
+def test_what_a_process_reads():
+    experiment = toys.experiment(**{"mesh.fsdp": 4, "mesh.seq": 2})
+    program = Program.build(experiment, make_mesh(experiment.mesh))
+    bucket = experiment.data.buckets[0]
+    seconds = step_seconds(program, bucket, 1e12)
+    assert seconds == 3 * 16 * 4 * 9 * 2 * 16**2 / (8 * 1e12 * ASSUMED_MFU)
+    found = reading(program, bucket, 1e12)
+    # x, float32 4 x 16; record and slot, int32.
+    assert (found.rows, found.readers, found.bytes) == (16, 1.0, 16 * (4 * 16 * 4 + 4 + 4))
+    assert found.bytes_per_second == found.bytes / seconds
+    assert "MiB/s" not in str(reading(program, bucket, None))
+
+
+def test_bytes_that_fsdp_does_not_split():
+    """7 does not divide 16: every matrix of the toy is whole on every device; biases are so on purpose."""
+    experiment = toys.experiment(**{"mesh.fsdp": 7, "ema.decays": "()", "sharding.replicate_below": 100})
+    program = Program.build(experiment, make_mesh(experiment.mesh, jax.devices()[:7]))
+    found = replicated(program)
+    matrices = 2 * (16 * 32 * 2) + 16 * 16
+    # Parameters and two moments.
+    assert sum(found.undivided.values()) == pytest.approx(3 * 4 * matrices * 6 / 7)
+    assert found.small == pytest.approx((3 * 4 * (2 * 16 + 16)) * 6 / 7, rel=0.2)
+    assert next(iter(found.undivided)).split("/")[0] in ("parameters", "optimizer")
+    split = Program.build(toys.experiment(), make_mesh(MeshConfig(fsdp=8)))
+    assert not replicated(split).undivided
+
+
 def test_local_bytes_counts_keys():
     key = jax.eval_shape(lambda: jax.random.key(0))
     assert local_bytes({"key": key, "x": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}) == 8 + 6
@@ -224,15 +261,19 @@ def report_of(**memory) -> CompileReport:
     bucket = BucketReport(
         bucket=toys.experiment().data.buckets[0], memory=Memory(**{k: v * 2**30 for k, v in parts.items()}),
         lower_bound=bound, flops={"model": 3e15}, seconds=1.0,
+        reading=Reading(rows=4, clips=8, batch_size=16, readers=2.0, bytes=3 * 2**20, seconds=1.5),
         collectives=(collectives.Collective("all-gather", "bf16[4,32]", 30, 2**20),),
     )  # fmt: skip
-    return CompileReport("v5e:2x2", "v5e", "mesh", 4, 10 * 2**30, 197e12, (bucket,))
+    return CompileReport("v5e:2x2", "v5e", "mesh", 4, 2, 10 * 2**30, 197e12, (bucket,))
 
 
 def test_report():
     report = report_of()
     assert report.fits and not report_of(temporaries=2).fits
     assert "9.500" in str(report) and "95.0%" in str(report) and "all-gather" in str(report) and "30.0" in str(report)
+    assert "2 processes (hosts) of 2 devices" in str(report)
+    assert "reads 4 of 16 examples per step (8 clips, each read by 2 processes)" in str(report)
+    assert "3.0 MiB decoded: 2.0 MiB/s at 1.5 s/step (40% MFU)" in str(report)
     document = json.loads(report.to_json())
     assert document["fits"] is True and document["buckets"][0]["total_bytes"] == 9.5 * 2**30
 
@@ -243,11 +284,57 @@ def test_missing_compiler(monkeypatch):
         compile_ahead(toys.experiment(), "v5e:2x2")
 
 
-@needs_compiler
-@pytest.mark.parametrize("name", ["v5e:3x3", "v9:2x2", "v5e", "v5e:axb"])
-def test_unknown_topology(name):
-    with pytest.raises(ConfigError, match=rf"topology '{name}' is unknown .* v5p:4x4x8"):
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        ("v5e:3x3", "slices of v5e come as 1x1, 2x2, .*16x16"),
+        ("v5e:0x0", "slices of v5e come as"),
+        ("v5e:16x8", "Did you mean 8x16"),
+        ("v5p:4x4x6", "v5p come as 2x2x1, .* three ascending multiples of 4 .* at most 8960 chips"),
+        ("v5p:32x32x32", "at most 8960 chips"),
+        ("v9:2x2", "'v9' is not a TPU generation; there are v4, v5e, v5p, v6e, tpu7x"),
+        ("H100:4x8", "'H100' is not a TPU generation.*on a machine that has them"),
+        ("v5e", "write GENERATION:SHAPE, for example v5e:16x16"),
+        ("v5e:axb", "write GENERATION:SHAPE"),
+        ("v5e:2x-2", "write GENERATION:SHAPE"),
+    ],
+)
+def test_unknown_topology(monkeypatch, name, message):
+    """Found in a table: libtpu ends the process for some of them."""
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", None)
+    with pytest.raises(ConfigError, match=f"topology '{name}': .*{message}"):
         topology.describe(name)
+
+
+@pytest.mark.parametrize(
+    "settings,slices,message",
+    [
+        ({"mesh.fsdp": 3}, 1, r"topology v5e:4x4: mesh data=1, fsdp=3.* needs 3 devices, but there are 16"),
+        ({"mesh.fsdp": 16, "mesh.seq": 3}, 3, r"topology 3 x v5e:4x4: mesh data=1, fsdp=16 on 3 slices"),
+        ({}, 0, "slices = 0: a run needs at least one slice"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_a_pod(monkeypatch, settings, slices, message):
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", None)
+    with pytest.raises(ConfigError, match=message):
+        topology.describe_for(toys.experiment(**settings).mesh, "v5e:4x4", slices)
+
+
+@needs_compiler
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("name", ["v4:2x2x4", "v5e:1x1", "v5e:4x8", "v5p:2x4x4", "v6e:2x4", "tpu7x:2x2x2"])
+def test_the_table_of_pods_is_what_libtpu_describes(name, slices):
+    found = topology.describe(name, slices)
+    assert len(found.devices) == found.pod.devices
+    assert len({device.process_index for device in found.devices}) == found.pod.hosts
+    assert len({getattr(device, "slice_index", 0) for device in found.devices}) == slices
+    assert chip_of(found.devices[0]) == found.chip
+
+
+@needs_compiler
+def test_two_slices_cross_the_data_axis():
+    _, mesh = topology.describe_for(MeshConfig(data=2, fsdp=4), "v5e:2x2", 2)
+    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
 
 
 @needs_compiler

@@ -1,0 +1,112 @@
+"""TPU slices: the shapes in which each generation comes, and how many chips and hosts a slice has."""
+
+import dataclasses
+import math
+
+from jvgen.config import ConfigError
+from jvgen.parallel.chips import Chip, chip_named
+
+# Hosts of 4 chips. v5e and v6e are also offered with 8 chips in one host, which libtpu does not describe.
+CHIPS_PER_HOST = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceShapes:
+    """In what shapes the slices of a generation come.
+
+    Attributes:
+      shapes: all shapes of a plane; the shapes below one cube of 4x4x4 of a 3-D torus.
+      max_cubes: most cubes of 4x4x4 in a slice of a 3-D torus; 0 for a plane.
+    """
+
+    shapes: tuple[str, ...]
+    max_cubes: int = 0
+
+    def __contains__(self, shape: tuple[int, ...]) -> bool:
+        if "x".join(map(str, shape)) in self.shapes:
+            return True
+        whole = len(shape) == 3 and all(size % 4 == 0 for size in shape) and list(shape) == sorted(shape)
+        return whole and math.prod(shape) <= 64 * self.max_cubes
+
+    def __str__(self) -> str:
+        listed = ", ".join(self.shapes)
+        if not self.max_cubes:
+            return listed
+        return f"{listed}, or three ascending multiples of 4 (4x4x4, 4x4x8, ...) of at most {self.max_cubes * 64} chips"
+
+
+_PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SMALL_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+SLICES = {
+    "v4": SliceShapes(_SMALL_TORUS, max_cubes=64),
+    "v5e": SliceShapes(_PLANE),
+    "v5p": SliceShapes(_SMALL_TORUS, max_cubes=140),
+    "v6e": SliceShapes(_PLANE),
+    "tpu7x": SliceShapes(_SMALL_TORUS, max_cubes=144),
+}
+EXAMPLES = "v5e:16x16, v5p:4x4x8, v6e:16x16 or tpu7x:4x4x4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+    """One TPU slice, or several equal ones.
+
+    Attributes:
+      chip: kind of chip.
+      shape: of a slice, in chips.
+      slices: number of slices, which reach each other over the data center's network.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def name(self) -> str:
+        """As it is written: "v5p:4x4x8", and "2 x v5p:4x4x8" for two slices."""
+        return (f"{self.slices} x " if self.slices > 1 else "") + self.topology
+
+    @property
+    def topology(self) -> str:
+        """One slice, as it is written: "v5p:4x4x8"."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        """Chips of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def devices(self) -> int:
+        """JAX devices of all slices."""
+        return self.chips * self.chip.devices
+
+    @property
+    def hosts(self) -> int:
+        """Hosts of all slices, with one process each."""
+        return max(1, math.prod(self.shape) // CHIPS_PER_HOST) * self.slices
+
+
+def pod_named(topology: str, slices: int = 1) -> Pod:
+    """The pod `GENERATION:SHAPE` (one slice), as often as there are slices. Nothing is asked of libtpu.
+
+    Raises:
+      ConfigError: an unknown generation, a shape in which it does not come, or fewer than one slice.
+    """
+    generation, separator, text = topology.partition(":")
+    sizes = text.split("x")
+    if not separator or not all(size.isascii() and size.isdecimal() for size in sizes):
+        raise ConfigError(f"topology {topology!r}: write GENERATION:SHAPE, for example {EXAMPLES}.")
+    if generation.lower() not in SLICES:
+        raise ConfigError(
+            f"topology {topology!r}: {generation!r} is not a TPU generation; there are {', '.join(SLICES)}. Other "
+            "devices cannot be described: check on a machine that has them, without a topology."
+        )
+    chip, shape = chip_named(generation), tuple(int(size) for size in sizes)
+    if shape not in SLICES[chip.name]:
+        turned = tuple(sorted(shape))
+        hint = f" Did you mean {'x'.join(map(str, turned))}?" if turned in SLICES[chip.name] else ""
+        raise ConfigError(f"topology {topology!r}: slices of {chip.name} come as {SLICES[chip.name]}.{hint}")
+    if slices < 1:
+        raise ConfigError(f"slices = {slices}: a run needs at least one slice.")
+    return Pod(chip, shape, slices)
