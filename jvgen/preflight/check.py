@@ -23,6 +23,8 @@ from jvgen.parallel.mesh import make_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.storage import Path, StorageError, absolute, check_run_directory, is_remote
 from jvgen.tasks.task import Task
+from jvgen.training.checkpoint import init_from
+from jvgen.training.checkpoint.initial import saved_steps
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program, check_batch
 from jvgen.training.state import size_of
@@ -80,6 +82,8 @@ def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax
         problems += found
         if program is not None:
             problems += _workdir(workdir, program)
+            if experiment.init_from.run is not None and not (workdir is not None and saved_steps(workdir)):
+                problems += _attempt(lambda: init_from.check(program))[1]
             if not problems:
                 problems += _splits(program)
     problems = list(dict.fromkeys(problems))

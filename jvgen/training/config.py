@@ -111,9 +111,9 @@ class InitFromConfig(Config):
         initialized randomly.
       ema: the EMA with this decay ("0.9999"), the "raw" parameters, or "best": the EMA with the largest decay that the
         run keeps, raw if it keeps none.
-      keep_optimizer: also take the optimizer state, the EMA of each decay that both runs keep and the statistics of
-        gradient norms (needs ema="raw"). Otherwise these start anew. An EMA that is not taken starts from the
-        parameters.
+      keep_optimizer: also take the optimizer state, the EMA of each decay that both runs keep and the number of
+        updates, by which EMA decays warm up (needs ema="raw"). Otherwise these start anew. An EMA that is not taken
+        starts from the parameters.
       allow_partial: initialize parameters randomly that `parameters` selects and the other run lacks or has in another
         shape, such as those of a new module; each is logged.
     """

@@ -25,10 +25,15 @@ def check_import_finished(workdir: Path) -> None:
         )
 
 
+def saved_steps(workdir: Path) -> list[str]:
+    """Names of the checkpoint folders of a run directory; none if it does not exist."""
+    folder = workdir / "checkpoints"
+    return sorted(path.name for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
 def check_new_run(workdir: Path) -> None:
     """Raise `ConfigError` if a run directory already holds checkpoints."""
-    folder = Path(workdir) / "checkpoints"
-    steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    steps = saved_steps(workdir)
     if steps:
         raise ConfigError(
             f"{workdir} already holds checkpoints of steps {', '.join(steps)}; use another run directory."

@@ -283,6 +283,26 @@ class Checkpoints:
                 self._log(f"WARNING: checkpoint of step {candidate}: {error}.")
         raise CheckpointError(f"{self.folder}: no readable checkpoint.")
 
+    def contents(self, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """What the checkpoint of a step holds, by default of the latest one with readable documents; reads no array.
+
+        Returns:
+          step, arrays by name (`{"shape": ..., "dtype": ...}`), run document.
+
+        Raises:
+          CheckpointError: no such step, or no readable checkpoint.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; its steps are {steps or 'none'}.")
+        for candidate in [step] if step is not None else reversed(steps):
+            try:
+                manifest, _, run = self._documents(candidate)
+                return candidate, manifest["arrays"], run
+            except CorruptCheckpoint as error:
+                self._log(f"WARNING: checkpoint of step {candidate}: {error}.")
+        raise CheckpointError(f"{self.folder}: no readable checkpoint.")
+
     def _documents(self, step: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         try:
             read = self._manager.restore(

@@ -3,23 +3,23 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from jvgen import nested
-from jvgen.config import ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import single_device_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Task
 from jvgen.training.checkpoint import identity, initial
+from jvgen.training.checkpoint.init_from import init_from
 from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization import parameter_paths
-from jvgen.training.optimization.ema import name_of
+from jvgen.training.optimization.ema import select
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
 
@@ -32,7 +32,8 @@ def restore_state(
     allow_changes: bool,
     log: Callable[[str], None],
 ) -> TrainState:
-    """The state of the latest valid checkpoint on the program's mesh, or a fresh one if there are no checkpoints.
+    """The state of the latest valid checkpoint on the program's mesh; if there are none, that of another run which
+    `init_from` names, or a fresh one.
 
     Raises:
       ConfigError: the checkpoint is of another model, data set or seed; all differences are listed.
@@ -49,6 +50,8 @@ def restore_state(
     restored = checkpoints.restore(wanted, check, may_be_missing=TrainState.may_be_missing)
     if restored is None:
         initial.check_import_finished(checkpoints.folder.parent)
+        if program.experiment.init_from.run is not None:
+            return init_from(program, checkpoints.folder.parent, log)
         log(f"starting from step 0 with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
         return program.init()
     log(f"restored step {restored.step} from {checkpoints.folder}, checksums verified")
@@ -107,7 +110,7 @@ def load_for_inference(
 
 def _sources(experiment: Experiment, task: Task, ema: float | str | None) -> dict[str, str]:
     """Parameter path -> name of the array in the checkpoint that it is read from."""
-    decay = _decay(experiment, ema)
+    decay = select(experiment.ema, ema)
     program_paths = list(nested.flatten(task.axes()))
     if decay == "raw":
         return {path: f"parameters/{path}" for path in program_paths}
@@ -123,19 +126,3 @@ def _sources(experiment: Experiment, task: Task, ema: float | str | None) -> dic
         return trained and parameter_paths.matches(config.parameters, path)
 
     return {path: f"ema/{decay}/{path}" if averaged(path) else f"parameters/{path}" for path in program_paths}
-
-
-def _decay(experiment: Experiment, ema: float | str | None) -> str | Literal["raw"]:
-    kept = experiment.ema.decays
-    if ema in (None, "best"):
-        return name_of(max(kept)) if kept else "raw"
-    if ema == "raw":
-        return "raw"
-    try:
-        decay = float(ema)
-    except ValueError as error:
-        raise ConfigError(f"ema = {ema!r}: expected a decay such as 0.9999, raw or best.") from error
-    if decay not in kept:
-        listed = ", ".join(name_of(d) for d in kept) or "none"
-        raise ConfigError(f"ema = {ema}: this run keeps EMA with decay {listed}; use one of these, or raw.")
-    return name_of(decay)

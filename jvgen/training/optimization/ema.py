@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jvgen import nested
-from jvgen.config import Config
+from jvgen.config import Config, ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.training.optimization import parameter_paths
 
@@ -36,6 +36,30 @@ class EmaConfig(Config):
 def name_of(decay: float) -> str:
     """Name of an EMA in the state, in checkpoints and on the command line: "0.9999"."""
     return repr(float(decay))
+
+
+def select(config: EmaConfig, ema: float | str | None) -> str:
+    """Name of the EMA of a run that `ema` selects, or "raw".
+
+    Args:
+      ema: a decay (0.9999 or "0.9999"); "raw"; None or "best" for the largest decay, "raw" if the run keeps no EMA.
+
+    Raises:
+      ConfigError: an EMA that the run does not keep.
+    """
+    kept = config.decays
+    if ema in (None, "best"):
+        return name_of(max(kept)) if kept else "raw"
+    if ema == "raw":
+        return "raw"
+    try:
+        decay = float(ema)
+    except ValueError as error:
+        raise ConfigError(f"ema = {ema!r}: expected a decay such as 0.9999, raw or best.") from error
+    if decay not in kept:
+        listed = ", ".join(name_of(d) for d in kept) or "none"
+        raise ConfigError(f"ema = {ema}: this run keeps EMA with decay {listed}; use one of these, or raw.")
+    return name_of(decay)
 
 
 def init(config: EmaConfig, trained: Parameters) -> dict[str, Parameters]:
