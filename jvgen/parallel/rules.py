@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jvgen.config import Config
 from jvgen.parallel import axes
@@ -98,24 +98,54 @@ class Sharding:
 
         Mesh axes are assigned to the dimensions that the storage table names. A mesh axis that does not divide its
         dimension is dropped. If `fsdp` is still unassigned, it goes to the largest dimension that it divides (the
-        first of equals, never `layers`), unless one layer's parameter has fewer than `replicate_below` elements.
+        first of equals, never `layers`), unless one layer's parameter has fewer than `replicate_below` elements. If it
+        divides none, it is split over several, each by the largest factor that divides it: 1920 x 1920 over 256 devices
+        becomes shards of 15 x 960. Only factors that are left then are replicated, see `replicas_of`.
         """
+        if not self.wants_fsdp(names, shape):
+            table = {name: tuple(a for a in rule if a != FSDP) for name, rule in self.config.storage.items()}
+            return self._sharding(self._place(names, shape, table))
+        spec = self._place(names, shape, self.config.storage)
+        if any(FSDP in entry for entry in spec):
+            return self._sharding(spec)
+        left = {
+            index: shape[index] // math.prod(self.mesh.shape[axis] for axis in spec[index])
+            for index in sorted(range(len(shape)), key=lambda i: (-shape[i], i))
+            if names[index] != axes.LAYERS
+        }
+        size = self.mesh.shape[FSDP]
+        for index, length in left.items():
+            if length % size == 0:
+                spec[index] = (*spec[index], FSDP)
+                return self._sharding(spec)
+        factors: dict[int, int] = {}
+        while left:
+            index = max(left, key=lambda i: math.gcd(left[i], size))
+            factor = math.gcd(left.pop(index), size)
+            if factor > 1:
+                factors[index], size = factor, size // factor
+        if not factors:
+            return self._sharding(spec)
+        for number, index in enumerate(factors):
+            spec[index] = (*spec[index], f"{FSDP}_{number}")
+        return self._sharding(spec, _factored(self.mesh, (*factors.values(), size)))
+
+    def replicas_of(self, names: Axes, shape: tuple[int, ...]) -> int:
+        """How many copies of a stored parameter there are along `fsdp`.
+
+        It is 1 except for a parameter below `replicate_below`, and for one whose dimensions have too few factors in
+        common with the size of `fsdp`.
+        """
+        place = self.storage_of(names, shape)
+        used = [axis for entry in place.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+        shards = math.prod(place.mesh.shape[axis] for axis in used if axis.split("_")[0] == FSDP)
+        return self.mesh.shape[FSDP] // shards
+
+    def wants_fsdp(self, names: Axes, shape: tuple[int, ...]) -> bool:
+        """Whether `fsdp` splits a stored parameter at all: not if one layer's is small, or if no rule names `fsdp`."""
         layer_size = math.prod(n for name, n in zip(names, shape, strict=True) if name != axes.LAYERS)
-        small = layer_size < self.config.replicate_below
-        table = self.config.storage
-        if small:
-            table = {name: tuple(a for a in mesh_axes if a != FSDP) for name, mesh_axes in table.items()}
-        spec = self._place(names, shape, table)
-        placed = {axis for entry in spec for axis in entry}
-        wants_fsdp = any(FSDP in mesh_axes for mesh_axes in table.values())
-        if wants_fsdp and not small and FSDP not in placed:
-            size = self.mesh.shape[FSDP]
-            for index in sorted(range(len(shape)), key=lambda i: (-shape[i], i)):
-                split = math.prod(self.mesh.shape[axis] for axis in spec[index])
-                if names[index] != axes.LAYERS and shape[index] % (split * size) == 0:
-                    spec[index] = (*spec[index], FSDP)
-                    break
-        return self._sharding(spec)
+        named = any(FSDP in mesh_axes for mesh_axes in self.config.storage.values())
+        return named and layer_size >= self.config.replicate_below
 
     def activation(self, names: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """Sharding of an activation or of a parameter in use; mesh axes that do not divide are dropped."""
@@ -156,9 +186,18 @@ class Sharding:
             spec.append(entry)
         return spec
 
-    def _sharding(self, spec: list[tuple[str, ...]]) -> NamedSharding:
+    def _sharding(self, spec: list[tuple[str, ...]], mesh: Mesh | None = None) -> NamedSharding:
         entries = [entry[0] if len(entry) == 1 else (entry or None) for entry in spec]
-        return NamedSharding(self.mesh, PartitionSpec(*entries))
+        return NamedSharding(self.mesh if mesh is None else mesh, PartitionSpec(*entries))
+
+
+@functools.lru_cache
+def _factored(mesh: Mesh, factors: tuple[int, ...]) -> Mesh:
+    """The same devices in the same order, with the axis `fsdp` as axes `fsdp_0`, `fsdp_1` ... of these sizes."""
+    at = mesh.axis_names.index(FSDP)
+    names = (*mesh.axis_names[:at], *(f"{FSDP}_{number}" for number in range(len(factors))), *mesh.axis_names[at + 1 :])
+    shape = (*mesh.devices.shape[:at], *factors, *mesh.devices.shape[at + 1 :])
+    return Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def _map_axes(function: Any, axes_tree: Any, tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Batch, Metrics, Task
 from jvgen.training import state
 from jvgen.training.experiment import Experiment
-from jvgen.training.optimization import health
+from jvgen.training.optimization import health, parameter_paths
 from jvgen.training.optimization.optimizer import Optimizer, make_optimizer
 from jvgen.training.state import TrainState
 from jvgen.training.step import make_train_step
@@ -108,6 +109,27 @@ class Program:
             self.abstract,
             self.shardings,
         )
+
+    def replicated_bytes(self) -> dict[str, int]:
+        """What a device holds beyond its share of parameters, moments and EMA, in bytes by path of the parameter.
+
+        Of parameters that `fsdp` should split and cannot split completely, see `Sharding.replicas_of`; without those
+        that are replicated because they are small.
+        """
+        arrays = list(
+            parameter_paths.name_leaves((self.abstract.parameters, self.abstract.optimizer, self.abstract.ema))
+        )
+        shardings = nested.flatten(self.shardings.parameters)
+        shapes = nested.flatten(self.abstract.parameters)
+        extra = {}
+        for path, names in nested.flatten(self.task.axes()).items():
+            shape = shapes[path].shape
+            replicas = self.sharding.replicas_of(names, shape)
+            if replicas > 1 and self.sharding.wants_fsdp(names, shape):
+                copies = sum(name.endswith(f"/{path}") for name in arrays)
+                held = math.prod(shardings[path].shard_shape(shape)) * shapes[path].dtype.itemsize * copies
+                extra[path] = held - held // replicas
+        return extra
 
     def step(self, bucket: BucketConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """The training step of a bucket, `(state, batch) -> (state, metrics)`: pure, and not compiled yet."""

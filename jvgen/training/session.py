@@ -196,6 +196,9 @@ def _log_parameters(program: Program, log: Log) -> None:
 
     abstract, shardings = program.abstract, program.shardings
     log(startup.parameter_table("parameters", abstract.parameters, shardings.parameters, trainable))
+    warning = startup.replication_warning(program)
+    if warning is not None:
+        log(warning)
     if abstract.frozen:
         log(startup.parameter_table("frozen networks", abstract.frozen, shardings.frozen, lambda path: False))
 

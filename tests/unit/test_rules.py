@@ -25,7 +25,10 @@ STORAGE = [
     ((None, None), (8, 16), P(None, "fsdp")),
     ((EMBED, None), (6, 16), P(None, "fsdp")),
     ((EMBED, HEADS), (7, 64), P(None, ("tensor", "fsdp"))),
-    ((LAYERS, EMBED), (8, 6), P(None, None)),
+    ((LAYERS, EMBED), (8, 5), P(None, None)),
+    # It divides none: each by the largest factor that divides it.
+    ((LAYERS, EMBED), (8, 6), P(None, "fsdp_0")),
+    ((EMBED, HEADS), (6, 4), P("fsdp_0", ("tensor", "fsdp_1"))),
     ((None, None, CONV_IN, CONV_OUT), (3, 3, 8, 64), P(None, None, None, "fsdp")),
     # Neither divides: replicated.
     ((EMBED, HEADS), (7, 5), P(None, None)),
@@ -36,6 +39,15 @@ STORAGE = [
 @pytest.mark.parametrize("names,shape,spec", STORAGE)
 def test_storage(names, shape, spec):
     assert sharding(fsdp=4, tensor=2).storage_of(names, shape).spec == spec
+
+
+def test_a_parameter_that_fsdp_does_not_divide_is_split_over_several_dimensions():
+    rules = sharding(fsdp=8)
+    names, shape = (LAYERS, EMBED, MLP), (3, 12, 20)
+    assert rules.storage_of(names, shape).shard_shape(shape) == (3, 6, 5)
+    assert rules.replicas_of(names, shape) == 1
+    # The factors that are left are copies, and are counted.
+    assert [rules.replicas_of((EMBED, None), shape) for shape in ((16, 3), (12, 3), (4, 2), (7, 3))] == [1, 2, 1, 8]
 
 
 def test_small_parameters_stay_whole_in_every_layer():
@@ -76,21 +88,25 @@ def test_constraints_are_real():
     assert x.addressable_shards[0].data.shape == (2, 2)
 
 
-def test_gathered_parameters_give_scattered_gradients():
+@pytest.mark.parametrize("shape", [(64, 32), (12, 20)], ids=["one_dimension", "two_dimensions"])
+def test_gathered_parameters_give_scattered_gradients(shape):
     rules = sharding(fsdp=8)
-    place = rules.storage_of((EMBED, HEADS), (64, 32))
-    kernel = jax.device_put(jax.random.normal(jax.random.key(0), (64, 32)), place)
-    x = jax.device_put(jnp.ones((8, 64)), rules.batch(jnp.ones((8, 64))))
+    place = rules.storage_of((EMBED, HEADS), shape)
+    kernel = jax.device_put(jax.random.normal(jax.random.key(0), shape), place)
+    x = jnp.ones((8, shape[0]))
+    x = jax.device_put(x, rules.batch(x))
 
     def loss(kernel, x):
         return jnp.sum((x @ rules.fsdp_all_gather({"k": kernel}, {"k": (EMBED, HEADS)})["k"]) ** 2)
 
-    step = jax.jit(jax.grad(loss))
+    # Only a mesh axis as a whole is a sharding that JAX finds for an output by itself.
+    step = jax.jit(jax.grad(loss), out_shardings=place if shape == (12, 20) else None)
     gradient = step(kernel, x)
     assert gradient.sharding.is_equivalent_to(place, 2)
-    assert jnp.allclose(gradient, jax.grad(lambda k, x: jnp.sum((x @ k) ** 2))(kernel, x), rtol=1e-5)
+    assert jnp.allclose(gradient, jax.grad(lambda k, x: jnp.sum((x @ k) ** 2))(*jax.device_get((kernel, x))), rtol=1e-5)
     program = step.lower(kernel, x).compile().as_text()
-    assert "all-gather" in program and ("reduce-scatter" in program or "f32[8,32]" in program)
+    rows, columns = place.shard_shape(shape)
+    assert "all-gather" in program and ("reduce-scatter" in program or f"f32[{rows},{columns}]" in program)
 
 
 @pytest.mark.parametrize(

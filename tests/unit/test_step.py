@@ -20,9 +20,12 @@ from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh  # noqa: E402
 from jvgen.tasks.task import Objective  # noqa: E402
 from jvgen.training import state  # noqa: E402
+from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
+from jvgen.training.config import CheckpointConfig  # noqa: E402
 from jvgen.training.optimization import parameter_paths  # noqa: E402
 from jvgen.training.optimization.optimizer import OptimizerConfig  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
+from jvgen.training.telemetry import startup  # noqa: E402
 from jvgen.training.telemetry.metrics import to_host  # noqa: E402
 
 # Most tests compile the same programs again.
@@ -321,3 +324,38 @@ def test_a_batch_that_does_not_divide_is_named_before_anything_runs(mesh, accumu
         ConfigError, match=r"batch_size = 16 must be a multiple of .* = 32; the nearest are 32 and 32|nearest"
     ):
         Program.build(experiment, make_mesh(MeshConfig(**mesh))).check()
+
+
+def test_copies_of_state_that_fsdp_cannot_split_are_counted_and_named():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    assert Program.build(toys.experiment(), mesh).replicated_bytes() == {}
+    # 15 x 15: eight copies; 15 x 30: four copies of two shards. Each has two moments and one EMA, float32.
+    task = {"task.width": 15, "task.layers": 1}
+    program = Program.build(toys.experiment(**task), mesh)
+    extra = program.replicated_bytes()
+    assert extra["model/out/kernel"] == 15 * 15 * 4 * 4 * 7 // 8
+    assert extra["model/blocks/layers/up/kernel"] == 15 * 15 * 4 * 4 * 3 // 4
+    warning = startup.replication_warning(program)
+    assert "mesh.fsdp = 8" in warning and "model/" in warning
+    assert startup.replication_warning(Program.build(toys.experiment(), mesh)) is None
+
+
+def test_parameters_split_over_several_dimensions_train_and_are_restored_on_any_mesh(tmp_path, monkeypatch):
+    """No dimension of 12 x 12 is a multiple of eight devices: shards are 3 x 6."""
+    monkeypatch.setattr(toys.FakeLoader, "width", 12)
+    experiment = toys.experiment(**{"task.width": 12})
+    one, expected = run(experiment, steps=2)
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    many, found = run(experiment, steps=2, mesh=mesh)
+    kernel = many.parameters["model"]["out"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 6)
+    assert_close(jax.device_get(many.parameters), jax.device_get(one.parameters), 1e-5)
+    np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(2, many.saved(), {}, {})
+    checkpoints.wait()
+    for target in (mesh, single_device_mesh(), make_mesh(MeshConfig(data=2, fsdp=4))):
+        wanted = Program.build(experiment, target).abstract_state().saved()
+        restored = checkpoints.restore(wanted).arrays
+        assert all(np.array_equal(restored[name], array) for name, array in many.saved().items())
+    checkpoints.close()
