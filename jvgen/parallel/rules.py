@@ -151,6 +151,21 @@ class Sharding:
         """Sharding of an activation or of a parameter in use; mesh axes that do not divide are dropped."""
         return self._sharding(self._place(names, shape, self.config.compute))
 
+    @property
+    def batch_replicas(self) -> int:
+        """Number of replicas of the parameters with their own examples: the size of `data`, if it splits batches."""
+        return self.mesh.shape[DATA] if DATA in self.config.compute.get(axes.BATCH, ()) else 1
+
+    def within_replica(self) -> "Sharding":
+        """The same tables without the axis `data`, for code that is mapped over replicas."""
+        tables = {
+            table: {
+                name: tuple(axis for axis in rule if axis != DATA) for name, rule in getattr(self.config, table).items()
+            }
+            for table in ("storage", "compute")
+        }
+        return dataclasses.replace(self, config=self.config.replace(**tables))
+
     def batch(self, spec: Any) -> NamedSharding | Any:
         """Sharding of batch arrays, whose first axis is BATCH: one for a single shape, a tree for a tree of shapes."""
         return jax.tree.map(

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jvgen import nested
 from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
+from jvgen.parallel.mesh import DATA
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Batch, Mean, Metrics, Objective, Task
 from jvgen.training.config import TrainingConfig
@@ -85,7 +87,7 @@ def make_train_step(
                 return objective.loss(parameters, state.frozen, microbatch, key)
 
             def compute_gradient(trained: Parameters, loss: Any = loss) -> Any:
-                return accumulate(loss, trained, batch, training.accumulation, sharding)
+                return accumulate(loss, trained, batch, training.accumulation, sharding, parameter_axes)
 
             first_step, period = first.update_schedule
             if period == 1:
@@ -202,32 +204,66 @@ def accumulate(
     batch: Batch,
     count: int,
     sharding: Sharding | None = None,
+    parameter_axes: Parameters | None = None,
 ) -> tuple[tuple[jax.Array, Metrics], Parameters]:
     """Loss, metrics and gradient of a batch, computed in `count` microbatches one after the other.
 
     The result equals that of the whole batch up to rounding: the loss is a mean over examples, `Mean` metrics are
-    summed and other metrics averaged. Microbatch m holds the examples m, m + count, m + 2 count, ...: each device keeps
-    its own examples and nothing is communicated. Random draws are the same for any `count` if the loss derives them
-    from `batch["slot"]`.
+    summed and other metrics averaged. Random draws are the same for any `count` if the loss derives them from
+    `batch["slot"]`. Each device keeps its own examples: with one replica of the parameters (mesh axis `data`)
+    microbatch m holds the examples m, m + count, m + 2 count, ...
+
+    Each replica adds up gradients of its own, and their sum over the replicas is taken once, after the last microbatch:
+    the loss is mapped over a leading axis of replicas, which is split over `data`.
+
+    Args:
+      parameter_axes: logical axes of (at least) the parameters, needed with a sharding.
     """
     gradient_of = jax.value_and_grad(loss, has_aux=True)
     if count == 1:
         return gradient_of(parameters, batch)
+    replicas = 1 if sharding is None else sharding.batch_replicas
     microbatches = {
-        name: rearrange(value, "(batch micro) ... -> micro batch ...", micro=count) for name, value in batch.items()
+        name: rearrange(value, "(replica batch micro) ... -> micro replica batch ...", replica=replicas, micro=count)
+        for name, value in batch.items()
     }
+    local = None if sharding is None else sharding.within_replica()
+
+    def of_replica(microbatch: Batch) -> tuple[tuple[jax.Array, Metrics], Parameters]:
+        if sharding is None:
+            return gradient_of(parameters, microbatch)
+        with axes.partitioned(local):
+            microbatch = jax.lax.with_sharding_constraint(microbatch, local.batch(microbatch))
+            result, gradient = gradient_of(parameters, microbatch)
+        return result, _reduce_scatter(gradient, parameter_axes, local)
+
+    def of_replicas(microbatch: Batch) -> tuple[tuple[jax.Array, Metrics], Parameters]:
+        if replicas == 1:
+            results = of_replica({name: value[0] for name, value in microbatch.items()})
+            return jax.tree.map(lambda leaf: leaf[None], results)
+        # One number for all, so that a condition on it stays a branch.
+        steps = {STEP: microbatch[STEP][0]} if STEP in microbatch else {}
+        mapped = {name: value for name, value in microbatch.items() if name != STEP}
+        return jax.vmap(lambda mapped: of_replica(mapped | steps), spmd_axis_name=DATA)(mapped)
 
     def body(total: Parameters, microbatch: Batch) -> tuple[Parameters, tuple[jax.Array, Metrics]]:
-        if sharding is not None:
-            microbatch = jax.lax.with_sharding_constraint(microbatch, sharding.batch(microbatch))
-        result, gradient = gradient_of(parameters, microbatch)
+        result, gradient = of_replicas(microbatch)
         return jax.tree.map(jnp.add, total, gradient), result
 
-    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((replicas, *leaf.shape), leaf.dtype), parameters)
+    if sharding is not None:
+        shardings = sharding.storage(nested.select(parameter_axes, parameters), parameters)
+        zeros = jax.lax.with_sharding_constraint(zeros, jax.tree.map(_by_replica, shardings))
     # XLA's CPU convolutions lose their fast path inside a loop.
     total, (losses, metrics) = jax.lax.scan(body, zeros, microbatches, unroll=axes.platform() == "cpu")
-    gradient = jax.tree.map(lambda leaf: leaf / count, total)
+    gradient = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / (count * replicas), total)
+    metrics = jax.tree.map(lambda leaf: rearrange(leaf, "micro replica ... -> (micro replica) ..."), metrics)
     return (jnp.mean(losses), _merge_microbatches(metrics)), gradient
+
+
+def _by_replica(sharding: NamedSharding) -> NamedSharding:
+    """Of a stack of an array's copies, one for each replica."""
+    return NamedSharding(sharding.mesh, PartitionSpec(DATA, *sharding.spec))
 
 
 def _merge_microbatches(stacked: Metrics) -> Metrics:
