@@ -55,7 +55,8 @@ class LoadedRun:
     def compute_parameters(self) -> Parameters:
         """Parameters in the dtypes that training computes with."""
         dtype = jnp.dtype(self.experiment.training.compute_dtype)
-        return jax.jit(lambda tree: cast(tree, self.task.axes(), dtype))(self.parameters)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
+        return jax.jit(lambda tree: cast(tree, self.task.axes(), dtype), out_shardings=shardings)(self.parameters)
 
 
 def read_experiment(folder: Path) -> Experiment:
