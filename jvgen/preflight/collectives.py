@@ -25,6 +25,7 @@ class Collective:
       count: ops per step; those in a loop count once per iteration.
       bytes: per op and device, over all its arrays.
       source: the `op_name` in the HLO text.
+      devices: number of devices that exchange data with each other in one op; 1 where the text does not say.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Collective:
     count: int
     bytes: float
     source: str = ""
+    devices: int = 1
 
     @property
     def total(self) -> float:
@@ -69,7 +71,8 @@ def read(text: str) -> list[Collective]:
             element, dimensions = max(shapes, key=lambda shape: _bytes(*shape))
             shape = f"{element}[{dimensions}]" + (f" and {len(shapes) - 1} more" if len(shapes) > 1 else "")
             source = re.search(r'op_name="([^"]*)"', rest)
-            found.append(Collective(kind, shape, executions[computation], size, source.group(1) if source else ""))
+            name, devices = source.group(1) if source else "", _group_size(rest)
+            found.append(Collective(kind, shape, executions[computation], size, name, devices))
     return sorted(found, key=lambda c: (-c.total, c.kind, c.shape))
 
 

@@ -18,6 +18,7 @@ from jvgen import (
 )
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh  # noqa: E402
+from jvgen.preflight import collectives  # noqa: E402
 from jvgen.tasks.task import Objective  # noqa: E402
 from jvgen.training import state  # noqa: E402
 from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
@@ -83,7 +84,12 @@ def test_accumulation_gives_the_step_of_the_whole_batch():
 
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
-    [({"fsdp": 8}, 2), ({"data": 2, "fsdp": 2, "seq": 2}, 1), ({"fsdp": 2, "tensor": 4}, 1)],
+    [
+        ({"fsdp": 8}, 2),
+        ({"data": 2, "fsdp": 2, "seq": 2}, 1),
+        ({"fsdp": 2, "tensor": 4}, 1),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
+    ],
 )
 def test_any_mesh_gives_the_step_of_one_device(mesh, accumulation):
     one, expected = run(toys.experiment(), steps=2)
@@ -92,6 +98,18 @@ def test_any_mesh_gives_the_step_of_one_device(mesh, accumulation):
     assert_close(jax.device_get(many.parameters), jax.device_get(one.parameters), 1e-5)
     assert_close(jax.device_get(many.ema), jax.device_get(one.ema), 1e-5)
     np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
+
+
+def test_replicas_exchange_gradients_once_a_step():
+    """Whatever the number of microbatches: the sum over `data` is taken of the accumulated gradients."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    sent = {}
+    for accumulation in (2, 4):
+        _, compiled = compiled_step(toys.experiment(**{"training.accumulation": accumulation}), mesh, 1)
+        # 2 devices: one shard of two replicas. 8: all devices.
+        between_replicas = [one for one in collectives.read(compiled.as_text()) if one.devices in (2, 8)]
+        sent[accumulation] = sum(one.total for one in between_replicas if one.bytes > 64)
+    assert sent[4] == sent[2] > 0, sent
 
 
 def test_state_is_sharded_as_the_parameters():
