@@ -18,6 +18,7 @@ from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.rows import global_array, rows_by_process
+from jvgen.parallel.mesh import FSDP
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Batch, Metrics, Task
 from jvgen.training import state
@@ -130,6 +131,25 @@ class Program:
                 held = math.prod(shardings[path].shard_shape(shape)) * shapes[path].dtype.itemsize * copies
                 extra[path] = held - held // replicas
         return extra
+
+    def replication_warning(self) -> str | None:
+        """The message about `replicated_bytes`, if they are more than 1% of what a device holds of the state."""
+        extra = self.replicated_bytes()
+        arrays = self.abstract_state()
+        held = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((arrays.parameters, arrays.optimizer, arrays.ema))
+        )
+        if sum(extra.values()) <= held / 100:
+            return None
+        largest = max(extra, key=extra.__getitem__)
+        shape = tuple(nested.flatten(arrays.parameters)[largest].shape)
+        return (
+            f"WARNING: mesh.fsdp = {self.sharding.mesh.shape[FSDP]} has too few factors in common with the shapes of "
+            f"{len(extra)} parameters, such as {largest} {shape}: {sum(extra.values()) / 2**20:.1f} of "
+            f"{held / 2**20:.1f} MiB of state per device are copies. Choose a mesh.fsdp that divides one of their "
+            "dimensions, and give the other devices to mesh.data."
+        )
 
     def step(self, bucket: BucketConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """The training step of a bucket, `(state, batch) -> (state, metrics)`: pure, and not compiled yet."""

@@ -196,7 +196,7 @@ def _log_parameters(program: Program, log: Log) -> None:
 
     abstract, shardings = program.abstract, program.shardings
     log(startup.parameter_table("parameters", abstract.parameters, shardings.parameters, trainable))
-    warning = startup.replication_warning(program)
+    warning = program.replication_warning()
     if warning is not None:
         log(warning)
     if abstract.frozen:

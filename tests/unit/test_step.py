@@ -26,7 +26,6 @@ from jvgen.training.config import CheckpointConfig  # noqa: E402
 from jvgen.training.optimization import parameter_paths  # noqa: E402
 from jvgen.training.optimization.optimizer import OptimizerConfig  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
-from jvgen.training.telemetry import startup  # noqa: E402
 from jvgen.training.telemetry.metrics import to_host  # noqa: E402
 
 # Most tests compile the same programs again.
@@ -353,9 +352,9 @@ def test_copies_of_state_that_fsdp_cannot_split_are_counted_and_named():
     extra = program.replicated_bytes()
     assert extra["model/out/kernel"] == 15 * 15 * 4 * 4 * 7 // 8
     assert extra["model/blocks/layers/up/kernel"] == 15 * 15 * 4 * 4 * 3 // 4
-    warning = startup.replication_warning(program)
+    warning = program.replication_warning()
     assert "mesh.fsdp = 8" in warning and "model/" in warning
-    assert startup.replication_warning(Program.build(toys.experiment(), mesh)) is None
+    assert Program.build(toys.experiment(), mesh).replication_warning() is None
 
 
 def test_parameters_split_over_several_dimensions_train_and_are_restored_on_any_mesh(tmp_path, monkeypatch):

@@ -12,8 +12,6 @@ from rich.table import Table
 from jvgen import nested
 from jvgen.data.stream.config import BucketConfig
 from jvgen.nn.network import Parameters
-from jvgen.parallel.mesh import FSDP
-from jvgen.training.program import Program
 from jvgen.training.state import size_of
 
 
@@ -91,25 +89,6 @@ def _local_bytes(leaf: Any, sharding: jax.sharding.Sharding) -> int:
 
 def _spec(sharding: jax.sharding.NamedSharding) -> str:
     return f"over {sharding.spec}" if any(sharding.spec) else "replicated"
-
-
-def replication_warning(program: Program) -> str | None:
-    """What `fsdp` should split and cannot, if that costs a device more than 1% of its state."""
-    extra = program.replicated_bytes()
-    state = program.abstract_state()
-    held = sum(
-        _local_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves((state.parameters, state.optimizer, state.ema))
-    )
-    if sum(extra.values()) <= held / 100:
-        return None
-    size = program.sharding.mesh.shape[FSDP]
-    largest = max(extra, key=extra.__getitem__)
-    shape = tuple(nested.flatten(state.parameters)[largest].shape)
-    return (
-        f"WARNING: mesh.fsdp = {size} has too few factors in common with the shapes of {len(extra)} parameters, such "
-        f"as {largest} {shape}: {sum(extra.values()) / 2**20:.1f} of {held / 2**20:.1f} MiB of state per device are "
-        "copies. Choose a mesh.fsdp that divides one of their dimensions, and give the other devices to mesh.data."
-    )
 
 
 def memory_line(bucket: BucketConfig, compiled: jax.stages.Compiled, seconds: float, cached: bool = False) -> str:
