@@ -42,7 +42,6 @@ def find(
     *,
     timeout: float = 300,
     log: Callable[[str], None] = print,
-    environment: Mapping[str, str] | None = None,
 ) -> Cluster | None:
     """The cluster of this process; None for a single process.
 
@@ -55,15 +54,14 @@ def find(
       process_id: of this process.
       timeout: seconds to wait for the coordinator's name to be known.
       log: takes warnings.
-      environment: of this process by default.
 
     Raises:
       ConfigError: incomplete or impossible numbers, or a job that would use one of several GPUs.
     """
-    env = os.environ if environment is None else environment
+    env = os.environ
     processes = processes if processes is not None else _number(env, PROCESSES)
     process_id = process_id if process_id is not None else _number(env, PROCESS_ID)
-    coordinator = coordinator or env.get(COORDINATOR)
+    coordinator = coordinator or env.get(COORDINATOR) or None
     if coordinator is None and processes is not None:
         coordinator = env.get("JAX_COORDINATOR_ADDRESS")
     if processes == 1:
