@@ -10,6 +10,7 @@ import difflib
 import enum
 import importlib.util
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -56,11 +57,14 @@ class ConfigError(ValueError):
 
 
 def validate_tree(config: Any, path: str = "") -> None:
-    """Check types of every leaf against its annotation, then call `validate` on every node, innermost first.
+    """Check every leaf: its type, and that it is finite; then call `validate` on every node, innermost first.
 
     Raises:
       ConfigError: names the dotted path, the value, the rule and the fix.
     """
+    if isinstance(config, float) and not math.isfinite(config):
+        # Comparisons in `validate` do not find NaN: nan <= 0 is False.
+        raise ConfigError(f"{path} = {config!r}: expected a finite number.")
     if isinstance(config, (tuple, list)):
         for index, item in enumerate(config):
             validate_tree(item, f"{path}.{index}".lstrip("."))

@@ -20,6 +20,7 @@ from jvgen.nn.linear import Linear
 from jvgen.nn.network import Network
 from jvgen.nn.norm import RMSNorm
 from jvgen.nn.stacked import Stacked
+from jvgen.parallel import processes
 from jvgen.parallel.axes import BATCH, EMBED, LENGTH, MLP, constrain
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
@@ -262,7 +263,7 @@ def main() -> int:
     parsed = parser.parse_args()
     if parsed.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{parsed.port}", parsed.processes, parsed.process)
+        processes.initialize(f"127.0.0.1:{parsed.port}", parsed.processes, parsed.process)
     run = config.override(experiment(), parsed.set)
     return train(
         run, parsed.workdir, make_loader=lambda *args, **kwargs: FakeLoader(*args, **kwargs, delay=parsed.delay)

@@ -1,6 +1,7 @@
 """What sub-commands share: adding one, the format of its help, and the arguments that several of them take."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,50 @@ def experiment_of(parsed: argparse.Namespace) -> "Experiment":
     from jvgen.training.experiment import load_experiment
 
     return load_experiment(parsed.config, parsed.assignments)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a run of several processes, which `join_processes` reads, and `--restart-code`."""
+    group = parser.add_argument_group(
+        "options for several processes",
+        "All three or none of the first: without them Slurm, Open MPI, Cloud TPUs and Kubernetes are detected.",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT",
+        help="address at which process 0 listens and the others find it (also JVGEN_COORDINATOR)",
+    )  # fmt: skip
+    group.add_argument(
+        "--processes", type=int, metavar="N",
+        help="number of processes (also JVGEN_PROCESSES); 1 for a process of its own, without detection",
+    )  # fmt: skip
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="number of this process, from 0 (also JVGEN_PROCESS_ID)"
+    )
+    group.add_argument(
+        "--restart-code", metavar="CODE",
+        help="exit code that asks the launcher to start the same command again (also JVGEN_RESTART_CODE; default: 75)",
+    )  # fmt: skip
+
+
+def join_processes(parsed: argparse.Namespace) -> None:
+    """Join the other processes of a run, if there are any, as the arguments of `add_process_arguments` say.
+
+    Raises:
+      ConfigError: numbers that are incomplete or impossible.
+      LostProcess: the coordinator cannot be reached.
+    """
+    from jvgen import exit_codes
+    from jvgen.config import ConfigError
+    from jvgen.parallel import processes
+
+    try:
+        if parsed.restart_code is not None:
+            exit_codes.parse_restart_code(parsed.restart_code, "--restart-code")
+            os.environ[exit_codes.RESTART_CODE_VARIABLE] = parsed.restart_code
+        exit_codes.restart_code()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    processes.initialize(parsed.coordinator, parsed.processes, parsed.process_id)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> list[argparse.Action]:

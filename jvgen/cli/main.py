@@ -1,52 +1,60 @@
 """The `jvgen` command: builds the parser of all sub-commands, runs one and reports its errors."""
 
 import argparse
-import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
-from jvgen import __version__
+from jvgen import __version__, exit_codes
 from jvgen.cli import compile as compiling
-from jvgen.cli import configs, data, demo, evaluate, play, sample, train, vae, weights
+from jvgen.cli import configs, data, demo, evaluate, play, quiet, sample, train, vae, weights
 from jvgen.cli.arguments import HelpFormatter
 from jvgen.versions import git_commit
 
 DESCRIPTION = "Pretrain video generators at pod scale: train, resume, sample, evaluate, export to PyTorch."
+PACKAGE = Path(__file__).parents[1]
 # In the order of `jvgen --help`.
 FAMILIES = (demo, data, configs, compiling, train, sample, evaluate, play, vae, weights)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one `jvgen` command and return its exit status. Users' errors give status 2 and no traceback."""
+    """Run one `jvgen` command and return its exit code (see `jvgen.exit_codes`).
+
+    Users' mistakes and other named errors are shown as their message, everything else with its traceback.
+    """
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Orbax logs warnings there about options that jvgen sets on purpose.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet.quiet_libraries()
     try:
         return parsed.handler(parsed) or 0
-    except _user_errors() as error:
-        if os.environ.get("JVGEN_TRACEBACK"):
+    except Exception as error:
+        code = _exit_code(error)
+        if code == exit_codes.ERROR or os.environ.get("JVGEN_TRACEBACK"):
             raise
         print(f"jvgen {parsed.command}: {error}", file=sys.stderr)
         print("(set JVGEN_TRACEBACK=1 for the traceback)", file=sys.stderr)
-        return 2
+        return code
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors that a traceback does not help with: invalid input, corrupt files, full disks.
+def _exit_code(error: Exception) -> int:
+    """The exit code of an error; with 1, which Python gives uncaught errors, it is shown with its traceback."""
+    code = exit_codes.of_error(error)
+    if code == exit_codes.ERROR and isinstance(error, ValueError) and _raised_by_jvgen(error):
+        return exit_codes.USER_ERROR
+    return code
 
-    Evaluated after an error was raised: a module that is not imported by then has raised nothing.
+
+def _raised_by_jvgen(error: Exception) -> bool:
+    """Whether a `raise` statement of jvgen, or of a user's config, made this error, rather than a library.
+
+    jvgen raises ValueError with a message for users; JAX, Orbax and NumPy raise it for mistakes in the program.
     """
-    homes = {
-        "jvgen.training.checkpoint.manager": "CheckpointError",
-        "jvgen.data.stream.quarantine": "TooManyFailures",
-        "jvgen.demo.stages": "DemoFailed",
-    }
-    loaded = [getattr(sys.modules[module], name) for module, name in homes.items() if module in sys.modules]
-    return (ValueError, OSError, *loaded)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).is_relative_to(PACKAGE) and (frame.line or "").startswith("raise")
 
 
 def build_parser() -> argparse.ArgumentParser:

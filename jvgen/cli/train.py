@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from jvgen.cli.arguments import add_command, add_config_arguments, experiment_of
+from jvgen.cli.arguments import (
+    add_command,
+    add_config_arguments,
+    add_process_arguments,
+    experiment_of,
+    join_processes,
+)
+from jvgen.training.preemption import Preemption
 
 
 def add_commands(commands) -> None:
@@ -29,30 +36,28 @@ def add_commands(commands) -> None:
         help="folder of compiled programs, which later starts read; that of JAX_COMPILATION_CACHE_DIR if it is set, "
         "else compiled/ in the run directory",
     )  # fmt: skip
-    parser.add_argument(
-        "--distributed", action="store_true",
-        help="call jax.distributed.initialize() first, for runs of several processes",
-    )  # fmt: skip
+    add_process_arguments(parser)
 
 
 def run_train(parsed: argparse.Namespace) -> int:
-    """Check the run, then train."""
-    from jvgen.training.telemetry.startup import StartClock
+    """Join the other processes, check the run, then train."""
+    # Before anything that takes time is imported: from here on SIGTERM does not kill the process.
+    with Preemption(leave=True) as preemption:
+        from jvgen.parallel import processes
 
-    clock = StartClock.of_process()
+        with processes.fail_fast(parsed.workdir):
+            from jvgen.training.telemetry.startup import StartClock
 
-    from jvgen.preflight.check import check
-    from jvgen.training.loop import train
+            clock = StartClock.of_process()
+            join_processes(parsed)
+            from jvgen.preflight.check import check
+            from jvgen.training.loop import train
 
-    clock.mark("imports")
-    experiment = experiment_of(parsed)
-    if parsed.distributed:
-        import jax
-
-        jax.distributed.initialize()
-    check(experiment, parsed.workdir)
-    clock.mark("checks")
-    return train(
-        experiment, parsed.workdir, stop_after=parsed.stop_after, allow_changes=parsed.allow_changes,
-        cache=parsed.cache, clock=clock,
-    )  # fmt: skip
+            clock.mark("imports")
+            experiment = experiment_of(parsed)
+            check(experiment, parsed.workdir)
+            clock.mark("checks")
+            return train(
+                experiment, parsed.workdir, stop_after=parsed.stop_after, allow_changes=parsed.allow_changes,
+                cache=parsed.cache, clock=clock, preemption=preemption,
+            )  # fmt: skip

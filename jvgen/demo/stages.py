@@ -11,12 +11,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jvgen import exit_codes
+
 # One compilation cache for all stages, so that a resumed run does not compile again.
 CACHE = "compilation_cache"
 
 
 class DemoFailed(RuntimeError):
     """A stage exited with an unexpected status."""
+
+    exit_code = exit_codes.USER_ERROR
 
 
 class Stages:

@@ -8,6 +8,7 @@ once. Functions that all processes call are told apart by `name`; the same name 
 import collections
 import contextlib
 import datetime
+import faulthandler
 import json
 import os
 import shlex
@@ -394,7 +395,7 @@ def fail_fast(workdir: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not getattr(error, "recorded", False):
             error.recorded = True
             record_error(error, workdir)
@@ -413,7 +414,7 @@ def code_of(error: BaseException) -> int:
     return code
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: BaseException) -> None:
     prefix = f"jvgen: process {index()} of {count()} ends with exit code {code_of(error)}: "
     if hasattr(error, "exit_code"):
         print(f"{prefix}{error}", file=sys.stderr, flush=True)
@@ -422,7 +423,7 @@ def _print_error(error: Exception) -> None:
         print(f"{text}{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def abort(code: int, reason: str) -> NoReturn:
+def abort(code: int, reason: str, stacks: bool = False) -> NoReturn:
     """End all processes of the run with an exit code, at once and without Python's usual end.
 
     If another process has aborted before, its code and reason hold: this process's error is a consequence.
@@ -430,12 +431,13 @@ def abort(code: int, reason: str) -> NoReturn:
     Args:
       code: exit code.
       reason: for the logs of the others.
+      stacks: the others print the stacks of their threads, to show where they wait.
     """
     with _aborting:
         if count() > 1:
             # What a lost connection says arrives before the news of why.
             time.sleep(0.5)
-            message = {"process": index(), "code": code, "reason": reason[:2000]}
+            message = {"process": index(), "code": code, "reason": reason[:2000], "stacks": stacks}
             announce("abort", message)
             first = json.loads(_try_get(f"{_EVENTS}/abort") or json.dumps(message))
             if first["process"] != index():
@@ -449,6 +451,8 @@ def _obey_abort(message: dict[str, Any]) -> None:
     with _aborting:
         if message["process"] != index():
             _print_abort(message)
+            if message["stacks"]:
+                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         _acknowledge()
         _leave(message["code"])
 

@@ -44,8 +44,11 @@ class TrainingConfig(Config):
         the statistics start again: the norm has a new level.
       max_consecutive_skips, max_skips: the run stops when more consecutive steps, or more steps in total, are skipped;
         spikes do not count in the total.
-      hang_seconds: if a step takes longer, the stacks of all threads are printed; 0 turns this watchdog off.
-      hang_action: "report" prints, "exit" also exits with status 75, on which launchers restart.
+      hang_seconds: if a step, the reading of a batch, a batch of an evaluation or (three times as long) a save takes
+        longer, the stacks of all threads are printed; 0 turns this watchdog off; none for the larger of 10 median steps
+        and 10 minutes, and two hours before the first step.
+      hang_action: "report" prints, "exit" also ends all processes with the restart code; "auto" exits if there are
+        several processes, because one that hangs makes all wait for ever.
       peak_flops: bfloat16 peak of one device in FLOP/s, for the logged MFU; none for the built-in table.
       profile_steps: first step to trace with JAX's profiler, and the step before which the trace ends ("10,12" traces
         steps 10 and 11); none for no trace. The trace is in `profile/` of the run directory, for XProf.
@@ -67,8 +70,8 @@ class TrainingConfig(Config):
     spike_patience: int = 5
     max_consecutive_skips: int = 10
     max_skips: int = 100
-    hang_seconds: float = 1800.0
-    hang_action: Literal["report", "exit"] = "report"
+    hang_seconds: float | None = None
+    hang_action: Literal["auto", "report", "exit"] = "auto"
     peak_flops: float | None = None
     profile_steps: tuple[int, int] | None = None
     profile_processes: Literal["first", "all"] = "first"
@@ -83,7 +86,7 @@ class TrainingConfig(Config):
             "evaluate_every", "visualize_every", "spike_sigma", "spike_warmup", "spike_patience",
             "max_consecutive_skips", "max_skips", "hang_seconds",
         ):  # fmt: skip
-            if getattr(self, field) < 0:
+            if (getattr(self, field) or 0) < 0:
                 raise ValueError(f"{field} = {getattr(self, field)}: must be 0 (off) or more.")
         if not 0 < self.spike_decay < 1:
             raise ValueError(f"spike_decay = {self.spike_decay}: must lie between 0 and 1, for example 0.99.")
@@ -143,9 +146,11 @@ class CheckpointConfig(Config):
       keep_last: number of latest checkpoints to keep; with two or more a corrupt one can be replaced by the one before.
       keep_every: also keep checkpoints whose step is a multiple of this; 0 for none.
       best_metric: also keep the checkpoint with the best value of this evaluation metric ("loss", "ema_0.9999/psnr");
-        none for no such rule. Every saved step must be one at which evaluation is due.
+        none for no such rule. Every saved step must be one at which evaluation is due; a step is saved first and then
+        evaluated, so the latest checkpoint is kept whatever its value.
       best_mode: whether the smallest or the largest value is best.
       on_failed_save: "continue" logs a warning and trains on, "stop" ends the run; older checkpoints stay either way.
+      max_failed_saves: the run ends after this many failed saves in a row.
       accept_changes: regular expressions of dotted config paths that may differ from the checkpoint's when resuming,
         for settings that change the program and not the result.
     """
@@ -156,11 +161,14 @@ class CheckpointConfig(Config):
     best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
     on_failed_save: Literal["continue", "stop"] = "continue"
+    max_failed_saves: int = 3
     accept_changes: tuple[str, ...] = (r".*\.remat$", r"data\.(threads|workers|prefetch|error_budget)$")
 
     def validate(self) -> None:
         if self.every < 1 or self.keep_last < 1:
             raise ValueError(f"every = {self.every}, keep_last = {self.keep_last}: both must be at least 1.")
+        if self.max_failed_saves < 1:
+            raise ValueError(f"max_failed_saves = {self.max_failed_saves}: must be at least 1.")
         if self.keep_every < 0:
             raise ValueError(f"keep_every = {self.keep_every}: a number of steps, or 0 for no such rule.")
         if self.keep_every % self.every:

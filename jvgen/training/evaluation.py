@@ -1,5 +1,6 @@
 """Evaluation during training: raw and EMA parameters on the same held-out batches with the same keys every time."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from jvgen import nested
 from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.loader import LoadedBatch
 from jvgen.nn.network import Parameters
 from jvgen.tasks.task import Batch
 from jvgen.training.compilation import Programs
@@ -31,15 +33,34 @@ class Evaluator:
     def __init__(self, program: Program, batches: Callable[[int, int], Any], programs: Programs):
         self._program, self._batches, self._programs = program, batches, programs
 
-    def evaluate(self, state: TrainState, count: int) -> dict[str, float]:
-        """Metrics over the first `count` batches: "loss" of the raw parameters, "ema_0.9999/loss" of each EMA."""
+    def evaluate(
+        self,
+        state: TrainState,
+        count: int,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        watching: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> dict[str, float] | None:
+        """Metrics over the first `count` batches: "loss" of the raw parameters, "ema_0.9999/loss" of each EMA.
+
+        Args:
+          state: of the run.
+          count: number of batches.
+          stop: asked before every batch; if it says so, the evaluation ends and returns None.
+          watching: context in which a batch, named by its argument, is read and evaluated.
+        """
         variants = parameter_variants(state)
         means = {name: RunningMeans() for name in variants}
-        for index, (bucket, batch) in enumerate(self._sharded_batches(count)):
-            evaluate = self._programs.evaluation("evaluate", bucket)
-            key = key_for(state.key, EVALUATE, index)
-            for name, parameters in variants.items():
-                means[name].add(evaluate(parameters, state.frozen, batch, key))
+        with self._batches(0, count) as batches:
+            for index in range(count):
+                if stop():
+                    return None
+                with watching(f"batch {index} of the evaluation"):
+                    bucket, batch = self._next(batches)
+                    evaluate = self._programs.evaluation("evaluate", bucket)
+                    key = key_for(state.key, EVALUATE, index)
+                    for name, parameters in variants.items():
+                        means[name].add(evaluate(parameters, state.frozen, batch, key))
         return {
             metric if name == RAW else f"{name}/{metric}": value
             for name, mean in means.items()
@@ -50,17 +71,24 @@ class Evaluator:
         """Clips of the first evaluation batch with the EMA of largest decay, uint8 `B F H W 3` by name."""
         parameters = list(parameter_variants(state).values())[-1]
         key = key_for(state.key, VISUALIZE, 0)
-        clips: dict[str, np.ndarray] = {}
-        for bucket, batch in self._sharded_batches(1):
+        with self._batches(0, 1) as batches:
+            bucket, batch = self._next(batches)
             visualize = self._programs.evaluation("visualize", bucket)
             shown = jax.device_get(visualize(parameters, state.frozen, batch, key))
-            clips = {name: np.asarray(value)[:MAX_SAMPLES] for name, value in shown.items()}
-        return clips
+        return {name: np.asarray(value)[:MAX_SAMPLES] for name, value in shown.items()}
 
-    def _sharded_batches(self, count: int) -> Iterator[tuple[BucketConfig, Batch]]:
-        with self._batches(0, count) as loaded:
-            for batch in loaded:
-                yield batch.bucket, self._program.shard_batch(batch.arrays, batch.bucket)
+    def _next(self, batches: Iterator[LoadedBatch]) -> tuple[BucketConfig, Batch]:
+        loaded = next(batches)
+        return loaded.bucket, self._program.shard_batch(loaded.arrays, loaded.bucket)
+
+
+def metric_names(program: Program, bucket: BucketConfig) -> list[str]:
+    """Names of the metrics that evaluation gives on batches of a bucket, found by tracing the task's `evaluate`."""
+    state = program.abstract_state()
+    batch = program.abstract_batch(bucket)
+    metrics = jax.eval_shape(program.evaluation("evaluate"), state.parameters, state.frozen, batch, state.key)
+    variants = [RAW, *(f"ema_{decay}" for decay in sorted(program.abstract.ema, key=float))]
+    return [metric if variant == RAW else f"{variant}/{metric}" for variant in variants for metric in metrics]
 
 
 def parameter_variants(state: TrainState) -> dict[str, Parameters]:

@@ -1,5 +1,6 @@
-"""The training loop of every task: evaluate, save, next batch, step and log, in a fixed order."""
+"""The training loop of every task: save, evaluate, next batch, step and log, in a fixed order."""
 
+import contextlib
 import dataclasses
 import time
 import zlib
@@ -9,13 +10,16 @@ from typing import Any
 
 import jax
 
-from jvgen import config
+from jvgen import config, exit_codes
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import TooManyFailures
+from jvgen.parallel import processes
 from jvgen.tasks.task import Metrics
+from jvgen.training.checkpoint.manager import NonFiniteState
 from jvgen.training.config import TrainingConfig
+from jvgen.training.evaluation_failures import EvaluationFailures
 from jvgen.training.experiment import Experiment
-from jvgen.training.preemption import EXIT_RESTART
+from jvgen.training.preemption import Preemption, StopRequested
 from jvgen.training.session import Session, prepare
 from jvgen.training.telemetry import goodput, throughput
 from jvgen.training.telemetry.console import ConsoleLog
@@ -27,15 +31,11 @@ from jvgen.training.telemetry.startup import StartClock
 from jvgen.training.telemetry.tensorboard import TensorBoard
 from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases
 
-EXIT_DONE = 0
-# EX_DATAERR: too many steps were skipped; a restart would not help.
-EXIT_DIVERGED = 65
-# EX_IOERR: the last checkpoint could not be written; the latest one is older.
-EXIT_UNSAVED = 74
-
 
 class TrainingDiverged(Exception):
     """More steps were skipped than the config allows; the message names the records."""
+
+    exit_code = exit_codes.DIVERGED
 
 
 def train(
@@ -49,6 +49,7 @@ def train(
     cache: Path | None = None,
     clock: StartClock | None = None,
     make_loader: Callable[..., Any] = Loader,
+    preemption: Preemption | None = None,
 ) -> int:
     """Train to the end of the run, resuming from the latest valid checkpoint in the run directory.
 
@@ -64,33 +65,43 @@ def train(
         directory.
       clock: of this start; it starts now if None.
       make_loader: `Loader`, or something with its interface.
+      preemption: has noticed requests to stop since the process started; by default it starts here.
 
     Returns:
-      Exit status: 0 done (or `stop_after` reached), 75 stopped by SIGTERM or SIGINT and saved (start the same command
-      again to resume), 65 too many skipped steps, 74 the last checkpoint could not be written.
+      Exit code (see `jvgen.exit_codes`): 0 done (or `stop_after` reached), 65 too many skipped steps, 74 the last
+      checkpoint could not be written, 75 (or the restart code that was set) stopped by SIGTERM or SIGINT and saved:
+      start the same command again to resume. With several processes an error ends all of them with its exit code.
 
     Raises:
       ConfigError: a mistake in the experiment, or a checkpoint of another run.
       CheckpointError: there are checkpoints and none is valid, or a save failed and the config says to stop.
       HookError: a hook raised.
     """
-    config.validate_tree(experiment)
-    training, workdir = experiment.training, Path(workdir)
-    first_process = jax.process_index() == 0
-    own_hooks = configured_hooks(training) if first_process else []
-    workdir.mkdir(parents=True, exist_ok=True)
-    clock = clock or StartClock()
-    status = None
-    with ProcessLog(workdir) as file:
+    workdir, clock = Path(workdir), clock or StartClock()
+    with processes.fail_fast(workdir), contextlib.ExitStack() as stack:
+        config.validate_tree(experiment)
+        processes.attach()
+        if preemption is None:
+            preemption = stack.enter_context(Preemption())
+        preemption.join_processes()
+        training, first_process = experiment.training, processes.index() == 0
+        own_hooks = configured_hooks(training) if first_process else []
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(ProcessLog(workdir))
         console = ConsoleLog(experiment.name, training.steps, training.log_every, file=file)
         all_hooks = HookList([*own_hooks, console, *hooks] if first_process else [])
+        status = None
         try:
             with prepare(
-                experiment, workdir, hooks=all_hooks, log=console.log,
+                experiment, workdir, hooks=all_hooks, log=console.log, preemption=preemption,
                 resume=resume, allow_changes=allow_changes, cache=cache, clock=clock, make_loader=make_loader,
             ) as session:  # fmt: skip
                 all_hooks.on_start(RunInfo(experiment, workdir, session.start_step, session.document))
-                status = _Loop(session).run(stop_after)
+                preemption.begin_steps()
+                status = _Loop(session, workdir).run(stop_after)
+        except StopRequested as request:
+            console.log(f"{request}: stopped before the first step, there is nothing to save")
+            status = exit_codes.restart_code()
         finally:
             all_hooks.on_end(status)
     return status
@@ -119,29 +130,32 @@ class _Pending:
 class _Loop:
     """The loop over a session, with what changes from step to step."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, workdir: Path):
         self.session, self.experiment, self.training = session, session.experiment, session.experiment.training
+        self.failures = EvaluationFailures(workdir)
         self.state = session.state
         self.pending: _Pending | None = None
+        # The step that was last saved, or tried to be.
+        self.saved: int | None = None
         self.save_stall = 0.0
         self.last_read = time.perf_counter()
 
     def run(self, stop_after: int | None) -> int:
-        """Train and return the exit status. The order is fixed: evaluate if due, save if due, next batch, step, log."""
+        """Train and return the exit code. The order is fixed: save if due, evaluate if due, next batch, step, log."""
         session, step = self.session, self.session.start_step
         end = self.training.steps if stop_after is None else min(self.training.steps, stop_after)
         try:
             while True:
-                stopping = session.preemption.requested(step)
-                leaving = stopping or step >= end
-                if leaving or self._evaluation_due(step) or self._save_due(step):
-                    self._log_pending()
-                with session.goodput.spending(goodput.EVALUATION):
-                    self._evaluate(step)
-                if leaving or self._save_due(step):
+                stopping, ended = session.preemption.requested(), step >= end
+                if stopping or ended or self._save_due(step):
                     self._save(step)
-                if leaving:
-                    return self._finish(step, done=step >= end)
+                # A run that is stopped before or in an evaluation does it when it resumes.
+                evaluating = self._evaluation_due(step)
+                if evaluating and not stopping and not self._evaluate(step):
+                    stopping = True
+                    self._save(step)
+                if stopping or ended:
+                    return self._finish(step, done=ended and not (evaluating and stopping))
                 session.profiler.before_step(step, self._log_pending)
                 batch, wait_seconds = self._next_batch(step)
                 with session.watchdog.watching(f"step {step}"), session.profiler.step(step):
@@ -155,9 +169,9 @@ class _Loop:
                 step += 1
                 if session.goodput.update(step):
                     session.hooks.on_report("goodput", step, session.goodput.summary())
-        except TrainingDiverged as error:
+        except (TrainingDiverged, NonFiniteState) as error:
             session.log(f"ERROR: {error}")
-            return EXIT_DIVERGED
+            return exit_codes.DIVERGED
 
     def _step(self, batch: LoadedBatch) -> Metrics:
         """Dispatch one training step; does not wait for it."""
@@ -175,8 +189,7 @@ class _Loop:
                 batch = next(self.session.batches)
         except (TooManyFailures, OSError):
             # The training is intact: save it. With several processes the others would not take part in this save.
-            if jax.process_count() == 1 and step > self.session.start_step:
-                self._log_pending()
+            if processes.count() == 1 and step > self.session.start_step:
                 self._save(step)
                 self.session.checkpoints.wait()
                 self.session.log(f"reading the batch of step {step} failed; the {step} steps before it are saved")
@@ -194,32 +207,69 @@ class _Loop:
 
     def _save(self, step: int) -> None:
         session = self.session
-        with session.goodput.spending(goodput.SAVE):
+        if self.saved == step:
+            return
+        self.saved = step
+        self._log_pending()
+        watching = session.watchdog.watching(f"saving step {step}", times=3)
+        with watching, session.goodput.spending(goodput.SAVE):
             self.save_stall = session.checkpoints.save(
                 step, self.state.saved(), session.loader.state(step), session.document
             )
 
     def _evaluation_due(self, step: int) -> bool:
-        return self._due(step, self.training.evaluate_every) or self._due(step, self.training.visualize_every)
+        return self._due(step, "evaluation") or self._due(step, "samples")
 
-    def _due(self, step: int, every: int) -> bool:
-        """Whether something that is done every n steps (0 for never) and at the last step is due."""
-        return every > 0 and step > self.session.start_step and (step % every == 0 or step == self.training.steps)
+    def _due(self, step: int, what: str) -> bool:
+        """Whether an evaluation or samples, made every n steps (0 for never) and at the last step, are due."""
+        every = {"evaluation": self.training.evaluate_every, "samples": self.training.visualize_every}[what]
+        reached = every > 0 and (step % every == 0 or step == self.training.steps)
+        # Those of the start step were due before the run was stopped.
+        return reached and (step > self.session.start_step or what in self.session.missing)
 
-    def _evaluate(self, step: int) -> None:
-        """Evaluate and visualize, if due. The time that this takes does not count as step time."""
-        if not self._evaluation_due(step):
-            return
+    def _evaluate(self, step: int) -> bool:
+        """Evaluate and visualize what is due; False if a request to stop came in between.
+
+        The step is saved before if both are due. If the evaluation fails, it is saved now. After two failures in a row
+        the evaluation of this step is left out, or a run that is restarted again and again would never get past it.
+        """
+        self._log_pending()
+        if not self.failures.begin(step):
+            self.session.log(
+                f"ERROR: the evaluation of step {step} has failed {self.failures.allowed} times in a row: it is left "
+                "out. See errors/ in the run directory."
+            )
+            return True
+        try:
+            with self.session.goodput.spending(goodput.EVALUATION):
+                finished = self._evaluate_once(step)
+        except Exception:
+            if processes.count() == 1 and step > self.session.start_step:
+                self._save(step)
+                self.session.checkpoints.wait()
+            raise
+        self.failures.end()
+        # The time that this took does not count as step time.
+        self.last_read = time.perf_counter()
+        return finished
+
+    def _evaluate_once(self, step: int) -> bool:
         session = self.session
-        if self._due(step, self.training.evaluate_every):
+        if self._due(step, "evaluation"):
             start = time.perf_counter()
-            values = session.evaluator.evaluate(self.state, self.training.evaluation_batches)
+            values = session.evaluator.evaluate(
+                self.state, self.training.evaluation_batches,
+                stop=session.preemption.requested, watching=session.watchdog.watching,
+            )  # fmt: skip
+            if values is None:
+                return False
             values["seconds"] = time.perf_counter() - start
             session.hooks.on_evaluation(step, values)
             session.checkpoints.record_evaluation(step, values)
-        if self._due(step, self.training.visualize_every):
-            session.hooks.on_samples(step, session.evaluator.visualize(self.state))
-        self.last_read = time.perf_counter()
+        if self._due(step, "samples"):
+            with session.watchdog.watching(f"samples of step {step}", times=3):
+                session.hooks.on_samples(step, session.evaluator.visualize(self.state))
+        return True
 
     def _log_pending(self) -> None:
         """Log the last step before an evaluation or a save: no row is missing if the run is killed afterwards."""
@@ -233,6 +283,7 @@ class _Loop:
         values = to_host(pending.metrics)
         now = time.perf_counter()
         seconds, self.last_read = now - self.last_read, now
+        self.session.watchdog.record_step(seconds)
         if pending.step == self.session.start_step:
             self.session.clock.mark("first step")
             self.session.hooks.on_report("start", pending.step + 1, self.session.clock.report())
@@ -289,22 +340,23 @@ class _Loop:
                 )
 
     def _finish(self, step: int, done: bool) -> int:
-        """Wait for the last checkpoint and log the outcome; returns the exit status."""
+        """Wait for the last checkpoint and log the outcome; returns the exit code."""
         checkpoints, log = self.session.checkpoints, self.session.log
-        with self.session.goodput.spending(goodput.SAVE):
+        watching = self.session.watchdog.watching(f"writing the checkpoint of step {step}", times=3)
+        with watching, self.session.goodput.spending(goodput.SAVE):
             saved = checkpoints.wait()
         self.session.goodput.update(step, write=True)
         self.session.hooks.on_report("goodput", step, self.session.goodput.summary())
         steps = checkpoints.steps()
         if not saved or step not in steps:
             log(f"ERROR: step {step} is not saved; the latest checkpoint is {_listed(steps[-1:])}.")
-            return EXIT_UNSAVED
+            return exit_codes.UNSAVED
         if done:
             log(f"finished at step {step}; checkpoints in {checkpoints.folder}: {_listed(steps)}")
-            return EXIT_DONE
+            return exit_codes.DONE
         reason = self.session.preemption.reason
         log(f"{reason}: saved step {step} and stopped; start the same command again to resume")
-        return EXIT_RESTART
+        return exit_codes.restart_code()
 
 
 def _listed(steps: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,20 +10,23 @@ from typing import Any
 
 import jax
 
+from jvgen import __version__, exit_codes
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import process_log
+from jvgen.parallel import processes
 from jvgen.parallel.mesh import describe, make_mesh
+from jvgen.training import run_lock
 from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.checkpoint.restore import restore_state
 from jvgen.training.compilation import FOLDER as COMPILED
 from jvgen.training.compilation import Programs, compile_programs, persistent_cache
 from jvgen.training.config import TrainingConfig
-from jvgen.training.evaluation import Evaluator
+from jvgen.training.evaluation import Evaluator, metric_names
 from jvgen.training.experiment import Experiment
-from jvgen.training.preemption import EXIT_RESTART, Preemption
+from jvgen.training.preemption import Preemption
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
 from jvgen.training.telemetry import goodput, startup, throughput
@@ -32,7 +34,7 @@ from jvgen.training.telemetry.goodput import Goodput
 from jvgen.training.telemetry.hooks import Hook
 from jvgen.training.telemetry.json_lines import read_rows
 from jvgen.training.telemetry.profiler import Profiler
-from jvgen.training.telemetry.run_files import EVALUATION
+from jvgen.training.telemetry.run_files import EVALUATION, SAMPLES
 from jvgen.training.telemetry.startup import StartClock
 from jvgen.training.watchdog import Watchdog
 
@@ -52,11 +54,12 @@ class Session:
       document: the run document that is saved in checkpoints.
       state: state to start from, restored or fresh; the first step donates it.
       start_step: number of steps done before.
+      missing: "evaluation" and "samples" of the start step, if they are due there and were not written.
       programs: compiled training step of each bucket, and evaluation programs.
       flops: FLOPs per step of each bucket, by component.
       peak_flops: peak of one device in FLOP/s; None if unknown.
       batches: batches of this process from `start_step` on.
-      watchdog: reports steps that hang.
+      watchdog: reports what hangs.
       preemption: tells when the run was asked to stop.
       clock: times of this start, until its first step.
       goodput: what the time of the run is spent on.
@@ -73,6 +76,7 @@ class Session:
     document: dict[str, Any]
     state: TrainState
     start_step: int
+    missing: tuple[str, ...]
     programs: Programs
     flops: dict[BucketConfig, dict[str, float]]
     peak_flops: float | None
@@ -93,6 +97,7 @@ def prepare(
     *,
     hooks: Hook,
     log: Log,
+    preemption: Preemption,
     resume: bool = True,
     allow_changes: bool = False,
     cache: Path | None = None,
@@ -102,20 +107,28 @@ def prepare(
     """Open a session; leaving the context closes its checkpoints, data and threads. Arguments are those of `train`.
 
     Raises:
-      ConfigError: a mistake in the experiment, or a checkpoint of another run.
+      ConfigError: a mistake in the experiment, a checkpoint of another run, or a run directory that is in use.
+      ProcessesDiffer: the processes were started with different code, configs, data or run directories.
       CheckpointError: there are checkpoints, and none is valid.
+      StopRequested: a request to stop came before the first step.
     """
     training = experiment.training
     clock = clock or StartClock()
     with contextlib.ExitStack() as stack:
+        watchdog = _start_watchdog(experiment, workdir)
+        stack.callback(watchdog.close)
+        starting = stack.enter_context(contextlib.ExitStack())
+        starting.enter_context(watchdog.watching("the start of the run", startup=True))
         program = _build_program(experiment, log)
         clock.mark("devices")
+        lock = stack.enter_context(run_lock.held(workdir, log))
         stack.enter_context(persistent_cache(cache, workdir / COMPILED, log))
         loader, held_out = _open_data(program, workdir, make_loader)
         clock.mark("data")
+        _check_best_metric(program, held_out)
         _log_parameters(program, log)
-        checkpoints = Checkpoints(workdir, experiment.checkpoint, log=log, on_saved=hooks.on_checkpoint)
-        stack.callback(checkpoints.close)
+        checkpoints = Checkpoints(workdir, experiment.checkpoint, log=log, on_saved=hooks.on_checkpoint, lock=lock)
+        stack.push(_unless_failing(checkpoints.close))
         if not resume and checkpoints.steps():
             raise ConfigError(
                 f"{workdir} already holds checkpoints of steps {checkpoints.steps()}: use another run directory, "
@@ -125,22 +138,22 @@ def prepare(
         clock.mark("digests")
         state = restore_state(program, checkpoints, loader, document, allow_changes, log)
         start_step = int(state.step)
+        _agree(experiment, workdir, document, loader.state(start_step))
+        preemption.check()
         clock.mark("restore" if start_step else "init")
         _read_scores(checkpoints, workdir, start_step)
         _compile_digests(state, log)
-        if jax.process_index() == 0:
+        if processes.index() == 0:
             (workdir / "config.json").write_text(json.dumps(document, indent=1))
         flops = {bucket: throughput.step_flops(program.task, bucket) for bucket in loader.buckets}
         evaluations = [] if held_out is None else _evaluations(held_out, training)
-        programs = compile_programs(program, loader.buckets, evaluations, start_step, flops, log)
+        programs = compile_programs(program, loader.buckets, evaluations, start_step, flops, log, preemption.check)
         clock.mark("compile")
         evaluator = None if held_out is None else Evaluator(program, held_out.batches, programs)
         peak_flops = throughput.peak_flops(program.sharding.mesh.devices.flat[0], training.peak_flops)
         peak = f"{peak_flops:.4g} FLOP/s per device" if peak_flops else "of this device unknown"
         log(f"{throughput.FORMULA}; peak {peak}")
-        watchdog = _start_watchdog(experiment, workdir)
-        stack.callback(watchdog.close)
-        preemption = stack.enter_context(Preemption())
+        starting.close()
         profiler = Profiler(training, workdir, start_step, log)
         stack.callback(profiler.close)
         times = _start_goodput(workdir, start_step, clock)
@@ -155,6 +168,7 @@ def prepare(
             document=document,
             state=state,
             start_step=start_step,
+            missing=_missing(workdir, start_step),
             programs=programs,
             flops=flops,
             peak_flops=peak_flops,
@@ -167,6 +181,16 @@ def prepare(
             hooks=hooks,
             log=log,
         )
+
+
+def _unless_failing(close: Callable[[], None]) -> Callable[..., None]:
+    """An exit callback that closes something which waits for the other processes: not if this one fails."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None or processes.count() == 1:
+            close()
+
+    return leave
 
 
 def _build_program(experiment: Experiment, log: Log) -> Program:
@@ -233,7 +257,51 @@ def _start_goodput(workdir: Path, start_step: int, clock: StartClock) -> Goodput
     return Goodput(workdir if jax.process_index() == 0 else None, start_step, clock.age, spent)
 
 
+def _check_best_metric(program: Program, held_out: Any) -> None:
+    """Raise `ConfigError` unless evaluation gives the metric that `checkpoint.best_metric` names."""
+    name = program.experiment.checkpoint.best_metric
+    if name is None:
+        return
+    known = sorted(metric_names(program, held_out.bucket(0)))
+    if name not in known:
+        raise ConfigError(f"checkpoint.best_metric = {name!r}: not a metric; evaluation gives {', '.join(known)}.")
+
+
+def _agree(experiment: Experiment, workdir: Path, document: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raise `ProcessesDiffer` unless all processes would run the same steps on the same data in one run directory."""
+    processes.agree(
+        {
+            "jvgen version": __version__,
+            "git commit": str(document.get("git")),
+            "config (digest)": digest.of_document(document["experiment"])[:16],
+            "frozen weights": str(document.get("frozen"))[:16],
+            "data (digest)": digest.of_document({name: data[name] for name in data if name != "step"})[:16],
+            "seed": experiment.seed,
+            "start step": data.get("step", 0),
+            "token of the run directory": run_lock.read_token(workdir),
+        },
+        "start",
+    )
+
+
+def _missing(workdir: Path, start_step: int) -> tuple[str, ...]:
+    """What of the start step's evaluation was not written: a run can be stopped between the save and the evaluation."""
+    if start_step == 0:
+        return ()
+    rows = [row["step"] for row in read_rows(workdir / EVALUATION)]
+    found = {
+        "evaluation": start_step in rows,
+        "samples": (workdir / SAMPLES / f"step_{start_step:08d}").exists(),
+    }
+    return tuple(processes.broadcast([name for name in found if not found[name]], "missing evaluation"))
+
+
 def _start_watchdog(experiment: Experiment, workdir: Path) -> Watchdog:
     training = experiment.training
-    leave = (lambda: os._exit(EXIT_RESTART)) if training.hang_action == "exit" else None
-    return Watchdog(training.hang_seconds, workdir / f"stacks_{jax.process_index()}.txt", leave)
+
+    def leave(what: str) -> None:
+        reason = f"{what}; see the stacks of all threads in its log"
+        processes.abort(exit_codes.restart_code(), reason, stacks=True)
+
+    exits = training.hang_action == "exit" or (training.hang_action == "auto" and processes.count() > 1)
+    return Watchdog(training.hang_seconds, workdir / f"stacks_{processes.index()}.txt", leave if exits else None)

@@ -18,14 +18,14 @@ import toys  # noqa: E402
 from jvgen import nested
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.data.stream.quarantine import TooManyFailures  # noqa: E402
+from jvgen.exit_codes import DIVERGED, DONE, UNSAVED  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import session  # noqa: E402
 from jvgen.training.checkpoint.initial import write_first_checkpoint  # noqa: E402
 from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints  # noqa: E402
 from jvgen.training.checkpoint.restore import load_for_inference  # noqa: E402
 from jvgen.training.config import CheckpointConfig, TrainingConfig  # noqa: E402
-from jvgen.training.loop import EXIT_DIVERGED, EXIT_DONE, EXIT_UNSAVED, train  # noqa: E402
-from jvgen.training.preemption import EXIT_RESTART  # noqa: E402
+from jvgen.training.loop import train  # noqa: E402
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 from jvgen.training.watchdog import Watchdog  # noqa: E402
 
@@ -61,7 +61,7 @@ def finished(tmp_path_factory):
     changes = {"training.evaluate_every": 5, "training.visualize_every": 10, "training.evaluation_batches": 2}
     patch = pytest.MonkeyPatch()
     patch.setattr(session, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    assert run(folder, toys.experiment(**changes)) == EXIT_DONE
+    assert run(folder, toys.experiment(**changes)) == DONE
     patch.undo()
     return folder
 
@@ -84,7 +84,7 @@ def test_one_row_per_step_and_all_files(finished):
 
 def test_stopped_and_resumed_rows_are_bit_equal(finished, tmp_path, capfd):
     for stop in (3, 7, 20):
-        assert run(tmp_path, stop_after=stop) == EXIT_DONE
+        assert run(tmp_path, stop_after=stop) == DONE
     assert rows_of(tmp_path) == rows_of(finished), "evaluation or not, interrupted or not"
     out = capfd.readouterr().out
     assert "restored step 7" in out and "starting from step 0 with seed 0" in out
@@ -95,13 +95,13 @@ def test_stopped_and_resumed_rows_are_bit_equal(finished, tmp_path, capfd):
 def test_the_loop_runs_without_jit_for_debugging(finished, tmp_path):
     expected = read_rows(finished / "metrics.jsonl")[0]["loss"]
     with jax.disable_jit():
-        assert run(tmp_path, stop_after=1) == EXIT_DONE
+        assert run(tmp_path, stop_after=1) == DONE
     np.testing.assert_allclose(read_rows(tmp_path / "metrics.jsonl")[0]["loss"], expected, rtol=1e-5)
 
 
 def test_resuming_a_finished_run_does_nothing(finished):
     before = rows_of(finished)
-    assert run(finished) == EXIT_DONE
+    assert run(finished) == DONE
     assert rows_of(finished) == before
 
 
@@ -110,8 +110,8 @@ def test_resuming_on_eight_then_four_devices_then_one(tmp_path, one_device):
     experiment = experiment.replace(data=experiment.data.replace(buckets=experiment.data.buckets[:1]))
     for count, stop in ((8, 3), (4, 6), (1, 10)):
         one_device["count"] = count
-        assert run(tmp_path / "resumed", experiment, stop_after=stop) == EXIT_DONE
-    assert run(tmp_path / "uninterrupted", experiment, stop_after=10) == EXIT_DONE
+        assert run(tmp_path / "resumed", experiment, stop_after=stop) == DONE
+    assert run(tmp_path / "uninterrupted", experiment, stop_after=10) == DONE
     resumed, uninterrupted = rows_of(tmp_path / "resumed"), rows_of(tmp_path / "uninterrupted")
     assert [row["records"] for row in resumed] == [row["records"] for row in uninterrupted]
     np.testing.assert_allclose([row["loss"] for row in resumed], [row["loss"] for row in uninterrupted], rtol=1e-4)
@@ -128,11 +128,11 @@ class Terminating(toys.FakeLoader):
 
 def test_sigterm_saves_and_asks_for_a_restart(finished, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    assert run(tmp_path, make_loader=Terminating) == EXIT_RESTART == 75
+    assert run(tmp_path, make_loader=Terminating) == 75
     assert signal.getsignal(signal.SIGTERM) == before
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(7)), "the step in progress is finished"
     assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5, 7]
-    assert run(tmp_path) == EXIT_DONE
+    assert run(tmp_path) == DONE
     assert rows_of(tmp_path) == rows_of(finished)
 
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_model_or_data_set_is_refused(tmp_path):
             **{"data.sources.0.path": "elsewhere", "checkpoint.accept_changes": r"data\.sources.*"}
         )
         run(tmp_path, accept)
-    assert run(tmp_path, changed, allow_changes=True, stop_after=2) == EXIT_DONE
+    assert run(tmp_path, changed, allow_changes=True, stop_after=2) == DONE
     with pytest.raises(ConfigError, match="already holds checkpoints"):
         run(tmp_path, resume=False)
 
@@ -177,7 +177,7 @@ def test_too_many_bad_steps_stop_the_run_with_their_records(tmp_path, capfd):
             return batch
 
     experiment = toys.experiment(**{"training.max_consecutive_skips": 2})
-    assert run(tmp_path, experiment, make_loader=Poisoned) == EXIT_DIVERGED
+    assert run(tmp_path, experiment, make_loader=Poisoned) == DIVERGED
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows if row["skipped"]] == [6, 7, 8] and rows[6]["loss"] == "nan"
     out = capfd.readouterr().out
@@ -199,7 +199,7 @@ def test_exit_status_when_the_last_checkpoint_cannot_be_written(tmp_path, monkey
         return real(self, step, *arguments)
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    assert run(tmp_path, experiment, stop_after=8) == EXIT_UNSAVED
+    assert run(tmp_path, experiment, stop_after=8) == UNSAVED
     out = capfd.readouterr().out
     assert out.count("no space left on device") == 2, "steps 6 and 8: the run continued in between"
     assert "step 8 is not saved; the latest checkpoint is step 3." in out
@@ -245,7 +245,7 @@ def test_training_starts_from_given_parameters(finished, tmp_path):
     write_first_checkpoint(toys.experiment(), tmp_path, jax.tree.map(np.asarray, raw))
     with pytest.raises(ConfigError, match="already holds"):
         write_first_checkpoint(toys.experiment(), tmp_path, raw)
-    assert run(tmp_path, stop_after=1) == EXIT_DONE
+    assert run(tmp_path, stop_after=1) == DONE
     assert rows_of(tmp_path)[0]["loss"] < 0.7 * rows_of(finished)[0]["loss"]
 
 
@@ -273,7 +273,7 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, change, message
 
 def test_watchdog_reports_a_hang_once_and_only_a_hang(tmp_path):
     seen = threading.Event()
-    watchdog = Watchdog(0.15, tmp_path / "stacks.txt", seen.set)
+    watchdog = Watchdog(0.15, tmp_path / "stacks.txt", lambda what: seen.set())
     for _ in range(4):
         with watchdog.watching("a quick step"):
             time.sleep(0.05)

@@ -7,7 +7,7 @@ import threading
 import uuid
 from typing import Any
 
-from jvgen import storage
+from jvgen import exit_codes, storage
 from jvgen.storage import Path
 
 # With a budget above zero this many records may fail before the fraction counts: one failure among the first ten
@@ -18,6 +18,8 @@ _MAX_NAMED = 10
 
 class TooManyFailures(RuntimeError):
     """More records failed to decode than the budget allows; the message names them."""
+
+    exit_code = exit_codes.USER_ERROR
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jvgen import exit_codes
+
 VERSION = 1
 
 
@@ -31,7 +33,9 @@ def _words(value: jax.Array) -> jax.Array:
     position_word = _mix(position + jnp.uint32(0x9E3779B9))
     first = _mix(bits ^ position_word)
     second = _mix((bits + jnp.uint32(0x7F4A7C15)) * jnp.uint32(0x2545F491) + position_word)
-    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+    # Read in the same pass, and no part of the digest.
+    invalid = jnp.any(~jnp.isfinite(value)) if jnp.issubdtype(value.dtype, jnp.inexact) else jnp.bool_(False)
+    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32), invalid.astype(jnp.uint32)])
 
 
 def _bits(value: jax.Array) -> jax.Array:
@@ -51,7 +55,8 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def start(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Start computing the digest of every array on the devices; does not wait (except on several CPU devices)."""
+    """Start computing the digest of every array on the devices, and whether it is finite; does not wait (except on
+    several CPU devices)."""
     words = {}
     for name, value in arrays.items():
         with jax.disable_jit(False):
@@ -65,7 +70,12 @@ def start(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def finish(words: Mapping[str, jax.Array]) -> dict[str, str]:
     """Wait for `start` and return 16 hexadecimal digits per array."""
     host = jax.device_get(dict(words))
-    return {name: "".join(f"{int(word):08x}" for word in np.asarray(pair)) for name, pair in host.items()}
+    return {name: "".join(f"{int(word):08x}" for word in np.asarray(three)[:2]) for name, three in host.items()}
+
+
+def not_finite(words: Mapping[str, jax.Array]) -> list[str]:
+    """Wait for `start` and return the names of arrays that hold NaN or infinity."""
+    return [name for name, three in jax.device_get(dict(words)).items() if np.asarray(three)[2]]
 
 
 def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
@@ -95,6 +105,8 @@ def manifest(
 
 class CorruptCheckpoint(Exception):
     """A checkpoint does not hold what was written; the message names the arrays or documents."""
+
+    exit_code = exit_codes.USER_ERROR
 
 
 def check_manifest(saved: Any, documents: Mapping[str, Any]) -> None:

@@ -9,28 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from jvgen import exit_codes
 from jvgen.config import ConfigError
+from jvgen.parallel import processes
 from jvgen.training.checkpoint import digest
 from jvgen.training.checkpoint.digest import CorruptCheckpoint
 from jvgen.training.config import CheckpointConfig
+from jvgen.training.run_lock import LockLost, RunLock
 
 ARRAYS, DATA, RUN, DIGESTS = "state", "data", "run", "digests"
-# What reading a corrupt checkpoint was seen to raise, from Orbax, TensorStore, zstd and json.
-UNREADABLE = (
-    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError, OverflowError,
-    EOFError, MemoryError,
-)  # fmt: skip
 # What writing was seen to raise: TensorStore reports a full disk as ValueError (RESOURCE_EXHAUSTED).
 UNWRITABLE = (OSError, ValueError, RuntimeError)
 
 
+# Seconds for which processes wait for each other while a checkpoint is read.
+RESTORE_SECONDS = 3600.0
+
+
 class CheckpointError(Exception):
     """No existing checkpoint can be used, or a checkpoint could not be written."""
+
+    exit_code = exit_codes.USER_ERROR
+
+
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be written, and the config says to stop."""
+
+    exit_code = exit_codes.UNSAVED
+
+
+class NonFiniteState(CheckpointError):
+    """The training state holds NaN or infinity: it is not saved, and the checkpoints before it stay."""
+
+    exit_code = exit_codes.DIVERGED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +92,7 @@ class Checkpoints:
       log: takes messages for the user.
       on_saved: called with the step when a checkpoint is completely written, by `poll`, `wait`, `save` or `close`.
       read_only: never write, delete or move anything.
+      lock: of the run directory; asked before every save.
     """
 
     def __init__(
@@ -88,6 +103,7 @@ class Checkpoints:
         log: Callable[[str], None] = print,
         on_saved: Callable[[int], None] | None = None,
         read_only: bool = False,
+        lock: RunLock | None = None,
     ):
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._quarantine = self.folder.parent / "corrupt"
@@ -95,7 +111,10 @@ class Checkpoints:
         # Value of `config.best_metric` by step.
         self._scores: dict[int, float] = {}
         self._pending: int | None = None
-        self._failed: list[int] = []
+        self._lock = lock
+        # Failed saves in a row, and messages of those that the processes have not talked about yet.
+        self._failed = 0
+        self._problems: list[str] = []
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder.parent} is not a run directory: it has no checkpoints folder.")
         self._manager = ocp.CheckpointManager(
@@ -139,13 +158,22 @@ class Checkpoints:
           Seconds for which the caller was blocked.
 
         Raises:
-          CheckpointError: a save failed and the policy is "stop".
+          SaveFailed: saves failed, by the policy "stop" or `config.max_failed_saves` times in a row.
+          NonFiniteState: an array holds NaN or infinity.
+          LockLost: another start of the run has taken the run directory.
         """
         start = time.perf_counter()
-        if step in self.steps():
+        if self._is_saved(step):
             return 0.0
         self.wait()
         words = digest.start(arrays)
+        invalid = digest.not_finite(words)
+        if invalid:
+            listed = ", ".join(invalid[:20]) + (f" and {len(invalid) - 20} more" if len(invalid) > 20 else "")
+            raise NonFiniteState(
+                f"step {step} is not saved: NaN or infinity in {listed}. Checkpoints: {self._listed()}. Lower "
+                "optimizer.learning_rate, or look at the records of the steps since the last checkpoint."
+            )
         try:
             documents = {DATA: data, RUN: run}
             manifest = digest.manifest(arrays, digest.finish(words), documents)
@@ -163,50 +191,95 @@ class Checkpoints:
             )
             self._pending = step
         except UNWRITABLE as error:
-            self._report_failure(step, error)
+            self._note_failure(step, error)
+        self._decide()
         return time.perf_counter() - start
+
+    def _is_saved(self, step: int) -> bool:
+        """Whether a step is saved already, as process 0 sees it."""
+        saved, lost = False, None
+        if processes.index() == 0:
+            saved = step in self.steps()
+            try:
+                if self._lock is not None and not saved:
+                    self._lock.check()
+            except LockLost as error:
+                lost = str(error)
+        saved, lost = processes.broadcast([saved, lost], f"save of step {step}")
+        if lost is not None:
+            raise LockLost(lost)
+        return saved
 
     def poll(self) -> None:
         """Handle a background save that has ended. Call it once per step; it does not wait."""
         if self._pending is not None and not self._manager.is_saving_in_progress():
-            self.wait()
+            self._end_save()
+            if processes.count() == 1:
+                self._decide()
 
     def wait(self) -> bool:
-        """Wait for the background save; returns False if it failed."""
+        """Wait for the background save; returns False if it failed. All processes call it at the same point.
+
+        Raises:
+          SaveFailed: see `save`.
+        """
+        saved = self._end_save()
+        self._decide()
+        return saved and not self._failed
+
+    def _end_save(self) -> bool:
+        """Wait for this process's part of the background save."""
         if self._pending is None:
             return True
         step, self._pending = self._pending, None
         try:
             self._manager.wait_until_finished()
         except UNWRITABLE as error:
-            self._report_failure(step, error)
+            self._note_failure(step, error)
             return False
+        self._failed = 0
         if self._on_saved is not None:
             self._on_saved(step)
         return True
 
     def close(self) -> None:
         """Wait for the background save and release the resources of Orbax."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
-    def _report_failure(self, step: int, error: Exception) -> None:
-        self._failed.append(step)
-        if jax.process_index() == 0:
+    def _note_failure(self, step: int, error: Exception) -> None:
+        self._failed += 1
+        if processes.index() == 0:
             for left in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
         self._manager.reload()
-        kept = ", ".join(str(s) for s in self.steps()) or "none"
         text = str(error)
         reason = (
             "no space left on device" if "space left" in text else text.splitlines()[0][:300] if text else repr(error)
         )
-        message = (
-            f"checkpoint of step {step} could not be written to {self.folder}: {reason}. Intact checkpoints: {kept}."
+        self._problems.append(
+            f"checkpoint of step {step} could not be written to {self.folder}: {reason}. Intact checkpoints: "
+            f"{self._listed()}."
         )
+
+    def _decide(self) -> None:
+        """Log failed saves, and end the run if the policy says so, on all processes."""
+        noted, self._problems = self._problems, []
+        found = processes.combine([noted, self._failed], _worst, "failed saves")
+        if not found[0]:
+            return
+        problems, self._failed = found
+        message, limit = problems[-1], self._config.max_failed_saves
         if self._config.on_failed_save == "stop":
-            raise CheckpointError(f"{message} The run stops here (checkpoint.on_failed_save = 'stop').") from error
+            raise SaveFailed(f"{message} The run stops here (checkpoint.on_failed_save = 'stop').")
+        if self._failed >= limit:
+            raise SaveFailed(f"{message} It stops after {limit} failed saves in a row (checkpoint.max_failed_saves).")
         self._log(f"WARNING: {message} The run continues; fix the cause before the next save.")
+
+    def _listed(self) -> str:
+        return ", ".join(str(step) for step in self.steps()) or "none"
 
     def restore(
         self,
@@ -232,41 +305,57 @@ class Checkpoints:
           CheckpointError: there are checkpoints, and none is valid.
           ConfigError: the checkpoint does not hold the wanted arrays.
         """
-        incomplete = self._incomplete()
-        for left in incomplete:
-            self._discard(left, "it is incomplete")
-        steps = self.steps() if step is None else [s for s in self.steps() if s == step]
-        if step is not None and not steps:
-            raise CheckpointError(
-                f"{self.folder}: no checkpoint of step {step}; its steps are {self.steps() or 'none'}."
-            )
-        for candidate in reversed(steps):
+        present, incomplete = self._present()
+        if step is not None and step not in present:
+            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; its steps are {present or 'none'}.")
+        tried = set(incomplete)
+        while candidates := [s for s in present if s not in tried and step in (None, s)]:
+            candidate = candidates[-1]
+            tried.add(candidate)
             problem = restored = None
             try:
                 documents = self._documents(candidate)
             except CorruptCheckpoint as error:
                 problem = str(error)
-            if _agree(problem is None):
+            problem = _any_problem(problem)
+            if problem is None:
                 manifest, data, run = documents
                 if check is not None:
                     check(data, run)
-                saved = manifest["arrays"]
-                present = {name: want for name, want in wanted.items() if name in saved or not may_be_missing(name)}
-                known = {name: about for name, about in saved.items() if name in wanted or not may_be_missing(name)}
-                _check_arrays_fit(known, present, partial, self.folder / str(candidate))
+                _check_arrays_fit(manifest["arrays"], wanted, partial, self.folder / str(candidate))
                 try:
-                    restored = self._arrays(candidate, manifest, present)
+                    restored = self._arrays(candidate, manifest, wanted)
                 except CorruptCheckpoint as error:
                     problem = str(error)
-                if _agree(problem is None):
+                problem = _any_problem(problem)
+                if problem is None:
                     return Restored(candidate, restored, data, run)
-            self._discard(candidate, problem or "another process could not read it")
-        if steps or incomplete:
+            if self._was_deleted(candidate):
+                # By the run that this reader looks at: there are newer checkpoints.
+                tried.discard(candidate)
+                present, _ = self._present()
+                continue
+            self._discard(candidate, problem)
+        if tried:
             raise CheckpointError(
-                f"{self.folder}: none of the checkpoints {sorted({*steps, *incomplete})} is valid (see above). "
+                f"{self.folder}: none of the checkpoints {sorted(tried)} is valid (see above). "
                 "The run was not restarted from step 0: restore a checkpoint from a copy, or use another run directory."
             )
         return None
+
+    def _present(self) -> tuple[list[int], list[int]]:
+        """Steps of all checkpoints, and those that are incomplete, which are moved away; decided by process 0."""
+        self._manager.reload()
+        incomplete = self._incomplete() if processes.index() == 0 else []
+        if processes.index() == 0:
+            for left in incomplete:
+                self._move_away(left, "it is incomplete")
+        present, incomplete = processes.broadcast([self.steps(), incomplete], "checkpoints", RESTORE_SECONDS)
+        self._manager.reload()
+        return present, incomplete
+
+    def _was_deleted(self, step: int) -> bool:
+        return self._read_only and not (self.folder / str(step)).exists()
 
     def _incomplete(self) -> list[int]:
         """Steps of checkpoint folders that Orbax does not list: it renames a folder when it is complete."""
@@ -310,7 +399,8 @@ class Checkpoints:
             )
             documents = {DATA: read[DATA], RUN: read[RUN]}
             manifest = read[DIGESTS]
-        except UNREADABLE as error:
+        except Exception as error:
+            _raise_unless_corrupt(error)
             raise CorruptCheckpoint(f"its documents cannot be read ({_first_line(error)})") from error
         digest.check_manifest(manifest, documents)
         return manifest, documents[DATA], documents[RUN]
@@ -330,34 +420,60 @@ class Checkpoints:
                 ),
             )
             arrays = dict(read[ARRAYS])
-        except UNREADABLE as error:
+        except Exception as error:
+            _raise_unless_corrupt(error)
             raise CorruptCheckpoint(f"its arrays cannot be read ({_first_line(error)})") from error
         digest.check_arrays(manifest, arrays)
         return arrays
 
     def _discard(self, step: int, problem: str) -> None:
-        """Log a corrupt checkpoint and move it out of the way."""
+        """Log a corrupt checkpoint and move it out of the way, before any process goes on."""
+        if processes.index() == 0:
+            self._move_away(step, problem)
+        processes.barrier(f"checkpoint {step} moved away")
+        self._manager.reload()
+
+    def _move_away(self, step: int, problem: str) -> None:
         path = self.folder / str(step)
         if self._read_only:
             self._log(f"WARNING: checkpoint {path} is corrupt: {problem}. Trying the one before.")
             return
         target = self._quarantine / str(step)
-        if jax.process_index() == 0:
-            self._quarantine.mkdir(exist_ok=True)
-            while target.exists():
-                target = target.with_name(f"{target.name}_again")
-            path.rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"quarantined_{step}")
+        self._quarantine.mkdir(exist_ok=True)
+        while target.exists():
+            target = target.with_name(f"{target.name}_again")
+        path.rename(target)
         self._manager.reload()
         self._log(f"WARNING: checkpoint {path} is corrupt: {problem}. Moved to {target}; trying the one before.")
 
 
-def _agree(valid: bool) -> bool:
-    """Whether a checkpoint is valid on all processes."""
-    if jax.process_count() == 1:
-        return valid
-    return bool(np.all(multihost_utils.process_allgather(np.int32(valid))))
+def _any_problem(problem: str | None) -> str | None:
+    """The problem of the first process that has one."""
+    return processes.combine(problem, _first_problem, "checkpoint read", RESTORE_SECONDS)
+
+
+def _first_problem(problems: list[str | None]) -> str | None:
+    found = [(number, problem) for number, problem in enumerate(problems) if problem is not None]
+    if not found or len(problems) == 1:
+        return problems[0] if found else None
+    return f"process {found[0][0]}: {found[0][1]}"
+
+
+def _worst(reports: list[tuple[list[str], int]]) -> tuple[list[str], int]:
+    """Of (messages about failed saves, failures in a row) of all processes, the worst."""
+    return max(reports, key=lambda report: (len(report[0]), report[1]))
+
+
+def _raise_unless_corrupt(error: Exception) -> None:
+    """Raise errors that say nothing about a checkpoint: no memory on a device, storage that is away, no permission.
+
+    Reading a corrupt one was seen to raise almost anything, from Orbax, TensorStore, zstd and json, a bare `Exception`
+    among them.
+    """
+    passing = any(word in str(error) for word in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED"))
+    told = isinstance(error, (ConfigError, processes.LostProcess, jax.errors.JaxRuntimeError, PermissionError))
+    if passing or told or exit_codes.of_error(error) == exit_codes.restart_code():
+        raise error
 
 
 def _first_line(error: Exception) -> str:
