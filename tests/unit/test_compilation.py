@@ -11,10 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
+from jvgen import exit_codes  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import compilation, session  # noqa: E402
 from jvgen.training.compilation import compile_programs, persistent_cache  # noqa: E402
-from jvgen.training.loop import EXIT_DONE, train  # noqa: E402
+from jvgen.training.loop import train  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
 
 
@@ -34,13 +35,13 @@ def entries(folder: Path) -> list[Path]:
 
 def test_a_run_keeps_its_programs_and_the_next_start_reads_them(tmp_path, capfd):
     experiment = toys.experiment(**{"training.evaluate_every": 2, "training.evaluation_batches": 2})
-    assert train(experiment, tmp_path, stop_after=1, make_loader=toys.FakeLoader) == EXIT_DONE
+    assert train(experiment, tmp_path, stop_after=1, make_loader=toys.FakeLoader) == exit_codes.DONE
     # Two steps, and "evaluate" for the two buckets of the evaluation batches.
     assert "compiled 4 programs" in (out := capfd.readouterr().out) and "0 from the cache" in out
     assert entries(tmp_path / "compiled")
     # Not the programs that this process has in memory.
     jax.clear_caches()
-    assert train(experiment, tmp_path, stop_after=2, make_loader=toys.FakeLoader) == EXIT_DONE
+    assert train(experiment, tmp_path, stop_after=2, make_loader=toys.FakeLoader) == exit_codes.DONE
     out = capfd.readouterr().out
     assert f"4 from the cache {tmp_path / 'compiled'}" in out and "s (from the cache)" in out
     assert jax.config.jax_compilation_cache_dir is None, "the setting of the process is restored"

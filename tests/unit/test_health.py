@@ -13,12 +13,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
+from jvgen import exit_codes  # noqa: E402
 from jvgen.data.stream.config import BucketConfig  # noqa: E402
 from jvgen.parallel.mesh import make_mesh, single_device_mesh  # noqa: E402
 from jvgen.training import session  # noqa: E402
 from jvgen.training.checkpoint.restore import restore_state  # noqa: E402
 from jvgen.training.config import TrainingConfig  # noqa: E402
-from jvgen.training.loop import EXIT_DONE, train  # noqa: E402
+from jvgen.training.loop import train  # noqa: E402
 from jvgen.training.optimization import health  # noqa: E402
 from jvgen.training.optimization.health import Health  # noqa: E402
 from jvgen.training.optimization.optimizer import LRStage, OptimizerConfig  # noqa: E402
@@ -128,7 +129,7 @@ def test_a_run_survives_a_jump_of_its_gradients(tmp_path, monkeypatch):
         return dataclasses.replace(batch, arrays={**batch.arrays, "x": batch.arrays["x"] * (1.0 if step < 40 else 1.6)})
 
     monkeypatch.setattr(toys.FakeLoader, "at", at)
-    assert train(toys.experiment(**GUARDED), tmp_path / "run", make_loader=toys.FakeLoader) == EXIT_DONE
+    assert train(toys.experiment(**GUARDED), tmp_path / "run", make_loader=toys.FakeLoader) == exit_codes.DONE
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 80 and 0 < rows[-1]["spikes_total"] == rows[-1]["skipped_total"] <= 10
 
