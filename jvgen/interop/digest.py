@@ -1,13 +1,30 @@
 """Content hashes of weight files: whether a run resumes with the frozen weights that it started with."""
 
+import contextlib
 import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from jvgen import storage
+
 CHUNK = 1 << 24
+# Digests of files that were hashed before, in the folder of `jvgen.storage.default_cache`.
+CACHE_FILE = "digests.json"
+# Less is hashed faster than it is looked up.
+MIN_CACHED_BYTES = 1 << 20
+# A file that has just been written can change again without a new time of modification.
+MIN_AGE_SECONDS = 2.0
 
 
 def content_digest(path: str | Path) -> str:
     """SHA-256 of a file, or of a folder's .json and .safetensors files by name.
+
+    The digest of large files is kept in the user's cache folder (`JVGEN_CACHE`) and taken from there as long as their
+    names, sizes, times of modification and inodes stay what they are.
 
     Raises:
       ValueError: no such path.
@@ -16,6 +33,21 @@ def content_digest(path: str | Path) -> str:
     if not path.exists():
         raise ValueError(f"weights {str(path)!r}: no such file or folder.")
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
+    stats = [(file.name, file.stat()) for file in files]
+    cacheable = sum(stat.st_size for _, stat in stats) >= MIN_CACHED_BYTES
+    state = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
+    key = str(path.resolve())
+    if cacheable:
+        known = _read_cache().get(key)
+        if isinstance(known, dict) and known.get("files") == state:
+            return known["digest"]
+    digest = _hash(files)
+    if cacheable and time.time() - max(stat.st_mtime for _, stat in stats) > MIN_AGE_SECONDS:
+        _add_to_cache(key, {"files": state, "digest": digest})
+    return digest
+
+
+def _hash(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
@@ -23,3 +55,26 @@ def content_digest(path: str | Path) -> str:
             while block := stream.read(CHUNK):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _cache_file() -> pathlib.Path:
+    return storage.default_cache().folder / CACHE_FILE
+
+
+def _read_cache() -> dict[str, object]:
+    try:
+        cache = json.loads(_cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}
+
+
+def _add_to_cache(key: str, entry: dict[str, object]) -> None:
+    """Add an entry; one that another process adds at the same time may be lost, and is made again when needed."""
+    file = _cache_file()
+    # Without a cache folder that can be written, files are hashed at every start.
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}-{os.getpid()}")
+        partial.write_text(json.dumps(_read_cache() | {key: entry}, indent=1))
+        partial.replace(file)
