@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
@@ -92,7 +93,10 @@ def _without_cache() -> Iterator[None]:
     """Compile without JAX's cache of compiled programs, which cannot be read for devices that are only described."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    # JAX looks at the setting once, and again after a reset.
+    compilation_cache.reset_cache()
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

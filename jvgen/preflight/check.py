@@ -69,28 +69,58 @@ def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax
     Raises:
       ConfigError: lists every problem, one line each.
     """
-    problems = [*_buckets(experiment), *_data(experiment)]
-    task, found = _attempt(experiment.task.build)
-    problems += found
-    mesh, found = _attempt(lambda: make_mesh(experiment.mesh, devices))
-    problems += found
-    if task is not None and mesh is not None:
-        sharding = Sharding(mesh, experiment.sharding)
-        for bucket in experiment.data.buckets:
-            problems += _attempt(lambda bucket=bucket: check_batch(experiment, bucket, sharding))[1]
-        program, found = _attempt(lambda: Program.build(experiment, mesh, task))
-        problems += found
-        if program is not None:
-            problems += _workdir(workdir, program)
-            if experiment.init_from.run is not None and not (workdir is not None and saved_steps(workdir)):
-                problems += _attempt(lambda: init_from.check(program))[1]
-            if not problems:
-                problems += _splits(program)
-    problems = list(dict.fromkeys(problems))
+    found = inspect_run(experiment, workdir, devices)
+    problems = list(dict.fromkeys(problem for area in found.problems.values() for problem in area))
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
         raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What is found out about a run.
+
+    Attributes:
+      problems: messages by area: "config", "data", "weights", "mesh", "division", "run directory".
+      program: None if there is a problem with task or mesh.
+      loader: the training data; None if there is a problem with it.
+    """
+
+    problems: dict[str, list[str]]
+    program: Program | None
+    loader: Loader | None
+
+
+def inspect_run(
+    experiment: Experiment, workdir: Path | None = None, devices: Sequence[jax.Device] | None = None
+) -> Inspection:
+    """Every problem of a run by area; arguments are those of `check`. Without devices (an empty list) there is no mesh.
+
+    The division of tokens and heads is only looked at if config and mesh have no other problem.
+    """
+    problems: dict[str, list[str]] = {area: [] for area in ("config", "data", "weights", "mesh", "division")}
+    problems["config"] += _buckets(experiment)
+    loader, problems["data"] = _data(experiment)
+    problems["weights"] += _attempt(experiment.task.check_weights)[1]
+    task, found = _attempt(experiment.task.build)
+    problems["config"] += found
+    mesh = program = None
+    if devices is None or len(devices):
+        mesh, problems["mesh"] = _attempt(lambda: make_mesh(experiment.mesh, devices))
+    if task is not None and mesh is not None:
+        sharding = Sharding(mesh, experiment.sharding)
+        for bucket in experiment.data.buckets:
+            problems["division"] += _attempt(lambda bucket=bucket: check_batch(experiment, bucket, sharding))[1]
+        program, found = _attempt(lambda: Program.build(experiment, mesh, task))
+        problems["config"] += found
+        if program is not None:
+            problems["run directory"] = list(_workdir(workdir, program))
+            if experiment.init_from.run is not None and not (workdir is not None and saved_steps(workdir)):
+                problems["weights"] += _attempt(lambda: init_from.check(program))[1]
+            if not any(problems[area] for area in ("config", "mesh", "division")):
+                problems["division"] += _splits(program)
+    return Inspection({area: list(dict.fromkeys(found)) for area, found in problems.items()}, program, loader)
 
 
 def _attempt(make: Callable[[], T]) -> tuple[T | None, list[str]]:
@@ -107,17 +137,16 @@ def _buckets(experiment: Experiment) -> Iterator[str]:
         yield from (f"data.buckets.{number}: {problem}" for problem in found)
 
 
-def _data(experiment: Experiment) -> Iterator[str]:
-    evaluates = experiment.training.evaluate_every or experiment.training.visualize_every
-    for evaluation in (False, True) if evaluates else (False,):
-        yield from _attempt(
-            lambda evaluation=evaluation: Loader(
-                experiment.data, seed=experiment.seed, preprocess=dict, evaluation=evaluation
-            )
-        )[1]
-    yield from _attempt(lambda: check_cache(experiment.data))[1]
-    yield from _attempt(experiment.task.check_weights)[1]
-    yield from _attempt(lambda: experiment.task.check_data(experiment.data))[1]
+def _data(experiment: Experiment) -> tuple[Loader | None, list[str]]:
+    def load(evaluation: bool):
+        return _attempt(lambda: Loader(experiment.data, seed=experiment.seed, preprocess=dict, evaluation=evaluation))
+
+    loader, problems = load(False)
+    if experiment.training.evaluate_every or experiment.training.visualize_every:
+        problems += load(True)[1]
+    problems += _attempt(lambda: check_cache(experiment.data))[1]
+    problems += _attempt(lambda: experiment.task.check_data(experiment.data))[1]
+    return loader, problems
 
 
 def _workdir(workdir: Path | None, program: Program) -> Iterator[str]:

@@ -16,7 +16,6 @@ from jvgen.training.telemetry.throughput import step_flops
 
 # Model FLOPs utilization of an estimated step.
 ASSUMED_MFU = 0.4
-MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +139,11 @@ class Reading:
         shared = f", each read by {self.readers:.3g} processes" if self.readers > 1 else ""
         text = (
             f"a process reads {self.rows} of {self.batch_size} examples per step ({self.clips} clips{shared}), "
-            f"{self.bytes / MIB:.1f} MiB decoded"
+            f"{amount(self.bytes)} decoded"
         )
         if self.seconds is None:
             return text
-        return f"{text}: {self.bytes_per_second / MIB:.1f} MiB/s at {self.seconds:.3g} s/step ({ASSUMED_MFU:.0%} MFU)"
+        return f"{text}: {amount(self.bytes_per_second)}/s at {self.seconds:.3g} s/step ({ASSUMED_MFU:.0%} MFU)"
 
 
 def reading(program: Program, bucket: BucketConfig, peak_flops: float | None) -> Reading:
@@ -170,6 +169,15 @@ def saved_between_layers(
     place = program.sharding.activation((axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED), shape)
     itemsize = jnp.dtype(program.experiment.training.compute_dtype).itemsize
     return float(kept * layers * math.prod(place.shard_shape(shape)) * itemsize)
+
+
+def amount(size: float) -> str:
+    """A number of bytes with a unit that suits it: "34.3 MiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
 
 
 def local_bytes(tree: Any) -> float:

@@ -12,6 +12,7 @@ import jax
 
 from jvgen import __version__, exit_codes
 from jvgen.config import ConfigError
+from jvgen.data.store.shards import raise_open_files_limit
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import process_log
@@ -205,6 +206,7 @@ def _build_program(experiment: Experiment, log: Log) -> Program:
 
 def _open_data(program: Program, workdir: Path, make_loader: Callable[..., Any]) -> tuple[Loader, Loader | None]:
     """The training data, and the held-out data if the run evaluates."""
+    raise_open_files_limit()
     experiment, training = program.experiment, program.experiment.training
     shared = {"seed": experiment.seed, "preprocess": program.task.preprocess, "rows": program.rows}
     quarantine_log = process_log(workdir / "quarantine.jsonl", jax.process_index(), jax.process_count())

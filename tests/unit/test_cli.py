@@ -39,7 +39,7 @@ def subparsers(parser: argparse.ArgumentParser):
 
 PARSERS = {parser.prog: parser for parser in subparsers(cli.build_parser())}
 COMMANDS = (
-    "demo data config compile train sample evaluate analyze play encode decode export import verify lpips".split()
+    "demo data config check compile train sample evaluate analyze play encode decode export import verify lpips".split()
 )
 
 

@@ -139,6 +139,11 @@ class Index:
                 f"{folder}: the data set has no {path.name}, so it was not written by `jvgen data build` or is "
                 "incomplete. Build it again."
             )
+        return _read(storage.absolute(path), _stamp(path))
+
+    @classmethod
+    def _read_verified(cls, path: Path) -> "Index":
+        """The index in a file, whose digest is computed again: it takes a minute for ten million records."""
         try:
             content = io.BytesIO(storage.read_bytes(path))
             with np.load(content, allow_pickle=False) as stored:
@@ -155,6 +160,18 @@ class Index:
                 "Build the data set again."
             )
         return index
+
+
+# Checks and training open the same data sets, one after the other. A process has the index in memory once.
+@functools.lru_cache(maxsize=16)
+def _read(path: Path, stamp: tuple[float, ...]) -> Index:
+    return Index._read_verified(path)
+
+
+def _stamp(path: Path) -> tuple[float, ...]:
+    """What changes when a file is written again."""
+    stat = path.stat()
+    return (stat.length, stat.mtime) if storage.is_remote(path) else (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def path_of(folder: str | Path, split: str) -> Path:

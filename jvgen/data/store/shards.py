@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,6 +12,16 @@ from jvgen.storage import FileCache, as_path, default_cache, is_remote
 
 # Files open at a time in a process, over all data sets: a quarter of the usual `ulimit -n`.
 MAX_OPEN_SHARDS = 256
+# Limit of open files that is asked for: programs that close all possible descriptors take long with a higher one.
+MAX_OPEN_FILES = 2**16
+
+
+def raise_open_files_limit() -> None:
+    """Raise the limit of open files of this process, and of those that it starts, to the most that it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class Shard(NamedTuple):

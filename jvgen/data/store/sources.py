@@ -52,6 +52,12 @@ class Source:
         """Metadata of the builder (origin, options, digests); see `jvgen.data.store.writer`."""
         return read_metadata(self.folder)
 
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Number of shards, and their bytes, by the data set's own metadata."""
+        info = _builder(self.folder).info.splits[self.split]
+        return info.num_shards, info.num_bytes
+
     def read_ahead(self) -> None:
         """Start copying the shards of a remote split to the cache, in a thread, if the cache holds all of them."""
         cache = self.cache or default_cache()

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from jvgen.data.store.sources import open_source
+from jvgen.data.store.sources import Source, open_source
 from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.plan import Plan
 from jvgen.data.stream.quarantine import Quarantine
@@ -98,6 +98,11 @@ class Loader:
         """The batch shapes in use."""
         return self.plan.buckets
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets, in the order of the configuration."""
+        return self._reader.sources
+
     def bucket(self, step: int) -> BucketConfig:
         """The shape of a step's batch."""
         return self.plan.bucket(step)
@@ -105,7 +110,7 @@ class Loader:
     def record_ids(self, step: int) -> tuple[str, ...]:
         """Ids of the records that the plan puts into the whole global batch of a step; nothing is read."""
         planned = self.plan.at(step)
-        indices = [source.index for source in self._reader.sources]
+        indices = [source.index for source in self.sources]
         return tuple(
             str(indices[source].id[row])
             for source, row in zip(planned.source.tolist(), planned.row.tolist(), strict=True)

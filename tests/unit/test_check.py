@@ -1,0 +1,150 @@
+"""`jvgen check`: one page about a run, with a described pod or the attached devices, and its exit status."""
+
+import dataclasses
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+
+from jvgen.data.store import shards
+from jvgen.data.store.index import Index
+from jvgen.data.stream.config import BucketConfig
+from jvgen.preflight import page as pages
+from jvgen.preflight import topology
+from jvgen.preflight.page import examine
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "processes"))
+import clips  # noqa: E402
+
+needs_compiler = pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return clips.build(tmp_path_factory.mktemp("clips") / "data")
+
+
+def rows(page: pages.Page, subject: str) -> list[str]:
+    return [row.text for row in page.rows if row.subject == subject]
+
+
+def problems(page: pages.Page) -> dict[str, str]:
+    return {row.subject: row.text for row in page.rows if not row.ok}
+
+
+@needs_compiler
+def test_a_valid_run_on_a_described_pod_is_green(data, tmp_path):
+    run = clips.experiment(data, {"fsdp": -1, "tensor": 4})
+    page = examine(run, topology_name="v5e:4x4", slices=2, workdir=tmp_path / "run")
+    assert page.ok, str(page)
+    assert rows(page, "mesh") == ["mesh data 1 x fsdp 8 x seq 1 x tensor 4 = 32 devices (TPU v5 lite)"]
+    assert rows(page, "processes") == [
+        "8, each of 4 devices (hosts of 4 chips assumed; hosts of 8 have half as many processes)"
+    ]
+    assert len(rows(page, "reading")) == 2 and "of 8 examples per step" in rows(page, "reading")[0]
+    assert "of records from storage" in rows(page, "reading")[0]
+    assert "1x4x16x16: 24 records for batches of 8, 1 epochs" in rows(page, "data")
+    assert "of 15.75 GiB" in rows(page, "memory")[0]
+    assert "below sharding.replicate_below" in rows(page, "replicated")[0]
+    assert "2 kept and one more" in rows(page, "checkpoints")[0] and "GiB are free" in rows(page, "checkpoints")[0]
+    assert rows(page, "time")[0].startswith("6 steps take about 0 seconds at 40% MFU")
+    assert str(page).startswith("toy on 2 x v5e:4x4") and str(page).endswith("all green")
+
+
+def test_every_problem_is_on_the_page(data, tmp_path, monkeypatch):
+    """A missing data set does not hide what else is wrong."""
+    run = clips.experiment(data.with_name("nothing"), {"fsdp": 3})
+    page = examine(run, workdir=tmp_path)
+    assert set(problems(page)) == {"data", "mesh"}
+    assert "does not exist" in problems(page)["data"] and "needs 3 devices" in problems(page)["mesh"]
+    assert str(page).endswith("2 problems")
+
+    run = clips.experiment(data, {"fsdp": 8})
+    uneven = dataclasses.replace(run.data.buckets[0], batch_size=12)
+    monkeypatch.setattr(pages.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 50_000}))
+    monkeypatch.setattr(pages.resource, "getrlimit", lambda kind: (64, 128))
+    page = examine(run.replace(data=run.data.replace(buckets=(uneven,))), workdir=tmp_path)
+    assert set(problems(page)) == {"division", "checkpoints", "open files"}
+    assert "batch_size = 12 must be a multiple of 8" in problems(page)["division"]
+    assert "raise `ulimit -Hn`, which is 128" in problems(page)["open files"]
+    assert "lower checkpoint.keep_last" in problems(page)["checkpoints"]
+
+
+def test_memory_that_cannot_suffice(data, monkeypatch):
+    run = clips.experiment(data, {"fsdp": 8})
+    tiny = pages._Devices("", None, 1000.0, 1e12)
+    monkeypatch.setattr(pages, "_attached", lambda experiment: tiny)
+    page = examine(run)
+    assert set(problems(page)) == {"memory"} and "use more devices along mesh.fsdp" in problems(page)["memory"]
+
+
+def test_steps_of_stages_are_shared_by_weight(data):
+    run = clips.experiment(data, {"fsdp": 8})
+    first = BucketConfig(frames=1, height=16, width=16, batch_size=8, end_step=4)
+    second = dataclasses.replace(first, frames=2, end_step=None, weight=3.0)
+    third = dataclasses.replace(first, frames=4, start_step=4, end_step=99, weight=3.0)
+    staged = run.replace(data=run.data.replace(buckets=(first, second, third)))
+    assert pages._bucket_steps(staged) == {first: 1.0, second: 3.0 + 1.0, third: 1.0}
+
+
+def test_checkpoints_that_are_kept(data):
+    checkpoint = clips.experiment(data, {"fsdp": 8}).checkpoint.replace(every=10, keep_last=2)
+    assert pages._kept(checkpoint, 5) == 1 and pages._kept(checkpoint, 1000) == 2
+    assert pages._kept(checkpoint.replace(keep_every=100, best_metric="loss"), 1000) == 13
+
+
+def test_the_index_is_read_once(data, monkeypatch):
+    """A page and then a loader open the same data set; a file that was written again is read again."""
+    read = []
+    real = Index._read_verified.__func__
+    monkeypatch.setattr(Index, "_read_verified", classmethod(lambda cls, path: read.append(path) or real(cls, path)))
+    first = Index.load(data, "train")
+    assert Index.load(data, "train") is first
+    before = len(read)
+    first.save(data, "train")
+    again = Index.load(data, "train")
+    assert again is not first and again.digest == first.digest and len(read) == before + 1
+
+
+def test_the_limit_of_open_files_is_raised():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        shards.raise_open_files_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256 or hard <= 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@needs_compiler
+def test_the_compilers_word_on_memory(data, monkeypatch):
+    run = clips.experiment(data, {"fsdp": -1})
+    run = run.replace(data=run.data.replace(buckets=run.data.buckets[:1]))
+    (text,) = rows(examine(run, topology_name="v5e:2x2", compiled=True), "compiled")
+    assert text.startswith("1x4x16x16: ") and text.endswith("of 15.75 GiB")
+    monkeypatch.setattr(topology.Topology, "hbm_bytes", 30_000.0)
+    assert "compiled" in problems(examine(run, topology_name="v5e:2x2", compiled=True))
+
+
+@needs_compiler
+def test_the_command(jvgen, vae_words, tmp_path):
+    words = [*vae_words, "--topology", "v5e:2x2", "--workdir", tmp_path / "run"]
+    done = jvgen("check", *words)
+    assert done.status == 0 and "all green" in done.out and "v5e:2x2" in done.out, done
+    bad = jvgen("check", *words, "--set", "mesh.seq=3")
+    assert bad.status == 2 and "PROBLEM" in bad.out and "1 problem" in bad.out
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--topology", "v5e:0x0"], "topology 'v5e:0x0': slices of v5e come as"),
+        (["--topology", "v7:2x2"], "'v7' is not a TPU generation"),
+        (["--slices", "2"], "--slices: needs --topology"),
+        (["--bucket", "1x2x3x4"], "bucket '1x2x3x4': data.buckets has 1x1x16x16"),
+    ],
+)
+def test_arguments_that_cannot_be(jvgen, vae_words, words, message):
+    done = jvgen("check", *vae_words, *words)
+    assert done.status == 2 and message in done.err and "PROBLEM" not in done.out
