@@ -1,10 +1,10 @@
 """Decode the samples of a text-to-video run with another VAE that shares its latents (CV-VAE, section 4.3)."""
 
 import copy
-from pathlib import Path
 
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.nn.network import Parameters
+from jvgen.storage import Path
 from jvgen.tasks.clip_vae import ClipVAE, VAEConfig, temporal_downsampling
 from jvgen.tasks.task import TaskConfig
 from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.network import Parameters
+from jvgen.storage import Path, write_bytes, write_text
 from jvgen.tasks import compatibility
 from jvgen.tasks.clip_vae import ClipVAE, VAEConfig, temporal_downsampling
 from jvgen.tasks.perceptual import PerceptualDistance
@@ -119,10 +119,10 @@ def _write(
     out.mkdir(parents=True, exist_ok=True)
     worst = [{"record": name, "psnr": value} for value, name, _, _ in lowest]
     document = {"vae": str(vae), "data": str(data), "metrics": result, "worst": worst}
-    (out / "metrics.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_text(out / "metrics.json", json.dumps(document, indent=1) + "\n")
     if lowest:
         pairs = [clip for _, _, original, reconstruction in lowest for clip in (original, reconstruction)]
-        (out / "worst.png").write_bytes(png_bytes(contact_sheet(pairs, frames=SHEET_FRAMES)))
+        write_bytes(out / "worst.png", png_bytes(contact_sheet(pairs, frames=SHEET_FRAMES)))
     print(f"wrote {out / 'metrics.json'}" + (f" and {out / 'worst.png'}" if lowest else ""))
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.data.video_files import DecodeError, encode_image, probe_file, read_frames, write_frames
 from jvgen.interop.digest import content_digest
+from jvgen.storage import Path, local_copy, local_file, read_text, write_text
 from jvgen.terminal import Report
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -53,31 +53,30 @@ def encode_file(
     Raises:
       ValueError: a corrupt video, or latents out of the range of float16.
     """
+    source = local_copy(source)
     try:
         info = probe_file(source)
     except DecodeError as error:
         raise ValueError(f"{source}: {error}.") from error
     video = Video(info.frames, info.height, info.width, info.frames_per_second, digest, source.name)
     shape = vae.latent_shape(info.frames, info.height, info.width)
-    partial = target.with_name(f"{target.name}.partial")
-    latents = np.lib.format.open_memmap(partial, mode="w+", dtype=DTYPES[dtype], shape=shape)
     done = 0
-    try:
-        for chunk in vae.encode(read_frames(source), info.frames):
-            if not np.isfinite(chunk).all() or np.abs(chunk).max() > np.finfo(DTYPES[dtype]).max:
-                raise ValueError(f"{source}: latents are not finite in {dtype}; is the autoencoder corrupt?")
-            latents[done : done + len(chunk)] = chunk
-            latents.flush()
-            done += len(chunk)
-            if report is not None:
-                report(min((done - 1) * vae.frames_per_latent + 1, info.frames), info.frames)
-    except ValueError as error:
-        partial.unlink()
-        raise ValueError(f"{source}: {error}") if isinstance(error, DecodeError) else error from error
-    assert done == shape[0], f"{done} of {shape[0]} latent frames"
-    del latents
-    sidecar(target).write_text(json.dumps(dataclasses.asdict(video), indent=1) + "\n")
-    partial.replace(target)
+    with local_file(target) as partial:
+        latents = np.lib.format.open_memmap(partial, mode="w+", dtype=DTYPES[dtype], shape=shape)
+        try:
+            for chunk in vae.encode(read_frames(source), info.frames):
+                if not np.isfinite(chunk).all() or np.abs(chunk).max() > np.finfo(DTYPES[dtype]).max:
+                    raise ValueError(f"{source}: latents are not finite in {dtype}; is the autoencoder corrupt?")
+                latents[done : done + len(chunk)] = chunk
+                latents.flush()
+                done += len(chunk)
+                if report is not None:
+                    report(min((done - 1) * vae.frames_per_latent + 1, info.frames), info.frames)
+        except DecodeError as error:
+            raise ValueError(f"{source}: {error}") from error
+        assert done == shape[0], f"{done} of {shape[0]} latent frames"
+        del latents
+        write_text(sidecar(target), json.dumps(dataclasses.asdict(video), indent=1) + "\n")
     return video
 
 
@@ -120,12 +119,12 @@ def decode_file(
             if report is not None:
                 report(done, video.frames)
 
-    partial = target.with_name(f"{target.name}.partial")
-    if target.suffix == ".png":
-        partial.write_bytes(encode_image(next(frames())))
-    else:
-        write_frames(partial, frames(), frames_per_second or video.frames_per_second or DISPLAY_RATE, quality=quality)
-    partial.replace(target)
+    with local_file(target) as partial:
+        if target.suffix == ".png":
+            partial.write_bytes(encode_image(next(frames())))
+        else:
+            rate = frames_per_second or video.frames_per_second or DISPLAY_RATE
+            write_frames(partial, frames(), rate, quality=quality)
     return video
 
 
@@ -139,7 +138,7 @@ def read_latents(path: Path) -> tuple[Video, np.ndarray]:
     if not path.is_file() or not beside.is_file():
         raise ValueError(f"{path}: needs latents and {beside.name} beside them, as written by `jvgen encode`.")
     try:
-        return Video(**json.loads(beside.read_text())), np.load(path, mmap_mode="r", allow_pickle=False)
+        return Video(**json.loads(read_text(beside))), np.load(local_copy(path), mmap_mode="r", allow_pickle=False)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} or {beside.name} is corrupt ({error}); encode the video again.") from error
 

@@ -6,7 +6,6 @@ whole video would; published CV-VAEs are coded in their published chunks and til
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jvgen.models.cv_vae.tiling import chunk_bounds
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
+from jvgen.storage import Path
 from jvgen.tasks.clip_vae import ClipVAE, VAEConfig, temporal_downsampling
 from jvgen.tasks.pixels import from_uint8, to_uint8
 from jvgen.tasks.task import activation_dtype

@@ -1,11 +1,10 @@
 """An exported VAE as two functions of whole videos."""
 
-from pathlib import Path
-
 import numpy as np
 
 from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.config import Config
+from jvgen.storage import Path
 
 
 class VAE:

@@ -3,10 +3,10 @@
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jvgen.storage import Path
     from jvgen.training.experiment import Experiment
 
 Handler = Callable[[argparse.Namespace], int | None]
@@ -65,6 +65,17 @@ def frame_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def path(text: str) -> "Path":
+    """A local path or one in a bucket (`gs://BUCKET/...`, `s3://BUCKET/...`), for argparse."""
+    from jvgen.config import ConfigError
+    from jvgen.storage import as_path
+
+    try:
+        return as_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_set_argument(parser: argparse.ArgumentParser, metavar: str = "PATH=VALUE", help: str | None = None) -> None:
     """Add `--set`; the assignments are parsed as `assignments`."""
     parser.add_argument(
@@ -76,7 +87,7 @@ def add_set_argument(parser: argparse.ArgumentParser, metavar: str = "PATH=VALUE
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG and `--set`: `experiment_of` reads them."""
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG",
+        "config", type=path, metavar="CONFIG",
         help="config file: a Python file with a function experiment(), optionally with its arguments "
         "(configs/cv_vae.py:sd3), or "
         "the saved config.json of a run",
@@ -152,7 +163,7 @@ def join_processes(parsed: argparse.Namespace) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> list[argparse.Action]:
     """Add RUN, `--ema` and `--step`; returns the last two, which need a run."""
     parser.add_argument(
-        "run", type=Path, nargs="?" if optional else None, metavar="RUN",
+        "run", type=path, nargs="?" if optional else None, metavar="RUN",
         help="run directory (what `jvgen train --workdir` wrote)",
     )  # fmt: skip
     return add_checkpoint_arguments(parser)
@@ -175,9 +186,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> list[argparse.A
 def add_coder_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the VAE that encodes or decodes files, and how much of a video it takes at a time."""
     parser.add_argument(
-        "--vae", type=Path, required=True, metavar="DIR", help="exported folder of an image or video VAE"
+        "--vae", type=path, required=True, metavar="DIR", help="exported folder of an image or video VAE"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--chunk-frames", type=int, default=16, metavar="N",
         help="video frames that pass through the network at once: fewer take less memory and more time; networks "

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from jvgen.cli.arguments import Handler, add_command, add_set_argument, frame_size
 from jvgen.terminal import progress_bar
@@ -199,6 +198,7 @@ def run_latents(parsed: argparse.Namespace) -> int:
     from jvgen.autoencoding.encoding import FrameEncoder
     from jvgen.data.builders.latents import build_latents
     from jvgen.interop.digest import content_digest
+    from jvgen.storage import as_path, write_text
 
     height, width = parsed.size
     encoder = FrameEncoder(parsed.vae, height, width, batch=parsed.batch_size)
@@ -216,5 +216,5 @@ def run_latents(parsed: argparse.Namespace) -> int:
         f"latents have mean {mean:.4f} and standard deviation {std:.4f}: normalize them in training with "
         f"task.latent_shift={mean:.6g} task.latent_scale={scale}"
     )
-    (Path(parsed.out) / "latent_statistics.json").write_text(json.dumps(statistics, indent=1))
+    write_text(as_path(parsed.out) / "latent_statistics.json", json.dumps(statistics, indent=1))
     return 0

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jvgen.cli.arguments import add_command, add_config_arguments, add_pod_arguments, experiment_of
+from jvgen.cli.arguments import add_command, add_config_arguments, add_pod_arguments, experiment_of, path
 
 if TYPE_CHECKING:
     from jvgen.preflight.report import CompileReport
@@ -24,7 +24,7 @@ def add_commands(commands) -> None:
     add_config_arguments(parser)
     add_pod_arguments(parser, required=True)
     parser.add_argument(
-        "--json", type=Path, metavar="FILE",
+        "--json", type=path, metavar="FILE",
         help="also write the report to this JSON file, updated after every batch shape",
     )  # fmt: skip
 

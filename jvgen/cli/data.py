@@ -1,10 +1,9 @@
 """`jvgen data`: build data sets and show what they hold."""
 
 import argparse
-from pathlib import Path
 
 from jvgen.cli import build, build_published
-from jvgen.cli.arguments import add_command
+from jvgen.cli.arguments import add_command, path
 
 
 def add_commands(commands) -> None:
@@ -24,7 +23,7 @@ def add_commands(commands) -> None:
     show.add_argument("path", metavar="DIR", help="data set folder")
     show.add_argument("--split", default="train", metavar="NAME", help="split to show")
     show.add_argument("--count", type=int, default=8, metavar="N", help="number of records to show")
-    show.add_argument("--out", type=Path, metavar="DIR", help="folder for sheet.png and clips.gif; none if omitted")
+    show.add_argument("--out", type=path, metavar="DIR", help="folder for sheet.png and clips.gif; none if omitted")
 
 
 def run_show(parsed: argparse.Namespace) -> int:

@@ -1,9 +1,8 @@
 """`jvgen evaluate` and `jvgen analyze`: measure a trained run or an exported VAE on held-out data."""
 
 import argparse
-from pathlib import Path
 
-from jvgen.cli.arguments import add_command, add_run_arguments, frame_size
+from jvgen.cli.arguments import add_command, add_run_arguments, frame_size, path
 
 
 def add_commands(commands) -> None:
@@ -27,17 +26,17 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--batches", type=int, default=16, metavar="N", help="batches that metrics are averaged over")
     _add_untrained_argument(parser)
     parser.add_argument(
-        "--fvd-weights", type=Path, metavar="FILE",
+        "--fvd-weights", type=path, metavar="FILE",
         help="I3D weights (.safetensors); adds the Fréchet video distance of predicted or reconstructed clips",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, metavar="PATH",
+        "--out", type=path, metavar="PATH",
         help="JSON file for the metrics; with --vae a folder, which also gets a picture of the worst clips",
     )  # fmt: skip
     group = parser.add_argument_group("options for --vae")
-    group.add_argument("--vae", type=Path, metavar="DIR", help="exported folder of an image or video VAE")
+    group.add_argument("--vae", type=path, metavar="DIR", help="exported folder of an image or video VAE")
     group.add_argument(
-        "--image-vae", type=Path, metavar="DIR",
+        "--image-vae", type=path, metavar="DIR",
         help="exported folder of the image VAE whose latent space the video VAE shares",
     )  # fmt: skip
     group.add_argument("--frames", type=int, default=17, metavar="N", help="frames per clip")
@@ -75,7 +74,7 @@ def _add_analyze(commands) -> None:
     )
     _add_untrained_argument(parser)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for analysis.json and the pictures"
+        "--out", type=path, required=True, metavar="DIR", help="folder for analysis.json and the pictures"
     )
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jvgen.cli.arguments import add_checkpoint_arguments, add_command
+from jvgen.cli.arguments import add_checkpoint_arguments, add_command, path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,7 @@ def add_commands(commands) -> None:
         handler=run_play,
     )  # fmt: skip
     parser.add_argument(
-        "model", type=Path, metavar="MODEL",
+        "model", type=path, metavar="MODEL",
         help="run directory of a world model, or a folder with exported tokenizer/ and transformer/",
     )  # fmt: skip
     add_checkpoint_arguments(parser)
@@ -41,7 +41,7 @@ def add_commands(commands) -> None:
     )
     episode = parser.add_argument_group("episode")
     episode.add_argument(
-        "--actions", type=Path, metavar="FILE", help=".csv or .npy file with one action per row; else the keyboard acts"
+        "--actions", type=path, metavar="FILE", help=".csv or .npy file with one action per row; else the keyboard acts"
     )
     episode.add_argument(
         "--action-scale", type=float, default=1.0, metavar="X",
@@ -59,7 +59,7 @@ def add_commands(commands) -> None:
     episode.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--out", type=Path, metavar="FILE",
+        "--out", type=path, metavar="FILE",
         help=".mp4 or .gif file of the episode; predicted rewards are written to a .csv file beside it",
     )  # fmt: skip
     output.add_argument("--quiet", action="store_true", help="show no frames in the terminal")
@@ -98,11 +98,11 @@ def run_play(parsed: argparse.Namespace) -> int:
 def _write(out: Path, frames: "np.ndarray", rewards: list[float]) -> None:
     from jvgen.data.video_files import encode_video
     from jvgen.evaluation.contact_sheets import gif_bytes
+    from jvgen.storage import write_bytes, write_text
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(encode_video(frames, 10.0) if out.suffix == ".mp4" else gif_bytes(frames, scale=4))
+    write_bytes(out, encode_video(frames, 10.0) if out.suffix == ".mp4" else gif_bytes(frames, scale=4))
     print(f"wrote {out}")
     if rewards:
         table = out.with_suffix(".rewards.csv")
-        table.write_text("step,reward\n" + "".join(f"{i + 1},{reward:.6g}\n" for i, reward in enumerate(rewards)))
+        write_text(table, "step,reward\n" + "".join(f"{i + 1},{reward:.6g}\n" for i, reward in enumerate(rewards)))
         print(f"wrote {table}")

@@ -3,9 +3,8 @@
 import argparse
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
-from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, frame_size
+from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, frame_size, path
 
 # How the flag's choices are named in requests.
 UNCONDITIONAL = {"empty-caption": "empty", "zeros": "zeros"}
@@ -21,7 +20,7 @@ def add_commands(commands) -> None:
     )  # fmt: skip
     run_only = add_run_arguments(parser, optional=True)
     parser.add_argument(
-        "--weights", type=Path, metavar="DIR", help="folder of a CogVideoX pipeline in diffusers format"
+        "--weights", type=path, metavar="DIR", help="folder of a CogVideoX pipeline in diffusers format"
     )
     _add_request(parser)
     run_only += _add_run_options(parser)
@@ -32,7 +31,7 @@ def add_commands(commands) -> None:
 def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text prompt (repeatable)")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="file with one prompt per line, or VBench's JSON file of prompts"
+        "--prompts", type=path, metavar="FILE", help="file with one prompt per line, or VBench's JSON file of prompts"
     )
     parser.add_argument("--clips-per-prompt", type=int, default=1, metavar="N", help="clips to generate per prompt")
     parser.add_argument("--frames", type=int, metavar="N", help="frames per clip; the training length if omitted")
@@ -65,7 +64,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, metavar="N", help="clips generated at once; 8, or 1 with --weights, if omitted"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="folder for .mp4 files, or one .mp4 file"
+        "--out", type=path, required=True, metavar="PATH", help="folder for .mp4 files, or one .mp4 file"
     )
 
 
@@ -78,7 +77,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             "--untrained", action="store_true", help="use randomly initialized parameters instead, as a baseline"
         ),
         run.add_argument(
-            "--vae", type=Path, metavar="DIR",
+            "--vae", type=path, metavar="DIR",
             help="decode with this exported VAE instead of the run's; the two must share a latent space (a CV-VAE "
             "makes 4(n - 1) + 1 frames of n latents)",
         ),
@@ -130,7 +129,7 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
             "training code (sat) samples",
         ),
         group.add_argument(
-            "--noise", type=Path, metavar="FILE", help=".npy file with the initial noise, in the shape of the latents"
+            "--noise", type=path, metavar="FILE", help=".npy file with the initial noise, in the shape of the latents"
         ),
         group.add_argument(
             "--dtype", choices=DTYPES,

@@ -1,7 +1,6 @@
 """`jvgen train`: train a config, or resume its run."""
 
 import argparse
-from pathlib import Path
 
 from jvgen.cli.arguments import (
     add_command,
@@ -9,6 +8,7 @@ from jvgen.cli.arguments import (
     add_process_arguments,
     experiment_of,
     join_processes,
+    path,
 )
 from jvgen.training.preemption import Preemption
 
@@ -23,7 +23,7 @@ def add_commands(commands) -> None:
         handler=run_train,
     )  # fmt: skip
     add_config_arguments(parser)
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="run directory; created if missing")
+    parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help="run directory; created if missing")
     parser.add_argument(
         "--stop-after", type=int, metavar="STEP", help="save a checkpoint and exit after this training step"
     )
@@ -32,7 +32,7 @@ def add_commands(commands) -> None:
         help="resume even though model, data or seed in the config differ from the checkpoint's",
     )  # fmt: skip
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR",
+        "--cache", type=path, metavar="DIR",
         help="folder of compiled programs, which later starts read; that of JAX_COMPILATION_CACHE_DIR if it is set, "
         "else compiled/ in the run directory",
     )  # fmt: skip

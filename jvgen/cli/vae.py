@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jvgen.cli.arguments import add_coder_arguments, add_command
+from jvgen.cli.arguments import add_coder_arguments, add_command, path
 from jvgen.terminal import progress_bar
 
 
@@ -17,7 +17,7 @@ def add_commands(commands) -> None:
         "`jvgen decode` crops the padding.",
         handler=run_encode,
     )  # fmt: skip
-    parser.add_argument("videos", type=Path, nargs="+", metavar="VIDEO", help="video or image file")
+    parser.add_argument("videos", type=path, nargs="+", metavar="VIDEO", help="video or image file")
     add_coder_arguments(parser)
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="dtype of the latents")
     parser = add_command(
@@ -26,7 +26,7 @@ def add_commands(commands) -> None:
         handler=run_decode,
     )  # fmt: skip
     parser.add_argument(
-        "latents", type=Path, nargs="+", metavar="LATENTS", help=".npy file with its .json file beside it"
+        "latents", type=path, nargs="+", metavar="LATENTS", help=".npy file with its .json file beside it"
     )
     add_coder_arguments(parser)
     parser.add_argument(

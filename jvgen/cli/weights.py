@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, add_set_argument, experiment_of
+from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, add_set_argument, experiment_of, path
 
 
 def add_commands(commands) -> None:
@@ -22,7 +22,7 @@ def _add_export(commands) -> None:
     )  # fmt: skip
     add_run_arguments(parser)
     parser.add_argument(
-        "--to", type=Path, required=True, metavar="DIR", help="folder to create, with one subfolder per network"
+        "--to", type=path, required=True, metavar="DIR", help="folder to create, with one subfolder per network"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the exported weights")
     parser.add_argument(
@@ -41,11 +41,11 @@ def _add_import(commands) -> None:
         handler=run_import,
     )  # fmt: skip
     parser.add_argument(
-        "weights", type=Path, metavar="WEIGHTS",
+        "weights", type=path, metavar="WEIGHTS",
         help="diffusers folder (with config.json), folder of a whole CogVideoX pipeline, or .safetensors file",
     )  # fmt: skip
     parser.add_argument(
-        "--config", type=Path, metavar="CONFIG", help="config of the run that is created; needed with --to"
+        "--config", type=path, metavar="CONFIG", help="config of the run that is created; needed with --to"
     )
     add_set_argument(parser)
     parser.add_argument(
@@ -63,7 +63,7 @@ def _add_import(commands) -> None:
         "--allow-partial", action="store_true",
         help="load iVideoGPT weights that differ in context frames or heads; what they lack is newly initialized",
     )  # fmt: skip
-    parser.add_argument("--to", type=Path, metavar="DIR", help="run directory to create")
+    parser.add_argument("--to", type=path, metavar="DIR", help="run directory to create")
 
 
 def _add_verify(commands) -> None:
@@ -74,7 +74,7 @@ def _add_verify(commands) -> None:
         "largest absolute difference; exits with status 1 if it is above --tolerance. Needs the `torch` extra.",
         handler=run_verify,
     )  # fmt: skip
-    parser.add_argument("folder", type=Path, metavar="DIR", help="exported folder of one network")
+    parser.add_argument("folder", type=path, metavar="DIR", help="exported folder of one network")
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, metavar="MAX", help="largest absolute difference that passes"
     )
@@ -89,10 +89,10 @@ def _add_lpips(commands) -> None:
         handler=run_lpips,
     )  # fmt: skip
     parser.add_argument(
-        "weights", type=Path, nargs="+", metavar="FILE", help=".tar.gz, .ckpt, .pth or .safetensors file"
+        "weights", type=path, nargs="+", metavar="FILE", help=".tar.gz, .ckpt, .pth or .safetensors file"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("weights/lpips_vgg.safetensors"), metavar="FILE", help="file to write"
+        "--out", type=path, default=Path("weights/lpips_vgg.safetensors"), metavar="FILE", help="file to write"
     )
 
 

@@ -4,12 +4,12 @@ import contextlib
 import csv
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jvgen.control.world_model import WorldModel, to_pixels
+from jvgen.storage import Path, local_copy
 
 # Keys that set a component of the action to minus and plus the size, by component.
 KEYS = (("a", "d"), ("s", "w"), ("q", "e"), ("f", "r"), ("z", "c"), ("v", "t"))
@@ -55,6 +55,7 @@ def read_actions(path: Path, width: int) -> np.ndarray:
     Raises:
       ValueError: no such file, another suffix, another width, or cells that are not numbers.
     """
+    path = local_copy(path)
     if not path.is_file():
         raise ValueError(f"--actions {path}: no such file.")
     try:

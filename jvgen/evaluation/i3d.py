@@ -6,7 +6,6 @@ Pure functions of a nested dict of parameters, which are read from a local file.
 import functools
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 from safetensors import safe_open
+
+from jvgen.storage import Path, local_copy
 
 NORM_EPSILON = 1e-3
 CLASSES = 400
@@ -115,7 +116,7 @@ def load_i3d(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     Raises:
       ValueError: a missing file, or missing tensors or wrong shapes, which are listed.
     """
-    path = Path(path)
+    path = local_copy(path)
     if not path.is_file():
         raise ValueError(f"I3D weights {str(path)!r} do not exist; give a safetensors file of a PyTorch I3D.")
     with safe_open(path, framework="numpy") as file:

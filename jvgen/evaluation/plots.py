@@ -9,10 +9,11 @@ import html
 import io
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from jvgen.storage import Path, as_path, write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,9 +161,9 @@ def heat_maps(
 
 def save_plot(figure: "Figure", path: str | Path) -> tuple[Path, Path]:
     """Write a figure as `path` with the endings .png and .svg; returns both paths."""
-    png, svg = (Path(path).with_suffix(ending) for ending in (".png", ".svg"))
-    figure.savefig(png, dpi=DPI, facecolor="white", metadata={"Software": None})
-    svg.write_text(_svg(figure, "white"), encoding="utf-8")
+    png, svg = (as_path(path).with_suffix(ending) for ending in (".png", ".svg"))
+    write_bytes(png, png_of(figure))
+    write_text(svg, _svg(figure, "white"))
     return png, svg
 
 

@@ -6,7 +6,6 @@ The page is `templates/report.html.j2`; this module collects what it shows.
 import base64
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,6 +14,7 @@ import numpy as np
 
 from jvgen.evaluation.contact_sheets import contact_sheet, gif_bytes, png_bytes
 from jvgen.evaluation.plots import Series, inline_svg, line_plot
+from jvgen.storage import Path, as_path, write_text
 
 
 class Report:
@@ -153,9 +153,8 @@ class Report:
 
     def write(self, path: str | Path) -> Path:
         """Write the page, creating its folder where it is missing; returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.render(), encoding="utf-8")
+        path = as_path(path)
+        write_text(path, self.render())
         return path
 
     def _add(self, kind: str, **values: Any) -> "Report":

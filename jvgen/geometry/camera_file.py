@@ -5,12 +5,12 @@ matrix, row by row (Zhou et al. 2018, arXiv 1805.09817; https://google.github.io
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
 from jvgen.geometry import rotations
 from jvgen.geometry.cameras import Cameras
+from jvgen.storage import Path, as_path, read_bytes, write_text
 
 COLUMNS = 19
 # Largest accepted entry of |R R^T - I|; files with nine digits are within 1e-8.
@@ -63,10 +63,10 @@ def read_cameras(path: str | Path) -> CameraTrack:
       ValueError: no such file, no cameras, a line without 19 numbers, matrices that are not rotations, intrinsics in
         pixels.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise ValueError(f"camera file {str(path)!r} does not exist.")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_bytes(path).decode("utf-8-sig").splitlines()
     first = 0 if lines and _is_row(lines[0]) else 1
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if number > first and line.strip()]
     if not rows:
@@ -120,7 +120,7 @@ def write_cameras(path: str | Path, track: CameraTrack) -> None:
     for time, intrinsics, extrinsics in zip(track.timestamps, track.intrinsics, track.extrinsics, strict=True):
         numbers = [*intrinsics, 0.0, 0.0, *extrinsics.reshape(-1)]
         lines.append(" ".join([str(int(time)), *(f"{number:.9f}" for number in numbers)]))
-    Path(path).write_text("\n".join(lines) + "\n")
+    write_text(as_path(path), "\n".join(lines) + "\n")
 
 
 def _is_row(line: str) -> bool:

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 from jvgen.config import Config
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import read_config
 from jvgen.models.video_dit.config import Positions
+from jvgen.storage import Path
 
 # Fields that the network does not compute with: what it was made for, and how it is used.
 DESCRIPTIVE_FIELDS = {

@@ -7,9 +7,9 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from jvgen import storage
+from jvgen.storage import Path, local_copy
 
 CHUNK = 1 << 24
 # Digests of files that were hashed before, in the folder of `jvgen.storage.default_cache`.
@@ -29,9 +29,9 @@ def content_digest(path: str | Path) -> str:
     Raises:
       ValueError: no such path.
     """
-    path = Path(path)
+    given, path = path, local_copy(path)
     if not path.exists():
-        raise ValueError(f"weights {str(path)!r}: no such file or folder.")
+        raise ValueError(f"weights {str(given)!r}: no such file or folder.")
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
     stats = [(file.name, file.stat()) for file in files]
     cacheable = sum(stat.st_size for _, stat in stats) >= MIN_CACHED_BYTES

@@ -5,7 +5,6 @@ The class loads its folder strictly and ignores both files; `import_folder` read
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from jvgen.config import Config
 from jvgen.interop.formats import Format
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.nested import flatten
+from jvgen.storage import Path
 
 
 def write_extra_weights(

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from jvgen.interop.pickle_file import open_pickle
 from jvgen.interop.safetensors_file import SafetensorsFile
 from jvgen.models.weight_map import WeightError
 from jvgen.nn.network import Network, Parameters
+from jvgen.storage import Path, as_path, is_remote, local_copy
 
 INDEX = ".index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -62,8 +62,8 @@ def check_weights(path: str | Path) -> None:
     """Raise as `import_folder` does for weights that are missing or do not fit; reads names and shapes only."""
     config = read_config(path)
     form = format_of(config)
-    with _naming(Path(path), form):
-        reader, shapes = open_weights(Path(path), form), form.network(config).shapes
+    with _naming(as_path(path), form):
+        reader, shapes = open_weights(_existing(path), form), form.network(config).shapes
         table = form.weight_map(config, reader)
         table.check(reader, nested.split(shapes, table.covers)[0] if form.extra_weight_map(config) else shapes)
 
@@ -103,10 +103,12 @@ def _folder(path: Path) -> Path:
 
 
 def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.exists():
+    path = as_path(path)
+    # A file's config.json and other shards are beside it.
+    copy = local_copy(path.parent) / path.name if is_remote(path) and path.is_file() else local_copy(path)
+    if not copy.exists():
         raise ValueError(f"weights {str(path)!r}: no such file or folder.")
-    return path
+    return copy
 
 
 def open_weights(path: Path, form: Format) -> Mapping[str, np.ndarray]:
@@ -152,7 +154,7 @@ class Shards(Mapping[str, np.ndarray]):
             raise ValueError(f"{index} has no weight_map.")
         self._files: dict[str, Any] = {}
         for shard in sorted({str(place) for place in places.values()}):
-            if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+            if shard != as_path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
                 raise ValueError(f"{index} names the shard {shard!r}: give plain file names in the same folder.")
             if not (index.parent / shard).is_file():
                 raise ValueError(f"{index} names the shard {shard!r}, which does not exist. Get the file again.")

@@ -1,7 +1,5 @@
 """Initialize a video autoencoder with the weights of an image autoencoder's folder."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 
@@ -12,6 +10,7 @@ from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.inflate import check_sizes, inflate
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.network import Parameters
+from jvgen.storage import Path
 
 
 def inflate_folder(folder: str | Path, config: Config) -> Parameters:

@@ -7,7 +7,6 @@ both.
 import pickle
 import tarfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from jvgen.interop import safetensors_file
 from jvgen.interop.pickle_file import open_pickle
 from jvgen.interop.safetensors_file import TensorSpec
 from jvgen.losses.perceptual import STAGES, canonical_name, checked_tensors
+from jvgen.storage import Path, local_copy, local_file
 
 _MEMBER = "weights/vgg16.ckpt"
 _MAX_BYTES = 200_000_000
@@ -38,20 +38,16 @@ def write_lpips(sources: Sequence[Path], out: Path) -> None:
         raise ValueError(f"{out} exists; give another --out, or remove it first.")
     found: dict[str, np.ndarray] = {}
     for source in sources:
+        source = local_copy(source)
         if not source.is_file():
             raise ValueError(f"{source}: no such file.")
         found |= {canonical_name(name): array for name, array in _read(source).items()}
     kept = checked_tensors(found, f"LPIPS weights in {', '.join(map(str, sources))}")
     kept = {_published_name(name): array for name, array in kept.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
+    with local_file(out) as partial:
         safetensors_file.write(
             partial, {name: TensorSpec(array.shape, array.dtype) for name, array in kept.items()}, kept.items()
         )
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _published_name(name: str) -> str:

@@ -5,7 +5,6 @@ or with the prefix of its checkpoints on the whole engine. `import_folder` reads
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from jvgen.interop.safetensors_file import TensorSpec, write
 from jvgen.interop.to_torch import FILE_DTYPES, ExportError
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.models.video_dit.torch_map import sat_tables, weight_map_sat
+from jvgen.storage import Path, as_path, local_file
 
 # Prefix of the names in checkpoints.
 PREFIX = "model.diffusion_model."
@@ -35,7 +35,7 @@ def export_sat(
       ExportError: a network without SAT names, a file in the way, an unknown dtype.
       ValueError: a network that the SAT code does not have.
     """
-    path = Path(path)
+    path = as_path(path)
     if not isinstance(config, VideoDiTConfig):
         raise ExportError(f"{type(config).__name__}: the SAT layout is of CogVideoX's and RepVideo's denoiser only.")
     if dtype not in FILE_DTYPES:
@@ -51,13 +51,9 @@ def export_sat(
         yield from ((name, np.asarray(array).astype(kind, copy=False)) for name, array in table.to_torch(parameters))
         yield from ((name, array.astype(kind)) for name, array in tables.items())
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        write(partial, specs, tensors())
-        partial.rename(path)
+        with local_file(path) as partial:
+            write(partial, specs, tensors())
     except OSError as error:
         raise ExportError(f"writing {path} failed: {error.strerror or error}. Nothing of it is left.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import os
+import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from jvgen.config import Config
 from jvgen.interop.extra_weights import write_extra_weights
 from jvgen.interop.formats import Format, format_of
 from jvgen.interop.safetensors_file import TensorSpec, write
+from jvgen.storage import Path, as_path, is_remote, remove_tree, upload_folder
 
 FILE_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -79,7 +81,7 @@ def export_networks(
     Raises:
       ExportError, WeightError: see `export_network`.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if dtype not in FILE_DTYPES:
         raise ExportError(f"dtype = {dtype!r}: weights are written as one of {', '.join(FILE_DTYPES)}.")
     plans = {name: _Plan(config, parameters[name], FILE_DTYPES[dtype], shard_bytes) for name, config in configs.items()}
@@ -140,7 +142,7 @@ def _check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
         raise ExportError(f"{folder} is a file; give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ExportError(f"{folder} exists and is not empty; give another folder or remove it.")
-    parent = folder.absolute().parent
+    parent = pathlib.Path(tempfile.gettempdir()) if is_remote(folder) else folder.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
@@ -153,7 +155,17 @@ def _check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def _complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the target that replaces the target on success and is removed on failure."""
+    """A folder beside the target that replaces the target on success and is removed on failure.
+
+    For a target in a bucket it is a temporary folder of this machine, uploaded on success: files that say what the
+    folder holds come last.
+    """
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="jvgen-export-") as partial:
+            yield pathlib.Path(partial)
+            remove_tree(folder)
+            upload_folder(pathlib.Path(partial), folder, last=("config.json", "model_index.json"))
+        return
     folder = folder.absolute()
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     previous = folder.parent / f".{folder.name}.previous-{os.getpid()}"

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ from jvgen.interop.formats import Format, format_of
 from jvgen.interop.from_torch import import_folder, open_weights
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
+from jvgen.storage import Path, local_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def verify(folder: str | Path, config: Config, parameters: Mapping[str, Any], *,
         outputs = _stored(folder, parameters)
     else:
         outputs = _COMPARISONS[form.class_name](
-            _load(form, Path(folder)), config, form.network(config), parameters, np.random.default_rng(seed)
+            _load(form, local_copy(folder)), config, form.network(config), parameters, np.random.default_rng(seed)
         )
     errors, scales = {}, {}
     # On an accelerator, products of float32 matrices would be rounded; the original runs on the CPU.

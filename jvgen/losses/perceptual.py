@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,6 +15,7 @@ from safetensors import safe_open
 
 from jvgen.config import Config
 from jvgen.parallel.axes import BATCH, constrain
+from jvgen.storage import Path, local_copy
 
 # VGG-16's convolutions by stage: (index in torchvision's `features`, input channels, output channels).
 STAGES = (
@@ -159,7 +159,7 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: no such file, or missing tensors or wrong shapes; all are listed.
     """
-    path = Path(path)
+    path = local_copy(path)
     if not path.is_file():
         raise ValueError(
             f"LPIPS weights {str(path)!r}: no such file; `jvgen lpips` writes it (safetensors with VGG-16 and "

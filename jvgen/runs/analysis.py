@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jvgen.evaluation.plots import heat_maps, save_plot
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
+from jvgen.storage import Path, write_text
 from jvgen.tasks.task import Batch
 from jvgen.training.experiment import Experiment
 from jvgen.training.state import EVALUATE, key_for
@@ -111,7 +111,7 @@ def _write(
         "timesteps": {f"{t:g}": {name: np.vectorize(lambda x: float(f"{x:.6g}"))(array).tolist()
                                  for name, array in measures.items()} for t, measures in found},
     }  # fmt: skip
-    (out / "analysis.json").write_text(json.dumps(document))
+    write_text(out / "analysis.json", json.dumps(document))
     return document, [out / "analysis.json", *draw(found, out)]
 
 

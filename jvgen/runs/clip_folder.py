@@ -4,13 +4,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from jvgen.data.video_files import encode_image, encode_video
 from jvgen.runs.generation import CLIPS_PER_PROMPT, slot_of
+from jvgen.storage import Path, local_file, write_bytes, write_text
 from jvgen.training.telemetry.json_lines import read_rows
 
 MAX_PROMPTS = 1 << 19
@@ -98,20 +98,16 @@ def note_clips(out: Path, rows: Sequence[dict[str, Any]]) -> None:
             )
     listed = {row["file"] for row in rows}
     kept = [row for row in before if row["file"] not in listed and (out / row["file"]).exists()]
-    partial = index.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]))
-    partial.replace(index)
+    write_text(index, "".join(json.dumps(row) + "\n" for row in [*kept, *rows]))
 
 
 def write_clip(path: Path, clip: np.ndarray, frames_per_second: float) -> None:
     """Write a clip `F H W 3` atomically: uint8 as a video or a picture, floats as .npy."""
-    partial = path.with_name(f".{path.name}.partial")
     if path.suffix == ".npy":
-        with partial.open("wb") as stream:
+        with local_file(path) as partial, partial.open("wb") as stream:
             np.save(stream, clip)
     else:
-        partial.write_bytes(encode_video(clip, frames_per_second) if len(clip) > 1 else encode_image(clip[0]))
-    partial.rename(path)
+        write_bytes(path, encode_video(clip, frames_per_second) if len(clip) > 1 else encode_image(clip[0]))
 
 
 def _numbered_name(prompt: str, number: int, index: int, suffix: str) -> str:

@@ -1,7 +1,6 @@
 """Evaluate a trained run on held-out data: the task's own metrics, and the Fréchet video distance if asked for."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from jvgen.data.stream.loader import Loader
 from jvgen.evaluation import i3d
 from jvgen.evaluation.distribution import VideoDistance
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
+from jvgen.storage import Path, write_text
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
 from jvgen.training.state import EVALUATE, key_for
@@ -48,9 +48,8 @@ def evaluate_run(
     for name, value in sorted(result.items()):
         print(f"{name:32s} {value:.6g}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         document = {"run": str(run), "step": loaded.step, "batches": batches, "metrics": result}
-        out.write_text(json.dumps(document, indent=1))
+        write_text(out, json.dumps(document, indent=1))
     return result
 
 

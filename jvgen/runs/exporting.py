@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,6 +15,7 @@ from jvgen.interop.inflate import inflate_folder
 from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import export_networks
 from jvgen.nn.network import Parameters
+from jvgen.storage import Path, as_path, resolved, size
 from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, adopt_pipeline, is_pipeline, read_pipeline
 from jvgen.tasks.task import Task
 from jvgen.training.checkpoint.initial import check_new_run, write_first_checkpoint
@@ -70,14 +70,14 @@ def export(
         RepVideo were trained with (`jvgen.interop.sat_file`).
     """
     if layout == "sat":
-        return _export_sat(task, parameters, Path(folder), dtype)
+        return _export_sat(task, parameters, as_path(folder), dtype)
     record = {"jvgen": __version__, **about, "dtype": dtype}
     files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **task.exported_files()}
     written = export_networks(task.network_configs, parameters, folder, files=files, dtype=dtype, overwrite=overwrite)
     for name in sorted(task.network_configs):
-        size = sum(path.stat().st_size for path in (Path(written) / name).iterdir())
-        print(f"{Path(written) / name}: {size / 1e6:.1f} MB")
-    return Path(written)
+        nbytes = sum(size(path) for path in (as_path(written) / name).iterdir())
+        print(f"{as_path(written) / name}: {nbytes / 1e6:.1f} MB")
+    return as_path(written)
 
 
 def _export_sat(task: Task, parameters: Parameters, folder: Path, dtype: str) -> Path:
@@ -86,7 +86,7 @@ def _export_sat(task: Task, parameters: Parameters, folder: Path, dtype: str) ->
     written = export_sat(
         task.network_configs["denoiser"], parameters["denoiser"], folder / "denoiser.safetensors", dtype=dtype
     )
-    print(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+    print(f"{written}: {size(written) / 1e6:.1f} MB")
     return folder
 
 
@@ -117,7 +117,7 @@ def import_run(
       WeightError: the tensors do not fit; all are listed.
     """
     if is_pipeline(weights):
-        experiment = experiment.replace(task=adopt_pipeline(experiment.task, weights.resolve()))
+        experiment = experiment.replace(task=adopt_pipeline(experiment.task, resolved(weights)))
         weights = weights / DENOISER
     configs = dict(experiment.task.build().network_configs)
     if network is not None and network not in configs:

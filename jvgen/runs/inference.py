@@ -1,7 +1,6 @@
 """A trained run loaded onto the devices of this machine, to sample from and to evaluate."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import Sharding
+from jvgen.storage import Path, as_path
 from jvgen.tasks.task import Task
 from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.manager import Checkpoints
@@ -65,7 +65,7 @@ def read_experiment(folder: Path) -> Experiment:
     Raises:
       CheckpointError: no such run, or no readable checkpoint.
     """
-    checkpoints = Checkpoints(Path(folder), CheckpointConfig(), read_only=True)
+    checkpoints = Checkpoints(as_path(folder), CheckpointConfig(), read_only=True)
     try:
         return identity.experiment_of(checkpoints.run_document())
     finally:

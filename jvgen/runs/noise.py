@@ -1,8 +1,8 @@
 """The noise that clips start from, read from a file."""
 
-from pathlib import Path
-
 import numpy as np
+
+from jvgen.storage import Path, local_copy
 
 
 def read_noise(path: Path, shape: tuple[int, int, int, int], clips: int) -> np.ndarray:
@@ -21,7 +21,7 @@ def read_noise(path: Path, shape: tuple[int, int, int, int], clips: int) -> np.n
     if not path.is_file():
         raise ValueError(f"--noise {path}: no such file; expected an array saved by numpy.save.")
     try:
-        noise = np.load(path, allow_pickle=False)
+        noise = np.load(local_copy(path), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"--noise {path}: is not an array of numbers saved by numpy.save ({error}).") from error
     if not isinstance(noise, np.ndarray) or not np.issubdtype(noise.dtype, np.floating):

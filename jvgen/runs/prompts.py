@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from jvgen.storage import Path, read_text
 
 # What VBench calls the text of an entry, and what other lists do.
 KEYS = ("prompt_en", "prompt")
@@ -24,7 +25,7 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix == ".json":
         prompts = _from_json(path)
     else:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {path}: has no prompts.")
     return list(dict.fromkeys(prompts))
@@ -32,7 +33,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def _from_json(path: Path) -> list[str]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"--prompts {path}: is not JSON: {error}.") from error
     if not isinstance(entries, Sequence) or isinstance(entries, str):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jvgen.runs.exporting import export
 from jvgen.runs.inference import LoadedRun, open_run
 from jvgen.runs.sampling import sample_arrays
 from jvgen.runs.view_sampling import sample_view_arrays
+from jvgen.storage import Path, as_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Run(LoadedRun):
         Raises:
           ValueError: a task without layers to analyze, or no evaluation data.
         """
-        return analyze(self, Path(folder), **options)
+        return analyze(self, as_path(folder), **options)
 
     def export(self, folder: str | Path, **options: Any) -> Path:
         """Write every trained network as a folder for `from_pretrained` of diffusers or transformers.
@@ -118,7 +118,7 @@ class Run(LoadedRun):
           options: `dtype`, `overwrite`, `layout`, see `jvgen.runs.exporting.export`.
         """
         about = {"experiment": self.experiment.name, "step": self.step, "ema": self.ema}
-        return export(self.task, self.parameters, Path(folder), about, **options)
+        return export(self.task, self.parameters, as_path(folder), about, **options)
 
 
 def load_run(folder: str | Path, ema: str | float | None = None, step: int | None = None) -> Run:
@@ -133,7 +133,7 @@ def load_run(folder: str | Path, ema: str | float | None = None, step: int | Non
       CheckpointError: no such run, or no valid checkpoint.
       ConfigError: an EMA that the run does not keep.
     """
-    loaded = open_run(Path(folder), ema, step)
+    loaded = open_run(as_path(folder), ema, step)
     return Run(**{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)})
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.runs.clip_folder import is_one_file, note_clips, plan_clips, write_clip
 from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
+from jvgen.storage import Path
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.telemetry.throughput import peak_memory
 

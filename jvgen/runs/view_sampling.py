@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jvgen.runs.clip_folder import Clip, note_clips, plan_clips, write_clip
 from jvgen.runs.generation import generate_in_batches, sample_request, slot_of
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.runs.sampling import FRAMES_PER_SECOND
+from jvgen.storage import Path, as_path, write_bytes
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.experiment import Experiment
 
@@ -157,7 +157,7 @@ def read_views(
     if not cameras:
         raise ValueError(f"--cameras: name a path ({', '.join(paths.PATHS)}) or camera files.")
     aspect = request.width / request.height
-    if len(cameras) == 1 and not Path(cameras[0]).is_file() and "." not in cameras[0]:
+    if len(cameras) == 1 and not as_path(cameras[0]).is_file() and "." not in cameras[0]:
         count = 2 if views is None else views
         return Cameras(
             paths.default_intrinsics(count, request.frames, aspect),
@@ -245,7 +245,7 @@ def write_views(folder: Path, videos: np.ndarray, cameras: Cameras) -> None:
         write_clip(folder / f"view_{view}.mp4", video, FRAMES_PER_SECOND)
         track = CameraTrack(f"view {view}", times, *(np.asarray(part[view], np.float64) for part in cameras))
         write_cameras(folder / f"view_{view}.txt", track)
-    (folder / "epipolar.png").write_bytes(png_bytes(epipolar_sheet(videos, cameras)))
+    write_bytes(folder / "epipolar.png", png_bytes(epipolar_sheet(videos, cameras)))
     columns = int(np.ceil(np.sqrt(len(videos))))
     filled = np.zeros((-(-len(videos) // columns) * columns, *videos.shape[1:]), np.uint8)
     filled[: len(videos)] = videos

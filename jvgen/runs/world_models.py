@@ -1,7 +1,6 @@
 """Load a world model from a run or from exported networks, and the frames that an episode starts from."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from jvgen.interop.from_torch import import_folder
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.runs.inference import open_run, read_experiment
+from jvgen.storage import Path, as_path, read_text
 from jvgen.tasks.world_model import TRAINED_WITH, WorldModelConfig
 
 
@@ -40,7 +40,7 @@ def load_world_model(
       ConfigError: neither kind of folder, a run of another task, or networks that do not belong together.
       CheckpointError: the run has no valid checkpoint.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if (folder / "tokenizer").is_dir() and (folder / "transformer").is_dir():
         return _load_exported(folder, frames, greedy)
     if not (folder / "checkpoints").is_dir():
@@ -64,7 +64,7 @@ def _load_exported(folder: Path, frames: int | None, greedy: bool) -> WorldModel
     if not isinstance(tokenizer, CompressiveTokenizerConfig) or not isinstance(transformer, FrameTransformerConfig):
         raise ConfigError(f"{folder}: its tokenizer/ and transformer/ are not those of iVideoGPT.")
     record = folder / TRAINED_WITH
-    if record.is_file() and json.loads(record.read_text())["tokenizer"] != content_digest(folder / "tokenizer"):
+    if record.is_file() and json.loads(read_text(record))["tokenizer"] != content_digest(folder / "tokenizer"):
         raise ConfigError(
             f"{folder}: its tokenizer/ is not the one that its transformer/ was trained with; token ids would have "
             "other meanings. Copy the run's task.tokenizer_weights there, or, if the same weights were only saved "

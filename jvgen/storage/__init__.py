@@ -20,7 +20,7 @@ from jvgen.storage.files import (
     write_text,
 )
 from jvgen.storage.mirror import Mirror
-from jvgen.storage.paths import Path, absolute, as_path, is_remote
+from jvgen.storage.paths import Path, absolute, as_path, is_remote, resolved
 from jvgen.storage.retries import Retries, count_of_retries
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "read_bytes",
     "read_text",
     "remove_tree",
+    "resolved",
     "size",
     "upload_folder",
     "write_bytes",

@@ -36,6 +36,10 @@ class FileCache:
     limit: int
     retries: Retries = Retries()
 
+    @property
+    def _files(self) -> pathlib.Path:
+        return self.folder / "files"
+
     @contextlib.contextmanager
     def opening(self, path: Path) -> Iterator[pathlib.Path]:
         """The local copy of a file, which stays where it is inside the context; an opened file can be read after it.
@@ -46,7 +50,7 @@ class FileCache:
           ConfigError: the file is larger than the cache.
         """
         stat = self.retries.call(path.stat, path, "read")
-        entry = self.folder / f"{_key(path, stat.length, stat.mtime)}-{path.name}"
+        entry = self._files / f"{_key(path, stat.length, stat.mtime)}-{path.name}"
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lock(entry, fcntl.LOCK_SH))
             while not entry.exists():
@@ -111,7 +115,7 @@ class FileCache:
         partial = entry.with_name(f".{entry.name}.{size}{_PARTIAL}")
         with self._lock(self.folder / "evict", fcntl.LOCK_EX):
             found, total = [], size
-            for file in self.folder.iterdir():
+            for file in self._files.iterdir():
                 with contextlib.suppress(FileNotFoundError):
                     if file.name.endswith(_PARTIAL):
                         total += self._reserved(file)
@@ -132,7 +136,7 @@ class FileCache:
         """Bytes that a download under way will take; what a killed process left is removed."""
         name, _, size = partial.name.removeprefix(".").removesuffix(_PARTIAL).rpartition(".")
         try:
-            with self._lock(self.folder / name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with self._lock(self._files / name, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 partial.unlink(missing_ok=True)
         except BlockingIOError:
             return int(size)
@@ -141,7 +145,7 @@ class FileCache:
     @contextlib.contextmanager
     def _lock(self, entry: pathlib.Path, kind: int) -> Iterator[None]:
         """A lock of the operating system: it is released when the process ends, however it ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._files.mkdir(parents=True, exist_ok=True)
         locks = self.folder / "locks"
         locks.mkdir(exist_ok=True)
         descriptor = os.open(locks / f"{entry.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)

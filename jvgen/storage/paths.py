@@ -57,6 +57,12 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     return path if is_remote(path) else path.absolute()
 
 
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """The absolute path without symbolic links."""
+    path = as_path(path)
+    return path if is_remote(path) else path.resolve()
+
+
 def _prepare(scheme: str, text: str) -> None:
     module, extra = SCHEMES[scheme]
     if importlib.util.find_spec(module) is None:

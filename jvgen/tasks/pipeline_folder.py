@@ -1,7 +1,5 @@
 """Folders of CogVideoX pipelines saved by diffusers, read as the configuration of a text-to-video task."""
 
-from pathlib import Path
-
 import numpy as np
 
 from jvgen.diffusion.guidance import GuidanceConfig
@@ -14,6 +12,7 @@ from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.t5 import tokenizer
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.storage import Path
 from jvgen.tasks.task import SampleRequest, TaskConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -30,6 +29,7 @@ from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.models.ivideogpt.world import Prediction, World
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
+from jvgen.storage import as_path
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.task import (
     ArraySpec,
@@ -179,7 +179,7 @@ class WorldModelTask(Task):
 
     def exported_files(self) -> dict[str, str]:
         weights = self.config.tokenizer_weights
-        if weights is None or not Path(weights).exists():
+        if weights is None or not as_path(weights).exists():
             return {}
         return {TRAINED_WITH: json.dumps({"tokenizer": content_digest(weights)}) + "\n"}
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from jvgen import config, saved_config
 from jvgen.config import Config, ConfigError
@@ -11,6 +10,7 @@ from jvgen.data.stream.config import DataConfig
 from jvgen.data.stream.stages import check_stages
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
+from jvgen.storage import Path, as_path, read_text
 from jvgen.tasks.task import TaskConfig
 from jvgen.training.config import CheckpointConfig, InitFromConfig, TrainingConfig
 from jvgen.training.optimization.ema import EmaConfig
@@ -88,7 +88,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
       ConfigError: no such file, not an experiment, an unknown field, or a value that does not fit.
     """
-    path = Path(path)
+    path = as_path(path)
     experiment = _read_json(path) if path.suffix == ".json" and path.is_file() else config.load(path)
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"{path}: holds {type(experiment).__name__}, not an Experiment.")
@@ -99,7 +99,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 def _read_json(path: Path) -> object:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a saved config: {error}") from error
     try:

@@ -17,8 +17,8 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
-from jvgen.parallel.rows import global_array, rows_by_process
 from jvgen.parallel.mesh import FSDP
+from jvgen.parallel.rows import global_array, rows_by_process
 from jvgen.parallel.rules import Sharding
 from jvgen.tasks.task import Batch, Metrics, Task
 from jvgen.training import state

@@ -186,12 +186,13 @@ def test_a_failed_or_killed_download_is_never_seen(buckets, cache):  # noqa: F81
     buckets.failing["get_file"] = 99
     with pytest.raises(storage.StorageError):
         cache.fetch(path)
-    assert [file for file in cache.folder.iterdir() if file.is_file()] == []
+    files = cache.folder / "files"
+    assert list(files.iterdir()) == []
     # What a killed process leaves neither counts nor stays.
-    (cache.folder / ".0123-b.900.partial").write_bytes(bytes(10))
+    (files / ".0123-b.900.partial").write_bytes(bytes(10))
     buckets.failing.clear()
     assert cache.fetch(path).exists()
-    assert not (cache.folder / ".0123-b.900.partial").exists()
+    assert not (files / ".0123-b.900.partial").exists()
 
 
 def _hold(folder: str, seconds: float, ready) -> None:

@@ -2,11 +2,11 @@
 
 import json
 import types
-from pathlib import Path
 
 import numpy as np
 
 from jvgen.models.t5.sentencepiece_file import read_vocabulary
+from jvgen.storage import Path, as_path, local_copy
 
 PAD, END, UNKNOWN = 0, 1, 2
 FILES = ("tokenizer.json", "spiece.model")
@@ -50,7 +50,7 @@ def load(folder: str | Path) -> T5Tokenizer:
     Raises:
       ValueError: no such file, a file that is not a tokenizer, or the package `tokenizers` is not installed.
     """
-    paths = [Path(folder) / name for name in FILES]
+    paths = [local_copy(as_path(folder) / name) for name in FILES]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(f"no tokenizer at {str(folder)!r}: give a local folder with tokenizer.json or spiece.model.")

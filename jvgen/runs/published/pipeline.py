@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -25,6 +24,7 @@ from jvgen.runs.noise import read_noise
 from jvgen.runs.published.placement import Placement, default_dtype
 from jvgen.runs.published.stages import Batch, Decoder, Denoiser, encode_captions
 from jvgen.saved_config import to_json
+from jvgen.storage import Path, local_copy, resolved
 from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, default_request, frames_per_second, read_pipeline
 from jvgen.tasks.pixels import to_uint8
 from jvgen.tasks.task import SampleRequest
@@ -124,13 +124,14 @@ def sample_published(
     Raises:
       ValueError: everything that can be known to be wrong before weights are read.
     """
+    given, weights = weights, local_copy(weights)
     prepared = prepare(weights, len(prompts) * count, request)
     clip = prepared.clip
     clips = plan_clips(prompts, count, out, frames=clip.frames, batch=request.batch, naming=naming)
     for name in NETWORKS:
         check_weights(weights / name)
     if not is_one_file(out):
-        made = _settings(weights, prepared, request)
+        made = _settings(given, prepared, request)
         note_clips(out, [{"file": c.path.name, "prompt": prompts[c.prompt], "slot": c.slot, **made} for c in clips])
     out.parent.mkdir(parents=True, exist_ok=True)
     todo = [(number, clip) for number, clip in enumerate(clips) if not clip.path.exists()]
@@ -190,7 +191,7 @@ def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> d
     clip, sampler, guidance = prepared.clip, prepared.sampler, prepared.guidance
     noise = prepared.noise
     return {
-        "weights": str(weights.resolve()), "seed": request.seed, "frames": clip.frames, "height": clip.height,
+        "weights": str(resolved(weights)), "seed": request.seed, "frames": clip.frames, "height": clip.height,
         "width": clip.width, "sampler": sampler.kind, "spacing": sampler.spacing, "levels": sampler.levels,
         "steps": sampler.steps, "guidance": guidance.kind,
         "scale": guidance.scale, "negative_prompt": request.negative_prompt, "null": request.null,

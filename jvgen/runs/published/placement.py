@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import SEQ, MeshConfig, make_mesh
 from jvgen.parallel.rules import Sharding
+from jvgen.storage import Path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jvgen.models.cogvideox_vae.tiling import Tiling, tiled
 from jvgen.models.video_dit.model import AttentionScale
 from jvgen.nn.network import Parameters
 from jvgen.runs.published.placement import Placement
+from jvgen.storage import Path
 from jvgen.tasks.text_to_video import SAMPLER_KEY, TextToVideo
 
 # Captions encoded together.

@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jvgen.storage import Path
 from jvgen.training.experiment import Experiment
 
 

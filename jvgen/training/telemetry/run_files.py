@@ -1,12 +1,13 @@
 """Files of a run that hold every number and sample: metrics.jsonl, evaluation.jsonl, reports.jsonl, samples."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jvgen import storage
 from jvgen.data.video_files import encode_image, encode_video
+from jvgen.storage import Path
 from jvgen.training.telemetry.hooks import Hook, RunInfo
 from jvgen.training.telemetry.json_lines import JsonLinesFile
 
@@ -39,6 +40,11 @@ class RunFiles(Hook):
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         self._evaluation.write({"step": step, **values})
 
+    def on_checkpoint(self, step: int) -> None:
+        # A start that resumes there must find the rows before it.
+        for file in (self._metrics, self._evaluation, self._reports):
+            file.sync()
+
     def on_samples(self, step: int, clips: Mapping[str, np.ndarray]) -> None:
         write_samples(self._samples, step, clips)
 
@@ -54,10 +60,9 @@ class RunFiles(Hook):
 def write_samples(folder: Path, step: int, clips: Mapping[str, np.ndarray]) -> None:
     """Write clips as mp4 and single frames as png: `folder/step_00001000/NAME_0.mp4`."""
     target = folder / f"step_{step:08d}"
-    target.mkdir(parents=True, exist_ok=True)
     for name, batch in clips.items():
         for number, clip in enumerate(batch):
             if clip.shape[0] == 1:
-                (target / f"{name}_{number}.png").write_bytes(encode_image(clip[0]))
+                storage.write_bytes(target / f"{name}_{number}.png", encode_image(clip[0]))
             else:
-                (target / f"{name}_{number}.mp4").write_bytes(encode_video(clip, SAMPLE_FRAME_RATE))
+                storage.write_bytes(target / f"{name}_{number}.mp4", encode_video(clip, SAMPLE_FRAME_RATE))

@@ -4,13 +4,13 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jvgen import config
+from jvgen import config, storage
+from jvgen.storage import Path
 from jvgen.training.telemetry.hooks import Hook, RunInfo
 from jvgen.training.telemetry.run_files import SAMPLE_FRAME_RATE
 
@@ -47,12 +47,16 @@ class TensorBoard(Hook):
 
 
 class SummaryWriter:
-    """A writer of TensorBoard event files; what an earlier start wrote for `start_step` and later is hidden."""
+    """A writer of TensorBoard event files; what an earlier start wrote for `start_step` and later is hidden.
+
+    Files of a folder in a bucket are written locally and uploaded at intervals.
+    """
 
     def __init__(self, folder: Path, start_step: int):
+        self._mirror = storage.Mirror(folder)
         with _without_torch():
             from tensorboardX import SummaryWriter as EventWriter
-        self._writer = EventWriter(str(folder), purge_step=start_step or None, flush_secs=30)
+        self._writer = EventWriter(str(self._mirror.local), purge_step=start_step or None, flush_secs=30)
 
     def scalars(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
         """Write numbers; other values are left out."""
@@ -77,6 +81,7 @@ class SummaryWriter:
 
     def close(self) -> None:
         self._writer.close()
+        self._mirror.close()
 
 
 def _encode_animation(frames: np.ndarray, frames_per_second: int) -> bytes:

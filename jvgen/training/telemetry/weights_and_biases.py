@@ -2,15 +2,16 @@
 
 import importlib
 import io
+import tempfile
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jvgen.config import ConfigError
 from jvgen.data.video_files import encode_video
+from jvgen.storage import Path, is_remote
 from jvgen.training.config import WandbConfig
 from jvgen.training.telemetry.hooks import Hook, RunInfo
 from jvgen.training.telemetry.run_files import SAMPLE_FRAME_RATE
@@ -49,7 +50,8 @@ class WeightsAndBiases(Hook):
             # Offline files of several starts are joined by their common identifier when they are uploaded.
             resume="allow" if online else None,
             mode=self._config.mode,
-            dir=str(run.workdir),
+            # W&B uploads its own files; it has no use for a bucket.
+            dir=tempfile.mkdtemp(prefix="wandb-") if is_remote(run.workdir) else str(run.workdir),
             config=run.document,
             settings=self._wandb.Settings(console="off"),
         )
