@@ -39,8 +39,8 @@ def subparsers(parser: argparse.ArgumentParser):
 
 PARSERS = {parser.prog: parser for parser in subparsers(cli.build_parser())}
 COMMANDS = (
-    "demo data config check compile train sample evaluate analyze play encode decode export import verify lpips".split()
-)
+    "demo data config check compile launch train sample evaluate analyze play encode decode export import verify lpips"
+).split()
 
 
 def test_help_lists_the_commands(jvgen):

@@ -1,0 +1,221 @@
+"""What clouds call machines: accelerator labels, topologies, machine types and runtime versions by chip."""
+
+import dataclasses
+import math
+
+from jvgen.config import ConfigError
+from jvgen.parallel.chips import CHIPS, Chip, chip_named
+
+# Every TPU machine type that is used here holds this many chips.
+CHIPS_PER_VM = 4
+CPU = Chip("cpu", "cpu", 0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuMachine:
+    """One TPU generation.
+
+    Attributes:
+      accelerator: value of the node label `cloud.google.com/gke-tpu-accelerator`.
+      machine_type: of Compute Engine, with four chips.
+      accelerator_type: of Cloud TPU VMs, with `{}` for the number in it; none where there are only GKE nodes.
+      counts_cores: whether that number counts TensorCores, two per chip, instead of chips.
+      runtime_version: of Cloud TPU VMs.
+      shapes: topologies of a plane; empty for a 3-D torus.
+      max_cubes: the most cubes of 4x4x4 in one slice of a 3-D torus.
+    """
+
+    accelerator: str
+    machine_type: str
+    accelerator_type: str | None
+    counts_cores: bool
+    runtime_version: str | None
+    shapes: tuple[str, ...] = ()
+    max_cubes: int = 0
+
+
+_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+# Smaller than one cube of 4x4x4.
+_SMALL_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+TPUS = {
+    "v4": TpuMachine("tpu-v4-podslice", "ct4p-hightpu-4t", "v4-{}", True, "tpu-ubuntu2204-base", max_cubes=64),
+    "v5e": TpuMachine(
+        "tpu-v5-lite-podslice", "ct5lp-hightpu-4t", "v5litepod-{}", False, "v2-alpha-tpuv5-lite", shapes=_PLANE
+    ),
+    "v5p": TpuMachine("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p-{}", True, "v2-alpha-tpuv5", max_cubes=140),
+    "v6e": TpuMachine("tpu-v6e-slice", "ct6e-standard-4t", "v6e-{}", False, "v2-alpha-tpuv6e", shapes=_PLANE),
+    "tpu7x": TpuMachine("tpu7x", "tpu7x-standard-4t", None, True, None, max_cubes=144),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuMachine:
+    """One GPU node of Google Cloud.
+
+    Attributes:
+      accelerator: value of the node label `cloud.google.com/gke-accelerator`.
+      machine_type: of Compute Engine.
+      rdma: whether NCCL reaches other nodes by RDMA over networks that the pod names; else by TCP.
+      sky: what SkyPilot calls the GPU.
+    """
+
+    accelerator: str
+    machine_type: str
+    rdma: bool
+    sky: str
+
+
+GPUS_PER_NODE = 8
+GPUS = {
+    "A100-80GB": GpuMachine("nvidia-a100-80gb", "a2-ultragpu-8g", False, "A100-80GB"),
+    "H100": GpuMachine("nvidia-h100-80gb", "a3-highgpu-8g", False, "H100"),
+    "H200": GpuMachine("nvidia-h200-141gb", "a3-ultragpu-8g", True, "H200"),
+    "B200": GpuMachine("nvidia-b200", "a4-highgpu-8g", True, "B200"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices of a run, read from `--topology` and `--slices`.
+
+    Attributes:
+      chip: kind of chip; `CPU` for processes of one machine.
+      shape: of a TPU slice, or (nodes, devices per node).
+      slices: number of TPU slices; 1 for GPUs and CPUs.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def name(self) -> str:
+        """As it is written: "v5p:4x4x8"."""
+        return f"{self.chip.name}:{self.text}"
+
+    @property
+    def text(self) -> str:
+        """The shape alone: "4x4x8"."""
+        return "x".join(str(size) for size in self.shape)
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether the chip is a TPU."""
+        return self.chip.name in TPUS
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the chip is a GPU."""
+        return self.chip.name in GPUS
+
+    @property
+    def chips(self) -> int:
+        """Chips of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def devices(self) -> int:
+        """JAX devices of all slices."""
+        return self.chips * self.chip.devices
+
+    @property
+    def machines_per_slice(self) -> int:
+        """VMs of one TPU slice, or nodes."""
+        return math.prod(self.shape) // CHIPS_PER_VM if self.is_tpu else self.shape[0]
+
+    @property
+    def machines(self) -> int:
+        """VMs or nodes of the run."""
+        return self.machines_per_slice * self.slices
+
+
+def topology(text: str, slices: int = 1) -> Topology:
+    """Read `CHIP:SHAPE`: a slice of TPUs ("v5p:4x4x8"), NODESxDEVICES of GPUs ("h100:4x8") or of CPUs ("cpu:2x4").
+
+    Raises:
+      ConfigError: unknown chip, a shape that the chip does not come in, or slices of something that has none.
+    """
+    kind, separator, shape_text = text.partition(":")
+    sizes = shape_text.split("x")
+    if not separator or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError(
+            f"--topology {text!r}: write CHIP:SHAPE, for example v5p:4x4x8 or v6e:16x16 for a TPU slice, h100:4x8 for "
+            "4 nodes of 8 GPUs, cpu:2x4 for 2 processes of 4 devices on this machine."
+        )
+    shape = tuple(int(size) for size in sizes)
+    if kind.lower() == "cpu":
+        chip = CPU
+    else:
+        try:
+            chip = chip_named(kind)
+        except ValueError as error:
+            raise ConfigError(f"--topology {text!r}: {error}") from error
+    if slices < 1:
+        raise ConfigError(f"--slices {slices}: at least 1.")
+    found = Topology(chip, shape, slices)
+    if found.is_tpu:
+        _check_slice(found)
+        return found
+    if slices != 1:
+        raise ConfigError(f"--slices {slices}: only TPUs come in slices; write more nodes in --topology {text}.")
+    if len(shape) != 2:
+        raise ConfigError(f"--topology {text!r}: for {chip.name} write {kind}:NODESxDEVICES, for example {kind}:4x8.")
+    if not (found.is_gpu or chip is CPU):
+        raise ConfigError(f"--topology {text!r}: no machine with {chip.name} is known; use {', '.join(_names())}.")
+    return found
+
+
+def _names() -> list[str]:
+    return [chip.name for chip in CHIPS if chip.name in TPUS or chip.name in GPUS]
+
+
+def _check_slice(found: Topology) -> None:
+    machine = TPUS[found.chip.name]
+    if machine.shapes:
+        if found.text not in machine.shapes:
+            raise ConfigError(
+                f"--topology {found.name!r}: {found.chip.name} comes as {', '.join(machine.shapes)}; several of these "
+                "are joined by --slices."
+            )
+        return
+    cubes = math.prod(found.shape) // 64
+    whole = len(found.shape) == 3 and all(size % 4 == 0 for size in found.shape)
+    ascending = list(found.shape) == sorted(found.shape)
+    if not (found.text in _SMALL_TORUS or (whole and ascending and cubes <= machine.max_cubes)):
+        raise ConfigError(
+            f"--topology {found.name!r}: {found.chip.name} comes as {', '.join(_SMALL_TORUS)}, or three ascending "
+            f"multiples of 4 (4x4x4, 4x4x8, ...) of at most {machine.max_cubes} cubes of 4x4x4."
+        )
+
+
+def accelerator_type(found: Topology) -> str:
+    """What Cloud TPU VMs call one slice: "v5p-256" for v5p:4x4x8.
+
+    Raises:
+      ConfigError: there are no such VMs, or the name stands for another shape with as many chips.
+    """
+    machine = TPUS[found.chip.name]
+    if machine.accelerator_type is None:
+        raise ConfigError(f"--topology {found.name!r}: {found.chip.name} is offered on GKE only; use gke-tpu.")
+    chips = math.prod(found.shape)
+    usual = _most_compact(chips) if not machine.shapes else found.shape
+    if found.shape != usual:
+        raise ConfigError(
+            f"--topology {found.name!r}: tpu-vm orders a number of chips and gets "
+            f"{'x'.join(map(str, usual))} for {chips}; write that, or use gke-tpu."
+        )
+    return machine.accelerator_type.format(chips * 2 if machine.counts_cores else chips)
+
+
+def _most_compact(chips: int) -> tuple[int, ...]:
+    """The torus of this many chips with the shortest longest side."""
+    small = [tuple(map(int, text.split("x"))) for text in _SMALL_TORUS]
+    shapes = [shape for shape in small if math.prod(shape) == chips]
+    sides = range(4, chips // 16 + 1, 4)
+    shapes += [
+        (a, b, chips // a // b)
+        for a in sides
+        for b in sides
+        if a <= b <= chips / a / b and chips % (a * b) == 0 and chips // a // b % 4 == 0
+    ]
+    return min(shapes, key=max)

@@ -1,0 +1,76 @@
+"""Mistakes of `jvgen launch`: each is one message that names the option, before anything is started."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import IMAGE, ROOT, launch  # noqa: E402
+
+BUCKET = "--workdir gs://bucket/runs/x"
+DEMO = f"configs/demo_image_vae.py {BUCKET}"
+POD = f"configs/cogvideox_2b.py {BUCKET} --image {IMAGE}"
+MISTAKES = {
+    "no chip": (f"gke-tpu {POD} --topology 4x4", "write CHIP:SHAPE"),
+    "unknown chip": (f"gke-tpu {POD} --topology v9:4x4", "chip 'v9' is not known"),
+    "no such slice": (f"gke-tpu {POD} --topology v5p:4x4x6", "three ascending multiples of 4"),
+    "descending slice": (f"gke-tpu {POD} --topology v5p:8x4x4", "three ascending multiples of 4"),
+    "too many cubes": (f"gke-tpu {POD} --topology v4:16x16x32", "at most 64 cubes"),
+    "no such plane": (f"gke-tpu {POD} --topology v6e:4x16", "v6e comes as 2x2, 2x4"),
+    "no slices": (f"gke-tpu {POD} --topology v5p:4x4x8 --slices 0", "--slices 0: at least 1"),
+    "slices of GPUs": (f"gke-gpu {POD} --topology h100:4x8 --slices 2", "only TPUs come in slices"),
+    "GPU nodes without size": (f"gke-gpu {POD} --topology h100:32", "NODESxDEVICES"),
+    "four of eight GPUs": (f"gke-gpu {POD} --topology h100:8x4", "a node of gke-gpu has 8 GPUs"),
+    "GPUs on TPU nodes": (f"gke-tpu {POD} --topology h100:4x8", "gke-tpu is for TPU; for GPU use slurm or gke-gpu"),
+    "TPUs under Slurm": (f"slurm {DEMO} --topology v5p:2x2x2", "for TPU use gke-tpu or tpu-vm"),
+    "Ironwood as VMs": (
+        f"tpu-vm {POD} --topology tpu7x:4x4x4 --zone z --project p", "tpu7x is offered on GKE only"
+    ),
+    "a shape that VMs do not come in": (
+        f"tpu-vm {POD} --topology v5p:4x4x16 --zone z --project p", "gets 4x8x8 for 256"
+    ),
+    "mesh": (f"gke-tpu {POD} --topology v5p:4x4x8 --set mesh.seq=3", "multiple of 3 devices, but there are 128"),
+    "slices that do not divide": (
+        f"gke-tpu {POD} --topology v5p:4x4x8 --slices 3 --set data.buckets.0.batch_size=96 --set mesh.fsdp=1 "
+        "--set mesh.data=2 --set mesh.seq=192",
+        "data x fsdp = 2 must be a multiple of the slices",
+    ),
+    "batch": (f"gke-tpu {POD} --topology v5p:8x8x8", "batch_size = 64 must be a multiple of 128"),
+    "name": (f"gke-tpu {POD} --topology v5p:4x4x8 --name My_Run", "--name 'My_Run': at most 28"),
+    "long name": (f"gke-tpu {POD} --topology v5p:4x4x8 --name {'x' * 29}", "at most 28"),
+    "no image": (f"gke-tpu {DEMO} --topology v5e:2x4", "gke-tpu needs --image"),
+    "image under Slurm": (f"slurm {POD} --topology h100:4x8", "--image is for gke-tpu and gke-gpu and tpu-vm"),
+    "queue under Slurm": (f"slurm {DEMO} --topology h100:4x8 --queue q", "--queue is for gke-tpu and gke-gpu; slurm"),
+    "local folder": (
+        f"gke-tpu configs/cogvideox_2b.py --image {IMAGE} --topology v5p:4x4x8 --workdir runs/x", "do not share that"
+    ),
+    "config outside": (
+        f"gke-tpu {ROOT}/configs/cogvideox_2b.py {BUCKET} --image {IMAGE} --topology v5p:4x4x8",
+        "give the path relative to it",
+    ),
+    "restart code": (f"gke-tpu {POD} --topology v5p:4x4x8 --restart-code 2", "--restart-code = '2'"),
+    "grace": (f"gke-tpu {POD} --topology v5p:4x4x8 --grace-seconds 5", "--grace-seconds 5: at least 30"),
+    "restarts": (f"gke-tpu {POD} --topology v5p:4x4x8 --max-restarts -1", "--max-restarts -1: 0 or more"),
+    "environment": (f"gke-tpu {POD} --topology v5p:4x4x8 --env A", "--env 'A': write NAME=VALUE"),
+    "config": (f"gke-tpu configs/cogvideox_3b.py {BUCKET} --image {IMAGE} --topology v5p:4x4x8", "cogvideox_2b.py"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_message(mistake):
+    arguments, expected = MISTAKES[mistake]
+    status, output, errors = launch(arguments)
+    assert status == 2 and not output
+    message, hint = errors.strip().splitlines()
+    assert message.startswith("jvgen launch: ") and expected in message, message
+    assert "JVGEN_TRACEBACK" in hint
+
+
+@pytest.mark.parametrize("target, tool", [("slurm", "sbatch"), ("gke-gpu", "kubectl"), ("skypilot", "sky")])
+def test_a_missing_tool(monkeypatch, tmp_path, target, tool):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    image = f"--image {IMAGE}" if target == "gke-gpu" else ""
+    status, output, errors = launch(f"{target} {DEMO} {image} --topology h100:1x8 --submit")
+    assert status == 2 and not output
+    assert f"--submit: {tool} is not installed here" in errors and len(errors.splitlines()) == 2
