@@ -50,6 +50,7 @@ def run_train(parsed: argparse.Namespace) -> int:
 
             clock = StartClock.of_process()
             join_processes(parsed)
+            clock.mark("processes")
             from jvgen.preflight.check import check
             from jvgen.training.loop import train
 

@@ -121,7 +121,7 @@ def _count_cache_hits() -> None:
     jax.monitoring.register_event_listener(count)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Job:
     """One program to compile.
 
@@ -146,14 +146,69 @@ class _Job:
 class Programs:
     """The compiled programs of a run: a training step per bucket, evaluation programs per bucket.
 
-    Made by `compile_programs`. Not safe for several threads: only the main thread calls it.
+    Making it starts to compile, in parallel and at most one program per CPU core, the steps of the buckets that are
+    active at a step and the evaluation programs. `wait` waits for them. Then the steps of later stages are compiled
+    while training, one after the other; a failure there is logged by `poll` and raised when the step is needed. Buckets
+    with equal arrays share a step. Only the main thread may call the methods.
+
+    Args:
+      program: the run.
+      buckets: those of its training data.
+      evaluations: (method of the task, bucket of its batches).
+      start_step: the step at which training probably starts.
+      flops: of the steps, for the log.
+      log: takes messages for the user, on the calling thread.
+      while_waiting: called on the calling thread about every 0.2 s while it waits; what it raises ends the wait.
     """
 
-    def __init__(self, program: Program, log: Log, while_waiting: Callable[[], None]):
-        self._program, self._log, self._while_waiting = program, log, while_waiting
-        self._steps: dict[BucketConfig, _Job] = {}
+    def __init__(
+        self,
+        program: Program,
+        buckets: Sequence[BucketConfig],
+        evaluations: Sequence[tuple[str, BucketConfig]],
+        start_step: int,
+        flops: dict[BucketConfig, dict[str, float]],
+        log: Log,
+        while_waiting: Callable[[], None] = lambda: None,
+    ):
+        self._program, self._buckets, self._flops = program, buckets, flops
+        self._log, self._while_waiting = log, while_waiting
+        self._jit = not jax.config.jax_disable_jit
+        # Jobs of training steps by the shapes of their batches.
+        self._by_shapes: dict[str, _Job] = {}
         self._evaluations: dict[tuple[str, BucketConfig], _Job] = {}
         self._background: list[_Job] = []
+        self._start = time.perf_counter()
+        if self._jit:
+            self._evaluations = {key: _evaluation_job(program, *key) for key in evaluations}
+            self._threads = _start_threads([*self._new_jobs(start_step), *self._evaluations.values()])
+
+    def wait(self, start_step: int) -> None:
+        """Wait for the programs of the stage in which training starts, and log them.
+
+        Raises:
+          Exception: what compilation of one of them raised; the log names the program.
+        """
+        if not self._jit:
+            self._log("JAX_DISABLE_JIT: training steps run op by op, without compilation")
+            return
+        # Of other steps than those that were started, if the latest checkpoint turned out to be corrupt.
+        _start_threads(self._new_jobs(start_step))
+        current = [self._job(bucket) for bucket in self._buckets if _is_active(bucket, start_step)]
+        current = [*dict.fromkeys(current), *self._evaluations.values()]
+        for job in current:
+            self._result(job)
+        seconds = time.perf_counter() - self._start
+        where = f" {jax.config.jax_compilation_cache_dir}" if jax.config.jax_compilation_cache_dir else ""
+        self._log(
+            f"compiled {len(current)} programs in {seconds:.1f} s on {self._threads} threads, "
+            f"{sum(job.cached for job in current)} from the cache{where}"
+        )
+        later = sorted((b for b in self._buckets if b.start_step > start_step), key=lambda b: b.start_step)
+        self._background = [job for bucket in later for job in self._new_jobs(bucket.start_step)]
+        if self._background:
+            self._log(f"compiling {len(self._background)} steps of later stages while training")
+            _start_threads(self._background, 1)
 
     def step(self, bucket: BucketConfig) -> Step:
         """The training step of a bucket; waits for it if it is still being compiled.
@@ -161,13 +216,11 @@ class Programs:
         Raises:
           Exception: what its compilation raised.
         """
-        if jax.config.jax_disable_jit:
-            return self._program.step(bucket)
-        return self._result(self._steps[bucket])
+        return self._result(self._job(bucket)) if self._jit else self._program.step(bucket)
 
     def evaluation(self, method: str, bucket: BucketConfig) -> Callable[..., Any]:
         """A method of the task ("evaluate", "visualize") for batches of a bucket, see `Program.evaluation`."""
-        if jax.config.jax_disable_jit or (method, bucket) not in self._evaluations:
+        if (method, bucket) not in self._evaluations:
             return self._program.evaluation(method)
         return self._result(self._evaluations[method, bucket])
 
@@ -177,6 +230,19 @@ class Programs:
             if job.done.is_set() and not job.logged:
                 self._log_job(job)
         self._background = [job for job in self._background if not job.logged]
+
+    def _job(self, bucket: BucketConfig) -> _Job:
+        return self._by_shapes[_shapes(self._program, bucket)]
+
+    def _new_jobs(self, step: int) -> list[_Job]:
+        """Jobs for the buckets that are active at a step, without those that exist."""
+        new = []
+        for bucket in self._buckets:
+            shapes = _shapes(self._program, bucket)
+            if _is_active(bucket, step) and shapes not in self._by_shapes:
+                self._by_shapes[shapes] = _step_job(self._program, bucket, self._flops[bucket])
+                new.append(self._by_shapes[shapes])
+        return new
 
     def _result(self, job: _Job) -> Any:
         while not job.done.wait(POLL_SECONDS):
@@ -197,68 +263,8 @@ class Programs:
             self._log(f"ERROR: compiling {job.name} failed: {type(job.error).__name__}: {first}")
 
 
-def compile_programs(
-    program: Program,
-    buckets: Sequence[BucketConfig],
-    evaluations: Sequence[tuple[str, BucketConfig]],
-    start_step: int,
-    flops: dict[BucketConfig, dict[str, float]],
-    log: Log,
-    while_waiting: Callable[[], None] = lambda: None,
-) -> Programs:
-    """Compile the programs of a run and return when those of the current stage are compiled.
-
-    The steps of the buckets that are active at `start_step` and the evaluation programs are compiled in parallel, at
-    most one per CPU core. Steps of later stages are compiled while training, one after the other; a failure there is
-    logged by `Programs.poll` and raised when the step is needed. Buckets with equal arrays share a step.
-
-    Args:
-      evaluations: (method of the task, bucket of its batches).
-      flops: of the steps, for the log.
-      log: takes messages for the user, on the calling thread.
-      while_waiting: called on the calling thread about every 0.2 s while it waits; what it raises ends the wait.
-
-    Raises:
-      Exception: what compilation of a program of the current stage raised; the log names the program.
-    """
-    programs = Programs(program, log, while_waiting)
-    if jax.config.jax_disable_jit:
-        log("JAX_DISABLE_JIT: training steps run op by op, without compilation")
-        return programs
-    current: list[_Job] = []
-    later: list[tuple[int, _Job]] = []
-    by_shape: dict[str, _Job] = {}
-    # Buckets of the current stage first, so that a later one with equal arrays shares its step.
-    for bucket in sorted(buckets, key=lambda bucket: (not _is_active(bucket, start_step), bucket.start_step)):
-        if bucket.end_step is not None and bucket.end_step <= start_step:
-            continue
-        shapes = repr(sorted((n, s.shape, str(s.dtype)) for n, s in program.abstract_batch(bucket).items()))
-        if shapes not in by_shape:
-            job = by_shape[shapes] = _step_job(program, bucket, flops[bucket])
-            current.append(job) if _is_active(bucket, start_step) else later.append((bucket.start_step, job))
-        programs._steps[bucket] = by_shape[shapes]
-    for method, bucket in evaluations:
-        job = programs._evaluations[method, bucket] = _evaluation_job(program, method, bucket)
-        current.append(job)
-    start = time.perf_counter()
-    threads = min(len(current), _cores(), MAX_THREADS)
-    _start_threads(current, threads)
-    try:
-        for job in current:
-            programs._result(job)
-    finally:
-        programs._background = [job for job in current if not job.logged]
-    hits = sum(job.cached for job in current)
-    where = f" {jax.config.jax_compilation_cache_dir}" if jax.config.jax_compilation_cache_dir else ""
-    log(
-        f"compiled {len(current)} programs in {time.perf_counter() - start:.1f} s on {threads} threads, "
-        f"{hits} from the cache{where}"
-    )
-    if later:
-        programs._background = [job for _, job in sorted(later, key=lambda item: item[0])]
-        log(f"compiling {len(later)} steps of later stages while training")
-        _start_threads(programs._background, 1)
-    return programs
+def _shapes(program: Program, bucket: BucketConfig) -> str:
+    return repr(sorted((n, s.shape, str(s.dtype)) for n, s in program.abstract_batch(bucket).items()))
 
 
 def _is_active(bucket: BucketConfig, step: int) -> bool:
@@ -289,8 +295,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_threads(jobs: Sequence[_Job], count: int) -> None:
-    """Compile jobs in order on this many threads, which end with the last job."""
+def _start_threads(jobs: Sequence[_Job], count: int = MAX_THREADS) -> int:
+    """Compile jobs in order on at most `count` threads, one per CPU core, which end with the last job.
+
+    Returns:
+      Number of threads.
+    """
+    count = min(len(jobs), count, _cores())
     left = iter(list(jobs))
     next_job, tracing = threading.Lock(), threading.Lock()
     _count_cache_hits()
@@ -317,3 +328,4 @@ def _start_threads(jobs: Sequence[_Job], count: int) -> None:
     # Daemons: a compilation cannot be interrupted, and must not keep a process alive that was asked to stop.
     for number in range(count):
         threading.Thread(target=work, name=f"compile-{number}", daemon=True).start()
+    return count

@@ -23,7 +23,7 @@ from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.checkpoint.restore import restore_state
 from jvgen.training.compilation import FOLDER as COMPILED
-from jvgen.training.compilation import Programs, compile_programs, persistent_cache
+from jvgen.training.compilation import Programs, persistent_cache
 from jvgen.training.config import TrainingConfig
 from jvgen.training.evaluation import Evaluator, metric_names
 from jvgen.training.experiment import Experiment
@@ -137,6 +137,11 @@ def prepare(
             )
         document = identity.run_document(experiment, program.task)
         clock.mark("digests")
+        flops = {bucket: throughput.step_flops(program.task, bucket) for bucket in loader.buckets}
+        evaluations = [] if held_out is None else _evaluations(held_out, training)
+        # Compiled while the checkpoint is read.
+        probable_start = max(checkpoints.steps(), default=0)
+        programs = Programs(program, loader.buckets, evaluations, probable_start, flops, log, preemption.check)
         state = restore_state(program, checkpoints, loader, document, allow_changes, log)
         start_step = int(state.step)
         _agree(experiment, workdir, document, loader.state(start_step))
@@ -146,9 +151,7 @@ def prepare(
         _compile_digests(state, log)
         if processes.index() == 0:
             (workdir / "config.json").write_text(json.dumps(document, indent=1))
-        flops = {bucket: throughput.step_flops(program.task, bucket) for bucket in loader.buckets}
-        evaluations = [] if held_out is None else _evaluations(held_out, training)
-        programs = compile_programs(program, loader.buckets, evaluations, start_step, flops, log, preemption.check)
+        programs.wait(start_step)
         clock.mark("compile")
         evaluator = None if held_out is None else Evaluator(program, held_out.batches, programs)
         peak_flops = throughput.peak_flops(program.sharding.mesh.devices.flat[0], training.peak_flops)

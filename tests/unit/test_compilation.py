@@ -14,7 +14,7 @@ import toys  # noqa: E402
 from jvgen import exit_codes  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import compilation, session  # noqa: E402
-from jvgen.training.compilation import compile_programs, persistent_cache  # noqa: E402
+from jvgen.training.compilation import Programs, persistent_cache  # noqa: E402
 from jvgen.training.loop import train  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
 
@@ -105,7 +105,9 @@ def staged(**spans: tuple[int, int | None]):
 
 def compiled(held: Held, experiment, start_step: int, log, **options):
     buckets = experiment.data.buckets
-    return compile_programs(held, buckets, [], start_step, dict.fromkeys(buckets, {}), log, **options)
+    programs = Programs(held, buckets, [], start_step, dict.fromkeys(buckets, {}), log, **options)
+    programs.wait(start_step)
+    return programs
 
 
 def test_steps_of_later_stages_are_compiled_while_training_and_past_ones_never():
@@ -161,3 +163,13 @@ def test_buckets_with_equal_arrays_share_a_step():
     programs = compiled(held, experiment, 0, print)
     first, second = experiment.data.buckets
     assert programs.step(first) is programs.step(second) and held.lowered == [2]
+
+
+def test_the_stage_may_turn_out_to_be_an_earlier_one():
+    experiment = staged(early_1=(0, 5), late_2=(5, None))
+    early, late = experiment.data.buckets
+    held = Held(experiment)
+    programs = Programs(held, experiment.data.buckets, [], 7, dict.fromkeys(experiment.data.buckets, {}), print)
+    programs.wait(3)
+    assert programs.step(early)(jnp.float32(1)) == 2 and programs.step(late)(jnp.float32(1)) == 3
+    assert sorted(held.lowered) == [1, 2], "each once"
