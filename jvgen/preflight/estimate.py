@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvgen import nested
 from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import FSDP
@@ -66,11 +65,11 @@ def lower_bound(program: Program, bucket: BucketConfig) -> Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-    """What every device holds beyond an even split over `fsdp`, in bytes per device, over the whole train state.
+    """What every device holds of parameters, moments and EMA beyond an even split over `fsdp`, in bytes per device.
 
     Attributes:
       small: of arrays below `sharding.replicate_below`, which are replicated on purpose.
-      undivided: of larger arrays, by path, the most bytes first: `fsdp` does not divide them, or not wholly.
+      undivided: of larger ones, by path of the parameter, the most bytes first: `fsdp` cannot split them completely.
     """
 
     small: float
@@ -78,28 +77,12 @@ class Replicated:
 
 
 def replicated(program: Program) -> Replicated:
-    """Bytes of parameters, optimizer state, EMA and frozen networks that `fsdp` does not split."""
-    fsdp, below = program.sharding.mesh.shape[FSDP], program.sharding.config.replicate_below
-    names = nested.flatten(program.task.axes())
-    if program.abstract.frozen:
-        names |= nested.flatten(program.task.frozen_axes())
-    state = program.abstract_state()
-    small, undivided = 0.0, {}
-    parts = {"parameters": state.parameters, "optimizer": state.optimizer, "ema": state.ema, "frozen": state.frozen}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(parts):
-        local, whole = local_bytes(leaf), math.prod(leaf.shape) * leaf.dtype.itemsize
-        beyond = local - whole / fsdp
-        if beyond < 0.5:
-            continue
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        # The path of a moment ends with the path of its parameter; a counter has none.
-        ends = (path.split("/", start)[-1] for start in range(path.count("/") + 1))
-        logical = next((names[end] for end in ends if end in names), ())
-        layer = [size for name, size in zip(logical, leaf.shape, strict=False) if name != axes.LAYERS]
-        if logical and math.prod(layer) >= below:
-            undivided[path] = beyond
-        else:
-            small += beyond
+    """Bytes of the train state that `fsdp` does not split."""
+    fsdp, state = program.sharding.mesh.shape[FSDP], program.abstract_state()
+    leaves = jax.tree.leaves((state.parameters, state.optimizer, state.ema))
+    beyond = sum(max(0.0, local_bytes(leaf) - leaf.size * leaf.dtype.itemsize / fsdp) for leaf in leaves)
+    undivided = program.replicated_bytes()
+    small = max(0.0, beyond - sum(undivided.values()))
     return Replicated(small, dict(sorted(undivided.items(), key=lambda item: -item[1])))
 
 

@@ -253,7 +253,10 @@ def _guarded_buckets(experiment: Experiment) -> list[str]:
 
 
 def check_batch(experiment: Experiment, bucket: BucketConfig, sharding: Sharding) -> None:
-    """Raise `ConfigError` unless a bucket's batch divides over the accumulation and the devices of the batch axes."""
+    """Raise `ConfigError` unless a bucket's batch divides over the accumulation and the devices of the batch axes.
+
+    Also if a failed read would be replaced in a row that another process reads as well, and may read successfully.
+    """
     spec = sharding.config.compute.get(axes.BATCH, ())
     devices = int(np.prod([sharding.mesh.shape[axis] for axis in spec], dtype=int))
     needed = devices * experiment.training.accumulation
@@ -263,4 +266,11 @@ def check_batch(experiment: Experiment, bucket: BucketConfig, sharding: Sharding
             f"data.buckets {bucket.name}: batch_size = {bucket.batch_size} must be a multiple of "
             f"{devices} (mesh {' x '.join(spec)}) x {experiment.training.accumulation} (training.accumulation) = "
             f"{needed}; the nearest are {max(1, whole) * needed} and {(whole + 1) * needed}."
+        )
+    size = bucket.batch_size
+    held = rows_by_process(sharding.activation((axes.BATCH,), (size,)), size).values()
+    if experiment.data.on_failed_read == "quarantine" and sum(map(len, held)) > size:
+        raise ConfigError(
+            f"data.on_failed_read = 'quarantine': several processes read the same examples of {bucket.name} on this "
+            "mesh (seq or tensor across processes) and could replace different ones; use 'stop'."
         )

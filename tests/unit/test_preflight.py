@@ -168,9 +168,11 @@ def test_bytes_that_fsdp_does_not_split():
     found = replicated(program)
     matrices = 2 * (16 * 32 * 2) + 16 * 16
     # Parameters and two moments.
-    assert sum(found.undivided.values()) == pytest.approx(3 * 4 * matrices * 6 / 7)
+    assert sum(found.undivided.values()) == pytest.approx(3 * 4 * matrices * 6 / 7, rel=1e-3)
     assert found.small == pytest.approx((3 * 4 * (2 * 16 + 16)) * 6 / 7, rel=0.2)
-    assert next(iter(found.undivided)).split("/")[0] in ("parameters", "optimizer")
+    assert set(found.undivided) == {
+        f"model/{path}/kernel" for path in ("blocks/layers/up", "blocks/layers/down", "out")
+    }
     split = Program.build(toys.experiment(), make_mesh(MeshConfig(fsdp=8)))
     assert not replicated(split).undivided
 
