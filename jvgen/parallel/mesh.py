@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jvgen.config import Config
+from jvgen.config import Config, ConfigError
 
 # Mesh axes, outermost first: neighbors along the last axis are nearest in the network.
 DATA = "data"  # data parallelism: full replicas of the parameters, each with its own examples
@@ -122,6 +122,21 @@ def across_slices(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
     """A mesh of one device, for code that requires a mesh."""
     return make_mesh(MeshConfig(fsdp=1), [jax.devices()[0] if device is None else device])
+
+
+def host_device() -> jax.Device:
+    """A CPU device of this process: arrays on it are in host memory, whatever accelerators there are.
+
+    Raises:
+      ConfigError: JAX was told to use accelerators only.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ConfigError(
+            f"JAX_PLATFORMS = {jax.config.jax_platforms!r} leaves out the CPU, in whose memory weights are converted; "
+            "unset it, or append ',cpu'."
+        ) from error
 
 
 def describe(mesh: Mesh) -> str:

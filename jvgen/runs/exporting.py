@@ -15,10 +15,12 @@ from jvgen.interop.inflate import inflate_folder
 from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import export_networks
 from jvgen.nn.network import Parameters
+from jvgen.parallel.mesh import host_device, single_device_mesh
+from jvgen.parallel.rules import Sharding
 from jvgen.storage import Path, as_path, resolved, size
 from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, adopt_pipeline, is_pipeline, read_pipeline
 from jvgen.tasks.task import Task
-from jvgen.training.checkpoint.initial import check_new_run, write_first_checkpoint
+from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
 from jvgen.training.checkpoint.restore import load_for_inference
 from jvgen.training.experiment import Experiment
 
@@ -42,7 +44,9 @@ def export_run(
     Raises:
       CheckpointError: no such run, or no valid checkpoint.
     """
-    experiment, task, parameters, trained = load_for_inference(run, ema, step=step)
+    # In host memory: no accelerator is needed, and none has to hold the whole network.
+    host = Sharding(single_device_mesh(host_device()))
+    experiment, task, parameters, trained = load_for_inference(run, ema, step=step, sharding=host)
     about = {"experiment": experiment.name, "step": trained, "ema": str(ema or "best")}
     return export(task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout)
 
@@ -140,7 +144,9 @@ def import_run(
                 + hint
             )
         check_new_run(workdir)
-        _, parameters = import_folder(weights, None if _names_its_architecture(weights) else found)
+        config = None if _names_its_architecture(weights) else found
+        # Parameter by parameter, unless they are still to be adapted.
+        _, parameters = import_folder(weights, config, place=None if lines else lambda path, array: to_host(array))
         if lines:
             parameters = format_of(found).adapt_parameters(parameters, found, configs[network])
     write_first_checkpoint(experiment, workdir, {network: parameters})

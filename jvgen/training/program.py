@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -197,18 +197,17 @@ class Program:
             fresh = jitted.lower(key).compile(compiler_options=quick)(key)
         return dataclasses.replace(fresh, key=key, frozen=frozen)
 
-    def init_from(self, parameters: Parameters) -> TrainState:
-        """A fresh state with these parameters (of all or some networks), also in its EMA."""
-        fresh = self.init()
-        shardings = nested.flatten(self.shardings.parameters)
+    def start_from(self, parameters: Parameters, names: Sequence[str]) -> dict[str, jax.Array]:
+        """Arrays of the state at step 0 with these parameters, which are on the mesh, by name in checkpoints."""
 
-        def put(path: str, value: Any) -> jax.Array:
-            assert path in shardings, f"{path} is not a parameter of this task"
-            return jax.device_put(np.asarray(value, np.float32), shardings[path])
+        def start(parameters: Parameters) -> dict[str, jax.Array]:
+            fresh = state.start(self.optimizers, self.experiment.ema, parameters, _guarded_buckets(self.experiment))
+            arrays = fresh.saved()
+            return {name: arrays[name] for name in names}
 
-        merged = nested.merge(fresh.parameters, nested.map_with_path(put, parameters))
-        ema = {name: jax.tree.map(jnp.copy, nested.select(merged, averaged)) for name, averaged in fresh.ema.items()}
-        return dataclasses.replace(fresh, parameters=merged, ema=ema)
+        shardings = self.shardings.saved()
+        with jax.disable_jit(False):
+            return jax.jit(start, out_shardings={name: shardings[name] for name in names})(parameters)
 
     def evaluation(self, method: str) -> Callable[[Parameters, Parameters, Batch, jax.Array], Metrics]:
         """A method of the task ("evaluate", "visualize", "predicted_clips"), jitted; parameters cast as in training."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,8 +56,13 @@ class TrainState:
         )
 
     @staticmethod
-    def may_be_missing(name: str) -> bool:
-        """Whether a checkpoint may lack this array, or hold it in vain: statistics of the spike guard start again."""
+    def may_be_missing(name: str, saved: Collection[str]) -> bool:
+        """Whether a checkpoint with the arrays `saved` may lack this one, or hold it in vain.
+
+        Statistics of the spike guard start again; so do optimizer and EMA after a checkpoint of parameters alone.
+        """
+        if name.startswith(("optimizer/", "ema/")):
+            return not any(other.startswith(("optimizer/", "ema/")) for other in saved)
         counts = ("health/count", "health/consecutive", "health/skipped")
         return name.startswith("health/") and name not in counts
 
@@ -84,6 +89,16 @@ def init(
       guarded_buckets: keys of the buckets with statistics of gradient norms, see `health.bucket_key`.
     """
     parameters = task.init(jax.random.fold_in(key, INIT))
+    return dataclasses.replace(start(optimizers, ema_config, parameters, guarded_buckets), key=key, frozen=frozen)
+
+
+def start(
+    optimizers: Mapping[str, Optimizer],
+    ema_config: EmaConfig,
+    parameters: Parameters,
+    guarded_buckets: Sequence[str] = (),
+) -> TrainState:
+    """The state at step 0 with these parameters, without `key` and `frozen`. Pure."""
     trained, _ = nested.split(parameters, lambda path: any(o.trainable(path) for o in optimizers.values()))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -94,8 +109,8 @@ def init(
         },
         ema=ema.init(ema_config, trained),
         health=health.Health.start(optimizers, guarded_buckets),
-        key=key,
-        frozen=frozen,
+        key=None,
+        frozen=None,
     )
 
 

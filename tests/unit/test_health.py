@@ -142,7 +142,7 @@ class MemoryCheckpoints:
 
     def restore(self, wanted, check, *, may_be_missing):
         missing = [name for name in wanted if name not in self.arrays]
-        assert all(may_be_missing(name) for name in missing), missing
+        assert all(may_be_missing(name, self.arrays) for name in missing), missing
         return type("Restored", (), {"step": 3, "arrays": {n: a for n, a in self.arrays.items() if n in wanted}})
 
 

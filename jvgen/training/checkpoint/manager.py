@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +288,7 @@ class Checkpoints:
         *,
         step: int | None = None,
         partial: bool = False,
-        may_be_missing: Callable[[str], bool] = lambda name: False,
+        may_be_missing: Callable[[str, Collection[str]], bool] = lambda name, saved: False,
     ) -> Restored | None:
         """Restore the latest valid checkpoint, or the one of `step`; None if there are no checkpoints.
 
@@ -298,8 +298,8 @@ class Checkpoints:
           wanted: shape, dtype and sharding of the arrays to read, by name.
           check: called with (data state, run document) before any array is read; raises if they are of another run.
           partial: the checkpoint may hold other arrays than the wanted ones.
-          may_be_missing: whether the checkpoint may lack the array of a name, which is then left out of the result, or
-            hold one that is not wanted.
+          may_be_missing: (name, names in the checkpoint) -> whether the checkpoint may lack the array of a name, which
+            is then left out of the result, or hold one that is not wanted.
 
         Raises:
           CheckpointError: there are checkpoints, and none is valid.
@@ -322,9 +322,13 @@ class Checkpoints:
                 manifest, data, run = documents
                 if check is not None:
                     check(data, run)
-                _check_arrays_fit(manifest["arrays"], wanted, partial, self.folder / str(candidate))
+                saved = manifest["arrays"]
+                readable = {n: want for n, want in wanted.items() if n in saved or not may_be_missing(n, saved)}
+                known = {n: about for n, about in saved.items() if n in wanted or not may_be_missing(n, saved)}
+                _check_arrays_fit(known, readable, partial, self.folder / str(candidate))
                 try:
-                    restored = self._arrays(candidate, manifest, wanted)
+                    # Orbax cannot read nothing.
+                    restored = self._arrays(candidate, manifest, readable) if readable else {}
                 except CorruptCheckpoint as error:
                     problem = str(error)
                 problem = _any_problem(problem)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jvgen import nested
 from jvgen.nn.network import Parameters
@@ -55,17 +54,14 @@ def restore_state(
         log(f"starting from step 0 with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
         return program.init()
     log(f"restored step {restored.step} from {checkpoints.folder}, checksums verified")
-    missing = {name: _zeros(want) for name, want in wanted.items() if name not in restored.arrays}
-    if any(name.startswith("health/norms/") for name in missing):
-        log("the statistics of the spike guard start again: the checkpoint holds none of these buckets")
+    arrays = restored.arrays
+    missing = sorted(wanted.keys() - arrays.keys())
+    if missing:
+        log(f"{len(missing)} arrays start anew, which the checkpoint does not hold: {missing[0]}, ...")
+        parameters = program.abstract.with_saved(wanted | arrays).parameters
+        arrays = arrays | program.start_from(parameters, missing)
     key, frozen = program.external_inputs()
-    return dataclasses.replace(program.abstract, key=key, frozen=frozen).with_saved(restored.arrays | missing)
-
-
-def _zeros(want: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.make_array_from_callback(
-        want.shape, want.sharding, lambda index: np.zeros(want.sharding.shard_shape(want.shape), want.dtype)
-    )
+    return dataclasses.replace(program.abstract, key=key, frozen=frozen).with_saved(arrays)
 
 
 def load_for_inference(
@@ -79,6 +75,8 @@ def load_for_inference(
         largest decay that the run keeps, or the raw parameters if it keeps no EMA.
       step: of the checkpoint; by default the latest valid one.
       sharding: of the parameters; one device by default.
+
+    A checkpoint of an import has no EMA, which starts from the parameters: then these are read.
 
     Returns:
       experiment, task, float32 parameters (`{network: ...}`), steps trained.
@@ -97,15 +95,25 @@ def load_for_inference(
         paths = nested.flatten(shapes)
         sources = _sources(experiment, task, ema)
         wanted = {
-            sources[path]: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
+            path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
             for path, shape in paths.items()
         }
-        restored = checkpoints.restore(wanted, step=step, partial=True)
+        restored = checkpoints.restore(
+            {sources[path]: want for path, want in wanted.items()},
+            step=step,
+            partial=True,
+            may_be_missing=TrainState.may_be_missing,
+        )
+        assert restored is not None, "run_document() found a checkpoint"
+        found = {path: restored.arrays[source] for path, source in sources.items() if source in restored.arrays}
+        averaged = {f"parameters/{path}": want for path, want in wanted.items() if path not in found}
+        if averaged:
+            raw = checkpoints.restore(averaged, step=restored.step, partial=True)
+            assert raw is not None
+            found |= {name.removeprefix("parameters/"): array for name, array in raw.arrays.items()}
     finally:
         checkpoints.close()
-    assert restored is not None, "run_document() found a checkpoint"
-    parameters = nested.unflatten({path: restored.arrays[sources[path]] for path in paths})
-    return experiment, task, parameters, restored.step
+    return experiment, task, nested.unflatten({path: found[path] for path in paths}), restored.step
 
 
 def _sources(experiment: Experiment, task: Task, ema: float | str | None) -> dict[str, str]:
