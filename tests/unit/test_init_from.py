@@ -11,14 +11,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
-from jvgen import saved_config  # noqa: E402
+from jvgen import (
+    exit_codes,  # noqa: E402
+    saved_config,  # noqa: E402
+)
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import session  # noqa: E402
 from jvgen.training.checkpoint import init_from  # noqa: E402
 from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
 from jvgen.training.config import CheckpointConfig  # noqa: E402
-from jvgen.training.loop import EXIT_DONE, train  # noqa: E402
+from jvgen.training.loop import train  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
@@ -41,7 +44,7 @@ def other(tmp_path_factory, quick_compilations):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         changes = {"training.steps": 4, "checkpoint.every": 2}
-        assert train(toys.experiment(**changes), folder, make_loader=toys.FakeLoader) == EXIT_DONE
+        assert train(toys.experiment(**changes), folder, make_loader=toys.FakeLoader) == exit_codes.DONE
     return folder, saved_arrays(folder, program_of())
 
 
@@ -142,9 +145,9 @@ def test_mistakes_are_named_without_reading_arrays(other, changes, message):
 def test_a_run_starts_so_once_and_then_resumes_its_own_checkpoint(tmp_path, other, capfd):
     changes = {"init_from.run": str(other[0]), "optimizer.learning_rate": "1e-3", "training.steps": 4}
     experiment = toys.experiment(**changes)
-    assert train(experiment, tmp_path, stop_after=1, make_loader=toys.FakeLoader) == EXIT_DONE
+    assert train(experiment, tmp_path, stop_after=1, make_loader=toys.FakeLoader) == exit_codes.DONE
     assert f"of step 4 of {other[0]}" in capfd.readouterr().out
-    assert train(experiment, tmp_path, stop_after=2, make_loader=toys.FakeLoader) == EXIT_DONE
+    assert train(experiment, tmp_path, stop_after=2, make_loader=toys.FakeLoader) == exit_codes.DONE
     out = capfd.readouterr().out
     assert "restored step 1" in out and str(other[0]) not in out
     document = json.loads((tmp_path / "config.json").read_text())
