@@ -18,12 +18,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from jvgen import __version__, exit_codes
 from jvgen.config import ConfigError
 from jvgen.parallel import clusters
+from jvgen.storage import Path
 
 T = TypeVar("T")
 

@@ -7,10 +7,12 @@ uses. What a bucket does not have (rename, append, file descriptors, memory maps
 from jvgen.storage.cache import FileCache, default_cache
 from jvgen.storage.errors import StorageError, StorageUnavailable
 from jvgen.storage.files import (
+    appending,
     check_run_directory,
     is_empty,
     local_copy,
     local_file,
+    move_tree,
     read_bytes,
     read_text,
     remove_tree,
@@ -31,6 +33,7 @@ __all__ = [
     "StorageError",
     "StorageUnavailable",
     "absolute",
+    "appending",
     "as_path",
     "check_run_directory",
     "count_of_retries",
@@ -39,6 +42,7 @@ __all__ = [
     "is_remote",
     "local_copy",
     "local_file",
+    "move_tree",
     "read_bytes",
     "read_text",
     "remove_tree",

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from jvgen.config import ConfigError
 from jvgen.storage.cache import FileCache, default_cache
@@ -115,6 +115,33 @@ def remove_tree(path: Path) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         _remote(path, "remove", lambda fs, key: fs.rm(key, recursive=True), RETRIES)
+
+
+def move_tree(path: Path, target: Path) -> None:
+    """Move a folder within its file system; in a bucket it is copied and removed."""
+    if not is_remote(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        return
+    names = _remote(path, "list", lambda fs, key: [name[len(key) :].strip("/") for name in fs.find(key)], RETRIES)
+    for name in names:
+        destination = str(target / name).partition("://")[2]
+        _remote(path / name, "copy", lambda fs, key, to=destination: fs.cp_file(key, to), RETRIES)
+    remove_tree(path)
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[TextIO]:
+    """A text file with a file descriptor, open for appending. In a bucket the file is written anew at the end."""
+    if not is_remote(path):
+        with path.open("a") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        file.seek(0)
+        write_text(path, (read_text(path) if path.exists() else "") + file.read())
 
 
 def size(path: Path) -> int:

@@ -10,13 +10,13 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from jvgen.data.stream.config import BucketConfig
+from jvgen.storage import Path, as_path
 from jvgen.tasks.task import Batch, Metrics
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
@@ -55,7 +55,7 @@ def persistent_cache(folder: Path | None, default: Path, log: Log) -> Iterator[P
         yield None
         return
     if folder is None and jax.config.jax_compilation_cache_dir is not None:
-        yield Path(jax.config.jax_compilation_cache_dir)
+        yield as_path(jax.config.jax_compilation_cache_dir)
         return
     folder = folder or default
     if jax.process_index() == 0:

@@ -1,9 +1,9 @@
 """How often the evaluation of a step has failed, across restarts of the run."""
 
 import json
-from pathlib import Path
 
 from jvgen.parallel import processes
+from jvgen.storage import Path
 
 FILE = "evaluation_failures.json"
 

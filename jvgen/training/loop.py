@@ -5,7 +5,6 @@ import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jvgen import config, exit_codes
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.parallel import processes
+from jvgen.storage import Path, as_path
 from jvgen.tasks.task import Metrics
 from jvgen.training.checkpoint.manager import NonFiniteState
 from jvgen.training.config import TrainingConfig
@@ -77,7 +77,7 @@ def train(
       CheckpointError: there are checkpoints and none is valid, or a save failed and the config says to stop.
       HookError: a hook raised.
     """
-    workdir, clock = Path(workdir), clock or StartClock()
+    workdir, clock = as_path(workdir), clock or StartClock()
     with processes.fail_fast(workdir), contextlib.ExitStack() as stack:
         config.validate_tree(experiment)
         processes.attach()

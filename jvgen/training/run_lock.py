@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import json
 import os
+import pathlib
 import secrets
 import shlex
 import socket
@@ -16,12 +17,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from jvgen import exit_codes
+from jvgen import exit_codes, storage
 from jvgen.config import ConfigError
 from jvgen.parallel import processes
+from jvgen.storage import Path
 
 LOCK, HEARTBEAT = "lock.json", "lock_heartbeat.json"
 # Seconds between heartbeats, and without one after which a holder on another machine counts as dead.
@@ -165,7 +166,7 @@ def _machine() -> str:
     """Differs between machines, boots and containers: where it is equal, process ids can be compared."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
@@ -173,7 +174,7 @@ def _machine() -> str:
 def _birth(pid: int) -> str | None:
     """When a process of this machine started, in clock ticks since the boot; None if there is none."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     fields = stat.rpartition(")")[2].split()
@@ -185,14 +186,12 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    partial.write_text(json.dumps(content))
-    partial.rename(path)
+    storage.write_text(path, json.dumps(content))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(storage.read_text(path))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

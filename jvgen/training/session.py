@@ -5,7 +5,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import process_log
 from jvgen.parallel import processes
 from jvgen.parallel.mesh import describe, make_mesh
+from jvgen.storage import Path
 from jvgen.training import run_lock
 from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints

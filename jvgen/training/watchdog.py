@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
+
+from jvgen.storage import Path, appending
 
 # The automatic limit: this many times the median step, and never less than the minimum.
 STEPS, MINIMUM_SECONDS = 10, 600.0
@@ -111,7 +112,7 @@ class Watchdog:
             self._on_hang(told)
 
     def _streams(self) -> Iterator[contextlib.AbstractContextManager]:
-        if self._log is not None:
-            yield self._log.open("a")
         # In a notebook or a test sys.stderr may have no file descriptor, which faulthandler needs.
         yield contextlib.nullcontext(sys.__stderr__)
+        if self._log is not None:
+            yield appending(self._log)

@@ -1,6 +1,5 @@
 """Run directories that start from given parameters: their first checkpoint, at step 0."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device, single_device_mesh
+from jvgen.storage import Path, as_path, write_text
 from jvgen.training import state
 from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
@@ -63,9 +63,8 @@ def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Pa
       CheckpointError: the checkpoint could not be written.
     """
     check_new_run(workdir)
-    unfinished = Path(workdir) / UNFINISHED
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
+    unfinished = as_path(workdir) / UNFINISHED
+    write_text(unfinished, "")
     checkpoints = Checkpoints(workdir, experiment.checkpoint.replace(on_failed_save="stop"))
     try:
         host = host_device()

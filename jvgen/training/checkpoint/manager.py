@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ from orbax.checkpoint import checkpoint_managers
 from jvgen import exit_codes
 from jvgen.config import ConfigError
 from jvgen.parallel import processes
+from jvgen.storage import Path, absolute, is_empty, move_tree, remove_tree
 from jvgen.training.checkpoint import digest
 from jvgen.training.checkpoint.digest import CorruptCheckpoint
 from jvgen.training.config import CheckpointConfig
@@ -86,6 +85,9 @@ class _Keep(checkpoint_managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one run directory, in `checkpoints/STEP`; corrupt ones are moved to `corrupt/STEP`.
 
+    On a disk a checkpoint is renamed when it is complete; in a bucket, which cannot rename, it then gets the file
+    `commit_success.txt`.
+
     Args:
       workdir: run directory.
       config: which checkpoints to keep, and what to do when one cannot be written.
@@ -105,7 +107,7 @@ class Checkpoints:
         read_only: bool = False,
         lock: RunLock | None = None,
     ):
-        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.folder = absolute(workdir) / "checkpoints"
         self._quarantine = self.folder.parent / "corrupt"
         self._config, self._log, self._on_saved, self._read_only = config, log, on_saved, read_only
         # Value of `config.best_metric` by step.
@@ -253,7 +255,7 @@ class Checkpoints:
         self._failed += 1
         if processes.index() == 0:
             for left in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
+                remove_tree(left)
         self._manager.reload()
         text = str(error)
         reason = (
@@ -362,8 +364,10 @@ class Checkpoints:
         return self._read_only and not (self.folder / str(step)).exists()
 
     def _incomplete(self) -> list[int]:
-        """Steps of checkpoint folders that Orbax does not list: it renames a folder when it is complete."""
+        """Steps of checkpoint folders that Orbax does not list as complete."""
         listed = set(self.steps())
+        if is_empty(self.folder):
+            return []
         found = [int(path.name) for path in self.folder.iterdir() if path.is_dir() and path.name.isdigit()]
         return sorted(step for step in found if step not in listed)
 
@@ -443,10 +447,9 @@ class Checkpoints:
             self._log(f"WARNING: checkpoint {path} is corrupt: {problem}. Trying the one before.")
             return
         target = self._quarantine / str(step)
-        self._quarantine.mkdir(exist_ok=True)
         while target.exists():
             target = target.with_name(f"{target.name}_again")
-        path.rename(target)
+        move_tree(path, target)
         self._manager.reload()
         self._log(f"WARNING: checkpoint {path} is corrupt: {problem}. Moved to {target}; trying the one before.")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jvgen import nested
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import single_device_mesh
 from jvgen.parallel.rules import Sharding
+from jvgen.storage import Path, as_path
 from jvgen.tasks.task import Task
 from jvgen.training.checkpoint import identity, initial
 from jvgen.training.checkpoint.init_from import init_from
@@ -85,7 +85,7 @@ def load_for_inference(
       CheckpointError: no such run, or no valid checkpoint.
       ConfigError: an EMA that the run does not keep.
     """
-    checkpoints = Checkpoints(Path(run), CheckpointConfig(), read_only=True)
+    checkpoints = Checkpoints(as_path(run), CheckpointConfig(), read_only=True)
     try:
         experiment = identity.experiment_of(checkpoints.run_document())
         task = experiment.task.build()
