@@ -5,9 +5,8 @@ import math
 
 from jvgen.config import ConfigError
 from jvgen.parallel.chips import CHIPS, Chip, chip_named
+from jvgen.parallel.pods import CHIPS_PER_HOST, SLICES, SMALL_TORUS, check_shape
 
-# Every TPU machine type that is used here holds this many chips.
-CHIPS_PER_VM = 4
 CPU = Chip("cpu", "cpu", 0.0, 0.0)
 
 
@@ -21,8 +20,6 @@ class TpuMachine:
       accelerator_type: of Cloud TPU VMs, with `{}` for the number in it; none where there are only GKE nodes.
       counts_cores: whether that number counts TensorCores, two per chip, instead of chips.
       runtime_version: of Cloud TPU VMs.
-      shapes: topologies of a plane; empty for a 3-D torus.
-      max_cubes: the most cubes of 4x4x4 in one slice of a 3-D torus.
     """
 
     accelerator: str
@@ -30,21 +27,14 @@ class TpuMachine:
     accelerator_type: str | None
     counts_cores: bool
     runtime_version: str | None
-    shapes: tuple[str, ...] = ()
-    max_cubes: int = 0
 
 
-_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# Smaller than one cube of 4x4x4.
-_SMALL_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 TPUS = {
-    "v4": TpuMachine("tpu-v4-podslice", "ct4p-hightpu-4t", "v4-{}", True, "tpu-ubuntu2204-base", max_cubes=64),
-    "v5e": TpuMachine(
-        "tpu-v5-lite-podslice", "ct5lp-hightpu-4t", "v5litepod-{}", False, "v2-alpha-tpuv5-lite", shapes=_PLANE
-    ),
-    "v5p": TpuMachine("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p-{}", True, "v2-alpha-tpuv5", max_cubes=140),
-    "v6e": TpuMachine("tpu-v6e-slice", "ct6e-standard-4t", "v6e-{}", False, "v2-alpha-tpuv6e", shapes=_PLANE),
-    "tpu7x": TpuMachine("tpu7x", "tpu7x-standard-4t", None, True, None, max_cubes=144),
+    "v4": TpuMachine("tpu-v4-podslice", "ct4p-hightpu-4t", "v4-{}", True, "tpu-ubuntu2204-base"),
+    "v5e": TpuMachine("tpu-v5-lite-podslice", "ct5lp-hightpu-4t", "v5litepod-{}", False, "v2-alpha-tpuv5-lite"),
+    "v5p": TpuMachine("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p-{}", True, "v2-alpha-tpuv5"),
+    "v6e": TpuMachine("tpu-v6e-slice", "ct6e-standard-4t", "v6e-{}", False, "v2-alpha-tpuv6e"),
+    "tpu7x": TpuMachine("tpu7x", "tpu7x-standard-4t", None, True, None),
 }
 
 
@@ -121,7 +111,7 @@ class Topology:
     @property
     def machines_per_slice(self) -> int:
         """VMs of one TPU slice, or nodes."""
-        return math.prod(self.shape) // CHIPS_PER_VM if self.is_tpu else self.shape[0]
+        return math.prod(self.shape) // CHIPS_PER_HOST if self.is_tpu else self.shape[0]
 
     @property
     def machines(self) -> int:
@@ -154,7 +144,7 @@ def topology(text: str, slices: int = 1) -> Topology:
         raise ConfigError(f"--slices {slices}: at least 1.")
     found = Topology(chip, shape, slices)
     if found.is_tpu:
-        _check_slice(found)
+        check_shape(chip, shape, f"--topology {found.name!r}")
         return found
     if slices != 1:
         raise ConfigError(f"--slices {slices}: only TPUs come in slices; write more nodes in --topology {text}.")
@@ -169,25 +159,6 @@ def _names() -> list[str]:
     return [chip.name for chip in CHIPS if chip.name in TPUS or chip.name in GPUS]
 
 
-def _check_slice(found: Topology) -> None:
-    machine = TPUS[found.chip.name]
-    if machine.shapes:
-        if found.text not in machine.shapes:
-            raise ConfigError(
-                f"--topology {found.name!r}: {found.chip.name} comes as {', '.join(machine.shapes)}; several of these "
-                "are joined by --slices."
-            )
-        return
-    cubes = math.prod(found.shape) // 64
-    whole = len(found.shape) == 3 and all(size % 4 == 0 for size in found.shape)
-    ascending = list(found.shape) == sorted(found.shape)
-    if not (found.text in _SMALL_TORUS or (whole and ascending and cubes <= machine.max_cubes)):
-        raise ConfigError(
-            f"--topology {found.name!r}: {found.chip.name} comes as {', '.join(_SMALL_TORUS)}, or three ascending "
-            f"multiples of 4 (4x4x4, 4x4x8, ...) of at most {machine.max_cubes} cubes of 4x4x4."
-        )
-
-
 def accelerator_type(found: Topology) -> str:
     """What Cloud TPU VMs call one slice: "v5p-256" for v5p:4x4x8.
 
@@ -198,7 +169,7 @@ def accelerator_type(found: Topology) -> str:
     if machine.accelerator_type is None:
         raise ConfigError(f"--topology {found.name!r}: {found.chip.name} is offered on GKE only; use gke-tpu.")
     chips = math.prod(found.shape)
-    usual = _most_compact(chips) if not machine.shapes else found.shape
+    usual = _most_compact(chips) if not SLICES[found.chip.name].is_plane else found.shape
     if found.shape != usual:
         raise ConfigError(
             f"--topology {found.name!r}: tpu-vm orders a number of chips and gets "
@@ -209,7 +180,7 @@ def accelerator_type(found: Topology) -> str:
 
 def _most_compact(chips: int) -> tuple[int, ...]:
     """The torus of this many chips with the shortest longest side."""
-    small = [tuple(map(int, text.split("x"))) for text in _SMALL_TORUS]
+    small = [tuple(map(int, text.split("x"))) for text in SMALL_TORUS]
     shapes = [shape for shape in small if math.prod(shape) == chips]
     sides = range(4, chips // 16 + 1, 4)
     shapes += [

@@ -22,6 +22,11 @@ class SliceShapes:
     shapes: tuple[str, ...]
     max_cubes: int = 0
 
+    @property
+    def is_plane(self) -> bool:
+        """Whether slices have two dimensions and not three."""
+        return not self.max_cubes
+
     def __contains__(self, shape: tuple[int, ...]) -> bool:
         if "x".join(map(str, shape)) in self.shapes:
             return True
@@ -30,19 +35,19 @@ class SliceShapes:
 
     def __str__(self) -> str:
         listed = ", ".join(self.shapes)
-        if not self.max_cubes:
+        if self.is_plane:
             return listed
         return f"{listed}, or three ascending multiples of 4 (4x4x4, 4x4x8, ...) of at most {self.max_cubes * 64} chips"
 
 
-_PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_SMALL_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SMALL_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 SLICES = {
-    "v4": SliceShapes(_SMALL_TORUS, max_cubes=64),
+    "v4": SliceShapes(SMALL_TORUS, max_cubes=64),
     "v5e": SliceShapes(_PLANE),
-    "v5p": SliceShapes(_SMALL_TORUS, max_cubes=140),
+    "v5p": SliceShapes(SMALL_TORUS, max_cubes=140),
     "v6e": SliceShapes(_PLANE),
-    "tpu7x": SliceShapes(_SMALL_TORUS, max_cubes=144),
+    "tpu7x": SliceShapes(SMALL_TORUS, max_cubes=144),
 }
 EXAMPLES = "v5e:16x16, v5p:4x4x8, v6e:16x16 or tpu7x:4x4x4"
 
@@ -84,7 +89,7 @@ class Pod:
     @property
     def hosts(self) -> int:
         """Hosts of all slices, with one process each."""
-        return max(1, math.prod(self.shape) // CHIPS_PER_HOST) * self.slices
+        return math.prod(self.shape) // CHIPS_PER_HOST * self.slices
 
 
 def pod_named(topology: str, slices: int = 1) -> Pod:
@@ -103,10 +108,16 @@ def pod_named(topology: str, slices: int = 1) -> Pod:
             "devices cannot be described: check on a machine that has them, without a topology."
         )
     chip, shape = chip_named(generation), tuple(int(size) for size in sizes)
-    if shape not in SLICES[chip.name]:
-        turned = tuple(sorted(shape))
-        hint = f" Did you mean {'x'.join(map(str, turned))}?" if turned in SLICES[chip.name] else ""
-        raise ConfigError(f"topology {topology!r}: slices of {chip.name} come as {SLICES[chip.name]}.{hint}")
+    check_shape(chip, shape, f"topology {topology!r}")
     if slices < 1:
         raise ConfigError(f"slices = {slices}: a run needs at least one slice.")
     return Pod(chip, shape, slices)
+
+
+def check_shape(chip: Chip, shape: tuple[int, ...], written: str) -> None:
+    """Raise `ConfigError`, which begins with what was written, for a shape in which slices of a chip do not come."""
+    shapes = SLICES[chip.name]
+    if shape not in shapes:
+        turned = tuple(sorted(shape))
+        hint = f" Did you mean {'x'.join(map(str, turned))}?" if turned in shapes else ""
+        raise ConfigError(f"{written}: a slice of {chip.name} comes as {shapes}.{hint}")

@@ -266,9 +266,12 @@ def check_batch(experiment: Experiment, bucket: BucketConfig, sharding: Sharding
             f"{devices} (mesh {' x '.join(spec)}) x {experiment.training.accumulation} (training.accumulation) = "
             f"{needed}; the nearest are {max(1, whole) * needed} and {(whole + 1) * needed}."
         )
+    # An abstract mesh has no processes.
+    if experiment.data.on_failed_read != "quarantine" or not isinstance(sharding.mesh, Mesh):
+        return
     size = bucket.batch_size
     held = rows_by_process(sharding.activation((axes.BATCH,), (size,)), size).values()
-    if experiment.data.on_failed_read == "quarantine" and sum(map(len, held)) > size:
+    if sum(map(len, held)) > size:
         raise ConfigError(
             f"data.on_failed_read = 'quarantine': several processes read the same examples of {bucket.name} on this "
             "mesh (seq or tensor across processes) and could replace different ones; use 'stop'."

@@ -16,7 +16,7 @@ MISTAKES = {
     "unknown chip": (f"gke-tpu {POD} --topology v9:4x4", "chip 'v9' is not known"),
     "no such slice": (f"gke-tpu {POD} --topology v5p:4x4x6", "three ascending multiples of 4"),
     "descending slice": (f"gke-tpu {POD} --topology v5p:8x4x4", "three ascending multiples of 4"),
-    "too many cubes": (f"gke-tpu {POD} --topology v4:16x16x32", "at most 64 cubes"),
+    "too many cubes": (f"gke-tpu {POD} --topology v4:16x16x32", "at most 4096 chips"),
     "no such plane": (f"gke-tpu {POD} --topology v6e:4x16", "v6e comes as 2x2, 2x4"),
     "no slices": (f"gke-tpu {POD} --topology v5p:4x4x8 --slices 0", "--slices 0: at least 1"),
     "slices of GPUs": (f"gke-gpu {POD} --topology h100:4x8 --slices 2", "only TPUs come in slices"),

@@ -147,7 +147,7 @@ def test_the_command(jvgen, vae_words, tmp_path):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["--topology", "v5e:0x0"], "topology 'v5e:0x0': slices of v5e come as"),
+        (["--topology", "v5e:0x0"], "topology 'v5e:0x0': a slice of v5e comes as"),
         (["--topology", "v7:2x2"], "'v7' is not a TPU generation"),
         (["--slices", "2"], "--slices: needs --topology"),
         (["--bucket", "1x2x3x4"], "bucket '1x2x3x4': data.buckets has 1x1x16x16"),
