@@ -4,9 +4,12 @@ import jax
 from einops import rearrange
 
 from jvgen.interop.formats import format_of
+from jvgen.models.cogvideox_vae import flops as cogvideox_vae_flops
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
+from jvgen.models.cv_vae import flops as cv_vae_flops
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.tiling import decode_tiled, encode_tiled
+from jvgen.models.image_vae import flops as image_vae_flops
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.network import Parameters
 from jvgen.tasks.pixels import from_uint8
@@ -39,6 +42,13 @@ class ClipVAE:
     def moments(self, parameters: Parameters, clips: jax.Array) -> jax.Array:
         """Moments `B f h w 2z` of clips in [-1, 1]."""
         return self._run(parameters, clips.astype(activation_dtype(parameters)), "encode")
+
+    def encode_flops(self, frames: int, height: int, width: int) -> float:
+        """Forward FLOPs of encoding one clip, without the overlap of chunks and tiles."""
+        if isinstance(self.config, ImageVAEConfig):
+            return frames * sum(image_vae_flops.encode(self.config, height, width).values())
+        count = cv_vae_flops if isinstance(self.config, CVVAEConfig) else cogvideox_vae_flops
+        return sum(count.encode(self.config, frames, height, width).values())
 
     def decode(self, parameters: Parameters, latents: jax.Array) -> jax.Array:
         """Clips, in [-1, 1] up to the error of the network, of latents that are not normalized."""

@@ -355,10 +355,13 @@ class MultiView(TextToVideo):
         return {**shown, "sample": self.decode(frozen, generated)}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
-        views = view_batches.views_of(bucket)
-        shape = self.config.latent_shape(view_batches.clip_frames(bucket), bucket.height, bucket.width)
-        parts = forward_flops(self.config.denoiser, shape, views, self.config.text.length)
-        return {name: views * value for name, value in parts.items()}
+        views, size = view_batches.views_of(bucket), (view_batches.clip_frames(bucket), bucket.height, bucket.width)
+        parts = forward_flops(self.config.denoiser, self.config.latent_shape(*size), views, self.config.text.length)
+        parts = {name: views * value for name, value in parts.items()}
+        parts["text_encoder"] = self.text.flops()
+        if "video" in self.fields(bucket):
+            parts["vae"] = views * self.coder.encode_flops(*size)
+        return parts
 
 
 def view_slots(slots: jax.Array, views: int) -> jax.Array:

@@ -270,5 +270,9 @@ class Task(abc.ABC):
         return {}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
-        """Forward FLOPs of one example, by component; the backward pass counts twice as many."""
+        """Forward FLOPs of one example in a training step, by component; the backward pass counts twice as many.
+
+        Components of a frozen network ("vae", "vae/encoder") start with its name: they have no backward pass. Losses by
+        frozen networks (perceptual distances) are not counted.
+        """
         return {}

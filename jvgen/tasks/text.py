@@ -11,9 +11,11 @@ import numpy as np
 from jvgen.config import Config
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.from_torch import import_folder
+from jvgen.models.byte_text import flops as byte_text_flops
 from jvgen.models.byte_text import tokenizer as byte_tokenizer
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.byte_text.model import ByteTextEncoder
+from jvgen.models.t5 import flops as t5_flops
 from jvgen.models.t5 import tokenizer as t5_tokenizer
 from jvgen.models.t5.config import T5Config
 from jvgen.models.t5.model import T5Encoder
@@ -108,6 +110,11 @@ class TextEncoder:
         if self.config.unconditional == "zeros":
             return jnp.full((self.config.length,), -1, jnp.int32)
         return jnp.asarray(self.tokenize(""))
+
+    def flops(self) -> float:
+        """Forward FLOPs of encoding one caption."""
+        count = t5_flops if isinstance(self.config.encoder, T5Config) else byte_text_flops
+        return sum(count.forward_flops(self.config.encoder, self.config.length).values())
 
     def embed(self, parameters: Parameters, tokens: jax.Array) -> jax.Array:
         """Embeddings `B L C` of token ids `B L`; rows of -1 give zeros."""

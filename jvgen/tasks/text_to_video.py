@@ -276,7 +276,11 @@ class TextToVideo(Task):
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         shape = self.config.latent_shape(bucket.frames, bucket.height, bucket.width)
-        return forward_flops(self.config.denoiser, shape, self.config.text.length)
+        parts = forward_flops(self.config.denoiser, shape, self.config.text.length)
+        parts["text_encoder"] = self.text.flops()
+        if self.config.latents == "pixels":
+            parts["vae"] = self.coder.encode_flops(bucket.frames, bucket.height, bucket.width)
+        return parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -355,5 +355,6 @@ class WorldModelTask(Task):
         return {"data": ordered["video"], "rollout": jnp.concatenate([context, to_uint8(prediction.frames)], axis=1)}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
-        layout = self.config.tokenizer.layout(self.config.frames(bucket))
-        return flops.forward(self.config.transformer, layout)
+        tokenizer, frames = self.config.tokenizer, self.config.frames(bucket)
+        parts = flops.forward(self.config.transformer, tokenizer.layout(frames))
+        return {**parts, "tokenizer": sum(flops.tokenize(tokenizer, frames).values())}

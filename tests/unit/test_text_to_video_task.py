@@ -27,6 +27,7 @@ from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.step import accumulate
+from jvgen.training.telemetry import throughput
 from jvgen.training.telemetry.metrics import to_host
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
@@ -456,3 +457,20 @@ def test_data_is_not_checked_without_weights():
 )  # fmt: skip
 def test_renamed_fields_of_saved_configs(saved, expected):
     assert saved_config.decode(saved) == expected
+
+
+@pytest.mark.parametrize("latents", ["pixels", "data"])
+def test_flops_of_a_step_count_frozen_networks_once(latents):
+    """The autoencoder runs forward only, and not at all on cached latents; the byte encoder is trained."""
+    task = CONFIG.replace(latents=latents).build()
+    parts, step = task.flops(BUCKET), throughput.step_flops(task, BUCKET)
+    assert step["text_encoder"] == 3 * BUCKET.batch_size * parts["text_encoder"] > 0
+    assert ("vae" in step) == (latents == "pixels")
+    if latents == "pixels":
+        shape = jax.ShapeDtypeStruct((1, 3, 8, 8, 3), jnp.float32)
+        network = task.frozen_networks["vae"]
+        encode = jax.jit(lambda parameters, clips: task.coder.moments(parameters, clips))
+        counted = encode.lower(network.shapes, shape).cost_analysis()["flops"]
+        # XLA leaves out products with the padding, and counts norms.
+        assert step["vae"] == BUCKET.batch_size * parts["vae"]
+        assert parts["vae"] == pytest.approx(counted, rel=0.5)

@@ -12,7 +12,10 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel.chips import chip_of
 from jvgen.tasks.task import Task
 
-FORMULA = "MFU = FLOPs of the step / (seconds x devices x bfloat16 peak per device); recomputation is not counted"
+FORMULA = (
+    "MFU = FLOPs of the step / (seconds x devices x bfloat16 peak per device), counting forward and backward passes of "
+    "trained networks and forward passes of frozen ones in the step, without recomputation"
+)
 
 
 def peak_flops(device: jax.Device, configured: float | None) -> float | None:
