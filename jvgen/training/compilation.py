@@ -15,8 +15,9 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from jvgen import storage
 from jvgen.data.stream.config import BucketConfig
-from jvgen.storage import Path, as_path
+from jvgen.storage import Path
 from jvgen.tasks.task import Batch, Metrics
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
@@ -55,7 +56,7 @@ def persistent_cache(folder: Path | None, default: Path, log: Log) -> Iterator[P
         yield None
         return
     if folder is None and jax.config.jax_compilation_cache_dir is not None:
-        yield as_path(jax.config.jax_compilation_cache_dir)
+        yield storage.as_path(jax.config.jax_compilation_cache_dir)
         return
     folder = folder or default
     if jax.process_index() == 0:
@@ -85,14 +86,14 @@ def _remove_incomplete(folder: Path, log: Log) -> None:
     if not folder.is_dir():
         return
     marker = folder / _VERIFIED
-    known = set(marker.read_text().split()) if marker.exists() else set()
+    known = set(storage.read_text(marker).split()) if marker.exists() else set()
     entries = {path.name: path for path in folder.iterdir() if path.name.endswith("-cache")}
     for name in sorted(entries.keys() - known):
-        if not _is_complete(entries[name].read_bytes()):
+        if not _is_complete(storage.read_bytes(entries[name])):
             entries.pop(name).unlink(missing_ok=True)
             log(f"compilation cache: removed {folder / name}, which an interrupted run left incomplete")
     if entries.keys() != known:
-        marker.write_text("".join(f"{name}\n" for name in sorted(entries)))
+        storage.write_text(marker, "".join(f"{name}\n" for name in sorted(entries)))
 
 
 def _is_complete(entry: bytes) -> bool:

@@ -26,6 +26,7 @@ from jvgen.training.telemetry.hooks import Hook  # noqa: E402
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 from jvgen.training.telemetry.process_log import ProcessLog  # noqa: E402
 from jvgen.training.telemetry.startup import StartClock  # noqa: E402
+from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases  # noqa: E402
 
 
 class Reports(Hook):
@@ -166,3 +167,10 @@ def test_impossible_steps_to_trace_are_refused(steps):
     training = config.override(TrainingConfig(steps=5), [f"profile_steps={steps}"])
     with pytest.raises((ConfigError, ValueError), match="profile_steps"):
         config.validate_tree(training)
+
+
+def test_weights_and_biases_gets_the_reports():
+    hook, rows = WeightsAndBiases.__new__(WeightsAndBiases), []
+    hook._run = types.SimpleNamespace(log=rows.append)
+    hook.on_report("goodput", 7, {"fraction": 0.9})
+    assert rows == [{"step": 7, "goodput/fraction": 0.9}]
