@@ -261,12 +261,14 @@ def _open_files(loader: Loader) -> Row:
 def _checkpoints(program: Program, workdir: Path | None) -> Row:
     experiment = program.experiment
     size = size_of(program.abstract.saved())[1]
-    processes = len({device.process_index for device in program.sharding.mesh.devices.flat})
+    # Replicas along `data` hold the same arrays, of which one writes.
+    replica = program.sharding.mesh.devices[0].flat
+    processes = len({device.process_index for device in replica})
     kept = _kept(experiment.checkpoint, experiment.training.steps)
     text = (
         f"{amount(size)} each, {kept} kept and one more while it is written: {amount((kept + 1) * size)}; "
         f"about {size / processes / ASSUMED_WRITE:.3g} s per save, every {experiment.checkpoint.every} steps (assuming "
-        f"{ASSUMED_WRITE / 1e6:.0f} MB/s per process)"
+        f"{ASSUMED_WRITE / 1e6:.0f} MB/s for each of {processes} processes)"
     )
     if workdir is None or is_remote(workdir):
         return Row("checkpoints", True, text)

@@ -53,8 +53,8 @@ def build(folder: Path) -> Path:
 
 
 def experiment(data: Path, axes: dict[str, int]) -> Experiment:
-    """Six steps on two batch shapes of these clips, with evaluation and samples, on a mesh with these axes."""
-    base = toys.experiment(**{"training.steps": 6, "training.evaluate_every": 6, "training.visualize_every": 6})
+    """Six steps on two batch shapes of these clips, with evaluation, on a mesh with these axes."""
+    base = toys.experiment(**{"training.steps": 6, "training.evaluate_every": 6})
     buckets = tuple(BucketConfig(frames=frames, height=16, width=16, batch_size=8) for frames in (4, 2))
     return base.replace(
         task=ClipConfig(),
