@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jvgen import config
+from jvgen import config, exit_codes
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.loader import LoadedBatch
 from jvgen.nn.linear import Linear
@@ -249,25 +250,54 @@ def experiment(**changes: Any) -> Experiment:
     return config.override(base, [f"{path}={value}" for path, value in changes.items()])
 
 
+class FailingLoader(FakeLoader):
+    """Raises an exception instead of giving the training batch of one step."""
+
+    def __init__(self, *args: Any, error: Exception, step: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.error, self.step = error, step
+
+    def at(self, step: int) -> LoadedBatch:
+        if step == self.step and not self.stream:
+            raise self.error
+        return super().at(step)
+
+
+ERRORS = {
+    "bug": RuntimeError("a bug"),
+    "passing": OSError(5, "Input/output error"),
+    "full": OSError(28, "disk is full"),
+}
+
+
 def main() -> int:
-    """Train the toy: `toys.py WORKDIR [--delay SECONDS] [--set PATH=VALUE] [--process I --processes N --port P]`."""
-    from jvgen.training.loop import train
+    """Train the toy as `jvgen train` does: `toys.py WORKDIR [--delay SECONDS] [--set PATH=VALUE] [--process I ...]`."""
+    from jvgen.training.preemption import Preemption
 
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--fail", nargs=2, metavar=("ERROR", "STEP"))
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--port", type=int, default=0)
     parsed = parser.parse_args()
-    if parsed.processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        processes.initialize(f"127.0.0.1:{parsed.port}", parsed.processes, parsed.process)
-    run = config.override(experiment(), parsed.set)
-    return train(
-        run, parsed.workdir, make_loader=lambda *args, **kwargs: FakeLoader(*args, **kwargs, delay=parsed.delay)
-    )
+
+    def loader(*args: Any, **kwargs: Any) -> FakeLoader:
+        if parsed.fail is None:
+            return FakeLoader(*args, **kwargs, delay=parsed.delay)
+        error, step = ERRORS[parsed.fail[0]], int(parsed.fail[1])
+        return FailingLoader(*args, **kwargs, delay=parsed.delay, error=error, step=step)
+
+    with Preemption(leave=True) as preemption, processes.fail_fast(parsed.workdir):
+        if parsed.processes > 1:
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            processes.initialize(f"127.0.0.1:{parsed.port}", parsed.processes, parsed.process)
+        from jvgen.training.loop import train
+
+        run = config.override(experiment(), parsed.set)
+        return train(run, parsed.workdir, make_loader=loader, preemption=preemption)
 
 
 if __name__ == "__main__":
@@ -275,4 +305,8 @@ if __name__ == "__main__":
     sys.modules["toys"] = sys.modules["__main__"]
     for cls in (ToyConfig, GameConfig):
         cls.__module__ = "toys"
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Exception as error:
+        traceback.print_exception(error)
+        sys.exit(exit_codes.of_error(error))
