@@ -11,7 +11,7 @@ from pathlib import Path
 from jvgen import __version__, exit_codes
 from jvgen.cli import check as checking
 from jvgen.cli import compile as compiling
-from jvgen.cli import configs, data, demo, evaluate, launch, play, quiet, sample, train, vae, weights
+from jvgen.cli import configs, data, demo, evaluate, launch, play, sample, train, vae, weights
 from jvgen.cli.arguments import HelpFormatter
 from jvgen.versions import git_commit
 
@@ -29,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    quiet.quiet_libraries()
     try:
         return parsed.handler(parsed) or 0
     except Exception as error:

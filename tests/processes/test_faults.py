@@ -159,19 +159,29 @@ def test_a_killed_process(start, tmp_path, uninterrupted, killed):
     resumes(start, tmp_path / "run", 2, uninterrupted)
 
 
-@pytest.mark.parametrize("delay", [0.4, 1.5])
-def test_sigterm_while_the_command_imports(environment, tmp_path, delay):
+@pytest.mark.parametrize("later", [0.0, 1.0])
+def test_sigterm_while_the_command_imports(environment, tmp_path, later):
     config = Path(__file__).parents[2] / "configs" / "demo_image_vae.py"
     command = [sys.executable, "-m", "jvgen.cli.main", "train", config, "--workdir", tmp_path / "run"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(delay)
+        began = time.monotonic()
+        while not catches_sigterm(process.pid):
+            assert time.monotonic() - began < 20
+            time.sleep(0.005)
+        installed = time.monotonic() - began
+        time.sleep(later)
         now = time.monotonic()
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=30)[1]
         seconds = time.monotonic() - now
-    report(f"SIGTERM {delay} s after the command was started", [process.returncode], [round(seconds, 2)])
+    report(f"SIGTERM {installed + later:.2f} s after the start of the command", [process.returncode], [seconds])
     assert process.returncode == 42 and "SIGTERM before the first step: nothing to save" in output and seconds < 5
     assert not (tmp_path / "run").exists()
+
+
+def catches_sigterm(pid: int) -> bool:
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.parametrize("count", [1, 2])

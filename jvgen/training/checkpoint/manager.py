@@ -14,7 +14,7 @@ from jvgen import exit_codes
 from jvgen.config import ConfigError
 from jvgen.parallel import processes
 from jvgen.storage import Path, absolute, is_empty, move_tree, remove_tree
-from jvgen.training.checkpoint import digest
+from jvgen.training.checkpoint import digest, messages
 from jvgen.training.checkpoint.digest import CorruptCheckpoint
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.run_lock import LockLost, RunLock
@@ -119,6 +119,7 @@ class Checkpoints:
         self._problems: list[str] = []
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder.parent} is not a run directory: it has no checkpoints folder.")
+        messages.drop_repeated()
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=(ARRAYS, DATA, RUN, DIGESTS),
