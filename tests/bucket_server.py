@@ -4,7 +4,6 @@ It is gcp-storage-emulator with what TensorStore needs added: generations of obj
 for one generation only.
 """
 
-import os
 import sys
 import threading
 from http import HTTPStatus
@@ -22,7 +21,7 @@ _download, _upload = objects.download, objects._media_upload
 def environment(port: int) -> dict[str, str]:
     """Variables with which gcsfs, google-cloud-storage and TensorStore talk to the server, without credentials."""
     url = f"http://127.0.0.1:{port}"
-    return os.environ | {
+    return {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         # No look-up of the metadata server of a cloud, and none of the bucket's kind, which needs gRPC.
