@@ -1,9 +1,8 @@
 """`jvgen check`: everything that can be known about a run before it costs money, on one page."""
 
 import argparse
-from pathlib import Path
 
-from jvgen.cli.arguments import add_command, add_config_arguments, add_pod_arguments, experiment_of
+from jvgen.cli.arguments import add_command, add_config_arguments, add_pod_arguments, experiment_of, path
 
 
 def add_commands(commands) -> None:
@@ -19,7 +18,7 @@ def add_commands(commands) -> None:
     add_config_arguments(parser)
     add_pod_arguments(parser)
     parser.add_argument(
-        "--workdir", metavar="DIR", type=Path, help="run directory: whether it can be written, and its free space"
+        "--workdir", metavar="DIR", type=path, help="run directory: whether it can be written, and its free space"
     )
     parser.add_argument(
         "--compile", action="store_true",

@@ -22,7 +22,7 @@ from jvgen.storage.files import (
     write_text,
 )
 from jvgen.storage.mirror import Mirror
-from jvgen.storage.paths import Path, absolute, as_path, is_remote, resolved
+from jvgen.storage.paths import Path, absolute, as_path, is_remote, recordings, resolved
 from jvgen.storage.retries import Retries, count_of_retries
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "move_tree",
     "read_bytes",
     "read_text",
+    "recordings",
     "remove_tree",
     "resolved",
     "size",

@@ -63,6 +63,17 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     return path if is_remote(path) else path.resolve()
 
 
+def recordings(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A path of recordings from which a data set is built.
+
+    Raises:
+      ConfigError: it is in a bucket.
+    """
+    if is_remote(path):
+        raise ConfigError(f"{path}: recordings are read from local folders; mount the bucket, or copy them first.")
+    return pathlib.Path(path).expanduser()
+
+
 def _prepare(scheme: str, text: str) -> None:
     module, extra = SCHEMES[scheme]
     if importlib.util.find_spec(module) is None:

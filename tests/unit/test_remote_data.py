@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jvgen import storage
+from jvgen.config import ConfigError
+from jvgen.data.builders.folders import build_videos
 from jvgen.data.store.records import Record
 from jvgen.data.store.show import show
 from jvgen.data.store.sources import open_source
@@ -104,3 +106,8 @@ def test_a_cache_that_is_too_small_is_found_before_the_run(remote):
 def test_a_missing_data_set_names_the_path(remote):
     with pytest.raises(ValueError, match=f"data set folder '{remote[:-1]}' does not exist. Did you mean {remote}"):
         open_source(remote[:-1], "train")
+
+
+def test_recordings_are_read_from_local_folders():
+    with pytest.raises(ConfigError, match="gs://bucket/videos: recordings are read from local folders"):
+        build_videos("gs://bucket/videos", "gs://bucket/data")

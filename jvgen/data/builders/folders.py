@@ -19,6 +19,7 @@ from jvgen.data.builders.build_loop import (
 from jvgen.data.builders.captions import read_captions
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import DecodeError, probe, transcode
+from jvgen.storage import recordings
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".gif", ".ts")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -113,13 +114,13 @@ def build_images(
 def _media(
     folder: str | Path, suffixes: Sequence[str], captions: str | Path | None, captions_optional: bool
 ) -> list[Media]:
-    folder = Path(folder).expanduser()
+    folder = recordings(folder)
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not files:
         raise ValueError(f"{folder} contains no files ending in {', '.join(suffixes)}.")
-    table = Path(captions).expanduser() if captions is not None else None
+    table = recordings(captions) if captions is not None else None
     found = read_captions(folder, files, table, optional=captions_optional)
     return [Media(path, path.relative_to(folder).as_posix(), found.get(path, ())) for path in files]
 

@@ -24,6 +24,7 @@ from jvgen.data.builders.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import DecodeError, decode_window, encode_video, probe, transcode
 from jvgen.geometry.camera_file import CameraTrack, read_cameras
+from jvgen.storage import recordings
 
 ACCEPTED = (
     "for a camera file ID.txt of the video at ...watch?v=KEY: ID.mp4 with one frame per camera; KEY.mp4, the whole "
@@ -71,14 +72,14 @@ def build_realestate10k(
       BuildError: more unusable clips than the budget allows, or no usable one.
       ValueError: no folder, no camera files.
     """
-    folder, media_folder = Path(cameras).expanduser(), Path(media).expanduser()
+    folder, media_folder = recordings(cameras), recordings(media)
     for name, path in (("cameras", folder), ("media", media_folder)):
         if not path.is_dir():
             raise ValueError(f"{name} = {str(path)!r} is not a folder.")
     files = sorted(path for path in folder.rglob("*.txt") if path.is_file())
     if not files:
         raise ValueError(f"{folder} contains no camera files (ID.txt).")
-    found = {} if captions is None else read_captions(folder, files, Path(captions).expanduser())
+    found = {} if captions is None else read_captions(folder, files, recordings(captions))
     media_files = sorted(path for path in media_folder.rglob("*") if _is_media(path))
     by_name = {path.stem if path.is_file() else path.name: path for path in media_files}
     clips = [_Clip(path, _media_of(path, by_name), found.get(path, ())) for path in files]

@@ -32,6 +32,7 @@ from jvgen.data.builders.build_loop import (
 from jvgen.data.builders.episode_files import EncodedFrames, Episode, find_episodes, frame_arrays, read_numpy
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import DecodeError, encode_video
+from jvgen.storage import recordings
 
 STACKED = "observation"
 FRAME_KEYS = ("image", "video", "frames", "rgb", "cam0", "camera_image", "agentview_shift_2_image")
@@ -109,7 +110,7 @@ def build_robot_episodes(
     """
     options = options or EpisodeOptions()
     options.validate()
-    folder = Path(folder).expanduser()
+    folder = recordings(folder)
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
     episodes = find_episodes(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jvgen.data.builders.build_loop import FilterConfig, Progress, Summary
 from jvgen.data.builders.folders import VIDEO_SUFFIXES, Media, build_media, video_record
+from jvgen.storage import recordings
 
 COLUMNS = ("videoid", "name")
 
@@ -37,10 +38,10 @@ def build_webvid(
       BuildError: more corrupt files than the budget allows.
       ValueError: no table, missing columns, no folder, or no video of the table in the folder.
     """
-    folder = Path(videos).expanduser()
+    folder = recordings(videos)
     if not folder.is_dir():
         raise ValueError(f"videos = {str(folder)!r} is not a folder.")
-    rows = read_table(Path(table).expanduser())
+    rows = read_table(recordings(table))
     by_id = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES}
     media = [Media(by_id[key], key, (caption,)) for key, caption in rows.items() if key in by_id]
     if not media:
