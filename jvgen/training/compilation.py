@@ -311,7 +311,7 @@ def _start_threads(jobs: Sequence[_Job], count: int = MAX_THREADS) -> int:
         while True:
             with next_job:
                 job = next(left, None)
-            if job is None:
+            if job is None or not threading.main_thread().is_alive():
                 return
             start = time.perf_counter()
             try:
@@ -326,7 +326,8 @@ def _start_threads(jobs: Sequence[_Job], count: int = MAX_THREADS) -> int:
             job.seconds = time.perf_counter() - start
             job.done.set()
 
-    # Daemons: a compilation cannot be interrupted, and must not keep a process alive that was asked to stop.
+    # Not daemons: a process that ends while one of its threads is in XLA aborts with 134, whatever its exit code. They
+    # take no new job once the main thread has ended. A process that is asked to stop does not wait for them.
     for number in range(count):
-        threading.Thread(target=work, name=f"compile-{number}", daemon=True).start()
+        threading.Thread(target=work, name=f"compile-{number}").start()
     return count
