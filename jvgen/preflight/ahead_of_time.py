@@ -13,6 +13,7 @@ from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.preflight import collectives, topology
+from jvgen.preflight.collectives import Collective
 from jvgen.preflight.estimate import lower_bound, reading
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
 from jvgen.training.experiment import Experiment
@@ -75,7 +76,7 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
         problem = re.sub(r"\s+", " ", str(error))[:600]
     else:
         memory = Memory.of(compiled)
-        found = tuple(collectives.merged(collectives.read(compiled.as_text())))
+        found = _collectives(compiled)
     return BucketReport(
         bucket=bucket,
         memory=memory,
@@ -86,6 +87,15 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
         seconds=time.perf_counter() - start,
         problem=problem,
     )
+
+
+def _collectives(compiled: jax.stages.Compiled) -> tuple[Collective, ...] | None:
+    """The collectives of a compiled program; None where XLA cannot write it as text (SparseCore operations, tpu7x)."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return tuple(collectives.merged(collectives.read(text)))
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class BucketReport:
       lower_bound: of memory, by arithmetic, without activations.
       reading: what a process reads for a step.
       flops: per step over all devices, by component; the backward pass counts, recomputation does not.
-      collectives: of one step, the most bytes per step first.
+      collectives: of one step, the most bytes per step first; None if the compiled program cannot be read.
       seconds: time to trace and compile.
     """
 
@@ -73,7 +73,7 @@ class BucketReport:
     lower_bound: Estimate
     reading: Reading
     flops: dict[str, float]
-    collectives: tuple[Collective, ...]
+    collectives: tuple[Collective, ...] | None
     seconds: float
     problem: str = ""
 
@@ -137,7 +137,10 @@ class CompileReport:
                 "recomputation by remat is not counted"
             )
         console.print(str(report.reading))
-        console.print(_collectives_table(report.collectives))
+        if report.collectives is None:
+            console.print("collectives: not known, this compiler cannot write the compiled program as text")
+        else:
+            console.print(_collectives_table(report.collectives))
 
 
 def _memory_table(memory: Memory, lower_bound: Estimate, hbm: float) -> Table:

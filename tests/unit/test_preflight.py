@@ -20,7 +20,7 @@ from jvgen.parallel.chips import chip_of
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.preflight import check as preflight
-from jvgen.preflight import collectives, topology
+from jvgen.preflight import ahead_of_time, collectives, topology
 from jvgen.preflight.ahead_of_time import compile_ahead
 from jvgen.preflight.check import check
 from jvgen.preflight.estimate import (
@@ -337,6 +337,16 @@ def test_the_table_of_pods_is_what_libtpu_describes(name, slices):
 def test_two_slices_cross_the_data_axis():
     _, mesh = topology.describe_for(MeshConfig(data=2, fsdp=4), "v5e:2x2", 2)
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+
+
+def test_a_compiled_program_that_cannot_be_written_as_text_has_unknown_collectives():
+    """Of programs with SparseCore operations, as for tpu7x, this XLA cannot write the text."""
+
+    class Compiled:
+        def as_text(self) -> str:
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    assert ahead_of_time._collectives(Compiled()) is None
 
 
 @needs_compiler
