@@ -340,8 +340,8 @@ CASES = {
         lambda w: ["import", w.weights, "--config", *w.vae, "--to", w.run], ("already holds checkpoints of steps 0",)
     ),
     # Pods.
-    "unknown chip": Case(lambda w: [*COMPILE, "v9x:2x2"], ("v9x:2x2", "CHIP:SHAPE", "v5p:4x4x8")),
-    "unknown shape": Case(lambda w: [*COMPILE, "v5p:banana"], ("v5p:banana", "CHIP:SHAPE")),
+    "unknown chip": Case(lambda w: [*COMPILE, "v9x:2x2"], ("v9x:2x2", "not a TPU generation", "v5p")),
+    "unknown shape": Case(lambda w: [*COMPILE, "v5p:banana"], ("v5p:banana", "banana")),
     "report over a folder": Case(lambda w: [*COMPILE, "v5p:4x4x8", "--json", w.root], ("--json", "is a folder")),
     "report below a file": Case(
         lambda w: [*COMPILE, "v5p:4x4x8", "--json", ROOT / "Makefile/report"], ("--json", "Makefile")

@@ -19,8 +19,8 @@ from jvgen.nn.stacked import Remat
 from jvgen.parallel.chips import chip_of
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import ShardingConfig
-from jvgen.preflight import check as preflight
 from jvgen.preflight import ahead_of_time, collectives, topology
+from jvgen.preflight import check as preflight
 from jvgen.preflight.ahead_of_time import compile_ahead
 from jvgen.preflight.check import check
 from jvgen.preflight.estimate import (
