@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import toys  # noqa: E402
 from jvgen import exit_codes  # noqa: E402
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.training import run_lock  # noqa: E402
+from jvgen.training.checkpoint import messages  # noqa: E402
 from jvgen.training.checkpoint.manager import Checkpoints, NonFiniteState, SaveFailed  # noqa: E402
 from jvgen.training.config import CheckpointConfig  # noqa: E402
 from jvgen.training.evaluation import Evaluator  # noqa: E402
@@ -213,3 +215,16 @@ def test_nested_sections_of_the_watchdog_have_their_own_limits(tmp_path):
         time.sleep(0.6)
     watchdog.close()
     assert hung == ["outer has taken more than 0.3 s"]
+
+
+def test_only_late_reads_of_a_corrupt_checkpoint_are_dropped(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    messages.drop_late_reads()
+    messages.drop_late_reads()
+    late, other = (
+        types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "anything else")
+    )
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert shown == [other]

@@ -430,6 +430,7 @@ class Checkpoints:
             )
             arrays = dict(read[ARRAYS])
         except Exception as error:
+            messages.drop_late_reads()
             _raise_unless_corrupt(error)
             raise CorruptCheckpoint(f"its arrays cannot be read ({_first_line(error)})") from error
         digest.check_arrays(manifest, arrays)

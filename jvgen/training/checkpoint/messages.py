@@ -1,6 +1,10 @@
 """Messages of Orbax that repeat what jvgen says or does on purpose: dropped; the rest of its logger is shown."""
 
+import functools
 import logging
+import sys
+from collections.abc import Callable
+from typing import Any
 
 # A failed save is raised as well, and jvgen reports it in one line; Orbax logs it four times with hundreds of lines.
 REPEATED = (
@@ -29,3 +33,14 @@ def drop_repeated() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Repeated) for known in logger.filters):
             logger.addFilter(_Repeated())
+
+
+def drop_late_reads() -> None:
+    """Drop the tracebacks of reads that end after Orbax has given up a corrupt checkpoint: dozens, all alike."""
+    if not isinstance(sys.unraisablehook, functools.partial) or sys.unraisablehook.func is not _unless_late_read:
+        sys.unraisablehook = functools.partial(_unless_late_read, sys.unraisablehook)
+
+
+def _unless_late_read(show: Callable[[Any], None], unraisable: Any) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        show(unraisable)
