@@ -43,7 +43,7 @@ class Kills:
         self.seconds: dict[int, float] = {}
 
     def prepare(self, processes: tuple[int, ...]) -> None:
-        """Build the data, and train each undisturbed run: twice, the second time with compiled programs, for its time."""
+        """Build the data, and train the undisturbed runs: twice, so that their time is that of compiled programs."""
         if not self.data.exists():
             tiny_run.build_data(self.data, tiny_run.environment(self.compiled))
         for count in processes:
