@@ -236,6 +236,49 @@ def test_reading_for_inference_changes_nothing_on_disk(copy):
     assert sorted(copy.rglob("*")) == before
 
 
+@pytest.mark.parametrize("part", ["_arrays", "_documents"])
+@pytest.mark.parametrize("left", ["nothing", "a part"])
+def test_a_reader_beside_a_run_takes_the_newer_one_when_its_own_is_deleted(tmp_path, monkeypatch, part, left):
+    """The run keeps one checkpoint: it writes step 2 and deletes step 1 while another process reads that."""
+    save(tmp_path, 1)
+    told = []
+    reader = Checkpoints(tmp_path, CheckpointConfig(), log=told.append, read_only=True)
+    real = getattr(reader, part)
+
+    def overtaken(step: int, *arguments):
+        if step == 1:
+            save(tmp_path, 2)
+            for path in sorted((tmp_path / "checkpoints" / "1").iterdir()):
+                if left == "nothing" or path.is_dir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if left == "nothing":
+                (tmp_path / "checkpoints" / "1").rmdir()
+        return real(step, *arguments)
+
+    monkeypatch.setattr(reader, part, overtaken)
+    if part == "_documents":
+        assert reader.contents()[0] == 2
+    else:
+        assert_is(reader.restore(wanted_on(mesh_of(1))), 2)
+    reader.close()
+    assert not told or left == "a part"
+
+
+def test_a_step_that_is_deleted_while_it_is_read_is_named(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+    reader = Checkpoints(tmp_path, CheckpointConfig(), read_only=True)
+    real = reader._arrays
+
+    def overtaken(step: int, *arguments):
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
+        return real(step, *arguments)
+
+    monkeypatch.setattr(reader, "_arrays", overtaken)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 1; its steps are \[2\]"):
+        reader.restore(wanted_on(mesh_of(1)), step=1)
+    reader.close()
+
+
 def test_arrays_that_do_not_fit_are_all_listed(copy):
     wanted = wanted_on(mesh_of(1))
     wanted["parameters/other"] = wanted.pop("parameters/net/kernel")

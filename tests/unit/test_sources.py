@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,11 +103,25 @@ def test_a_bounded_number_of_shards_is_open(tmp_path: Path, monkeypatch: pytest.
     assert len(opened) == 3 == descriptors()
     # The one that was used last is still open; the one that was used first is not.
     check(source, [1, 2, 3])
-    used = opened.reader(source._open()[0]._shards[3].path)
+    records = source._open()[0]
+    key = records._shards[3].path, records._versions[3]
+    used = opened.reader(*key)
     check(source, [4, 5])
-    assert opened.reader(source._open()[0]._shards[3].path) is used
+    assert opened.reader(*key) is used
     check(source, [6, 7, 8])
-    assert opened.reader(source._open()[0]._shards[3].path) is not used
+    assert opened.reader(*key) is not used
+
+
+def test_a_data_set_that_is_built_again_at_its_path_is_read_anew(tmp_path: Path) -> None:
+    """A notebook builds, reads, removes and builds again; the file that is still open has the first records."""
+    folder = write(tmp_path / "set", train=2)
+    check(open_source(folder, "train"), [0, 1])
+    shutil.rmtree(folder)
+    with Writer(folder, description="test", metadata={}) as writer:
+        for number in (1, 0):
+            writer.add("train", record(number))
+    source = open_source(folder, "train")
+    assert [source.read(row).id for row in (0, 1)] == ["r1", "r0"]
 
 
 def test_data_sets_are_opened_one_at_a_time(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

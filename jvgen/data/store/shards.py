@@ -2,10 +2,11 @@
 
 import bisect
 import itertools
+import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from jvgen.storage import FileCache, as_path, default_cache, is_remote
@@ -44,23 +45,30 @@ class OpenShards:
     def __init__(self, limit: int = MAX_OPEN_SHARDS):
         self.limit = limit
         self._lock = threading.Lock()
-        self._readers: OrderedDict[str, Any] = OrderedDict()
+        self._readers: OrderedDict[tuple[str, Hashable], Any] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._readers)
 
-    def reader(self, path: str, cache: FileCache | None = None) -> Any:
-        """The reader of a file, opened if it is not open; a remote file is read from its copy in the cache."""
+    def reader(self, path: str, version: Hashable = None, cache: FileCache | None = None) -> Any:
+        """The reader of a file, opened if it is not open; a remote file is read from its copy in the cache.
+
+        Args:
+          path: of the file.
+          version: tells it from another file that was at the path before.
+          cache: of remote files; `jvgen.storage.default_cache` if None.
+        """
+        key = (path, version)
         with self._lock:
-            if path in self._readers:
-                self._readers.move_to_end(path)
-                return self._readers[path]
+            if key in self._readers:
+                self._readers.move_to_end(key)
+                return self._readers[key]
         reader = _open(path, cache)
         dropped = []
         with self._lock:
             # Another thread may have opened it meanwhile.
-            reader = self._readers.setdefault(path, reader)
-            self._readers.move_to_end(path)
+            reader = self._readers.setdefault(key, reader)
+            self._readers.move_to_end(key)
             while len(self._readers) > self.limit:
                 dropped.append(self._readers.popitem(last=False))
         return reader
@@ -75,6 +83,7 @@ class ShardedRecords(Sequence[bytes]):
 
     def __init__(self, shards: Sequence[Shard], cache: FileCache | None = None):
         self._shards, self._cache = list(shards), cache
+        self._versions: dict[int, Hashable] = {}
         self._ends = list(itertools.accumulate(shard.stop - shard.start for shard in shards))
 
     def __len__(self) -> int:
@@ -86,7 +95,19 @@ class ShardedRecords(Sequence[bytes]):
         number = bisect.bisect_right(self._ends, row)
         shard = self._shards[number]
         position = shard.stop - (self._ends[number] - row)
-        return _OPEN_SHARDS.reader(shard.path, self._cache).read([position])[0]
+        if number not in self._versions:
+            self._versions[number] = _version(shard.path, self._cache)
+        return _OPEN_SHARDS.reader(shard.path, self._versions[number], self._cache).read([position])[0]
+
+
+def _version(path: str, cache: FileCache | None) -> Hashable:
+    """Differs between a file and one that was written to the same path later, as by building a data set again."""
+    if is_remote(path):
+        file = as_path(path)
+        stat = (cache or default_cache()).retries.call(file.stat, file, "read")
+        return stat.length, stat.mtime
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _open(path: str, cache: FileCache | None) -> Any:

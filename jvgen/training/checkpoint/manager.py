@@ -309,8 +309,7 @@ class Checkpoints:
           ConfigError: the checkpoint does not hold the wanted arrays.
         """
         present, incomplete = self._present()
-        if step is not None and step not in present:
-            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; its steps are {present or 'none'}.")
+        self._require(step, present)
         tried = set(incomplete)
         while candidates := [s for s in present if s not in tried and step in (None, s)]:
             candidate = candidates[-1]
@@ -338,11 +337,13 @@ class Checkpoints:
                 if problem is None:
                     return Restored(candidate, restored, data, run)
             if self._was_deleted(candidate):
-                # By the run that this reader looks at: there are newer checkpoints.
                 tried.discard(candidate)
+            else:
+                self._discard(candidate, problem)
+            if self._read_only:
+                # The run that this reader looks at goes on: there may be newer ones.
                 present, _ = self._present()
-                continue
-            self._discard(candidate, problem)
+                self._require(step, present)
         if tried:
             raise CheckpointError(
                 f"{self.folder}: none of the checkpoints {sorted(tried)} is valid (see above). "
@@ -361,7 +362,12 @@ class Checkpoints:
         self._manager.reload()
         return present, incomplete
 
+    def _require(self, step: int | None, present: list[int]) -> None:
+        if step is not None and step not in present:
+            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; its steps are {present or 'none'}.")
+
     def _was_deleted(self, step: int) -> bool:
+        """Whether the run that this reader looks at has deleted a checkpoint, because it has newer ones."""
         return self._read_only and not (self.folder / str(step)).exists()
 
     def _incomplete(self) -> list[int]:
@@ -373,13 +379,8 @@ class Checkpoints:
         return sorted(step for step in found if step not in listed)
 
     def run_document(self) -> dict[str, Any]:
-        """The run document of the latest checkpoint with a readable one."""
-        for candidate in reversed(self.steps()):
-            try:
-                return self._documents(candidate)[2]
-            except CorruptCheckpoint as error:
-                self._log(f"WARNING: checkpoint of step {candidate}: {error}.")
-        raise CheckpointError(f"{self.folder}: no readable checkpoint.")
+        """The run document of the latest checkpoint with readable documents; raises as `contents`."""
+        return self.contents()[2]
 
     def contents(self, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """What the checkpoint of a step holds, by default of the latest one with readable documents; reads no array.
@@ -390,15 +391,19 @@ class Checkpoints:
         Raises:
           CheckpointError: no such step, or no readable checkpoint.
         """
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; its steps are {steps or 'none'}.")
-        for candidate in [step] if step is not None else reversed(steps):
+        tried: set[int] = set()
+        self._require(step, self.steps())
+        while candidates := [s for s in self.steps() if s not in tried and step in (None, s)]:
+            candidate = candidates[-1]
+            tried.add(candidate)
             try:
                 manifest, _, run = self._documents(candidate)
                 return candidate, manifest["arrays"], run
             except CorruptCheckpoint as error:
-                self._log(f"WARNING: checkpoint of step {candidate}: {error}.")
+                if not self._was_deleted(candidate):
+                    self._log(f"WARNING: checkpoint of step {candidate}: {error}.")
+            self._manager.reload()
+            self._require(step, self.steps())
         raise CheckpointError(f"{self.folder}: no readable checkpoint.")
 
     def _documents(self, step: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
