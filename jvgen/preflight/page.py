@@ -151,7 +151,7 @@ def _areas(
     """The checks that training makes too: what they say where they are fine, and every problem."""
     training = experiment.training
     fine: dict[str, Callable[[], list[str]]] = {
-        "config": lambda: [f"{training.steps} steps, {len(experiment.data.buckets)} batch shapes"],
+        "config": lambda: [f"{training.steps} steps, batch shapes: {len(experiment.data.buckets)}"],
         "mesh": lambda: [describe_mesh(found.program.sharding.mesh)],
         "division": lambda: ["the mesh divides batches, tokens and heads"],
         "data": lambda: [*_records(experiment, found.loader)],

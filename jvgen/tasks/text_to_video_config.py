@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jvgen.data.stream.config import BucketConfig, DataConfig
-from jvgen.data.stream.source_checks import check_latents, check_pixels
+from jvgen.data.stream.source_checks import check_one_encoder, check_pixels
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.sampler import SamplerConfig, coefficients
@@ -158,10 +158,8 @@ class TextToVideoFields(TaskConfig):
         if self.latents == "pixels":
             for source in (*data.sources, *data.evaluation_sources):
                 check_pixels(source)
-        elif self.vae_weights is not None:
-            digest = content_digest(self.vae_weights)
-            for path in sorted({source.path for source in (*data.sources, *data.evaluation_sources)}):
-                check_latents(path, digest)
+        else:
+            check_one_encoder(data, None if self.vae_weights is None else content_digest(self.vae_weights))
 
     def check_request(self, request: SampleRequest) -> None:
         if self.vae is None:

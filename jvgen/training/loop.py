@@ -73,13 +73,15 @@ def train(
       start the same command again to resume. With several processes an error ends all of them with its exit code.
 
     Raises:
-      ConfigError: a mistake in the experiment, or a checkpoint of another run.
+      ConfigError: a mistake in the experiment or in `stop_after`, or a checkpoint of another run.
       CheckpointError: there are checkpoints and none is valid, or a save failed and the config says to stop.
       HookError: a hook raised.
     """
     workdir, clock = as_path(workdir), clock or StartClock()
     with processes.fail_fast(workdir), contextlib.ExitStack() as stack:
         config.validate_tree(experiment)
+        if stop_after is not None and stop_after < 1:
+            raise config.ConfigError(f"stop_after = {stop_after}: the number of steps after which to stop, at least 1.")
         processes.attach()
         if preemption is None:
             preemption = stack.enter_context(Preemption())

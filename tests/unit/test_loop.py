@@ -271,6 +271,13 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, change, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_run_cannot_stop_before_its_first_step(tmp_path, steps):
+    with pytest.raises(ConfigError, match=f"stop_after = {steps}: .* at least 1"):
+        run(tmp_path / "run", toys.experiment(), stop_after=steps)
+    assert not (tmp_path / "run").exists()
+
+
 def test_watchdog_reports_a_hang_once_and_only_a_hang(tmp_path):
     seen = threading.Event()
     watchdog = Watchdog(0.15, tmp_path / "stacks.txt", lambda what: seen.set())

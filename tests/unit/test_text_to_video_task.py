@@ -9,7 +9,10 @@ import pytest
 
 from jvgen import saved_config
 from jvgen.config import ConfigError, validate_tree
+from jvgen.data.store.records import Record
+from jvgen.data.store.writer import Writer
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.source_checks import LATENTS_FORMAT
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig, TimestepConfig
 from jvgen.diffusion.sampler import SamplerConfig, grid
@@ -434,9 +437,21 @@ def test_weights_of_the_vae_are_checked_before_they_are_read(tmp_path, frozen):
         assert all(word in str(error.value) for word in words), error.value
 
 
-def test_data_is_not_checked_without_weights():
-    data = DataConfig(sources=(SourceConfig(path="nowhere"),), buckets=(BUCKET,))
-    CONFIG.replace(vae=None, vae_weights=None).check_data(data)
+def test_latents_are_those_of_one_encoder_whether_or_not_the_run_names_it(tmp_path):
+    for name, encoder in (("a", "abc"), ("b", "abc"), ("c", "xyz"), ("pixels", None)):
+        latents = {} if encoder is None else {"latents": {"encoder": encoder, "format": LATENTS_FORMAT}}
+        with Writer(tmp_path / name, description="test", metadata=latents) as writer:
+            writer.add("train", Record(id="r", kind="dynamic", clips=(b"0",), frames=1, height=8, width=8))
+
+    def data(*names: str) -> DataConfig:
+        return DataConfig(sources=tuple(SourceConfig(path=str(tmp_path / n)) for n in names), buckets=(BUCKET,))
+
+    config = CONFIG.replace(vae=None, vae_weights=None)
+    config.check_data(data("a", "b"))
+    with pytest.raises(ValueError, match="made by different encoders .*a by abc, .*c by xyz"):
+        config.check_data(data("a", "c"))
+    with pytest.raises(ValueError, match="has no cached latents"):
+        config.check_data(data("pixels"))
 
 
 # Configs that version 0.1.0 saved.

@@ -10,8 +10,12 @@ from jvgen.storage.cache import GIB, SIZE_VARIABLE
 LATENTS_FORMAT = 1  # incremented when the preprocessing of the encoder's input changes
 
 
-def check_latents(folder: str | Path, encoder_digest: str) -> dict[str, Any]:
+def check_latents(folder: str | Path, encoder_digest: str | None) -> dict[str, Any]:
     """Check that the cached latents of a data set were made by the encoder of a run.
+
+    Args:
+      folder: of the data set.
+      encoder_digest: of the weights of the run's encoder; None if the run names none, so that any will do.
 
     Returns:
       Metadata of the latents: "encoder", "height", "width", "frames", "stride", "format".
@@ -28,13 +32,25 @@ def check_latents(folder: str | Path, encoder_digest: str) -> dict[str, Any]:
             f"{folder}: its latents have format {made_with['format']}, this version of jvgen needs {LATENTS_FORMAT}. "
             "Build them again."
         )
-    if made_with["encoder"] != encoder_digest:
+    if encoder_digest is not None and made_with["encoder"] != encoder_digest:
         raise ValueError(
             f"{folder}: its latents come from encoder {made_with['encoder'][:12]}, "
             f"the run has {encoder_digest[:12]}. Build them again with the run's VAE, "
             "or use the VAE that made them."
         )
     return made_with
+
+
+def check_one_encoder(data: DataConfig, encoder_digest: str | None) -> None:
+    """Raise `ValueError` unless all data sets of a run have latents of one encoder: `encoder_digest` if it is given."""
+    encoders: dict[str, str] = {}
+    for path in sorted({source.path for source in (*data.sources, *data.evaluation_sources)}):
+        encoders.setdefault(check_latents(path, encoder_digest)["encoder"], path)
+    if len(encoders) > 1:
+        listed = ", ".join(f"{path} by {encoder[:12]}" for encoder, path in encoders.items())
+        raise ValueError(
+            f"data.sources: the latents were made by different encoders ({listed}); build them with one VAE."
+        )
 
 
 def check_pixels(source: SourceConfig) -> None:
