@@ -146,6 +146,27 @@ def test_an_exception_in_one_process(start, tmp_path, uninterrupted, error, code
         resumes(start, tmp_path / "run", 2, uninterrupted)
 
 
+def test_a_process_that_hangs(start, tmp_path, uninterrupted):
+    """Its heartbeats may go on: the watchdogs of the others end the run, and it ends when it runs again."""
+    run = start(tmp_path / "run", 2, "training.hang_seconds=20")
+    run.wait_for_row(12)
+    stopped, other = run.processes[1], run.processes[0]
+    stopped.send_signal(signal.SIGSTOP)
+    sent = time.monotonic()
+    assert other.wait(60) == 42, run.outputs()
+    waited = time.monotonic() - sent
+    stopped.send_signal(signal.SIGCONT)
+    codes, seconds = run.ends(30)
+    report(
+        f"process 1 hangs: process 0 ended after {waited:.1f} s of a limit of 20; process 1 when it went on",
+        codes,
+        seconds,
+    )
+    assert waited > 19 and codes[1] in (42, -signal.SIGABRT)
+    assert (tmp_path / "run" / "stacks_0.txt").read_text()
+    resumes(start, tmp_path / "run", 2, uninterrupted)
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process(start, tmp_path, uninterrupted, killed):
     run = start(tmp_path / "run", 2)
