@@ -258,7 +258,7 @@ def test_a_flipped_byte_on_disk_is_one_lost_record(data, tmp_path):
     log = tmp_path / "quarantine.jsonl"
     batches = collect(loader(config(tmp_path, sources=(SourceConfig(path=str(corrupt)),)), quarantine_log=log), 0, 9)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert {line["id"] for line in lines} == {"clip-04"} and "corrupt on disk" in lines[0]["error"]
+    assert {line["id"] for line in lines} == {"clip-04"} and "is corrupt: " in lines[0]["error"]
     assert "clip-04" not in {name for batch in batches for name in batch.record_ids}
 
 

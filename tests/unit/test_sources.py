@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jvgen import exit_codes
 from jvgen.data.store import shards, sources
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
 from jvgen.data.store.writer import Writer
+from jvgen.storage import StorageUnavailable, retries
 
 
 def record(number: int) -> Record:
@@ -122,6 +124,45 @@ def test_a_data_set_that_is_built_again_at_its_path_is_read_anew(tmp_path: Path)
             writer.add("train", record(number))
     source = open_source(folder, "train")
     assert [source.read(row).id for row in (0, 1)] == ["r1", "r0"]
+
+
+@pytest.mark.parametrize("left", [0, 1000, 65536, 70000, 131072, -10])
+def test_a_truncated_shard_is_named(tmp_path: Path, left: int) -> None:
+    """What ArrayRecord says of it differs: nothing for 64 KiB, of which it gives empty records."""
+    with Writer(tmp_path / "set", description="test", metadata={}) as writer:
+        for number in range(8):
+            clip = np.random.default_rng(number).bytes(30000)
+            writer.add("train", Record(id=f"r{number}", kind="dynamic", clips=(clip,), frames=1, height=8, width=8))
+    [file] = (tmp_path / "set").glob("*array_record*")
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(shards.CorruptShard, match=f"{file.name} is corrupt: "):
+        open_source(tmp_path / "set", "train").read(7)
+
+
+@pytest.mark.parametrize("failures", [2, 100])
+def test_a_read_that_fails_is_tried_again(dataset: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    """A mounted bucket or a file server that is away for a moment; a reader that has failed stays so."""
+    waits, opened, real = [], [], shards._open
+
+    class Failing:
+        def read(self, positions):
+            raise RuntimeError("read() failed: Input/output error; reading x; at byte 0")
+
+    def open_(path, cache):
+        opened.append(path)
+        return Failing() if len(opened) <= failures else real(path, cache)
+
+    monkeypatch.setattr(retries, "_sleep", waits.append)
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", shards.OpenShards())
+    monkeypatch.setattr(shards, "_open", open_)
+    source = open_source(dataset, "train")
+    if failures == 2:
+        check(source, [0])
+        assert len(waits) == 2
+    else:
+        with pytest.raises(StorageUnavailable, match="after 5 attempts.*Input/output error") as caught:
+            source.read(0)
+        assert exit_codes.of_error(caught.value) == exit_codes.restart_code()
 
 
 def test_data_sets_are_opened_one_at_a_time(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,18 @@
 """Random access to the records of a split's ArrayRecord files, with a bounded number of files open in a process."""
 
 import bisect
+import errno
 import itertools
 import os
+import re
 import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from jvgen.storage import FileCache, as_path, default_cache, is_remote
+from jvgen.config import ConfigError
+from jvgen.storage import FileCache, StorageError, as_path, default_cache, is_remote
 
 # Files open at a time in a process, over all data sets: a quarter of the usual `ulimit -n`.
 MAX_OPEN_SHARDS = 256
@@ -23,6 +26,10 @@ def raise_open_files_limit() -> None:
     most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class CorruptShard(ValueError):
+    """A shard is damaged or truncated; the message names the file."""
 
 
 class Shard(NamedTuple):
@@ -73,13 +80,21 @@ class OpenShards:
                 dropped.append(self._readers.popitem(last=False))
         return reader
 
+    def drop(self, path: str, version: Hashable = None) -> None:
+        """Close a file: a reader does not recover from an error."""
+        with self._lock:
+            self._readers.pop((path, version), None)
+
 
 # One per process, since open files are counted per process. Worker processes are spawned with their own.
 _OPEN_SHARDS = OpenShards()
 
 
 class ShardedRecords(Sequence[bytes]):
-    """The serialized records of several shards, in order. Remote ones are read from copies in `cache`."""
+    """The serialized records of several shards, in order. Remote ones are read from copies in `cache`.
+
+    Reading one raises `CorruptShard` for damaged files, and `StorageUnavailable` if reading fails again and again.
+    """
 
     def __init__(self, shards: Sequence[Shard], cache: FileCache | None = None):
         self._shards, self._cache = list(shards), cache
@@ -97,7 +112,35 @@ class ShardedRecords(Sequence[bytes]):
         position = shard.stop - (self._ends[number] - row)
         if number not in self._versions:
             self._versions[number] = _version(shard.path, self._cache)
-        return _OPEN_SHARDS.reader(shard.path, self._versions[number], self._cache).read([position])[0]
+        key = shard.path, self._versions[number]
+        retries = (self._cache or default_cache()).retries
+        found = retries.call(lambda: _read(key, position, self._cache), as_path(shard.path), "read")
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def _read(key: tuple[str, Hashable], position: int, cache: FileCache | None) -> bytes | Exception:
+    """A serialized record, or an error that stays when it is tried again; raises `OSError` for one that may pass."""
+    path, version = key
+    try:
+        reader = _OPEN_SHARDS.reader(path, version, cache)
+    except (StorageError, FileNotFoundError, ConfigError) as error:
+        return error
+    try:
+        [record] = reader.read([position])
+    except RuntimeError as error:
+        _OPEN_SHARDS.drop(path, version)
+        reason = str(error).splitlines()[0][:200]
+        # "read() failed: Input/output error": the system's; all else is about what is in the file.
+        if not re.search(r"\w\(\) failed", reason):
+            return CorruptShard(f"{path} is corrupt: {reason}")
+        for number in (errno.EACCES, errno.ENOENT):
+            if os.strerror(number) in reason:
+                return OSError(number, os.strerror(number), path)
+        raise OSError(reason) from error
+    # Of some truncated files the reader says that they are empty.
+    return record or CorruptShard(f"{path} is corrupt: it has no record {position}")
 
 
 def _version(path: str, cache: FileCache | None) -> Hashable:

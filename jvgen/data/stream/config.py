@@ -120,9 +120,9 @@ class DataConfig(Config):
       cache_folder: local folder for copies of the shards of data sets in buckets; none for one in the machine's
         temporary folder. The variable JVGEN_CACHE replaces it.
       cache_gib: size at which the shards that were used least recently are removed. JVGEN_CACHE_GIB replaces it.
-      on_failed_read: what a bucket that still cannot be read after retries does. "stop": end the run, so that a restart
-        tries again. "quarantine": use another record and count against `error_budget`; processes that read the same
-        rows (`seq` or `tensor` across processes) would then differ.
+      on_failed_read: what a read that still fails after retries does, of a bucket or a disk. "stop": end the run, so
+        that a restart tries again. "quarantine": use another record and count against `error_budget`; processes that
+        read the same rows (`seq` or `tensor` across processes) would then differ.
     """
 
     sources: tuple[SourceConfig, ...]

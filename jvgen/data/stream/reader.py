@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jvgen.data.store.records import Record
+from jvgen.data.store.shards import CorruptShard
 from jvgen.data.store.sources import Source
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.plan import Plan
@@ -143,11 +144,8 @@ def _record(source: Source, row: int, quarantine_failed_reads: bool) -> Record:
         if not quarantine_failed_reads:
             raise
         raise DecodeError(str(error)) from error
-    except RuntimeError as error:
-        # What ArrayRecord raises when a stored chunk does not match its checksum; other I/O errors are not data errors.
-        if "corrupted" not in str(error).lower():
-            raise
-        raise DecodeError(f"corrupt on disk ({str(error).splitlines()[0][:200]})") from error
+    except CorruptShard as error:
+        raise DecodeError(str(error)) from error
 
 
 def _stack(slots: Sequence[_Slot], bucket: BucketConfig) -> dict[str, np.ndarray]:
