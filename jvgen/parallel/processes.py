@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 from jvgen import __version__, exit_codes
 from jvgen.config import ConfigError
 from jvgen.parallel import clusters
-from jvgen.storage import Path
+from jvgen.storage import Path, Retries, read_text, write_text
 
 T = TypeVar("T")
 
@@ -499,7 +499,7 @@ def record_error(error: BaseException, workdir: Path | None) -> Path | None:
 
     A user's mistake creates no run directory. An error while writing is printed, and nothing more.
     """
-    if workdir is None or (exit_codes.of_error(error) == exit_codes.USER_ERROR and not workdir.exists()):
+    if workdir is None:
         return None
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     jax = sys.modules.get("jax")
@@ -510,12 +510,15 @@ def record_error(error: BaseException, workdir: Path | None) -> Path | None:
         f"exit code {code_of(error)}\n{''.join(traceback.format_exception(error))}\n"
     )
     file = workdir / "errors" / f"process_{index()}.txt"
+    # The others wait for this process.
+    once = Retries(attempts=1)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        before = file.read_text() if file.exists() else ""
+        if exit_codes.of_error(error) == exit_codes.USER_ERROR and not workdir.exists():
+            return None
+        before = read_text(file, once) if file.exists() else ""
         # The latest errors of a run that is restarted again and again.
-        file.write_text(before[-100_000:] + text)
-    except OSError as problem:
+        write_text(file, before[-100_000:] + text, once)
+    except Exception as problem:  # libraries of buckets raise their own; the error itself must not be lost
         print(f"jvgen: {file} could not be written: {problem}", file=sys.stderr)
         return None
     return file

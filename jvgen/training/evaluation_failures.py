@@ -2,6 +2,7 @@
 
 import json
 
+from jvgen import storage
 from jvgen.parallel import processes
 from jvgen.storage import Path
 
@@ -26,7 +27,7 @@ class EvaluationFailures:
         if processes.index() == 0:
             failed = self._failed(step)
             if failed < self.allowed:
-                self._path.write_text(json.dumps({"step": step, "begun": failed + 1}))
+                storage.write_text(self._path, json.dumps({"step": step, "begun": failed + 1}))
         return processes.broadcast(failed, "evaluation failures") < self.allowed
 
     def end(self) -> None:
@@ -36,7 +37,7 @@ class EvaluationFailures:
 
     def _failed(self, step: int) -> int:
         try:
-            noted = json.loads(self._path.read_text())
+            noted = json.loads(storage.read_text(self._path))
             return int(noted["begun"]) if noted["step"] == step else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0

@@ -17,7 +17,7 @@ from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import process_log
 from jvgen.parallel import processes
 from jvgen.parallel.mesh import describe, make_mesh
-from jvgen.storage import Path
+from jvgen.storage import Path, write_text
 from jvgen.training import run_lock
 from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints
@@ -150,7 +150,7 @@ def prepare(
         _read_scores(checkpoints, workdir, start_step)
         _compile_digests(state, log)
         if processes.index() == 0:
-            (workdir / "config.json").write_text(json.dumps(document, indent=1))
+            write_text(workdir / "config.json", json.dumps(document, indent=1))
         programs.wait(start_step)
         clock.mark("compile")
         evaluator = None if held_out is None else Evaluator(program, held_out.batches, programs)

@@ -159,6 +159,21 @@ def test_srun_is_missing(capsys):
     assert "outside srun" in capsys.readouterr().out
 
 
+def test_an_error_is_not_lost_where_it_cannot_be_recorded(capsys):
+    class Away:
+        """A bucket without credentials: the library of the bucket raises an exception of its own."""
+
+        def __truediv__(self, name):
+            return self
+
+        def exists(self):
+            raise Exception("no credentials")
+
+    with pytest.raises(ConfigError, match="the mistake"), processes.fail_fast(Away()):
+        raise ConfigError("the mistake")
+    assert "could not be written: no credentials" in capsys.readouterr().err
+
+
 def test_one_process_agrees_with_itself(tmp_path):
     processes.barrier("a")
     processes.agree({"seed": 1})

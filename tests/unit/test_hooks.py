@@ -1,5 +1,6 @@
 """Hooks of the training loop: which events they get, errors that name them, Weights & Biases."""
 
+import errno
 import sys
 import types
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
+from jvgen import exit_codes  # noqa: E402
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import session  # noqa: E402
 from jvgen.training.config import WandbConfig  # noqa: E402
 from jvgen.training.loop import train  # noqa: E402
-from jvgen.training.telemetry.hooks import Hook, HookError, RunInfo  # noqa: E402
+from jvgen.training.telemetry.hooks import Hook, HookError, HookList, RunInfo  # noqa: E402
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases  # noqa: E402
 
@@ -83,6 +85,25 @@ def test_a_hook_that_raises_ends_the_run_and_is_named(tmp_path, quick_compilatio
         train(toys.experiment(), tmp_path, hooks=[Failing(), recorder], make_loader=toys.FakeLoader)
     assert [event[:2] for event in recorder.events] == [("start", 0), ("step", 0), ("end", None)]
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1], "files are written first"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), exit_codes.UNSAVED),
+        (OSError(errno.ESTALE, "Stale file handle"), 75),
+        (KeyError("x"), exit_codes.ERROR),
+    ],
+)
+def test_a_hook_that_cannot_write_gives_the_exit_code_of_its_error(error, code):
+    class Full(Hook):
+        def on_step(self, row):
+            raise error
+
+    with pytest.raises(HookError) as caught:
+        HookList([Full()]).on_step({})
+    assert exit_codes.of_error(caught.value) == code
+    assert hasattr(caught.value, "exit_code") == (code != exit_codes.ERROR), "unexpected errors keep their traceback"
 
 
 class FakeWandb(types.ModuleType):

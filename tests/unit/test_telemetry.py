@@ -148,6 +148,13 @@ def test_warnings_of_libraries_go_to_the_log_file_and_where_they_went_before(tmp
     assert shown == ["from Python", "afterwards"]
 
 
+def test_a_log_file_on_a_full_disk_ends_no_run(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "process_0.log").symlink_to("/dev/full")
+    with ProcessLog(tmp_path, 0) as log:
+        log.write("checkpoint of step 5 could not be written")
+
+
 def test_a_clock_of_the_process_counts_from_its_start():
     clock = StartClock.of_process()
     assert clock.age > 0.5, "this process has imported JAX"

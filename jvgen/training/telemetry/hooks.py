@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jvgen import exit_codes
 from jvgen.storage import Path
 from jvgen.training.experiment import Experiment
 
@@ -77,7 +78,10 @@ class Hook:
 
 
 class HookError(RuntimeError):
-    """A hook raised; the message names it."""
+    """A hook raised; the message names it.
+
+    Has the `exit_code` of what it raised, if that is a known one: of a full disk, of storage that was away.
+    """
 
 
 class HookList(Hook):
@@ -120,4 +124,8 @@ def _call(hook: Hook, event: str, *arguments: Any) -> None:
         getattr(hook, event)(*arguments)
     except Exception as error:
         name = f"{type(hook).__module__}.{type(hook).__qualname__}"
-        raise HookError(f"hook {name} failed in {event}: {type(error).__name__}: {error}") from error
+        raised = HookError(f"hook {name} failed in {event}: {type(error).__name__}: {error}")
+        code = exit_codes.of_error(error)
+        if code != exit_codes.ERROR:
+            raised.exit_code = code
+        raise raised from error

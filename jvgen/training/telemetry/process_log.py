@@ -1,5 +1,6 @@
 """The log file of one process: all its messages and the warnings of libraries, each line with its time."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -41,7 +42,8 @@ class ProcessLog(logging.Handler):
     def write(self, message: Any) -> None:
         """Append a message: text, every line with the time, or a rich table."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S") + f".{time.time() % 1 * 1000:03.0f}"
-        with self._write_lock:
+        # A full disk ends the run where something would be lost, with that message.
+        with self._write_lock, contextlib.suppress(OSError):
             if self._file.closed:
                 return
             if isinstance(message, str):
@@ -71,7 +73,7 @@ class ProcessLog(logging.Handler):
             self.write(f"ends with {type(error).__name__}: {error}")
         warnings.showwarning = self._showwarning
         logging.getLogger().removeHandler(self)
-        with self._write_lock:
+        with self._write_lock, contextlib.suppress(OSError):
             self._file.close()
         self._mirror.close()
 

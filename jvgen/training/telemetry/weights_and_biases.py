@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jvgen import storage
 from jvgen.config import ConfigError
 from jvgen.data.video_files import encode_video
 from jvgen.storage import Path, is_remote
@@ -85,5 +86,5 @@ class WeightsAndBiases(Hook):
 def _run_id(workdir: Path) -> str:
     path = workdir / ID_FILE
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text()
+        storage.write_text(path, uuid.uuid4().hex[:8])
+    return storage.read_text(path)
