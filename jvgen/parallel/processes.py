@@ -37,6 +37,8 @@ INITIALIZE_SECONDS = 300
 WAIT_SECONDS = 600.0
 # Seconds for which process 0 waits until the others have seen that it fails: when it ends, JAX aborts them.
 ABORT_SECONDS = 3.0
+# Seconds that the functions of `before_exit` may take.
+LEAVE_SECONDS = 10.0
 
 _ABORT = "jvgen/abort"
 _EVENTS = "jvgen/events"
@@ -479,9 +481,15 @@ def _acknowledge() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    for function in reversed(_before_exit):
-        with contextlib.suppress(Exception):
-            function()
+    def finish() -> None:
+        for function in reversed(_before_exit):
+            with contextlib.suppress(Exception):
+                function()
+
+    # Storage that does not answer may be why the process ends.
+    finishing = threading.Thread(target=finish, name="before exit", daemon=True)
+    finishing.start()
+    finishing.join(LEAVE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

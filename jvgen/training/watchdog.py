@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from jvgen.storage import Path, appending
 
@@ -16,6 +17,8 @@ from jvgen.storage import Path, appending
 STEPS, MINIMUM_SECONDS = 10, 600.0
 # Before the first step, where programs compile and terabytes are read.
 STARTUP_SECONDS = 7200.0
+# Seconds that writing the stacks to the file may take.
+WRITE_SECONDS = 10.0
 
 
 class Watchdog:
@@ -104,15 +107,25 @@ class Watchdog:
         self.hangs += 1
         told = f"{what} has taken more than {limit:g} s"
         line = f"WATCHDOG: {told} in the process with pid {os.getpid()}; stacks of all threads:"
-        for stream in self._streams():
-            with stream as file:
-                print(line, file=file, flush=True)
-                faulthandler.dump_traceback(file=file, all_threads=True)
+        # In a notebook or a test sys.stderr may have no file descriptor, which faulthandler needs.
+        _dump(line, sys.__stderr__)
+        if self._log is not None:
+            # Storage that does not answer may be what hangs: it must not keep `on_hang` from being called.
+            writer = threading.Thread(target=_append, args=(line, self._log), name="watchdog file", daemon=True)
+            writer.start()
+            writer.join(WRITE_SECONDS)
         if self._on_hang is not None:
             self._on_hang(told)
 
-    def _streams(self) -> Iterator[contextlib.AbstractContextManager]:
-        # In a notebook or a test sys.stderr may have no file descriptor, which faulthandler needs.
-        yield contextlib.nullcontext(sys.__stderr__)
-        if self._log is not None:
-            yield appending(self._log)
+
+def _dump(line: str, file: TextIO) -> None:
+    print(line, file=file, flush=True)
+    faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+def _append(line: str, path: Path) -> None:
+    try:
+        with appending(path) as file:
+            _dump(line, file)
+    except OSError as error:
+        print(f"WATCHDOG: {path} could not be written: {error}", file=sys.__stderr__, flush=True)

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -157,6 +158,16 @@ def test_proxy_variables_are_noticed_unless_excepted():
 def test_srun_is_missing(capsys):
     assert find(**{k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}) is None
     assert "outside srun" in capsys.readouterr().out
+
+
+def test_a_process_ends_although_what_it_does_before_does_not(monkeypatch):
+    left, forever = [], threading.Event()
+    monkeypatch.setattr(processes, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(processes.os, "_exit", left.append)
+    with processes.before_exit(forever.wait):
+        processes.abort(75, "a hang")
+    forever.set()
+    assert left == [75]
 
 
 def test_an_error_is_not_lost_where_it_cannot_be_recorded(capsys):

@@ -296,6 +296,22 @@ def test_watchdog_reports_a_hang_once_and_only_a_hang(tmp_path):
     assert "test_watchdog_reports_a_hang_once_and_only_a_hang" in text, "the stack of the thread that hangs"
 
 
+@pytest.mark.parametrize("file", ["in no folder", "blocked"])
+def test_a_hang_ends_the_run_although_the_stacks_cannot_be_written(tmp_path, monkeypatch, file):
+    monkeypatch.setattr("jvgen.training.watchdog.WRITE_SECONDS", 0.2)
+    path = tmp_path / "none" / "stacks.txt"
+    if file == "blocked":
+        path = tmp_path / "stacks.txt"
+        os.mkfifo(path)  # opening it waits for a reader, like a file server that is away
+    seen = threading.Event()
+    watchdog = Watchdog(0.1, path, lambda what: seen.set())
+    with watchdog.watching("step 7"):
+        assert seen.wait(5)
+    watchdog.close()
+    if file == "blocked":
+        os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+
+
 def test_training_config_defaults_are_valid():
     TrainingConfig(steps=1).validate()
     CheckpointConfig().validate()
