@@ -144,6 +144,15 @@ def appending(path: Path) -> Iterator[TextIO]:
         write_text(path, (read_text(path) if path.exists() else "") + file.read())
 
 
+def stamp(path: Path, retries: Retries = RETRIES) -> tuple[float, ...]:
+    """What changes when a file is written again: size and time, and its number on a disk; raises as `read_bytes`."""
+    if is_remote(path):
+        stat = retries.call(path.stat, path, "read")
+        return stat.length, stat.mtime
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 def size(path: Path) -> int:
     """Bytes of a file."""
     return path.stat().length if is_remote(path) else path.stat().st_size

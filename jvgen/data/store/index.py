@@ -139,7 +139,7 @@ class Index:
                 f"{folder}: the data set has no {path.name}, so it was not written by `jvgen data build` or is "
                 "incomplete. Build it again."
             )
-        return _read(storage.absolute(path), _stamp(path))
+        return _read(storage.absolute(path), storage.stamp(path))
 
     @classmethod
     def _read_verified(cls, path: Path) -> "Index":
@@ -166,12 +166,6 @@ class Index:
 @functools.lru_cache(maxsize=16)
 def _read(path: Path, stamp: tuple[float, ...]) -> Index:
     return Index._read_verified(path)
-
-
-def _stamp(path: Path) -> tuple[float, ...]:
-    """What changes when a file is written again."""
-    stat = path.stat()
-    return (stat.length, stat.mtime) if storage.is_remote(path) else (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def path_of(folder: str | Path, split: str) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from jvgen.config import ConfigError
-from jvgen.storage import FileCache, StorageError, as_path, default_cache, is_remote
+from jvgen.storage import FileCache, StorageError, as_path, default_cache, is_remote, stamp
 
 # Files open at a time in a process, over all data sets: a quarter of the usual `ulimit -n`.
 MAX_OPEN_SHARDS = 256
@@ -98,7 +98,7 @@ class ShardedRecords(Sequence[bytes]):
 
     def __init__(self, shards: Sequence[Shard], cache: FileCache | None = None):
         self._shards, self._cache = list(shards), cache
-        self._versions: dict[int, Hashable] = {}
+        self._versions: dict[int, tuple[float, ...]] = {}
         self._ends = list(itertools.accumulate(shard.stop - shard.start for shard in shards))
 
     def __len__(self) -> int:
@@ -111,7 +111,8 @@ class ShardedRecords(Sequence[bytes]):
         shard = self._shards[number]
         position = shard.stop - (self._ends[number] - row)
         if number not in self._versions:
-            self._versions[number] = _version(shard.path, self._cache)
+            # Another one if a data set was built again at its path.
+            self._versions[number] = stamp(as_path(shard.path))
         key = shard.path, self._versions[number]
         retries = (self._cache or default_cache()).retries
         found = retries.call(lambda: _read(key, position, self._cache), as_path(shard.path), "read")
@@ -141,16 +142,6 @@ def _read(key: tuple[str, Hashable], position: int, cache: FileCache | None) -> 
         raise OSError(reason) from error
     # Of some truncated files the reader says that they are empty.
     return record or CorruptShard(f"{path} is corrupt: it has no record {position}")
-
-
-def _version(path: str, cache: FileCache | None) -> Hashable:
-    """Differs between a file and one that was written to the same path later, as by building a data set again."""
-    if is_remote(path):
-        file = as_path(path)
-        stat = (cache or default_cache()).retries.call(file.stat, file, "read")
-        return stat.length, stat.mtime
-    stat = os.stat(path)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _open(path: str, cache: FileCache | None) -> Any:
