@@ -190,8 +190,9 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """The content of a file; None if there is none. Storage that is away for a moment is an error, not a lost lock."""
     try:
         content = json.loads(storage.read_text(path))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -145,6 +145,9 @@ def prepare(
         state = restore_state(program, checkpoints, loader, document, allow_changes, log)
         start_step = int(state.step)
         _agree(experiment, workdir, document, loader.state(start_step))
+        if processes.index() == 0:
+            # Of two starts at the same moment both find no lock: the one that wrote it last goes on.
+            lock.check()
         preemption.check()
         clock.mark("restore" if start_step else "init")
         _read_scores(checkpoints, workdir, start_step)

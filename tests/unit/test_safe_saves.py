@@ -15,6 +15,7 @@ import toys  # noqa: E402
 
 from jvgen import exit_codes  # noqa: E402
 from jvgen.config import ConfigError  # noqa: E402
+from jvgen.storage import StorageUnavailable  # noqa: E402
 from jvgen.training import run_lock  # noqa: E402
 from jvgen.training.checkpoint import messages  # noqa: E402
 from jvgen.training.checkpoint.manager import Checkpoints, NonFiniteState, SaveFailed  # noqa: E402
@@ -151,6 +152,34 @@ def test_an_evaluation_is_left_out_after_two_failures_of_the_same_step(tmp_path)
     assert [failures.begin(step) for step in (5, 5, 5, 10)] == [True, True, False, True]
     failures.end()
     assert [failures.begin(10), failures.begin(10)] == [True, True]
+
+
+def test_of_two_starts_at_the_same_moment_one_goes_on(tmp_path, monkeypatch):
+    """Both have found no lock, and the other one has written it last."""
+    real = run_lock._acquire
+
+    def overtaken(workdir, log):
+        token = real(workdir, log)
+        (workdir / "lock.json").write_text(json.dumps({"token": "other", "host": "b", "pid": 7, "started": "now"}))
+        return token
+
+    monkeypatch.setattr(run_lock, "_acquire", overtaken)
+    with pytest.raises(run_lock.LockLost, match="held by this run but by process 7 on b"):
+        train(toys.experiment(), tmp_path, make_loader=toys.FakeLoader)
+    assert not (tmp_path / "metrics.jsonl").exists() and not steps(tmp_path)
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == "other"
+
+
+def test_storage_that_is_away_is_no_lost_lock(tmp_path, monkeypatch):
+    def away(path):
+        raise StorageUnavailable("cannot read the lock")
+
+    with run_lock.held(tmp_path, print) as lock:
+        with monkeypatch.context() as patched:
+            patched.setattr(run_lock.storage, "read_text", away)
+            with pytest.raises(StorageUnavailable):
+                lock.check()
+        lock.check()
 
 
 def test_a_lock_is_released_and_a_live_one_refused(tmp_path, monkeypatch):
