@@ -88,6 +88,8 @@ def visible(rows: jax.Array, points: jax.Array, static: Static) -> jax.Array:
     least = jnp.where(crossed, 0.0, jnp.abs(signed).min(axis=0))
     # With a lower bias the float32 weights are zero for any scores of a trained network.
     near = least - threshold < 1e4
+    # Each query has a tile, also where rounding puts the line just outside all boxes: without one its output is 0 / 0.
+    near |= least <= least.min(axis=1, keepdims=True)
     return jnp.any(rearrange(near, "b j (i l) -> b i j l", l=static.query_block), axis=-1).astype(jnp.int32)
 
 
@@ -100,6 +102,11 @@ def _scores(static: Static, column: jax.Array, query_T: jax.Array, key: jax.Arra
     scores = _product(key, query_T, 1, 0) + _bias(rows, points)
     index = column * static.key_block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     return jnp.where(index < static.keys, jnp.maximum(scores, LOWEST), LOWEST)
+
+
+def _weights(scores: jax.Array, highest: jax.Array) -> jax.Array:
+    # No score exceeds the highest, unless it is computed twice and rounded differently: a hard band has scores of 1e30.
+    return jnp.exp(jnp.minimum(scores - highest, 0.0))
 
 
 def _product(left: jax.Array, right: jax.Array, over_left: int, over_right: int) -> jax.Array:
@@ -164,7 +171,7 @@ def _forward_kernel(
     def _tile() -> None:
         scores = _scores(static, column, query_T[...], key[...], rows[...], points[...])
         highest = jnp.maximum(largest[...], jnp.max(scores, axis=0, keepdims=True))
-        weights, decay = jnp.exp(scores - highest), jnp.exp(largest[...] - highest)
+        weights, decay = _weights(scores, highest), jnp.exp(largest[...] - highest)
         largest[...] = highest
         total[...] = total[...] * decay + jnp.sum(weights, axis=0, keepdims=True)
         sum_T[...] = sum_T[...] * decay + _product(value[...], weights, 0, 0)
@@ -218,7 +225,7 @@ def _backward(static: Static, residuals: tuple, gradient_T: jax.Array) -> tuple:
 
 def _score_gradient(static, column, query_T, key, value, rows, points, gradient_T, log_total, shared):
     """Weights of a tile, and the gradient of its scores."""
-    weights = jnp.exp(_scores(static, column, query_T, key, rows, points) - log_total)
+    weights = _weights(_scores(static, column, query_T, key, rows, points), log_total)
     return weights, weights * (_product(value, gradient_T, 1, 0) - shared)
 
 
