@@ -13,8 +13,8 @@ def add_commands(commands) -> None:
     """Add `launch`."""
     parser = add_command(
         commands, "launch", "print or submit the launch file of a run on many machines",
-        "jvgen launch gke-tpu configs/cogvideox_2b.py --topology v5p:4x4x8 --slices 2 --image IMAGE "
-        "--workdir gs://BUCKET/runs/x",
+        "jvgen launch gke-tpu configs/cogvideox_2b.py --topology v5p:4x4x8 --slices 2 --set mesh.data=2 "
+        "--image IMAGE --workdir gs://BUCKET/runs/x",
         "jvgen launch slurm configs/cogvideox_2b.py --topology h100:16x8 --workdir /shared/runs/x --submit",
         details="Processes, labels, mesh and exit codes are derived from the config and the topology. launch/README.md "
         "says which target to take.",

@@ -12,7 +12,7 @@ from jvgen import exit_codes
 from jvgen.config import ConfigError
 from jvgen.launch.flags import Flag, flags_of
 from jvgen.launch.machines import Topology, topology
-from jvgen.parallel.mesh import MESH_AXES
+from jvgen.parallel.mesh import MESH_AXES, slow_axis_warning
 from jvgen.parallel.rules import Sharding
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program, check_batch
@@ -115,6 +115,11 @@ class Plan:
     def mesh_text(self) -> str:
         """ "data 1 x fsdp 32 x seq 4 x tensor 1"."""
         return " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+
+    @property
+    def warning(self) -> str:
+        """What is slow about the mesh, see `slow_axis_warning`; or ""."""
+        return slow_axis_warning(self.mesh, self.topology.slices)
 
 
 def make_plan(

@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,7 @@ TARGETS = {
 def generate(
     target: Target, experiment: Experiment, config: str, assignments: tuple[str, ...], options: Options, command: str
 ) -> str:
-    """The text of a launch file.
+    """The text of a launch file. What is slow about its mesh is printed to standard error.
 
     Args:
       target: one of `TARGETS`.
@@ -120,6 +121,8 @@ def generate(
     _check_chips(target, plan.topology)
     _check_workdir(target, options.workdir)
     plan = dataclasses.replace(plan, processes=plan.topology.machines * target.processes_per_machine(plan.topology))
+    if plan.warning:
+        print(f"WARNING: {plan.warning}", file=sys.stderr)
     return _render(target, plan, options, command)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -139,8 +139,21 @@ def host_device() -> jax.Device:
         ) from error
 
 
+def slow_axis_warning(sizes: Mapping[str, int], slices: int) -> str:
+    """What to change if `fsdp` crosses between slices, over whose network each layer's parameters then pass; or ""."""
+    crossing = across_slices(tuple(sizes.values()), slices)[MESH_AXES.index(FSDP)]
+    if crossing == 1:
+        return ""
+    return (
+        f"fsdp crosses {crossing} slices, over whose network the parameters of every layer then pass: set mesh.data to "
+        f"a multiple of {slices}, so that only gradients do"
+    )
+
+
 def describe(mesh: Mesh) -> str:
-    """One line for the start-up log: axis sizes, device count and kind."""
+    """One line for the start-up log: axis sizes, device count and kind, and `slow_axis_warning`."""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
-    return f"mesh {sizes} = {mesh.size} devices ({kind})"
+    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    warning = slow_axis_warning(mesh.shape, slices) if slices > 1 else ""
+    return f"mesh {sizes} = {mesh.size} devices ({kind})" + (f"; WARNING: {warning}" if warning else "")

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from jvgen.parallel.chips import chip_named, chip_of
-from jvgen.parallel.mesh import MESH_AXES, MeshConfig, describe, make_mesh, single_device_mesh
+from jvgen.parallel.mesh import MESH_AXES, MeshConfig, describe, make_mesh, single_device_mesh, slow_axis_warning
 
 
 def test_rest_of_the_devices():
@@ -36,6 +36,12 @@ def test_some_of_the_devices():
 def test_sizes_that_do_not_fit(config, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(config)
+
+
+def test_parameters_that_would_pass_the_network_between_slices_in_every_layer():
+    sizes = {"data": 1, "fsdp": 64, "seq": 4, "tensor": 1}
+    assert "fsdp crosses 2 slices" in (told := slow_axis_warning(sizes, 2)) and "multiple of 2" in told
+    assert slow_axis_warning(sizes | {"data": 2, "fsdp": 32}, 2) == "" == slow_axis_warning(sizes, 1)
 
 
 def test_chips():
