@@ -34,6 +34,7 @@ from jvgen.preflight.estimate import (
     step_seconds,
 )
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
+from jvgen.tasks import text_to_video_config
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import TrainingConfig
@@ -85,6 +86,7 @@ def problems(experiment, workdir=None) -> str:
 @pytest.fixture
 def no_data(monkeypatch):
     monkeypatch.setattr(preflight, "Loader", lambda *args, **options: None)
+    monkeypatch.setattr(text_to_video_config, "check_one_encoder", lambda *args: None)
 
 
 # Checks.
