@@ -12,7 +12,7 @@ import numpy as np
 
 from jvgen import exit_codes
 from tests.faults import tiny_run
-from tests.faults.tiny_run import STEPS, Run
+from tests.faults.tiny_run import Run
 
 # Starts of one run in a row that ask for a restart: on a busy machine processes may not meet in time.
 MAX_STARTS = 4
@@ -94,8 +94,8 @@ class Kills:
                     break
                 outcome.trials += 1
                 self._signal(run, number, processes, limit, outcome)
-            codes = self.finish(folder, processes)[1]
-            self._compare(folder, codes, processes, outcome)
+            run, codes = self.finish(folder, processes)
+            self._compare(folder, run.steps, codes, processes, outcome)
         return outcome
 
     def _reach_moment(self, run: Run, folder: Path, processes: int) -> bool:
@@ -104,7 +104,7 @@ class Kills:
         if kind == "clock":
             moment = run.started + self.random.uniform(0.0, self.seconds[processes])
             return run.wait_until(lambda: time.monotonic() >= moment)
-        step = max(tiny_run.last_step(folder), 0) + self.random.randint(1, STEPS // 6)
+        step = max(tiny_run.last_step(folder), 0) + self.random.randint(1, run.steps // 6)
         if kind == "step":
             return run.wait_until(lambda: tiny_run.last_step(folder) >= step)
         return run.wait_until(lambda: tiny_run.last_step(folder) >= step and tiny_run.is_saving(folder))
@@ -123,16 +123,16 @@ class Kills:
         if number == signal.SIGTERM and codes[victim] not in (0, 75, 143, -15):
             outcome.failures.append(f"SIGTERM to process {victim} gave {codes}: {run.text()[-2000:]}")
 
-    def _compare(self, folder: Path, codes: list[int], processes: int, outcome: Outcome) -> None:
+    def _compare(self, folder: Path, steps: int, codes: list[int], processes: int, outcome: Outcome) -> None:
         reference = self.undisturbed[processes]
         if codes != [0] * processes:
             outcome.failures.append(f"{folder.name} did not finish: {codes}")
         elif tiny_run.rows_of(folder) != tiny_run.rows_of(reference):
             outcome.failures.append(f"{folder.name}: rows of metrics.jsonl differ from the undisturbed run's")
         else:
-            ours, theirs = (tiny_run.saved_arrays(place, STEPS) for place in (folder, reference))
+            ours, theirs = (tiny_run.saved_arrays(place, steps) for place in (folder, reference))
             differ = [name for name in theirs if not np.array_equal(ours.get(name), theirs[name])]
             if differ:
-                outcome.failures.append(f"{folder.name}: {len(differ)} arrays of step {STEPS} differ, e.g. {differ[0]}")
+                outcome.failures.append(f"{folder.name}: {len(differ)} arrays of step {steps} differ, e.g. {differ[0]}")
             else:
                 outcome.results["runs finished bit-equal"] += 1

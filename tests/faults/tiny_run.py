@@ -17,17 +17,19 @@ from jvgen.training.telemetry.json_lines import read_rows
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "demo_image_vae.py"
 STEPS, SAVE_EVERY = 120, 7
+# Of a run of two processes, which spends its time on talking.
+PAIR_STEPS = 36
 # What differs between two runs of the same thing.
 TIMES = ("seconds", "data_wait", "frames_per_second", "mfu", "save_stall", "host_rss_mib")
 
 
-def assignments(data: Path) -> list[str]:
+def assignments(data: Path, steps: int = STEPS) -> list[str]:
     """The overrides that make the demo's image VAE a run of seconds, with many saves."""
     return [
         f"data.sources.0.path={data}", f"data.evaluation_sources.0.path={data}",
         "data.buckets.0.height=16", "data.buckets.0.width=16", "data.buckets.0.batch_size=4",
         "task.network.block_channels=[8, 8]", "task.network.groups=4",
-        f"training.steps={STEPS}", "training.visualize_every=0", "training.tensorboard=false", "training.log_every=50",
+        f"training.steps={steps}", "training.visualize_every=0", "training.tensorboard=false", "training.log_every=50",
         f"checkpoint.every={SAVE_EVERY}",
     ]  # fmt: skip
 
@@ -59,7 +61,8 @@ class Run:
 
     def __init__(self, folder: Path, data: Path, compiled: Path, processes: int = 1, devices: int = 1):
         self.folder = folder
-        sets = [part for assignment in assignments(data) for part in ("--set", assignment)]
+        self.steps = STEPS if processes == 1 else PAIR_STEPS
+        sets = [part for assignment in assignments(data, self.steps) for part in ("--set", assignment)]
         train = command("train", CONFIG, "--workdir", folder, *sets)
         port = free_port()
         self.outputs = [folder.with_name(f"{folder.name}_{number}.txt") for number in range(processes)]
