@@ -30,6 +30,17 @@ from jvgen.training.config import CheckpointConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
+from jvgen.training.telemetry.json_lines import read_rows
+
+# What differs between the rows of metrics.jsonl of two runs of the same thing.
+TIMES = {
+    "seconds", "data_wait", "frames_per_second", "mfu", "save_stall", "host_rss_mib", "storage_retries",
+}  # fmt: skip
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl without what depends on the clock or the machine."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "metrics.jsonl")]
 
 
 class Layer(nnx.Module):

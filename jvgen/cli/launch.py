@@ -55,7 +55,8 @@ def add_commands(commands) -> None:
     )
     stopping.add_argument(
         "--grace-seconds", type=int, metavar="SECONDS",
-        help="between SIGTERM and SIGKILL, for a step and a save; estimated from the size of a checkpoint if omitted",
+        help="seconds between SIGTERM and SIGKILL, enough for one step and one save; estimated from the size of a "
+        "checkpoint if omitted",
     )  # fmt: skip
 
     kubernetes = parser.add_argument_group("GKE")

@@ -38,7 +38,6 @@ def permute(name: str, *axes: int) -> Transform:
 
 IDENTITY = Transform("identity", lambda array: array, lambda array: array)
 LINEAR = permute("linear", 1, 0)  # (in, out) <-> (out, in)
-CONV1D = permute("conv1d", 2, 1, 0)  # WIO <-> OIW
 CONV2D = permute("conv2d", 3, 2, 0, 1)  # HWIO <-> OIHW
 CONV3D = permute("conv3d", 4, 3, 0, 1, 2)  # DHWIO <-> OIDHW
 

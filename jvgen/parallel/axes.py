@@ -28,7 +28,6 @@ FRAMES = "frames"
 HEIGHT = "height"
 WIDTH = "width"
 LENGTH = "length"  # tokens of the sequence, split by sequence parallelism
-KEY_LENGTH = "key_length"  # tokens that attention reads, never split
 ACTIVATION_EMBED = "activation_embed"
 ACTIVATION_MLP = "activation_mlp"
 ACTIVATION_HEADS = "activation_heads"

@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jvgen import storage
 from jvgen.data.stream.config import BucketConfig
+from jvgen.parallel import processes
 from jvgen.storage import Path
 from jvgen.tasks.task import Batch, Metrics
 from jvgen.training.program import Program
@@ -59,7 +60,7 @@ def persistent_cache(folder: Path | None, default: Path, log: Log) -> Iterator[P
         yield storage.as_path(jax.config.jax_compilation_cache_dir)
         return
     folder = folder or default
-    if jax.process_index() == 0:
+    if processes.index() == 0:
         _remove_incomplete(folder, log)
     settings = {
         "jax_compilation_cache_dir": str(folder),
@@ -147,10 +148,10 @@ class _Job:
 class Programs:
     """The compiled programs of a run: a training step per bucket, evaluation programs per bucket.
 
-    Making it starts to compile, in parallel and at most one program per CPU core, the steps of the buckets that are
-    active at a step and the evaluation programs. `wait` waits for them. Then the steps of later stages are compiled
-    while training, one after the other; a failure there is logged by `poll` and raised when the step is needed. Buckets
-    with equal arrays share a step. Only the main thread may call the methods.
+    Making it starts to compile, in parallel and at most one program per CPU core, the training steps of the buckets
+    that are active where the run starts, and the evaluation programs. `wait` waits for them. Those of later stages are
+    compiled while training, one after the other; a failure there is logged by `poll` and raised when the program is
+    needed. Buckets with equal arrays share a program. Only the main thread may call the methods.
 
     Args:
       program: the run.

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jvgen import config, exit_codes
+from jvgen import config, exit_codes, storage
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.parallel import processes
@@ -310,6 +310,7 @@ class _Loop:
             "mfu": throughput.utilization(session.flops[bucket], seconds, devices, session.peak_flops),
             "save_stall": self.save_stall,
             "host_rss_mib": throughput.host_rss_mib(),
+            "storage_retries": storage.count_of_retries(),
             **throughput.device_memory_peak_mib(),
         }
 

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from jvgen import __version__, exit_codes
 from jvgen.config import ConfigError
 from jvgen.data.store.shards import raise_open_files_limit
@@ -215,7 +213,7 @@ def _open_data(program: Program, workdir: Path, make_loader: Callable[..., Any])
     raise_open_files_limit()
     experiment, training = program.experiment, program.experiment.training
     shared = {"seed": experiment.seed, "preprocess": program.task.preprocess, "rows": program.rows}
-    quarantine_log = process_log(workdir / "quarantine.jsonl", jax.process_index(), jax.process_count())
+    quarantine_log = process_log(workdir / "quarantine.jsonl", processes.index(), processes.count())
     loader = make_loader(experiment.data, **shared, quarantine_log=quarantine_log)
     if not (training.evaluate_every or training.visualize_every):
         return loader, None
@@ -262,7 +260,7 @@ def _evaluations(held_out: Any, training: TrainingConfig) -> list[tuple[str, Buc
 def _start_goodput(workdir: Path, start_step: int, clock: StartClock) -> Goodput:
     compiling = clock.seconds["compile"]
     spent = {goodput.START: clock.age - compiling, goodput.COMPILE: compiling}
-    return Goodput(workdir if jax.process_index() == 0 else None, start_step, clock.age, spent)
+    return Goodput(workdir if processes.index() == 0 else None, start_step, clock.age, spent)
 
 
 def _check_best_metric(program: Program, held_out: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jvgen import exit_codes
 from tests.faults import tiny_run
 from tests.faults.tiny_run import Run
+from tests.toys import rows_of
 
 # Starts of one run in a row that ask for a restart: on a busy machine processes may not meet in time.
 MAX_STARTS = 4
@@ -127,7 +128,7 @@ class Kills:
         reference = self.undisturbed[processes]
         if codes != [0] * processes:
             outcome.failures.append(f"{folder.name} did not finish: {codes}")
-        elif tiny_run.rows_of(folder) != tiny_run.rows_of(reference):
+        elif rows_of(folder) != rows_of(reference):
             outcome.failures.append(f"{folder.name}: rows of metrics.jsonl differ from the undisturbed run's")
         else:
             ours, theirs = (tiny_run.saved_arrays(place, steps) for place in (folder, reference))

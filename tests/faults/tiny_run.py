@@ -19,8 +19,6 @@ CONFIG = ROOT / "configs" / "demo_image_vae.py"
 STEPS, SAVE_EVERY = 120, 7
 # Of a run of two processes, which spends its time on talking.
 PAIR_STEPS = 36
-# What differs between two runs of the same thing.
-TIMES = ("seconds", "data_wait", "frames_per_second", "mfu", "save_stall", "host_rss_mib")
 
 
 def assignments(data: Path, steps: int = STEPS) -> list[str]:
@@ -117,11 +115,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "metrics.jsonl")]
 
 
 def last_step(folder: Path) -> int:

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from toys import rows_of  # noqa: E402
+
 from jvgen import exit_codes  # noqa: E402
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 
 SCRIPT = Path(__file__).parents[1] / "toys.py"
 STEPS, EVERY = 60, 8
 SETTINGS = (f"training.steps={STEPS}", f"checkpoint.every={EVERY}")
-# What differs between two runs of the same thing.
-TIMES = {"seconds", "data_wait", "frames_per_second", "mfu", "save_stall", "host_rss_mib"}
 
 pytestmark = pytest.mark.slow
 
@@ -112,19 +112,15 @@ def uninterrupted(start, tmp_path_factory) -> dict[int, list]:
     for count in (1, 2):
         folder = tmp_path_factory.mktemp("whole") / str(count)
         assert start(folder, count, delay=0.0).ends(200)[0] == [0] * count
-        rows[count] = plain(folder)
+        rows[count] = rows_of(folder)
     return rows
-
-
-def plain(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "metrics.jsonl")]
 
 
 def resumes(start, folder: Path, count: int, uninterrupted) -> None:
     """Run the same command again to the end: its rows are those of the run that nothing happened to, bit by bit."""
     run = start(folder, count, delay=0.0)
     assert run.ends(200)[0] == [0] * count, run.outputs()
-    assert plain(folder) == uninterrupted[count]
+    assert rows_of(folder) == uninterrupted[count]
     assert not (folder / "lock.json").exists()
 
 
@@ -257,7 +253,7 @@ def test_two_starts_in_one_run_directory(start, tmp_path, uninterrupted):
     first.ends(10)
     third = start(tmp_path / "run", 1, delay=0.0)
     assert third.ends(100)[0] == [0] and "taking over the run directory" in third.outputs()[0]
-    assert plain(tmp_path / "run") == uninterrupted[1]
+    assert rows_of(tmp_path / "run") == uninterrupted[1]
 
 
 def test_a_start_that_lost_its_lock_stops_without_writing(start, tmp_path):

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from toys import rows_of  # noqa: E402
+
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 
 SCRIPT = Path(__file__).parents[1] / "toys.py"
 STEPS = 60
-# What differs between two runs of the same thing.
-TIMES = ("seconds", "data_wait", "frames_per_second", "mfu", "save_stall", "host_rss_mib")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,6 @@ def send_when(process: subprocess.Popen, ready: Callable[[], bool], number: int)
         assert time.monotonic() < deadline, "the run did not get that far"
         time.sleep(0.001)
     process.send_signal(number)
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "metrics.jsonl")]
 
 
 def last_step(folder: Path) -> int:

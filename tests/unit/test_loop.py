@@ -29,10 +29,6 @@ from jvgen.training.loop import train  # noqa: E402
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 from jvgen.training.watchdog import Watchdog  # noqa: E402
 
-# What differs between two runs of the same thing.
-TIMES = ("seconds", "data_wait", "frames_per_second", "mfu", "save_stall", "host_rss_mib")
-
-
 # Most tests compile the same programs again.
 pytestmark = pytest.mark.usefixtures("shared_compilations")
 
@@ -50,10 +46,6 @@ def run(folder, experiment=None, **options):
     return train(experiment or toys.experiment(), folder, **options)
 
 
-def rows_of(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "metrics.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An uninterrupted run of 20 steps with evaluation, on one device."""
@@ -67,7 +59,7 @@ def finished(tmp_path_factory):
 
 
 def test_one_row_per_step_and_all_files(finished):
-    rows = rows_of(finished)
+    rows = toys.rows_of(finished)
     assert [row["step"] for row in rows] == list(range(20))
     assert [row["bucket"] for row in rows[:2]] == ["1x4x1x1", "1x2x1x1"], "batch shapes mix within a run"
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"], "it learns"
@@ -85,7 +77,7 @@ def test_one_row_per_step_and_all_files(finished):
 def test_stopped_and_resumed_rows_are_bit_equal(finished, tmp_path, capfd):
     for stop in (3, 7, 20):
         assert run(tmp_path, stop_after=stop) == DONE
-    assert rows_of(tmp_path) == rows_of(finished), "evaluation or not, interrupted or not"
+    assert toys.rows_of(tmp_path) == toys.rows_of(finished), "evaluation or not, interrupted or not"
     out = capfd.readouterr().out
     assert "restored step 7" in out and "starting from step 0 with seed 0" in out
     for part in ("mesh data 1", "parameters", "compiled step for 1x4x1x1 x 16 in", "FLOPs per step", "s/step", "MFU"):
@@ -100,9 +92,9 @@ def test_the_loop_runs_without_jit_for_debugging(finished, tmp_path):
 
 
 def test_resuming_a_finished_run_does_nothing(finished):
-    before = rows_of(finished)
+    before = toys.rows_of(finished)
     assert run(finished) == DONE
-    assert rows_of(finished) == before
+    assert toys.rows_of(finished) == before
 
 
 def test_resuming_on_eight_then_four_devices_then_one(tmp_path, one_device):
@@ -112,7 +104,7 @@ def test_resuming_on_eight_then_four_devices_then_one(tmp_path, one_device):
         one_device["count"] = count
         assert run(tmp_path / "resumed", experiment, stop_after=stop) == DONE
     assert run(tmp_path / "uninterrupted", experiment, stop_after=10) == DONE
-    resumed, uninterrupted = rows_of(tmp_path / "resumed"), rows_of(tmp_path / "uninterrupted")
+    resumed, uninterrupted = toys.rows_of(tmp_path / "resumed"), toys.rows_of(tmp_path / "uninterrupted")
     assert [row["records"] for row in resumed] == [row["records"] for row in uninterrupted]
     np.testing.assert_allclose([row["loss"] for row in resumed], [row["loss"] for row in uninterrupted], rtol=1e-4)
 
@@ -130,10 +122,10 @@ def test_sigterm_saves_and_asks_for_a_restart(finished, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     assert run(tmp_path, make_loader=Terminating) == 75
     assert signal.getsignal(signal.SIGTERM) == before
-    assert [row["step"] for row in rows_of(tmp_path)] == list(range(7)), "the step in progress is finished"
+    assert [row["step"] for row in toys.rows_of(tmp_path)] == list(range(7)), "the step in progress is finished"
     assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5, 7]
     assert run(tmp_path) == DONE
-    assert rows_of(tmp_path) == rows_of(finished)
+    assert toys.rows_of(tmp_path) == toys.rows_of(finished)
 
 
 def test_a_checkpoint_of_another_model_or_data_set_is_refused(tmp_path):
@@ -178,7 +170,7 @@ def test_too_many_bad_steps_stop_the_run_with_their_records(tmp_path, capfd):
 
     experiment = toys.experiment(**{"training.max_consecutive_skips": 2})
     assert run(tmp_path, experiment, make_loader=Poisoned) == DIVERGED
-    rows = rows_of(tmp_path)
+    rows = toys.rows_of(tmp_path)
     assert [row["step"] for row in rows if row["skipped"]] == [6, 7, 8] and rows[6]["loss"] == "nan"
     out = capfd.readouterr().out
     assert "step 6 was skipped" in out and "consecutive_skips = 3 exceeds training.max_consecutive_skips = 2" in out
@@ -217,7 +209,7 @@ def test_the_run_is_saved_when_data_cannot_be_read(finished, tmp_path):
     with pytest.raises(TooManyFailures, match="3 records"):
         run(tmp_path, make_loader=Failing)
     assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5, 7]
-    assert rows_of(tmp_path) == rows_of(finished)[:7]
+    assert toys.rows_of(tmp_path) == toys.rows_of(finished)[:7]
 
 
 def test_inference_reads_the_requested_ema(finished):
@@ -246,7 +238,7 @@ def test_training_starts_from_given_parameters(finished, tmp_path):
     with pytest.raises(ConfigError, match="already holds"):
         write_first_checkpoint(toys.experiment(), tmp_path, raw)
     assert run(tmp_path, stop_after=1) == DONE
-    assert rows_of(tmp_path)[0]["loss"] < 0.7 * rows_of(finished)[0]["loss"]
+    assert toys.rows_of(tmp_path)[0]["loss"] < 0.7 * toys.rows_of(finished)[0]["loss"]
 
 
 def test_an_unknown_best_metric_is_named(tmp_path):

@@ -159,7 +159,7 @@ def test_invalid_buckets(bucket, changes, message):
 
 
 def test_the_loss_does_not_depend_on_microbatches(task, parameters, frozen, loss):
-    """Noise, timesteps, directions of lines and dropped captions belong to a slot and a view."""
+    """Noise, timesteps, directions of lines and dropped captions are drawn per example and view."""
     batch, key = batch_of(task, FOLDED), jax.random.key(5)
 
     def mean(*microbatches: list[int]) -> float:

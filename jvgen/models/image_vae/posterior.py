@@ -1,9 +1,7 @@
-"""The Gaussian posterior between encoder and decoder, and the scale of latents in diffusion."""
+"""The Gaussian posterior between encoder and decoder."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from jvgen.models.image_vae.config import ImageVAEConfig
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -30,13 +28,3 @@ def kl_divergence(moments: Float[Array, "B ... M"]) -> Float[Array, "B"]:
     mean, log_variance = split_moments(moments)
     terms = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
     return jnp.sum(terms, axis=tuple(range(1, terms.ndim)))
-
-
-def normalize_latents(latents: Float[Array, "..."], config: ImageVAEConfig) -> Float[Array, "..."]:
-    """Latents of the decoder to latents of diffusion: `(latents - shift_factor) * scaling_factor`."""
-    return (latents - config.shift_factor) * config.scaling_factor
-
-
-def denormalize_latents(latents: Float[Array, "..."], config: ImageVAEConfig) -> Float[Array, "..."]:
-    """Latents of diffusion to latents of the decoder: `latents / scaling_factor + shift_factor`."""
-    return latents / config.scaling_factor + config.shift_factor

@@ -20,8 +20,8 @@ class SamplingConfig(Config):
       top_p: of these keep the most likely ones whose probabilities sum to at least this (Holtzman et al. 2020).
       future_codes_only: exclude ids that are no code of a future frame, inside frames. The released models may choose
         any id, and clamp it to the first or the last code.
-      parallel: Jacobi decoding: guess all ids of a frame and repeat until none changes; the same ids in fewer, wider
-        passes (see `jvgen.models.ivideogpt.decoding`). For few sequences at a time.
+      parallel: Jacobi decoding: all ids of a frame are guessed and corrected until none changes: the same ids in fewer
+        passes of more tokens (see `jvgen.models.ivideogpt.decoding`). For few sequences at a time.
     """
 
     greedy: bool = False

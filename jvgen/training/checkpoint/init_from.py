@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jvgen import storage
 from jvgen.config import ConfigError
+from jvgen.parallel import processes
 from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
 from jvgen.training.config import CheckpointConfig, InitFromConfig
@@ -86,7 +87,7 @@ def init_from(program: Program, workdir: storage.Path, log: Callable[[str], None
         f"starting from step 0 with {count} of {total} parameters ({config.ema}) of step {restored.step} of "
         f"{config.run}{kept}"
     )
-    if jax.process_index() == 0:
+    if processes.index() == 0:
         record = {
             "run": str(storage.absolute(config.run)), "step": restored.step, "ema": config.ema,
             "arrays": sorted(taken), "random": list(plan.random),

@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jvgen.parallel import processes
 from jvgen.training.telemetry.goodput import goodput_line
 from jvgen.training.telemetry.hooks import Hook, RunInfo
 from jvgen.training.telemetry.process_log import ProcessLog
@@ -40,7 +40,7 @@ class ConsoleLog(Hook):
         self._goodput: Mapping[str, float] | None = None
         self._start_step = 0
         self._rows: list[Mapping[str, Any]] = []
-        self._enabled = jax.process_index() == 0
+        self._enabled = processes.index() == 0
         self._progress: Progress | None = None
         if not self._console.is_terminal:
             # Tables in a log file are not cut to the width of a terminal.

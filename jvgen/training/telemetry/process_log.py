@@ -8,10 +8,10 @@ import warnings
 from types import TracebackType
 from typing import Any, Self
 
-import jax
 from rich.console import Console
 
 from jvgen import storage
+from jvgen.parallel import processes
 
 FOLDER = "logs"
 # Width of tables in the file, in characters.
@@ -31,13 +31,13 @@ class ProcessLog(logging.Handler):
 
     def __init__(self, workdir: storage.Path, process_index: int | None = None):
         super().__init__(logging.WARNING)
-        number = jax.process_index() if process_index is None else process_index
+        number = processes.index() if process_index is None else process_index
         self._mirror = storage.Mirror(workdir / FOLDER / f"process_{number}.log", log=lambda message: None)
         self._mirror.local.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._mirror.local.open("a", encoding="utf-8")
         self._write_lock = threading.Lock()
         self._tables = Console(file=self._file, width=TABLE_WIDTH, color_system=None, force_terminal=False)
-        self.write(f"process {number} of {jax.process_count()} starts")
+        self.write(f"process {number} of {processes.count()} starts")
 
     def write(self, message: Any) -> None:
         """Append a message: text, every line with the time, or a rich table."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 import jax
 
 from jvgen import storage
+from jvgen.parallel import processes
 from jvgen.training.config import TrainingConfig
 
 FOLDER = "profile"
@@ -35,7 +36,7 @@ class Profiler:
         if stop <= start_step:
             self._log(f"training.profile_steps = {first},{stop}: before step {start_step}, so nothing is traced")
             return False
-        return training.profile_processes == "all" or jax.process_index() == 0
+        return training.profile_processes == "all" or processes.index() == 0
 
     def before_step(self, step: int, wait: Callable[[], None]) -> None:
         """Start or stop the trace, if it is due before this step.
