@@ -3,6 +3,10 @@
 import dataclasses
 import errno
 import os
+import traceback
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
 
 # Overrides the code that asks a launcher to start the same command again.
 RESTART_CODE_VARIABLE = "JVGEN_RESTART_CODE"
@@ -96,7 +100,8 @@ def of_error(error: BaseException) -> int:
     """The exit code for an exception that ends a process.
 
     jvgen's own exceptions have it as their attribute `exit_code`. Of the others a missing or forbidden file is a user's
-    mistake, a full disk is "unsaved", storage and network errors that may pass ask for a restart, and the rest is 1.
+    mistake, and so is a `ValueError` that jvgen raises; a full disk is "unsaved", storage and network
+    errors that may pass ask for a restart, and the rest is 1.
     """
     if hasattr(error, "exit_code"):
         return error.exit_code
@@ -107,4 +112,15 @@ def of_error(error: BaseException) -> int:
             return restart_code()
         if error.filename is not None:
             return USER_ERROR
-    return ERROR
+    return USER_ERROR if isinstance(error, ValueError) and _raised_by_jvgen(error) else ERROR
+
+
+def _raised_by_jvgen(error: ValueError) -> bool:
+    """Whether a `raise` statement of jvgen made this error, rather than a library.
+
+    jvgen raises ValueError with a message for users; JAX, Orbax and NumPy raise it for mistakes in the program.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return False
+    return Path(frames[-1].filename).is_relative_to(PACKAGE) and (frames[-1].line or "").startswith("raise")

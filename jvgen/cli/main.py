@@ -3,10 +3,8 @@
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
 from jvgen import __version__, exit_codes
 from jvgen.cli import check as checking
@@ -16,7 +14,6 @@ from jvgen.cli.arguments import HelpFormatter
 from jvgen.versions import git_commit
 
 DESCRIPTION = "Pretrain video generators at pod scale: train, resume, sample, evaluate, export to PyTorch."
-PACKAGE = Path(__file__).parents[1]
 # In the order of `jvgen --help`.
 FAMILIES = (demo, data, configs, checking, compiling, launch, train, sample, evaluate, play, vae, weights)
 
@@ -32,29 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.handler(parsed) or 0
     except Exception as error:
-        code = _exit_code(error)
+        # With 1, which Python gives uncaught errors, it is shown with its traceback.
+        code = exit_codes.of_error(error)
         if code == exit_codes.ERROR or os.environ.get("JVGEN_TRACEBACK"):
             raise
         print(f"jvgen {parsed.command}: {error}", file=sys.stderr)
         print("(set JVGEN_TRACEBACK=1 for the traceback)", file=sys.stderr)
         return code
-
-
-def _exit_code(error: Exception) -> int:
-    """The exit code of an error; with 1, which Python gives uncaught errors, it is shown with its traceback."""
-    code = exit_codes.of_error(error)
-    if code == exit_codes.ERROR and isinstance(error, ValueError) and _raised_by_jvgen(error):
-        return exit_codes.USER_ERROR
-    return code
-
-
-def _raised_by_jvgen(error: Exception) -> bool:
-    """Whether a `raise` statement of jvgen, or of a user's config, made this error, rather than a library.
-
-    jvgen raises ValueError with a message for users; JAX, Orbax and NumPy raise it for mistakes in the program.
-    """
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).is_relative_to(PACKAGE) and (frame.line or "").startswith("raise")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -418,7 +418,7 @@ def code_of(error: BaseException) -> int:
 
 def _print_error(error: BaseException) -> None:
     prefix = f"jvgen: process {index()} of {count()} ends with exit code {code_of(error)}: "
-    if hasattr(error, "exit_code"):
+    if exit_codes.of_error(error) != exit_codes.ERROR:
         print(f"{prefix}{error}", file=sys.stderr, flush=True)
     else:
         text = "".join(traceback.format_exception(error))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jvgen import exit_codes
@@ -31,3 +32,18 @@ def test_a_restart_code_that_means_something_else_is_refused(monkeypatch, text):
     monkeypatch.setenv("JVGEN_RESTART_CODE", text)
     with pytest.raises(ValueError, match=rf"JVGEN_RESTART_CODE = '{text}'.*other than 0, 1, 2, 65, 74"):
         exit_codes.restart_code()
+
+
+def test_a_value_error_is_a_users_mistake_if_jvgen_raises_it():
+    """In every process of a run, not only where the command shows it; libraries raise it for programs."""
+
+    def code_of(function) -> int:
+        try:
+            function()
+        except ValueError as error:
+            return exit_codes.of_error(error)
+        raise AssertionError("nothing was raised")
+
+    assert code_of(lambda: exit_codes.parse_restart_code("x", "--restart-code")) == exit_codes.USER_ERROR
+    assert code_of(lambda: np.zeros(3).reshape(2, 2)) == exit_codes.ERROR
+    assert code_of(lambda: int("x")) == exit_codes.ERROR
