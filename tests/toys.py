@@ -269,7 +269,7 @@ class FailingLoader(FakeLoader):
         self.error, self.step = error, step
 
     def at(self, step: int) -> LoadedBatch:
-        if step == self.step and not self.stream:
+        if step == self.step and bool(self.stream) == (self.error is ERRORS["evaluation"]):
             raise self.error
         return super().at(step)
 
@@ -278,6 +278,7 @@ ERRORS = {
     "bug": RuntimeError("a bug"),
     "passing": OSError(5, "Input/output error"),
     "full": OSError(28, "disk is full"),
+    "evaluation": RuntimeError("a bug in the evaluation"),
 }
 
 

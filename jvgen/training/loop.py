@@ -31,6 +31,9 @@ from jvgen.training.telemetry.startup import StartClock
 from jvgen.training.telemetry.tensorboard import TensorBoard
 from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases
 
+# Seconds for which a process whose evaluation failed waits for the others to fail as well.
+ALL_FAILED_SECONDS = 20.0
+
 
 class TrainingDiverged(Exception):
     """More steps were skipped than the config allows; the message names the records."""
@@ -232,7 +235,7 @@ class _Loop:
     def _evaluate(self, step: int) -> bool:
         """Evaluate and visualize what is due; False if a request to stop came in between.
 
-        The step is saved before if both are due. If the evaluation fails, it is saved now. After two failures in a row
+        The step is saved before if both are due. If the evaluation fails on every process, it is saved now. After two failures in a row
         the evaluation of this step is left out, or a run that is restarted again and again would never get past it.
         """
         self._log_pending()
@@ -246,14 +249,21 @@ class _Loop:
             with self.session.goodput.spending(goodput.EVALUATION):
                 finished = self._evaluate_once(step)
         except Exception:
-            if processes.count() == 1 and step > self.session.start_step:
-                self._save(step)
-                self.session.checkpoints.wait()
+            self._save_if_all_failed(step)
             raise
         self.failures.end()
         # The time that this took does not count as step time.
         self.last_read = time.perf_counter()
         return finished
+
+    def _save_if_all_failed(self, step: int) -> None:
+        """Save a step whose evaluation failed, if it failed on every process: one alone cannot save."""
+        if step == self.session.start_step:
+            return
+        with contextlib.suppress(processes.LostProcess):
+            processes.barrier(f"failed evaluation of step {step}", ALL_FAILED_SECONDS)
+            self._save(step)
+            self.session.checkpoints.wait()
 
     def _evaluate_once(self, step: int) -> bool:
         session = self.session

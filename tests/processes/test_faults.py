@@ -163,6 +163,16 @@ def test_a_process_that_hangs(start, tmp_path, uninterrupted):
     resumes(start, tmp_path / "run", 2, uninterrupted)
 
 
+def test_an_evaluation_that_fails_on_every_process_loses_no_step(start, tmp_path):
+    both = {f"process_{number}": ("--fail", "evaluation", "0") for number in (0, 1)}
+    run = start(tmp_path / "run", 2, "training.evaluate_every=12", **both)
+    codes, seconds = run.ends(200)
+    report("an evaluation fails on both processes, times from the start", codes, seconds)
+    assert codes == [exit_codes.ERROR] * 2, run.outputs()
+    # Between two checkpoints, which are eight steps apart.
+    assert (tmp_path / "run" / "checkpoints" / "12").is_dir()
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process(start, tmp_path, uninterrupted, killed):
     run = start(tmp_path / "run", 2)
