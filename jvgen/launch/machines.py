@@ -5,7 +5,7 @@ import math
 
 from jvgen.config import ConfigError
 from jvgen.parallel.chips import CHIPS, Chip, chip_named
-from jvgen.parallel.pods import CHIPS_PER_HOST, SLICES, SMALL_TORUS, check_shape
+from jvgen.parallel.pods import SLICES, SMALL_TORUS, Pod, check_shape
 
 CPU = Chip("cpu", "cpu", 0.0, 0.0)
 
@@ -65,28 +65,14 @@ GPUS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
-    """Devices of a run, read from `--topology` and `--slices`.
+class Topology(Pod):
+    """Devices of a run, read from `--topology` and `--slices`: TPU slices, or nodes of GPUs or CPUs.
 
     Attributes:
       chip: kind of chip; `CPU` for processes of one machine.
       shape: of a TPU slice, or (nodes, devices per node).
       slices: number of TPU slices; 1 for GPUs and CPUs.
     """
-
-    chip: Chip
-    shape: tuple[int, ...]
-    slices: int = 1
-
-    @property
-    def name(self) -> str:
-        """As it is written: "v5p:4x4x8"."""
-        return f"{self.chip.name}:{self.text}"
-
-    @property
-    def text(self) -> str:
-        """The shape alone: "4x4x8"."""
-        return "x".join(str(size) for size in self.shape)
 
     @property
     def is_tpu(self) -> bool:
@@ -99,24 +85,9 @@ class Topology:
         return self.chip.name in GPUS
 
     @property
-    def chips(self) -> int:
-        """Chips of all slices."""
-        return math.prod(self.shape) * self.slices
-
-    @property
-    def devices(self) -> int:
-        """JAX devices of all slices."""
-        return self.chips * self.chip.devices
-
-    @property
-    def machines_per_slice(self) -> int:
+    def hosts_per_slice(self) -> int:
         """VMs of one TPU slice, or nodes."""
-        return math.prod(self.shape) // CHIPS_PER_HOST if self.is_tpu else self.shape[0]
-
-    @property
-    def machines(self) -> int:
-        """VMs or nodes of the run."""
-        return self.machines_per_slice * self.slices
+        return super().hosts_per_slice if self.is_tpu else self.shape[0]
 
 
 def topology(text: str, slices: int = 1) -> Topology:
@@ -144,7 +115,7 @@ def topology(text: str, slices: int = 1) -> Topology:
         raise ConfigError(f"--slices {slices}: at least 1.")
     found = Topology(chip, shape, slices)
     if found.is_tpu:
-        check_shape(chip, shape, f"--topology {found.name!r}")
+        check_shape(chip, shape, f"--topology {found.topology!r}")
         return found
     if slices != 1:
         raise ConfigError(f"--slices {slices}: only TPUs come in slices; write more nodes in --topology {text}.")
@@ -167,12 +138,12 @@ def accelerator_type(found: Topology) -> str:
     """
     machine = TPUS[found.chip.name]
     if machine.accelerator_type is None:
-        raise ConfigError(f"--topology {found.name!r}: {found.chip.name} is offered on GKE only; use gke-tpu.")
+        raise ConfigError(f"--topology {found.topology!r}: {found.chip.name} is offered on GKE only; use gke-tpu.")
     chips = math.prod(found.shape)
     usual = _most_compact(chips) if not SLICES[found.chip.name].is_plane else found.shape
     if found.shape != usual:
         raise ConfigError(
-            f"--topology {found.name!r}: tpu-vm orders a number of chips and gets "
+            f"--topology {found.topology!r}: tpu-vm orders a number of chips and gets "
             f"{'x'.join(map(str, usual))} for {chips}; write that, or use gke-tpu."
         )
     return machine.accelerator_type.format(chips * 2 if machine.counts_cores else chips)

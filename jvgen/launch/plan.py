@@ -12,7 +12,7 @@ from jvgen import exit_codes
 from jvgen.config import ConfigError
 from jvgen.launch.flags import Flag, flags_of
 from jvgen.launch.machines import Topology, topology
-from jvgen.parallel.mesh import MESH_AXES, slow_axis_warning
+from jvgen.parallel.mesh import MESH_AXES, across_slices, slow_axis_warning
 from jvgen.parallel.rules import Sharding
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program, check_batch
@@ -162,7 +162,7 @@ def make_plan(
         workdir=options.workdir,
         name=_name(options.name, experiment.name),
         topology=place,
-        processes=place.machines * processes_per_machine,
+        processes=place.hosts * processes_per_machine,
         mesh=mesh,
         restart_code=restart_code,
         no_restart=tuple(code for code in exit_codes.NO_RESTART if code != exit_codes.DONE),
@@ -184,7 +184,7 @@ def estimated_grace(experiment: Experiment, place: Topology, mesh: dict[str, int
     (`save_stall` in metrics.jsonl) is better: give it by `--grace-seconds`.
     """
     abstract = Program.build(experiment, _abstract_mesh(mesh)).abstract
-    seconds = ASSUMED_STEP_SECONDS + size_of(abstract.saved())[1] / place.machines / ASSUMED_BYTES_PER_SECOND
+    seconds = ASSUMED_STEP_SECONDS + size_of(abstract.saved())[1] / place.hosts / ASSUMED_BYTES_PER_SECOND
     return min(3600, max(120, 30 * math.ceil(seconds / 30)))
 
 
@@ -192,14 +192,9 @@ def _mesh(experiment: Experiment, place: Topology) -> dict[str, int]:
     """The mesh on all devices, checked against slices and batches."""
     try:
         mesh = experiment.mesh.resolve(place.devices)
+        across_slices(tuple(mesh.values()), place.slices)
     except ValueError as error:
-        raise ConfigError(f"--topology {place.name} --slices {place.slices}: {error}") from error
-    across = mesh["data"] * mesh["fsdp"]
-    if across % place.slices:
-        raise ConfigError(
-            f"--slices {place.slices}: mesh data={mesh['data']}, fsdp={mesh['fsdp']}: seq and tensor stay inside a "
-            f"slice, so data x fsdp = {across} must be a multiple of the slices."
-        )
+        raise ConfigError(f"--topology {place.topology} --slices {place.slices}: {error}") from error
     sharding = Sharding(_abstract_mesh(mesh), experiment.sharding)
     for bucket in experiment.data.buckets:
         check_batch(experiment, bucket, sharding)

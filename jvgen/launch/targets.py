@@ -120,7 +120,7 @@ def generate(
     )  # fmt: skip
     _check_chips(target, plan.topology)
     _check_workdir(target, options.workdir)
-    plan = dataclasses.replace(plan, processes=plan.topology.machines * target.processes_per_machine(plan.topology))
+    plan = dataclasses.replace(plan, processes=plan.topology.hosts * target.processes_per_machine(plan.topology))
     if plan.warning:
         print(f"WARNING: {plan.warning}", file=sys.stderr)
     return _render(target, plan, options, command)
@@ -171,12 +171,12 @@ def _check_chips(target: Target, place: Topology) -> None:
     if kind not in target.chips:
         fitting = [other.name for other in TARGETS.values() if kind in other.chips]
         raise ConfigError(
-            f"--topology {place.name}: {target.name} is for {' and '.join(target.chips)}; for {kind} use "
+            f"--topology {place.topology}: {target.name} is for {' and '.join(target.chips)}; for {kind} use "
             f"{' or '.join(fitting)}."
         )
     if place.is_gpu and place.shape[1] != machines.GPUS_PER_NODE and target.name != "slurm":
         raise ConfigError(
-            f"--topology {place.name}: a node of {target.name} has {machines.GPUS_PER_NODE} GPUs; write "
+            f"--topology {place.topology}: a node of {target.name} has {machines.GPUS_PER_NODE} GPUs; write "
             f"{place.chip.name.lower()}:NODESx{machines.GPUS_PER_NODE}."
         )
 

@@ -74,7 +74,12 @@ class Pod:
     @property
     def topology(self) -> str:
         """One slice, as it is written: "v5p:4x4x8"."""
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return f"{self.chip.name}:{self.text}"
+
+    @property
+    def text(self) -> str:
+        """The shape alone: "4x4x8"."""
+        return "x".join(map(str, self.shape))
 
     @property
     def chips(self) -> int:
@@ -87,9 +92,14 @@ class Pod:
         return self.chips * self.chip.devices
 
     @property
+    def hosts_per_slice(self) -> int:
+        """Hosts of one slice, with one process each."""
+        return math.prod(self.shape) // CHIPS_PER_HOST
+
+    @property
     def hosts(self) -> int:
-        """Hosts of all slices, with one process each."""
-        return math.prod(self.shape) // CHIPS_PER_HOST * self.slices
+        """Hosts of all slices."""
+        return self.hosts_per_slice * self.slices
 
 
 def pod_named(topology: str, slices: int = 1) -> Pod:

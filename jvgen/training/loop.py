@@ -235,8 +235,9 @@ class _Loop:
     def _evaluate(self, step: int) -> bool:
         """Evaluate and visualize what is due; False if a request to stop came in between.
 
-        The step is saved before if both are due. If the evaluation fails on every process, it is saved now. After two failures in a row
-        the evaluation of this step is left out, or a run that is restarted again and again would never get past it.
+        The step is saved before if both are due. If the evaluation fails on every process, it is saved now. After two
+        failures in a row the evaluation of this step is left out, or a run that is restarted again and again would
+        never get past it.
         """
         self._log_pending()
         if not self.failures.begin(step):

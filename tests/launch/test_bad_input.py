@@ -34,7 +34,7 @@ MISTAKES = {
     "slices that do not divide": (
         f"gke-tpu {POD} --topology v5p:4x4x8 --slices 3 --set data.buckets.0.batch_size=96 --set mesh.fsdp=1 "
         "--set mesh.data=2 --set mesh.seq=192",
-        "data x fsdp = 2 must be a multiple of the slices",
+        "data x fsdp must be a multiple of 3",
     ),
     "batch": (f"gke-tpu {POD} --topology v5p:8x8x8", "batch_size = 64 must be a multiple of 128"),
     "name": (f"gke-tpu {POD} --topology v5p:4x4x8 --name My_Run", "--name 'My_Run': at most 28"),
