@@ -21,7 +21,7 @@ from jvgen.nn.linear import Linear
 from jvgen.nn.network import Network
 from jvgen.nn.norm import RMSNorm
 from jvgen.nn.stacked import Stacked
-from jvgen.parallel import processes
+from jvgen.parallel import failing, processes
 from jvgen.parallel.axes import BATCH, EMBED, LENGTH, MLP, constrain
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
@@ -302,7 +302,7 @@ def main() -> int:
         error, step = ERRORS[parsed.fail[0]], int(parsed.fail[1])
         return FailingLoader(*args, **kwargs, delay=parsed.delay, error=error, step=step)
 
-    with Preemption(leave=True) as preemption, processes.fail_fast(parsed.workdir):
+    with Preemption(leave=True) as preemption, failing.fail_fast(parsed.workdir):
         if parsed.processes > 1:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
             processes.initialize(f"127.0.0.1:{parsed.port}", parsed.processes, parsed.process)

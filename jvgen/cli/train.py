@@ -43,9 +43,9 @@ def run_train(parsed: argparse.Namespace) -> int:
     """Join the other processes, check the run, then train."""
     # Before anything that takes time is imported: from here on SIGTERM does not kill the process.
     with Preemption(leave=True) as preemption:
-        from jvgen.parallel import processes
+        from jvgen.parallel import failing
 
-        with processes.fail_fast(parsed.workdir):
+        with failing.fail_fast(parsed.workdir):
             from jvgen.training.telemetry.startup import StartClock
 
             clock = StartClock.of_process()

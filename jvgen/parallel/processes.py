@@ -1,4 +1,4 @@
-"""Several processes of one run: starting together, agreeing, waiting for each other, and failing together.
+"""Several processes of one run: starting together, agreeing, waiting for each other, telling each other.
 
 Everything goes through JAX's coordination service, a key-value store that process 0 runs, and not through the devices:
 it works while a device hangs, has time limits, and can say who is absent. With one process every function returns at
@@ -7,23 +7,18 @@ once. Functions that all processes call are told apart by `name`; the same name 
 
 import collections
 import contextlib
-import datetime
-import faulthandler
 import json
 import os
-import shlex
 import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from jvgen import __version__, exit_codes
+from jvgen import exit_codes
 from jvgen.config import ConfigError
 from jvgen.parallel import clusters
-from jvgen.storage import Path, Retries, read_text, write_text
 
 T = TypeVar("T")
 
@@ -35,12 +30,7 @@ SHUTDOWN_SECONDS = 30
 INITIALIZE_SECONDS = 300
 # Seconds for which a barrier, a broadcast or a gather waits.
 WAIT_SECONDS = 600.0
-# Seconds for which process 0 waits until the others have seen that it fails: when it ends, JAX aborts them.
-ABORT_SECONDS = 3.0
-# Seconds that the functions of `before_exit` may take.
-LEAVE_SECONDS = 10.0
 
-_ABORT = "jvgen/abort"
 _EVENTS = "jvgen/events"
 
 
@@ -330,7 +320,6 @@ class _Listener:
     def __init__(self, client: Any):
         import atexit
 
-        self.subscribers: dict[str, Callable[[dict[str, Any]], None]] = {}
         self._client, self._seen = client, set()
         self._closed = threading.Event()
         # With a thousand processes process 0 answers a thousand times per second.
@@ -351,14 +340,13 @@ class _Listener:
                 continue
             for key, text in found:
                 name = key.rsplit("/", 1)[1]
-                if name == "abort":
-                    _obey_abort(json.loads(text))
-                elif name not in self._seen and name in self.subscribers:
+                if name not in self._seen and name in _subscribers:
                     self._seen.add(name)
-                    self.subscribers[name](json.loads(text))
+                    _subscribers[name](json.loads(text))
 
 
 _listener: _Listener | None = None
+_subscribers: dict[str, Callable[[dict[str, Any]], None]] = {}
 
 
 def announce(event: str, message: dict[str, Any]) -> None:
@@ -367,166 +355,25 @@ def announce(event: str, message: dict[str, Any]) -> None:
         _client().key_value_set(f"{_EVENTS}/{event}", json.dumps(message))
 
 
-def subscribe(event: str, function: Callable[[dict[str, Any]], None]) -> None:
-    """Have a function called once, on another thread, when any process announces an event."""
-    if _listener is not None:
-        _listener.subscribers[event] = function
-
-
-_before_exit: list[Callable[[], None]] = []
-_aborting = threading.Lock()
-
-
-@contextlib.contextmanager
-def before_exit(function: Callable[[], None]) -> Iterator[None]:
-    """Have a quick function called if the process is ended by `abort` while the body runs."""
-    _before_exit.append(function)
+def announced(event: str) -> dict[str, Any] | None:
+    """The message of an event that a process has announced, or None."""
     try:
-        yield
-    finally:
-        _before_exit.remove(function)
-
-
-@contextlib.contextmanager
-def fail_fast(workdir: Path | None = None) -> Iterator[None]:
-    """Context in which an exception ends all processes of the run within seconds.
-
-    The traceback is written to `workdir/errors/process_N.txt`. With one process the exception is raised on. With
-    several it is printed, the others are told, and all end with the same code: waiting for the others, as Python would
-    at its end, would take minutes, because they wait for this process.
-    """
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if not getattr(error, "recorded", False):
-            error.recorded = True
-            record_error(error, workdir)
-        if count() > 1:
-            _print_error(error)
-            abort(code_of(error), f"{type(error).__name__}: {error}")
-        raise
-
-
-def code_of(error: BaseException) -> int:
-    """The exit code for an exception; errors of a lost connection count as a lost process if there are several."""
-    code = exit_codes.of_error(error)
-    lost = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "onnection reset", "onnection closed", "Gloo")
-    if code == exit_codes.ERROR and count() > 1 and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-        return exit_codes.restart_code() if any(word in str(error) for word in lost) else code
-    return code
-
-
-def _print_error(error: BaseException) -> None:
-    prefix = f"jvgen: process {index()} of {count()} ends with exit code {code_of(error)}: "
-    if exit_codes.of_error(error) != exit_codes.ERROR:
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
-    else:
-        text = "".join(traceback.format_exception(error))
-        print(f"{text}{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-
-
-def abort(code: int, reason: str, stacks: bool = False) -> NoReturn:
-    """End all processes of the run with an exit code, at once and without Python's usual end.
-
-    If another process has aborted before, its code and reason hold: this process's error is a consequence.
-
-    Args:
-      code: exit code.
-      reason: for the logs of the others.
-      stacks: the others print the stacks of their threads, to show where they wait.
-    """
-    with _aborting:
-        if count() > 1:
-            # What a lost connection says arrives before the news of why.
-            time.sleep(0.5)
-            message = {"process": index(), "code": code, "reason": reason[:2000], "stacks": stacks}
-            announce("abort", message)
-            first = json.loads(_try_get(f"{_EVENTS}/abort") or json.dumps(message))
-            if first["process"] != index():
-                code = first["code"]
-                _print_abort(first)
-            _acknowledge()
-        _leave(code)
-
-
-def _obey_abort(message: dict[str, Any]) -> None:
-    with _aborting:
-        if message["process"] != index():
-            _print_abort(message)
-            if message["stacks"]:
-                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        _acknowledge()
-        _leave(message["code"])
-
-
-def _print_abort(message: dict[str, Any]) -> None:
-    print(
-        f"jvgen: process {index()} of {count()} ends with exit code {message['code']}, because process "
-        f"{message['process']} failed: {message['reason']}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _acknowledge() -> None:
-    """Note that this process knows; process 0, which runs the store, waits for the others to know."""
-    with contextlib.suppress(RuntimeError):
-        _client().key_value_set(f"{_ABORT}/seen/{index()}", "")
-    if index() == 0:
-        end = time.monotonic() + ABORT_SECONDS
-        while len(_numbered(f"{_ABORT}/seen")) < count() and time.monotonic() < end:
-            time.sleep(0.05)
-        # Time for them to end.
-        time.sleep(0.2)
-
-
-def _leave(code: int) -> NoReturn:
-    def finish() -> None:
-        for function in reversed(_before_exit):
-            with contextlib.suppress(Exception):
-                function()
-
-    # Storage that does not answer may be why the process ends.
-    finishing = threading.Thread(target=finish, name="before exit", daemon=True)
-    finishing.start()
-    finishing.join(LEAVE_SECONDS)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _try_get(key: str) -> str | None:
-    try:
-        return _client().key_value_try_get(key)
+        return json.loads(_client().key_value_try_get(f"{_EVENTS}/{event}"))
     except RuntimeError:
         return None
 
 
-def record_error(error: BaseException, workdir: Path | None) -> Path | None:
-    """Append an exception with its traceback to `workdir/errors/process_N.txt`, as plain text; returns the file.
+def note(name: str, text: str = "") -> None:
+    """Leave a note of this process in the key-value store, for `notes`; nothing happens if the store is gone."""
+    with contextlib.suppress(RuntimeError):
+        _client().key_value_set(f"jvgen/notes/{name}/{index()}", text)
 
-    A user's mistake creates no run directory. An error while writing is printed, and nothing more.
-    """
-    if workdir is None:
-        return None
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    jax = sys.modules.get("jax")
-    text = (
-        f"{now}  process {index()} of {count()} on {socket.gethostname()}, pid {os.getpid()}\n"
-        f"command: {shlex.join(sys.argv)}\n"
-        f"jvgen {__version__}, JAX {getattr(jax, '__version__', 'not imported')}, Python {sys.version.split()[0]}\n"
-        f"exit code {code_of(error)}\n{''.join(traceback.format_exception(error))}\n"
-    )
-    file = workdir / "errors" / f"process_{index()}.txt"
-    # The others wait for this process.
-    once = Retries(attempts=1)
-    try:
-        if exit_codes.of_error(error) == exit_codes.USER_ERROR and not workdir.exists():
-            return None
-        before = read_text(file, once) if file.exists() else ""
-        # The latest errors of a run that is restarted again and again.
-        write_text(file, before[-100_000:] + text, once)
-    except Exception as problem:  # libraries of buckets raise their own; the error itself must not be lost
-        print(f"jvgen: {file} could not be written: {problem}", file=sys.stderr)
-        return None
-    return file
+
+def notes(name: str) -> dict[int, str]:
+    """The notes of all processes that have left one, by process."""
+    return _numbered(f"jvgen/notes/{name}")
+
+
+def subscribe(event: str, function: Callable[[dict[str, Any]], None]) -> None:
+    """Have a function called once, on another thread, when any process announces an event."""
+    _subscribers[event] = function

@@ -12,7 +12,7 @@ import jax
 from jvgen import config, exit_codes, storage
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import TooManyFailures
-from jvgen.parallel import processes
+from jvgen.parallel import failing, processes
 from jvgen.storage import Path, as_path
 from jvgen.tasks.task import Metrics
 from jvgen.training.checkpoint.manager import NonFiniteState
@@ -81,7 +81,7 @@ def train(
       HookError: a hook raised.
     """
     workdir, clock = as_path(workdir), clock or StartClock()
-    with processes.fail_fast(workdir), contextlib.ExitStack() as stack:
+    with failing.fail_fast(workdir), contextlib.ExitStack() as stack:
         config.validate_tree(experiment)
         if stop_after is not None and stop_after < 1:
             raise config.ConfigError(f"stop_after = {stop_after}: the number of steps after which to stop, at least 1.")

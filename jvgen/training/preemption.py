@@ -149,7 +149,7 @@ class Preemption:
             message = f"{reason} before the first step: nothing to save, exit code {code}"
             print(f"jvgen: {message}", file=sys.stderr, flush=True)
             # It may be half imported at this moment.
-            abort: Callable[..., None] | None = getattr(sys.modules.get("jvgen.parallel.processes"), "abort", None)
+            abort: Callable[..., None] | None = getattr(sys.modules.get("jvgen.parallel.failing"), "abort", None)
             if abort is not None:
                 abort(code, message)
         finally:

@@ -21,7 +21,7 @@ from typing import Any
 
 from jvgen import exit_codes, storage
 from jvgen.config import ConfigError
-from jvgen.parallel import processes
+from jvgen.parallel import failing, processes
 from jvgen.storage import Path
 
 LOCK, HEARTBEAT = "lock.json", "lock_heartbeat.json"
@@ -109,7 +109,7 @@ def held(workdir: Path, log: Callable[[str], None]) -> Iterator[RunLock]:
         return
     lock.start_heartbeat()
     try:
-        with processes.before_exit(lock.release):
+        with failing.before_exit(lock.release):
             yield lock
     finally:
         lock.release()

@@ -13,7 +13,7 @@ from jvgen.data.store.shards import raise_open_files_limit
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import process_log
-from jvgen.parallel import processes
+from jvgen.parallel import failing, processes
 from jvgen.parallel.mesh import describe, make_mesh
 from jvgen.storage import Path, write_text
 from jvgen.training import run_lock
@@ -307,7 +307,7 @@ def _start_watchdog(experiment: Experiment, workdir: Path) -> Watchdog:
 
     def leave(what: str) -> None:
         reason = f"{what}; see the stacks of all threads in its log"
-        processes.abort(exit_codes.restart_code(), reason, stacks=True)
+        failing.abort(exit_codes.restart_code(), reason, stacks=True)
 
     exits = training.hang_action == "exit" or (training.hang_action == "auto" and processes.count() > 1)
     return Watchdog(training.hang_seconds, workdir / f"stacks_{processes.index()}.txt", leave if exits else None)

@@ -14,7 +14,7 @@ import pytest
 
 from jvgen import exit_codes
 from jvgen.config import ConfigError
-from jvgen.parallel import clusters, processes
+from jvgen.parallel import clusters, failing, processes
 
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -162,10 +162,10 @@ def test_srun_is_missing(capsys):
 
 def test_a_process_ends_although_what_it_does_before_does_not(monkeypatch):
     left, forever = [], threading.Event()
-    monkeypatch.setattr(processes, "LEAVE_SECONDS", 0.1)
-    monkeypatch.setattr(processes.os, "_exit", left.append)
-    with processes.before_exit(forever.wait):
-        processes.abort(75, "a hang")
+    monkeypatch.setattr(failing, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(failing.os, "_exit", left.append)
+    with failing.before_exit(forever.wait):
+        failing.abort(75, "a hang")
     forever.set()
     assert left == [75]
 
@@ -180,7 +180,7 @@ def test_an_error_is_not_lost_where_it_cannot_be_recorded(capsys):
         def exists(self):
             raise Exception("no credentials")
 
-    with pytest.raises(ConfigError, match="the mistake"), processes.fail_fast(Away()):
+    with pytest.raises(ConfigError, match="the mistake"), failing.fail_fast(Away()):
         raise ConfigError("the mistake")
     assert "could not be written: no credentials" in capsys.readouterr().err
 
@@ -189,9 +189,9 @@ def test_one_process_agrees_with_itself(tmp_path):
     processes.barrier("a")
     processes.agree({"seed": 1})
     assert processes.broadcast((1, 2), "b") == (1, 2) and processes.combine(3, sum, "c") == 3
-    with pytest.raises(OSError, match="disk"), processes.fail_fast(tmp_path):
+    with pytest.raises(OSError, match="disk"), failing.fail_fast(tmp_path):
         raise OSError(28, "disk")
     assert "exit code 74" in (tmp_path / "errors" / "process_0.txt").read_text()
-    with pytest.raises(ConfigError), processes.fail_fast(tmp_path / "new"):
+    with pytest.raises(ConfigError), failing.fail_fast(tmp_path / "new"):
         raise ConfigError("a mistake")
     assert not (tmp_path / "new").exists()

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from jvgen.config import ConfigError
-from jvgen.parallel import processes
+from jvgen.parallel import failing, processes
 
 scenario, port, number_of, number, folder = sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5])
 told = {}
@@ -47,7 +47,7 @@ def fails() -> None:
 
 
 try:
-    with processes.fail_fast(folder):
+    with failing.fail_fast(folder):
         processes.initialize(f"127.0.0.1:{port}", number_of, number, timeout=4 if scenario == "alone" else 60)
         agreements() if scenario == "agreements" else fails()
 except processes.LostProcess as error:
