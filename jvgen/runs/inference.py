@@ -12,9 +12,8 @@ from jvgen.parallel.rules import Sharding
 from jvgen.storage import Path, as_path
 from jvgen.tasks.task import Task
 from jvgen.training.checkpoint import identity
-from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.checkpoint.restore import load_for_inference
-from jvgen.training.config import CheckpointConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
 
@@ -65,7 +64,7 @@ def read_experiment(folder: Path) -> Experiment:
     Raises:
       CheckpointError: no such run, or no readable checkpoint.
     """
-    checkpoints = Checkpoints(as_path(folder), CheckpointConfig(), read_only=True)
+    checkpoints = CheckpointReader(as_path(folder))
     try:
         return identity.experiment_of(checkpoints.run_document())
     finally:

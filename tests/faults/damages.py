@@ -14,7 +14,8 @@ from jvgen.config import ConfigError
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.parallel.mesh import make_mesh
-from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
+from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.checkpoint.reader import CheckpointError
 from jvgen.training.checkpoint.restore import restore_state
 from jvgen.training.experiment import load_experiment
 from jvgen.training.program import Program

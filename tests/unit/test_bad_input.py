@@ -24,7 +24,8 @@ from jvgen.interop.digest import content_digest
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.preflight import check
 from jvgen.training import loop
-from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
+from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.checkpoint.reader import CheckpointError
 from jvgen.training.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")

@@ -15,8 +15,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvgen.config import ConfigError
-from jvgen.training.checkpoint import manager as checkpoint
-from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
+from jvgen.training.checkpoint import digest
+from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.checkpoint.reader import CheckpointError, CheckpointReader
 from jvgen.training.config import CheckpointConfig
 
 # Orbax leaves coroutines behind when one of several concurrent reads fails, which is what happens to corrupt files.
@@ -166,17 +167,17 @@ def test_corrupt_values_are_named(copy):
     """Valid files with a wrong value in one array, such as that of another run."""
     manager = Checkpoints(copy, CheckpointConfig(keep_last=10))
     wrong = dict(arrays_at(3))
-    real = checkpoint.digest.finish
+    real = digest.finish
     try:
 
         def lying(words):
             found = real(words)
             return found | {"ema/0.99/net/kernel": "0" * 16}
 
-        checkpoint.digest.finish = lying
+        digest.finish = lying
         manager.save(3, wrong, {"step": 3}, {"name": "run"})
     finally:
-        checkpoint.digest.finish = real
+        digest.finish = real
     manager.close()
     logged = []
     assert_is(restore(copy, logged.append), 2)
@@ -230,7 +231,7 @@ def test_reading_for_inference_changes_nothing_on_disk(copy):
         if path.parent.name == "d":
             path.write_bytes(b"")
     before = sorted(copy.rglob("*"))
-    manager = Checkpoints(copy, CheckpointConfig(), log=lambda text: None, read_only=True)
+    manager = CheckpointReader(copy, log=lambda text: None)
     assert_is(manager.restore(wanted_on(mesh_of(1))), 1)
     manager.close()
     assert sorted(copy.rglob("*")) == before
@@ -242,7 +243,7 @@ def test_a_reader_beside_a_run_takes_the_newer_one_when_its_own_is_deleted(tmp_p
     """The run keeps one checkpoint: it writes step 2 and deletes step 1 while another process reads that."""
     save(tmp_path, 1)
     told = []
-    reader = Checkpoints(tmp_path, CheckpointConfig(), log=told.append, read_only=True)
+    reader = CheckpointReader(tmp_path, log=told.append)
     real = getattr(reader, part)
 
     def overtaken(step: int, *arguments):
@@ -266,7 +267,7 @@ def test_a_reader_beside_a_run_takes_the_newer_one_when_its_own_is_deleted(tmp_p
 
 def test_a_step_that_is_deleted_while_it_is_read_is_named(tmp_path, monkeypatch):
     save(tmp_path, 1, 2)
-    reader = Checkpoints(tmp_path, CheckpointConfig(), read_only=True)
+    reader = CheckpointReader(tmp_path)
     real = reader._arrays
 
     def overtaken(step: int, *arguments):
@@ -294,7 +295,7 @@ def test_arrays_that_do_not_fit_are_all_listed(copy):
 
 
 def test_a_part_can_be_read_alone(copy):
-    manager = Checkpoints(copy, CheckpointConfig(), read_only=True)
+    manager = CheckpointReader(copy)
     wanted = {"ema/0.99/net/kernel": wanted_on(mesh_of(1))["ema/0.99/net/kernel"]}
     found = manager.restore(wanted, step=1, partial=True)
     with pytest.raises(CheckpointError, match="no checkpoint of step 7; its steps are"):
@@ -310,7 +311,7 @@ def test_keep_rules(tmp_path):
         manager.record_evaluation(step, {"loss": loss})
         manager.save(step, arrays_at(step), {}, {})
     manager.close()
-    assert Checkpoints(tmp_path, config, read_only=True).steps() == [3, 4, 8, 9]
+    assert CheckpointReader(tmp_path).steps() == [3, 4, 8, 9]
 
 
 def test_saving_a_step_twice_does_nothing(copy):

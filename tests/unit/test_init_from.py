@@ -19,8 +19,7 @@ from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import session  # noqa: E402
 from jvgen.training.checkpoint import init_from  # noqa: E402
-from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
-from jvgen.training.config import CheckpointConfig  # noqa: E402
+from jvgen.training.checkpoint.reader import CheckpointReader  # noqa: E402
 from jvgen.training.loop import train  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
 
@@ -49,7 +48,7 @@ def other(tmp_path_factory, quick_compilations):
 
 
 def saved_arrays(folder: Path, program: Program, step: int | None = None) -> dict[str, np.ndarray]:
-    checkpoints = Checkpoints(folder, CheckpointConfig(), read_only=True)
+    checkpoints = CheckpointReader(folder)
     restored = checkpoints.restore(program.abstract_state().saved(), step=step)
     checkpoints.close()
     return {name: np.asarray(array) for name, array in restored.arrays.items()}

@@ -22,7 +22,8 @@ from jvgen.exit_codes import DIVERGED, DONE, UNSAVED  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import session  # noqa: E402
 from jvgen.training.checkpoint.initial import write_first_checkpoint  # noqa: E402
-from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints  # noqa: E402
+from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
+from jvgen.training.checkpoint.reader import CheckpointError, CheckpointReader  # noqa: E402
 from jvgen.training.checkpoint.restore import load_for_inference  # noqa: E402
 from jvgen.training.config import CheckpointConfig, TrainingConfig  # noqa: E402
 from jvgen.training.loop import train  # noqa: E402
@@ -71,7 +72,7 @@ def test_one_row_per_step_and_all_files(finished):
     )
     assert sorted(p.name for p in (finished / "samples").iterdir()) == ["step_00000010", "step_00000020"]
     assert json.loads((finished / "config.json").read_text())["packages"]["jax"] == jax.__version__
-    assert Checkpoints(finished, CheckpointConfig(), read_only=True).steps() == [15, 20]
+    assert CheckpointReader(finished).steps() == [15, 20]
 
 
 def test_stopped_and_resumed_rows_are_bit_equal(finished, tmp_path, capfd):
@@ -123,7 +124,7 @@ def test_sigterm_saves_and_asks_for_a_restart(finished, tmp_path):
     assert run(tmp_path, make_loader=Terminating) == 75
     assert signal.getsignal(signal.SIGTERM) == before
     assert [row["step"] for row in toys.rows_of(tmp_path)] == list(range(7)), "the step in progress is finished"
-    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5, 7]
+    assert CheckpointReader(tmp_path).steps() == [5, 7]
     assert run(tmp_path) == DONE
     assert toys.rows_of(tmp_path) == toys.rows_of(finished)
 
@@ -148,7 +149,7 @@ def test_a_checkpoint_of_another_model_or_data_set_is_refused(tmp_path):
         ConfigError, match=r"parameters/model/blocks/layers/up/kernel: checkpoint \(2, 16, 32\).*\(3, 16, 32\)"
     ):
         run(tmp_path, toys.experiment(**{"task.layers": 3}), allow_changes=True)
-    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [1], "refusing destroys nothing"
+    assert CheckpointReader(tmp_path).steps() == [1], "refusing destroys nothing"
     changed = toys.experiment(**{"data.sources.0.path": "elsewhere"})
     with pytest.raises(ValueError, match="hold other records"):
         accept = toys.experiment(
@@ -175,7 +176,7 @@ def test_too_many_bad_steps_stop_the_run_with_their_records(tmp_path, capfd):
     out = capfd.readouterr().out
     assert "step 6 was skipped" in out and "consecutive_skips = 3 exceeds training.max_consecutive_skips = 2" in out
     assert f"record-{8 * 16 + 2}" in out.replace("\n", ""), "the message names the records of the batch"
-    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5]
+    assert CheckpointReader(tmp_path).steps() == [5]
 
 
 def test_exit_status_when_the_last_checkpoint_cannot_be_written(tmp_path, monkeypatch, capfd):
@@ -208,7 +209,7 @@ def test_the_run_is_saved_when_data_cannot_be_read(finished, tmp_path):
 
     with pytest.raises(TooManyFailures, match="3 records"):
         run(tmp_path, make_loader=Failing)
-    assert Checkpoints(tmp_path, CheckpointConfig(), read_only=True).steps() == [5, 7]
+    assert CheckpointReader(tmp_path).steps() == [5, 7]
     assert toys.rows_of(tmp_path) == toys.rows_of(finished)[:7]
 
 

@@ -12,8 +12,8 @@ from jvgen import storage
 from jvgen.config import ConfigError
 from jvgen.parallel import processes
 from jvgen.training.checkpoint import identity
-from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
-from jvgen.training.config import CheckpointConfig, InitFromConfig
+from jvgen.training.checkpoint.reader import CheckpointError, CheckpointReader
+from jvgen.training.config import InitFromConfig
 from jvgen.training.optimization import ema, parameter_paths
 from jvgen.training.program import Program
 from jvgen.training.state import TrainState
@@ -96,15 +96,15 @@ def init_from(program: Program, workdir: storage.Path, log: Callable[[str], None
     return fresh.with_saved(arrays)
 
 
-def _open(config: InitFromConfig) -> Checkpoints:
+def _open(config: InitFromConfig) -> CheckpointReader:
     assert config.run is not None
     try:
-        return Checkpoints(storage.as_path(config.run), CheckpointConfig(), read_only=True)
+        return CheckpointReader(storage.as_path(config.run))
     except CheckpointError as error:
         raise ConfigError(f"init_from.run = {config.run!r}: {error}") from error
 
 
-def _plan(program: Program, checkpoints: Checkpoints) -> _Plan:
+def _plan(program: Program, checkpoints: CheckpointReader) -> _Plan:
     config = program.experiment.init_from
     try:
         step, saved, document = checkpoints.contents(config.step)

@@ -13,7 +13,8 @@ from jvgen.parallel.mesh import host_device, single_device_mesh
 from jvgen.storage import Path, as_path, write_text
 from jvgen.training import state
 from jvgen.training.checkpoint import identity
-from jvgen.training.checkpoint.manager import CheckpointError, Checkpoints
+from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.checkpoint.reader import CheckpointError
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization import parameter_paths
 from jvgen.training.optimization.health import Health

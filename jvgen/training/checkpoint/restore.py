@@ -15,7 +15,7 @@ from jvgen.tasks.task import Task
 from jvgen.training.checkpoint import identity, initial
 from jvgen.training.checkpoint.init_from import init_from
 from jvgen.training.checkpoint.manager import Checkpoints
-from jvgen.training.config import CheckpointConfig
+from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization import parameter_paths
 from jvgen.training.optimization.ema import select
@@ -85,7 +85,7 @@ def load_for_inference(
       CheckpointError: no such run, or no valid checkpoint.
       ConfigError: an EMA that the run does not keep.
     """
-    checkpoints = Checkpoints(as_path(run), CheckpointConfig(), read_only=True)
+    checkpoints = CheckpointReader(as_path(run))
     try:
         experiment = identity.experiment_of(checkpoints.run_document())
         task = experiment.task.build()
