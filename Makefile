@@ -45,8 +45,9 @@ demo: setup
 test: setup-test
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
+# With LLVM's optimizations, as users compile; `make test` leaves them out (tests/conftest.py).
 test-slow: setup-test
-	$(BIN)/python -m pytest -m slow --durations=15
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -m slow --durations=15
 
 test-faults: setup-test
 	$(BIN)/python -m tests.faults --workdir build/faults --out build/faults.md
