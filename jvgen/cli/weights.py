@@ -1,6 +1,7 @@
 """`jvgen export`, `import`, `verify` and `lpips`: weights between runs, PyTorch folders and single files."""
 
 import argparse
+import math
 from pathlib import Path
 
 from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, add_set_argument, experiment_of, path
@@ -121,13 +122,17 @@ def run_import(parsed: argparse.Namespace) -> int:
 
 
 def run_verify(parsed: argparse.Namespace) -> int:
-    """Compare one exported network; 1 if the difference is too large."""
+    """Compare one exported network; 1 if the difference is too large, or not a number."""
+    from jvgen.config import ConfigError
     from jvgen.interop.from_torch import import_folder
     from jvgen.interop.verify import verify
 
+    if not (math.isfinite(parsed.tolerance) and parsed.tolerance >= 0):
+        raise ConfigError(f"--tolerance {parsed.tolerance}: must be a number of at least 0, such as 1e-4.")
     network_config, parameters = import_folder(parsed.folder)
     report = verify(parsed.folder, network_config, parameters)
     print(report)
+    # Not "is above": no comparison with NaN is true.
     return 0 if report.max_abs_error <= parsed.tolerance else 1
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from jvgen.config import Config
 from jvgen.interop.formats import format_of
-from jvgen.interop.from_torch import read_config
+from jvgen.interop.from_torch import check_files, read_config
 from jvgen.models.video_dit.config import Positions
 from jvgen.storage import Path
 
@@ -28,13 +28,14 @@ DESCRIPTIVE_FIELDS = {
 
 
 def check_architecture(folder: str | Path, wanted: Config, field: str) -> None:
-    """Raise `ValueError` unless the weights in a folder are of the network `wanted`; all differences are listed.
+    """Raise `ValueError` unless the weights in a folder are of the network `wanted`, and whole; differences are listed.
 
     Args:
       folder: as `jvgen.interop.from_torch.import_folder` takes it.
       wanted: configuration of the run's network.
       field: where the run names the folder, for the message.
     """
+    check_files(folder)
     lines = differences(read_config(folder), wanted)
     if lines:
         raise ValueError(

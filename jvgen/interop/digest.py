@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jvgen import storage
 from jvgen.storage import Path, local_copy
 
 CHUNK = 1 << 24
+# Digests that an export has of its own files (`jvgen.interop.file_digests`); no part of the content.
+DIGESTS_FILE = "jvgen_digests.json"
 # Digests of files that were hashed before, in the folder of `jvgen.storage.default_cache`.
 CACHE_FILE = "digests.json"
 # Less is hashed faster than it is looked up.
@@ -32,16 +34,32 @@ def content_digest(path: str | Path) -> str:
     given, path = path, local_copy(path)
     if not path.exists():
         raise ValueError(f"weights {str(given)!r}: no such file or folder.")
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if _is_content(p))
+    return _known_or_hashed(str(path.resolve()), files, _hash)
+
+
+def file_digest(path: pathlib.Path, *, reread: bool = False) -> str:
+    """SHA-256 of the bytes of a local file; from the cache as in `content_digest`, unless it is to be read again."""
+    if reread:
+        return _hash_bytes([path])
+    # Another key than that of `content_digest`, which is also of the name.
+    return _known_or_hashed(f"{path.resolve()} bytes", [path], _hash_bytes)
+
+
+def _is_content(path: Path) -> bool:
+    return path.suffix in (".json", ".safetensors") and path.name != DIGESTS_FILE
+
+
+def _known_or_hashed(key: str, files: Sequence[Path], make: Callable[[Sequence[Path]], str]) -> str:
+    """The digest of files from the cache, or made and added to it."""
     stats = [(file.name, file.stat()) for file in files]
     cacheable = sum(stat.st_size for _, stat in stats) >= MIN_CACHED_BYTES
     state = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
-    key = str(path.resolve())
     if cacheable:
         known = _read_cache().get(key)
         if isinstance(known, dict) and known.get("files") == state:
             return known["digest"]
-    digest = _hash(files)
+    digest = make(files)
     if cacheable and time.time() - max(stat.st_mtime for _, stat in stats) > MIN_AGE_SECONDS:
         _add_to_cache(key, {"files": state, "digest": digest})
     return digest
@@ -51,10 +69,19 @@ def _hash(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(CHUNK):
-                digest.update(block)
+        _update(digest, file)
     return digest.hexdigest()
+
+
+def _hash_bytes(files: Sequence[Path]) -> str:
+    with files[0].open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _update(digest: "hashlib._Hash", file: Path) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(CHUNK):
+            digest.update(block)
 
 
 def _cache_file() -> pathlib.Path:

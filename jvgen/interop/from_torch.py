@@ -1,7 +1,6 @@
 """Read networks from local PyTorch files: a folder with config.json, or a single weights file."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,13 +9,15 @@ import numpy as np
 from jvgen import nested
 from jvgen.config import Config
 from jvgen.interop.extra_weights import read_extra_weights, with_extra_weights
+from jvgen.interop.file_digests import check_digests
 from jvgen.interop.formats import Format, format_named, format_of
 from jvgen.interop.pickle_file import open_pickle
 from jvgen.interop.safetensors_file import SafetensorsFile
 from jvgen.models.weight_map import WeightError
 from jvgen.nn.network import Network, Parameters
-from jvgen.storage import Path, as_path, is_remote, local_copy
+from jvgen.storage import Path, as_path, is_remote, local_copy, read_json_object
 
+CONFIG = "config.json"
 INDEX = ".index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -42,9 +43,11 @@ def import_folder(
     Raises:
       ValueError: no such path, an unknown class, a corrupt file, a pickle without torch, an index that names files
         outside of the folder.
+      DamagedExport: an exported folder whose files are not those that were exported.
       WeightError: lists all tensors that are missing, not expected, or of another shape.
     """
     path = _existing(path)
+    check_files(path)
     config = read_config(path) if config is None else config
     form = format_of(config)
     reader, network = open_weights(path, form), form.network(config)
@@ -59,7 +62,11 @@ def import_folder(
 
 
 def check_weights(path: str | Path) -> None:
-    """Raise as `import_folder` does for weights that are missing or do not fit; reads names and shapes only."""
+    """Raise as `import_folder` does for weights that are missing, do not fit or are damaged.
+
+    Reads names and shapes only, unless there are digests to check.
+    """
+    check_files(path)
     config = read_config(path)
     form = format_of(config)
     with _naming(as_path(path), form):
@@ -85,9 +92,10 @@ def read_config(path: str | Path) -> Config:
     """
     path = _existing(path)
     folder = _folder(path)
-    file = folder / "config.json"
+    file = folder / CONFIG
+    check_digests(folder, (CONFIG,))
     if not file.is_file():
-        inside = sorted(child.parent.name for child in folder.glob("*/config.json"))
+        inside = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}"))
         hint = "It describes the network of the weights."
         if inside:
             hint = f"It has networks in subfolders; give one of: {', '.join(inside)}."
@@ -96,6 +104,13 @@ def read_config(path: str | Path) -> Config:
     form = format_named(values, str(file))
     config = form.from_json(values | form.json_from_tensors(values, lambda: open_weights(path, form)))
     return with_extra_weights(folder, form, config)
+
+
+def check_files(path: str | Path) -> None:
+    """Raise `DamagedExport` for a folder, or a file in it, that is not what was exported; see `check_digests`."""
+    path = _existing(path)
+    one_file = path.is_file() and not path.name.endswith(INDEX)
+    check_digests(_folder(path), (path.name, CONFIG) if one_file else None)
 
 
 def _folder(path: Path) -> Path:
@@ -179,18 +194,3 @@ class Shards(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header of its file."""
         return self._files[self._places[name]].shape(name)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file.
-
-    Raises:
-      ValueError: it is not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object.")
-    return value

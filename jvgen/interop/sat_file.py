@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from jvgen.config import Config
+from jvgen.interop.digest import file_digest
+from jvgen.interop.file_digests import add_digest
 from jvgen.interop.safetensors_file import TensorSpec, write
 from jvgen.interop.to_torch import FILE_DTYPES, ExportError
 from jvgen.models.video_dit.config import VideoDiTConfig
@@ -54,6 +56,8 @@ def export_sat(
     try:
         with local_file(path) as partial:
             write(partial, specs, tensors())
+            digest = file_digest(partial, reread=True)
+        add_digest(path, digest)
     except OSError as error:
         raise ExportError(f"writing {path} failed: {error.strerror or error}. Nothing of it is left.") from error
     return path

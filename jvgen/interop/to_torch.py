@@ -15,6 +15,7 @@ import numpy as np
 from jvgen import nested
 from jvgen.config import Config
 from jvgen.interop.extra_weights import write_extra_weights
+from jvgen.interop.file_digests import write_digests
 from jvgen.interop.formats import Format, format_of
 from jvgen.interop.safetensors_file import TensorSpec, write
 from jvgen.storage import Path, as_path, is_remote, remove_tree, upload_folder
@@ -73,6 +74,8 @@ def export_networks(
 ) -> Path:
     """Write several networks, each to the subfolder of its name, and `model_index.json` that lists their classes.
 
+    Every folder gets `jvgen_digests.json`, by which readers of this package notice damaged files.
+
     Args:
       configs, parameters: by network name.
       files: text of further files by path relative to the folder.
@@ -96,6 +99,7 @@ def export_networks(
         for name, text in texts.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             _write_text(partial / name, text)
+        write_digests(partial)
     return folder
 
 

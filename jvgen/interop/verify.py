@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +10,12 @@ import jax
 import numpy as np
 
 from jvgen.config import Config
+from jvgen.interop.file_digests import check_digests
 from jvgen.interop.formats import Format, format_of
 from jvgen.interop.from_torch import import_folder, open_weights
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
-from jvgen.storage import Path, local_copy
+from jvgen.storage import Path, as_path, local_copy, read_json_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Report:
 
     @property
     def max_abs_error(self) -> float:
-        """The largest difference of all outputs."""
-        return max(self.errors.values())
+        """The largest difference of all outputs; NaN if one is NaN."""
+        return float(np.max(list(self.errors.values())))
 
     def __str__(self) -> str:
         lines = [
@@ -64,8 +64,10 @@ def verify(folder: str | Path, config: Config, parameters: Mapping[str, Any], *,
 
     Raises:
       VerifyError: missing or unexpected tensors.
+      DamagedExport: a file is not what was exported.
       ValueError: torch or the library is not installed.
     """
+    check_digests(as_path(folder), reread=True)
     form = format_of(config)
     if form.library in ("jvgen", "paper"):
         outputs = _stored(folder, parameters)
@@ -119,7 +121,7 @@ def _wrapped_llama(form: Format, folder: Path) -> Any | None:
     inside = {name.removeprefix("llm."): name for name in tensors if name.startswith("llm.")}
     if not inside:
         return None
-    values = json.loads((folder / "config.json").read_text())
+    values = read_json_object(folder / "config.json")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
     try:
         model.load_state_dict({name: _torch(np.array(tensors[theirs])) for name, theirs in inside.items()}, strict=True)

@@ -6,6 +6,7 @@ uses. What a bucket does not have (rename, append, file descriptors, memory maps
 
 from jvgen.storage.cache import FileCache, default_cache
 from jvgen.storage.errors import StorageError, StorageUnavailable
+from jvgen.storage.file_kinds import UnreadableFile, looks_like, read_json_object, reading, unreadable
 from jvgen.storage.files import (
     appending,
     check_run_directory,
@@ -33,6 +34,7 @@ __all__ = [
     "Retries",
     "StorageError",
     "StorageUnavailable",
+    "UnreadableFile",
     "absolute",
     "appending",
     "as_path",
@@ -43,14 +45,18 @@ __all__ = [
     "is_remote",
     "local_copy",
     "local_file",
+    "looks_like",
     "move_tree",
     "read_bytes",
+    "read_json_object",
     "read_text",
+    "reading",
     "recordings",
     "remove_tree",
     "resolved",
     "size",
     "stamp",
+    "unreadable",
     "upload_folder",
     "write_bytes",
     "write_text",

@@ -7,12 +7,13 @@ from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.schedule import alpha_bar_table
 from jvgen.interop import schedulers
 from jvgen.interop.architecture import differences
-from jvgen.interop.from_torch import read_config, read_json_object
+from jvgen.interop.file_digests import check_digests
+from jvgen.interop.from_torch import read_config
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.t5 import tokenizer
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import VideoDiTConfig
-from jvgen.storage import Path
+from jvgen.storage import Path, read_json_object
 from jvgen.tasks.task import SampleRequest, TaskConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
@@ -47,6 +48,8 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
         not match each other, an unknown scheduler, no tokenizer.
     """
     _check_folder(folder)
+    for place in (folder, folder / TOKENIZER, (folder / SCHEDULER_FILE).parent):
+        check_digests(place)
     found = {name: read_config(folder / name) for name in NETWORKS}
     for name, kind in NETWORKS.items():
         if not isinstance(found[name], kind):

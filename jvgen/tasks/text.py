@@ -10,6 +10,7 @@ import numpy as np
 
 from jvgen.config import Config
 from jvgen.interop.architecture import check_architecture
+from jvgen.interop.file_digests import check_digests
 from jvgen.interop.from_torch import import_folder
 from jvgen.models.byte_text import flops as byte_text_flops
 from jvgen.models.byte_text import tokenizer as byte_tokenizer
@@ -20,6 +21,7 @@ from jvgen.models.t5 import tokenizer as t5_tokenizer
 from jvgen.models.t5.config import T5Config
 from jvgen.models.t5.model import T5Encoder
 from jvgen.nn.network import Network, Parameters
+from jvgen.storage import as_path
 from jvgen.tasks.task import activation_dtype
 
 
@@ -69,6 +71,8 @@ class TextConfig(Config):
         if self.tokenizer is None:
             raise ValueError("task.text.tokenizer = none: name a local folder with T5's tokenizer.")
         check_architecture(self.weights, self.encoder, "task.text.weights")
+        if as_path(self.tokenizer).is_dir():
+            check_digests(as_path(self.tokenizer))
         t5_tokenizer.load(self.tokenizer)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvgen.interop.digest import DIGESTS_FILE
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.interop.to_torch import export_network
 from jvgen.interop.verify import VerifyError, verify
@@ -100,6 +101,7 @@ def test_heads_are_read_off_the_tensors_of_released_files(tmp_path):
     values = json.loads((folder / "config.json").read_text())
     for name in ("action_dim", "reward_prediction", "action_recon"):
         del values[name]
+    (folder / DIGESTS_FILE).unlink()
     (folder / "config.json").write_text(json.dumps(values))
     assert read_config(folder) == HEADS
     plain = export_network(PLAIN, random_parameters(PLAIN), tmp_path / "plain")
@@ -110,6 +112,7 @@ def test_missing_tensors_of_a_wrapped_llama(tmp_path):
     folder = export_network(HEADS, random_parameters(HEADS), tmp_path / "transformer")
     fewer = HEADS.replace(layers=1)
     other = export_network(fewer, random_parameters(fewer), tmp_path / "fewer")
+    (other / DIGESTS_FILE).unlink()
     (other / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(WeightError, match="missing"):
         import_folder(other)

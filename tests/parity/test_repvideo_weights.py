@@ -9,6 +9,7 @@ import pytest
 
 from jvgen.config import ConfigError
 from jvgen.interop.architecture import differences
+from jvgen.interop.digest import DIGESTS_FILE
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import check_weights, import_folder, read_config
 from jvgen.interop.safetensors_file import SafetensorsFile
@@ -99,7 +100,7 @@ def test_half_a_pair_of_files_is_an_error(folder, tmp_path, lost):
 
 
 def test_gates_of_another_network_are_an_error(folder, tmp_path):
-    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    mixed = shutil.copytree(folder, tmp_path / "mixed", ignore=shutil.ignore_patterns(DIGESTS_FILE))
     channel = REPVIDEO.replace(aggregation=AggregationConfig(gate=GateKind.CHANNEL))
     other = export_network(channel, random_parameters(channel), tmp_path / "other")
     shutil.copy(other / "repvideo_gates.safetensors", mixed)

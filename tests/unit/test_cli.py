@@ -173,7 +173,8 @@ def test_evaluation_measures_the_chosen_parameters(jvgen, vae_run, tmp_path):
 
 
 def test_export_is_described_and_not_overwritten(jvgen, vae_run, vae_export):
-    assert {path.name for path in vae_export.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    files = {"config.json", "diffusion_pytorch_model.safetensors", "jvgen_digests.json"}
+    assert {path.name for path in vae_export.iterdir()} == files
     about = json.loads((vae_export.parent / "jvgen_run.json").read_text())
     assert (about["experiment"], about["step"]) == ("demo_image_vae", 3)
     described = jvgen("import", vae_export)

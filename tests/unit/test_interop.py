@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from jvgen.config import Config
 from jvgen.interop import formats, to_torch
+from jvgen.interop.digest import DIGESTS_FILE
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.to_torch import ExportError, export_network, export_networks
@@ -22,6 +24,7 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.weight_map import WeightError
 from jvgen.nested import flatten, unflatten
 
+EXPORTED = ["config.json", "diffusion_pytorch_model.safetensors", DIGESTS_FILE]
 VAE = ImageVAEConfig(block_channels=(4, 8), layers_per_block=1, groups=4, sample_size=8)
 
 
@@ -34,6 +37,12 @@ def random_parameters(config: Config, seed: int = 0) -> dict:
 @pytest.fixture(scope="module")
 def parameters() -> dict:
     return random_parameters(VAE)
+
+
+def foreign(folder: Path) -> Path:
+    """An exported folder without digests, as other libraries write it: its files may be changed."""
+    (folder / DIGESTS_FILE).unlink()
+    return folder
 
 
 def assert_equal(left: dict, right: dict) -> None:
@@ -49,7 +58,7 @@ def contents(folder) -> list[str]:
 
 def test_export_import_round_trip(tmp_path, parameters):
     folder = export_network(VAE, parameters, tmp_path / "vae")
-    assert contents(tmp_path) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert contents(tmp_path) == [f"vae/{name}" for name in EXPORTED]
     config, again = import_folder(folder)
     assert config == VAE
     assert_equal(again, parameters)
@@ -156,7 +165,7 @@ def test_failed_write_changes_nothing(tmp_path, parameters, exists):
 
 
 def test_weights_of_another_network_are_listed(tmp_path, parameters):
-    folder = export_network(VAE, parameters, tmp_path / "vae")
+    folder = foreign(export_network(VAE, parameters, tmp_path / "vae"))
     values = json.loads((folder / "config.json").read_text())
     values |= {"latent_channels": 3, "use_quant_conv": False, "use_post_quant_conv": False}
     (folder / "config.json").write_text(json.dumps(values))
@@ -165,11 +174,11 @@ def test_weights_of_another_network_are_listed(tmp_path, parameters):
         import_folder(folder)
     with pytest.raises(WeightError, match="parameters and weight table disagree"):
         export_network(VAE.replace(quant_convolutions=False), parameters, tmp_path / "other")
-    assert contents(tmp_path) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert contents(tmp_path) == [f"vae/{name}" for name in EXPORTED[:2]]
 
 
 def test_shards_outside_the_folder_are_refused(tmp_path, parameters):
-    folder = export_network(VAE, parameters, tmp_path / "vae", shard_bytes=20000)
+    folder = foreign(export_network(VAE, parameters, tmp_path / "vae", shard_bytes=20000))
     outside = export_network(VAE, parameters, tmp_path / "outside") / "diffusion_pytorch_model.safetensors"
     index_path = folder / "diffusion_pytorch_model.safetensors.index.json"
     index = json.loads(index_path.read_text())
@@ -185,7 +194,7 @@ def test_shards_outside_the_folder_are_refused(tmp_path, parameters):
 
 
 def test_corrupt_files_are_named(tmp_path, parameters):
-    folder = export_network(VAE, parameters, tmp_path / "vae")
+    folder = foreign(export_network(VAE, parameters, tmp_path / "vae"))
     file = folder / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     header = int.from_bytes(whole[:8], "little")
@@ -266,7 +275,7 @@ def test_pickles_with_other_objects_are_refused(tmp_path, parameters):
 
 @pytest.mark.torch
 def test_old_names_of_attention_are_read(tmp_path, parameters):
-    folder = export_network(VAE, parameters, tmp_path / "vae")
+    folder = foreign(export_network(VAE, parameters, tmp_path / "vae"))
     file = folder / "diffusion_pytorch_model.safetensors"
     arrays = dict(SafetensorsFile(file))
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

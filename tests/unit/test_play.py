@@ -16,6 +16,7 @@ from jvgen.data.store.records import Record
 from jvgen.data.store.writer import Writer
 from jvgen.data.video_files import decode_window, encode_video
 from jvgen.evaluation.distribution import Moments, frechet_distance
+from jvgen.interop.digest import DIGESTS_FILE
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
@@ -144,7 +145,7 @@ def test_tokenizer_that_the_transformer_was_not_trained_with(model, data, tmp_pa
     (tmp_path / "actions.csv").write_text("0.5,0\n")
     rest = ["--data", data, "--actions", tmp_path / "actions.csv", "--quiet"]
     assert jvgen("play", together, *rest).status == 0
-    shutil.copytree(together, other)
+    shutil.copytree(together, other, ignore=shutil.ignore_patterns(DIGESTS_FILE))
     weights = next((other / "tokenizer").glob("*.safetensors"))
     tensors = load_file(weights)
     first = sorted(tensors)[0]
