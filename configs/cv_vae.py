@@ -49,7 +49,7 @@ STRIDES = (1, 2, 3, 4, 5, 6, 7, 8)
 def experiment(variant: Variant = "sd21") -> Experiment:
     image = (ImageVAEConfig.sd21() if variant == "sd21" else ImageVAEConfig.sd3()).replace(remat=Remat.FULL)
     adam = OptimizerConfig(learning_rate=1e-4, warmup_steps=1000, schedule="cosine", beta2=0.98, weight_decay=0.01)
-    discriminator_rate, adversarial = 5e-5, AdversarialConfig(update_schedule="alternate")
+    discriminator_rate, adversarial = 5e-5, AdversarialConfig(update_schedule="alternate", limit_of="sum")
     # 3 GiB of state fit on each device; sharded, convolutions would wait for the parts of their kernels.
     mesh, sharding = MeshConfig(data=-1, fsdp=1), ShardingConfig()
     if variant == "sd21":
@@ -62,7 +62,7 @@ def experiment(variant: Variant = "sd21") -> Experiment:
         network = CVVAEConfig.causal(image).replace(blend_frames=True)
         adam = adam.replace(warmup_steps=2000)
         # Late: until then reconstruction alone leads from copied frames to motion.
-        adversarial = AdversarialConfig(start=50_000)
+        adversarial = AdversarialConfig(start=50_000, limit_of="sum")
         # One clip over two chips, by rows.
         mesh, sharding = mesh.replace(seq=2), ShardingConfig(compute=dict(SPATIAL_SHARDING))
     return Experiment(

@@ -24,7 +24,7 @@ goal-conditioned model continues oxe_64 for 275,000 steps with two random contex
 (`data.buckets.0.segment.choice=shuffled`, `data.buckets.0.segment.context=0`); VP2 is robonet with
 `data.sources.0.path=data/vp2_robosuite` and `training.steps=100000`; RoboNet at 256x256 continues oxe_256 with
 `data.buckets.0.segment.horizon=12`, `optimizer.learning_rate=1e-4`, `training.steps=75000`, and `task.adversarial`
-for the last third.
+(weight 0.8, `norm_epsilon=0`, `norm_floor=1e-8`) for the last third.
 """
 
 from typing import Literal

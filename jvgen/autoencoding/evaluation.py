@@ -23,7 +23,7 @@ from jvgen.storage import Path, write_bytes, write_text
 from jvgen.tasks import compatibility
 from jvgen.tasks.clip_vae import ClipVAE, VAEConfig, temporal_downsampling
 from jvgen.tasks.perceptual import PerceptualDistance
-from jvgen.tasks.pixels import from_uint8
+from jvgen.tasks.pixels import from_uint8, unit_from_uint8
 from jvgen.terminal import progress
 
 SHEET_FRAMES = 8
@@ -97,7 +97,7 @@ def evaluate_vae(
             for name, (total, count) in statistics.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.array([total, count], np.float64)
             if distance is not None:
-                distance.add(*(np.float32(clips) / 255.0 for clips in (video, reconstructions)))
+                distance.add(*(np.asarray(unit_from_uint8(jnp.asarray(clips))) for clips in (video, reconstructions)))
             lowest += zip(fidelity["psnr"].tolist(), loaded.record_ids, video, reconstructions, strict=True)
             lowest = sorted(lowest, key=lambda row: row[0])[: max(worst, 0)]
     result = {name: float(np.mean(values)) for name, values in rows.items()}

@@ -13,6 +13,7 @@ from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import Tokens
 from jvgen.models.ivideogpt.world import Prediction, State, World
 from jvgen.nn.network import Parameters
+from jvgen.tasks.pixels import unit_from_uint8, unit_to_uint8
 
 
 class WorldModel:
@@ -191,13 +192,13 @@ class WorldModel:
 
 def to_pixels(frames: Any) -> np.ndarray:
     """Frames in [0, 1] as uint8 host arrays."""
-    return np.rint(np.clip(np.asarray(frames), 0.0, 1.0) * 255.0).astype(np.uint8)
+    return np.asarray(unit_to_uint8(jnp.asarray(frames)))
 
 
 def _as_floats(frames: Any) -> jax.Array:
     frames = jnp.asarray(frames)
     if frames.dtype == jnp.uint8:
-        return frames.astype(jnp.float32) / 255.0
+        return unit_from_uint8(frames)
     if not jnp.issubdtype(frames.dtype, jnp.floating):
         raise ValueError(f"frames of {frames.dtype}: give uint8 in 0..255, or floats in [0, 1].")
     if _is_known(frames):

@@ -22,20 +22,24 @@ def adaptive_weight(
     *,
     limit: float = 1e4,
     epsilon: float = 1e-4,
+    floor: float = 0.0,
 ) -> Float[Array, ""]:
     """The weight that scales the adversarial gradient to the reconstruction gradient (Esser et al. 2021, VQGAN, eq. 7).
 
     Args:
       reconstruction_grad, adversarial_grad: gradients of the two losses with respect to the kernel of the decoder's
         last layer.
-      limit: largest weight.
+      limit: largest weight, in the units of these two losses: VQGAN's 1e4 for a reconstruction loss that is a mean over
+        pixel values. For one that Stable Diffusion's code sums over the N values of an image and that is a mean here,
+        the same limit is 1e4 / N.
       epsilon: added to the norm of the adversarial gradient.
+      floor: smallest norm to divide by.
 
     Returns:
-      `min(|reconstruction_grad| / (|adversarial_grad| + epsilon), limit)`, float32, without a gradient.
+      `min(|reconstruction_grad| / max(|adversarial_grad| + epsilon, floor), limit)`, float32, without a gradient.
     """
     norms = [jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)))) for g in (reconstruction_grad, adversarial_grad)]
-    return jax.lax.stop_gradient(jnp.minimum(norms[0] / (norms[1] + epsilon), limit))
+    return jax.lax.stop_gradient(jnp.minimum(norms[0] / jnp.maximum(norms[1] + epsilon, floor), limit))
 
 
 def surrogate_loss(x: Float[Array, "..."], gradient: Float[Array, "..."]) -> Float[Array, ""]:

@@ -25,7 +25,12 @@ class AdversarialConfig(Config):
       start: first step in which the discriminator is trained and the autoencoder is trained against it.
       update_schedule: "together": both are updated in every step and share its forward pass; "alternate": the
         autoencoder in even steps, the discriminator in odd ones, as in the released code.
-      limit: largest adaptive weight.
+      limit: largest adaptive weight, as the published code states it.
+      limit_of: what the reconstruction loss is in the code that `limit` is stated for: "mean" over pixel values (VQGAN,
+        iVideoGPT), or "sum" over the 3HW values of a frame (Stable Diffusion's autoencoder, CV-VAE). Here it is a mean,
+        so with "sum" the weight is limited to limit / (3HW): 1e4 becomes 0.051 for frames of 256x256.
+      norm_epsilon: added to the norm of the adversarial gradient, by which is divided.
+      norm_floor: smallest norm that is divided by. iVideoGPT's code has norm_epsilon 0 and norm_floor 1e-8.
     """
 
     renamed_fields: ClassVar[dict[str, str]] = {"turns": "update_schedule"}
@@ -35,6 +40,9 @@ class AdversarialConfig(Config):
     start: int = 0
     update_schedule: Literal["together", "alternate"] = "together"
     limit: float = 1e4
+    limit_of: Literal["mean", "sum"] = "mean"
+    norm_epsilon: float = 1e-4
+    norm_floor: float = 0.0
 
     def validate(self) -> None:
         if self.weight < 0 or self.start < 0 or self.limit <= 0:
@@ -42,6 +50,15 @@ class AdversarialConfig(Config):
                 f"weight = {self.weight}, start = {self.start}, limit = {self.limit}: weight and start must be 0 or "
                 "more, limit positive."
             )
+        if self.norm_epsilon < 0 or self.norm_floor < 0 or self.norm_epsilon + self.norm_floor == 0:
+            raise ValueError(
+                f"norm_epsilon = {self.norm_epsilon}, norm_floor = {self.norm_floor}: must not be negative, and one must "
+                "be positive: the norm of a gradient that is zero is divided by otherwise."
+            )
+
+    def limit_for(self, height: int, width: int, channels: int = 3) -> float:
+        """The largest adaptive weight in the units of a loss that is a mean, for frames of this size."""
+        return self.limit / (height * width * channels if self.limit_of == "sum" else 1)
 
 
 class AdversarialLoss:
@@ -85,7 +102,11 @@ class AdversarialLoss:
         def started(clips: list[jax.Array]) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
             value, adversarial_grads = jax.value_and_grad(hinge)(clips)
             kernel_grads = last_kernel_grad(reconstruction_grads), last_kernel_grad(adversarial_grads)
-            weight = adaptive_weight(*kernel_grads, limit=self.config.limit)
+            config, (height, width, channels) = self.config, clips[0].shape[-3:]
+            weight = adaptive_weight(
+                *kernel_grads, limit=config.limit_for(height, width, channels), epsilon=config.norm_epsilon,
+                floor=config.norm_floor,
+            )  # fmt: skip
             return self.config.weight * weight, value, adversarial_grads
 
         def not_started(clips: list[jax.Array]) -> tuple[jax.Array, jax.Array, list[jax.Array]]:

@@ -14,7 +14,7 @@ from jvgen.models.image_vae import posterior
 from jvgen.nn.network import Parameters
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.perceptual import PerceptualDistance
-from jvgen.tasks.pixels import to_uint8
+from jvgen.tasks.pixels import to_uint8, unit_from_signed
 from jvgen.tasks.task import Mean, Metrics
 
 # How a clip was reconstructed: prefixes of metric names.
@@ -55,14 +55,16 @@ def reconstructions(
 
 
 def fidelity(clips: Reconstructions, perceptual: PerceptualDistance, frozen: Parameters) -> dict[str, jax.Array]:
-    """PSNR, SSIM, L1 and perceptual distance per clip, means over its frames, of each kind of reconstruction."""
+    """PSNR and SSIM on [0, 1], L1 on [-1, 1] and perceptual distance per clip, means over its frames, of each kind of
+    reconstruction."""
     values: dict[str, jax.Array] = {}
     for prefix, (clip, target) in clips.items():
         batch = len(clip)
         frames, target = (rearrange(x, "b f h w c -> (b f) h w c") for x in (jnp.clip(clip, -1, 1), target))
+        unit = unit_from_signed(frames), unit_from_signed(target)
         metrics = {
-            "psnr": peak_signal_to_noise(frames, target, data_range=2.0),
-            "ssim": structural_similarity(frames, target, data_range=2.0),
+            "psnr": peak_signal_to_noise(*unit, data_range=1.0),
+            "ssim": structural_similarity(*unit, data_range=1.0),
             "l1": absolute_error(frames, target),
         }
         if perceptual.enabled:

@@ -21,7 +21,7 @@ from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import from_uint8, to_uint8
+from jvgen.tasks.pixels import from_uint8, to_uint8, unit_from_signed, unit_from_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Task, TaskConfig, activation_dtype
 
 # Purposes of random keys; a number never changes its meaning.
@@ -148,8 +148,7 @@ class ImageVAETask(Task):
             self.perceptual.metric_name: perceptual,
             "kl_per_element": divergence,
             "psnr": Mean(
-                jnp.sum(peak_signal_to_noise(jnp.clip(decoded, -1, 1).astype(jnp.float32), target, data_range=2.0)),
-                count,
+                jnp.sum(peak_signal_to_noise(unit_from_signed(decoded), unit_from_uint8(images), data_range=1.0)), count
             ),
         }
         if not self.perceptual.enabled:
@@ -157,14 +156,16 @@ class ImageVAETask(Task):
         return total, metrics
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
-        """Reconstruction from the posterior mean: PSNR, SSIM and L1 of clipped pixels, perceptual distance."""
+        """Reconstruction from the posterior mean: PSNR and SSIM on [0, 1], L1 on [-1, 1], of clipped pixels; perceptual
+        distance."""
         images = self._images(batch["video"])
         decoded, moments = self.reconstruct(parameters, images)
         decoded = jnp.clip(decoded.astype(jnp.float32), -1.0, 1.0)
         target, count = from_uint8(images), jnp.float32(images.shape[0])
+        unit = unit_from_signed(decoded), unit_from_uint8(images)
         metrics: Metrics = {
-            "psnr": Mean(jnp.sum(peak_signal_to_noise(decoded, target, data_range=2.0)), count),
-            "ssim": Mean(jnp.sum(structural_similarity(decoded, target, data_range=2.0)), count),
+            "psnr": Mean(jnp.sum(peak_signal_to_noise(*unit, data_range=1.0)), count),
+            "ssim": Mean(jnp.sum(structural_similarity(*unit, data_range=1.0)), count),
             "l1": Mean(jnp.sum(absolute_error(decoded, target)), count),
         }
         if self.perceptual.enabled:

@@ -1,4 +1,5 @@
-"""Conversion of pixels: uint8 in files and batches, floats in [-1, 1] in networks."""
+"""Ranges of pixels: uint8 in files and batches, "signed" floats in [-1, 1] in VAEs, "unit" floats in [0, 1] in
+iVideoGPT's tokenizer and in metrics. Every conversion between them is here."""
 
 import jax
 import jax.numpy as jnp
@@ -14,3 +15,23 @@ def to_uint8(values: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     """-1..1 to 0..255, clipped and rounded to nearest."""
     scaled = jnp.clip(values.astype(jnp.float32), -1.0, 1.0) * 127.5 + 127.5
     return jax.lax.round(scaled, jax.lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.uint8)
+
+
+def unit_from_uint8(pixels: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """0..255 to 0..1, float32."""
+    return pixels.astype(jnp.float32) / 255.0
+
+
+def unit_to_uint8(values: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """0..1 to 0..255, clipped and rounded to nearest."""
+    return jnp.rint(jnp.clip(values.astype(jnp.float32), 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def unit_from_signed(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """-1..1 to 0..1, clipped, float32: the range of metrics. SSIM has another value on [-1, 1], a wrong one."""
+    return (jnp.clip(values.astype(jnp.float32), -1.0, 1.0) + 1.0) / 2.0
+
+
+def signed_from_unit(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """0..1 to -1..1, not clipped, in the dtype of the values."""
+    return 2.0 * values - 1.0

@@ -27,6 +27,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
+from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8, unit_to_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
 
 # Purposes folded into a step's key; they never change, so that saved runs resume exactly.
@@ -69,7 +70,7 @@ class VideoTokenizerConfig(TaskConfig):
       perceptual_weight: of that distance.
       restart: of dead codes.
       adversarial: discriminator of single frames, or none, as in all published runs except RoboNet at 256x256: weight
-        0.8, start 1e5 (counting the discriminator's own steps).
+        0.8, start 1e5 (counting the discriminator's own steps), norm_epsilon 0, norm_floor 1e-8.
     """
 
     network: CompressiveTokenizerConfig
@@ -178,14 +179,14 @@ class VideoTokenizer(Task):
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         dtype = activation_dtype(parameters["tokenizer"])
-        video = _unit(batch["video"])
+        video = unit_from_uint8(batch["video"])
         keys = slot_keys(jax.random.fold_in(key, DROPOUT_KEY), batch["slot"])
         output = self.networks["tokenizer"].apply(parameters["tokenizer"], video.astype(dtype), keys)
         total, metrics = jnp.zeros((), jnp.float32), {}
         for stream, frames, codes, target in self._streams(output, video):
             error = absolute_error if self.config.reconstruction == "l1" else squared_error
             reconstruction = jnp.mean(error(frames, target))
-            perceptual = jnp.mean(self.perceptual.distance(frozen, 2 * frames - 1, 2 * target - 1))
+            perceptual = jnp.mean(self.perceptual.distance(frozen, signed_from_unit(frames), signed_from_unit(target)))
             total += reconstruction + self.config.perceptual_weight * perceptual + codes.loss
             metrics |= {f"{stream}/reconstruction": reconstruction, f"{stream}/codebook": codes.loss}
             if self.perceptual.enabled:
@@ -207,7 +208,7 @@ class VideoTokenizer(Task):
         """
 
         def images(clips: jax.Array) -> jax.Array:
-            return rearrange(2.0 * clips.astype(jnp.float32) - 1.0, "b f h w c -> (b f) 1 h w c")
+            return rearrange(signed_from_unit(clips.astype(jnp.float32)), "b f h w c -> (b f) 1 h w c")
 
         stop = jax.lax.stop_gradient
         context, future = (images(clips) for clips in (output.context, output.future))
@@ -250,7 +251,7 @@ class VideoTokenizer(Task):
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
         """Fidelity of clipped frames and codebook use, without dropout."""
-        video = _unit(batch["video"])
+        video = unit_from_uint8(batch["video"])
         output = self.networks["tokenizer"].apply(
             parameters["tokenizer"], video.astype(activation_dtype(parameters["tokenizer"]))
         )
@@ -261,7 +262,7 @@ class VideoTokenizer(Task):
             count = jnp.float32(frames.shape[0])
             metrics[f"{stream}/l1"] = Mean(jnp.sum(absolute_error(frames, target)), count)
             if self.perceptual.enabled:
-                distance = self.perceptual.distance(frozen, 2 * frames - 1, 2 * target - 1)
+                distance = self.perceptual.distance(frozen, signed_from_unit(frames), signed_from_unit(target))
                 metrics[f"{stream}/{self.perceptual.metric_name}"] = Mean(jnp.sum(distance), count)
             metrics |= self._code_metrics(stream, codes.ids)
         return metrics
@@ -306,7 +307,7 @@ class VideoTokenizer(Task):
 
         def restarted(parameters: Parameters) -> Parameters:
             model = self.networks["tokenizer"].bind(parameters["tokenizer"])
-            video, count = _unit(batch["video"]), self.config.network.context_frames
+            video, count = unit_from_uint8(batch["video"]), self.config.network.context_frames
             context, conditions = model.encode_context(video[:, :count])
             latents = {"context": context, "future": model.encode_future(video[:, count:], conditions)}
             tokenizer, counts = dict(parameters["tokenizer"]), {}
@@ -331,8 +332,11 @@ class VideoTokenizer(Task):
     ) -> dict[str, jax.Array]:
         clips = batch["video"][:4]
         dtype = activation_dtype(parameters["tokenizer"])
-        output = self.networks["tokenizer"].apply(parameters["tokenizer"], _unit(clips).astype(dtype))
-        return {"data": clips, "reconstruction": to_uint8(jnp.concatenate([output.context, output.future], axis=1))}
+        output = self.networks["tokenizer"].apply(parameters["tokenizer"], unit_from_uint8(clips).astype(dtype))
+        return {
+            "data": clips,
+            "reconstruction": unit_to_uint8(jnp.concatenate([output.context, output.future], axis=1)),
+        }
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         parts = flops.reconstruct(self.config.network, bucket.frames)
@@ -340,13 +344,3 @@ class VideoTokenizer(Task):
             per_frame = discriminator_flops.forward(self.config.adversarial.network, 1, bucket.height, bucket.width)
             parts["discriminator"] = 2 * bucket.frames * per_frame
         return parts
-
-
-def _unit(video: jax.Array) -> jax.Array:
-    """uint8 pixels to [0, 1], float32: the tokenizer's range."""
-    return video.astype(jnp.float32) / 255.0
-
-
-def to_uint8(frames: jax.Array) -> jax.Array:
-    """Frames in [0, 1] to uint8, clipped and rounded."""
-    return jnp.rint(jnp.clip(frames.astype(jnp.float32), 0.0, 1.0) * 255.0).astype(jnp.uint8)

@@ -34,7 +34,7 @@ from jvgen.tasks import compatibility
 from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import from_uint8
+from jvgen.tasks.pixels import from_uint8, unit_from_signed
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
 
 # Purposes of random keys; a number never changes its meaning.
@@ -365,7 +365,7 @@ class VideoVAETask(Task):
             distance = jnp.mean(self.perceptual.distance(frozen, frames, target))
             total += one.weight * (absolute + self.config.perceptual_weight * distance)
             if not metrics:
-                fidelity = peak_signal_to_noise(jnp.clip(frames, -1, 1), target, data_range=2.0)
+                fidelity = peak_signal_to_noise(*map(unit_from_signed, (frames, target)), data_range=1.0)
                 metrics = {"l1": absolute, "psnr": Mean(jnp.sum(fidelity), jnp.float32(len(frames)))}
                 if self.perceptual.enabled:
                     metrics[self.perceptual.metric_name] = distance

@@ -31,6 +31,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.storage import as_path
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
+from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8, unit_to_uint8
 from jvgen.tasks.task import (
     ArraySpec,
     Batch,
@@ -41,7 +42,7 @@ from jvgen.tasks.task import (
     TaskConfig,
     activation_dtype,
 )
-from jvgen.tasks.video_tokenizer import check_frames, to_uint8
+from jvgen.tasks.video_tokenizer import check_frames
 
 # Purposes folded into a step's key; they never change, so that saved runs resume exactly.
 DROPOUT_KEY = 48
@@ -229,7 +230,7 @@ class WorldModelTask(Task):
         self, parameters: Parameters, frozen: Parameters, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
         config, batch = self.config, self._ordered(batch)
-        video = batch["video"].astype(jnp.float32) / 255.0
+        video = unit_from_uint8(batch["video"])
         layout = config.tokenizer.layout(video.shape[1])
         tokens = layout.flatten(
             *self.frozen_networks["tokenizer"].apply(
@@ -280,7 +281,7 @@ class WorldModelTask(Task):
     ) -> tuple[Prediction, dict[str, jax.Array]]:
         """Rollouts from the context frames of a batch, `samples` per clip; and the batch in the order of sequences."""
         ordered, count = self._ordered(batch), self.config.tokenizer.context_frames
-        video = ordered["video"].astype(jnp.float32) / 255.0
+        video = unit_from_uint8(ordered["video"])
         world = self.world(video.shape[1], activation_dtype(parameters["transformer"]))
         weights = world.prepare(frozen["tokenizer"], parameters["transformer"])
         actions = ordered.get("actions")
@@ -297,7 +298,7 @@ class WorldModelTask(Task):
         """Recorded clips `B F H W 3`, and predictions with reconstructed context frames, float32 in [0, 1]."""
         samples, count = max(1, self.config.evaluation_samples), self.config.tokenizer.context_frames
         prediction, ordered = self.predict(parameters, frozen, batch, key, samples)
-        video = ordered["video"].astype(jnp.float32) / 255.0
+        video = unit_from_uint8(ordered["video"])
         tokenizer = self.frozen_networks["tokenizer"].bind(frozen["tokenizer"])
         context = video[:, :count].astype(activation_dtype(frozen["tokenizer"]))
         reconstructed, _ = tokenizer.detokenize_context(tokenizer.tokenize_context(context), context.dtype)
@@ -337,7 +338,7 @@ class WorldModelTask(Task):
         }
 
         def distance(predicted: jax.Array, recorded: jax.Array) -> jax.Array:
-            images = (2.0 * frames.reshape(-1, *frames.shape[-3:]) - 1.0 for frames in (predicted, recorded))
+            images = (signed_from_unit(frames.reshape(-1, *frames.shape[-3:])) for frames in (predicted, recorded))
             return self.perceptual.distance(frozen, *images).reshape(predicted.shape[:-3])
 
         if self.perceptual.enabled:
@@ -352,7 +353,10 @@ class WorldModelTask(Task):
         shown = {name: value[: self.config.visualize_clips] for name, value in batch.items()}
         prediction, ordered = self.predict(parameters, frozen, shown, key)
         context = ordered["video"][:, : self.config.tokenizer.context_frames]
-        return {"data": ordered["video"], "rollout": jnp.concatenate([context, to_uint8(prediction.frames)], axis=1)}
+        return {
+            "data": ordered["video"],
+            "rollout": jnp.concatenate([context, unit_to_uint8(prediction.frames)], axis=1),
+        }
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         tokenizer, frames = self.config.tokenizer, self.config.frames(bucket)

@@ -63,7 +63,7 @@ def test_ssim_is_that_of_wang(offset):
     assert float(measured[0, 0]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_ssim_in_another_range_is_the_same_but_for_the_origin():
+def test_ssim_does_not_depend_on_the_scale_of_the_range():
     first, second = (jnp.asarray(image / 255, jnp.float32) for image in two_images())
     one = structural_similarity(first, second, data_range=1)
     assert float(structural_similarity(first * 4, second * 4, data_range=4)) == pytest.approx(float(one), abs=1e-5)
