@@ -52,8 +52,8 @@ class AdversarialConfig(Config):
             )
         if self.norm_epsilon < 0 or self.norm_floor < 0 or self.norm_epsilon + self.norm_floor == 0:
             raise ValueError(
-                f"norm_epsilon = {self.norm_epsilon}, norm_floor = {self.norm_floor}: must not be negative, and one must "
-                "be positive: the norm of a gradient that is zero is divided by otherwise."
+                f"norm_epsilon = {self.norm_epsilon}, norm_floor = {self.norm_floor}: must not be negative, and one "
+                "must be positive: the norm of a gradient that is zero is divided by otherwise."
             )
 
     def limit_for(self, height: int, width: int, channels: int = 3) -> float:

@@ -27,7 +27,23 @@ class Mean(NamedTuple):
     count: jax.Array
 
 
-Metrics = dict[str, jax.Array | Mean]
+class CodeUse(NamedTuple):
+    """How often each code of a codebook occurred; adds up over batches, devices and processes.
+
+    It stands for two values: the share of the codes that occur at all, and the perplexity of their frequencies. Neither
+    can be averaged: a batch of n tokens uses at most n codes.
+    """
+
+    counts: jax.Array
+
+    def summary(self) -> dict[str, float]:
+        """The values, of counts on the host: "codes_used" in 0..1, and "perplexity" from 1 to the number of codes."""
+        counts = np.asarray(self.counts, np.float64)
+        share = counts[counts > 0] / max(counts.sum(), 1.0)
+        return {"codes_used": float(np.mean(counts > 0)), "perplexity": float(np.exp(-np.sum(share * np.log(share))))}
+
+
+Metrics = dict[str, jax.Array | Mean | CodeUse]
 
 
 @dataclasses.dataclass(frozen=True)

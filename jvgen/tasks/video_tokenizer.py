@@ -28,7 +28,17 @@ from jvgen.parallel import axes
 from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8, unit_to_uint8
-from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
+from jvgen.tasks.task import (
+    ArraySpec,
+    Batch,
+    CodeUse,
+    Mean,
+    Metrics,
+    Objective,
+    Task,
+    TaskConfig,
+    activation_dtype,
+)
 
 # Purposes folded into a step's key; they never change, so that saved runs resume exactly.
 DROPOUT_KEY = 40
@@ -250,7 +260,7 @@ class VideoTokenizer(Task):
         return pullback(gradient.astype(frames.dtype))[0]
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
-        """Fidelity of clipped frames and codebook use, without dropout."""
+        """Fidelity of clipped frames in [0, 1], and codebook use over all batches of an evaluation, without dropout."""
         video = unit_from_uint8(batch["video"])
         output = self.networks["tokenizer"].apply(
             parameters["tokenizer"], video.astype(activation_dtype(parameters["tokenizer"]))
@@ -264,7 +274,7 @@ class VideoTokenizer(Task):
             if self.perceptual.enabled:
                 distance = self.perceptual.distance(frozen, signed_from_unit(frames), signed_from_unit(target))
                 metrics[f"{stream}/{self.perceptual.metric_name}"] = Mean(jnp.sum(distance), count)
-            metrics |= self._code_metrics(stream, codes.ids)
+            metrics[stream] = CodeUse(usage(codes.ids, getattr(self.config.network, f"{stream}_codes")))
         return metrics
 
     def _streams(
@@ -290,7 +300,7 @@ class VideoTokenizer(Task):
         return metrics
 
     def _code_metrics(self, stream: str, ids: jax.Array) -> Metrics:
-        """Share of the codes that the batch uses, and the perplexity of their frequencies."""
+        """Of this batch: the share of the codes that it uses, and the perplexity of their frequencies."""
         size = getattr(self.config.network, f"{stream}_codes")
         counts = usage(ids, size)
         return {f"{stream}/codes_used": jnp.mean(counts > 0), f"{stream}/perplexity": perplexity(counts)}

@@ -15,7 +15,7 @@ from jvgen.tasks.task import Batch
 from jvgen.training.compilation import Programs
 from jvgen.training.program import Program
 from jvgen.training.state import EVALUATE, VISUALIZE, TrainState, key_for
-from jvgen.training.telemetry.metrics import RunningMeans
+from jvgen.training.telemetry.metrics import RunningMeans, result_names
 
 MAX_SAMPLES = 8
 RAW = "raw"
@@ -88,7 +88,9 @@ def metric_names(program: Program, bucket: BucketConfig) -> list[str]:
     batch = program.abstract_batch(bucket)
     metrics = jax.eval_shape(program.evaluation("evaluate"), state.parameters, state.frozen, batch, state.key)
     variants = [RAW, *(f"ema_{decay}" for decay in sorted(program.abstract.ema, key=float))]
-    return [metric if variant == RAW else f"{variant}/{metric}" for variant in variants for metric in metrics]
+    return [
+        metric if variant == RAW else f"{variant}/{metric}" for variant in variants for metric in result_names(metrics)
+    ]
 
 
 def parameter_variants(state: TrainState) -> dict[str, Parameters]:

@@ -7,16 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from jvgen.tasks.task import Mean
+from jvgen.models.ivideogpt.codebook import usage
+from jvgen.tasks.task import CodeUse, Mean
 from jvgen.training.telemetry import console
 from jvgen.training.telemetry.hooks import RunInfo
 from jvgen.training.telemetry.json_lines import JsonLinesFile, read_rows
-from jvgen.training.telemetry.metrics import RunningMeans, to_host
+from jvgen.training.telemetry.metrics import RunningMeans, result_names, to_host
 from jvgen.training.telemetry.tensorboard import SummaryWriter
 from jvgen.training.telemetry.throughput import host_rss_mib, utilization
 
@@ -45,6 +48,23 @@ def test_running_means_are_weighted_by_count():
         }
     )
     assert means.result() == {"loss": 1.5, "band": 1.0}
+
+
+def test_use_of_codes_is_counted_over_all_batches():
+    """Four batches of two tokens use four of eight codes equally often; none of them uses more than two."""
+    batches = [jnp.array([2 * (n % 2), 2 * (n % 2) + 1]) for n in range(4)]
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data"))
+    count = jax.jit(
+        lambda ids: {"future": CodeUse(usage(ids, 8))}, out_shardings=NamedSharding(sharding.mesh, PartitionSpec())
+    )
+    means = RunningMeans()
+    for ids in batches:
+        # Tokens of one batch are on two devices, as on two processes: the counts are those of both.
+        means.add(count(jax.device_put(ids, sharding)))
+    assert means.result() == pytest.approx({"future/codes_used": 0.5, "future/perplexity": 4.0})
+    one = to_host(count(jax.device_put(batches[0], sharding)))
+    assert one == pytest.approx({"future/codes_used": 0.25, "future/perplexity": 2.0})
+    assert result_names({"loss": Mean(1.0, 1.0), "future": CodeUse(1.0)}) == ["loss", *one]
 
 
 def test_floats_are_read_back_bit_equal(tmp_path):
