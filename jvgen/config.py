@@ -5,12 +5,13 @@ is described by a Python file with one function `experiment()` that returns the 
 `jvgen.saved_config` writes configs as JSON and reads them back, also those of earlier versions.
 """
 
+import ast
 import dataclasses
 import difflib
 import enum
+import functools
 import importlib.util
 import inspect
-import math
 import types
 import typing
 from collections.abc import Callable
@@ -18,20 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from jvgen import exit_codes
+from jvgen.value_rules import declared, problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of every configuration dataclass.
 
-    Subclasses are `@dataclasses.dataclass(frozen=True, kw_only=True)` and may override `validate`, which raises
-    `ValueError` with a message that names the field, the value, the rule and the fix.
+    Subclasses are `@dataclasses.dataclass(frozen=True, kw_only=True)`. Annotations of fields declare rules of numbers
+    and patterns (see `jvgen.value_rules`), which are checked before every `validate`. Subclasses may override that with
+    what relates fields to each other; it raises `ValueError` with a message that names the field, the value, the rule
+    and the fix.
 
     Attributes:
       renamed_fields: fields as earlier versions saved them -> their names now.
     """
 
     renamed_fields: typing.ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "validate" in cls.__dict__:
+            cls.validate = _after_rules(cls.validate)
 
     @classmethod
     def upgrade(cls, saved: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +52,11 @@ class Config:
         return {cls.renamed_fields.get(name, name): value for name, value in saved.items()}
 
     def validate(self) -> None:
-        """Raise `ValueError` if the fields cannot work together. Called for every node by `validate_tree`."""
+        """Raise `ValueError` if a field breaks its rule, or the fields cannot work together.
+
+        Called for every node by `validate_tree`, and by networks when they are built.
+        """
+        _check_rules(self)
 
     def replace(self, **changes: Any) -> typing.Self:
         """A copy with some fields changed."""
@@ -56,15 +69,39 @@ class ConfigError(ValueError):
     exit_code = exit_codes.USER_ERROR
 
 
+def _check_rules(config: Config) -> None:
+    rules = declared(type(config))
+    for field in dataclasses.fields(config):
+        check_value(getattr(config, field.name), rules[field.name], field.name)
+
+
+def _after_rules(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`validate` of a subclass, after the rules of its fields."""
+
+    @functools.wraps(validate)
+    def checked(config: Config) -> None:
+        _check_rules(config)
+        validate(config)
+
+    return checked
+
+
+def check_value(value: Any, hint: Any, path: str) -> None:
+    """Check all numbers and patterns in a value by what its annotation declares.
+
+    Raises:
+      ConfigError: names the path, the value, the rule and the fix.
+    """
+    for where, wrong, problem in problems(value, hint, path):
+        raise ConfigError(f"{where} = {wrong!r}: {problem}")
+
+
 def validate_tree(config: Any, path: str = "") -> None:
-    """Check every leaf: its type, and that it is finite; then call `validate` on every node, innermost first.
+    """Check the type of every leaf, and what its annotation declares; then `validate` every node, innermost first.
 
     Raises:
       ConfigError: names the dotted path, the value, the rule and the fix.
     """
-    if isinstance(config, float) and not math.isfinite(config):
-        # Comparisons in `validate` do not find NaN: nan <= 0 is False.
-        raise ConfigError(f"{path} = {config!r}: expected a finite number.")
     if isinstance(config, (tuple, list)):
         for index, item in enumerate(config):
             validate_tree(item, f"{path}.{index}".lstrip("."))
@@ -75,14 +112,13 @@ def validate_tree(config: Any, path: str = "") -> None:
         return
     if not dataclasses.is_dataclass(config):
         return
-    hints = field_hints(type(config))
+    hints, rules = field_hints(type(config)), declared(type(config))
     for field in dataclasses.fields(config):
         where = f"{path}.{field.name}".lstrip(".")
         value = getattr(config, field.name)
         if not _matches(value, hints[field.name]):
-            raise ConfigError(
-                f"{where} = {value!r}: expected {_describe(hints[field.name])}, got {type(value).__name__}."
-            )
+            raise ConfigError(f"{where} = {value!r}: expected {_describe(hints[field.name])}, got {_kind(value)}.")
+        check_value(value, rules[field.name], where)
         validate_tree(value, where)
     if isinstance(config, Config):
         try:
@@ -119,6 +155,7 @@ def _assign(node: Any, parts: list[str], text: str, full: str, hint: Any) -> Any
             raise ConfigError(_unknown(full, name, names, type(node).__name__))
         child, child_hint = getattr(node, name), hints[name]
         value = _assign(child, rest, text, full, child_hint) if rest else parse(text, child_hint, full)
+        check_value(value, declared(type(node))[name], full.removesuffix("".join(f".{part}" for part in rest)))
         return dataclasses.replace(node, **{name: value})
     if isinstance(node, tuple):
         if not name.isdigit() or int(name) >= len(node):
@@ -189,12 +226,33 @@ def _parse_one(text: str, hint: Any, path: str) -> Any:
             if text in (member.name, str(member.value)):
                 return member
     elif origin is tuple:
-        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
-        return tuple(parse(item, item_hint(hint, index), path) for index, item in enumerate(items))
+        return tuple(parse(item, item_hint(hint, index), path) for index, item in enumerate(_items(text, hint)))
     elif dataclasses.is_dataclass(hint):
         names = ", ".join(field.name for field in dataclasses.fields(hint))
         raise ConfigError(f"{path} = {text!r}: this is a group of fields; set one of them instead ({path}.X: {names}).")
     raise _NoFit
+
+
+def _items(text: str, hint: Any) -> list[str]:
+    """The items of a tuple: `1,2`, `(1, 2)`, or as Python writes it. A regular expression keeps its own brackets."""
+    if str in typing.get_args(hint):
+        try:
+            items = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            items = None
+        if isinstance(items, (tuple, list)) and all(isinstance(item, str) for item in items):
+            return list(items)
+    elif (text[:1], text[-1:]) in (("(", ")"), ("[", "]")):
+        text = text[1:-1]
+    items, depth = [""], 0
+    for character in text:
+        # A comma within brackets, as in a{1,2}, is part of an item.
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth <= 0:
+            items.append("")
+        else:
+            items[-1] += character
+    return [item.strip() for item in items if item.strip()]
 
 
 def load(path: str | Path) -> Any:
@@ -258,6 +316,7 @@ def _arguments(function: Callable[..., Any], text: str, path: str) -> dict[str, 
                 f"{path}: experiment() takes {', '.join(names) or 'no arguments'}; {word!r} is none of them."
             )
         chosen[name] = parse(value, hints[name], f"{path}: {name}")
+        check_value(chosen[name], declared(function)[name], f"{path}: {name}")
     return chosen
 
 
@@ -332,6 +391,10 @@ def _matches_one(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _kind(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, tuple) else type(value).__name__
+
+
 def _describe(hint: Any) -> str:
     choices = options(hint)
     if len(choices) > 1:
@@ -344,5 +407,7 @@ def _describe(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(repr(member.value) for member in hint)
     if origin is tuple:
-        return f"a tuple of {_describe(arguments[0])}" if arguments else "a tuple"
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return f"a tuple of {_describe(arguments[0])}"
+        return f"{len(arguments)} values, {', '.join(_describe(argument) for argument in arguments)}"
     return getattr(hint, "__name__", str(hint))

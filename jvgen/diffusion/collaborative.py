@@ -19,6 +19,7 @@ from jvgen.diffusion.guidance import Denoise, GuidanceConfig
 from jvgen.diffusion.objective import slot_normal
 from jvgen.diffusion.sampler import SamplerConfig, advance, coefficients, grid, step_noise, table_rows
 from jvgen.diffusion.schedule import Prediction, Schedule
+from jvgen.value_rules import Count
 
 # Purposes folded into the sampler's key; numbers keep their meaning across versions.
 MATCHING_KEY = 0
@@ -41,13 +42,8 @@ class PairingConfig(Config):
     """
 
     kind: Literal["matching", "exhaustive"] = "matching"
-    matchings: int = 1
-    repeats: int = 1
-
-    def validate(self) -> None:
-        for name in ("matchings", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+    matchings: Count = 1
+    repeats: Count = 1
 
     def rounds(self, views: int) -> int:
         """Evaluations of the network per sampler step and repeat."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jvgen.config import Config
 from jvgen.diffusion.schedule import TIMESTEPS
+from jvgen.value_rules import Bounds
 
 Denoise = Callable[[Array, Array, Array], Array]
 ConditionedDenoise = Callable[[Array, Array, Any], Array]
@@ -29,13 +30,9 @@ class GuidanceConfig(Config):
     """
 
     kind: Literal["none", "constant", "dynamic"] = "constant"
-    scale: float = 6.0
-    exponent: float = 5.0
-    rescale: float = 0.0
-
-    def validate(self) -> None:
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"rescale = {self.rescale}: must lie in 0..1; 0 turns it off.")
+    scale: Annotated[float, Bounds(at_least=-1000, at_most=1000)] = 6.0
+    exponent: Annotated[float, Bounds(at_least=0, at_most=100)] = 5.0
+    rescale: Annotated[float, Bounds(at_least=0, at_most=1, fix="0 turns it off")] = 0.0
 
 
 def guidance_scales(config: GuidanceConfig, timesteps: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ size, microbatch or mesh, because its key is `fold_in(key, i)`.
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jvgen.config import Config
 from jvgen.diffusion.schedule import TIMESTEPS, Prediction, Schedule, ScheduleConfig, clean_factors
+from jvgen.value_rules import Bounds
 
 # Purposes folded into the key of a step: new ones get new numbers, old numbers never change.
 TIMESTEP_KEY = 0
@@ -39,21 +40,13 @@ class TimestepConfig(Config):
     """
 
     kind: Literal["uniform", "logit_normal"] = "uniform"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
+    mean: Annotated[float, Bounds(at_least=-100, at_most=100)] = 0.0
+    std: Annotated[float, Bounds(above=0, at_most=100, fix="for example 1.0")] = 1.0
+    shift: Annotated[float, Bounds(above=0, at_most=1e6, fix="1 for no shift")] = 1.0
     shift_by: Literal["nothing", "tokens", "resolution_and_duration"] = "nothing"
-    base_tokens: int = 256
+    base_tokens: Annotated[int, Bounds(at_least=1, fix="for example 256")] = 256
 
     renamed_fields: ClassVar[dict[str, str]] = {"deviation": "std"}
-
-    def validate(self) -> None:
-        if self.std <= 0:
-            raise ValueError(f"std = {self.std}: must be positive, for example 1.0.")
-        if self.shift <= 0:
-            raise ValueError(f"shift = {self.shift}: must be positive; 1 for no shift.")
-        if self.base_tokens <= 0:
-            raise ValueError(f"base_tokens = {self.base_tokens}: must be positive, for example 256.")
 
     def shift_of(self, frames: int, height: int, width: int) -> float:
         """The shift s of a clip of `frames` x `height` x `width` tokens (latent patches)."""
@@ -81,14 +74,12 @@ class ObjectiveConfig(Config):
     target: Prediction = "v"
     timesteps: TimestepConfig = TimestepConfig()
     weighting: Literal["uniform", "min_snr", "bell"] = "uniform"
-    gamma: float = 5.0
-    bands: int = 4
+    gamma: Annotated[float, Bounds(above=0, fix="for example 5.0")] = 5.0
+    bands: Annotated[int, Bounds(at_least=1, at_most=TIMESTEPS)] = 4
 
     def validate(self) -> None:
-        if self.bands < 1 or TIMESTEPS % self.bands:
+        if TIMESTEPS % self.bands:
             raise ValueError(f"bands = {self.bands}: must divide {TIMESTEPS}, for example 4, 5, 8 or 10.")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma = {self.gamma}: must be positive, for example 5.0.")
 
     def check_schedule(self, schedule: ScheduleConfig) -> None:
         """Raise `ValueError` if this target cannot be learned or sampled with a schedule."""

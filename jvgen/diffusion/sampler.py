@@ -6,7 +6,7 @@ implies. The coefficients are computed in float64 with numpy, where their limits
 """
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jvgen.diffusion.schedule import (
     clean_factors,
     zero_terminal_rescale,
 )
+from jvgen.value_rules import Bounds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,10 @@ class SamplerConfig(Config):
     """
 
     kind: Literal["ddim", "euler", "dpm_solver_sde", "dpm_solver"] = "ddim"
-    steps: int = 50
+    steps: Annotated[int, Bounds(at_least=1, at_most=TIMESTEPS)] = 50
     spacing: Literal["trailing", "leading", "linspace"] = "trailing"
-    eta: float = 0.0
-    steps_offset: int = 0
+    eta: Annotated[float, Bounds(at_least=0, at_most=1, fix="0 for a deterministic sampler")] = 0.0
+    steps_offset: Annotated[int, Bounds(at_least=0, below=TIMESTEPS)] = 0
     final_step_clean: bool = True
     step_to: Literal["next", "stride"] = "next"
     levels: Literal["schedule", "sat"] = "schedule"
@@ -60,10 +61,6 @@ class SamplerConfig(Config):
     renamed_fields: ClassVar[dict[str, str]] = {"goes_to": "step_to", "ends_clean": "final_step_clean"}
 
     def validate(self) -> None:
-        if not 1 <= self.steps <= TIMESTEPS:
-            raise ValueError(f"steps = {self.steps}: must lie in 1..{TIMESTEPS}.")
-        if self.eta < 0:
-            raise ValueError(f"eta = {self.eta}: must not be negative; 0 for a deterministic sampler.")
         if self.eta and self.kind != "ddim":
             raise ValueError(f"eta = {self.eta}: only ddim reads it; set eta = 0 for {self.kind}.")
         if self.levels == "sat" and (self.spacing, self.step_to, self.final_step_clean) != ("trailing", "next", True):

@@ -7,13 +7,14 @@ Tables are computed in float64 with numpy and looked up on the device in float32
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jvgen.config import Config
+from jvgen.value_rules import Bounds
 
 TIMESTEPS = 1000
 
@@ -35,19 +36,15 @@ class ScheduleConfig(Config):
     """
 
     kind: Literal["scaled_linear", "linear", "cogvideox", "rectified_flow"] = "cogvideox"
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    snr_shift: float | None = None
+    beta_start: Annotated[float, Bounds(above=0, below=1)] = 0.00085
+    beta_end: Annotated[float, Bounds(above=0, below=1)] = 0.012
+    snr_shift: Annotated[float, Bounds(above=0, at_most=1e6, fix="1 for no shift")] | None = None
     zero_terminal: bool | None = None
-    flow_shift: float = 1.0
+    flow_shift: Annotated[float, Bounds(above=0, at_most=1e6, fix="1 for no shift")] = 1.0
 
     def validate(self) -> None:
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"beta_start = {self.beta_start}, beta_end = {self.beta_end}: must rise within (0, 1).")
-        if self.flow_shift <= 0:
-            raise ValueError(f"flow_shift = {self.flow_shift}: must be positive; 1 for no shift.")
-        if self.snr_shift is not None and self.snr_shift <= 0:
-            raise ValueError(f"snr_shift = {self.snr_shift}: must be positive; 1 for no shift.")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start = {self.beta_start}, beta_end = {self.beta_end}: must rise; exchange them.")
         if self.continuous and (self.snr_shift is not None or self.zero_terminal is not None):
             raise ValueError("rectified_flow has no snr_shift and no zero_terminal: leave them none, use flow_shift.")
         if not self.continuous and self.flow_shift != 1.0:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from jvgen.config import Config
 from jvgen.parallel.axes import BATCH, constrain
 from jvgen.storage import Path, local_copy
+from jvgen.value_rules import Bounds
 
 # VGG-16's convolutions by stage: (index in torchvision's `features`, input channels, output channels).
 STAGES = (
@@ -44,15 +45,13 @@ class PerceptualConfig(Config):
 
     kind: Literal["none", "lpips", "laplacian"] = "laplacian"
     weights: str | None = None
-    levels: int = 3
+    levels: Annotated[int, Bounds(at_least=1, at_most=16)] = 3
 
     def validate(self) -> None:
         if self.kind == "lpips" and self.weights is None:
             raise ValueError("weights = none: lpips needs a safetensors file; kind = 'laplacian' needs none.")
         if self.kind != "lpips" and self.weights is not None:
             raise ValueError(f"weights = {self.weights!r}: {self.kind!r} reads no weights; choose kind = 'lpips'.")
-        if self.levels < 1:
-            raise ValueError(f"levels = {self.levels}: must be at least 1.")
 
 
 def laplacian_distance(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jvgen.config import Config, ConfigError
+from jvgen.value_rules import Bounds
 
 # Mesh axes, outermost first: neighbors along the last axis are nearest in the network.
 DATA = "data"  # data parallelism: full replicas of the parameters, each with its own examples
@@ -17,6 +19,9 @@ FSDP = "fsdp"  # examples are split, and so are the stored parameters
 SEQ = "seq"  # sequence (context) parallelism: tokens of one example are split
 TENSOR = "tensor"  # tensor parallelism: heads and hidden units of one layer are split
 MESH_AXES = (DATA, FSDP, SEQ, TENSOR)
+
+
+AxisSize = Annotated[int, Bounds(at_least=-1, at_most=2**20, fix="-1 for all remaining devices")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,15 +35,15 @@ class MeshConfig(Config):
       tensor: shards of attention heads and feed-forward units.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    seq: int = 1
-    tensor: int = 1
+    data: AxisSize = 1
+    fsdp: AxisSize = -1
+    seq: AxisSize = 1
+    tensor: AxisSize = 1
 
     def validate(self) -> None:
         sizes = self.sizes
         for name, size in sizes.items():
-            if size != -1 and size < 1:
+            if size == 0:
                 raise ValueError(
                     f"{name} = {size}: a mesh axis has at least 1 device, or -1 for all remaining devices."
                 )

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -13,6 +13,7 @@ from jvgen.config import Config
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
 from jvgen.parallel.mesh import DATA, FSDP, MESH_AXES, SEQ, TENSOR
+from jvgen.value_rules import Bounds
 
 Rules = dict[str, tuple[str, ...]]
 
@@ -55,7 +56,7 @@ class ShardingConfig(Config):
 
     storage: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(STORAGE))
     compute: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(COMPUTE))
-    replicate_below: int = 2**16
+    replicate_below: Annotated[int, Bounds(at_least=0, fix="a number of elements")] = 2**16
 
     def validate(self) -> None:
         for table in ("storage", "compute"):
@@ -69,8 +70,6 @@ class ShardingConfig(Config):
                 if unknown:
                     known = ", ".join(MESH_AXES)
                     raise ValueError(f"{table}.{name}: {unknown[0]!r} is not a mesh axis; they are {known}.")
-        if self.replicate_below < 0:
-            raise ValueError(f"replicate_below = {self.replicate_below}: a number of elements, 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jvgen.models.clip_discriminator.config import ClipDiscriminatorConfig
 from jvgen.models.clip_discriminator.model import ClipDiscriminator
 from jvgen.nn.network import Network, Parameters
 from jvgen.tasks.task import Batch, Metrics, activation_dtype
+from jvgen.value_rules import Positive, Step, Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,24 +37,19 @@ class AdversarialConfig(Config):
     renamed_fields: ClassVar[dict[str, str]] = {"turns": "update_schedule"}
 
     network: ClipDiscriminatorConfig = ClipDiscriminatorConfig()
-    weight: float = 0.5
-    start: int = 0
+    weight: Weight = 0.5
+    start: Step = 0
     update_schedule: Literal["together", "alternate"] = "together"
-    limit: float = 1e4
+    limit: Positive = 1e4
     limit_of: Literal["mean", "sum"] = "mean"
-    norm_epsilon: float = 1e-4
-    norm_floor: float = 0.0
+    norm_epsilon: Weight = 1e-4
+    norm_floor: Weight = 0.0
 
     def validate(self) -> None:
-        if self.weight < 0 or self.start < 0 or self.limit <= 0:
+        if self.norm_epsilon + self.norm_floor == 0:
             raise ValueError(
-                f"weight = {self.weight}, start = {self.start}, limit = {self.limit}: weight and start must be 0 or "
-                "more, limit positive."
-            )
-        if self.norm_epsilon < 0 or self.norm_floor < 0 or self.norm_epsilon + self.norm_floor == 0:
-            raise ValueError(
-                f"norm_epsilon = {self.norm_epsilon}, norm_floor = {self.norm_floor}: must not be negative, and one "
-                "must be positive: the norm of a gradient that is zero is divided by otherwise."
+                f"norm_epsilon = {self.norm_epsilon}, norm_floor = {self.norm_floor}: one must be positive, because "
+                "the norm of a gradient that is zero is divided by otherwise."
             )
 
     def limit_for(self, height: int, width: int, channels: int = 3) -> float:

@@ -1,7 +1,7 @@
 """Training an image VAE: reconstruct frames through a Gaussian bottleneck (AutoencoderKL, arXiv 2112.10752)."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jvgen.parallel import axes
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.pixels import from_uint8, to_uint8, unit_from_signed, unit_from_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Task, TaskConfig, activation_dtype
+from jvgen.value_rules import Bounds, Weight
 
 # Purposes of random keys; a number never changes its meaning.
 POSTERIOR_KEY = 17
@@ -46,17 +47,9 @@ class ImageVAETaskConfig(TaskConfig):
     network: ImageVAEConfig
     reconstruction: Literal["l1", "l2"] = "l1"
     perceptual: PerceptualConfig = PerceptualConfig()
-    perceptual_weight: float = 1.0
-    kl_weight: float = 1e-6
-    frames_per_clip: int = 0
-
-    def validate(self) -> None:
-        if self.perceptual_weight < 0 or self.kl_weight < 0:
-            raise ValueError(
-                f"perceptual_weight = {self.perceptual_weight}, kl_weight = {self.kl_weight}: must not be negative."
-            )
-        if self.frames_per_clip < 0:
-            raise ValueError(f"frames_per_clip = {self.frames_per_clip}: a number of frames, or 0 for all.")
+    perceptual_weight: Weight = 1.0
+    kl_weight: Weight = 1e-6
+    frames_per_clip: Annotated[int, Bounds(at_least=0, at_most=100_000, fix="0 for all")] = 0
 
     def check_bucket(self, bucket: BucketConfig) -> None:
         step = self.network.downsampling

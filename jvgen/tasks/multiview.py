@@ -1,7 +1,7 @@
 """Collaborative Video Diffusion (CVD, arXiv 2405.17414): the task of denoising several views of a scene jointly."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from jvgen.tasks import view_batches
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, SampleRequest, activation_dtype
 from jvgen.tasks.text_to_video import SAMPLER_KEY, START_KEY, TextToVideo, TextToVideoConfig
 from jvgen.tasks.view_batches import ViewKind
+from jvgen.value_rules import Bounds
 
 # One more purpose of a step's key (see jvgen.tasks.text_to_video); numbers keep their meaning across versions.
 NORMALS_KEY = 20
@@ -69,7 +70,7 @@ class MultiViewConfig(TextToVideoConfig):
     homography: HomographyConfig = HomographyConfig()
     one_timestep: bool = False
     pairing: PairingConfig = PairingConfig()
-    adapter_scale: float = 0.0
+    adapter_scale: Annotated[float, Bounds(at_least=-1000, at_most=1000)] = 0.0
 
     def check_bucket(self, bucket: BucketConfig) -> None:
         if bucket.views > MAX_VIEWS:

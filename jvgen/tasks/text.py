@@ -23,6 +23,7 @@ from jvgen.models.t5.model import T5Encoder
 from jvgen.nn.network import Network, Parameters
 from jvgen.storage import as_path
 from jvgen.tasks.task import activation_dtype
+from jvgen.value_rules import Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class TextConfig(Config):
     """
 
     encoder: ByteTextConfig | T5Config
-    length: int = 226
+    length: Width = 226
     weights: str | None = None
     tokenizer: str | None = None
     unconditional: Literal["empty_caption", "zeros"] = "empty_caption"
@@ -57,8 +58,6 @@ class TextConfig(Config):
         return self.encoder.width
 
     def validate(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"length = {self.length}: must be at least 1.")
         if isinstance(self.encoder, ByteTextConfig) and (self.weights or self.tokenizer):
             raise ValueError("a byte encoder is trained with the denoiser: leave weights and tokenizer none.")
 

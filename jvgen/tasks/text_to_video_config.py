@@ -1,7 +1,7 @@
 """Fields and checks of the text-to-video configuration; `text_to_video.py` adds the task that it builds."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.source_checks import check_one_encoder, check_pixels
@@ -18,6 +18,7 @@ from jvgen.nn.embeddings import token_grid
 from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
 from jvgen.tasks.task import SampleRequest, TaskConfig
 from jvgen.tasks.text import TextConfig
+from jvgen.value_rules import BelowOne, Bounds, Count, CountOrZero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,18 +47,18 @@ class TextToVideoFields(TaskConfig):
     vae: VAEConfig | None = None
     vae_weights: str | None = None
     latents: Literal["data", "pixels"] = "data"
-    latent_scale: float = 1.0
+    latent_scale: Annotated[float, Bounds(above=0, fix="1 / standard deviation of latents")] = 1.0
     latent_shift: float = 0.0
-    spatial_compression: int = 8
-    temporal_compression: int = 4
+    spatial_compression: Count = 8
+    temporal_compression: Count = 4
     sample_posterior: bool = True
-    caption_dropout: float = 0.1
+    caption_dropout: BelowOne = 0.1
     schedule: ScheduleConfig = ScheduleConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     enhance: EnhanceConfig | None = None
-    visualize_clips: int = 4
+    visualize_clips: CountOrZero = 4
 
     def validate(self) -> None:
         self.objective.check_schedule(self.schedule)
@@ -89,12 +90,6 @@ class TextToVideoFields(TaskConfig):
                 )
         if self.enhance is not None:
             self.enhance.check_layers(self.denoiser.layers)
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout = {self.caption_dropout}: must be at least 0 and below 1.")
-        if self.latent_scale <= 0:
-            raise ValueError(
-                f"latent_scale = {self.latent_scale}: must be positive (1 / standard deviation of latents)."
-            )
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Latent frames, height and width of a clip in pixels.

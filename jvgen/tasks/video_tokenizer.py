@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from jvgen.tasks.task import (
     TaskConfig,
     activation_dtype,
 )
+from jvgen.value_rules import BelowOne, Bounds, Step, Weight
 
 # Purposes folded into a step's key; they never change, so that saved runs resume exactly.
 DROPOUT_KEY = 40
@@ -58,15 +59,9 @@ class RestartConfig(Config):
       decay: of the running counts, per restart.
     """
 
-    every: int = 0
-    below: float = 0.05
-    decay: float = 0.8
-
-    def validate(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every = {self.every}: must be a number of steps, or 0 for never.")
-        if not 0 < self.below < 1 or not 0 <= self.decay < 1:
-            raise ValueError(f"below = {self.below}, decay = {self.decay}: must be in (0, 1) and in [0, 1).")
+    every: Step = 0
+    below: Annotated[float, Bounds(above=0, below=1)] = 0.05
+    decay: BelowOne = 0.8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +81,11 @@ class VideoTokenizerConfig(TaskConfig):
     network: CompressiveTokenizerConfig
     reconstruction: Literal["l1", "l2"] = "l1"
     perceptual: PerceptualConfig = PerceptualConfig()
-    perceptual_weight: float = 1.0
+    perceptual_weight: Weight = 1.0
     restart: RestartConfig = RestartConfig()
     adversarial: AdversarialConfig | None = None
 
     def validate(self) -> None:
-        if self.perceptual_weight < 0:
-            raise ValueError(f"perceptual_weight = {self.perceptual_weight}: must not be negative.")
         if self.adversarial is not None and self.adversarial.update_schedule != "together":
             raise ValueError(
                 f"adversarial.update_schedule = {self.adversarial.update_schedule!r}: the tokenizer and its "

@@ -36,6 +36,7 @@ from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.pixels import from_uint8, unit_from_signed
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
+from jvgen.value_rules import Weight
 
 # Purposes of random keys; a number never changes its meaning.
 POSTERIOR_KEY = 17
@@ -56,15 +57,9 @@ class SharedLatentsConfig(Config):
       mapping: which of the frames of a latent that decoder should reconstruct, or that encoder reads.
     """
 
-    decoder_weight: float = 1.0
-    encoder_weight: float = 0.0
+    decoder_weight: Weight = 1.0
+    encoder_weight: Weight = 0.0
     mapping: FrameMapping = "random"
-
-    def validate(self) -> None:
-        if self.decoder_weight < 0 or self.encoder_weight < 0:
-            raise ValueError(
-                f"decoder_weight = {self.decoder_weight}, encoder_weight = {self.encoder_weight}: must not be negative."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,16 +89,12 @@ class VideoVAETaskConfig(TaskConfig):
     image_vae_weights: str | None = None
     shared: SharedLatentsConfig | None = None
     perceptual: PerceptualConfig = PerceptualConfig()
-    perceptual_weight: float = 0.5
-    kl_weight: float = 1.0
+    perceptual_weight: Weight = 0.5
+    kl_weight: Weight = 1.0
     learned_scales: bool = True
     adversarial: AdversarialConfig | None = None
 
     def validate(self) -> None:
-        if self.perceptual_weight < 0 or self.kl_weight < 0:
-            raise ValueError(
-                f"perceptual_weight = {self.perceptual_weight}, kl_weight = {self.kl_weight}: must not be negative."
-            )
         if self.shared is not None and self.image_vae is None:
             raise ValueError("shared needs image_vae and image_vae_weights: the VAE to share latents with.")
         if (self.image_vae is None) != (self.image_vae_weights is None):

@@ -43,6 +43,7 @@ from jvgen.tasks.task import (
     activation_dtype,
 )
 from jvgen.tasks.video_tokenizer import check_frames
+from jvgen.value_rules import CountOrZero, Weight
 
 # Purposes folded into a step's key; they never change, so that saved runs resume exactly.
 DROPOUT_KEY = 48
@@ -73,32 +74,22 @@ class WorldModelConfig(TaskConfig):
     tokenizer: CompressiveTokenizerConfig
     tokenizer_weights: str | None = None
     goal: bool = False
-    reward_weight: float = 1.0
-    action_reconstruction_weight: float = 0.0
+    reward_weight: Weight = 1.0
+    action_reconstruction_weight: Weight = 0.0
     tokenizer_dtype: Literal["float32", "compute"] = "float32"
     sampling: SamplingConfig = SamplingConfig()
-    evaluation_samples: int = 1
+    evaluation_samples: CountOrZero = 1
     perceptual: PerceptualConfig = PerceptualConfig(kind="none")
-    visualize_clips: int = 4
+    visualize_clips: CountOrZero = 4
 
     def validate(self) -> None:
         self.transformer.check_tokenizer(self.tokenizer, self.tokenizer.context_frames + 1)
-        if self.reward_weight < 0 or self.action_reconstruction_weight < 0:
-            raise ValueError(
-                f"reward_weight = {self.reward_weight}, action_reconstruction_weight = "
-                f"{self.action_reconstruction_weight}: must be 0 or more."
-            )
         if self.action_reconstruction_weight and not self.transformer.action_reconstruction:
             raise ValueError("action_reconstruction_weight needs transformer.action_reconstruction = true.")
         if self.goal and self.tokenizer.context_frames < 2:
             raise ValueError(
                 f"goal needs at least 2 context frames (the goal and the current frame); the tokenizer has "
                 f"{self.tokenizer.context_frames}."
-            )
-        if self.evaluation_samples < 0 or self.visualize_clips < 0:
-            raise ValueError(
-                f"evaluation_samples = {self.evaluation_samples}, visualize_clips = {self.visualize_clips}: must be "
-                "0 or more."
             )
 
     def frames(self, bucket: BucketConfig) -> int:

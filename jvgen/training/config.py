@@ -1,10 +1,12 @@
 """Configs of the training loop and of checkpoints."""
 
 import dataclasses
-import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from jvgen.config import Config
+from jvgen.value_rules import Bounds, Count, Pattern, Step, Steps, Weight
+
+PeakFlops = Annotated[float, Bounds(above=0, at_most=1e18, fix="FLOP/s of one device, for example 459e12; or none")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,42 +59,29 @@ class TrainingConfig(Config):
       wandb: logging to Weights & Biases.
     """
 
-    steps: int
-    accumulation: int = 1
+    steps: Steps
+    accumulation: Count = 1
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    log_every: int = 10
-    evaluate_every: int = 0
-    evaluation_batches: int = 8
-    visualize_every: int = 0
-    spike_sigma: float = 0.0
-    spike_decay: float = 0.99
-    spike_warmup: int = 100
-    spike_patience: int = 5
-    max_consecutive_skips: int = 10
-    max_skips: int = 100
-    hang_seconds: float | None = None
+    log_every: Steps = 10
+    evaluate_every: Step = 0
+    evaluation_batches: Count = 8
+    visualize_every: Step = 0
+    spike_sigma: Weight = 0.0
+    spike_decay: Annotated[float, Bounds(above=0, below=1, fix="for example 0.99")] = 0.99
+    spike_warmup: Step = 100
+    spike_patience: Step = 5
+    max_consecutive_skips: Step = 10
+    max_skips: Step = 100
+    hang_seconds: Annotated[float, Bounds(at_least=0, at_most=1e7, fix="0 turns the watchdog off")] | None = None
     hang_action: Literal["auto", "report", "exit"] = "auto"
-    peak_flops: float | None = None
-    profile_steps: tuple[int, int] | None = None
+    peak_flops: PeakFlops | None = None
+    profile_steps: tuple[Step, Step] | None = None
     profile_processes: Literal["first", "all"] = "first"
     tensorboard: bool = True
     wandb: WandbConfig = WandbConfig()
 
     def validate(self) -> None:
-        for field in ("steps", "accumulation", "log_every", "evaluation_batches"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be at least 1.")
-        for field in (
-            "evaluate_every", "visualize_every", "spike_sigma", "spike_warmup", "spike_patience",
-            "max_consecutive_skips", "max_skips", "hang_seconds",
-        ):  # fmt: skip
-            if (getattr(self, field) or 0) < 0:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be 0 (off) or more.")
-        if not 0 < self.spike_decay < 1:
-            raise ValueError(f"spike_decay = {self.spike_decay}: must lie between 0 and 1, for example 0.99.")
-        if self.profile_steps is not None and (
-            len(self.profile_steps) != 2 or not 0 <= self.profile_steps[0] < self.profile_steps[1]
-        ):
+        if self.profile_steps is not None and self.profile_steps[0] >= self.profile_steps[1]:
             raise ValueError(
                 f"profile_steps = {self.profile_steps}: the first step and the step after the last one, for example "
                 "10,12; or none."
@@ -122,8 +111,8 @@ class InitFromConfig(Config):
     """
 
     run: str | None = None
-    step: int | None = None
-    parameters: str = ".*"
+    step: Step | None = None
+    parameters: Pattern = ".*"
     ema: str = "raw"
     keep_optimizer: bool = False
     allow_partial: bool = False
@@ -131,10 +120,6 @@ class InitFromConfig(Config):
     def validate(self) -> None:
         if self.keep_optimizer and self.ema != "raw":
             raise ValueError(f'keep_optimizer = true: moments belong to the raw parameters, not to ema = "{self.ema}".')
-        try:
-            re.compile(self.parameters)
-        except re.error as error:
-            raise ValueError(f"parameters = {self.parameters!r}: not a regular expression ({error}).") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,28 +140,17 @@ class CheckpointConfig(Config):
         for settings that change the program and not the result.
     """
 
-    every: int = 1000
-    keep_last: int = 2
-    keep_every: int = 0
+    every: Steps = 1000
+    keep_last: Count = 2
+    keep_every: Step = 0
     best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
     on_failed_save: Literal["continue", "stop"] = "continue"
-    max_failed_saves: int = 3
-    accept_changes: tuple[str, ...] = (r".*\.remat$", r"data\.(threads|workers|prefetch|error_budget)$")
+    max_failed_saves: Count = 3
+    accept_changes: tuple[Pattern, ...] = (r".*\.remat$", r"data\.(threads|workers|prefetch|error_budget)$")
 
     def validate(self) -> None:
-        if self.every < 1 or self.keep_last < 1:
-            raise ValueError(f"every = {self.every}, keep_last = {self.keep_last}: both must be at least 1.")
-        if self.max_failed_saves < 1:
-            raise ValueError(f"max_failed_saves = {self.max_failed_saves}: must be at least 1.")
-        if self.keep_every < 0:
-            raise ValueError(f"keep_every = {self.keep_every}: a number of steps, or 0 for no such rule.")
         if self.keep_every % self.every:
             raise ValueError(
                 f"keep_every = {self.keep_every}: must be a multiple of every = {self.every}, or nothing is kept."
             )
-        for pattern in self.accept_changes:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"accept_changes: {pattern!r} is not a regular expression ({error}).") from error

@@ -15,6 +15,7 @@ from jvgen.tasks.task import TaskConfig
 from jvgen.training.config import CheckpointConfig, InitFromConfig, TrainingConfig
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
+from jvgen.value_rules import Seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Experiment(Config):
     task: TaskConfig
     data: DataConfig
     training: TrainingConfig
-    seed: int = 0
+    seed: Seed = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -47,8 +48,6 @@ class Experiment(Config):
     optimizers: dict[str, OptimizerConfig] = dataclasses.field(default_factory=dict)
 
     def validate(self) -> None:
-        if self.seed < 0 or self.seed >= 2**31:
-            raise ValueError(f"seed = {self.seed}: a whole number from 0 up to 2**31 - 1.")
         for number, bucket in enumerate(self.data.buckets):
             try:
                 self.task.check_bucket(bucket)

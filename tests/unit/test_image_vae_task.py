@@ -113,8 +113,8 @@ def test_flops_count_the_frames_used():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kl_weight": -1.0}, ["kl_weight = -1.0", "must not be negative"]),
-        ({"perceptual_weight": -0.5}, ["perceptual_weight = -0.5", "must not be negative"]),
+        ({"kl_weight": -1.0}, ["kl_weight = -1.0", "must be at least 0"]),
+        ({"perceptual_weight": -0.5}, ["perceptual_weight = -0.5", "must be at least 0"]),
         ({"frames_per_clip": -2}, ["frames_per_clip = -2", "0 for all"]),
         ({"network": CONFIG.network.replace(groups=3)}, ["network", "groups = 3", "does not divide", "block_channels"]),
         ({"perceptual": PerceptualConfig(kind="lpips")}, ["perceptual", "weights = none", "safetensors"]),

@@ -308,5 +308,5 @@ def test_the_configuration():
     task = CONFIG.build()
     for bucket in (FOLDED, WARPED, RECORDED):
         assert all(value > 0 for value in task.flops(bucket).values())
-    with pytest.raises(ConfigError, match="sync: band = -1.0"):
+    with pytest.raises(ConfigError, match="sync.band = -1.0"):
         validate_tree(CONFIG.replace(denoiser=CONFIG.denoiser.replace(sync=SyncConfig(every=1, groups=4, band=-1.0))))

@@ -179,9 +179,8 @@ def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
 
 @pytest.mark.parametrize("steps", ["3", "3,3", "-1,2"])
 def test_impossible_steps_to_trace_are_refused(steps):
-    training = config.override(TrainingConfig(steps=5), [f"profile_steps={steps}"])
-    with pytest.raises((ConfigError, ValueError), match="profile_steps"):
-        config.validate_tree(training)
+    with pytest.raises(ConfigError, match="profile_steps"):
+        config.validate_tree(config.override(TrainingConfig(steps=5), [f"profile_steps={steps}"]))
 
 
 def test_weights_and_biases_gets_the_reports():

@@ -250,7 +250,7 @@ def test_discriminator():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kl_weight": -1.0}, ["kl_weight = -1.0", "must not be negative"]),
+        ({"kl_weight": -1.0}, ["kl_weight = -1.0", "must be at least 0"]),
         ({"image_vae": None, "image_vae_weights": None}, ["shared needs image_vae"]),
         ({"image_vae_weights": None}, ["belong together"]),
         (

@@ -18,6 +18,7 @@ from jvgen.data.store.records import KINDS, Record
 from jvgen.data.store.writer import Writer
 from jvgen.data.video_files import DecodeError
 from jvgen.storage import Path
+from jvgen.value_rules import CountOrZero
 
 Progress = Callable[[int, int], None]
 _CHUNKS_IN_FLIGHT = 4  # per worker
@@ -36,9 +37,9 @@ class FilterConfig(Config):
       kinds: keep only these kinds; empty for all.
     """
 
-    min_frames: int = 1
-    min_height: int = 1
-    min_width: int = 1
+    min_frames: CountOrZero = 1
+    min_height: CountOrZero = 1
+    min_width: CountOrZero = 1
     caption_required: bool = False
     kinds: tuple[str, ...] = ()
 

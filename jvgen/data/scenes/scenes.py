@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import numpy as np
 
@@ -11,10 +12,14 @@ from jvgen.data.scenes.renderer import Camera, Renderer, Stage
 from jvgen.data.scenes.solids import SHAPES, Body
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import encode_image, encode_video
+from jvgen.value_rules import Bounds, Fraction, FrameRate, Frames, Pixels, Quality, Weight
 
 _MIDDLE_SHADE = 0.86  # median shading factor of a body's visible surface
 _SPEED = 0.28  # distance that an action of size 1 moves a body per frame, in world units
 _REACH = 1.45  # a driven body stays within this distance of the origin along each axis
+
+
+Bodies = Annotated[int, Bounds(at_least=1, at_most=4)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,29 +41,24 @@ class SceneConfig(Config):
       quality: constant rate factor (CRF) of the encoded clips.
     """
 
-    height: int = 64
-    width: int = 64
-    frames: int = 16
-    frames_per_second: float = 8.0
-    kinds: dict[str, float] = dataclasses.field(default_factory=lambda: {"image": 0.2, "static": 0.3, "dynamic": 0.5})
-    driven: float = 0.0
-    views: int = 1
-    objects: tuple[int, int] = (1, 1)
+    height: Pixels = 64
+    width: Pixels = 64
+    frames: Frames = 16
+    frames_per_second: FrameRate = 8.0
+    kinds: dict[str, Weight] = dataclasses.field(default_factory=lambda: {"image": 0.2, "static": 0.3, "dynamic": 0.5})
+    driven: Fraction = 0.0
+    views: Annotated[int, Bounds(at_least=1, at_most=64)] = 1
+    objects: tuple[Bodies, Bodies] = (1, 1)
     colors: tuple[str, ...] = tuple(COLORS)
     shapes: tuple[str, ...] = SHAPES
     directions: tuple[str, ...] = ("left", "right", "toward", "away")
     camera_motions: tuple[str, ...] = CAMERA_MOTIONS
     background: str = "textured"
-    wander: float = 1.0
-    supersampling: int = 2
-    quality: int = 12
+    wander: Fraction = 1.0
+    supersampling: Annotated[int, Bounds(at_least=1, at_most=16)] = 2
+    quality: Quality = 12
 
     def validate(self) -> None:
-        for name in ("height", "width", "frames", "views", "supersampling"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        if self.frames_per_second <= 0:
-            raise ValueError(f"frames_per_second = {self.frames_per_second}: must be positive.")
         for name, known in (
             ("colors", COLORS),
             ("shapes", SHAPES),
@@ -68,20 +68,13 @@ class SceneConfig(Config):
             unknown = [item for item in getattr(self, name) if item not in known]
             if unknown or not getattr(self, name):
                 raise ValueError(f"{name} = {getattr(self, name)}: needs one or more of {', '.join(known)}.")
-        if (
-            set(self.kinds) - {"image", "static", "dynamic"}
-            or sum(self.kinds.values()) <= 0
-            or min(self.kinds.values()) < 0
-        ):
-            raise ValueError(f"kinds = {self.kinds}: weights of image, static, dynamic: none negative, one positive.")
+        if set(self.kinds) - {"image", "static", "dynamic"} or not any(self.kinds.values()):
+            raise ValueError(f"kinds = {self.kinds}: weights of image, static and dynamic, of which one is positive.")
         low, high = self.objects
-        if not 1 <= low <= high <= 4:
-            raise ValueError(f"objects = {self.objects}: minimum and maximum, between 1 and 4.")
+        if low > high:
+            raise ValueError(f"objects = {self.objects}: the minimum and the maximum; exchange them.")
         if self.background not in ("plain", "textured"):
             raise ValueError(f"background = {self.background!r}: one of plain, textured.")
-        for name in ("driven", "wander"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: from 0 to 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,11 +5,13 @@ Random resized crops and color jitter as in iVideoGPT (arXiv 2405.15223, appendi
 
 import dataclasses
 import math
+from typing import Annotated
 
 import cv2
 import numpy as np
 
 from jvgen.config import Config
+from jvgen.value_rules import BelowOne, Bounds, Positive
 
 MAX_CROP_TRIES = 10
 # Uniform numbers per clip: four per try of a crop, four jitter factors, four for their order.
@@ -27,23 +29,18 @@ class AugmentationConfig(Config):
       hue: shifts are drawn from -x to x, in revolutions of the color wheel.
     """
 
-    crop_area: tuple[float, float] = (0.8, 1.0)
-    crop_ratio: tuple[float, float] = (0.9, 1.1)
-    brightness: float = 0.1
-    contrast: float = 0.1
-    saturation: float = 0.1
-    hue: float = 0.05
+    crop_area: tuple[Positive, Positive] = (0.8, 1.0)
+    crop_ratio: tuple[Positive, Positive] = (0.9, 1.1)
+    brightness: BelowOne = 0.1
+    contrast: BelowOne = 0.1
+    saturation: BelowOne = 0.1
+    hue: Annotated[float, Bounds(at_least=0, at_most=0.5)] = 0.05
 
     def validate(self) -> None:
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} = {(low, high)}: smallest and largest, both positive.")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: from 0 up to 1.")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue = {self.hue}: from 0 to 0.5 revolutions.")
+            if low > high:
+                raise ValueError(f"{name} = {(low, high)}: the smallest and the largest; exchange them.")
 
 
 @dataclasses.dataclass(frozen=True)

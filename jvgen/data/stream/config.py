@@ -1,12 +1,14 @@
 """Configuration of the input pipeline: sources (weighted data sets on disk) and buckets (batch shapes)."""
 
 import dataclasses
-from typing import ClassVar, Literal
+import typing
+from typing import Annotated, ClassVar, Literal
 
 from jvgen.config import Config
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.segments import SegmentConfig
 from jvgen.storage.cache import DEFAULT_GIB, FileCache, cache_of
+from jvgen.value_rules import BelowOne, Bounds, Count, Frames, Pixels, Step, Weight
 
 Kind = Literal["image", "static", "dynamic"]
 
@@ -28,15 +30,9 @@ class SourceConfig(Config):
 
     path: str
     split: str = "train"
-    weight: float = 1.0
+    weight: Annotated[float, Bounds(above=0, fix="remove the source to give it no share")] = 1.0
     kinds: tuple[Kind, ...] = ()
-    frame_stride: int = 1
-
-    def validate(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"weight = {self.weight}: must be positive; remove the source to give it no share.")
-        if self.frame_stride < 1:
-            raise ValueError(f"frame_stride = {self.frame_stride}: must be at least 1.")
+    frame_stride: Frames = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,17 +53,17 @@ class BucketConfig(Config):
 
     renamed_fields: ClassVar[dict[str, str]] = {"begins": "start_step", "ends": "end_step"}
 
-    frames: int
-    height: int
-    width: int
-    batch_size: int
-    views: int = 1
-    strides: tuple[int, ...] = (1,)
+    frames: Frames
+    height: Pixels
+    width: Pixels
+    batch_size: Count
+    views: Annotated[int, Bounds(at_least=1, at_most=1000)] = 1
+    strides: tuple[Frames, ...] = (1,)
     kinds: tuple[Kind, ...] = ("image", "static", "dynamic")
-    weight: float = 1.0
+    weight: Annotated[float, Bounds(above=0, fix="remove the bucket to give it no steps")] = 1.0
     segment: SegmentConfig | None = None
-    start_step: int = 0
-    end_step: int | None = None
+    start_step: Step = 0
+    end_step: Step | None = None
 
     @property
     def horizon(self) -> int:
@@ -80,16 +76,11 @@ class BucketConfig(Config):
         return f"{self.views}x{self.frames}x{self.height}x{self.width}"
 
     def validate(self) -> None:
-        for field in ("frames", "height", "width", "batch_size", "views"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be at least 1.")
-        if not self.strides or min(self.strides) < 1:
-            raise ValueError(f"strides = {self.strides}: needs at least one stride, each 1 or more.")
+        if not self.strides:
+            raise ValueError("strides = (): needs at least one stride, for example 1.")
         if not self.kinds:
             raise ValueError("kinds = (): use at least one of image, static, dynamic.")
-        if self.weight <= 0:
-            raise ValueError(f"weight = {self.weight}: must be positive; remove the bucket to give it no steps.")
-        if self.start_step < 0 or (self.end_step is not None and self.end_step <= self.start_step):
+        if self.end_step is not None and self.end_step <= self.start_step:
             raise ValueError(
                 f"start_step = {self.start_step}, end_step = {self.end_step}: 0 <= start_step < end_step, or "
                 "end_step = none."
@@ -128,17 +119,17 @@ class DataConfig(Config):
     sources: tuple[SourceConfig, ...]
     buckets: tuple[BucketConfig, ...]
     evaluation_sources: tuple[SourceConfig, ...] = ()
-    kind_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    kind_weights: dict[str, Weight] = dataclasses.field(default_factory=dict)
     resize: Literal["crop", "center_crop", "squash"] = "crop"
     upscale: bool = False
     flip: bool = False
     augmentation: AugmentationConfig | None = None
-    threads: int = 8
-    workers: int = 0
-    prefetch: int = 4
-    error_budget: float = 0.001
+    threads: Annotated[int, Bounds(at_least=1, at_most=1024)] = 8
+    workers: Annotated[int, Bounds(at_least=0, at_most=1024)] = 0
+    prefetch: Annotated[int, Bounds(at_least=1, at_most=1000)] = 4
+    error_budget: BelowOne = 0.001
     cache_folder: str | None = None
-    cache_gib: float = DEFAULT_GIB
+    cache_gib: Annotated[float, Bounds(above=0, at_most=1e6, fix="GiB of local disk")] = DEFAULT_GIB
     on_failed_read: Literal["stop", "quarantine"] = "stop"
 
     def validate(self) -> None:
@@ -146,15 +137,9 @@ class DataConfig(Config):
             raise ValueError("sources = (): add at least one data set; build one with `jvgen data build`.")
         if not self.buckets:
             raise ValueError("buckets = (): add at least one batch shape.")
-        if self.threads < 1 or self.workers < 0 or self.prefetch < 1:
-            raise ValueError(
-                f"threads = {self.threads}, workers = {self.workers}, prefetch = {self.prefetch}: "
-                "threads and prefetch must be at least 1, workers at least 0."
-            )
-        if self.cache_gib <= 0:
-            raise ValueError(f"cache_gib = {self.cache_gib}: GiB of local disk, must be positive.")
-        if not 0 <= self.error_budget < 1:
-            raise ValueError(f"error_budget = {self.error_budget}: a fraction of records, from 0 up to 1.")
+        unknown = sorted(set(self.kind_weights) - set(typing.get_args(Kind)))
+        if unknown:
+            raise ValueError(f"kind_weights has {unknown[0]!r}: a weight of image, static or dynamic.")
 
     def cache(self) -> FileCache:
         """The cache of remote shards on this machine."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from jvgen.config import Config
 from jvgen.geometry.homography import Motion, homographies, on_pixel_indices, ramp
+from jvgen.value_rules import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,17 +26,12 @@ class HomographyConfig(Config):
       strength: factor on all of them; 0 disables the warp.
     """
 
-    translation: float = 0.08
-    rotation: float = 0.1
-    scale: float = 0.1
-    shear: float = 0.05
-    projection: float = 0.1
-    strength: float = 1.0
-
-    def validate(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 0:
-                raise ValueError(f"{field.name} = {getattr(self, field.name)}: a standard deviation, 0 or more.")
+    translation: Weight = 0.08
+    rotation: Weight = 0.1
+    scale: Weight = 0.1
+    shear: Weight = 0.05
+    projection: Weight = 0.1
+    strength: Weight = 1.0
 
     def draw(self, seed: int, height: int) -> Motion:
         """One motion, float64, for images of `height` pixels: a pure function of the seed."""

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from jvgen.config import Config
+from jvgen.value_rules import Bounds, CountOrZero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,11 @@ class SegmentConfig(Config):
     """
 
     choice: Literal["later", "shuffled"]
-    horizon: int
-    context: int = 0
+    horizon: Annotated[int, Bounds(at_least=2, at_most=100_000)]
+    context: CountOrZero = 0
 
     def validate(self) -> None:
-        if self.horizon < 2:
-            raise ValueError(f"horizon = {self.horizon}: a window of at least 2 frames.")
-        if not 0 <= self.context < self.horizon:
+        if self.context >= self.horizon:
             raise ValueError(f"context = {self.context}: from 0 up to horizon = {self.horizon}.")
         if self.choice == "later" and self.context < 1:
             raise ValueError("context = 0: 'later' needs at least 1 context frame.")

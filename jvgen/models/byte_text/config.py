@@ -4,6 +4,7 @@ import dataclasses
 
 from jvgen.config import Config
 from jvgen.nn.stacked import Remat
+from jvgen.value_rules import Count, Epsilon, Layers, Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,18 +21,15 @@ class ByteTextConfig(Config):
       unroll: run the layers in a Python loop and not in a scan.
     """
 
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
-    feed_forward_ratio: int = 4
-    norm_epsilon: float = 1e-5
+    width: Width = 128
+    layers: Layers = 2
+    heads: Count = 4
+    feed_forward_ratio: Count = 4
+    norm_epsilon: Epsilon = 1e-5
     remat: Remat = Remat.NONE
     unroll: bool = False
 
     def validate(self) -> None:
-        for name in ("width", "layers", "heads", "feed_forward_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}; choose a divisor.")
         if self.width % 2:

@@ -1,8 +1,10 @@
 """The configuration of the discriminator of clips."""
 
 import dataclasses
+from typing import Annotated
 
 from jvgen.config import Config
+from jvgen.value_rules import Bounds, Count, Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,10 +18,10 @@ class ClipDiscriminatorConfig(Config):
       groups: groups of every group norm; divides `width`.
     """
 
-    channels: int = 3
-    width: int = 64
-    halvings: int = 2
-    groups: int = 32
+    channels: Width = 3
+    width: Width = 64
+    halvings: Annotated[int, Bounds(at_least=0, at_most=3)] = 2
+    groups: Count = 32
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -32,10 +34,5 @@ class ClipDiscriminatorConfig(Config):
         return 2 ** (self.halvings + 1)
 
     def validate(self) -> None:
-        for name in ("channels", "width", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
-        if not 0 <= self.halvings <= 3:
-            raise ValueError(f"halvings = {self.halvings}: 0 to 3.")
         if self.width % self.groups:
             raise ValueError(f"groups = {self.groups} does not divide width = {self.width}.")

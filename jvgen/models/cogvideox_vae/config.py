@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from jvgen.config import Config
 from jvgen.nn.stacked import Remat
+from jvgen.value_rules import Count, Frames, Layers, Pixels, Positive, Width
 
 NORM_EPSILON = 1e-6  # of every norm in the published model
 
@@ -35,17 +36,17 @@ class CogVideoXVAEConfig(Config):
         "decode_batch": "decode_chunk_frames",
     }
 
-    channels: int = 3
-    latent_channels: int = 16
-    block_channels: tuple[int, ...] = (128, 256, 256, 512)
-    layers_per_block: int = 3
-    groups: int = 32
-    temporal_downsampling: int = 4
-    encode_chunk_frames: int | None = 8
-    decode_chunk_frames: int = 2
-    scaling_factor: float = 1.15258426
-    sample_height: int = 480
-    sample_width: int = 720
+    channels: Width = 3
+    latent_channels: Width = 16
+    block_channels: tuple[Width, ...] = (128, 256, 256, 512)
+    layers_per_block: Layers = 3
+    groups: Count = 32
+    temporal_downsampling: Count = 4
+    encode_chunk_frames: Frames | None = 8
+    decode_chunk_frames: Frames = 2
+    scaling_factor: Positive = 1.15258426
+    sample_height: Pixels = 480
+    sample_width: Pixels = 720
     invert_scale_latents: bool = False
     remat: Remat = Remat.NONE
 
@@ -105,25 +106,20 @@ class CogVideoXVAEConfig(Config):
     def validate(self) -> None:
         if not self.block_channels:
             raise ValueError("block_channels is empty: give the width of at least one level.")
-        for name in ("channels", "latent_channels", "layers_per_block", "groups", "decode_chunk_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
         for width in self.block_channels:
-            if width < 1 or width % self.groups:
+            if width % self.groups:
                 raise ValueError(f"groups = {self.groups} does not divide {width}, one of block_channels.")
         times = self.temporal_downsampling
-        if times < 1 or times != 1 << self.temporal_levels or self.temporal_levels >= len(self.block_channels):
+        if times != 1 << self.temporal_levels or self.temporal_levels >= len(self.block_channels):
             raise ValueError(
                 f"temporal_downsampling = {times}: must be a power of two, at most {self.downsampling} with "
                 f"{len(self.block_channels)} levels."
             )
-        if self.encode_chunk_frames is not None and (self.encode_chunk_frames < 1 or self.encode_chunk_frames % times):
+        if self.encode_chunk_frames is not None and self.encode_chunk_frames % times:
             raise ValueError(
                 f"encode_chunk_frames = {self.encode_chunk_frames}: must be a multiple of temporal_downsampling = "
                 f"{times}, or none for whole clips."
             )
-        if self.scaling_factor <= 0:
-            raise ValueError(f"scaling_factor = {self.scaling_factor} must be positive.")
 
 
 def frame_chunks(frames: int, size: int | None) -> list[tuple[int, int]]:

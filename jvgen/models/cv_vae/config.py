@@ -1,7 +1,7 @@
 """The configuration of a CV-VAE: the two published networks, and the causal one that this library trains."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jvgen.config import Config
 from jvgen.models.cv_vae.flat_fields import group_fields, is_flat
@@ -9,6 +9,7 @@ from jvgen.models.image_vae.config import ImageVAEConfig, check_sizes
 from jvgen.nn.conv import Border
 from jvgen.nn.conv3d import InTime
 from jvgen.nn.stacked import Remat
+from jvgen.value_rules import Bounds, Count, CountOrZero, Epsilon, Frames, Layers, Pixels, Positive, Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class ClipNormConfig(Config):
     """
 
     over_clip: bool = False
-    epsilon: float = 1e-6
+    epsilon: Epsilon = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,7 @@ class TemporalAttentionConfig(Config):
     """
 
     kind: Literal["none", "clip", "causal"] = "none"
-    window: int = 8
-
-    def validate(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window = {self.window} must be at least 1.")
+    window: Frames = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,26 +98,26 @@ class CVVAEConfig(Config):
       remat: what the backward pass keeps of each block.
     """
 
-    channels: int = 3
-    latent_channels: int = 4
-    block_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    groups: int = 32
+    channels: Width = 3
+    latent_channels: Width = 4
+    block_channels: tuple[Width, ...] = (128, 256, 512, 512)
+    layers_per_block: Layers = 2
+    groups: Count = 32
     mid_attention: bool = True
     quant_convolutions: bool = False
-    time_levels_down: tuple[int, ...] = (0, 2)
-    time_levels_up: tuple[int, ...] = (0, 2)
+    time_levels_down: tuple[CountOrZero, ...] = (0, 2)
+    time_levels_up: tuple[CountOrZero, ...] = (0, 2)
     norm: ClipNormConfig = ClipNormConfig()
     padding: ClipPaddingConfig = ClipPaddingConfig()
     temporal_attention: TemporalAttentionConfig = TemporalAttentionConfig()
     full_3d: bool = False
     blend_frames: bool = False
-    scaling_factor: float = 0.18215
+    scaling_factor: Positive = 0.18215
     shift_factor: float = 0.0
-    tile_frames: int | None = 16
-    tile_size: int | None = 576
-    tile_overlap: float = 0.2222
-    sample_size: int = 256
+    tile_frames: Frames | None = 16
+    tile_size: Pixels | None = 576
+    tile_overlap: Annotated[float, Bounds(at_least=0, at_most=0.5)] = 0.2222
+    sample_size: Pixels = 256
     remat: Remat = Remat.NONE
 
     @classmethod
@@ -234,7 +231,7 @@ class CVVAEConfig(Config):
         levels = len(self.block_channels) - 1
         for name in ("time_levels_down", "time_levels_up"):
             value = getattr(self, name)
-            if len(set(value)) < len(value) or not all(0 <= level < levels for level in value):
+            if len(set(value)) < len(value) or not all(level < levels for level in value):
                 raise ValueError(f"{name} = {value}: different levels from 0 to {levels - 1}, as block_channels has.")
         if len(self.time_levels_down) != len(self.time_levels_up):
             raise ValueError(
@@ -243,20 +240,17 @@ class CVVAEConfig(Config):
             )
         # Also of networks that are built without `validate_tree`.
         self.padding.validate()
-        self.temporal_attention.validate()
         kind = self.temporal_attention.kind
         if kind != "none" and not self.mid_attention:
             raise ValueError(f"temporal_attention.kind = {kind!r}: needs mid_attention = true.")
         if kind == "causal" and self.padding.decoder_time != "causal":
             raise ValueError("temporal_attention.kind = 'causal': needs padding.decoder_time = 'causal'.")
-        if self.tile_frames is not None and (self.tile_frames < 1 or self.tile_frames % self.temporal_downsampling):
+        if self.tile_frames is not None and self.tile_frames % self.temporal_downsampling:
             raise ValueError(
                 f"tile_frames = {self.tile_frames}: must be a multiple of {self.temporal_downsampling}, or none."
             )
-        if self.tile_size is not None and (self.tile_size < 1 or self.tile_size % self.downsampling):
+        if self.tile_size is not None and self.tile_size % self.downsampling:
             raise ValueError(f"tile_size = {self.tile_size}: must be a multiple of {self.downsampling}, or none.")
-        if not 0 <= self.tile_overlap <= 0.5:
-            raise ValueError(f"tile_overlap = {self.tile_overlap}: a share of a tile from 0 to 0.5.")
 
 
 # Fields that are groups of fields, and their classes.

@@ -5,6 +5,7 @@ from typing import Any
 
 from jvgen.config import Config
 from jvgen.nn.stacked import Remat
+from jvgen.value_rules import Count, Layers, Pixels, Positive, Width
 
 NORM_EPSILON = 1e-6  # of every group norm in every published model
 
@@ -26,16 +27,16 @@ class ImageVAEConfig(Config):
       remat: what the backward pass keeps of each residual block.
     """
 
-    channels: int = 3
-    latent_channels: int = 4
-    block_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    groups: int = 32
+    channels: Width = 3
+    latent_channels: Width = 4
+    block_channels: tuple[Width, ...] = (128, 256, 512, 512)
+    layers_per_block: Layers = 2
+    groups: Count = 32
     mid_attention: bool = True
     quant_convolutions: bool = True
-    scaling_factor: float = 0.18215
+    scaling_factor: Positive = 0.18215
     shift_factor: float = 0.0
-    sample_size: int = 512
+    sample_size: Pixels = 512
     remat: Remat = Remat.NONE
 
     @classmethod
@@ -85,11 +86,6 @@ def check_sizes(config: Any) -> None:
     """Raise `ValueError` for sizes that an autoencoder of images or clips cannot have."""
     if not config.block_channels:
         raise ValueError("block_channels is empty: give the width of at least one level.")
-    for name in ("channels", "latent_channels", "layers_per_block", "groups"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} = {getattr(config, name)} must be at least 1.")
     for width in config.block_channels:
-        if width < 1 or width % config.groups:
+        if width % config.groups:
             raise ValueError(f"groups = {config.groups} does not divide {width}, one of block_channels.")
-    if config.scaling_factor <= 0:
-        raise ValueError(f"scaling_factor = {config.scaling_factor} must be positive.")

@@ -6,6 +6,7 @@ from jvgen.config import Config
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.ivideogpt.layout import Layout
 from jvgen.nn.stacked import Remat
+from jvgen.value_rules import BelowOne, Count, CountOrZero, Epsilon, Frames, Layers, Pixels, Positive, Weight, Width
 
 # Larger components of an action are refused as errors: recorded ones reach 25.
 MAX_ACTION = 1e3
@@ -36,22 +37,22 @@ class CompressiveTokenizerConfig(Config):
       remat: what the backward pass keeps of each block.
     """
 
-    resolution: int = 64
-    channels: int = 3
-    block_channels: tuple[int, ...] = (128, 256, 512)
-    layers_per_block: int = 2
-    groups: int = 32
-    latent_channels: int = 64
-    code_width: int = 64
-    context_codes: int = 8192
-    future_codes: int = 8192
-    context_frames: int = 2
-    patch: int = 4
-    attention_side: int = 16
-    attention_groups: int = 32
+    resolution: Pixels = 64
+    channels: Width = 3
+    block_channels: tuple[Width, ...] = (128, 256, 512)
+    layers_per_block: Layers = 2
+    groups: Count = 32
+    latent_channels: Width = 64
+    code_width: Width = 64
+    context_codes: Width = 8192
+    future_codes: Width = 8192
+    context_frames: Frames = 2
+    patch: Pixels = 4
+    attention_side: Pixels = 16
+    attention_groups: Count = 32
     context_mid_attention: bool = False
-    dropout: float = 0.1
-    commitment: float = 1.0
+    dropout: BelowOne = 0.1
+    commitment: Weight = 1.0
     remat: Remat = Remat.NONE
 
     @classmethod
@@ -131,12 +132,6 @@ class CompressiveTokenizerConfig(Config):
 
     def validate(self) -> None:
         self.backbone(mid_attention=True).validate()
-        for name in (
-            "resolution", "code_width", "context_codes", "future_codes", "context_frames", "patch", "attention_side",
-            "attention_groups",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
         step = 2 ** (len(self.block_channels) - 1)
         if self.resolution % step:
             raise ValueError(f"resolution = {self.resolution}: must be a multiple of {step} (block_channels).")
@@ -156,10 +151,6 @@ class CompressiveTokenizerConfig(Config):
                     f"block_channels has {width} where frames attend to their context: make it a multiple of "
                     f"attention_groups = {self.attention_groups} and of {CROSS_HEADS}, the heads."
                 )
-        if not 0 <= self.dropout < 1 or self.commitment < 0:
-            raise ValueError(
-                f"dropout = {self.dropout}, commitment = {self.commitment}: must be in [0, 1) and 0 or more."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,18 +172,18 @@ class FrameTransformerConfig(Config):
       unroll: run the layers in a Python loop instead of a scan.
     """
 
-    vocabulary: int = 16386
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    max_positions: int = 1024
-    action_width: int = 0
+    vocabulary: Width = 16386
+    width: Width = 768
+    layers: Layers = 12
+    heads: Count = 12
+    hidden: Width = 3072
+    max_positions: Width = 1024
+    action_width: CountOrZero = 0
     reward: bool = False
     action_reconstruction: bool = False
-    attention_dropout: float = 0.1
-    norm_epsilon: float = 1e-6
-    rope_theta: float = 10000.0
+    attention_dropout: BelowOne = 0.1
+    norm_epsilon: Epsilon = 1e-6
+    rope_theta: Positive = 10000.0
     remat: Remat = Remat.NONE
     unroll: bool = False
 
@@ -227,17 +218,10 @@ class FrameTransformerConfig(Config):
             )
 
     def validate(self) -> None:
-        for name in ("vocabulary", "width", "layers", "heads", "hidden", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width = {self.width}: must be a multiple of 2 x heads = {2 * self.heads} (rotary positions pair the "
                 "channels of a head)."
             )
-        if self.action_width < 0:
-            raise ValueError(f"action_width = {self.action_width}: components of an action, or 0 for no actions.")
         if self.action_reconstruction and not self.action_width:
             raise ValueError("action_reconstruction needs actions: set action_width.")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout = {self.attention_dropout}: must be in [0, 1).")

@@ -1,12 +1,14 @@
 """The next id from scores: greedy, or sampled with temperature, top-k and top-p."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jvgen.config import Config
+from jvgen.value_rules import Bounds, CountOrZero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,19 +27,11 @@ class SamplingConfig(Config):
     """
 
     greedy: bool = False
-    temperature: float = 1.0
-    top_k: int = 100
-    top_p: float = 1.0
+    temperature: Annotated[float, Bounds(above=0, at_most=1000, fix="for the most likely ids set greedy")] = 1.0
+    top_k: CountOrZero = 100
+    top_p: Annotated[float, Bounds(above=0, at_most=1, fix="1 keeps all")] = 1.0
     future_codes_only: bool = False
     parallel: bool = False
-
-    def validate(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature}: must be positive; for the most likely ids set greedy.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k = {self.top_k}: must be a number of ids, or 0 for all.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p}: must be in (0, 1]; 1 keeps all.")
 
 
 def choose(logits: Float[Array, "*R V"], keys: Key[Array, "*R"], sampling: SamplingConfig) -> Int[Array, "*R"]:

@@ -8,6 +8,7 @@ from jvgen.geometry.epipolar import EpipolarBias
 from jvgen.models.multiview.synchronization import SyncMode
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn.epipolar_attention import EpipolarKernel
+from jvgen.value_rules import Count, CountOrZero, Layers, Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,23 +30,16 @@ class SyncConfig(Config):
       kernel: implementation of attention along lines.
     """
 
-    every: int = 5
-    heads: int | None = None
-    sublayers: int = 2
-    groups: int = 32
+    every: Layers = 5
+    heads: Count | None = None
+    sublayers: Layers = 2
+    groups: Count = 32
     mode: SyncMode = SyncMode.EPIPOLAR
     bias: EpipolarBias = EpipolarBias.SOFT
-    band: float = 3.0
-    decay: float = 3.0
+    band: Positive = 3.0
+    decay: Positive = 3.0
     without_baseline: Literal["pseudo", "open"] = "pseudo"
     kernel: EpipolarKernel = EpipolarKernel.AUTO
-
-    def validate(self) -> None:
-        for name in ("every", "sublayers", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        if self.band <= 0 or self.decay <= 0:
-            raise ValueError(f"band = {self.band}, decay = {self.decay}: both must be positive, as 3.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +55,10 @@ class MultiViewDiTConfig(VideoDiTConfig):
 
     sync: SyncConfig | None = SyncConfig()
     rays: bool = True
-    adapter_rank: int = 0
+    adapter_rank: CountOrZero = 0
 
     def validate(self) -> None:
         super().validate()
-        if self.adapter_rank < 0:
-            raise ValueError(f"adapter_rank = {self.adapter_rank}: must be at least 1, or 0 for no adapter.")
         if self.sync is None:
             return
         if self.layers % self.sync.every:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jvgen.config import Config
 from jvgen.models.multiview.synchronization import CrossViewSynchronization
+from jvgen.value_rules import Count, Layers, Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,11 @@ class CVDCheckpointConfig(Config):
       groups: of the group norms.
     """
 
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers: int = 2
-    heads: int = 8
-    sublayers: int = 2
-    groups: int = 32
+    channels: tuple[Width, ...] = (320, 640, 1280, 1280)
+    layers: Layers = 2
+    heads: Count = 8
+    sublayers: Layers = 2
+    groups: Count = 32
 
     @property
     def sides(self) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from jvgen.nn.feed_forward import GatedFeedForward
 from jvgen.nn.linear import Linear
 from jvgen.nn.norm import LayerNorm
 from jvgen.parallel import axes
+from jvgen.value_rules import Count, Layers, Pixels, Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,18 +32,15 @@ class PoseEncoderConfig(Config):
       ray_channels: of the input.
     """
 
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers: int = 2
-    heads: int = 8
-    patch: int = 8
-    ray_channels: int = 6
+    channels: tuple[Width, ...] = (320, 640, 1280, 1280)
+    layers: Layers = 2
+    heads: Count = 8
+    patch: Pixels = 8
+    ray_channels: Width = 6
 
     def validate(self) -> None:
         if not self.channels or any(width % (2 * self.heads) for width in self.channels):
             raise ValueError(f"channels = {self.channels}: each must be a multiple of 2 x heads = {2 * self.heads}.")
-        for name in ("layers", "heads", "patch", "ray_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
 
 
 class ResidualBlock(nnx.Module):

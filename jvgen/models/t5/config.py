@@ -4,6 +4,7 @@ import dataclasses
 
 from jvgen.config import Config
 from jvgen.nn.stacked import Remat
+from jvgen.value_rules import Count, Epsilon, Layers, Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,22 +24,19 @@ class T5Config(Config):
       unroll: run the layers in a Python loop and not in a scan.
     """
 
-    vocabulary: int = 32128
-    width: int = 512
-    layers: int = 8
-    heads: int = 6
-    head_width: int = 64
-    hidden: int = 1024
-    buckets: int = 32
-    max_distance: int = 128
-    norm_epsilon: float = 1e-6
+    vocabulary: Width = 32128
+    width: Width = 512
+    layers: Layers = 8
+    heads: Count = 6
+    head_width: Width = 64
+    hidden: Width = 1024
+    buckets: Count = 32
+    max_distance: Count = 128
+    norm_epsilon: Epsilon = 1e-6
     remat: Remat = Remat.NONE
     unroll: bool = False
 
     def validate(self) -> None:
-        for name in ("vocabulary", "width", "layers", "heads", "head_width", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.buckets < 4 or self.buckets % 4:
             raise ValueError(f"buckets = {self.buckets}: must be a multiple of 4 (two directions, near and far).")
         if self.max_distance <= self.buckets // 4:

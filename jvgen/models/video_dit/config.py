@@ -2,11 +2,13 @@
 
 import dataclasses
 import enum
+from typing import Annotated
 
 from jvgen.config import Config
 from jvgen.nn.attention import AttentionKernel
 from jvgen.nn.rope import RotaryGrid
 from jvgen.nn.stacked import Remat
+from jvgen.value_rules import Bounds, Count, Epsilon, Frames, Layers, Pixels, Positive, Width
 
 
 class Positions(enum.Enum):
@@ -40,14 +42,12 @@ class AggregationConfig(Config):
         aggregation; false for the plain scan of `aggregation.py`, which gives the same numbers.
     """
 
-    period: int = 6
+    period: Layers = 6
     gate: GateKind = GateKind.SCALAR
-    initial: float = 0.5
+    initial: Annotated[float, Bounds(at_least=-1000, at_most=1000)] = 0.5
     memory_saving: bool = True
 
     def validate(self) -> None:
-        if self.period < 1:
-            raise ValueError(f"period = {self.period}: must be at least 1, and at least 2 to have an effect.")
         if self.gate is GateKind.SIGMOID and not 0 < self.initial < 1:
             raise ValueError(f"initial = {self.initial}: must lie between 0 and 1 for a sigmoid gate, for example 0.5.")
 
@@ -88,32 +88,32 @@ class VideoDiTConfig(Config):
       attention: kernel of the attention.
     """
 
-    layers: int = 30
-    heads: int = 30
-    head_width: int = 64
-    in_channels: int = 16
-    out_channels: int = 16
-    patch: int = 2
-    temporal_patch: int | None = None
-    text_width: int = 4096
-    text_length: int = 226
-    condition_width: int = 512
-    offset_width: int | None = None
-    feed_forward_ratio: int = 4
+    layers: Layers = 30
+    heads: Count = 30
+    head_width: Width = 64
+    in_channels: Width = 16
+    out_channels: Width = 16
+    patch: Pixels = 2
+    temporal_patch: Frames | None = None
+    text_width: Width = 4096
+    text_length: Width = 226
+    condition_width: Width = 512
+    offset_width: Width | None = None
+    feed_forward_ratio: Count = 4
     positions: Positions = Positions.SINCOS
     rotary_grid: RotaryGrid = RotaryGrid.LINSPACE
-    sample_height: int = 60
-    sample_width: int = 90
-    sample_frames: int = 13
-    spatial_scale: float = 1.875
-    temporal_scale: float = 1.0
-    temporal_compression: int = 4
-    norm_epsilon: float = 1e-5
-    query_key_epsilon: float = 1e-6
-    output_norm_epsilon: float = 1e-5
+    sample_height: Pixels = 60
+    sample_width: Pixels = 90
+    sample_frames: Frames = 13
+    spatial_scale: Positive = 1.875
+    temporal_scale: Positive = 1.0
+    temporal_compression: Frames = 4
+    norm_epsilon: Epsilon = 1e-5
+    query_key_epsilon: Epsilon = 1e-6
+    output_norm_epsilon: Epsilon = 1e-5
     zero_init: bool = True
     aggregation: AggregationConfig | None = None
-    token_multiple: int = 1
+    token_multiple: Width = 1
     remat: Remat = Remat.NONE
     unroll: bool = False
     attention: AttentionKernel = AttentionKernel.AUTO
@@ -134,16 +134,6 @@ class VideoDiTConfig(Config):
         return self.sample_height // self.patch, self.sample_width // self.patch
 
     def validate(self) -> None:
-        for name in (
-            "layers heads head_width in_channels out_channels patch text_width text_length condition_width "
-            "feed_forward_ratio sample_height sample_width sample_frames temporal_compression token_multiple"
-        ).split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        if self.temporal_patch is not None and self.temporal_patch < 1:
-            raise ValueError(
-                f"temporal_patch = {self.temporal_patch}: must be at least 1, or none for patches of one frame."
-            )
         if self.positions is Positions.SINCOS and self.width % 16:
             raise ValueError(
                 f"heads x head_width = {self.heads} x {self.head_width} = {self.width}: sin-cos positions need a "

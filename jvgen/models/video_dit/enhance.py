@@ -10,7 +10,7 @@ projection (Luo et al. 2025, equations 6 to 8, and the released code).
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from jvgen.config import Config
 from jvgen.models.video_dit.model import TokenLayout
 from jvgen.nn.frame_diagonal import mean_diagonal
+from jvgen.value_rules import Bounds, Fraction
 
 # With a temperature of -1 no factor is above one: (F - 1) (1 - d) / (F - 1) <= 1.
 OFF = -1.0
@@ -43,19 +44,17 @@ class EnhanceConfig(Config):
       layers: one factor on the temperature per layer; empty for 1 in all layers, 0 turns a layer off.
     """
 
-    temperature: float = 3.4
+    temperature: Annotated[float, Bounds(at_least=-1000, at_most=1000)] = 3.4
     relative: bool = False
     share: Literal["batch", "clip", "sample", "head"] = "clip"
-    gain: float | None = None
-    start: float = 0.0
-    end: float = 1.0
-    layers: tuple[float, ...] = ()
+    gain: Annotated[float, Bounds(at_least=1, at_most=1000, fix="for example 1.15; or none")] | None = None
+    start: Fraction = 0.0
+    end: Fraction = 1.0
+    layers: tuple[Annotated[float, Bounds(at_least=-1000, at_most=1000)], ...] = ()
 
     def validate(self) -> None:
-        if not 0 <= self.start <= self.end <= 1:
+        if self.start > self.end:
             raise ValueError(f"start = {self.start}, end = {self.end}: must be fractions, 0 <= start <= end <= 1.")
-        if self.gain is not None and self.gain < 1:
-            raise ValueError(f"gain = {self.gain}: must be a mean factor of at least 1, for example 1.15; or none.")
         if self.gain is not None and self.share != "head":
             raise ValueError(
                 f"gain = {self.gain}, share = {self.share!r}: the adaptive temperature needs share 'head'."

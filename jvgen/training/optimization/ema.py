@@ -1,6 +1,7 @@
 """Exponential moving averages (EMA) of the parameters: several decays, float32, sharded as the parameters are."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jvgen import nested
 from jvgen.config import Config, ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.training.optimization import parameter_paths
+from jvgen.value_rules import Bounds, Pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,14 +23,11 @@ class EmaConfig(Config):
       warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that the random initialization is soon forgotten.
     """
 
-    decays: tuple[float, ...] = (0.9999,)
-    parameters: str = ".*"
+    decays: tuple[Annotated[float, Bounds(above=0, below=1, fix="for example 0.9999")], ...] = (0.9999,)
+    parameters: Pattern = ".*"
     warmup: bool = True
 
     def validate(self) -> None:
-        for decay in self.decays:
-            if not 0 < decay < 1:
-                raise ValueError(f"decays = {self.decays}: each must lie between 0 and 1, for example 0.9999.")
         if len(set(self.decays)) != len(self.decays):
             raise ValueError(f"decays = {self.decays}: a decay is given twice.")
 

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jvgen.config import Config, ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.parallel.axes import LAYERS, VOCABULARY, Axes
 from jvgen.training.optimization import parameter_paths
+from jvgen.value_rules import BelowOne, Bounds, Epsilon, Fraction, Pattern, Positive, Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,9 @@ class LRStage(Config):
 
     renamed_fields: ClassVar[dict[str, str]] = {"begins": "start_step", "factor": "scale", "rise": "warmup_steps"}
 
-    start_step: int
-    scale: float
-    warmup_steps: int = 0
-
-    def validate(self) -> None:
-        if self.start_step < 0 or self.warmup_steps < 0:
-            raise ValueError(
-                f"start_step = {self.start_step}, warmup_steps = {self.warmup_steps}: both must be 0 or more."
-            )
-        if self.scale <= 0:
-            raise ValueError(f"scale = {self.scale}: must be positive.")
+    start_step: Step
+    scale: Annotated[float, Bounds(above=0, at_most=1e6)]
+    warmup_steps: Step = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,55 +60,31 @@ class OptimizerConfig(Config):
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Bounds(above=0, at_most=1000, fix="for example 1e-4")] = 1e-4
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    warmup_steps: int = 1000
-    final_fraction: float = 0.0
-    decay_fraction: float = 0.1
+    warmup_steps: Step = 1000
+    final_fraction: Fraction = 0.0
+    decay_fraction: Fraction = 0.1
     stages: tuple[LRStage, ...] = ()
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.01
-    no_weight_decay: tuple[str, ...] = (r".*(bias|scale|embedding|positions?|table)$",)
-    clip_norm: float | None = 1.0
-    frozen: tuple[str, ...] = ()
-    multipliers: dict[str, float] = dataclasses.field(default_factory=dict)
-    muon_momentum: float = 0.95
-    muon_iterations: int = 5
-    muon_rms: float = 0.2
-    muon_exclude: tuple[str, ...] = ()
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    epsilon: Epsilon = 1e-8
+    weight_decay: Annotated[float, Bounds(at_least=0, at_most=1000)] = 0.01
+    no_weight_decay: tuple[Pattern, ...] = (r".*(bias|scale|embedding|positions?|table)$",)
+    clip_norm: Annotated[float, Bounds(above=0, fix="none for no clipping")] | None = 1.0
+    frozen: tuple[Pattern, ...] = ()
+    multipliers: dict[Pattern, Annotated[float, Bounds(at_least=0, at_most=1e6)]] = dataclasses.field(
+        default_factory=dict
+    )
+    muon_momentum: BelowOne = 0.95
+    muon_iterations: Annotated[int, Bounds(at_least=1, at_most=100)] = 5
+    muon_rms: Positive = 0.2
+    muon_exclude: tuple[Pattern, ...] = ()
 
     def validate(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate = {self.learning_rate}: must be positive, for example 1e-4.")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps = {self.warmup_steps}: must be 0 or more.")
-        for field in ("final_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{field} = {getattr(self, field)}: a fraction from 0 to 1.")
         starts = [stage.start_step for stage in self.stages]
         if starts != sorted(set(starts)):
             raise ValueError(f"stages start at steps {starts}: the steps must increase from stage to stage.")
-        for field in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be in [0, 1).")
-        if self.epsilon <= 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"epsilon = {self.epsilon}, weight_decay = {self.weight_decay}: must be positive, and 0 or more."
-            )
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm = {self.clip_norm}: must be positive, or none for no clipping.")
-        if self.muon_iterations < 1 or self.muon_rms <= 0:
-            raise ValueError(
-                f"muon_iterations = {self.muon_iterations}, muon_rms = {self.muon_rms}: at least 1, and positive."
-            )
-        for field in ("no_weight_decay", "frozen", "muon_exclude", "multipliers"):
-            for pattern in getattr(self, field):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{field}: {pattern!r} is not a regular expression ({error}).") from error
 
 
 class Optimizer(NamedTuple):
