@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jvgen.control.world_model import WorldModel, to_pixels
+from jvgen.control.worlds import action_bounds
 from jvgen.models.ivideogpt.world import State
 
 try:
@@ -53,10 +54,7 @@ class WorldModelEnvironment(gymnasium.Env):
             raise ValueError("this world takes no actions: an environment needs a model with action_width above 0.")
         if reward is None and not world.transformer.reward:
             raise ValueError("this world predicts no rewards: give reward, a function of frame and action.")
-        width = (world.action_width,)
-        low, high = (np.broadcast_to(np.asarray(bound, np.float32), width).copy() for bound in (low, high))
-        if not (low < high).all():
-            raise ValueError(f"low = {low}, high = {high}: every lower bound must be below its upper bound.")
+        low, high = action_bounds(low, high, world.action_width)
         steps = world.horizon if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps = {steps}: must be at least 1, the frames of an episode.")
@@ -64,7 +62,7 @@ class WorldModelEnvironment(gymnasium.Env):
         self.render_mode = render_mode
         side = world.tokenizer.resolution
         self.observation_space = gymnasium.spaces.Box(0, 255, (side, side, world.tokenizer.channels), np.uint8)
-        self.action_space = gymnasium.spaces.Box(low, high, width, np.float32)
+        self.action_space = gymnasium.spaces.Box(low, high, low.shape, np.float32)
         self._state: State | None = None
         self._frame = starts[0, -1]
         self._steps_taken = 0

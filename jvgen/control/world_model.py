@@ -29,6 +29,7 @@ class WorldModel:
       sampling: how ids are chosen.
       rewards_in_symlog: the transformer predicts symlog of rewards, as `jvgen.tasks.world_model` trains it.
       dtype: of the transformer's computation.
+      goal: the model was trained with a goal image as first frame of the context (`WorldModelConfig.goal`).
 
     Raises:
       ValueError: networks that do not belong together, or more frames than max_positions holds.
@@ -45,12 +46,17 @@ class WorldModel:
         sampling: SamplingConfig | None = None,
         rewards_in_symlog: bool = True,
         dtype: Any = jnp.float32,
+        goal: bool = False,
     ):
         transformer.check_tokenizer(tokenizer, frames)
+        if goal and tokenizer.context_frames < 2:
+            raise ValueError(
+                f"goal: needs a goal image and a current frame; the context is {tokenizer.context_frames} frame."
+            )
         sampling = sampling or SamplingConfig()
         sampling.validate()
         self.tokenizer, self.transformer = tokenizer, transformer
-        self.world = World(tokenizer, transformer, frames, sampling, rewards_in_symlog, dtype)
+        self.world = World(tokenizer, transformer, frames, sampling, rewards_in_symlog, dtype, goal)
         self.weights = jax.jit(self.world.prepare)(tokenizer_parameters, transformer_parameters)
         self._reset = jax.jit(self.world.reset)
         self._step = jax.jit(self.world.step)
@@ -108,7 +114,7 @@ class WorldModel:
         return self._step(self.weights, state, actions)
 
     def refresh(self, state: State) -> State:
-        """The same episodes with their last frames as a new context, for `horizon` more frames.
+        """The same episodes with their last frames as a new context, for `horizon` more frames. A goal image stays.
 
         Predicted frames are tokenized again as context, which costs quality each time.
         """

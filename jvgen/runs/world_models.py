@@ -54,6 +54,7 @@ def load_world_model(
     return WorldModel(
         task.tokenizer, run.frozen["tokenizer"], task.transformer, run.parameters["transformer"],
         frames=longest if frames is None else frames, sampling=task.sampling.replace(greedy=greedy),
+        goal=task.goal,
     )  # fmt: skip
 
 

@@ -265,7 +265,7 @@ class WorldModelTask(Task):
     def world(self, frames: int, dtype: Any = jnp.float32) -> World:
         """The world model for clips of this many frames, context (and goal) included."""
         config = self.config
-        return World(config.tokenizer, config.transformer, frames, config.sampling, dtype=dtype)
+        return World(config.tokenizer, config.transformer, frames, config.sampling, dtype=dtype, goal=config.goal)
 
     def predict(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, samples: int = 1

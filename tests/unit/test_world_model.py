@@ -229,3 +229,15 @@ def test_custom_rewards_and_bad_arguments(world, frames):
     fresh = WorldModelEnvironment(world, frames)
     with pytest.raises(ValueError, match="step before reset"):
         fresh.step(np.zeros(2))
+
+
+def test_a_goal_stays_in_the_context(frames, actions):
+    """The goal image is the first frame after steps and after a refresh; the last frame follows it."""
+    world = world_of(goal=True)
+    state = world.reset(frames, 7)
+    for number in range(2):
+        state, frame, _ = world.step(state, actions[:, number])
+        np.testing.assert_allclose(state.frames[:, 0], frames[:, 0] / 255, atol=1e-6)
+        np.testing.assert_array_equal(state.frames[:, 1], frame)
+    refreshed = world.refresh(state)
+    np.testing.assert_array_equal(refreshed.frames, state.frames)

@@ -15,8 +15,8 @@ from jvgen.data.video_files import encode_image, encode_video
 from jvgen.value_rules import Bounds, Fraction, FrameRate, Frames, Pixels, Quality, Weight
 
 _MIDDLE_SHADE = 0.86  # median shading factor of a body's visible surface
-_SPEED = 0.28  # distance that an action of size 1 moves a body per frame, in world units
-_REACH = 1.45  # a driven body stays within this distance of the origin along each axis
+SPEED = 0.28  # distance that an action of size 1 moves a body per frame, in world units
+REACH = 1.45  # a driven body stays within this distance of the origin along each axis
 
 
 Bodies = Annotated[int, Bounds(at_least=1, at_most=4)]
@@ -105,8 +105,37 @@ class Scene:
     bodies: tuple[tuple[Body, ...], ...]
 
 
-def render_scene(config: SceneConfig, seed: int, index: int) -> Scene:
-    """Scene number `index` of the data set `seed`: a pure function of its arguments."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Setting:
+    """A scene before it is rendered: what `render_scene` draws at random.
+
+    Attributes:
+      kind, labels: as in `Scene`.
+      stage: ground, sky and light.
+      cameras: one track of F cameras per view.
+      axes: (2, 3): the first camera's right and forward directions on the ground, in which actions and goals count.
+      body: the moving body at the first frame.
+      path: (F, 3): where its center is at each frame.
+      static: all other bodies.
+      actions, rewards: as in `Scene`.
+      goal: (2,) where a driven body is to go, along `axes`; None for other scenes.
+    """
+
+    kind: str
+    labels: Labels
+    stage: Stage
+    cameras: list[list[Camera]]
+    axes: np.ndarray
+    body: Body
+    path: np.ndarray
+    static: list[Body]
+    actions: np.ndarray
+    rewards: np.ndarray
+    goal: np.ndarray | None
+
+
+def draw_setting(config: SceneConfig, seed: int, index: int) -> Setting:
+    """The setting of scene number `index` of the data set `seed`: a pure function of its arguments."""
     rng = np.random.default_rng((seed, index))
     kinds = sorted(config.kinds)
     shares = np.array([config.kinds[kind] for kind in kinds])
@@ -115,34 +144,48 @@ def render_scene(config: SceneConfig, seed: int, index: int) -> Scene:
     color, shape = str(rng.choice(config.colors)), str(rng.choice(config.shapes))
     direction = str(rng.choice(config.directions)) if kind == "dynamic" and not driven else None
     motion = str(rng.choice(config.camera_motions)) if kind == "static" else None
-    labels = Labels(color, shape, direction, motion, driven)
 
     frames = 1 if kind == "image" else config.frames
     views = config.views if kind == "dynamic" else 1
     cameras = _cameras(config, rng, frames, views, motion)
     axes = _ground_axes(cameras[0][0])
     radius = float(rng.uniform(0.46, 0.56)) if kind == "dynamic" else float(rng.uniform(0.55, 0.75))
-    actions, rewards, marker = np.zeros((0, 0), np.float32), np.zeros(0, np.float32), None
+    actions, rewards, goal = np.zeros((0, 0), np.float32), np.zeros(0, np.float32), None
     if driven:
-        path, actions, rewards, marker = _driven_path(rng, frames, axes)
+        path, actions, rewards, goal = _driven_path(rng, frames, axes)
     else:
         path = _path(rng, frames, axes, direction, cameras[0][0])
     path = path + np.array([0.0, 0.0, radius])
     static = _static_bodies(config, rng, axes, path, radius, color)
     yaw = float(rng.uniform(0.0, math.pi / 2))
-    moving = [Body(shape, _albedo(color), center, radius, yaw) for center in path]
-    bodies = tuple((body, *static) for body in moving)
-    stage = _stage(config, rng, marker)
-    video = np.stack([_render(config, stage, track, bodies) for track in cameras])
-    return Scene(
+    return Setting(
         kind=kind,
-        labels=labels,
-        captions=captions_of(kind, labels),
-        video=video,
-        intrinsics=np.array([[c.intrinsics for c in track] for track in cameras], np.float32),
-        extrinsics=np.array([[c.extrinsics for c in track] for track in cameras], np.float32),
+        labels=Labels(color, shape, direction, motion, driven),
+        stage=_stage(config, rng, None if goal is None else goal_marker(goal, axes)),
+        cameras=cameras,
+        axes=axes,
+        body=Body(shape, _albedo(color), path[0], radius, yaw),
+        path=path,
+        static=static,
         actions=actions,
         rewards=rewards,
+        goal=goal,
+    )
+
+
+def render_scene(config: SceneConfig, seed: int, index: int) -> Scene:
+    """Scene number `index` of the data set `seed`: a pure function of its arguments."""
+    setting = draw_setting(config, seed, index)
+    bodies = tuple((dataclasses.replace(setting.body, center=center), *setting.static) for center in setting.path)
+    return Scene(
+        kind=setting.kind,
+        labels=setting.labels,
+        captions=captions_of(setting.kind, setting.labels),
+        video=np.stack([_render(config, setting.stage, track, bodies) for track in setting.cameras]),
+        intrinsics=np.array([[c.intrinsics for c in track] for track in setting.cameras], np.float32),
+        extrinsics=np.array([[c.extrinsics for c in track] for track in setting.cameras], np.float32),
+        actions=setting.actions,
+        rewards=setting.rewards,
         bodies=bodies,
     )
 
@@ -257,8 +300,8 @@ def _path(rng: np.random.Generator, frames: int, axes: np.ndarray, direction: st
 
 def _driven_path(
     rng: np.random.Generator, frames: int, axes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """A body pushed to a goal by a noisy policy: path (F, 3), actions, rewards, goal marker."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A body pushed to a goal by a noisy policy: path (F, 3), actions, rewards, goal (2,)."""
     start = rng.uniform(-1.2, 1.2, 2)
     goal = rng.uniform(-1.2, 1.2, 2)
     while np.linalg.norm(goal - start) < 1.2:
@@ -268,15 +311,24 @@ def _driven_path(
     places, actions, rewards = [start], [], []
     for _ in range(frames):
         drift = 0.7 * drift + 0.35 * rng.normal(size=2)
-        wish = (goal - places[-1]) / _SPEED
+        wish = (goal - places[-1]) / SPEED
         wish /= max(1.0, float(np.linalg.norm(wish)))
         action = np.clip(skill * wish + (1.2 - skill) * drift, -1.0, 1.0).astype(np.float32)
-        places.append(np.clip(places[-1] + _SPEED * action.astype(np.float64), -_REACH, _REACH))
+        places.append(pushed(places[-1], action))
         actions.append(action)
         rewards.append((np.linalg.norm(goal - places[-2]) - np.linalg.norm(goal - places[-1])) / first)
+    return np.stack(places[:frames]) @ axes, np.stack(actions), np.asarray(rewards, np.float32), goal
+
+
+def pushed(place: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """Where an action moves a driven body from `place`; both (2,), along the scene's axes."""
+    return np.clip(place + SPEED * np.asarray(action, np.float64), -REACH, REACH)
+
+
+def goal_marker(goal: np.ndarray, axes: np.ndarray) -> tuple[float, float, float]:
+    """The ring on the ground that marks a goal: x, y, radius."""
     spot = goal @ axes
-    marker = (float(spot[0]), float(spot[1]), 0.5)
-    return np.stack(places[:frames]) @ axes, np.stack(actions), np.asarray(rewards, np.float32), marker
+    return float(spot[0]), float(spot[1]), 0.5
 
 
 def _static_bodies(

@@ -24,7 +24,7 @@ class State:
 
     Attributes:
       number: int32 scalar, frames since the reset.
-      frames: the last context_frames frames, `R T H W 3` in [0, 1].
+      frames: the last context_frames frames, `R T H W 3` in [0, 1]; the goal image and one less with `World.goal`.
       ids: those of the last frame, ids of the vocabulary, `R M`.
       keys: one per episode.
       slots: the id that opens the next frame, `R`.
@@ -66,6 +66,7 @@ class World:
       sampling: how ids are chosen.
       rewards_in_symlog: the transformer predicts symlog of rewards.
       dtype: of the transformer's computation.
+      goal: the first frame of a context is a goal image; it stays there for all of an episode.
     """
 
     tokenizer: CompressiveTokenizerConfig
@@ -74,6 +75,7 @@ class World:
     sampling: SamplingConfig = SamplingConfig()
     rewards_in_symlog: bool = True
     dtype: Any = jnp.float32
+    goal: bool = False
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -117,10 +119,11 @@ class World:
             weights.transformer, state.cache, state.number, state.slots, actions, state.keys, state.ids
         )
         frame = self._frames(weights, decoded.ids[:, None], state.conditions)[:, 0]
+        kept = int(self.goal)
         state = dataclasses.replace(
             state,
             number=state.number + 1,
-            frames=jnp.concatenate([state.frames[:, 1:], frame[:, None]], axis=1),
+            frames=jnp.concatenate([state.frames[:, :kept], state.frames[:, kept + 1 :], frame[:, None]], axis=1),
             ids=decoded.ids,
             slots=decoded.next_slot,
             cache=cache,

@@ -1,0 +1,145 @@
+"""What a plan is judged by: distance of predicted frames from a goal image, predicted rewards, or a user's function."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from jvgen.losses.perceptual import LPIPS, laplacian_distance, load_lpips
+from jvgen.nn.network import Network
+from jvgen.storage import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A cost of predictions; lower is better.
+
+    Attributes:
+      name: for messages and reports.
+      function: (weights, frames `R F H W C` in [0, 1], rewards `R F` or None, actions `R F A`) -> cost `R`, float32.
+      weights: arrays that the function takes.
+      needs_rewards: the model has to predict rewards.
+    """
+
+    name: str
+    function: Callable[[Any, jax.Array, jax.Array | None, jax.Array], jax.Array]
+    weights: Any = ()
+    needs_rewards: bool = False
+
+    def __call__(
+        self,
+        weights: Any,
+        frames: Float[Array, "R F H W C"],
+        rewards: Float[Array, "R F"] | None,
+        actions: Float[Array, "R F A"],
+    ) -> Float[Array, "R"]:
+        """Cost per candidate.
+
+        Raises:
+          ValueError: it needs rewards and there are none.
+        """
+        if self.needs_rewards and rewards is None:
+            raise ValueError(
+                f"cost {self.name!r} needs predicted rewards, but this model predicts none: train it with "
+                "task.transformer.reward = true, or plan toward a goal image."
+            )
+        return self.function(weights, frames, rewards, actions)
+
+
+def pixel_goal(goal: Any, *, last_only: bool = False) -> Cost:
+    """Squared distance to a goal image, summed over pixels and all predicted frames (VP2), or the last frame only.
+
+    Args:
+      goal: `H W C`, uint8 or floats in [0, 1].
+      last_only: judge the end of the plan, not the way to it.
+
+    Raises:
+      ValueError: not an image of these kinds.
+    """
+
+    def function(goal: Any, frames: jax.Array, rewards: Any, actions: Any) -> jax.Array:
+        frames = frames[:, -1:] if last_only else frames
+        return jnp.sum(jnp.square(frames - goal), axis=(1, 2, 3, 4))
+
+    return Cost("pixel goal", function, as_goal(goal))
+
+
+def perceptual_goal(goal: Any, *, lpips: str | Path | None = None, last_only: bool = False) -> Cost:
+    """Perceptual distance to a goal image, summed over predicted frames, or of the last frame only.
+
+    Args:
+      goal: `H W 3`, uint8 or floats in [0, 1].
+      lpips: file of LPIPS weights (`jvgen lpips` writes it); None for the Laplacian pyramid, which needs no weights.
+      last_only: judge the end of the plan, not the way to it.
+
+    Raises:
+      ValueError: no image, or a file without LPIPS weights.
+    """
+    if lpips is None:
+        weights, distance = (), lambda _, image, other: laplacian_distance(image, other)
+    else:
+        network = Network.of(lambda rngs: LPIPS(rngs=rngs))
+        weights, distance = load_lpips(lpips), lambda weights, image, other: network.bind(weights)(image, other)
+
+    def function(both: tuple[Any, jax.Array], frames: jax.Array, rewards: Any, actions: Any) -> jax.Array:
+        weights, goal = both
+        frames = frames[:, -1:] if last_only else frames
+        images = rearrange(frames, "r f h w c -> (r f) h w c")
+        distances = distance(weights, 2 * images - 1, jnp.broadcast_to(2 * goal - 1, images.shape))
+        return jnp.sum(rearrange(distances, "(r f) -> r f", f=frames.shape[1]), axis=1)
+
+    return Cost("laplacian goal" if lpips is None else "lpips goal", function, (weights, as_goal(goal)))
+
+
+def predicted_reward(discount: float = 1.0) -> Cost:
+    """Minus the discounted sum of predicted rewards.
+
+    Raises:
+      ValueError: a discount outside of (0, 1].
+    """
+    if not 0 < discount <= 1:
+        raise ValueError(f"discount = {discount}: must be in (0, 1].")
+
+    def function(_: Any, frames: Any, rewards: jax.Array, actions: Any) -> jax.Array:
+        return -jnp.sum(rewards * np.float32(discount) ** np.arange(rewards.shape[1], dtype=np.float32), axis=1)
+
+    return Cost("predicted reward", function, needs_rewards=True)
+
+
+def weighted(parts: Sequence[tuple[float, Cost]]) -> Cost:
+    """A weighted sum of costs (VP2's RoboDesk costs are 0.5 x pixels and 10 x a classifier).
+
+    Raises:
+      ValueError: no parts.
+    """
+    if not parts:
+        raise ValueError("weighted: give at least one (weight, cost) pair.")
+
+    def function(weights: Any, frames: Any, rewards: Any, actions: Any) -> jax.Array:
+        return sum(
+            factor * cost(own, frames, rewards, actions) for (factor, cost), own in zip(parts, weights, strict=True)
+        )
+
+    name = " + ".join(f"{factor:g} {cost.name}" for factor, cost in parts)
+    return Cost(name, function, tuple(cost.weights for _, cost in parts))
+
+
+def as_goal(goal: Any) -> Float[Array, "H W C"]:
+    """A goal image as floats in [0, 1].
+
+    Raises:
+      ValueError: another shape, dtype or range.
+    """
+    image = np.asarray(goal)
+    if image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise ValueError(f"goal {image.shape}: expected one image, (height, width, channels).")
+    if image.dtype == np.uint8:
+        return jnp.asarray(image, jnp.float32) / 255
+    if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"goal of {image.dtype}: give uint8 in 0..255, or floats in [0, 1].")
+    return jnp.asarray(image, jnp.float32)

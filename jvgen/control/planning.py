@@ -1,0 +1,263 @@
+"""Choose actions by sampling: candidates are drawn around a plan, a model predicts them, the plan moves to the best.
+
+MPPI (Williams et al. 2017) weighs all candidates by their costs, CEM (Rubinstein and Kroese 2004) fits the plan to the
+best few. Both in the form of VP2 (Tian et al. 2023, arXiv 2304.13723), which planned in iVideoGPT.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jvgen.config import Config
+from jvgen.control.costs import Cost
+
+# Purposes of keys: fold_in(key of the plan, purpose).
+_NOISE, _MODEL = 0, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannerConfig(Config):
+    """How a plan is searched. The defaults are those with which VP2 planned in iVideoGPT (MPPI).
+
+    Attributes:
+      method: "mppi" or "cem".
+      samples: candidates per iteration.
+      iterations: rounds of drawing, predicting and refining.
+      horizon: actions of a plan.
+      gamma: of MPPI: candidates weigh exp(gamma (lowest cost - cost)), so it is per unit of the cost.
+      elites: of CEM: fraction of the candidates that the plan is fitted to.
+      standard_deviation: of the noise, per component of the action, or one number for all.
+      minimum_deviation: of CEM: lower bound of the fitted standard deviation.
+      correlation: noise at a step is this times that of the step before, plus (1 - this) times fresh noise.
+      warm_start: a plan starts from the rest of the plan before, its last action repeated; else from zeros.
+      result: "mean": the plan is what the last refinement gives; "best": the candidate with the lowest cost so far.
+    """
+
+    method: Literal["mppi", "cem"] = "mppi"
+    samples: int = 200
+    iterations: int = 1
+    horizon: int = 10
+    gamma: float = 0.05
+    elites: float = 0.05
+    standard_deviation: tuple[float, ...] = (0.5,)
+    minimum_deviation: float = 0.0
+    correlation: float = 0.5
+    warm_start: bool = True
+    result: Literal["mean", "best"] = "mean"
+
+    @property
+    def elite_count(self) -> int:
+        """Candidates that CEM fits the plan to."""
+        return max(1, round(self.elites * self.samples))
+
+    def validate(self) -> None:
+        for name in ("samples", "iterations", "horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        if self.gamma <= 0:
+            raise ValueError(f"gamma = {self.gamma}: must be positive; larger values favor the best candidates more.")
+        if not 0 < self.elites <= 1:
+            raise ValueError(f"elites = {self.elites}: a fraction of the candidates, in (0, 1].")
+        if not 0 <= self.correlation < 1:
+            raise ValueError(f"correlation = {self.correlation}: must be in [0, 1); 0 for independent noise.")
+        if self.minimum_deviation < 0:
+            raise ValueError(f"minimum_deviation = {self.minimum_deviation}: must not be negative.")
+        deviations = self.standard_deviation
+        if not deviations or min(deviations) < 0 or max(deviations) == 0:
+            raise ValueError(
+                f"standard_deviation = {deviations}: one number, or one per component of the action; none negative, "
+                "one positive."
+            )
+
+
+def vp2_mppi(**changes: Any) -> PlannerConfig:
+    """VP2's MPPI for robosuite's actions: 200 candidates, one iteration, gripper without noise."""
+    return PlannerConfig(standard_deviation=(0.5, 0.5, 0.5, 0.0)).replace(**changes)
+
+
+def vp2_cem(**changes: Any) -> PlannerConfig:
+    """VP2's CEM: 200 candidates, three iterations, the best 5 percent, independent noise on the first two components."""
+    return PlannerConfig(
+        method="cem", iterations=3, elites=0.05, correlation=0.0, standard_deviation=(0.5, 0.5, 0.0, 0.0)
+    ).replace(**changes)
+
+
+class Model(Protocol):
+    """Predicts what candidates lead to: a world model, or the true simulator.
+
+    Attributes:
+      low, high: bounds of an action, float32 `A`.
+      traceable: `predict` can be traced by JAX; then a whole search is one compiled program.
+      weights: arrays that `predict` takes, so that a compiled search does not hold them as constants.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    traceable: bool
+    weights: Any
+
+    def predict(
+        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, "R F H W C"], Float[Array, "R F"] | None]:
+        """Frames in [0, 1] and rewards (None where they are not known) of candidates that start at `start`."""
+
+
+class Plan(NamedTuple):
+    """What a search found.
+
+    Attributes:
+      actions: the plan, `F A`.
+      candidates, costs: of the last iteration, `R F A` and `R`.
+      lowest: lowest cost of each iteration, `I`.
+      deviation: standard deviation of the noise after the last refinement, `F A`.
+    """
+
+    actions: jax.Array
+    candidates: jax.Array
+    costs: jax.Array
+    lowest: jax.Array
+    deviation: jax.Array
+
+
+def draw(
+    config: PlannerConfig,
+    mean: Float[Array, "F A"],
+    deviation: Float[Array, "F A"],
+    low: Float[Array, "A"],
+    high: Float[Array, "A"],
+    key: Key[Array, ""],
+) -> Float[Array, "R F A"]:
+    """Candidates around a plan, clipped to the bounds. Noise is correlated along the steps (VP2's `beta`)."""
+    fresh = jax.random.normal(key, (config.samples, *mean.shape)) * deviation
+    correlation = config.correlation
+
+    def step(before: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
+        noise = correlation * before + (1 - correlation) * now
+        return noise, noise
+
+    _, noise = jax.lax.scan(step, jnp.zeros_like(fresh[:, 0]), jnp.swapaxes(fresh, 0, 1))
+    return jnp.clip(mean + jnp.swapaxes(noise, 0, 1), low, high)
+
+
+def mppi_weights(costs: Float[Array, "R"], gamma: float) -> Float[Array, "R"]:
+    """Weights of candidates, exp(-gamma (cost - lowest cost)), normalized to a sum of 1."""
+    return jax.nn.softmax(-gamma * (costs - jnp.min(costs)))
+
+
+def refine(
+    config: PlannerConfig,
+    candidates: Float[Array, "R F A"],
+    costs: Float[Array, "R"],
+    deviation: Float[Array, "F A"],
+) -> tuple[Float[Array, "F A"], Float[Array, "F A"]]:
+    """The plan and the standard deviation of the noise that the candidates' costs lead to.
+
+    Candidates whose cost is not finite take no part; if none is finite, the result is NaN.
+    """
+    costs = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
+    if config.method == "mppi":
+        return jnp.einsum("r,rfa->fa", mppi_weights(costs, config.gamma), candidates), deviation
+    order = jnp.argsort(costs)[: config.elite_count]
+    finite = jnp.isfinite(costs[order]).astype(jnp.float32)
+    share = finite / jnp.sum(finite)
+    mean = jnp.einsum("r,rfa->fa", share, candidates[order])
+    variance = jnp.einsum("r,rfa->fa", share, jnp.square(candidates[order] - mean))
+    return mean, jnp.maximum(jnp.sqrt(variance), config.minimum_deviation)
+
+
+class Planner:
+    """Searches plans with one model and one cost.
+
+    Args:
+      model: predicts candidates.
+      cost: scores predictions; lower is better.
+      config: of the search.
+
+    Raises:
+      ValueError: as many standard deviations as fit neither all components of the action nor one.
+    """
+
+    def __init__(self, model: Model, cost: Cost, config: PlannerConfig | None = None):
+        self.model, self.cost, self.config = model, cost, config or PlannerConfig()
+        self.config.validate()
+        width, deviations = len(model.low), self.config.standard_deviation
+        if len(deviations) not in (1, width):
+            raise ValueError(
+                f"standard_deviation = {deviations}: {len(deviations)} numbers for actions of {width} components; give "
+                "one, or one per component."
+            )
+        self.shape = (self.config.horizon, width)
+        self._search = jax.jit(self._iterations) if model.traceable else self._iterations
+        self._predict = jax.jit(model.predict) if model.traceable else model.predict
+
+    def plan(self, start: Any, key: Key[Array, ""] | int = 0, before: Plan | None = None) -> Plan:
+        """Search a plan.
+
+        Args:
+          start: where candidates start, as the model takes it.
+          key: random key of this plan, or a seed.
+          before: the plan of the step before, of which the first action was taken, for a warm start.
+
+        Raises:
+          FloatingPointError: the cost of no candidate is finite.
+        """
+        key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
+        mean = jnp.zeros(self.shape)
+        if before is not None and self.config.warm_start:
+            mean = jnp.concatenate([before.actions[1:], before.actions[-1:]])
+        mean = jnp.clip(mean, self.model.low, self.model.high)
+        plan = self._search((self.model.weights, self.cost.weights), start, mean, key)
+        if not np.isfinite(plan.costs).any():
+            raise FloatingPointError(
+                f"cost {self.cost.name!r}: no finite number for any of {self.config.samples} candidates; the model "
+                "predicts NaN or infinity, or the cost computes it."
+            )
+        return plan
+
+    def predict(self, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""] | int = 0) -> Any:
+        """What the model predicts for given candidates: frames and rewards, as `Model.predict`."""
+        key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
+        return self._predict(self.model.weights, start, actions, jax.random.fold_in(key, _MODEL))
+
+    def _iterations(self, weights: tuple[Any, Any], start: Any, mean: jax.Array, key: jax.Array) -> Plan:
+        config, model = self.config, self.model
+        deviation = jnp.broadcast_to(jnp.asarray(config.standard_deviation, jnp.float32), self.shape)
+        low, high = jnp.asarray(model.low), jnp.asarray(model.high)
+        # Candidates are compared under the same draws of the model in every iteration.
+        model_key = jax.random.fold_in(key, _MODEL)
+
+        def iterate(carry: tuple, number: Any) -> tuple[tuple, tuple]:
+            mean, deviation, best, best_cost = carry
+            noise_key = jax.random.fold_in(jax.random.fold_in(key, _NOISE), number)
+            candidates = draw(config, mean, deviation, low, high, noise_key)
+            frames, rewards = model.predict(weights[0], start, candidates, model_key)
+            costs = self.cost(weights[1], frames, rewards, candidates)
+            mean, deviation = refine(config, candidates, costs, deviation)
+            first = jnp.nanargmin(costs)
+            better = costs[first] < best_cost
+            best = jnp.where(better, candidates[first], best)
+            best_cost = jnp.where(better, costs[first], best_cost)
+            return (mean, deviation, best, best_cost), (candidates, costs)
+
+        carry = (mean, deviation, mean, jnp.float32(jnp.inf))
+        if model.traceable and config.iterations > 1:
+            # The candidates of all iterations but the last are dropped before they are stacked.
+            carry, lowest = jax.lax.scan(
+                lambda carry, number: (lambda new, made: (new, jnp.nanmin(made[1])))(*iterate(carry, number)),
+                carry,
+                jnp.arange(config.iterations - 1),
+            )
+        else:
+            lowest = []
+            for number in range(config.iterations - 1):
+                carry, (_, costs) = iterate(carry, number)
+                lowest.append(jnp.nanmin(costs))
+            lowest = jnp.asarray(lowest, jnp.float32)
+        carry, (candidates, costs) = iterate(carry, config.iterations - 1)
+        mean, deviation, best, _ = carry
+        actions = mean if config.result == "mean" else best
+        return Plan(actions, candidates, costs, jnp.append(lowest, jnp.nanmin(costs)), deviation)

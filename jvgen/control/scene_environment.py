@@ -1,0 +1,129 @@
+"""The embedded scenes as an environment: actions push a body over the ground to a marked goal. Needs no simulator."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jvgen.data.scenes.renderer import Renderer
+from jvgen.data.scenes.scenes import SPEED, SceneConfig, Setting, draw_setting, pushed
+
+try:
+    import gymnasium
+except ImportError as error:
+    raise ImportError("jvgen.control.scene_environment needs gymnasium: install jvgen[control].") from error
+
+# All scenes are driven ones.
+DRIVEN = {"kinds": {"dynamic": 1.0}, "driven": 1.0}
+
+
+class SceneEnvironment(gymnasium.Env):
+    """Driven scenes with the interface of `gymnasium.Env`: what their clips record, to act in.
+
+    Observations are frames, uint8 `H W 3`. An action, 2 numbers in [-1, 1], moves the body along the camera's right and
+    forward directions on the ground. The reward is the decrease of the distance to the goal, relative to that at the
+    start; `info["success"]` says whether the body is at the goal. The shortest way is the best policy (`best_action`).
+
+    Args:
+      scenes: their appearance; all of them are driven, with one view.
+      seed: of the data set that episodes start in: scene i starts as clip i of that data set does.
+      count: episodes start in scenes 0 to count - 1; `reset` draws one, or takes `options={"scene": index}`.
+      steps: actions per episode.
+      reached: distance to the goal, in world units, that counts as success (a full action moves the body 0.28).
+
+    Raises:
+      ValueError: no scenes, no steps, or a distance that is not positive.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 8}  # noqa: RUF012 - gymnasium's name
+
+    def __init__(
+        self,
+        scenes: SceneConfig | None = None,
+        *,
+        seed: int = 0,
+        count: int = 1_000_000,
+        steps: int = 15,
+        reached: float = SPEED,
+        render_mode: str | None = "rgb_array",
+    ):
+        for name, value in (("count", count), ("steps", steps), ("reached", reached)):
+            if not value > 0:
+                raise ValueError(f"{name} = {value}: must be positive.")
+        self.scenes = (scenes or SceneConfig()).replace(**DRIVEN, views=1)
+        self.scenes.validate()
+        self.seed, self.count, self.steps, self.reached = seed, count, steps, reached
+        self.render_mode = render_mode
+        size = (self.scenes.height, self.scenes.width, 3)
+        self.observation_space = gymnasium.spaces.Box(0, 255, size, np.uint8)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self._setting: Setting | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode; returns the first frame, and the index of the scene.
+
+        Raises:
+          ValueError: no scene of that index.
+        """
+        super().reset(seed=seed)
+        index = (options or {}).get("scene")
+        index = int(self.np_random.integers(self.count) if index is None else index)
+        if not 0 <= index < self.count:
+            raise ValueError(f"options scene = {index}: scenes are 0 to {self.count - 1}.")
+        self._setting = setting = draw_setting(self.scenes, self.seed, index)
+        self._renderer = Renderer(
+            setting.stage, setting.cameras[0][0], self.scenes.height, self.scenes.width,
+            samples=self.scenes.supersampling,
+        )  # fmt: skip
+        # The two axes are orthonormal, so a place on the ground has these coordinates along them.
+        self._place = setting.axes @ setting.body.center
+        self._first_distance, self._steps_taken = self.distance, 0
+        return self.render(), {"scene": index}
+
+    @property
+    def distance(self) -> float:
+        """From the body to the goal, in world units."""
+        return float(np.linalg.norm(self._set().goal - self._place))
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """The next frame, reward, terminated (always False), truncated, and whether the body is at the goal."""
+        before = self.distance
+        action = np.clip(np.asarray(action, np.float32), self.action_space.low, self.action_space.high)
+        self._place = pushed(self._place, action)
+        self._steps_taken += 1
+        reward = (before - self.distance) / self._first_distance
+        info = {"success": self.distance <= self.reached, "distance": self.distance}
+        return self.render(), float(reward), False, self._steps_taken >= self.steps, info
+
+    def render(self) -> np.ndarray:
+        """The current frame, uint8 `H W 3`."""
+        return self._frame(self._place)
+
+    def goal_image(self) -> np.ndarray:
+        """The frame with the body at the goal, uint8 `H W 3`."""
+        return self._frame(self._set().goal)
+
+    def best_action(self) -> np.ndarray:
+        """The action of the best policy: straight to the goal, as fast as can be."""
+        wish = (self._set().goal - self._place) / SPEED
+        return (wish / max(1.0, float(np.abs(wish).max()))).astype(np.float32)
+
+    def snapshot(self) -> tuple[np.ndarray, int]:
+        """The state within the episode, for `restore`."""
+        return self._place.copy(), self._steps_taken
+
+    def restore(self, state: tuple[np.ndarray, int]) -> None:
+        """Go back to a state of `snapshot` of this episode."""
+        self._place, self._steps_taken = state[0].copy(), state[1]
+
+    def _set(self) -> Setting:
+        if self._setting is None:
+            raise ValueError("step before reset: call reset() first.")
+        return self._setting
+
+    def _frame(self, place: np.ndarray) -> np.ndarray:
+        setting = self._set()
+        center = place @ setting.axes + np.array([0.0, 0.0, setting.body.radius])
+        return self._renderer.frame([dataclasses.replace(setting.body, center=center), *setting.static])

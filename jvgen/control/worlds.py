@@ -1,0 +1,153 @@
+"""What a planner can predict with: a world model, or the true simulator behind the same interface."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, Key
+
+from jvgen.control.world_model import WorldModel
+
+
+class ImaginedWorld:
+    """A world model as a planner's model: candidates start at its context frames, `T H W 3` uint8.
+
+    Args:
+      world: predicts frames and, with a reward head, rewards.
+      low, high: bounds of an action, one number or one per component.
+      rows_at_once: candidates that are predicted at a time: memory; all of them if None.
+      devices: candidates are split over these; the first device alone if None.
+
+    Raises:
+      ValueError: bounds that fit no action, or a world without actions.
+    """
+
+    traceable = True
+
+    def __init__(
+        self,
+        world: WorldModel,
+        *,
+        low: Any = -1.0,
+        high: Any = 1.0,
+        rows_at_once: int | None = None,
+        devices: list[Any] | None = None,
+    ):
+        if not world.action_width:
+            raise ValueError("this world takes no actions: planning needs a model with action_width above 0.")
+        self.world = world
+        self.low, self.high = action_bounds(low, high, world.action_width)
+        self.rows_at_once = rows_at_once
+        self.mesh = None if devices is None else jax.make_mesh((len(devices),), ("candidates",), devices=devices)
+        self.weights = world.weights
+        if self.mesh is not None:
+            self.weights = jax.device_put(self.weights, jax.sharding.NamedSharding(self.mesh, jax.P()))
+
+    def predict(
+        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, "R F H W 3"], Float[Array, "R F"] | None]:
+        """Frames in [0, 1] and rewards (None without that head) of candidates from context frames `T H W 3`.
+
+        Raises:
+          ValueError: candidates that do not divide by `rows_at_once` or by the devices; more actions than the horizon.
+        """
+        rows, count = actions.shape[:2]
+        if not 1 <= count <= self.world.horizon:
+            raise ValueError(
+                f"horizon = {count}: this world predicts 1..{self.world.horizon} frames after its context; plan a "
+                "shorter horizon, or load the world with more frames."
+            )
+        at_once = rows if self.rows_at_once is None else min(rows, self.rows_at_once)
+        devices = 1 if self.mesh is None else self.mesh.size
+        if rows % at_once or at_once % devices:
+            raise ValueError(
+                f"{rows} candidates, {at_once} at once on {devices} devices: samples must be a multiple of "
+                "rows_at_once, and rows_at_once of the devices."
+            )
+        frames = jnp.asarray(start)[None].astype(jnp.float32) / 255
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+        def some(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+            prediction = self.world.world.rollout(weights, frames, self._split(part[0]), self._split(part[1]))
+            return self._split(prediction.frames), prediction.rewards
+
+        if at_once == rows:
+            return some((actions, keys))
+        parts = jax.tree.map(lambda leaf: leaf.reshape(rows // at_once, at_once, *leaf.shape[1:]), (actions, keys))
+        frames_of, rewards = jax.lax.map(some, parts)
+        return rearrange(frames_of, "n r ... -> (n r) ..."), (
+            None if rewards is None else rearrange(rewards, "n r f -> (n r) f")
+        )
+
+    def _split(self, rows: jax.Array) -> jax.Array:
+        if self.mesh is None:
+            return rows
+        return jax.lax.with_sharding_constraint(rows, jax.sharding.NamedSharding(self.mesh, jax.P("candidates")))
+
+
+class Restorable(Protocol):
+    """An environment that can go back to a state it was in: what planning in the true simulator needs."""
+
+    def snapshot(self) -> Any:
+        """The complete state, as a value."""
+
+    def restore(self, state: Any) -> None:
+        """Go back to a state of `snapshot`."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """As `gymnasium.Env.step`, with the frame `H W 3` uint8 as observation."""
+
+
+class SimulatedWorld:
+    """The simulator itself as a planner's model: the upper bound of what a learned model can be worth.
+
+    Candidates start at the state that the environment is in (`start` of `predict` is not looked at), and the
+    environment is left there.
+
+    Args:
+      environment: is stepped and set back.
+      low, high: bounds of an action, one number or one per component.
+      width: components of an action.
+    """
+
+    traceable = False
+    weights = ()
+
+    def __init__(self, environment: Restorable, width: int, *, low: Any = -1.0, high: Any = 1.0):
+        self.environment = environment
+        self.low, self.high = action_bounds(low, high, width)
+
+    def predict(
+        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, "R F H W 3"], Float[Array, "R F"]]:
+        """Frames in [0, 1] and rewards of candidates, one after another."""
+        before = self.environment.snapshot()
+        frames, rewards = [], []
+        try:
+            for candidate in np.asarray(actions):
+                self.environment.restore(before)
+                steps = [self.environment.step(action) for action in candidate]
+                frames.append(np.stack([step[0] for step in steps]))
+                rewards.append([step[1] for step in steps])
+        finally:
+            self.environment.restore(before)
+        return jnp.asarray(np.stack(frames), jnp.float32) / 255, jnp.asarray(rewards, jnp.float32)
+
+
+def action_bounds(low: Any, high: Any, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of an action, float32 `A` each, from one number or one per component.
+
+    Raises:
+      ValueError: they do not fit, are not finite, or a lower bound is not below its upper bound.
+    """
+    try:
+        low, high = (np.broadcast_to(np.asarray(bound, np.float32), (width,)).copy() for bound in (low, high))
+    except ValueError as error:
+        raise ValueError(
+            f"bounds {np.shape(low)} and {np.shape(high)}: give one number, or {width}, one per component of the action."
+        ) from error
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+        raise ValueError(f"low = {low}, high = {high}: finite numbers, every lower bound below its upper bound.")
+    return low, high
