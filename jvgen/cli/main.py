@@ -9,13 +9,13 @@ from importlib import metadata
 from jvgen import __version__, exit_codes
 from jvgen.cli import check as checking
 from jvgen.cli import compile as compiling
-from jvgen.cli import configs, data, demo, evaluate, launch, play, sample, train, vae, weights
+from jvgen.cli import configs, data, demo, evaluate, launch, plan, play, sample, train, vae, weights
 from jvgen.cli.arguments import HelpFormatter
 from jvgen.versions import git_commit
 
 DESCRIPTION = "Pretrain video generators at pod scale: train, resume, sample, evaluate, export to PyTorch."
 # In the order of `jvgen --help`.
-FAMILIES = (demo, data, configs, checking, compiling, launch, train, sample, evaluate, play, vae, weights)
+FAMILIES = (demo, data, configs, checking, compiling, launch, train, sample, evaluate, play, plan, vae, weights)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

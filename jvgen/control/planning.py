@@ -4,8 +4,9 @@ MPPI (Williams et al. 2017) weighs all candidates by their costs, CEM (Rubinstei
 best few. Both in the form of VP2 (Tian et al. 2023, arXiv 2304.13723), which planned in iVideoGPT.
 """
 
+import copy
 import dataclasses
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def vp2_mppi(**changes: Any) -> PlannerConfig:
 
 
 def vp2_cem(**changes: Any) -> PlannerConfig:
-    """VP2's CEM: 200 candidates, three iterations, the best 5 percent, independent noise on the first two components."""
+    """VP2's CEM: 200 candidates, three iterations, the best 5 percent; independent noise, on two components."""
     return PlannerConfig(
         method="cem", iterations=3, elites=0.05, correlation=0.0, standard_deviation=(0.5, 0.5, 0.0, 0.0)
     ).replace(**changes)
@@ -217,6 +218,14 @@ class Planner:
                 "predicts NaN or infinity, or the cost computes it."
             )
         return plan
+
+    def toward(self, cost: Cost) -> Self:
+        """This planner with another cost of the same kind (another goal), without compiling again."""
+        if cost.name != self.cost.name:
+            raise ValueError(f"cost {cost.name!r}: this planner was made for {self.cost.name!r}; make another planner.")
+        other = copy.copy(self)
+        other.cost = cost
+        return other
 
     def predict(self, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""] | int = 0) -> Any:
         """What the model predicts for given candidates: frames and rewards, as `Model.predict`."""

@@ -59,6 +59,9 @@ class PlannedPolicy:
       goal: a goal-conditioned world's goal image, uint8 `H W C`, first in every context.
       key: random key of the episode, or a seed.
       expected: also predict the frame that the first action should lead to: one more rollout per step.
+
+    Attributes:
+      first_start: the frames that the first plan of the episode started from, uint8 `T H W C`.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class PlannedPolicy:
         self.planner, self.goal, self.expected = planner, goal, expected
         self.frames = context_frames - (goal is not None)
         self.key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
+        self.first_start: np.ndarray | None = None
         self._before: Plan | None = None
 
     def __call__(self, frames: list[np.ndarray], number: int) -> tuple[np.ndarray, np.ndarray | None, Plan]:
@@ -81,6 +85,8 @@ class PlannedPolicy:
             self._before = None
         seen = [frames[0]] * max(0, self.frames - len(frames)) + frames[-self.frames :]
         start = np.stack([*([] if self.goal is None else [self.goal]), *seen])
+        if number == 0:
+            self.first_start = start
         key = jax.random.fold_in(self.key, number)
         self._before = plan = self.planner.plan(start, key, self._before)
         expected = None

@@ -1,12 +1,16 @@
 """The embedded scenes as an environment: actions push a body over the ground to a marked goal. Needs no simulator."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jvgen.data.scenes.renderer import Renderer
 from jvgen.data.scenes.scenes import SPEED, SceneConfig, Setting, draw_setting, pushed
+from jvgen.data.store.sources import read_metadata, splits
+from jvgen.saved_config import decode
+from jvgen.storage import Path
 
 try:
     import gymnasium
@@ -26,8 +30,8 @@ class SceneEnvironment(gymnasium.Env):
 
     Args:
       scenes: their appearance; all of them are driven, with one view.
-      seed: of the data set that episodes start in: scene i starts as clip i of that data set does.
-      count: episodes start in scenes 0 to count - 1; `reset` draws one, or takes `options={"scene": index}`.
+      seed: of the data set that episodes start in: scene i starts as its clip i does, if that is a driven one.
+      indices: of the scenes that `reset` draws one of; `options={"scene": index}` takes any.
       steps: actions per episode.
       reached: distance to the goal, in world units, that counts as success (a full action moves the body 0.28).
 
@@ -42,17 +46,17 @@ class SceneEnvironment(gymnasium.Env):
         scenes: SceneConfig | None = None,
         *,
         seed: int = 0,
-        count: int = 1_000_000,
+        indices: Sequence[int] = range(1_000_000),
         steps: int = 15,
         reached: float = SPEED,
         render_mode: str | None = "rgb_array",
     ):
-        for name, value in (("count", count), ("steps", steps), ("reached", reached)):
+        for name, value in (("indices", len(indices)), ("steps", steps), ("reached", reached)):
             if not value > 0:
                 raise ValueError(f"{name} = {value}: must be positive.")
         self.scenes = (scenes or SceneConfig()).replace(**DRIVEN, views=1)
         self.scenes.validate()
-        self.seed, self.count, self.steps, self.reached = seed, count, steps, reached
+        self.seed, self.indices, self.steps, self.reached = seed, indices, steps, reached
         self.render_mode = render_mode
         size = (self.scenes.height, self.scenes.width, 3)
         self.observation_space = gymnasium.spaces.Box(0, 255, size, np.uint8)
@@ -62,16 +66,10 @@ class SceneEnvironment(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode; returns the first frame, and the index of the scene.
-
-        Raises:
-          ValueError: no scene of that index.
-        """
+        """Start an episode; returns the first frame, and the index of the scene."""
         super().reset(seed=seed)
         index = (options or {}).get("scene")
-        index = int(self.np_random.integers(self.count) if index is None else index)
-        if not 0 <= index < self.count:
-            raise ValueError(f"options scene = {index}: scenes are 0 to {self.count - 1}.")
+        index = int(self.indices[self.np_random.integers(len(self.indices))] if index is None else index)
         self._setting = setting = draw_setting(self.scenes, self.seed, index)
         self._renderer = Renderer(
             setting.stage, setting.cameras[0][0], self.scenes.height, self.scenes.width,
@@ -81,6 +79,35 @@ class SceneEnvironment(gymnasium.Env):
         self._place = setting.axes @ setting.body.center
         self._first_distance, self._steps_taken = self.distance, 0
         return self.render(), {"scene": index}
+
+    @classmethod
+    def of_dataset(cls, folder: str | Path, split: str = "validation", **options: Any) -> "SceneEnvironment":
+        """Episodes that start as the driven clips of a data set of scenes, in the same look and size.
+
+        Args:
+          folder: built by `jvgen data build scenes`.
+          split: whose clips.
+          options: other arguments of the class.
+
+        Raises:
+          ValueError: not a data set of scenes, no such split, or none of its scenes is driven.
+        """
+        metadata = read_metadata(folder)
+        if metadata.get("origin") != "scenes":
+            raise ValueError(f"{folder}: not a data set of `jvgen data build scenes`.")
+        settings = dict(metadata["options"])
+        seed, kinds = settings.pop("seed"), settings.pop("kinds")
+        scenes = decode({"class": "SceneConfig", "kinds": {"mapping": kinds}, **settings})
+        if not scenes.driven or not kinds.get("dynamic"):
+            raise ValueError(
+                f"{folder}: none of its scenes is driven: nothing to act in. Build it with driven above 0."
+            )
+        counts = splits(folder)
+        if split not in counts:
+            raise ValueError(f"{folder}: has no split {split!r}, only {', '.join(counts)}.")
+        # Scenes are numbered through both splits.
+        first = 0 if split == "train" else counts["train"]
+        return cls(scenes, seed=seed, indices=range(first, first + counts[split]), **options)
 
     @property
     def distance(self) -> float:

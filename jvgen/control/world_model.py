@@ -50,9 +50,7 @@ class WorldModel:
     ):
         transformer.check_tokenizer(tokenizer, frames)
         if goal and tokenizer.context_frames < 2:
-            raise ValueError(
-                f"goal: needs a goal image and a current frame; the context is {tokenizer.context_frames} frame."
-            )
+            raise ValueError("goal: needs a goal image and a current frame, but the tokenizer's context is 1 frame.")
         sampling = sampling or SamplingConfig()
         sampling.validate()
         self.tokenizer, self.transformer = tokenizer, transformer

@@ -40,7 +40,7 @@ class ImaginedWorld:
         self.world = world
         self.low, self.high = action_bounds(low, high, world.action_width)
         self.rows_at_once = rows_at_once
-        self.mesh = None if devices is None else jax.make_mesh((len(devices),), ("candidates",), devices=devices)
+        self.mesh = None if devices is None else jax.sharding.Mesh(np.array(devices), ("candidates",))
         self.weights = world.weights
         if self.mesh is not None:
             self.weights = jax.device_put(self.weights, jax.sharding.NamedSharding(self.mesh, jax.P()))
@@ -51,7 +51,7 @@ class ImaginedWorld:
         """Frames in [0, 1] and rewards (None without that head) of candidates from context frames `T H W 3`.
 
         Raises:
-          ValueError: candidates that do not divide by `rows_at_once` or by the devices; more actions than the horizon.
+          ValueError: more actions than the horizon of the world.
         """
         rows, count = actions.shape[:2]
         if not 1 <= count <= self.world.horizon:
@@ -59,27 +59,24 @@ class ImaginedWorld:
                 f"horizon = {count}: this world predicts 1..{self.world.horizon} frames after its context; plan a "
                 "shorter horizon, or load the world with more frames."
             )
-        at_once = rows if self.rows_at_once is None else min(rows, self.rows_at_once)
         devices = 1 if self.mesh is None else self.mesh.size
-        if rows % at_once or at_once % devices:
-            raise ValueError(
-                f"{rows} candidates, {at_once} at once on {devices} devices: samples must be a multiple of "
-                "rows_at_once, and rows_at_once of the devices."
-            )
+        at_once = min(rows, self.rows_at_once or rows)
+        at_once += -at_once % devices
+        parts = -(-rows // at_once)
+        # Rows that fill up the last part, or the devices, repeat the last candidate and are dropped.
+        actions = jnp.pad(actions, ((0, parts * at_once - rows), (0, 0), (0, 0)), mode="edge")
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(parts * at_once))
         frames = jnp.asarray(start)[None].astype(jnp.float32) / 255
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
         def some(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
             prediction = self.world.world.rollout(weights, frames, self._split(part[0]), self._split(part[1]))
             return self._split(prediction.frames), prediction.rewards
 
-        if at_once == rows:
-            return some((actions, keys))
-        parts = jax.tree.map(lambda leaf: leaf.reshape(rows // at_once, at_once, *leaf.shape[1:]), (actions, keys))
-        frames_of, rewards = jax.lax.map(some, parts)
-        return rearrange(frames_of, "n r ... -> (n r) ..."), (
-            None if rewards is None else rearrange(rewards, "n r f -> (n r) f")
-        )
+        of_parts = jax.tree.map(lambda leaf: leaf.reshape(parts, at_once, *leaf.shape[1:]), (actions, keys))
+        predicted = jax.lax.map(some, of_parts) if parts > 1 else some((actions, keys))
+        if parts > 1:
+            predicted = jax.tree.map(lambda leaf: rearrange(leaf, "n r ... -> (n r) ..."), predicted)
+        return jax.tree.map(lambda leaf: leaf[:rows], predicted)
 
     def _split(self, rows: jax.Array) -> jax.Array:
         if self.mesh is None:
@@ -146,7 +143,7 @@ def action_bounds(low: Any, high: Any, width: int) -> tuple[np.ndarray, np.ndarr
         low, high = (np.broadcast_to(np.asarray(bound, np.float32), (width,)).copy() for bound in (low, high))
     except ValueError as error:
         raise ValueError(
-            f"bounds {np.shape(low)} and {np.shape(high)}: give one number, or {width}, one per component of the action."
+            f"bounds of shapes {np.shape(low)} and {np.shape(high)}: give one number, or {width}, one per component."
         ) from error
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise ValueError(f"low = {low}, high = {high}: finite numbers, every lower bound below its upper bound.")

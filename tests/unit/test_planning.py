@@ -104,9 +104,8 @@ def test_mppi_weights_are_softmax_of_costs() -> None:
 def test_noise_is_correlated_as_published_and_clipped() -> None:
     config = PlannerConfig(samples=20_000, horizon=3, correlation=0.5, standard_deviation=(0.2, 0.4))
     deviation = jnp.broadcast_to(jnp.array([0.2, 0.4]), (3, 2))
-    drawn = np.asarray(
-        draw(config, jnp.zeros((3, 2)), deviation, jnp.full(2, -9.0), jnp.full(2, 9.0), jax.random.key(0))
-    )
+    wide = jnp.full(2, 9.0)
+    drawn = np.asarray(draw(config, jnp.zeros((3, 2)), deviation, -wide, wide, jax.random.key(0)))
     # noise 0 = s/2, noise 1 = noise 0 / 2 + s/2, ...
     np.testing.assert_allclose(drawn[:, 0].std(0), [0.1, 0.2], rtol=0.03)
     np.testing.assert_allclose(drawn[:, 1].std(0), np.sqrt(1 + 0.25) * np.array([0.1, 0.2]), rtol=0.03)
@@ -195,6 +194,9 @@ def test_control_reaches_the_goal_and_random_actions_do_not(model: str) -> None:
     assert not lazy.success and lazy.predicted is None and np.isnan(lazy.seconds)
 
 
+ANYTHING = RandomPolicy(np.full(2, -1.0), np.ones(2))
+
+
 class Broken(PointEnvironment):
     def __init__(self, reward=0.0, frame=None):
         super().__init__()
@@ -219,9 +221,9 @@ class Broken(PointEnvironment):
         (lambda: pixel_goal(np.full((4, 4, 3), 255.0)), ValueError, "floats in"),
         (lambda: weighted([]), ValueError, "at least one"),
         (lambda: predicted_reward(0.0), ValueError, "discount = 0"),
-        (lambda: run_episode(PointEnvironment(), RandomPolicy(np.full(2, -1.0), np.ones(2)), 0), ValueError, "steps = 0"),
-        (lambda: run_episode(Broken(np.nan), RandomPolicy(np.full(2, -1.0), np.ones(2)), 2), FloatingPointError, "step 0.*reward of nan"),
-        (lambda: run_episode(Broken(frame=np.zeros(39)), RandomPolicy(np.full(2, -1.0), np.ones(2)), 2), ValueError, "uint8 image"),
+        (lambda: run_episode(PointEnvironment(), ANYTHING, 0), ValueError, "steps = 0"),
+        (lambda: run_episode(Broken(np.nan), ANYTHING, 2), FloatingPointError, "step 0.*reward of nan"),
+        (lambda: run_episode(Broken(frame=np.zeros(39)), ANYTHING, 2), ValueError, "uint8 image"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, words) -> None:

@@ -10,6 +10,7 @@ from jvgen.control.planning import Planner, PlannerConfig
 from jvgen.control.receding_horizon import PlannedPolicy, RandomPolicy, run_episode
 from jvgen.control.scene_environment import SceneEnvironment
 from jvgen.control.worlds import SimulatedWorld
+from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SPEED, SceneConfig, render_scene
 
 SMALL = SceneConfig(height=24, width=24, frames=6, kinds={"dynamic": 1.0}, driven=1.0, supersampling=1)
@@ -17,7 +18,7 @@ SMALL = SceneConfig(height=24, width=24, frames=6, kinds={"dynamic": 1.0}, drive
 
 @pytest.fixture
 def environment() -> SceneEnvironment:
-    return SceneEnvironment(SMALL, seed=3, count=5, steps=6)
+    return SceneEnvironment(SMALL, seed=3, indices=range(5), steps=6)
 
 
 def test_recorded_actions_give_the_recorded_clip(environment) -> None:
@@ -82,7 +83,7 @@ def test_it_is_a_gymnasium_environment(environment) -> None:
 
 
 @pytest.mark.parametrize(("options", "words"), [({"steps": 0}, "steps = 0"), ({"reached": np.nan}, "reached = nan"),
-                                                ({"count": 0}, "count = 0")])  # fmt: skip
+                                                ({"indices": ()}, "indices = 0")])  # fmt: skip
 def test_bad_input(options, words) -> None:
     with pytest.raises(ValueError, match=words):
         SceneEnvironment(SMALL, **options)
@@ -91,5 +92,17 @@ def test_bad_input(options, words) -> None:
 def test_bad_calls(environment) -> None:
     with pytest.raises(ValueError, match="reset"):
         environment.step(np.zeros(2))
-    with pytest.raises(ValueError, match="scenes are 0 to 4"):
-        environment.reset(options={"scene": 5})
+
+
+def test_a_data_set_of_scenes_is_an_environment(tmp_path) -> None:
+    build_scenes(tmp_path / "scenes", SMALL, train=3, validation=2, seed=3, workers=1)
+    environment = SceneEnvironment.of_dataset(tmp_path / "scenes")
+    frame, info = environment.reset(seed=0)
+    assert info["scene"] in (3, 4)
+    np.testing.assert_array_equal(frame, render_scene(SMALL, 3, info["scene"]).video[0, 0])
+    with pytest.raises(ValueError, match="no split 'test', only train, validation"):
+        SceneEnvironment.of_dataset(tmp_path / "scenes", "test")
+    still = SMALL.replace(driven=0.0)
+    build_scenes(tmp_path / "still", still, train=1, validation=0, workers=1)
+    with pytest.raises(ValueError, match="none of its scenes is driven"):
+        SceneEnvironment.of_dataset(tmp_path / "still")

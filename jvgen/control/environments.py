@@ -1,0 +1,46 @@
+"""Opens an environment by name for commands: a data set of scenes, or a user's own."""
+
+import importlib
+from typing import Any
+
+from jvgen.config import ConfigError
+from jvgen.control.scene_environment import SceneEnvironment
+from jvgen.storage import as_path
+
+
+def open_environment(name: str, *, split: str = "validation", steps: int | None = None) -> Any:
+    """An environment whose observations are frames, uint8 `H W C`.
+
+    Args:
+      name: folder of a data set of scenes, or `MODULE:FUNCTION`: it takes no arguments and returns a `gymnasium.Env`.
+      split: of the data set, whose clips episodes start as.
+      steps: actions per episode of the scenes; their default if None.
+
+    Raises:
+      ConfigError: neither of these; or the function does not return an environment with such observations.
+    """
+    module, separator, function = name.partition(":")
+    if separator and not as_path(name).exists():
+        return _own(name, module, function)
+    try:
+        return SceneEnvironment.of_dataset(name, split, **({} if steps is None else {"steps": steps}))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--env {name}: {error}") from error
+
+
+def _own(name: str, module: str, function: str) -> Any:
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"--env {name}: cannot be imported ({error}); give MODULE:FUNCTION of an importable module, or the folder "
+            "of a data set of scenes."
+        ) from error
+    environment = make()
+    space = getattr(environment, "observation_space", None)
+    if str(getattr(space, "dtype", "")) != "uint8" or len(getattr(space, "shape", ())) != 3:
+        raise ConfigError(
+            f"--env {name}: its observations are {space}; expected uint8 images (height, width, channels). Wrap it so "
+            "that it gives rendered frames."
+        )
+    return environment

@@ -1,0 +1,122 @@
+"""`jvgen plan`: with a world model, in the simulator and at random; what it writes; worlds that do not fit."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvgen.cli.main import main
+from jvgen.config import ConfigError
+from jvgen.control.planning import PlannerConfig
+from jvgen.control.scene_environment import SceneEnvironment
+from jvgen.control.worlds import ImaginedWorld
+from jvgen.data.builders.scenes import build_scenes
+from jvgen.data.scenes.scenes import SceneConfig
+from jvgen.data.video_files import decode_window
+from jvgen.runs.planning import check_fit, cost_for, plan_episodes, write_outcome
+from tests.unit.test_world_model import world_of
+
+SMALL = SceneConfig(height=16, width=16, frames=6, kinds={"dynamic": 1.0}, driven=1.0, supersampling=1)
+CONFIG = PlannerConfig(samples=6, horizon=2)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    build_scenes(folder, SMALL, train=1, validation=2, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world():
+    return world_of()
+
+
+def test_plans_in_a_world_model(world, scenes, tmp_path) -> None:
+    environment = SceneEnvironment.of_dataset(scenes)
+    outcome = plan_episodes(environment, world, cost_for("pixels"), CONFIG, episodes=2, steps=3)
+    assert [len(episode.actions) for episode in outcome.episodes] == [3, 3] and outcome.summary["plans_per_second"] > 0
+    # Candidates, plan and reality: rows of two frames.
+    assert outcome.sheet.shape == (8 * 16 + 7 * 2, 2 * 16 + 2, 3)
+    files = write_outcome(outcome, tmp_path)
+    assert [file.name for file in files] == [
+        "episode_000.mp4", "episode_000.json", "episode_001.mp4", "episode_001.json", "first_plan.png", "summary.json"
+    ]  # fmt: skip
+    frames = decode_window(files[0].read_bytes(), range(4))
+    assert frames.shape == (4, 16, 48, 3)
+    assert json.loads(files[1].read_text())["actions"] == outcome.episodes[0].actions.tolist()
+    again = plan_episodes(environment, world, cost_for("pixels"), CONFIG, episodes=1, steps=3)
+    np.testing.assert_array_equal(again.episodes[0].actions, outcome.episodes[0].actions)
+
+
+def test_predictions_do_not_depend_on_how_candidates_are_split(world) -> None:
+    import jax
+
+    rng = np.random.default_rng(0)
+    start, actions = rng.integers(0, 256, (2, 16, 16, 3), np.uint8), rng.uniform(-1, 1, (5, 2, 2)).astype(np.float32)
+    key = jax.random.key(3)
+    whole = ImaginedWorld(world)
+    frames, rewards = jax.jit(whole.predict)(whole.weights, start, actions, key)
+    for options in ({"rows_at_once": 2}, {"devices": jax.devices()[:2], "rows_at_once": 3}):
+        other = ImaginedWorld(world, **options)
+        split = jax.jit(other.predict)(other.weights, start, actions, key)
+        np.testing.assert_allclose(split[0], frames, atol=2e-5)
+        np.testing.assert_allclose(split[1], rewards, rtol=2e-4)
+    with pytest.raises(ValueError, match=r"horizon = 4: this world predicts 1\.\.3"):
+        whole.predict(whole.weights, start, np.zeros((5, 4, 2), np.float32), key)
+
+
+def test_the_command_without_a_model(scenes, tmp_path, capsys) -> None:
+    common = ["plan", "--env", str(scenes), "--steps", "2", "--episodes", "2"]
+    assert main([*common, "--with", "random", "--out", str(tmp_path / "random")]) == 0
+    assert "episodes 2" in capsys.readouterr().out
+    search = ["--method", "cem", "--set", "samples=4", "--set", "horizon=1", "--set", "iterations=1"]
+    assert main([*common, *search, "--with", "simulator", "--out", str(tmp_path / "simulator")]) == 0
+    summary = json.loads((tmp_path / "simulator" / "summary.json").read_text())
+    assert summary["episodes"] == 2 and np.isfinite(summary["return"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--with model: give MODEL"),
+        (["runs/none"], "neither a run directory"),
+        (["--with", "random", "--steps", "0"], "--steps 0"),
+        (["--with", "random", "--cost", "lpips"], "--lpips FILE"),
+        (["--with", "random", "--set", "samples=0"], "samples = 0"),
+        (["--with", "random", "--set", "sample=9"], "samples"),
+        (["--with", "random", "--env", "nowhere"], "--env nowhere"),
+        (["--with", "random", "--env", "json:nothing"], "cannot be imported"),
+        (["--with", "random", "--env", "builtins:dict"], "uint8 images"),
+        (["--with", "simulator", "--goal", "missing.png"], "--goal missing.png"),
+    ],
+)
+def test_bad_arguments(arguments, words, scenes, tmp_path, capsys) -> None:
+    environment = [] if "--env" in arguments else ["--env", str(scenes)]
+    assert main(["plan", *arguments, *environment, "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_goal_of_another_size_is_refused(scenes, tmp_path, capsys) -> None:
+    Image.fromarray(np.zeros((8, 16, 3), np.uint8)).save(tmp_path / "goal.png")
+    arguments = ["plan", "--with", "simulator", "--env", str(scenes), "--goal", str(tmp_path / "goal.png")]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "goal image (8, 16, 3): the environment's frames are (16, 16, 3)" in capsys.readouterr().err
+
+
+def test_worlds_that_do_not_fit_are_refused(world) -> None:
+    big = SceneEnvironment(SMALL.replace(height=32, width=32))
+    with pytest.raises(ConfigError, match=r"frames are \(32, 32, 3\), the world model's \(16, 16, 3\)"):
+        check_fit(big, world, None, "model")
+    environment = SceneEnvironment(SMALL)
+    environment.action_space = type(environment.action_space)(-1.0, 1.0, (3,), np.float32)
+    with pytest.raises(ConfigError, match="3 components, the world model's 2"):
+        check_fit(environment, world, None, "model")
+    environment.action_space = type(environment.action_space)(-np.inf, 1.0, (2,), np.float32)
+    with pytest.raises(ConfigError, match="bounded Box"):
+        check_fit(environment, world, None, "model")
+    with pytest.raises(ConfigError, match=r"no snapshot\(\) and restore"):
+        check_fit(type("Plain", (), {"observation_space": big.observation_space, "action_space": big.action_space})(),
+                  None, None, "simulator")  # fmt: skip
