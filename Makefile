@@ -1,23 +1,41 @@
-# Every target sets up what it needs: Python 3.11 and git are enough to start from.
-PYTHON ?= python3.11
-VENV ?= .venv
+# Every target sets up what it needs: Python 3.11 or newer and git are enough to start from. Which Python it takes, and how to
+# choose another: .ci/find_python, `make test PYTHON=python3.13`. docs/versions.md has what was tested.
+ifneq ($(filter-out help clean,$(or $(MAKECMDGOALS),help)),)
+FOUND := $(shell .ci/find_python $(or $(PYTHON),$(if $(filter test-latest,$(MAKECMDGOALS)),--latest)))
+ifeq ($(FOUND),)
+$(error no Python to set up with)
+endif
+VERSION := $(word 1,$(FOUND))
+override PYTHON := $(word 2,$(FOUND))
+endif
+# JAX releases after 0.10.2 need Python 3.12, so there are two sets of versions, and a virtual environment for each minor version.
+MINOR := $(subst $() ,.,$(wordlist 1,2,$(subst ., ,$(VERSION))))
+CONSTRAINTS := $(if $(filter 3.11,$(MINOR)),constraints.txt,constraints-latest.txt)
+VENV ?= $(if $(filter 3.11,$(MINOR)),.venv,.venv-$(MINOR))
+$(if $(VERSION),$(info jvgen: Python $(VERSION) ($(PYTHON)), $(CONSTRAINTS), $(VENV)))
 # Test processes side by side; a test file stays in one of them.
 TEST_PROCESSES ?= 2
 # The demo is sized for a CPU; `make demo JAX_PLATFORMS=cuda` runs it elsewhere.
 JAX_PLATFORMS ?= cpu
 BIN = $(VENV)/bin
-PINS = $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+PINS = $(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 READY = $(VENV)/.ready-$(PINS)
 READY_TO_TEST = $(VENV)/.ready-to-test-$(PINS)
 JOBSET_CRD ?= build/jobset_crd.yaml
 JOBSET_CRD_URL = https://raw.githubusercontent.com/kubernetes-sigs/jobset/v0.10.1/charts/jobset/crds/jobset.x-k8s.io_jobsets.yaml
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help setup setup-test demo test test-slow test-faults test-launch bench lint clean
+# Of the newest versions, what is fast and touches them most: kernels, mesh, step, checkpoints, data, saved runs, weights.
+LATEST_TESTS = $(addprefix tests/,unit/test_attention.py unit/test_epipolar_attention.py unit/test_mesh.py \
+	unit/test_rules.py unit/test_step.py unit/test_checkpoint.py unit/test_loader.py unit/test_interop.py \
+	sharded/test_transformer.py processes/test_processes.py resume/test_saved_runs.py)
+
+.PHONY: help setup setup-test demo test test-latest test-slow test-faults test-launch bench lint clean
 
 help:
 	@echo "make demo       build the embedded data, train two VAEs and a video DiT, resume, sample, export, report (CPU, minutes)"
 	@echo "make test       the whole test suite, except what is marked slow"
+	@echo "make test-latest  a fast part of it on Python 3.12 or newer, with the newest JAX (constraints-latest.txt)"
 	@echo "make test-slow  the checks that take longer (pod-sized compilations, long resume runs)"
 	@echo "make test-faults  kill, stop and damage tiny real runs; prints a table of what came of it"
 	@echo "make test-launch  launch files, also under a real Slurm in a container of its own (root) and with several processes"
@@ -45,6 +63,9 @@ demo: setup
 test: setup-test
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
+test-latest: setup-test
+	$(BIN)/python -m pytest $(LATEST_TESTS) -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
+
 # With LLVM's optimizations, as users compile; `make test` leaves them out (tests/conftest.py).
 test-slow: setup-test
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -m slow --durations=15
@@ -66,4 +87,4 @@ lint: setup-test
 	$(BIN)/ruff format --check jvgen tests configs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv .venv-3.* build dist *.egg-info

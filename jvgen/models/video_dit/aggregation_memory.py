@@ -4,16 +4,19 @@ The gradient of a gate is <gradient of the layer's input, mean - tokens>. Differ
 `aggregation.py` stores two arrays per layer for it: the tokens, and the float32 sum. Here the forward pass stores the
 tokens alone, and the backward pass sums those of a group again. So a step stores no more than without aggregation.
 
-What a layer stores for its own gradient is in the object that `jax.vjp` returns ("First-class VJPs" at docs.jax.dev),
-according to the remat policy. The layer's arguments are removed from it (`args_res`) and put back in the backward pass.
+What a layer stores for its own gradient is what the function that `jax.vjp` returns holds, a pytree, according to the
+remat policy. Those of its arrays that are the layer's arguments are left out (`Pullback`) and put back in the backward
+pass.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float
 
 from jvgen.models.video_dit.aggregation import Layer, Plan, RunningSum, constrain_tokens, mix
@@ -61,9 +64,8 @@ def run_layers(
         def body(carry: RunningSum, of_layer: tuple) -> tuple[RunningSum, tuple]:
             variables, gate, plan = of_layer
             arguments = (variables, carry.mixed(gate, plan.count), condition, constants)
-            output, pullback = jax.vjp(compute(plan), *arguments)
-            without_arguments = dataclasses.replace(pullback, args_res=[None] * len(arguments))
-            return carry.add(output, plan.resets), (carry.hidden, without_arguments)
+            output, pullback = vjp(compute(plan), *arguments)
+            return carry.add(output, plan.resets), (carry.hidden, pullback)
 
         last, (between, pullbacks) = scan(body, RunningSum.start(tokens), (variables, gates, plan))
         return last.hidden, (variables, gates, condition, constants, between, pullbacks)
@@ -75,9 +77,8 @@ def run_layers(
             d_hidden, d_total, d_condition = carry
             variables, gate, plan, hidden, pullback = of_layer
             read = mix(hidden, group_mean(between, plan, window), gate)
-            pullback = dataclasses.replace(pullback, args_res=[variables, read, condition, constants])
             d_output = (d_hidden.astype(jnp.float32) + d_total).astype(d_hidden.dtype)
-            d_variables, d_read, d_condition_here, _ = pullback(d_output)
+            d_variables, d_read, d_condition_here, _ = pullback(d_output, variables, read, condition, constants)
             # The mean is computed again here, so that it is not kept in memory during the backward pass of the layer.
             plan, d_read = jax.lax.optimization_barrier((plan, d_read))
             exact = d_read.astype(jnp.float32)
@@ -98,6 +99,39 @@ def run_layers(
 
     run.defvjp(forward, backward)
     return run(blocks.variables(), gates, tokens, condition, constants)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pullback:
+    """The pullback of a function, without the arrays that are its arguments.
+
+    Attributes:
+      saved: what it holds besides arguments.
+      sources: for each array that it holds, the number of the argument that the array is, or None.
+      structure: the pullback that `jax.vjp` returned, as a tree of these arrays.
+    """
+
+    saved: list[jax.Array]
+    sources: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, gradient: Any, *arguments: Any) -> tuple:
+        """Gradients of the arguments from that of the output. The arguments are those of the forward pass."""
+        given, saved = jax.tree.leaves(arguments), iter(self.saved)
+        arrays = [next(saved) if source is None else given[source] for source in self.sources]
+        return jax.tree.unflatten(self.structure, arrays)(gradient)
+
+
+def vjp(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Pullback]:
+    """As `jax.vjp`. Which of the saved arrays are arguments is read from the jaxpr, whose outputs they then are."""
+    closed, made = jax.make_jaxpr(functools.partial(jax.vjp, function), return_shape=True)(*arguments)
+    output, pullback = jax.tree.unflatten(jax.tree.structure(made), jaxpr_as_fun(closed)(*jax.tree.leaves(arguments)))
+    numbers = {id(variable): number for number, variable in enumerate(closed.jaxpr.invars)}
+    arrays, structure = jax.tree.flatten(pullback)
+    sources = tuple(numbers.get(id(variable)) for variable in closed.jaxpr.outvars[-len(arrays) :])
+    saved = [array for array, source in zip(arrays, sources, strict=True) if source is None]
+    return output, Pullback(saved, sources, structure)
 
 
 def group_mean(between: Float[Array, "G B L D"], plan: Plan, window: int) -> Float[Array, "B L D"]:
