@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from jvgen.autoencoding.streaming import StreamingVAE
+from jvgen.config import validate_tree
 from jvgen.data.video_files import DecodeError, encode_image, probe_file, read_frames, write_frames
 from jvgen.interop.digest import content_digest
-from jvgen.storage import Path, local_copy, local_file, read_text, write_text
+from jvgen.storage import Path, UnreadableFile, local_copy, local_file, read_json_object, reading, write_text
 from jvgen.terminal import Report
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -137,10 +138,15 @@ def read_latents(path: Path) -> tuple[Video, np.ndarray]:
     beside = sidecar(path)
     if not path.is_file() or not beside.is_file():
         raise ValueError(f"{path}: needs latents and {beside.name} beside them, as written by `jvgen encode`.")
-    try:
-        return Video(**json.loads(read_text(beside))), np.load(local_copy(path), mmap_mode="r", allow_pickle=False)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} or {beside.name} is corrupt ({error}); encode the video again.") from error
+    description, latents = local_copy(beside), local_copy(path)
+    with reading(description, "does not describe latents", "Encode the video again."):
+        video = Video(**read_json_object(description))
+        validate_tree(video)
+    with reading(latents, "holds no latents", "Encode the video again."):
+        array = np.load(latents, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype not in DTYPES.values() or array.ndim != 4:
+        raise UnreadableFile(f"{path}: expected a float32 or float16 array `f h w z`. Encode the video again.")
+    return video, array
 
 
 def sidecar(path: Path) -> Path:

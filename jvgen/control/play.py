@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jvgen.control.world_model import WorldModel, to_pixels
-from jvgen.storage import Path, local_copy
+from jvgen.storage import Path, local_copy, reading
 
 # Keys that set a component of the action to minus and plus the size, by component.
 KEYS = (("a", "d"), ("s", "w"), ("q", "e"), ("f", "r"), ("z", "c"), ("v", "t"))
@@ -58,7 +58,7 @@ def read_actions(path: Path, width: int) -> np.ndarray:
     path = local_copy(path)
     if not path.is_file():
         raise ValueError(f"--actions {path}: no such file.")
-    try:
+    with reading(path, "(--actions) cannot be read as actions", "Give a .npy or .csv file of numbers."):
         if path.suffix == ".npy":
             actions = np.load(path, allow_pickle=False)
         elif path.suffix == ".csv":
@@ -70,8 +70,6 @@ def read_actions(path: Path, width: int) -> np.ndarray:
         else:
             raise ValueError("expected .npy or .csv")
         actions = np.asarray(actions, np.float32)
-    except ValueError as error:
-        raise ValueError(f"--actions {path}: cannot be read as actions ({error}).") from error
     if actions.ndim != 2 or actions.shape[1] != width or not len(actions):
         raise ValueError(f"--actions {path}: has shape {actions.shape}; expected one line of {width} numbers per step.")
     return actions

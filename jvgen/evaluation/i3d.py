@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
-from safetensors import safe_open
 
 from jvgen.storage import Path, local_copy
+from jvgen.storage.tensor_file import check_weights, read_tensors
 
 NORM_EPSILON = 1e-3
 CLASSES = 400
@@ -114,13 +114,12 @@ def load_i3d(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     """Parameters from a safetensors file with the names of either PyTorch port of I3D (piergiaj's or hassony2's).
 
     Raises:
-      ValueError: a missing file, or missing tensors or wrong shapes, which are listed.
+      ValueError: a missing file, a file of another kind, or missing tensors or wrong shapes, which are listed.
     """
     path = local_copy(path)
     if not path.is_file():
         raise ValueError(f"I3D weights {str(path)!r} do not exist; give a safetensors file of a PyTorch I3D.")
-    with safe_open(path, framework="numpy") as file:
-        found = {_canonical(name): np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
+    found = {_canonical(name): array for name, array in read_tensors(path).items()}
     parameters: dict[str, dict[str, np.ndarray]] = {}
     problems = []
     for layer, parts in shapes().items():
@@ -133,7 +132,8 @@ def load_i3d(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
             elif array.shape != shape:
                 problems.append(f"{layer}.{part} has shape {array.shape}, expected {shape}")
             else:
-                parameters.setdefault(layer, {})[part] = np.ascontiguousarray(array)
+                check_weights([(f"{layer}.{part}", array)], f"I3D weights {str(path)!r}")
+                parameters.setdefault(layer, {})[part] = np.ascontiguousarray(array, np.float32)
     if problems:
         raise ValueError(f"I3D weights {str(path)!r}: " + "; ".join(problems[:12]))
     return parameters

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from jvgen import storage
+from jvgen.interop.weights_names import is_index
 from jvgen.storage import Path, local_copy
 
 CHUNK = 1 << 24
@@ -34,7 +35,9 @@ def content_digest(path: str | Path) -> str:
     given, path = path, local_copy(path)
     if not path.exists():
         raise ValueError(f"weights {str(given)!r}: no such file or folder.")
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if _is_content(p))
+    # The index of shards stands for its folder.
+    folder = path.parent if path.is_file() and is_index(path.name) else path
+    files = [path] if folder.is_file() else sorted(p for p in folder.iterdir() if _is_content(p))
     return _known_or_hashed(str(path.resolve()), files, _hash)
 
 

@@ -13,7 +13,7 @@ from jvgen.config import Config
 from jvgen.interop.formats import Format
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.nested import flatten
-from jvgen.storage import Path
+from jvgen.storage import Path, read_json_object
 
 
 def write_extra_weights(
@@ -43,8 +43,9 @@ def with_extra_weights(folder: Path, form: Format, config: Config) -> Config:
         raise ValueError(f"{present} exists without {missing.name}. Get both, or remove it.")
     if not description.is_file():
         return config
+    values = read_json_object(description)
     try:
-        return form.with_extra_weights(config, json.loads(description.read_text()))
+        return form.with_extra_weights(config, values)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{description} does not describe the tensors beside it: {error}") from error
 

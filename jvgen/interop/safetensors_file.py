@@ -14,6 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jvgen.storage import UnreadableFile, reading, unreadable
+
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -33,6 +35,7 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
+_PROBLEM = "is not a valid safetensors file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
     """The tensors of one file by name, each read on access.
 
     Raises:
-      ValueError: not a safetensors file, or a truncated one; names the file.
+      UnreadableFile: not a safetensors file, or a truncated one; names the file.
     """
 
     def __init__(self, path: str | Path):
@@ -92,13 +95,13 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise self._bad(f"its first bytes ask for a header of {length} bytes")
             text = stream.read(length)
-        try:
+        with reading(self.path, f"{_PROBLEM}: its header is not JSON"):
             header = json.loads(text)
-        except ValueError as error:
-            raise self._bad("its header is not JSON") from error
         if not isinstance(header, dict):
             raise self._bad("its header is not a JSON object")
         header.pop("__metadata__", None)
+        if not header:
+            raise self._bad("it holds no tensors")
         for name, entry in header.items():
             self._specs[name] = self._parse(name, entry, 8 + length, size)
 
@@ -106,7 +109,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         try:
             spec = TensorSpec(tuple(int(length) for length in entry["shape"]), DTYPES[entry["dtype"]])
             start, stop = (int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise self._bad(f"the header's entry about {name} cannot be read: {entry!r}") from error
         if min((0, *spec.shape)) < 0 or start < 0 or stop - start != spec.nbytes:
             raise self._bad(f"{name} has shape {spec.shape} and {stop - start} bytes")
@@ -114,13 +117,14 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             raise self._bad(f"it is truncated: {name} ends at byte {data_start + stop} of {size}")
         return spec, data_start + start
 
-    def _bad(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path} is not a valid safetensors file: {reason}. Get the file again.")
+    def _bad(self, reason: str) -> UnreadableFile:
+        return unreadable(self.path, _PROBLEM, reason)
 
     def __getitem__(self, name: str) -> np.ndarray:
         spec, offset = self._specs[name]
-        raw = np.fromfile(self.path, np.uint8, count=spec.nbytes, offset=offset)
-        return raw.view(spec.dtype).reshape(spec.shape)
+        with reading(self.path, _PROBLEM):
+            raw = np.fromfile(self.path, np.uint8, count=spec.nbytes, offset=offset)
+            return raw.view(spec.dtype).reshape(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
@@ -131,3 +135,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return self._specs[name][0].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, from the header."""
+        return self._specs[name][0].dtype

@@ -65,7 +65,7 @@ def from_diffusers(values: Mapping[str, Any], where: str) -> Scheduler:
       ValueError: an unknown class, or unsupported values.
     """
     name = values.get("_class_name")
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(
             f"{where}: the scheduler is of class {name!r}, which is not supported; "
             f"those of CogVideoX pipelines are {' and '.join(SAMPLERS)}."

@@ -11,11 +11,11 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
-from safetensors import safe_open
 
 from jvgen.config import Config
 from jvgen.parallel.axes import BATCH, constrain
 from jvgen.storage import Path, local_copy
+from jvgen.storage.tensor_file import check_weights, read_tensors
 from jvgen.value_rules import Bounds
 
 # VGG-16's convolutions by stage: (index in torchvision's `features`, input channels, output channels).
@@ -156,7 +156,7 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
     taming-transformers), the linear layers as `lin0.model.1.weight` ... `lin4.model.1.weight`.
 
     Raises:
-      ValueError: no such file, or missing tensors or wrong shapes; all are listed.
+      ValueError: no such file, a file of another kind, or missing tensors or wrong shapes; all are listed.
     """
     path = local_copy(path)
     if not path.is_file():
@@ -164,8 +164,7 @@ def load_lpips(path: str | Path) -> dict[str, Any]:
             f"LPIPS weights {str(path)!r}: no such file; `jvgen lpips` writes it (safetensors with VGG-16 and "
             "lin0..lin4)."
         )
-    with safe_open(path, framework="numpy") as file:
-        tensors = {canonical_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    tensors = {canonical_name(name): array for name, array in read_tensors(path).items()}
     tensors = checked_tensors(tensors, f"LPIPS weights {str(path)!r}")
     return {
         "convolutions": {
@@ -183,7 +182,7 @@ def checked_tensors(found: Mapping[str, np.ndarray], source: str) -> dict[str, n
     """The tensors of LPIPS, float32, by canonical name in the network's order.
 
     Raises:
-      ValueError: missing tensors or wrong shapes; all are listed, after `source`.
+      ValueError: missing tensors or wrong shapes, all are listed after `source`; or values that are no weights.
     """
     wanted: dict[str, tuple[int, ...]] = {}
     for index, features_in, features_out in _convolutions():
@@ -199,6 +198,7 @@ def checked_tensors(found: Mapping[str, np.ndarray], source: str) -> dict[str, n
     ]
     if problems:
         raise ValueError(f"{source}: " + "; ".join(problems))
+    check_weights(((name, found[name]) for name in wanted), source)
     return {name: np.asarray(found[name], np.float32) for name in wanted}
 
 

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from jvgen import exit_codes
 from jvgen.nested import flatten, unflatten
 
 LAYER = "{layer}"
 
 
 class WeightError(ValueError):
-    """Weights that do not fit a network; the message lists every missing, unexpected and wrongly shaped tensor."""
+    """Weights that do not fit a network; the message lists every tensor that is missing, unexpected or unsuitable."""
+
+    exit_code = exit_codes.USER_ERROR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,34 +222,46 @@ class WeightMap:
         reader: Mapping[str, Any],
         shapes: Mapping[str, Any],
         place: Callable[[str, np.ndarray], Any] | None = None,
+        *,
+        finite: bool = True,
     ) -> dict[str, Any]:
         """The nested dict of parameters, as numpy arrays in the shapes and dtypes of `shapes`.
 
         Args:
-          reader: tensor names to arrays; reading an item may read a file. If it has a method `shape(name)`, shapes come
-            from there, and each tensor is read only when it is converted.
+          reader: tensor names to arrays; reading an item may read a file. If it has methods `shape(name)` and
+            `dtype(name)`, these come from there, and each tensor is read only when it is converted.
           shapes: nested dict of `jax.ShapeDtypeStruct` (`Network.shapes`).
           place: `(path, array) -> array` on a device, called for each parameter as soon as it is complete, so that
             host memory holds one stack of layers at a time.
+          finite: refuse NaN and infinity.
 
         Raises:
-          WeightError: lists all tensors that are missing, not expected, or of another shape.
+          WeightError: lists all tensors that are missing, not expected, of another shape or without floating-point
+            numbers; or all that hold NaN or infinity in the dtype of `shapes`.
         """
+        self._check_size(reader, shapes)
         wanted, flat_shapes = self._tensors(shapes), flatten(shapes)
         source = self._check(reader, wanted, flat_shapes)
+        not_finite: dict[str, str] = {}
         flat: dict[str, Any] = {}
         missing = collections.Counter(row.entry.ours for rows in wanted.values() for row in rows)
         for name, rows in wanted.items():
             for row in rows:
                 path = row.entry.ours
-                _place(row, reader[source[name]], flat, flat_shapes)
+                placed = _place(row, reader[source[name]], flat, flat_shapes)
+                if finite and not np.isfinite(placed).all():
+                    not_finite[source[name]] = f"  {source[name]} in {placed.dtype}"
                 missing[path] -= 1
                 if place is not None and not missing[path]:
                     flat[path] = place(path, flat[path])
+        if not_finite:
+            lines = [f"{len(not_finite)} tensors hold NaN or infinity:", *not_finite.values()]
+            raise WeightError("\n".join([*lines, "Get the weights again, or read them in a wider dtype."]))
         return unflatten({path: flat[path] for path in flat_shapes})
 
     def check(self, reader: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         """Raise `WeightError` as `from_torch` does; reads no tensor."""
+        self._check_size(reader, shapes)
         self._check(reader, self._tensors(shapes), flatten(shapes))
 
     def _check(
@@ -254,7 +269,8 @@ class WeightMap:
     ) -> dict[str, str]:
         present = set(reader.keys())
         shape_of = getattr(reader, "shape", None) or (lambda name: reader[name].shape)
-        known, source, missing, misshaped = set(), {}, [], []
+        dtype_of = getattr(reader, "dtype", None) or (lambda name: np.asarray(reader[name]).dtype)
+        known, source, missing, misshaped, integers = set(), {}, [], [], []
         for name, rows in wanted.items():
             known.update(rows[0].names)
             found = next((candidate for candidate in rows[0].names if candidate in present), None)
@@ -266,8 +282,16 @@ class WeightMap:
             shape = tuple(int(size) for size in shape_of(found))
             if shape != expected:
                 misshaped.append(f"{found}: is {shape}, expected {expected}")
+            # Dtypes of ml_dtypes (bfloat16, float8) are of kind "V".
+            if dtype_of(found).kind in "biuc" and flat_shapes[rows[0].entry.ours].dtype.kind not in "biuc":
+                integers.append(f"{found}: {dtype_of(found)}")
         extra = sorted(name for name in present - known if not self._is_ignored(name))
-        groups = {"missing": missing, "not expected": extra, "wrongly shaped": misshaped}
+        groups = {
+            "missing": missing,
+            "not expected": extra,
+            "wrongly shaped": misshaped,
+            "without floating-point numbers, as in quantized weights, which are to be dequantized first": integers,
+        }
         lines = [
             line
             for title, names in groups.items()
@@ -277,6 +301,15 @@ class WeightMap:
         if lines:
             raise WeightError("\n".join(["the weights do not fit this network.", *lines]))
         return source
+
+    def _check_size(self, reader: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+        """Raise `WeightError` for a network with many times the layers in the file, before rows are made for each."""
+        flat = flatten(shapes)
+        rows = sum(
+            flat[entry.ours].shape[0] if LAYER in entry.theirs else 1 for entry in self.entries if entry.ours in flat
+        )
+        if rows > 100 * (len(reader) + 100):
+            raise WeightError(f"the network has {rows} tensors, the weights {len(reader)}: is config.json damaged?")
 
     def _is_ignored(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
@@ -327,8 +360,8 @@ def _piece_shape(row: _Row, flat: Mapping[str, Any]) -> tuple[int, ...]:
     return row.entry.transform.to_torch(np.broadcast_to(np.zeros((), np.uint8), shape)).shape
 
 
-def _place(row: _Row, tensor: np.ndarray, flat: dict[str, Any], flat_shapes: Mapping[str, Any]) -> None:
-    """Write the part of a tensor that one row has into our parameter."""
+def _place(row: _Row, tensor: np.ndarray, flat: dict[str, Any], flat_shapes: Mapping[str, Any]) -> np.ndarray:
+    """Write the part of a tensor that one row has into our parameter; returns it in the parameter's dtype."""
     entry, target = row.entry, flat_shapes[row.entry.ours]
     piece = np.asarray(tensor)
     if entry.theirs_part is not None:
@@ -336,15 +369,23 @@ def _place(row: _Row, tensor: np.ndarray, flat: dict[str, Any], flat_shapes: Map
     piece = entry.transform.from_torch(piece)
     if row.layer is None and entry.ours_part is None:
         # A copy: a view would keep a file mapped or a fused tensor alive.
-        flat[entry.ours] = np.array(piece, dtype=target.dtype, order="C")
-        return
+        flat[entry.ours] = _cast(piece, target.dtype, copy=True)
+        return flat[entry.ours]
     if entry.ours not in flat:
         flat[entry.ours] = np.empty(target.shape, target.dtype)
     slot = flat[entry.ours] if row.layer is None else flat[entry.ours][row.layer]
+    piece = _cast(piece, target.dtype)
     if entry.ours_part is None:
         slot[...] = piece
     else:
-        entry.ours_part.write(slot, piece.astype(target.dtype, copy=False))
+        entry.ours_part.write(slot, piece)
+    return piece
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, *, copy: bool = False) -> np.ndarray:
+    """Rounded to a dtype, in C order; values beyond its range become infinite, for the caller to report."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(dtype, order="C", copy=copy)
 
 
 def _with_length(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jvgen.storage import Path, local_copy
+from jvgen.storage import Path, local_copy, reading
 
 
 def read_noise(path: Path, shape: tuple[int, int, int, int], clips: int) -> np.ndarray:
@@ -20,10 +20,9 @@ def read_noise(path: Path, shape: tuple[int, int, int, int], clips: int) -> np.n
     """
     if not path.is_file():
         raise ValueError(f"--noise {path}: no such file; expected an array saved by numpy.save.")
-    try:
-        noise = np.load(local_copy(path), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"--noise {path}: is not an array of numbers saved by numpy.save ({error}).") from error
+    copy = local_copy(path)
+    with reading(copy, "(--noise) is not an array of numbers saved by numpy.save", "Give another file."):
+        noise = np.load(copy, allow_pickle=False)
     if not isinstance(noise, np.ndarray) or not np.issubdtype(noise.dtype, np.floating):
         raise ValueError(f"--noise {path}: holds {getattr(noise, 'dtype', type(noise).__name__)}; expected floats.")
     frames, height, width, channels = shape

@@ -1,7 +1,5 @@
 """Load a world model from a run or from exported networks, and the frames that an episode starts from."""
 
-import json
-
 import numpy as np
 
 from jvgen.config import ConfigError
@@ -15,7 +13,7 @@ from jvgen.interop.from_torch import import_folder
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.runs.inference import open_run, read_experiment
-from jvgen.storage import Path, as_path, read_text
+from jvgen.storage import Path, as_path, local_copy, read_json_object
 from jvgen.tasks.world_model import TRAINED_WITH, WorldModelConfig
 
 
@@ -65,7 +63,8 @@ def _load_exported(folder: Path, frames: int | None, greedy: bool) -> WorldModel
     if not isinstance(tokenizer, CompressiveTokenizerConfig) or not isinstance(transformer, FrameTransformerConfig):
         raise ConfigError(f"{folder}: its tokenizer/ and transformer/ are not those of iVideoGPT.")
     record = folder / TRAINED_WITH
-    if record.is_file() and json.loads(read_text(record))["tokenizer"] != content_digest(folder / "tokenizer"):
+    trained_with = read_json_object(local_copy(record)).get("tokenizer") if record.is_file() else None
+    if trained_with not in (None, content_digest(folder / "tokenizer")):
         raise ConfigError(
             f"{folder}: its tokenizer/ is not the one that its transformer/ was trained with; token ids would have "
             "other meanings. Copy the run's task.tokenizer_weights there, or, if the same weights were only saved "

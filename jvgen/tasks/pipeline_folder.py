@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jvgen.config import validate_tree
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.schedule import alpha_bar_table
@@ -83,8 +84,7 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
         guidance=GuidanceConfig(),
     )
     try:
-        for part in (denoiser, vae, encoder, config):
-            part.validate()
+        validate_tree(config)
     except ValueError as error:
         raise ValueError(f"{folder}: the networks do not match each other: {error}") from error
     return config

@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
+from tiny_exports import DENOISER, VAE, drawn
 
 from jvgen.interop import file_digests
 from jvgen.interop.architecture import check_architecture
@@ -16,24 +16,9 @@ from jvgen.interop.from_torch import check_weights, import_folder
 from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import export_network, export_networks
 from jvgen.interop.verify import verify
-from jvgen.models.image_vae.config import ImageVAEConfig
-from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
-from jvgen.nested import map_with_path
 
-VAE = ImageVAEConfig.tiny().replace(block_channels=(8, 8), groups=4)
-DENOISER = VideoDiTConfig(
-    layers=1, heads=2, head_width=16, in_channels=4, out_channels=4, text_width=8, text_length=6, condition_width=16,
-    sample_height=4, sample_width=6, sample_frames=3, aggregation=AggregationConfig(),
-)  # fmt: skip
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 INDEX, GATES = f"{WEIGHTS}.index.json", "repvideo_gates"
-
-
-def drawn(config, seed: int = 0) -> dict:
-    rng = np.random.default_rng(seed)
-    return map_with_path(
-        lambda path, leaf: rng.standard_normal(leaf.shape, np.float32), format_of(config).network(config).shapes
-    )
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ BAD_FOLDERS = {
     ),
     "other text width": (
         lambda p: edit(p / "transformer" / "config.json", text_embed_dim=10),
-        "do not match each other: text.width = 8 but denoiser.text_width = 10",
+        "do not match each other: TextToVideoConfig: text.width = 8 but denoiser.text_width = 10",
     ),
     "other weights": (
         lambda p: edit(p / "transformer" / "config.json", num_layers=2), "transformer as CogVideoXTransformer3DModel"

@@ -85,7 +85,7 @@ def test_action_files(tmp_path):
     (tmp_path / "d.txt").write_text("1,2\n")
     for name, words in (
         ("a.csv", "has shape \\(2, 2\\); expected one line of 3"),
-        ("c.csv", "cannot be read as actions .*fast"),
+        ("c.csv", "cannot be read as actions: .*fast"),
         ("d.txt", "expected .npy or .csv"),
         ("none.csv", "no such file"),
     ):

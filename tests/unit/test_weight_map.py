@@ -81,14 +81,14 @@ def test_round_trips_are_bitwise_in_both_directions(rows, shuffle):
     theirs = dict(table.to_torch(parameters))
     assert {name: array.shape for name, array in theirs.items()} == table.torch_shapes(parameters)
     assert all(array.flags.c_contiguous for array in theirs.values())
-    back = table.from_torch(theirs, parameters)
+    back = table.from_torch(theirs, parameters, finite=False)
     ours, again = flatten(parameters), flatten(back)
     assert list(ours) == list(again)
     assert all(same_bits(ours[path], again[path]) for path in ours)
     assert not any(np.shares_memory(again[path], array) for path in again for array in theirs.values())
 
     other = {name: random_bits(7, array.shape, array.dtype) for name, array in theirs.items()}
-    once_more = dict(table.to_torch(table.from_torch(other, parameters)))
+    once_more = dict(table.to_torch(table.from_torch(other, parameters, finite=False)))
     assert all(same_bits(other[name], once_more[name]) for name in other)
 
 
@@ -151,6 +151,35 @@ def test_all_misfits_are_listed_at_once():
     assert "buffer" not in text and isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("values", "into", "problem"),
+    [
+        (np.array([1, 2, 127], np.int8), np.float32, "(?s)1 without floating-point numbers.*dequantized.*w: int8"),
+        (np.array([1, 0, 1], np.bool_), np.float32, "w: bool"),
+        (np.array([1, 2, 3], np.complex64), np.float32, "w: complex64"),
+        (np.array([1, np.nan, 3], np.float32), np.float32, "1 tensors hold NaN or infinity:\n  w in float32"),
+        (np.array([1, -np.inf, 3], ml_dtypes.bfloat16), np.float32, "w in float32"),
+        (np.array([1, 7e4, 3], np.float32), np.float16, "w in float16.*\n.*wider dtype"),
+        (np.array([1, 2, 3], ml_dtypes.float8_e4m3fn), np.float32, None),
+        (np.array([1, 2, 3], ml_dtypes.bfloat16), ml_dtypes.bfloat16, None),
+        (np.array([1, 2, 3], np.float64), np.float32, None),
+    ],
+)
+def test_values_that_are_no_weights(values, into, problem):
+    table, shapes = WeightMap((Entry("w", "w"),)), {"w": np.zeros(3, into)}
+    if problem is None:
+        np.testing.assert_array_equal(table.from_torch({"w": values}, shapes)["w"], values.astype(into))
+        return
+    with pytest.raises(WeightError, match=problem):
+        table.from_torch({"w": values}, shapes)
+
+
+def test_a_network_of_many_more_layers_is_refused_before_its_rows_are_made():
+    table, shapes = WeightMap((Entry("w", "w.{layer}"),)), {"w": jax.ShapeDtypeStruct((10**9, 2), np.float32)}
+    with pytest.raises(WeightError, match="the network has 1000000000 tensors, the weights 1"):
+        table.from_torch({"w.0": np.zeros(2, np.float32)}, shapes)
+
+
 class Recorder(dict):
     """A reader that counts what is read, and knows shapes without reading."""
 
@@ -160,6 +189,9 @@ class Recorder(dict):
 
     def shape(self, name):
         return super().__getitem__(name).shape
+
+    def dtype(self, name):
+        return super().__getitem__(name).dtype
 
     def __getitem__(self, name):
         self.reads.append(name)
@@ -214,6 +246,9 @@ def test_parameters_are_placed_as_soon_as_complete():
 
         def shape(self, name):
             return super().__getitem__(name).shape
+
+        def dtype(self, name):
+            return super().__getitem__(name).dtype
 
     tensors = {f"layers.{i}.weight": np.full((4, 2), i, np.float32) for i in range(3)}
     reader = Reader(tensors | {"qk.weight": np.arange(8, dtype=np.float32).reshape(4, 2)})

@@ -141,14 +141,13 @@ def _splits(names: Sequence[str], validation: float) -> dict[str, str]:
 
 
 def _record(options: EpisodeOptions, episode: Episode) -> Record:
-    arrays, captions, recording = episode.read()
+    arrays, captions = episode.read()
     frames, actions, rewards = frames_and_actions(arrays, options)
     folder = Path(episode.name).parent.name
     if not captions and folder and not any(mark in folder for mark in NOT_CAPTIONS):
         captions = (folder.replace("-", " ").replace("_", " "),)
     return Record(
-        # Lists of recordings (`SourceConfig.exclude`) name those that an episode was converted from.
-        id=f"{episode.name}/{recording}" if recording else episode.name,
+        id=episode.name,
         kind="dynamic",
         clips=(
             encode_video(

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from jvgen.storage import reading
+
 # Field numbers of the messages.
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
 PIECE_TEXT, PIECE_SCORE = 1, 2
@@ -34,7 +36,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
       ValueError: a corrupt file, or a model that is not a unigram model.
     """
     pieces, character_map, model_type = [], b"", UNIGRAM
-    try:
+    with reading(path, "is a corrupt sentencepiece file"):
         for number, value in _fields(path.read_bytes()):
             if number == PIECES:
                 fields = dict(_fields(value))
@@ -44,8 +46,6 @@ def read_vocabulary(path: Path) -> Vocabulary:
                 model_type = dict(_fields(value)).get(MODEL_TYPE, UNIGRAM)
             elif number == NORMALIZER:
                 character_map = dict(_fields(value)).get(CHARACTER_MAP, b"")
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError, AttributeError, struct.error, _Corrupt) as error:
-        raise ValueError(f"{str(path)!r} is a corrupt sentencepiece file ({error}); download it again.") from error
     if not pieces:
         raise ValueError(f"{str(path)!r} is not a sentencepiece file: it has no pieces.")
     if model_type != UNIGRAM:

@@ -1,12 +1,11 @@
 """T5's tokenizer, read from a local `tokenizer.json` or `spiece.model` by the optional package `tokenizers`."""
 
-import json
 import types
 
 import numpy as np
 
 from jvgen.models.t5.sentencepiece_file import read_vocabulary
-from jvgen.storage import Path, as_path, local_copy
+from jvgen.storage import Path, as_path, local_copy, read_json_object, reading
 
 PAD, END, UNKNOWN = 0, 1, 2
 FILES = ("tokenizer.json", "spiece.model")
@@ -65,14 +64,10 @@ def load(folder: str | Path) -> T5Tokenizer:
 
 
 def _read_json(path: Path, tokenizers: types.ModuleType):
-    text = path.read_text(encoding="utf-8")
-    try:
-        described = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not a tokenizer: {error}.") from error
-    if not isinstance(described, dict) or "model" not in described:
+    if "model" not in read_json_object(path):
         raise ValueError(f"{str(path)!r} is not a tokenizer: it describes no model.")
-    return tokenizers.Tokenizer.from_str(text)
+    with reading(path, "is not a tokenizer"):
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
 
 
 def _read_sentencepiece(path: Path, tokenizers: types.ModuleType):
