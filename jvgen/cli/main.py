@@ -11,6 +11,7 @@ from jvgen.cli import check as checking
 from jvgen.cli import compile as compiling
 from jvgen.cli import configs, data, demo, evaluate, launch, plan, play, sample, train, vae, weights
 from jvgen.cli.arguments import HelpFormatter
+from jvgen.parallel import libtpu
 from jvgen.versions import git_commit
 
 DESCRIPTION = "Pretrain video generators at pod scale: train, resume, sample, evaluate, export to PyTorch."
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if parsed.command != "launch":  # which touches no device, and may hand its environment to a job on other machines
+        libtpu.silence_without_tpu(os.environ)
     try:
         return parsed.handler(parsed) or 0
     except Exception as error:

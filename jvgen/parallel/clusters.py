@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from jvgen.config import ConfigError
+from jvgen.parallel import jax_internals
 
 COORDINATOR, PROCESSES, PROCESS_ID = "JVGEN_COORDINATOR", "JVGEN_PROCESSES", "JVGEN_PROCESS_ID"
 LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
@@ -108,8 +109,6 @@ def _slurm(env: Mapping[str, str], timeout: float, log: Callable[[str], None]) -
         return None
     if "SLURM_PROCID" not in env or "SLURM_LOCALID" not in env or int(env.get("SLURM_NTASKS", "1")) == 1:
         return None
-    from jax._src.clusters.slurm_cluster import SlurmCluster
-
     local_id = int(env["SLURM_LOCALID"])
     devices = None
     if LOCAL_DEVICES not in env:
@@ -123,7 +122,9 @@ def _slurm(env: Mapping[str, str], timeout: float, log: Callable[[str], None]) -
             )
         # With --gpus-per-task=1 a task sees one GPU, which is number 0 to it.
         devices = (0,) if gpus == 1 and tasks > 1 else (local_id,)
-    coordinator = SlurmCluster.get_coordinator_address(int(timeout), env.get("JAX_COORDINATOR_PORT"))
+    coordinator = jax_internals.cluster("SlurmCluster").get_coordinator_address(
+        int(timeout), env.get("JAX_COORDINATOR_PORT")
+    )
     address = env.get("JAX_COORDINATOR_ADDRESS", coordinator)
     return Cluster(
         "Slurm", address, int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]), devices if _gpus(env) else None
@@ -141,11 +142,10 @@ def _gpus(env: Mapping[str, str]) -> int:
 
 
 def _open_mpi(env: Mapping[str, str], timeout: float, log: Callable[[str], None]) -> Cluster | None:
-    from jax._src.clusters.ompi_cluster import OmpiCluster
-
     if "OMPI_MCA_orte_hnp_uri" not in env or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) == 1:
         return None
-    address = OmpiCluster.get_coordinator_address(int(timeout), env.get("JAX_COORDINATOR_PORT"))
+    detected = jax_internals.cluster("OmpiCluster")
+    address = detected.get_coordinator_address(int(timeout), env.get("JAX_COORDINATOR_PORT"))
     devices = (int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),) if LOCAL_DEVICES not in env and _gpus(env) > 1 else None
     address = env.get("JAX_COORDINATOR_ADDRESS", address)
     return Cluster("Open MPI", address, int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"]), devices)
@@ -156,10 +156,10 @@ def _tpu(env: Mapping[str, str], timeout: float, log: Callable[[str], None]) -> 
     if platforms and "tpu" not in platforms:
         return None
     import jax  # noqa: F401  (finds the TPUs of this VM)
-    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
 
     check_megascale(env)
-    for name, cluster in (("GKE TPU", GkeTpuCluster), ("GCE TPU", GceTpuCluster)):
+    for name in ("GKE TPU", "GCE TPU"):
+        cluster = jax_internals.cluster("GkeTpuCluster" if name == "GKE TPU" else "GceTpuCluster")
         if cluster.is_env_present():
             processes = cluster.get_process_count()
             if processes == 1:
@@ -192,15 +192,14 @@ def _kubernetes(env: Mapping[str, str], timeout: float, log: Callable[[str], Non
             "is the package kubernetes installed: this is one process alone."
         )
         return None
-    from jax._src.clusters.k8s_cluster import K8sCluster
-
-    if not K8sCluster.is_env_present():
+    cluster = jax_internals.cluster("K8sCluster")
+    if not cluster.is_env_present():
         return None
-    processes = K8sCluster.get_process_count()
+    processes = cluster.get_process_count()
     if processes == 1:
         return Cluster("Kubernetes", "", 1, 0)
-    address = K8sCluster.get_coordinator_address(int(timeout), env.get("JAX_COORDINATOR_PORT"))
-    return Cluster("Kubernetes", address, processes, K8sCluster.get_process_id())
+    address = cluster.get_coordinator_address(int(timeout), env.get("JAX_COORDINATOR_PORT"))
+    return Cluster("Kubernetes", address, processes, cluster.get_process_id())
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from jvgen import exit_codes
 from jvgen.config import ConfigError
-from jvgen.parallel import clusters
+from jvgen.parallel import clusters, jax_internals
 
 T = TypeVar("T")
 
@@ -160,14 +160,14 @@ def attach() -> None:
     """Listen for failures and requests of the other processes. `initialize` does it; needed once after
     `jax.distributed.initialize` was called directly."""
     global _listener
+    jax_internals.check_distributed_state()
     if count() > 1 and _listener is None:
         _listener = _Listener(_client())
 
 
 def _state() -> Any:
     # Public functions would start the backends, and there are none for the key-value store.
-    module = sys.modules.get("jax._src.distributed")
-    return module.global_state if module else None
+    return jax_internals.distributed_state()
 
 
 def _client() -> Any:

@@ -1,7 +1,6 @@
 """Devices of a TPU pod that this machine does not have, described by libtpu, as targets of compilation."""
 
 import dataclasses
-import importlib.util
 import os
 
 import jax
@@ -9,6 +8,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jvgen.config import ConfigError
+from jvgen.parallel import libtpu
 from jvgen.parallel.chips import Chip
 from jvgen.parallel.mesh import MeshConfig, across_slices, make_mesh
 from jvgen.parallel.pods import Pod, pod_named
@@ -52,7 +52,7 @@ class Topology:
 
 def has_compiler() -> bool:
     """Whether libtpu, which holds the TPU compiler, is installed."""
-    return importlib.util.find_spec("libtpu") is not None
+    return libtpu.is_installed()
 
 
 def describe_for(config: MeshConfig, name: str, slices: int = 1) -> tuple[Topology, Mesh]:
@@ -87,13 +87,7 @@ def describe(name: str, slices: int = 1) -> Topology:
             "describing a TPU pod needs the TPU compiler of the package libtpu, which is not installed: "
             "pip install 'jvgen[tpu]'. No TPU is needed."
         )
-    # Without these libtpu would look for TPUs and for other users of them.
-    for variable, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    }.items():
+    for variable, value in libtpu.WITHOUT_TPU.items():
         os.environ.setdefault(variable, value)
     options = {"num_slices": slices} if slices > 1 else {}
     if pod.chip.name in _CHIP_CONFIGS:

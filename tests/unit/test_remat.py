@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax._src.cudnn import fused_attention_stablehlo
+from jax._src.cudnn import fused_attention_stablehlo  # what asks the GPU; there is none here
 
 from jvgen.nn import attention as dispatcher
 from jvgen.nn.attention import attention
