@@ -150,6 +150,12 @@ def draw_timesteps(
     return jnp.clip(jnp.floor(fraction * TIMESTEPS), 0.0, TIMESTEPS - 1.0)
 
 
+def validation_timesteps(count: int, schedule: Schedule) -> np.ndarray:
+    """`count` fixed raw timesteps, float32 (count,): the middles of equal bands, as 50, 150, ... 950 for 10."""
+    middles = (np.arange(count, dtype=np.float32) + 0.5) * TIMESTEPS / count
+    return middles if schedule.config.continuous else np.floor(middles)
+
+
 def weight_table(config: ObjectiveConfig, schedule: Schedule) -> np.ndarray:
     """Loss weight of each of the 1000 timesteps, float64, mean 1 over the grid.
 

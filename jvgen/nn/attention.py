@@ -5,8 +5,6 @@ On a mesh, queries are sharded over `seq`, keys and values are gathered along it
 
 import dataclasses
 import enum
-import functools
-import logging
 from collections.abc import Callable
 
 import jax
@@ -16,11 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jvgen.kernels.attention import chunked, cpu, gpu, reference, tpu
+from jvgen.config import ConfigError
+from jvgen.kernels.attention import chunked, cpu, gpu, reference, tokamax_splash, tpu
+from jvgen.nn import kernel_report
 from jvgen.nn.stacked import ATTENTION_OUTPUT
 from jvgen.parallel import axes
-
-logger = logging.getLogger(__name__)
 
 
 class AttentionKernel(enum.Enum):
@@ -32,6 +30,8 @@ class AttentionKernel(enum.Enum):
     CPU = "cpu"  # one head at a time, float32
     GPU = "gpu"  # cuDNN
     TPU = "tpu"  # Pallas splash attention
+    TOKAMAX = "tokamax"  # splash attention of the package tokamax, for TPUs; AUTO never takes it
+    TOKAMAX_FIXED = "tokamax_fixed"  # the same with a fixed maximum: for networks that normalize queries and keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,36 +47,40 @@ SHORT_LENGTH = 512
 
 
 def choose(
-    platform: str, *, dtype: jnp.dtype, query_length: int, key_length: int, head_width: int, bias: bool = False
+    platform: str,
+    *,
+    dtype: jnp.dtype,
+    query_length: int,
+    key_length: int,
+    bias: bool = False,
+    gpu_refusal: str = "",
 ) -> Choice:
     """The kernel that AUTO stands for.
 
     Args:
-      platform: "cpu", "gpu" (or "cuda", "rocm") or "tpu": of the devices that run the program.
+      platform: "cpu", "gpu" or "tpu": of the devices that run the program.
       dtype: of query, key and value.
       query_length, key_length: tokens.
-      head_width: channels of a head.
       bias: whether there is a bias on the scores.
+      gpu_refusal: why the GPUs' own kernel cannot take these arrays, see `jvgen.kernels.attention.gpu.refusal`.
     """
     name = jnp.dtype(dtype).name
-    half = name in ("bfloat16", "float16")
     short = key_length < SHORT_LENGTH and query_length <= 4 * SHORT_LENGTH
     if bias:
-        return Choice(AttentionKernel.REFERENCE, "a bias on the scores")
+        return Choice(AttentionKernel.REFERENCE, "a bias on the scores, which no other kernel takes on all backends")
     if platform == "cpu":
         return Choice(AttentionKernel.CPU, "CPU devices")
     if platform == "tpu":
         if short:
-            return Choice(AttentionKernel.REFERENCE, f"TPU devices, only {key_length} keys")
+            return Choice(AttentionKernel.REFERENCE, f"TPU devices, fewer than {SHORT_LENGTH} keys")
         if name == "bfloat16":
-            return Choice(AttentionKernel.TPU, f"TPU devices, {key_length} keys in bfloat16")
-        return Choice(AttentionKernel.CHUNKED, f"TPU devices, {name}: the splash kernel would multiply in bfloat16")
-    if platform in ("gpu", "cuda") and gpu.supports(dtype, head_width):
-        return Choice(AttentionKernel.GPU, f"CUDA devices, heads of {head_width} in {name}")
-    unsupported = "" if half else f", {name} is not supported by cuDNN"
+            return Choice(AttentionKernel.TPU, "TPU devices")
+        return Choice(AttentionKernel.CHUNKED, "TPU devices; tpu refused: the splash kernel would multiply in bfloat16")
+    if not gpu_refusal:
+        return Choice(AttentionKernel.GPU, "CUDA devices")
     if short:
-        return Choice(AttentionKernel.REFERENCE, f"{platform} devices, only {key_length} keys{unsupported}")
-    return Choice(AttentionKernel.CHUNKED, f"{platform} devices, heads of {head_width}{unsupported}")
+        return Choice(AttentionKernel.REFERENCE, f"fewer than {SHORT_LENGTH} keys; gpu refused: {gpu_refusal}")
+    return Choice(AttentionKernel.CHUNKED, f"{platform} devices; gpu refused: {gpu_refusal}")
 
 
 def attention(
@@ -100,7 +104,7 @@ def attention(
         result for padded queries are finite and meaningless.
       causal: query i attends to keys 0..i only; needs as many queries as keys, and tokens that are not sharded.
       bias: added to the scaled scores.
-      kernel: the implementation; AUTO chooses one and logs it.
+      kernel: the implementation; AUTO chooses one. The choice is in the report of `jvgen.nn.kernel_report`.
 
     Returns:
       `B L N D` in the dtype of `query`. The softmax is float32 in every kernel.
@@ -108,6 +112,7 @@ def attention(
     Raises:
       ValueError: `valid_length` outside 1..K, a bias with a kernel that has none, or lengths or sharding that `causal`
         does not support.
+      ConfigError: a kernel that does not run on these devices or for these arrays, or is not installed.
     """
     width, key_length = query.shape[-1], key.shape[1]
     scale = width**-0.5 if scale is None else float(scale)
@@ -118,17 +123,11 @@ def attention(
     partitioner = axes.current()
     if causal:
         _check_causal(query, key, valid_length, partitioner)
-    if kernel is AttentionKernel.AUTO:
-        choice = choose(
-            axes.platform(),
-            dtype=query.dtype,
-            query_length=query.shape[1],
-            key_length=key_length,
-            head_width=width,
-            bias=bias is not None,
-        )
-        kernel = choice.kernel
-        _log_choice(choice, query.shape, key_length)
+    choice = _choice(kernel, query, key, bias is not None, causal)
+    kernel = choice.kernel
+    keys = f"{key_length} keys" if valid_length is None else f"{valid_length} of {key_length} keys"
+    keys += " before each query" * causal + " with a bias" * (bias is not None)
+    kernel_report.note("attention", query.shape, keys, query.dtype, kernel.value, choice.reason)
     if bias is not None and kernel not in (AttentionKernel.REFERENCE, AttentionKernel.GPU):
         raise ValueError(f"kernel = {kernel.value}: does not support a bias on the scores; use reference, gpu or auto.")
     run = _bound(kernel, axes.platform(), scale, valid_length, causal)
@@ -142,9 +141,19 @@ def attention(
     return output
 
 
-@functools.lru_cache
-def _log_choice(choice: Choice, shape: tuple[int, ...], key_length: int) -> None:
-    logger.info("attention %s with %d keys: kernel %s (%s)", shape, key_length, choice.kernel.value, choice.reason)
+def _choice(kernel: AttentionKernel, query: jax.Array, key: jax.Array, bias: bool, causal: bool) -> Choice:
+    """The kernel that runs, and why."""
+    platform, refused = axes.platform(), ""
+    if platform not in ("cpu", "tpu") and kernel in (AttentionKernel.AUTO, AttentionKernel.GPU):
+        refused = gpu.refusal(axes.device(), query.shape, key.shape[1], query.dtype, causal=causal, bias=bias)
+    if kernel is AttentionKernel.AUTO:
+        lengths = {"query_length": query.shape[1], "key_length": key.shape[1]}
+        return choose(platform, dtype=query.dtype, **lengths, bias=bias, gpu_refusal=refused)
+    if kernel is AttentionKernel.GPU and refused:
+        raise ConfigError(f"attention = gpu: {refused}; use auto or chunked.")
+    if kernel in (AttentionKernel.TOKAMAX, AttentionKernel.TOKAMAX_FIXED):
+        tokamax_splash.splash()
+    return Choice(kernel, "as configured")
 
 
 Run = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -159,9 +168,18 @@ def _bound(kernel: AttentionKernel, platform: str, scale: float, valid_length: i
         implementation = "xla" if platform == "cpu" else "cudnn"
         return lambda q, k, v, bias: gpu.attention(q, k, v, bias=bias, implementation=implementation, **options)
     options["residual_name"] = ATTENTION_OUTPUT
-    if kernel is AttentionKernel.TPU:
+    modules = {
+        AttentionKernel.CHUNKED: chunked,
+        AttentionKernel.CPU: cpu,
+        AttentionKernel.TPU: tpu,
+        AttentionKernel.TOKAMAX: tokamax_splash,
+        AttentionKernel.TOKAMAX_FIXED: tokamax_splash,
+    }
+    module = modules[kernel]
+    if module in (tpu, tokamax_splash):
         options["interpret"] = platform != "tpu"
-    module = {AttentionKernel.CHUNKED: chunked, AttentionKernel.CPU: cpu, AttentionKernel.TPU: tpu}[kernel]
+    if kernel is AttentionKernel.TOKAMAX_FIXED:
+        options["fixed_maximum"] = True
     return lambda q, k, v, bias: module.attention(q, k, v, **options)
 
 

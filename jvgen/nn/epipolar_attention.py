@@ -2,7 +2,6 @@
 
 import enum
 import functools
-import logging
 import math
 
 import jax
@@ -11,12 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from jvgen.config import ConfigError
 from jvgen.geometry.epipolar import Band
-from jvgen.kernels.epipolar_attention import chunked, reference, tpu
+from jvgen.kernels.attention import gpu as gpu_attention
+from jvgen.kernels.epipolar_attention import chunked, gpu, reference, tpu
+from jvgen.nn import kernel_report
 from jvgen.nn.stacked import ATTENTION_OUTPUT
 from jvgen.parallel import axes
-
-logger = logging.getLogger(__name__)
 
 
 class EpipolarKernel(enum.Enum):
@@ -25,6 +25,7 @@ class EpipolarKernel(enum.Enum):
     AUTO = "auto"  # chosen by backend, size and dtype: see `choose`
     REFERENCE = "reference"  # all scores and the whole bias at once, float32: the oracle
     CHUNKED = "chunked"  # a block of queries at a time, on any backend
+    GPU = "gpu"  # cuDNN, with the bias of some frames at a time
     TPU = "tpu"  # Pallas
 
 
@@ -32,7 +33,9 @@ class EpipolarKernel(enum.Enum):
 MAX_REFERENCE_SCORES = 2**24
 
 
-def choose(platform: str, *, dtype: jnp.dtype, scores: int, keys: int) -> tuple[EpipolarKernel, str]:
+def choose(
+    platform: str, *, dtype: jnp.dtype, scores: int, keys: int, gpu_refusal: str = ""
+) -> tuple[EpipolarKernel, str]:
     """The kernel that AUTO stands for, and why.
 
     Args:
@@ -40,12 +43,20 @@ def choose(platform: str, *, dtype: jnp.dtype, scores: int, keys: int) -> tuple[
       dtype: of query, key and value.
       scores: number of scores of all heads and frames on one device.
       keys: tokens per frame.
+      gpu_refusal: why the GPUs' own kernel cannot take these arrays, see `jvgen.kernels.attention.gpu.refusal`.
     """
-    if platform == "tpu" and jnp.dtype(dtype).name == "bfloat16" and keys >= 128:
-        return EpipolarKernel.TPU, f"TPU devices, {keys} keys in bfloat16"
+    refused = ""
+    if platform == "tpu":
+        if jnp.dtype(dtype).name == "bfloat16" and keys >= 128:
+            return EpipolarKernel.TPU, "TPU devices"
+        refused = f"; tpu refused: {jnp.dtype(dtype).name}, {keys} keys, it takes bfloat16 and 128 keys or more"
+    elif platform != "cpu":
+        if not gpu_refusal:
+            return EpipolarKernel.GPU, "CUDA devices"
+        refused = f"; gpu refused: {gpu_refusal}"
     if scores <= MAX_REFERENCE_SCORES:
-        return EpipolarKernel.REFERENCE, f"{platform} devices, only {scores} scores"
-    return EpipolarKernel.CHUNKED, f"{platform} devices, {scores} scores"
+        return EpipolarKernel.REFERENCE, f"{platform} devices, at most {MAX_REFERENCE_SCORES} scores{refused}"
+    return EpipolarKernel.CHUNKED, f"{platform} devices{refused}"
 
 
 def epipolar_attention(
@@ -63,26 +74,44 @@ def epipolar_attention(
     Args:
       query, key, value: tokens of one frame in two views.
       band: lines `B L 3`, points `K 3`, width and slope `B`, float32; treated as constants by differentiation.
-      kernel: the implementation; AUTO chooses one and logs it.
+      kernel: the implementation; AUTO chooses one. The choice is in the report of `jvgen.nn.kernel_report`.
+
+    Raises:
+      ConfigError: the kernel does not run on these devices or for these arrays.
     """
     partitioner = axes.current()
     devices = 1 if partitioner is None else partitioner.mesh.size
-    if kernel is EpipolarKernel.AUTO:
-        scores = math.prod(query.shape[:3]) * key.shape[1] // devices
-        kernel, reason = choose(axes.platform(), dtype=query.dtype, scores=scores, keys=key.shape[1])
-        _log_choice(kernel, reason, query.shape)
+    scores = math.prod(query.shape[:3]) * key.shape[1] // devices
+    kernel, reason = _choice(kernel, query, key, scores)
+    kernel_report.note("epipolar attention", query.shape, f"{key.shape[1]} keys", query.dtype, kernel.value, reason)
     run = _bound(kernel, query.shape[-1] ** -0.5, axes.platform())
     lines, points, width, slope = (jax.lax.stop_gradient(jnp.asarray(part)) for part in band)
     if partitioner is not None and devices > 1:
         run = _sharded(run, partitioner, query.shape)
     output = run(query, key, value, lines, points, width, slope)
-    return output if kernel is EpipolarKernel.TPU else checkpoint_name(output, ATTENTION_OUTPUT)
+    # What these kernels' own backward passes need is known to remat policies: a name would store a second copy.
+    named = kernel is EpipolarKernel.TPU or (kernel is EpipolarKernel.GPU and axes.platform() != "cpu")
+    return output if named else checkpoint_name(output, ATTENTION_OUTPUT)
+
+
+def _choice(kernel: EpipolarKernel, query: jax.Array, key: jax.Array, scores: int) -> tuple[EpipolarKernel, str]:
+    """The kernel that runs, and why."""
+    platform, refused = axes.platform(), ""
+    if platform not in ("cpu", "tpu") and kernel in (EpipolarKernel.AUTO, EpipolarKernel.GPU):
+        refused = gpu_attention.refusal(axes.device(), query.shape, key.shape[1], query.dtype, bias=True)
+    if kernel is EpipolarKernel.AUTO:
+        return choose(platform, dtype=query.dtype, scores=scores, keys=key.shape[1], gpu_refusal=refused)
+    if kernel is EpipolarKernel.GPU and refused:
+        raise ConfigError(f"sync.kernel = gpu: {refused}; use auto or chunked.")
+    return kernel, "as configured"
 
 
 def _bound(kernel: EpipolarKernel, scale: float, platform: str):
     if kernel is EpipolarKernel.TPU:
         options = {"residual_name": ATTENTION_OUTPUT, "interpret": platform != "tpu"}
         return functools.partial(tpu.attention, scale=scale, **options)
+    if kernel is EpipolarKernel.GPU:
+        return functools.partial(gpu.attention, scale=scale, implementation="xla" if platform == "cpu" else "cudnn")
     module = chunked if kernel is EpipolarKernel.CHUNKED else reference
     return functools.partial(module.attention, scale=scale)
 
@@ -97,8 +126,3 @@ def _sharded(run, partitioner: axes.Partitioner, shape: tuple[int, ...]):
         out_specs=tokens,
         check_vma=False,
     )
-
-
-@functools.lru_cache
-def _log_choice(kernel: EpipolarKernel, reason: str, shape: tuple[int, ...]) -> None:
-    logger.info("epipolar attention %s: kernel %s (%s)", shape, kernel.value, reason)

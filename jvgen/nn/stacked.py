@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jvgen.kernels.attention import gpu
 from jvgen.parallel import axes
 
 
@@ -26,11 +27,9 @@ class Remat(enum.Enum):
         return {"attention": cls.SAVE_ATTENTION, "matmuls": cls.SAVE_MATMULS}.get(value)
 
 
-# Names given by `jax.ad_checkpoint.checkpoint_name` inside layers. cuDNN's attention is known by its primitive instead:
-# its backward pass needs the softmax statistics too, which carry no name.
+# Names given by `jax.ad_checkpoint.checkpoint_name` inside layers.
 ATTENTION_OUTPUT = "attention_output"
 LAYER_INPUT = "layer_input"
-CUDNN_ATTENTION = "dot_product_attention_fwd"
 
 
 def checkpointed(function: Callable[..., Any], remat: Remat, *, in_scan: bool) -> Callable[..., Any]:
@@ -44,7 +43,7 @@ def checkpointed(function: Callable[..., Any], remat: Remat, *, in_scan: bool) -
     policies = jax.checkpoint_policies
     if remat is Remat.NONE:
         return function
-    attention = policies.save_from_both_policies(policies.save_only_these_names(ATTENTION_OUTPUT), _is_cudnn_attention)
+    attention = policies.save_from_both_policies(policies.save_only_these_names(ATTENTION_OUTPUT), gpu.is_cudnn_forward)
     policy = {
         Remat.SAVE_ATTENTION: attention,
         Remat.SAVE_MATMULS: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
@@ -57,10 +56,6 @@ def checkpointed(function: Callable[..., Any], remat: Remat, *, in_scan: bool) -
         ),
     }[remat]
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
-
-
-def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name.startswith(CUDNN_ATTENTION)
 
 
 def run_block(block: Any, remat: Remat, inputs: jax.Array, *more: Any) -> Any:

@@ -68,10 +68,15 @@ def current() -> Partitioner | None:
     return _current.get()
 
 
-def platform() -> str:
-    """Target of the traced program ("cpu", "gpu", "tpu"): that of the described pod when compiling ahead of time."""
+def device() -> jax.Device:
+    """A device that the traced program is for: of the described pod when compiling ahead of time."""
     partitioner = _current.get()
-    return jax.default_backend() if partitioner is None else partitioner.mesh.devices.flat[0].platform
+    return jax.local_devices()[0] if partitioner is None else partitioner.mesh.devices.flat[0]
+
+
+def platform() -> str:
+    """Target of the traced program ("cpu", "gpu", "tpu")."""
+    return device().platform
 
 
 def constrain(value: jax.Array, *axes: str | None) -> jax.Array:

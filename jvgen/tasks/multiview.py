@@ -172,9 +172,29 @@ class MultiView(TextToVideo):
             timesteps = jnp.repeat(draw_timesteps(key, len(slots), slots=slots, **drawn), views)
         else:
             timesteps = draw_timesteps(key, clean.shape[0], slots=rows["slot"], **drawn)
+        text = self.text_embeddings(parameters, frozen, self.drop_captions(batch["tokens"], key, slots))
+        weighted, plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text)
+        adapter = float(_has_cameras(batch))
+        metrics = {name: Mean(*pair) for name, pair in loss_by_band(plain, timesteps, config.objective.bands).items()}
+        for kind, share in (("cameras", adapter), ("warped", 1.0 - adapter)):
+            metrics[f"loss_{kind}"] = Mean(jnp.sum(plain) * share, jnp.float32(plain.size * share))
+        return jnp.mean(weighted), metrics
+
+    def sample_errors(
+        self,
+        parameters: Parameters,
+        frozen: Parameters,
+        batch: Batch,
+        key: jax.Array,
+        clean: jax.Array,
+        noise: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `TextToVideo.sample_errors`; one row per view, but one per example in the text."""
+        rows, config = self.rows(batch), self.config
         noisy = self.schedule.add_noise(clean, noise, timesteps)
-        tokens = self.drop_captions(batch["tokens"], key, slots)
-        text = repeat(self.text_embeddings(parameters, frozen, tokens), "b l c -> (b v) l c", v=views)
+        text = repeat(text, "b l c -> (b v) l c", v=len(clean) // len(text))
         conditioning = self.view_conditioning(batch, clean.shape, key)
         weights, adapter = {**frozen, **parameters}, float(_has_cameras(batch))
         prediction = self.denoise(weights, noisy, timesteps, text, views=conditioning, adapter=adapter)
@@ -183,11 +203,7 @@ class MultiView(TextToVideo):
             target = self.schedule.target(clean, noise, timesteps, config.objective.target)
             valid = rows["valid"][..., None] > 0
             prediction = jnp.where(valid, prediction, target.astype(prediction.dtype))
-        weighted, plain = loss_per_sample(prediction, clean, noise, timesteps, config.objective, self.schedule)
-        metrics = {name: Mean(*pair) for name, pair in loss_by_band(plain, timesteps, config.objective.bands).items()}
-        for kind, share in (("cameras", adapter), ("warped", 1.0 - adapter)):
-            metrics[f"loss_{kind}"] = Mean(jnp.sum(plain) * share, jnp.float32(plain.size * share))
-        return jnp.mean(weighted), metrics
+        return loss_per_sample(prediction, clean, noise, timesteps, config.objective, self.schedule)
 
     def rows(self, batch: Batch) -> dict[str, jax.Array]:
         """Clips (or latents), masks and slots of a batch, one row per view: `B V ...` to `(B V) ...`."""
@@ -199,12 +215,12 @@ class MultiView(TextToVideo):
         }
         return {**rows, "slot": view_slots(batch["slot"], views)}
 
-    def clean_latents(self, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
+    def clean_latents(self, frozen: Parameters, batch: Batch, key: jax.Array, sampled: bool | None = None) -> jax.Array:
         # Warped copies are pixels even if the latents of other clips are cached.
         if "latents" in batch or self.config.latents == "pixels":
-            return super().clean_latents(frozen, batch, key)
+            return super().clean_latents(frozen, batch, key, sampled)
         moments = self.encode(frozen, batch["video"])
-        return super().clean_latents(frozen, {**batch, "latents": moments}, key)
+        return super().clean_latents(frozen, {**batch, "latents": moments}, key, sampled)
 
     def view_conditioning(self, batch: Batch, latents: tuple[int, ...], key: jax.Array) -> ViewConditioning:
         """Conditioning of a batch whose latents have a shape `(B V) F H W C`: by cameras, or by homographies."""

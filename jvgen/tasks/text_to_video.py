@@ -18,6 +18,7 @@ from jvgen.diffusion.objective import (
     loss_per_sample,
     slot_keys,
     slot_normal,
+    validation_timesteps,
 )
 from jvgen.diffusion.sampler import SamplerConfig, coefficients, sample
 from jvgen.interop import schedulers
@@ -42,6 +43,7 @@ CAPTION_KEY = 16
 POSTERIOR_KEY = 17
 START_KEY = 18
 SAMPLER_KEY = 19
+VALIDATION_KEY = 21
 
 
 class TextToVideo(Task):
@@ -113,22 +115,77 @@ class TextToVideo(Task):
         timesteps = draw_timesteps(
             key, clean.shape[0], config.objective.timesteps, self.schedule, size=size, slots=slots
         )
-        noisy = self.schedule.add_noise(clean, noise, timesteps)
         text = self.text_embeddings(parameters, frozen, self.drop_captions(batch["tokens"], key, slots))
-        prediction = self.denoise(parameters, noisy, timesteps, text)
-        weighted, plain = loss_per_sample(prediction, clean, noise, timesteps, config.objective, self.schedule)
+        weighted, plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text)
         bands = loss_by_band(plain, timesteps, config.objective.bands)
         return jnp.mean(weighted), {name: Mean(*pair) for name, pair in bands.items()}
 
-    def clean_latents(self, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
-        """Normalized clean latents `B F H W C`, float32, cached or encoded in the step."""
+    def sample_errors(
+        self,
+        parameters: Parameters,
+        frozen: Parameters,
+        batch: Batch,
+        key: jax.Array,
+        clean: jax.Array,
+        noise: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Weighted and unweighted squared error `B` of the denoiser, float32, of latents with this noise added."""
+        noisy = self.schedule.add_noise(clean, noise, timesteps)
+        prediction = self.denoise(parameters, noisy, timesteps, text)
+        return loss_per_sample(prediction, clean, noise, timesteps, self.config.objective, self.schedule)
+
+    def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
+        """The training loss of held-out clips, as "loss" with its bands, and the `validation_loss`."""
+        return super().evaluate(parameters, frozen, batch, key) | self.validation_loss(parameters, frozen, batch, key)
+
+    def validation_loss(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
+        """Unweighted loss at fixed timesteps, of posterior means, with fixed noise and no caption dropped.
+
+        "validation_loss" is the mean over all timesteps, "validation_loss_t0050" that at timestep 50. The same numbers
+        are drawn in every evaluation of a run, so what changes is the network.
+        """
+        config = self.config
+        if not config.validation_timesteps:
+            return {}
+        rows = self.rows(batch)
+        clean = self.clean_latents(frozen, rows, key, sampled=False)
+        text = self.text_embeddings(parameters, frozen, batch["tokens"])
+        fixed = validation_timesteps(config.validation_timesteps, self.schedule)
+
+        def at(timestep: jax.Array) -> jax.Array:
+            own = jax.random.fold_in(jax.random.fold_in(key, VALIDATION_KEY), timestep.astype(jnp.int32))
+            noise = draw_noise(own, clean.shape, rows["slot"])
+            timesteps = jnp.full(len(clean), timestep)
+            plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text)[1]
+            return jnp.sum(plain)
+
+        # One timestep after the other: the memory of one forward pass.
+        totals, count = jax.lax.map(at, jnp.asarray(fixed)), jnp.float32(len(clean))
+        by_timestep = {
+            f"validation_loss_t{int(timestep):04d}": Mean(total, count)
+            for timestep, total in zip(fixed, totals, strict=True)
+        }
+        return {"validation_loss": Mean(jnp.sum(totals), count * len(fixed)), **by_timestep}
+
+    def rows(self, batch: Batch) -> Batch:
+        """The batch with one clip per row; a task of several views has one row per view."""
+        return batch
+
+    def clean_latents(self, frozen: Parameters, batch: Batch, key: jax.Array, sampled: bool | None = None) -> jax.Array:
+        """Normalized clean latents `B F H W C`, float32, cached or encoded in the step.
+
+        Args:
+          sampled: draw from the posterior, or take its mean; by default as `sample_posterior` says.
+        """
         if self.config.latents == "data":
             moments = batch["latents"]
         else:
             moments = self.encode(frozen, batch["video"])
         moments = moments.astype(jnp.float32)
         latents = posterior.mode(moments)
-        if self.config.sample_posterior:
+        if self.config.sample_posterior if sampled is None else sampled:
             noise = slot_normal(jax.random.fold_in(key, POSTERIOR_KEY), latents.shape, batch["slot"])
             latents = posterior.sample(moments, noise)
         return (latents - self.config.latent_shift) * self.config.latent_scale

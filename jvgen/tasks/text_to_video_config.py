@@ -35,6 +35,9 @@ class TextToVideoFields(TaskConfig):
       spatial_compression, temporal_compression: pixels (per side) and frames per latent; F frames give
         (F - 1) / temporal_compression + 1 latent frames.
       sample_posterior: sample latents from the VAE's posterior in every step; otherwise use its mean.
+      validation_timesteps: number of fixed timesteps at which an evaluation measures the "validation_loss" of every
+        clip, each with fixed noise, from posterior means and without caption dropout; 0 for none. Each costs a
+        forward pass.
       caption_dropout: fraction of captions replaced by the unconditional embedding, for classifier-free guidance.
       schedule, objective: noise levels, prediction target, timesteps and loss weights.
       sampler, guidance: defaults for generated clips.
@@ -59,6 +62,7 @@ class TextToVideoFields(TaskConfig):
     guidance: GuidanceConfig = GuidanceConfig()
     enhance: EnhanceConfig | None = None
     visualize_clips: CountOrZero = 4
+    validation_timesteps: Annotated[int, Bounds(at_least=0, at_most=1000)] = 10
 
     def validate(self) -> None:
         self.objective.check_schedule(self.schedule)

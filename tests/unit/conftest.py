@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from jvgen.cli import main as cli
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.interop.to_torch import export_network
+from jvgen.kernels.attention import gpu
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nested import map_with_path
 from jvgen.nn.network import Network
+from jvgen.parallel import axes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_VAE = ImageVAEConfig.tiny().replace(block_channels=(8, 8), groups=4)
@@ -110,3 +113,18 @@ def vae_folder(tmp_path_factory) -> Callable[[int], Path]:
         return made[seed]
 
     return folder
+
+
+@pytest.fixture
+def cuda_without_cudnn(monkeypatch) -> None:
+    """Programs are traced as for an H100 whose machine has no cuDNN; they cannot run."""
+    monkeypatch.setattr(axes, "platform", lambda: "gpu")
+    monkeypatch.setattr(gpu, "compute_capability", lambda device: (9, 0))
+
+
+@pytest.fixture
+def cuda(monkeypatch, cuda_without_cudnn) -> None:
+    """Programs are traced as for an H100 with cuDNN 9.11; they cannot run."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)

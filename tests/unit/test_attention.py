@@ -1,15 +1,17 @@
 """Every attention kernel against the reference: forward, gradient, padding, precision, and the choice of AUTO."""
 
-import logging
+import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvgen.config import ConfigError
 from jvgen.kernels.attention import chunked, cpu, gpu, reference, tpu
-from jvgen.nn import attention as dispatcher
+from jvgen.nn import kernel_report
 from jvgen.nn.attention import AttentionKernel, attention, choose
 from jvgen.nn.stacked import Remat, checkpointed
 from jvgen.preflight import topology
@@ -127,6 +129,23 @@ def test_splash_kernel_equals_reference(key, valid, width):
     assert_same(got, want, 5e-6)
 
 
+@pytest.mark.parametrize("most", [tpu.MAX_PARTS_BYTES, 0], ids=["fused", "separate"])
+def test_backward_kernels_of_splash(key, monkeypatch, most):
+    """The fused one rounds the queries' gradient of each part to bfloat16, which must not show in their sum."""
+    monkeypatch.setattr(tpu, "MAX_BLOCK", 128)
+    monkeypatch.setattr(tpu, "MAX_PARTS_BYTES", most)
+    sizes = tpu.block_sizes((1, 2, 128, 64), 1024, jnp.bfloat16, 128, 128)
+    assert sizes.use_fused_bwd_kernel == bool(most) and sizes.block_kv_dkv == (256 if most else 128)
+    inputs = arrays(key, length=128, keys=1024, heads=1, width=64, batch=1, dtype=jnp.bfloat16)
+    options = {"scale": 0.125, "valid_length": 1000}
+    got = value_and_gradients(lambda *a: tpu.attention(*a, interpret=True, **options), *inputs)
+    inputs = [a.astype(jnp.float32) for a in inputs]
+    want = value_and_gradients(lambda *a: reference.attention(*a, **options), *inputs)
+    for name, a, b in zip(("output", "d query", "d key", "d value"), got, want, strict=True):
+        error = np.asarray(a, np.float32) - np.asarray(b)
+        assert np.sqrt(np.mean(error**2)) < 4e-3 * np.sqrt(np.mean(np.square(b))), name
+
+
 def test_splash_mask_is_made_in_blocks():
     mask = tpu.ValidKeys((2**20, 2**20), 1000)
     block = mask[slice(512, 1024), slice(896, 1024)]
@@ -136,6 +155,27 @@ def test_splash_mask_is_made_in_blocks():
 @pytest.mark.parametrize("length,block", [(17920, 896), (4480, 896), (17776, 896), (130, 256), (64, 128), (2048, 1024)])
 def test_splash_blocks_pad_least(length, block):
     assert tpu.block_size(length) == block
+
+
+def rms_error(got, inputs, scale):
+    return np.sqrt(np.mean(np.square(np.asarray(got, np.float64) - numpy_attention(*inputs, scale, None))))
+
+
+# The last scale is as far from a bfloat16 as there is.
+@pytest.mark.parametrize("width,scale", [(64, 64**-0.5), (96, 96**-0.5), (128, 128**-0.5), (64, 0.12548)])
+@pytest.mark.parametrize("name", ["reference", "chunked", "cpu", "tpu"])
+def test_the_scale_rounds_at_most_once(key, name, width, scale):
+    """A scale rounded to bfloat16 before it multiplies the queries adds a second, systematic error."""
+    query, keys, value, _ = arrays(key, length=128, keys=128, heads=2, width=width, batch=1, dtype=jnp.bfloat16)
+    query, keys = 2 * query, 2 * keys
+    inputs = (query, keys, value)
+    kernels = KERNELS | {"reference": reference.attention, "tpu": functools.partial(tpu.attention, interpret=True)}
+    got = jax.jit(functools.partial(kernels[name], scale=scale))(*inputs)
+    once = jnp.asarray(query.astype(jnp.float32) * scale, jnp.bfloat16)
+    least = rms_error(reference.attention(*inputs, scale=scale), inputs, scale)
+    one_rounding = rms_error(reference.attention(once, keys, value, scale=1.0), inputs, scale)
+    assert least <= one_rounding
+    assert rms_error(got, inputs, scale) < 1.05 * one_rounding
 
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
@@ -179,37 +219,113 @@ def test_valid_length_out_of_range(key, valid):
 
 
 CHOICES = [
-    ("cpu", "float32", 1024, False, AttentionKernel.CPU),
-    ("cpu", "bfloat16", 16, False, AttentionKernel.CPU),
-    ("cpu", "float32", 64, True, AttentionKernel.REFERENCE),
-    ("tpu", "bfloat16", 17920, False, AttentionKernel.TPU),
-    ("tpu", "bfloat16", 226, False, AttentionKernel.REFERENCE),
-    ("tpu", "float32", 17920, False, AttentionKernel.CHUNKED),
-    ("gpu", "bfloat16", 17920, False, AttentionKernel.GPU),
-    ("cuda", "float16", 64, False, AttentionKernel.GPU),
-    ("gpu", "float32", 17920, False, AttentionKernel.CHUNKED),
-    ("gpu", "float32", 64, False, AttentionKernel.REFERENCE),
-    ("rocm", "bfloat16", 4096, False, AttentionKernel.CHUNKED),
+    ("cpu", "float32", 1024, False, "", AttentionKernel.CPU),
+    ("cpu", "bfloat16", 16, False, "", AttentionKernel.CPU),
+    ("cpu", "float32", 64, True, "", AttentionKernel.REFERENCE),
+    ("tpu", "bfloat16", 17920, False, "", AttentionKernel.TPU),
+    ("tpu", "bfloat16", 226, False, "", AttentionKernel.REFERENCE),
+    ("tpu", "float32", 17920, False, "", AttentionKernel.CHUNKED),
+    ("gpu", "bfloat16", 17920, False, "", AttentionKernel.GPU),
+    ("gpu", "float16", 64, False, "", AttentionKernel.GPU),
+    ("gpu", "float32", 17920, False, "float32", AttentionKernel.CHUNKED),
+    ("gpu", "float32", 64, False, "float32", AttentionKernel.REFERENCE),
 ]
 
 
-@pytest.mark.parametrize("platform,dtype,length,bias,kernel", CHOICES)
-def test_automatic_choice(platform, dtype, length, bias, kernel):
-    choice = choose(platform, dtype=jnp.dtype(dtype), query_length=length, key_length=length, head_width=64, bias=bias)
-    assert choice.kernel is kernel and choice.reason
+@pytest.mark.parametrize("platform,dtype,length,bias,refused,kernel", CHOICES)
+def test_automatic_choice(platform, dtype, length, bias, refused, kernel):
+    lengths = {"query_length": length, "key_length": length}
+    choice = choose(platform, dtype=jnp.dtype(dtype), **lengths, bias=bias, gpu_refusal=refused)
+    assert choice.kernel is kernel and choice.reason and refused in choice.reason
 
 
-def test_wide_heads_are_not_for_cudnn():
-    choice = choose("gpu", dtype=jnp.dtype("bfloat16"), query_length=4096, key_length=4096, head_width=256)
-    assert choice.kernel is AttentionKernel.CHUNKED
+# dtype, head width, compute capability -> what the refusal says; None for no refusal.
+HARDWARE = [
+    ("bfloat16", 64, (9, 0), None),
+    ("float16", 128, (8, 0), None),
+    ("bfloat16", 256, (9, 0), None),
+    ("bfloat16", 256, (12, 0), None),
+    ("bfloat16", 256, (8, 9), "heads of 256, cuDNN's kernel takes multiples of 8 up to 128 on 8.9"),
+    ("bfloat16", 264, (9, 0), "heads of 264"),
+    ("bfloat16", 100, (9, 0), "heads of 100"),
+    ("bfloat16", 64, (7, 5), "compute capability 7.5"),
+    ("float32", 64, (9, 0), "float32"),
+    ("bfloat16", 64, None, "not CUDA devices"),
+]
 
 
-def test_automatic_choice_is_logged(key, caplog):
-    dispatcher._log_choice.cache_clear()
-    query, keys, value, _ = arrays(key)
-    with caplog.at_level(logging.INFO):
-        attention(query, keys, value)
-    assert "56 keys: kernel cpu (CPU devices)" in caplog.text
+@pytest.mark.parametrize("dtype,width,capability,said", HARDWARE)
+def test_what_cudnn_has_no_kernel_for(dtype, width, capability, said):
+    found = gpu.hardware_refusal(jnp.dtype(dtype), width, capability)
+    assert said in found if said else not found
+
+
+@pytest.mark.parametrize("reported,found", [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), (None, None)])
+def test_compute_capability_is_that_of_cuda_devices(reported, found):
+    assert gpu.compute_capability(types.SimpleNamespace(compute_capability=reported)) == found
+
+
+def wide(length=600, width=64, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((1, length, 2, width), dtype)
+
+
+def report_of(function, *arrays):
+    with kernel_report.collecting(kernel_report.KernelReport()) as report:
+        # A function that was traced before would not be traced again.
+        jax.eval_shape(lambda *arrays: function(*arrays), *arrays)
+    return report.lines
+
+
+def test_without_cudnn_the_chunked_kernel_runs_and_the_report_says_so(cuda_without_cudnn):
+    assert report_of(attention, *[wide()] * 3) == [
+        "attention of 1x600x2x64 over 600 keys in bfloat16: kernel chunked (gpu devices; gpu refused: cuDNN attention: "
+        "cuDNN is not detected.)"
+    ]
+    with pytest.raises(ConfigError, match="attention = gpu: cuDNN attention: cuDNN is not detected"):
+        report_of(functools.partial(attention, kernel=AttentionKernel.GPU), *[wide()] * 3)
+
+
+@pytest.mark.parametrize("width,kernel", [(64, "gpu"), (256, "gpu"), (512, "chunked")])
+def test_with_cudnn_its_kernel_runs(cuda, width, kernel):
+    (line,) = report_of(attention, *[wide(width=width)] * 3)
+    assert f"kernel {kernel} (" in line
+
+
+def test_the_report_names_each_kind_of_call_once():
+    def twice(query, key, value):
+        first = attention(query, key, value, valid_length=500)
+        return attention(first, key, value, valid_length=500) + attention(query, key, value, causal=True)
+
+    assert report_of(twice, *[wide(dtype=jnp.float32)] * 3) == [
+        "attention of 1x600x2x64 over 500 of 600 keys in float32: kernel cpu (CPU devices)",
+        "attention of 1x600x2x64 over 600 keys before each query in float32: kernel cpu (CPU devices)",
+    ]
+    chosen = functools.partial(attention, kernel=AttentionKernel.CHUNKED)
+    assert report_of(chosen, *[wide()] * 3)[0].endswith("kernel chunked (as configured)")
+
+
+def test_announced_kernels_are_printed(capsys):
+    with kernel_report.announced():
+        for _ in range(2):
+            jax.eval_shape(lambda *arrays: attention(*arrays), *[wide()] * 3)
+    jax.eval_shape(lambda *arrays: attention(*arrays), *[wide(length=700)] * 3)
+    said = "kernels: attention of 1x600x2x64 over 600 keys in bfloat16: kernel cpu (CPU devices)\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length,keys,valid", [(40, 56, 41), (39, 57, None), (41, 41, None)])
+def test_odd_lengths_are_padded_for_cudnn(key, length, keys, valid, causal):
+    """JAX refuses them in training."""
+    if causal and length != keys:
+        length = keys = valid or keys
+        valid = None
+    inputs = arrays(key, length=length, keys=keys)
+    options = {"scale": 0.2, "valid_length": valid, "causal": causal}
+    with jax.numpy_dtype_promotion("standard"):
+        got = value_and_gradients(lambda *a: KERNELS["gpu"](*a, **options), *inputs)
+    want = value_and_gradients(lambda *a: reference.attention(*a, **options), *inputs)
+    assert_same(got, want, 3e-6)
 
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.CPU, AttentionKernel.CHUNKED])

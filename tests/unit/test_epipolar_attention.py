@@ -7,14 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen.geometry.epipolar import Band, EpipolarBias, band, epipolar_bias, token_points, unit_lines
-from jvgen.kernels.epipolar_attention import chunked, reference, tpu
+from jvgen.config import ConfigError
+from jvgen.geometry.cameras import Cameras
+from jvgen.geometry.epipolar import (
+    Band,
+    EpipolarBias,
+    band,
+    epipolar_bias,
+    epipolar_lines,
+    fundamental_matrices,
+    token_points,
+    unit_lines,
+)
+from jvgen.kernels.epipolar_attention import chunked, gpu, reference, tpu
+from jvgen.nn import kernel_report
 from jvgen.nn.epipolar_attention import EpipolarKernel, choose, epipolar_attention
 from jvgen.preflight import topology
 
 GRID, SIZE = (9, 17), (90, 160)  # 153 tokens: no multiple of any block
 KERNELS = {
     "chunked": functools.partial(chunked.attention, block=64),
+    "gpu": functools.partial(gpu.attention, implementation="xla"),
+    "gpu-by-frame": functools.partial(gpu.attention, implementation="xla", max_bias_bytes=1),
     "tpu": functools.partial(tpu.attention, interpret=True, largest_block=128),
 }
 
@@ -62,7 +76,9 @@ def expected():
 @pytest.mark.parametrize("name", list(KERNELS))
 @pytest.mark.parametrize("form", list(EpipolarBias))
 def test_kernels_agree_with_the_reference(name, form, expected):
-    made = output_and_gradients(KERNELS[name], inputs(), some_band(form))
+    # JAX's own attention mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        made = output_and_gradients(KERNELS[name], inputs(), some_band(form))
     for what, ours, theirs in zip(("output", "query", "key", "value"), made, expected[form], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-6 * np.abs(theirs).max() + 1e-7, rtol=0, err_msg=what)
 
@@ -78,7 +94,8 @@ def test_the_reference_adds_the_bias_of_the_geometry():
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_bfloat16_stays_near_float32(name, expected):
     arrays = inputs(dtype=jnp.bfloat16)
-    made = output_and_gradients(KERNELS[name], arrays, some_band(EpipolarBias.SOFT))
+    with jax.numpy_dtype_promotion("standard"):
+        made = output_and_gradients(KERNELS[name], arrays, some_band(EpipolarBias.SOFT))
     exact = output_and_gradients(
         reference.attention, [a.astype(jnp.float32) for a in arrays], some_band(EpipolarBias.SOFT)
     )
@@ -107,17 +124,106 @@ def test_tiles_outside_all_bands_are_skipped():
     np.testing.assert_allclose(ours, exact, atol=1e-5)
 
 
-def test_the_dispatcher_chooses():
-    bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
-    assert choose("tpu", dtype=bfloat16, scores=10**9, keys=1350)[0] is EpipolarKernel.TPU
-    assert choose("tpu", dtype=float32, scores=10**9, keys=1350)[0] is EpipolarKernel.CHUNKED
-    assert choose("gpu", dtype=bfloat16, scores=10**9, keys=1350)[0] is EpipolarKernel.CHUNKED
-    assert choose("cpu", dtype=float32, scores=10**5, keys=64)[0] is EpipolarKernel.REFERENCE
+def camera_lines(grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Lines of 4 pairs of random cameras, unit normals."""
+    rng = np.random.default_rng(0)
+    rotations = np.linalg.qr(rng.standard_normal((2, 4, 3, 3)))[0]
+    rotations *= np.linalg.det(rotations)[..., None, None]
+    places = rng.standard_normal((2, 4, 3, 1))
+    focal = np.broadcast_to(np.float32([0.8, 1.2, 0.5, 0.5]), (4, 4))
+    pair = [
+        Cameras(jnp.asarray(focal), jnp.float32(np.concatenate(rt, -1))) for rt in zip(rotations, places, strict=True)
+    ]
+    return np.asarray(unit_lines(epipolar_lines(fundamental_matrices(*pair, size), token_points(grid, size))))
+
+
+def far_lines(kind: str) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+    """Lines of which some, or all, are farther from the image than a bias of -1e4; the grid and size of the image."""
+    grid, size = (12, 32), (480, 720)
+    if kind == "cameras":
+        return camera_lines(grid, size), grid, size
+    rng = np.random.default_rng(2)
+    angles = rng.uniform(0, np.pi, (2, 384))
+    places = rng.uniform(-400, 400, (2, 384))
+    far = {"a block": slice(128, 256), "some of a block": slice(100, 150), "all": slice(None)}[kind]
+    places[:, far] = rng.choice([-1, 1], places[:, far].shape) * rng.uniform(1.5e5, 4e5, places[:, far].shape)
+    # Nearly upright lines on one side: all tiles, which are rows of the image, are about as far.
+    angles[:, far], places[1, far] = 0.005, np.abs(places[1, far])
+    return np.stack([np.cos(angles), np.sin(angles), places], axis=-1).astype(np.float32), grid, size
+
+
+@pytest.mark.parametrize("kind", ["cameras", "a block", "some of a block", "all"])
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_lines_far_outside_the_image_attend_to_the_nearest_keys(name, kind):
+    lines, grid, size = far_lines(kind)
+    made = band(jnp.float32(lines), grid, size, form=EpipolarBias.ABSOLUTE, width=6.0)
+    assert kind == "cameras" or np.asarray(epipolar_bias(made)).max(axis=-1).min() < -1e4
+    rng = np.random.default_rng(0)
+    arrays = tuple(jnp.float32(rng.standard_normal((len(lines), 384, 1, 8))) for _ in range(3))
+    with jax.numpy_dtype_promotion("standard"):
+        ours = output_and_gradients(KERNELS[name], arrays, made)
+    exact = output_and_gradients(reference.attention, arrays, made)
+    # A distance of 4e5 pixels is known to 0.03 of them.
+    tolerance = 1e-4 if kind == "cameras" else 5e-3
+    for mine, theirs in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
+
+
+def test_the_scale_is_exact_on_tpus():
+    """Of head width 96, 1 / sqrt(96) times a bfloat16 is none."""
+    arrays = inputs(width=96, dtype=jnp.bfloat16)
+    query, key, value = (a.astype(jnp.float32) for a in arrays)
+    made = some_band(EpipolarBias.ABSOLUTE)
+    attend = functools.partial(tpu.attention, interpret=True, largest_block=128)
+
+    def gap(query, key, value, scale):
+        exact = reference.attention(*(a.astype(jnp.float32) for a in (query, key, value)), *made, scale=96**-0.5)
+        ours = jax.jit(functools.partial(attend, scale=scale))(query, key, value, *made).astype(jnp.float32)
+        return float(jnp.sqrt(jnp.mean((ours - exact) ** 2)))
+
+    rounded = (query * 96**-0.5).astype(jnp.bfloat16)
+    ours = gap(*arrays, 96**-0.5)
+    exact = reference.attention(query, key, value, *made, scale=96**-0.5)
+    of_rounded = jax.jit(functools.partial(attend, scale=1.0))(rounded, *arrays[1:], *made).astype(jnp.float32)
+    assert ours < 0.9 * float(jnp.sqrt(jnp.mean((of_rounded - exact) ** 2)))
+
+
+CHOICES = [
+    ("tpu", "bfloat16", 10**9, 1350, "", EpipolarKernel.TPU),
+    ("tpu", "float32", 10**9, 1350, "", EpipolarKernel.CHUNKED),
+    ("tpu", "bfloat16", 10**5, 64, "", EpipolarKernel.REFERENCE),
+    ("gpu", "bfloat16", 10**9, 1350, "", EpipolarKernel.GPU),
+    ("gpu", "float32", 10**9, 1350, "float32", EpipolarKernel.CHUNKED),
+    ("gpu", "bfloat16", 10**5, 64, "cuDNN is not detected", EpipolarKernel.REFERENCE),
+    ("cpu", "float32", 10**5, 64, "", EpipolarKernel.REFERENCE),
+]
+
+
+@pytest.mark.parametrize("platform,dtype,scores,keys,refused,kernel", CHOICES)
+def test_automatic_choice(platform, dtype, scores, keys, refused, kernel):
+    chosen, reason = choose(platform, dtype=jnp.dtype(dtype), scores=scores, keys=keys, gpu_refusal=refused)
+    assert chosen is kernel and reason and refused in reason
+
+
+@pytest.mark.parametrize("kernel", [EpipolarKernel.CHUNKED, EpipolarKernel.GPU, EpipolarKernel.TPU])
+def test_the_dispatcher_runs_the_kernel(kernel):
     arrays, made = inputs(), some_band(EpipolarBias.SOFT)
-    exact = jax.jit(epipolar_attention)(*arrays, made)
-    for kernel in (EpipolarKernel.CHUNKED, EpipolarKernel.TPU):
+    exact = jax.jit(lambda *a: epipolar_attention(*a))(*arrays, made)
+    with kernel_report.collecting(kernel_report.KernelReport()) as report, jax.numpy_dtype_promotion("standard"):
         ours = jax.jit(functools.partial(epipolar_attention, kernel=kernel))(*arrays, made)
-        np.testing.assert_allclose(ours, exact, atol=1e-5)
+    np.testing.assert_allclose(ours, exact, atol=1e-5)
+    assert report.lines == [
+        f"epipolar attention of 2x153x2x16 over 153 keys in float32: kernel {kernel.value} (as configured)"
+    ]
+
+
+def test_without_cudnn_the_report_says_what_runs(cuda_without_cudnn):
+    arrays, made = inputs(dtype=jnp.bfloat16), some_band(EpipolarBias.SOFT)
+    with kernel_report.collecting(kernel_report.KernelReport()) as report:
+        jax.eval_shape(lambda *a: epipolar_attention(*a), *arrays, made)
+    assert "kernel reference" in report.lines[0] and "cuDNN is not detected" in report.lines[0]
+    with pytest.raises(ConfigError, match="sync.kernel = gpu: cuDNN attention: cuDNN is not detected"):
+        jax.eval_shape(functools.partial(epipolar_attention, kernel=EpipolarKernel.GPU), *arrays, made)
 
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")

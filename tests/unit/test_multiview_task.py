@@ -203,6 +203,16 @@ def test_masked_pixels_of_a_copy_have_no_error(task, parameters, frozen, loss):
     assert 0 < float(half) < float(full), "the mean is over all elements, as released"
 
 
+def test_validation_loss_of_pairs(parameters, frozen):
+    """The mean over views and fixed timesteps; as in training, what is outside a copy has no error."""
+    task = CONFIG.replace(validation_timesteps=2).build()
+    batch = {name: value[:1] for name, value in batch_of(task, WARPED).items()}
+    run = jax.jit(lambda batch: task.validation_loss(parameters, frozen, batch, jax.random.key(5)))
+    whole, nothing = (to_host(run({**batch, "valid": jnp.full_like(batch["valid"], share)})) for share in (1, 0))
+    assert set(whole) == {"validation_loss", "validation_loss_t0250", "validation_loss_t0750"}
+    assert min(whole.values()) > 0 and set(nothing.values()) == {0.0}
+
+
 def test_views_have_their_own_random_numbers():
     slots = np.asarray(view_slots(jnp.arange(5, dtype=jnp.int32), 3))
     assert len(set(slots.tolist())) == 15

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
+from jvgen.data.stream import exclusions
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.plan import Plan
@@ -292,6 +293,37 @@ def test_kinds_can_be_left_out_by_source_and_by_weight():
     assert Plan(settings, [index_of(20, kind=kinds)], 0).records(0) == {("a", "static"): 10}
     settings = config(buckets=(bucket(),), sources=1, kind_weights={"dynamic": 0.0})
     assert Plan(settings, [index_of(20, kind=kinds)], 0).records(0) == {("set0", "static"): 10}
+
+
+# Ids as the builders make them of RLDS shards, RoboNet's own files, and iVideoGPT's npz files.
+ROBONET_IDS = [
+    "robo_net-train.tfrecord-00000-of-01024/000001/berkeley_sawyer_traj11106", "penn_kuka_traj280.hdf5",
+    "robo_net/train_eps_00009935.npz", "berkeley_sawyer_traj1110.hdf5", "train_eps_00000001.npz",
+]  # fmt: skip
+
+
+def test_test_recordings_of_other_data_sets_are_left_out():
+    index = dataclasses.replace(index_of(5), id=np.array(ROBONET_IDS))
+    data = config((bucket(batch_size=2),), sources=1)
+    excluding = data.replace(sources=(data.sources[0].replace(exclude="robonet_test"),))
+    plan = Plan(excluding, [index], 0)
+    assert {int(row) for step in range(4) for row in plan.at(step).row} == {3, 4}
+    assert {int(row) for step in range(5) for row in Plan(data, [index], 0).at(step).row} == {0, 1, 2, 3, 4}
+    assert plan.digest != Plan(data, [index], 0).digest
+    with pytest.raises(ValueError, match="exclude = 'robonet_test' names none of its 20 records.*'r0-0'"):
+        Plan(excluding, [index_of(20)], 0)
+
+
+def test_lists_of_excluded_recordings(tmp_path):
+    names = exclusions.read("robonet_test")
+    assert len(names) == 2 * 126 and {"berkeley_sawyer_traj63759", "train_eps_00009935"} < names
+    (tmp_path / "mine.txt").write_text("# ours\na b\nc\n")
+    assert exclusions.read(str(tmp_path / "mine.txt")) == {"a", "b", "c"}
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(ValueError, match="has no names"):
+        exclusions.read(str(tmp_path / "empty.txt"))
+    with pytest.raises(ValueError, match="exclude = 'nowhere.txt': name a text file, or one of the lists robonet_test"):
+        exclusions.read("nowhere.txt")
 
 
 @pytest.mark.parametrize(

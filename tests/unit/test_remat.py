@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax._src.cudnn import fused_attention_stablehlo  # what asks the GPU; there is none here
 
-from jvgen.nn import attention as dispatcher
+from jvgen.geometry.epipolar import Band
+from jvgen.kernels.attention import gpu
 from jvgen.nn.attention import attention
+from jvgen.nn.epipolar_attention import epipolar_attention
 from jvgen.nn.linear import Linear
-from jvgen.nn.stacked import CUDNN_ATTENTION, Remat, Stacked, checkpointed, run_block
+from jvgen.nn.stacked import Remat, Stacked, checkpointed, run_block
 from jvgen.parallel import axes
 from jvgen.parallel.axes import EMBED
 from jvgen.parallel.mesh import MeshConfig, make_mesh
@@ -81,15 +82,6 @@ def test_blocks_outside_of_a_scan_are_computed_again_on_a_tpu(network):
     assert found[Remat.FULL] > 1.2 * found[Remat.NONE]
 
 
-@pytest.fixture
-def cuda(monkeypatch):
-    """Programs are traced as for an H100 with cuDNN 9.11; they cannot run."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
-    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
-    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
-    monkeypatch.setattr(dispatcher.axes, "platform", lambda: "gpu")
-
-
 def count_primitives(jaxpr: Any) -> Counter:
     """Primitives by name in a jaxpr and all that it calls."""
     found: Counter = Counter()
@@ -103,16 +95,24 @@ def count_primitives(jaxpr: Any) -> Counter:
     return found
 
 
+def along_lines(query, key, value):
+    """Epipolar attention of odd lengths, which are padded for cuDNN."""
+    lines = jnp.ones((query.shape[0], query.shape[1], 3)) * jnp.asarray([0.6, 0.8, -1.0])
+    points = jnp.ones((key.shape[1], 3))
+    return epipolar_attention(query, key, value, Band(lines, points, jnp.ones(2), jnp.ones(2)))
+
+
 @pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2)], ids=["one_device", "mesh"])
 @pytest.mark.parametrize(
     ("remat", "forward"), [(Remat.NONE, 2), (Remat.SAVE_ATTENTION, 2), (Remat.SAVE_MATMULS, 2), (Remat.FULL, 4)]
 )
-def test_cudnn_attention_is_computed_once(cuda, remat, forward, mesh):
+@pytest.mark.parametrize("attend", [attention, along_lines])
+def test_cudnn_attention_is_computed_once(cuda, attend, remat, forward, mesh):
     """Under FULL twice, as everything is."""
     partitioner = None if mesh is None else Sharding(make_mesh(mesh, jax.devices()[:2]))
 
     def layer(x):
-        return jnp.tanh(x) + attention(x * 1.5, x, x * 2)
+        return jnp.tanh(x) + attend(x * 1.5, x, x * 2)
 
     def loss(x):
         with axes.partitioned(partitioner):
@@ -120,7 +120,18 @@ def test_cudnn_attention_is_computed_once(cuda, remat, forward, mesh):
                 x = checkpointed(layer, remat, in_scan=False)(x)
         return jnp.sum(x.astype(jnp.float32))
 
-    traced = jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 64, 2, 64), jnp.bfloat16))
+    traced = jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 63, 2, 64), jnp.bfloat16))
     counts = count_primitives(traced.jaxpr)
     found = {name: count for name, count in counts.items() if "dot_product_attention" in name}
-    assert found == {f"{CUDNN_ATTENTION}_wrapper": forward, "dot_product_attention_bwd_wrapper": 2}
+    assert found == {f"{gpu.FORWARD}_wrapper": forward, "dot_product_attention_bwd_wrapper": 2}
+
+
+@pytest.mark.parametrize("attend", [attention, along_lines])
+def test_cudnn_attention_lowers_to_its_kernels(cuda, attend):
+    """What XLA gets for CUDA: cuDNN's calls, and nowhere the scores of all heads."""
+    x = jax.ShapeDtypeStruct((2, 63, 2, 32), jnp.bfloat16)
+    grad = jax.grad(lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32)), argnums=(0, 1, 2))
+    text = jax.jit(grad).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    call = "__cudnn$fmhaScaleBiasSoftmax" if attend is along_lines else "__cudnn$fmhaSoftmax"
+    assert f"@{call}(" in text and f"@{call}Backward(" in text
+    assert "2x2x63x63x" not in text and "2x2x64x64x" not in text

@@ -156,7 +156,9 @@ def as_serialized(frames: np.ndarray, start: float) -> bytes:
         "reward": features.Scalar(dtype=np.float32),
         "is_last": np.bool_,
     }  # fmt: skip
-    described = features.FeaturesDict({"steps": features.Dataset(step), "metadata": {"file": features.Text()}})
+    described = features.FeaturesDict(
+        {"steps": features.Dataset(step), "episode_metadata": {"file_path": features.Text()}}
+    )
     steps = {
         "observation": {
             "image": [encode_image(frame) for frame in frames], "natural_language_instruction": [b"close it"] * count
@@ -169,7 +171,9 @@ def as_serialized(frames: np.ndarray, start: float) -> bytes:
         "is_last": np.arange(count) == count - 1,
     }  # fmt: skip
     serializer = ExampleSerializer(described.get_serialized_info())
-    return serializer.serialize_example({"steps": steps, "metadata": {"file": b"a"}})
+    return serializer.serialize_example(
+        {"steps": steps, "episode_metadata": {"file_path": f"/a/sawyer_traj{start:.0f}.hdf5"}}
+    )
 
 
 def as_tfrecord(records: list[bytes]) -> bytes:
@@ -197,12 +201,12 @@ def test_episodes_of_tfds_are_read_without_tensorflow(rlds, tmp_path):
     assert summary.counts == {"train": {"dynamic": 3}}
     source = open_source(tmp_path / "data", "train")
     found = {record.id: record for record in map(source.read, range(3))}
-    first = found["toy-train.tfrecord-00000-of-00001/000001"]
+    first = found["toy-train.tfrecord-00000-of-00001/000001/sawyer_traj100"]
     assert first.captions == ("close it",) and (first.frames, first.height) == (5, 16)
     # Parts of an action are put side by side in the order of their names.
     np.testing.assert_allclose(first.actions[2], [7, 106, 107, 108])
     assert first.rewards.tolist() == [0, 1, 2, 3, 4]
-    last = found["toy-test.array_record-00000-of-00001/000000"]
+    last = found["toy-test.array_record-00000-of-00001/000000/sawyer_traj200"]
     seen = decode_window(last.clips[0], range(5))
     assert np.abs(seen.astype(int) - pixels(5, seed=2)).mean() < 2 and last.actions[0, 1] == 200
 
@@ -306,6 +310,7 @@ def test_the_mix_is_the_published_one():
     assert len(chosen) == 39 and sum(source.weight for source in chosen) == pytest.approx(1.0)
     assert {source.path: source.frame_stride for source in chosen}["data/oxe/toto"] == 10
     assert sum(source.weight for source in sources("data/oxe")) == pytest.approx(1.0)
+    assert [source.path for source in chosen if source.exclude == "robonet_test"] == ["data/oxe/robo_net"]
 
 
 # Real files.

@@ -11,7 +11,7 @@ import pytest
 
 from jvgen.config import validate_tree
 from jvgen.diffusion.guidance import GuidanceConfig
-from jvgen.diffusion.objective import ObjectiveConfig
+from jvgen.diffusion.objective import ObjectiveConfig, draw_noise, validation_timesteps
 from jvgen.diffusion.sampler import SamplerConfig, grid
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.interop.to_torch import export_network
@@ -22,7 +22,7 @@ from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text import TextConfig
-from jvgen.tasks.text_to_video import TextToVideoConfig
+from jvgen.tasks.text_to_video import VALIDATION_KEY, TextToVideoConfig
 from jvgen.training.step import accumulate
 from jvgen.training.telemetry.metrics import to_host
 
@@ -87,6 +87,38 @@ def test_bands_of_timesteps_add_up_to_the_loss(parameters):
     loss, metrics = jax.jit(task.loss)(parameters, {}, batch, key)
     total, count = (sum(float(getattr(pair, part)) for pair in metrics.values()) for part in ("total", "count"))
     assert count == BUCKET.batch_size and total / count == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_validation_loss_is_at_fixed_timesteps_without_dropped_captions(parameters):
+    """It is the plain error of the mean of the posterior; the training loss beside it drops captions and draws."""
+    key, batch = jax.random.key(5), batch_of()
+    training = CONFIG.replace(caption_dropout=0.9, sample_posterior=True, validation_timesteps=2)
+    plain = training.replace(caption_dropout=0.0, sample_posterior=False)
+    found, other = (to_host(jax.jit(one.build().evaluate)(parameters, {}, batch, key)) for one in (training, plain))
+    for name in ("validation_loss", "validation_loss_t0250", "validation_loss_t0750"):
+        assert found[name] == pytest.approx(other[name], rel=1e-5)
+    assert found["loss"] != pytest.approx(other["loss"], rel=1e-3)
+    halves = found["validation_loss_t0250"], found["validation_loss_t0750"]
+    assert halves[0] != halves[1] and found["validation_loss"] == pytest.approx(sum(halves) / 2)
+    assert "validation_loss" not in CONFIG.replace(validation_timesteps=0).build().validation_loss({}, {}, {}, key)
+
+    @jax.jit
+    def explicit(parameters, batch):
+        task = plain.build()
+        clean = (batch["latents"][..., :4] - 0.25) * 2.0
+        noise = draw_noise(jax.random.fold_in(jax.random.fold_in(key, VALIDATION_KEY), 250), clean.shape)
+        text, times = task.text_embeddings(parameters, {}, batch["tokens"]), jnp.full(4, 250.0)
+        velocity = task.denoise(parameters, 0.75 * clean + 0.25 * noise, times, text)
+        return jnp.mean(jnp.square(velocity - (noise - clean)))
+
+    assert found["validation_loss_t0250"] == pytest.approx(float(explicit(parameters, batch)), rel=1e-4)
+
+
+def test_timesteps_of_the_validation_loss():
+    discrete, continuous = (ScheduleConfig(kind=kind).build() for kind in ("cogvideox", "rectified_flow"))
+    assert validation_timesteps(10, discrete).tolist() == list(range(50, 1000, 100))
+    assert validation_timesteps(3, discrete).tolist() == [166, 500, 833]
+    np.testing.assert_allclose(validation_timesteps(3, continuous), [1000 / 6, 500, 5000 / 6], rtol=1e-6)
 
 
 def test_captions_are_dropped_per_slot(key):

@@ -5,7 +5,7 @@ import functools
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +24,12 @@ class RawEpisode(NamedTuple):
     Attributes:
       arrays: by name; frames may be `EncodedFrames`.
       captions: language instructions.
+      recording: name of the file that an RLDS episode was converted from, without its suffix; "" if it does not say.
     """
 
     arrays: dict[str, Any]
     captions: tuple[str, ...] = ()
+    recording: str = ""
 
 
 class Episode(NamedTuple):
@@ -192,7 +194,9 @@ def _read_steps(read: Callable[[], bytes]) -> RawEpisode:
             arrays[short] = EncodedFrames(tuple(value))
         elif short in INSTRUCTIONS and value[0]:
             captions.append(value[0].decode(errors="replace"))
-    return RawEpisode(_join_actions(arrays), tuple(captions))
+    paths = [feature.bytes_list.value for name, feature in features.items() if name.endswith("metadata/file_path")]
+    recording = paths[0][0].decode(errors="replace") if paths and len(paths[0]) == 1 else ""
+    return RawEpisode(_join_actions(arrays), tuple(captions), PurePosixPath(recording).stem)
 
 
 def _join_actions(arrays: dict[str, Any]) -> dict[str, Any]:

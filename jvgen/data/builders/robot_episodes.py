@@ -141,13 +141,14 @@ def _splits(names: Sequence[str], validation: float) -> dict[str, str]:
 
 
 def _record(options: EpisodeOptions, episode: Episode) -> Record:
-    arrays, captions = episode.read()
+    arrays, captions, recording = episode.read()
     frames, actions, rewards = frames_and_actions(arrays, options)
     folder = Path(episode.name).parent.name
     if not captions and folder and not any(mark in folder for mark in NOT_CAPTIONS):
         captions = (folder.replace("-", " ").replace("_", " "),)
     return Record(
-        id=episode.name,
+        # Lists of recordings (`SourceConfig.exclude`) name those that an episode was converted from.
+        id=f"{episode.name}/{recording}" if recording else episode.name,
         kind="dynamic",
         clips=(
             encode_video(

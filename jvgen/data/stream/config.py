@@ -24,6 +24,8 @@ class SourceConfig(Config):
       kinds: use only records of these kinds; empty for all.
       frame_stride: stride of the source itself, by which strides of buckets are multiplied, so that recordings at
         different frame rates move at similar speeds. Recordings that are too short use the largest stride that fits.
+      exclude: leave out the recordings that a list names, such as another data set's test recordings: "robonet_test",
+        or a text file of names. A name is a part of a record's id, without its suffix. None leaves out nothing.
     """
 
     renamed_fields: ClassVar[dict[str, str]] = {"step": "frame_stride"}
@@ -33,6 +35,7 @@ class SourceConfig(Config):
     weight: Annotated[float, Bounds(above=0, fix="remove the source to give it no share")] = 1.0
     kinds: tuple[Kind, ...] = ()
     frame_stride: Frames = 1
+    exclude: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

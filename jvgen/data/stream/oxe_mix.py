@@ -31,6 +31,8 @@ WEIGHTS = {
     "language_table": 0.05,
     "stanford_mask_vit_converted_externally_to_rlds": 0.05,
 }
+# Episodes that other data sets test on; see `SourceConfig.exclude`.
+EXCLUDED = {"robo_net": "robonet_test"}
 SMALL_SHARE = 0.20
 SOMETHING_SHARE = 0.15
 
@@ -82,7 +84,7 @@ def weights(*, something: bool) -> dict[str, float]:
 
 
 def sources(folder: str, *, something: str | None = None, split: str = "train") -> tuple[SourceConfig, ...]:
-    """The mix as sources of a run.
+    """The mix as sources of a run. The 126 episodes of RoboNet's test set are left out of `robo_net`, as published.
 
     Args:
       folder: folder with one data set per entry, under its name (see `jvgen data build robot-episodes`).
@@ -92,7 +94,11 @@ def sources(folder: str, *, something: str | None = None, split: str = "train") 
     shares = weights(something=something is not None)
     chosen = [
         SourceConfig(
-            path=f"{folder}/{entry.name}", split=split, weight=shares[entry.name], frame_stride=entry.frame_stride
+            path=f"{folder}/{entry.name}",
+            split=split,
+            weight=shares[entry.name],
+            frame_stride=entry.frame_stride,
+            exclude=EXCLUDED.get(entry.name),
         )
         for entry in MIX
     ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
-from jvgen.data.stream import counter
+from jvgen.data.stream import counter, exclusions
 from jvgen.data.stream.augment import UNIFORMS, Augmentation
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.mixture import Interleave, check_kind_weights, pool_weights
@@ -294,6 +294,7 @@ class Plan:
         # Fields that were added later count only if used, so that digests of older runs stay the same.
         for source, hashed in zip(self.sources, sources, strict=True):
             hashed |= {"step": source.frame_stride} if source.frame_stride != 1 else {}
+            hashed |= {"exclude": exclusions.digest(source.exclude)} if source.exclude is not None else {}
         for hashed in buckets:
             for name, unused in (("segment", None), ("begins", 0), ("ends", None)):
                 if hashed[name] == unused:

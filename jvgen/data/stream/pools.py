@@ -8,6 +8,7 @@ import numpy as np
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.exclusions import excluded_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,15 @@ def _rules(
         )
         if excluded
     ]
+    if source.exclude is not None:
+        listed = excluded_rows(source.exclude, index)
+        if not listed.any():
+            raise ValueError(
+                f"{source.path} [{source.split}]: exclude = {source.exclude!r} names none of its {len(index)} records "
+                f"(the first is {str(index.id[0]) if len(index) else 'none'!r}). Build the data set again, so that ids "
+                "have the names of recordings, or set exclude = none if it has none of these recordings."
+            )
+        rules.append((f"left out by exclude = {source.exclude!r}", listed))
     cached = index.latent_frames > 0
     compressed = cached & (index.latent_frames != index.frames)
     small = (index.height < bucket.height) | (index.width < bucket.width)

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.typing import DTypeLike
 
 LANES = 128
 MAX_BLOCK = 1024
 # For heads wider than the lanes: a block of 1024 tokens with 512 channels does not fit into VMEM.
 MAX_WIDE_BLOCK = 512
+# The fused backward kernel writes a part of the queries' gradient per block of keys. Where all parts together are
+# larger, the queries' gradient has a kernel of its own.
+MAX_PARTS_BYTES = 2**30
 
 
 class ValidKeys(splash_attention_mask.Mask):
@@ -75,10 +79,9 @@ def attention(
       interpret: interpret the kernel, for tests without a TPU.
     """
     query_length, key_length, heads = query.shape[1], key.shape[1], query.shape[2]
-    largest = MAX_BLOCK if query.shape[3] <= LANES else MAX_WIDE_BLOCK
-    query_block, key_block = block_size(query_length, largest), block_size(key_length, largest)
-    query_HLD = _padded(query * jnp.asarray(scale, query.dtype), query_block)
-    key_HKD, value_HKD = _padded(key, key_block), _padded(value, key_block)
+    query_block, key_block = blocks(query_length, key_length, query.shape[3])
+    query_HLD = padded(scaled(query, scale), query_block)
+    key_HKD, value_HKD = padded(key, key_block), padded(value, key_block)
     shape = (query_HLD.shape[2], key_HKD.shape[2])
     valid = key_length if valid_length is None else valid_length
     one_head = splash_attention_mask.FullMask(shape) if valid == shape[1] else ValidKeys(shape, valid)
@@ -86,16 +89,7 @@ def attention(
         one_head = splash_attention_mask.CausalMask(shape)
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([one_head] * heads),
-        block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=query_block,
-            block_kv=key_block,
-            block_kv_compute=key_block,
-            block_q_dkv=query_block,
-            block_kv_dkv=key_block,
-            block_kv_dkv_compute=key_block,
-            block_q_dq=query_block,
-            block_kv_dq=key_block,
-        ),
+        block_sizes=block_sizes(query_HLD.shape, shape[1], query.dtype, query_block, key_block),
         residual_checkpoint_name=residual_name,
         interpret=interpret,
     )
@@ -103,7 +97,41 @@ def attention(
     return rearrange(output[:, :, :query_length], "B N L D -> B L N D")
 
 
-def _padded(array: jax.Array, block: int) -> jax.Array:
+def blocks(query_length: int, key_length: int, width: int) -> tuple[int, int]:
+    """Block sizes of queries and keys for heads of `width` channels."""
+    largest = MAX_BLOCK if width <= LANES else MAX_WIDE_BLOCK
+    return block_size(query_length, largest), block_size(key_length, largest)
+
+
+def block_sizes(
+    shape: tuple[int, int, int, int], keys: int, dtype: DTypeLike, query_block: int, key_block: int
+) -> splash_attention_kernel.BlockSizes:
+    """Blocks of the forward and backward kernels; the backward pass is one fused kernel where its parts are small.
+
+    Args:
+      shape: of the padded queries, `B N L D`.
+      keys: number of padded keys.
+      dtype: of the queries.
+      query_block, key_block: sizes that divide both.
+    """
+    sizes = {"block_q": query_block, "block_kv": key_block, "block_kv_compute": key_block}
+    # Two blocks of keys per step halve the number of parts.
+    step = key_block * (1 + (keys // key_block % 2 == 0 and shape[3] <= LANES))
+    backward = {"block_q_dkv": query_block, "block_kv_dkv": step, "block_kv_dkv_compute": key_block}
+    lanes = math.ceil(shape[3] / LANES) * LANES
+    parts = keys // step * math.prod(shape[:3]) * lanes * jnp.dtype(dtype).itemsize
+    if parts <= MAX_PARTS_BYTES:
+        return splash_attention_kernel.BlockSizes(**sizes, **backward, use_fused_bwd_kernel=True)
+    backward["block_kv_dkv"] = key_block
+    return splash_attention_kernel.BlockSizes(**sizes, **backward, block_q_dq=query_block, block_kv_dq=key_block)
+
+
+def scaled(query: jax.Array, scale: float) -> jax.Array:
+    """scale * query, rounded once: a scale that is rounded to bfloat16 before would shift all scores."""
+    return (query.astype(jnp.float32) * scale).astype(query.dtype)
+
+
+def padded(array: jax.Array, block: int) -> jax.Array:
     """`B L N D` -> `B N L D` with L a multiple of `block`."""
     array = rearrange(array, "B L N D -> B N L D")
     return jnp.pad(array, ((0, 0), (0, 0), (0, -array.shape[2] % block), (0, 0)))

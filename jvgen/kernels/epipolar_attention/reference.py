@@ -4,6 +4,12 @@ import jax
 import jax.numpy as jnp
 
 
+def line_distances(lines: jax.Array, points: jax.Array) -> jax.Array:
+    """|line . point| of lines `B L 3` and points `K 3`, `B L K`, elementwise in float32."""
+    a, b, c = (lines[..., i, None] for i in range(3))
+    return jnp.abs(a * points[:, 0] + b * points[:, 1] + c * points[:, 2])
+
+
 def tile_bias(lines: jax.Array, points: jax.Array, width: jax.Array, slope: jax.Array) -> jax.Array:
     """-slope max(0, |line . point| - width), float32 `B L K`.
 
@@ -12,9 +18,8 @@ def tile_bias(lines: jax.Array, points: jax.Array, width: jax.Array, slope: jax.
       points: `K 3`.
       width, slope: `B`.
     """
-    a, b, c = (lines[..., i, None] for i in range(3))
-    distance = jnp.abs(a * points[:, 0] + b * points[:, 1] + c * points[:, 2])
-    return -slope[:, None, None] * jnp.maximum(distance - width[:, None, None], 0.0)
+    beyond = line_distances(lines, points) - width[:, None, None]
+    return -slope[:, None, None] * jnp.maximum(beyond, 0.0)
 
 
 def attention(

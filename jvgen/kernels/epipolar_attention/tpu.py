@@ -7,6 +7,7 @@ tiles without a key in the band of any query are skipped.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jvgen.kernels.attention.tpu import block_size
+from jvgen.kernels.epipolar_attention.reference import line_distances
 
 MAX_BLOCK = 512
 LOWEST = -1e38
@@ -23,13 +25,22 @@ LOWEST = -1e38
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """Values known at trace time: number of valid keys, block sizes, name of residuals, interpreter mode."""
+    """Values known at trace time.
+
+    Attributes:
+      keys: number of valid keys.
+      query_block, key_block: block sizes.
+      name: of residuals.
+      interpret: interpreter mode.
+      factor: of the products of queries and keys.
+    """
 
     keys: int
     query_block: int
     key_block: int
     name: str | None
     interpret: bool
+    factor: float = 1.0
 
 
 def attention(
@@ -54,22 +65,36 @@ def attention(
       largest_block: maximum number of queries and of keys per tile.
     """
     length, keys = query.shape[1], key.shape[1]
-    static = Static(keys, block_size(length, largest_block), block_size(keys, largest_block), residual_name, interpret)
+    # Queries are multiplied by a power of 2, which is exact; the rest of the scale multiplies float32 scores.
+    power = 2.0 ** math.floor(math.log2(scale))
+    block_sizes = block_size(length, largest_block), block_size(keys, largest_block)
+    static = Static(keys, *block_sizes, residual_name, interpret, factor=scale / power)
     query_pad, key_pad = -length % static.query_block, -keys % static.key_block
-    # Lines and widths times the slope: the bias is then -max(0, |line . point| - threshold).
     slope, width, lines, points = jax.lax.stop_gradient((slope, width, lines, points))
-    threshold = jnp.broadcast_to((slope * width)[:, None, None], (*lines.shape[:2], 1))
-    rows = jnp.concatenate([lines * slope[:, None, None], threshold], axis=-1)
+    rows = bias_rows(lines, points, width, slope)
     rows = jnp.pad(rearrange(rows, "b l x -> b x l"), ((0, 0), (0, 0), (0, query_pad)))
     points = jnp.pad(points, ((0, key_pad), (0, 0)), mode="edge")
-    scaled = query * jnp.asarray(scale, query.dtype)
-    query_T = jnp.pad(rearrange(scaled, "b l n d -> b n d l"), ((0, 0), (0, 0), (0, 0), (0, query_pad)))
+    query_T = jnp.pad(
+        rearrange(query * jnp.asarray(power, query.dtype), "b l n d -> b n d l"),
+        ((0, 0), (0, 0), (0, 0), (0, query_pad)),
+    )
     key, value = (
         jnp.pad(rearrange(a, "b k n d -> b n k d"), ((0, 0), (0, 0), (0, key_pad), (0, 0))) for a in (key, value)
     )
     seen = visible(rows, points, static)
     output_T = _attention(static, query_T, key, value, rows, points, seen)
     return rearrange(output_T[..., :length], "b n d l -> b l n d")
+
+
+def bias_rows(lines: jax.Array, points: jax.Array, width: jax.Array, slope: jax.Array) -> jax.Array:
+    """Per query a line a, b, c and a threshold t, `B L 4`: the bias is -max(0, |line . point| - t).
+
+    All are in units of the bias. For a query that is farther than its band's width from all keys, t is the distance of
+    the nearest one. The softmax is the same, and the nearest key has no bias, so that its tile is never skipped.
+    """
+    lines = lines * slope[:, None, None]
+    nearest = jnp.min(line_distances(lines, points), axis=-1, keepdims=True)
+    return jnp.concatenate([lines, jnp.maximum((slope * width)[:, None, None], nearest)], axis=-1)
 
 
 def visible(rows: jax.Array, points: jax.Array, static: Static) -> jax.Array:
@@ -86,9 +111,9 @@ def visible(rows: jax.Array, points: jax.Array, static: Static) -> jax.Array:
     signed = jnp.stack([a * corner[:, 0, None] + b * corner[:, 1, None] + c for corner in corners])
     crossed = (signed.max(axis=0) >= 0) & (signed.min(axis=0) <= 0)
     least = jnp.where(crossed, 0.0, jnp.abs(signed).min(axis=0))
-    # With a lower bias the float32 weights are zero for any scores of a trained network.
+    # With a lower bias the float32 weights are zero for any scores of a trained network: some key has a bias of 0.
     near = least - threshold < 1e4
-    # Each query has a tile, also where rounding puts the line just outside all boxes: without one its output is 0 / 0.
+    # The tile with that key, also where rounding of a steep bias puts it outside: without a tile the output is 0 / 0.
     near |= least <= least.min(axis=1, keepdims=True)
     return jnp.any(rearrange(near, "b j (i l) -> b i j l", l=static.query_block), axis=-1).astype(jnp.int32)
 
@@ -99,9 +124,13 @@ def _bias(rows: jax.Array, points: jax.Array) -> jax.Array:
 
 
 def _scores(static: Static, column: jax.Array, query_T: jax.Array, key: jax.Array, rows: jax.Array, points: jax.Array):
-    scores = _product(key, query_T, 1, 0) + _bias(rows, points)
+    scores = _factored(static, _product(key, query_T, 1, 0)) + _bias(rows, points)
     index = column * static.key_block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     return jnp.where(index < static.keys, jnp.maximum(scores, LOWEST), LOWEST)
+
+
+def _factored(static: Static, array: jax.Array) -> jax.Array:
+    return array if static.factor == 1.0 else static.factor * array
 
 
 def _weights(scores: jax.Array, highest: jax.Array) -> jax.Array:
@@ -246,7 +275,7 @@ def _query_kernel(
 
     @pl.when(column == columns - 1)
     def _write() -> None:
-        of_query_T[...] = sum_T[...].astype(of_query_T.dtype)
+        of_query_T[...] = _factored(static, sum_T[...]).astype(of_query_T.dtype)
 
 
 def _key_kernel(
@@ -269,7 +298,7 @@ def _key_kernel(
 
     @pl.when(row == queries - 1)
     def _write() -> None:
-        of_key_T[...] = key_sum_T[...].astype(of_key_T.dtype)
+        of_key_T[...] = _factored(static, key_sum_T[...]).astype(of_key_T.dtype)
         of_value_T[...] = value_sum_T[...].astype(of_value_T.dtype)
 
 
