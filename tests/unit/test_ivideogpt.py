@@ -168,12 +168,15 @@ def parameters(network):
     )
 
 
-def roll(parameters, sampling: SamplingConfig, *, rows: int = 4, samples: int = 1, forced: bool = True, seed: int = 0):
+def roll(
+    parameters, sampling: SamplingConfig, *, rows: int = 4, samples: int = 1, forced: bool = True, seed: int = 0,
+    config: FrameTransformerConfig = TINY,
+):  # fmt: skip
     """Ids and rewards of `rows` sequences from rows / samples prompts."""
     rng = np.random.default_rng(seed)
     context = jnp.asarray(rng.integers(0, 18, (rows // samples, 2, 6)), jnp.int32)
     actions = jnp.asarray(rng.normal(size=(rows, 3, 2)), jnp.float32)
-    decoder = Decoder(TINY, LAYOUT, sampling, forced_slots=forced)
+    decoder = Decoder(config, LAYOUT, sampling, forced_slots=forced)
     keys = jax.random.split(jax.random.key(seed), rows)
     prompt = LAYOUT.prompt(context)
     ids, rewards = jax.jit(lambda p: decoder.rollout(decoder.prepare(p), prompt, actions, keys))(parameters)
@@ -214,6 +217,34 @@ def test_parallel_decoding_equals_sequential(parameters, greedy):
     drawn = [roll(parameters, SamplingConfig(top_k=9, parallel=parallel))[2] for parallel in (False, True)]
     np.testing.assert_array_equal(*drawn)
     assert (drawn[0] != ids).any()
+
+
+def test_places_and_actions_at_all_ids_decode_as_they_train():
+    """Both additions matter, and a rollout adds them where a training pass does, decoded one by one or in parallel."""
+    config = TINY.replace(tokens_per_frame=(6, 4), action_everywhere=True)
+    network = Network.of(lambda rngs: FrameTransformer(config, rngs=rngs))
+    rng = np.random.default_rng(5)
+    parameters = jax.tree.map(
+        lambda s: jnp.asarray(0.4 * rng.normal(size=s.shape) + (s.ndim == 1), jnp.float32), network.shapes
+    )
+    prompt, actions, ids, _ = roll(parameters, SamplingConfig(greedy=True), config=config)
+    together = roll(parameters, SamplingConfig(greedy=True, parallel=True), config=config)[2]
+    np.testing.assert_array_equal(together, ids)
+    tokens = sequences(prompt, ids, 1)
+
+    def scores(p, config):
+        network = Network.of(lambda rngs: FrameTransformer(config, rngs=rngs))
+        return network.apply(p, network.apply(p, tokens, LAYOUT, actions), method="logits")
+
+    logits = jax.jit(scores, static_argnums=1)(parameters, config)
+    np.testing.assert_array_equal(np.argmax(logits, -1)[:, LAYOUT.future_positions - 1], ids)
+    at_slots = jax.jit(scores, static_argnums=1)(parameters, config.replace(action_everywhere=False))
+    without = {name: value for name, value in parameters.items() if name != "place"}
+    blind = jax.jit(scores, static_argnums=1)(without, config.replace(tokens_per_frame=None))
+    for other in (at_slots, blind):
+        assert np.abs(other - logits)[:, LAYOUT.future_positions].max() > 0.1
+    with pytest.raises(ValueError, match=r"tokens_per_frame = \(6, 4\): the tokenizer gives 64 ids .* and 4"):
+        config.check_tokenizer(TOKENIZER, 3)
 
 
 def test_samples_of_one_prompt_equal_rows_of_repeated_prompts(parameters):
@@ -294,6 +325,7 @@ def test_dropout_depends_on_the_sequence_alone(network, parameters):
         (TINY.replace(width=20), "width = 20: must be a multiple of 2 x heads = 6"),
         (TINY.replace(action_width=-1), "action_width = -1"),
         (TINY.replace(action_width=0, action_reconstruction=True), "action_reconstruction needs actions"),
+        (TINY.replace(action_width=0, action_everywhere=True), "action_everywhere needs actions"),
         (TINY.replace(attention_dropout=1.0), "attention_dropout = 1.0"),
     ],
 )

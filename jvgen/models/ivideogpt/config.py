@@ -166,6 +166,9 @@ class FrameTransformerConfig(Config):
       action_width: components of an action; 0 for a model without actions.
       reward: predict a reward after each frame.
       action_reconstruction: reconstruct the action from the frame's hidden states.
+      tokens_per_frame: ids of a context frame and of a future frame; with it a learned embedding of an id's place in
+        its frame is added to the id's. Without, as published, ids are told apart by rotary positions alone.
+      action_everywhere: add the action to all ids of its frame, not only, as published, to the slot that opens it.
       attention_dropout: rate in training, of the attention's weights.
       norm_epsilon, rope_theta: of the root-mean-square norms and of the rotary positions.
       remat: what the backward pass keeps of each layer.
@@ -181,6 +184,8 @@ class FrameTransformerConfig(Config):
     action_width: CountOrZero = 0
     reward: bool = False
     action_reconstruction: bool = False
+    tokens_per_frame: tuple[Count, Count] | None = None
+    action_everywhere: bool = False
     attention_dropout: BelowOne = 0.1
     norm_epsilon: Epsilon = 1e-6
     rope_theta: Positive = 10000.0
@@ -210,7 +215,13 @@ class FrameTransformerConfig(Config):
                 f"{tokenizer.future_codes} codes and two slots: they do not belong together. Set it to "
                 f"{tokenizer.vocabulary}, or give the tokenizer that the transformer was trained with."
             )
-        length = tokenizer.layout(frames).length
+        layout = tokenizer.layout(frames)
+        if self.tokens_per_frame not in (None, (layout.context_tokens, layout.future_tokens)):
+            raise ValueError(
+                f"transformer.tokens_per_frame = {self.tokens_per_frame}: the tokenizer gives "
+                f"{layout.context_tokens} ids per context frame and {layout.future_tokens} per future frame; set it so."
+            )
+        length = layout.length
         if length > self.max_positions:
             raise ValueError(
                 f"{frames} frames are {length} tokens, more than transformer.max_positions = {self.max_positions}: "
@@ -225,3 +236,5 @@ class FrameTransformerConfig(Config):
             )
         if self.action_reconstruction and not self.action_width:
             raise ValueError("action_reconstruction needs actions: set action_width.")
+        if self.action_everywhere and not self.action_width:
+            raise ValueError("action_everywhere needs actions: set action_width.")

@@ -11,6 +11,7 @@ the sequential result.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ from jvgen.nn.attention import attention
 from jvgen.nn.dropout import folded
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.axes import ACTIVATION_HEADS, BATCH, constrain
+
+# (ids `R T` of a frame, place of the first in it) -> embeddings `R T C`.
+Embed = Callable[[jax.Array, Any], jax.Array]
 
 
 class KeyValue(NamedTuple):
@@ -95,7 +99,7 @@ class Decoder:
         if not isinstance(prompt, jax.core.Tracer):
             self.layout.check_ids(prompt)
         model = self.network.bind(parameters)
-        x, positions = model.embed(prompt, dtype=self.dtype), jnp.arange(prompt.shape[1])
+        x, positions = model.embed(prompt, self.layout, dtype=self.dtype), jnp.arange(prompt.shape[1])
         _, prompts = model.decode(x, positions, (_Prompt(),) * self.config.layers)
         generated_length = self.layout.future_frames * self.layout.frame_length
         shape = (prompt.shape[0] * samples, self.config.heads, generated_length, self.config.head_width)
@@ -122,9 +126,13 @@ class Decoder:
         """
         model = self.network.bind(parameters)
         start = number * self.layout.frame_length
-        slot = model.embed_slots(slots, actions, dtype=self.dtype)
+
+        def embed(ids: jax.Array, first: Any, opens: bool = False) -> jax.Array:
+            return model.embed_frame(ids, first, self.layout, actions, opens=opens, dtype=self.dtype)
+
+        slot = embed(slots[:, None], 0, opens=True)
         decode = self._parallel if self.sampling.parallel else self._sequential
-        ids, last, cache = decode(model, cache, slot, start, keys, guess)
+        ids, last, cache = decode(model, embed, cache, slot, start, keys, guess)
         reward = None if model.reward is None else model.rewards(last)
         slots = jnp.full_like(slots, self.layout.future_slot)
         if not self.forced_slots:
@@ -155,7 +163,14 @@ class Decoder:
         return rearrange(ids, "f r m -> r f m"), None if rewards is None else rearrange(rewards, "f r -> r f")
 
     def _sequential(
-        self, model: FrameTransformer, cache: Cache, slot: jax.Array, start: Any, keys: jax.Array, guess: Any
+        self,
+        model: FrameTransformer,
+        embed: Embed,
+        cache: Cache,
+        slot: jax.Array,
+        start: Any,
+        keys: jax.Array,
+        guess: Any,
     ) -> tuple[jax.Array, jax.Array, Cache]:
         """Ids `R M` of a frame, hidden states `R C` of its last id, and the cache with the frame in it."""
 
@@ -163,7 +178,7 @@ class Decoder:
             cache, x = carry
             hidden, cache = self._pass(model, cache, x, start + offset)
             ids = choose(self._frame_logits(model, hidden[:, 0]), folded(keys, start + offset), self.sampling)
-            return (cache, model.embed(ids[:, None], dtype=self.dtype)), ids
+            return (cache, embed(ids[:, None], offset + 1)), ids
 
         (cache, x), ids = jax.lax.scan(step, (cache, slot), jnp.arange(self.layout.future_tokens))
         # The last id is read for its keys and values, and for the reward.
@@ -171,7 +186,14 @@ class Decoder:
         return rearrange(ids, "m r -> r m"), hidden[:, 0], cache
 
     def _parallel(
-        self, model: FrameTransformer, cache: Cache, slot: jax.Array, start: Any, keys: jax.Array, guess: jax.Array
+        self,
+        model: FrameTransformer,
+        embed: Embed,
+        cache: Cache,
+        slot: jax.Array,
+        start: Any,
+        keys: jax.Array,
+        guess: Any,
     ) -> tuple[jax.Array, jax.Array, Cache]:
         """As `_sequential`, by Jacobi iteration from a guess of the ids."""
         count = self.layout.future_tokens
@@ -184,7 +206,7 @@ class Decoder:
 
         def iterate(carry: tuple) -> tuple:
             iteration, _, ids, _, cache = carry
-            x = jnp.concatenate([slot, model.embed(ids, dtype=self.dtype)], axis=1)
+            x = jnp.concatenate([slot, embed(ids, 1)], axis=1)
             hidden, cache = self._pass(model, cache, x, start)
             chosen = choose(self._frame_logits(model, hidden[:, :-1]), folded_keys, self.sampling)
             return iteration + 1, jnp.any(chosen != ids), chosen, hidden[:, -1], cache

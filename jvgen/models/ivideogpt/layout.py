@@ -102,6 +102,19 @@ class Layout:
         """(length,) bool: ids that are prediction targets: all after the first S2, later slots included."""
         return np.arange(self.length) > self.prompt_length
 
+    @property
+    def places(self) -> np.ndarray:
+        """(length,): the place of each id in its frame: 0 for S1, 1.. for the ids after it; in future frames, the same
+        counted from `future_place`."""
+        prompt = np.tile(np.arange(self.context_tokens + 1), self.context_frames)[1:]
+        future = np.tile(self.future_place + np.arange(self.frame_length), self.future_frames)
+        return np.concatenate([prompt, future])
+
+    @property
+    def future_place(self) -> int:
+        """The place of S2."""
+        return self.context_tokens + 1
+
     # Ids.
 
     def flatten(self, context_ids: Int[Array, "B T N"], future_ids: Int[Array, "B F M"]) -> Int[Array, "B L"]:

@@ -15,7 +15,8 @@ Configs = CompressiveTokenizerConfig | FrameTransformerConfig
 # What may differ between transformers that share weights: their heads, and fields of training or of the longest
 # sequence only.
 TRANSFORMER_FIELDS = (
-    "action_width", "reward", "action_reconstruction", "attention_dropout", "max_positions", "remat", "unroll",
+    "action_width", "reward", "action_reconstruction", "tokens_per_frame", "action_everywhere", "attention_dropout",
+    "max_positions", "remat", "unroll",
 )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def adapt_transformer(
 ) -> dict[str, Any]:
     """The parameters that `wanted` shares with `found`; heads that differ are left out, to be initialized anew.
 
-    A new action projection is zero: the model starts as the action-free one that it was.
+    A new action projection and new embeddings of places are zero: the model starts as the one that it was.
 
     Raises:
       ValueError: configurations that differ in more than their heads and fields of training.
@@ -101,5 +102,6 @@ def adapt_transformer(
     if found.replace(**{name: getattr(wanted, name) for name in TRANSFORMER_FIELDS}) != wanted:
         raise ValueError("transformers that differ in more than their heads: train a new one.")
     kept = {"action": found.action_width == wanted.action_width, "reward": wanted.reward}
+    kept["place"] = found.tokens_per_frame == wanted.tokens_per_frame
     kept["action_reconstruction"] = wanted.action_reconstruction and kept["action"]
     return {name: value for name, value in parameters.items() if kept.get(name, True)}

@@ -129,6 +129,9 @@ class FrameTransformer(nnx.Module):
         self.action = Linear(action, width, **zeros) if action else None
         self.reward = Linear(width, 1, **out) if config.reward else None
         self.action_reconstruction = Linear(width, action, **out) if config.action_reconstruction else None
+        places = sum(count + 1 for count in config.tokens_per_frame or ())
+        zero_table = {"axes": (None, axes.EMBED), "init": nnx.initializers.zeros, "rngs": rngs}
+        self.place = Embedding(places, width, **zero_table) if places else None
 
     def embed(
         self,
@@ -141,26 +144,51 @@ class FrameTransformer(nnx.Module):
         """Embeddings of ids, with those of actions added at the slots of future frames.
 
         Args:
-          tokens: ids.
-          layout: where the slots are; needed with actions.
+          tokens: ids from the start of a sequence: all, or the prompt.
+          layout: of the sequence; needed with actions or `tokens_per_frame`.
           actions: the action that leads to each future frame (`Layout.action_frames`), as recorded, not normalized.
           dtype: of the computation.
         """
         x = self.embedding(tokens).astype(dtype)
+        if self.place is not None:
+            assert layout is not None
+            x = x + self.place(jnp.asarray(layout.places[None, : tokens.shape[1]])).astype(dtype)
         if actions is not None:
             assert self.action is not None and layout is not None
-            x = x.at[:, layout.future_slots].add(self.action(actions.astype(dtype)))
+            embedded = self.action(actions.astype(dtype))
+            if self.config.action_everywhere:
+                x = x.at[:, layout.prompt_length :].add(jnp.repeat(embedded, layout.frame_length, axis=1))
+            else:
+                x = x.at[:, layout.future_slots].add(embedded)
         return constrain(x, *TOKENS)
 
-    def embed_slots(
-        self, slots: Int[Array, "B"], actions: Float[Array, "B A"] | None, *, dtype: Any = jnp.float32
-    ) -> Float[Array, "B 1 C"]:
-        """Embeddings of the ids that open one frame of each sequence, with the action that leads to it added."""
-        x = self.embed(slots[:, None], dtype=dtype)
-        if actions is None:
-            return x
-        assert self.action is not None, "actions given to a transformer without them"
-        return x + self.action(actions.astype(dtype))[:, None]
+    def embed_frame(
+        self,
+        ids: Int[Array, "B L"],
+        first: Int[Array, ""] | int,
+        layout: Layout,
+        actions: Float[Array, "B A"] | None,
+        *,
+        opens: bool,
+        dtype: Any = jnp.float32,
+    ) -> Float[Array, "B L C"]:
+        """Embeddings of successive ids of one future frame of each sequence.
+
+        Args:
+          ids: the slot alone, or ids after it.
+          first: the place of the first of them in the frame; 0 for the slot.
+          layout: of the sequence.
+          actions: those that lead to the frame.
+          opens: they are the slot.
+          dtype: of the computation.
+        """
+        x = self.embedding(ids).astype(dtype)
+        if self.place is not None:
+            x = x + self.place((layout.future_place + first + jnp.arange(ids.shape[1]))[None]).astype(dtype)
+        if actions is not None and (opens or self.config.action_everywhere):
+            assert self.action is not None, "actions given to a transformer without them"
+            x = x + self.action(actions.astype(dtype))[:, None]
+        return constrain(x, *TOKENS)
 
     def __call__(
         self,
@@ -188,7 +216,7 @@ class FrameTransformer(nnx.Module):
         """Hidden states of embedded tokens that follow on those in the caches, and the caches with them in it.
 
         Args:
-          x: of `embed` or `embed_slots`.
+          x: of `embed` or `embed_frame`.
           positions: in the sequence.
           caches: one per layer.
         """

@@ -10,6 +10,8 @@ CLASS_NAME = "LlamaForCausalLM"
 # Prefix of the Llama inside the wrapper.
 WRAPPED = "llm."
 HEADS = {"action": "action_linear", "reward": "reward_linear", "action_reconstruction": "action_recon_linear"}
+# No part of the released wrapper.
+PLACE = "place_embedding"
 # Outside every vocabulary on purpose: no id ends a sequence.
 NO_TOKEN = 50256
 
@@ -21,7 +23,7 @@ def transformer_map(config: FrameTransformerConfig) -> WeightMap:
     """
     heads = {"action": config.action_width, "reward": config.reward}
     heads["action_reconstruction"] = config.action_reconstruction
-    prefix = WRAPPED if any(heads.values()) else ""
+    prefix = WRAPPED if any(heads.values()) or config.tokens_per_frame else ""
     block, layers = f"{prefix}model.layers.{LAYER}.", "blocks/layers/"
     entries = [
         Entry("embedding/table", f"{prefix}model.embed_tokens.weight"),
@@ -38,6 +40,8 @@ def transformer_map(config: FrameTransformerConfig) -> WeightMap:
         if present:
             entries.append(Entry(f"{name}/kernel", f"{HEADS[name]}.weight", LINEAR))
             entries.append(Entry(f"{name}/bias", f"{HEADS[name]}.bias"))
+    if config.tokens_per_frame is not None:
+        entries.append(Entry("place/table", f"{PLACE}.weight"))
     return WeightMap(tuple(entries), ignored=(r".*rotary_emb\.inv_freq",))
 
 
@@ -66,6 +70,8 @@ def transformer_to_json(config: FrameTransformerConfig) -> dict[str, Any]:
         "action_dim": config.action_width,
         "reward_prediction": config.reward,
         "action_recon": config.action_reconstruction,
+        **({} if config.tokens_per_frame is None else {"tokens_per_frame": list(config.tokens_per_frame)}),
+        **({"action_everywhere": True} if config.action_everywhere else {}),
     }
 
 
@@ -105,6 +111,8 @@ def transformer_from_json(values: Mapping[str, Any]) -> FrameTransformerConfig:
         action_width=values.get("action_dim", 0),
         reward=bool(values.get("reward_prediction", False)),
         action_reconstruction=bool(values.get("action_recon", False)),
+        tokens_per_frame=None if values.get("tokens_per_frame") is None else tuple(values["tokens_per_frame"]),
+        action_everywhere=bool(values.get("action_everywhere", False)),
         attention_dropout=float(values.get("attention_dropout", 0.0)),
         norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
