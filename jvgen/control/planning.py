@@ -6,7 +6,7 @@ best few. Both in the form of VP2 (Tian et al. 2023, arXiv 2304.13723), which pl
 
 import copy
 import dataclasses
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from jvgen.config import Config
 from jvgen.control.costs import Cost
+from jvgen.value_rules import Bounds, Count, Frames, Weight
 
 # Purposes of keys: fold_in(key of the plan, purpose).
 _NOISE, _MODEL = 0, 1
@@ -39,14 +40,14 @@ class PlannerConfig(Config):
     """
 
     method: Literal["mppi", "cem"] = "mppi"
-    samples: int = 200
-    iterations: int = 1
-    horizon: int = 10
-    gamma: float = 0.05
-    elites: float = 0.05
-    standard_deviation: tuple[float, ...] = (0.5,)
-    minimum_deviation: float = 0.0
-    correlation: float = 0.5
+    samples: Count = 200
+    iterations: Annotated[int, Bounds(at_least=1, at_most=1000)] = 1
+    horizon: Frames = 10
+    gamma: Annotated[float, Bounds(above=0, fix="larger values favor the best candidates more")] = 0.05
+    elites: Annotated[float, Bounds(above=0, at_most=1, fix="a fraction of the candidates")] = 0.05
+    standard_deviation: tuple[Weight, ...] = (0.5,)
+    minimum_deviation: Weight = 0.0
+    correlation: Annotated[float, Bounds(at_least=0, below=1, fix="0 for independent noise")] = 0.5
     warm_start: bool = True
     result: Literal["mean", "best"] = "mean"
 
@@ -56,22 +57,10 @@ class PlannerConfig(Config):
         return max(1, round(self.elites * self.samples))
 
     def validate(self) -> None:
-        for name in ("samples", "iterations", "horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma = {self.gamma}: must be positive; larger values favor the best candidates more.")
-        if not 0 < self.elites <= 1:
-            raise ValueError(f"elites = {self.elites}: a fraction of the candidates, in (0, 1].")
-        if not 0 <= self.correlation < 1:
-            raise ValueError(f"correlation = {self.correlation}: must be in [0, 1); 0 for independent noise.")
-        if self.minimum_deviation < 0:
-            raise ValueError(f"minimum_deviation = {self.minimum_deviation}: must not be negative.")
-        deviations = self.standard_deviation
-        if not deviations or min(deviations) < 0 or max(deviations) == 0:
+        if not any(self.standard_deviation):
             raise ValueError(
-                f"standard_deviation = {deviations}: one number, or one per component of the action; none negative, "
-                "one positive."
+                f"standard_deviation = {self.standard_deviation}: one number, or one per component of the action, one "
+                "of them positive."
             )
 
 
