@@ -1,0 +1,213 @@
+"""Replay of an agent's experience: a ring of frames on disk, n-step transitions with frame stacks drawn from it.
+
+A row is a frame with the action and the reward that led to it; an episode is a row without these (the frame of its
+reset) and the rows after it. Frames are stored once, stacks are put together when they are drawn.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+HEADER = "replay.json"
+FORMAT = 1
+TRIES = 8
+
+
+class Transitions(NamedTuple):
+    """A batch of n-step transitions.
+
+    Attributes:
+      frames, next_frames: stacked along channels, oldest first: uint8 `B H W S*C`; the first frame of an episode stands
+        in for those before it.
+      actions: of the first step, float32 `B A`.
+      rewards: discounted sum over n steps, float32 `B`.
+      discounts: factor on the value of `next_frames`, float32 `B`.
+    """
+
+    frames: UInt8[np.ndarray, "B H W C"]
+    actions: Float[np.ndarray, "B A"]
+    rewards: Float[np.ndarray, "B"]
+    discounts: Float[np.ndarray, "B"]
+    next_frames: UInt8[np.ndarray, "B H W C"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+    """What a row holds: the shape of a frame, and the components of an action."""
+
+    frame: tuple[int, int, int]
+    action_width: int
+
+
+class ReplayRing:
+    """A ring of rows in files that are mapped into memory; the oldest rows are overwritten.
+
+    A run that is killed goes on from `rows_added` of its last checkpoint (`rewind`). Rows that were valid then are
+    still there: the ring has `reserve` more than `capacity`, and not more than these are added between checkpoints.
+
+    Args:
+      folder: of the files; created if it does not exist.
+      spec: what a row holds.
+      capacity: rows that are drawn from, at most.
+      reserve: rows that may be added between two calls of `commit`.
+
+    Raises:
+      ValueError: files of another spec or size; no rows.
+    """
+
+    def __init__(self, folder: str | Path, spec: RowSpec, capacity: int, *, reserve: int = 10_000):
+        if capacity < 2 or reserve < 1:
+            raise ValueError(f"capacity = {capacity}, reserve = {reserve}: at least 2 and 1 rows.")
+        self.folder, self.spec, self.capacity, self.reserve = Path(folder), spec, capacity, reserve
+        self.size = capacity + reserve
+        header = {
+            "format": FORMAT,
+            "frame": list(spec.frame),
+            "action_width": spec.action_width,
+            "capacity": capacity,
+            "reserve": reserve,
+        }
+        file = self.folder / HEADER
+        known = file.is_file()
+        if known and (found := json.loads(file.read_text())) != header:
+            raise ValueError(f"{self.folder}: a replay of {found}, not of {header}; give another folder.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mode = "r+" if known else "w+"
+        self._frames = self._map("frames", np.uint8, spec.frame, mode)
+        self._actions = self._map("actions", np.float32, (spec.action_width,), mode)
+        self._rewards = self._map("rewards", np.float32, (), mode)
+        self._discounts = self._map("discounts", np.float32, (), mode)
+        # The number of each row's episode, and its place in it.
+        self._places = self._map("places", np.int64, (2,), mode)
+        if not known:
+            # Last: without it the files are no replay.
+            file.write_text(json.dumps(header))
+        self.rows_added = self._committed = 0
+        self._episode = -1
+
+    def _map(self, name: str, dtype: type, shape: tuple[int, ...], mode: str) -> np.ndarray:
+        path = self.folder / f"{name}.npy"
+        if mode == "r+":
+            return np.lib.format.open_memmap(path, mode)
+        return np.lib.format.open_memmap(path, mode, dtype, (self.size, *shape))
+
+    def __len__(self) -> int:
+        """Rows that can be drawn from."""
+        return min(self.rows_added, self.capacity)
+
+    def begin(self, frame: UInt8[np.ndarray, "H W C"]) -> None:
+        """Start an episode with the frame of its reset."""
+        self._episode += 1
+        self._add(frame, np.zeros(self.spec.action_width, np.float32), 0.0, 1.0, 0)
+
+    def add(
+        self, frame: UInt8[np.ndarray, "H W C"], action: Float[np.ndarray, "A"], reward: float, discount: float = 1.0
+    ) -> None:
+        """Add the frame that an action led to, its reward, and 0 as discount where the episode ended for good.
+
+        Raises:
+          ValueError: before `begin`, a frame or action of another shape, or numbers that are not finite.
+        """
+        if self._episode < 0:
+            raise ValueError("add before begin: an episode starts with the frame of its reset.")
+        if not (np.isfinite(action).all() and np.isfinite(reward) and np.isfinite(discount)):
+            raise ValueError(f"action {action}, reward {reward}, discount {discount}: must be finite.")
+        self._add(frame, action, reward, discount, int(self._places[(self.rows_added - 1) % self.size, 1]) + 1)
+
+    def _add(self, frame: np.ndarray, action: np.ndarray, reward: float, discount: float, place: int) -> None:
+        frame, action = np.asarray(frame), np.asarray(action, np.float32)
+        if frame.shape != self.spec.frame or frame.dtype != np.uint8 or action.shape != (self.spec.action_width,):
+            raise ValueError(
+                f"frame {frame.dtype} {frame.shape}, action {action.shape}: this replay holds uint8 {self.spec.frame} "
+                f"and ({self.spec.action_width},)."
+            )
+        if self.rows_added - self._committed >= self.reserve:
+            raise ValueError(
+                f"reserve = {self.reserve}: as many rows were added since the last checkpoint, and more would "
+                "overwrite rows that a resumed run needs; save more often, or raise reserve."
+            )
+        row = self.rows_added % self.size
+        self._frames[row], self._actions[row] = frame, action
+        self._rewards[row], self._discounts[row] = reward, discount
+        self._places[row] = self._episode, place
+        self.rows_added += 1
+
+    def commit(self) -> int:
+        """Write all rows to disk; returns `rows_added`, to be saved in a checkpoint."""
+        for array in (self._frames, self._actions, self._rewards, self._discounts, self._places):
+            array.flush()
+        self._committed = self.rows_added
+        return self.rows_added
+
+    def rewind(self, rows_added: int) -> None:
+        """Go back to the rows of a checkpoint, all of them whole episodes; later rows are forgotten.
+
+        Raises:
+          ValueError: the files do not hold them.
+        """
+        newest = (rows_added - 1) % self.size
+        if rows_added < 0 or (rows_added and self._places[newest, 0] < 0):
+            raise ValueError(f"rows_added = {rows_added}: not a number that `commit` returned.")
+        self.rows_added = self._committed = rows_added
+        self._episode = int(self._places[newest, 0]) if rows_added else -1
+
+    def draw(
+        self, batch: int, rng: np.random.Generator, *, steps: int = 3, discount: float = 0.99, stack: int = 3
+    ) -> Transitions:
+        """Transitions that start at rows drawn uniformly from those with `steps` rows after them in their episode.
+
+        Args:
+          batch: B.
+          rng: of this draw: the result is a function of it and of the rows.
+          steps: n; a transition never crosses the end of an episode.
+          discount: per step.
+          stack: frames per observation.
+
+        Raises:
+          ValueError: no episode of more than `steps` rows.
+        """
+        first = self._draw_starts(batch, rng, steps)
+        path = (first[:, None] + np.arange(1, steps + 1)) % self.size
+        factors = np.cumprod(
+            np.concatenate([np.ones((batch, 1), np.float32), discount * self._discounts[path]], axis=1), axis=1
+        )
+        return Transitions(
+            frames=self._stacks(first, stack),
+            actions=self._actions[path[:, 0]],
+            rewards=np.sum(factors[:, :-1] * self._rewards[path], axis=1, dtype=np.float32),
+            discounts=factors[:, -1].astype(np.float32),
+            next_frames=self._stacks(path[:, -1], stack),
+        )
+
+    def _draw_starts(self, batch: int, rng: np.random.Generator, steps: int) -> np.ndarray:
+        """Rows, by their place in the files, that begin a transition, drawn uniformly."""
+        oldest, newest = self.rows_added - len(self), self.rows_added - 1
+        drawn = np.zeros(0, np.int64)
+        # Few rows are too close to the end of their episode: drawing again costs less than listing the others.
+        for _ in range(TRIES if len(self) > steps else 0):
+            more = rng.integers(oldest, newest - steps + 1, size=batch) % self.size
+            drawn = np.append(drawn, more[self._is_start(more, steps)])
+            if len(drawn) >= batch:
+                return drawn[:batch]
+        rows = np.arange(oldest, newest - steps + 1) % self.size
+        rows = rows[self._is_start(rows, steps)]
+        if not len(rows):
+            raise ValueError(f"no episode with {steps} steps among {len(self)} rows: collect experience first.")
+        return rows[rng.integers(len(rows), size=batch)]
+
+    def _is_start(self, rows: np.ndarray, steps: int) -> np.ndarray:
+        return self._places[rows, 0] == self._places[(rows + steps) % self.size, 0]
+
+    def _stacks(self, rows: np.ndarray, stack: int) -> np.ndarray:
+        """Frames up to each row, `B H W S*C`."""
+        place, oldest = self._places[rows, 1], self.rows_added - len(self)
+        # Neither before the start of the episode nor before the oldest row.
+        age = (self.rows_added - 1 - rows) % self.size
+        reach = np.minimum(place, self.rows_added - 1 - age - oldest)
+        back = np.minimum(np.arange(stack - 1, -1, -1), reach[:, None])
+        frames = self._frames[(rows[:, None] - back) % self.size]
+        return np.moveaxis(frames, 1, 3).reshape(*frames.shape[:1], *self.spec.frame[:2], -1)

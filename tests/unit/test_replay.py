@@ -1,0 +1,110 @@
+"""Transitions against brute force over episode borders and the ring's seam; what a killed run goes on with."""
+
+import numpy as np
+import pytest
+
+from jvgen.control.replay import ReplayRing, RowSpec
+
+SPEC = RowSpec(frame=(2, 2, 1), action_width=2)
+
+
+def fill(ring: ReplayRing, lengths: list[int], first: int = 0) -> list[list[tuple[np.ndarray, ...]]]:
+    """Episodes whose frames, actions and rewards tell their number; returns them in order."""
+    episodes, number = [], first
+    for length in lengths:
+        rows = []
+        for place in range(length + 1):
+            frame = np.full(SPEC.frame, number % 251, np.uint8)
+            action, reward = np.array([number, place], np.float32), float(number)
+            discount = 0.0 if place == length and length % 2 else 1.0
+            if place == 0:
+                ring.begin(frame)
+                rows.append((frame, np.zeros(2, np.float32), 0.0, 1.0))
+            else:
+                ring.add(frame, action, reward, discount)
+                rows.append((frame, action, reward, discount))
+            number += 1
+        episodes.append(rows)
+    return episodes
+
+
+def brute_force(episodes, capacity: int, steps: int, discount: float, stack: int) -> dict[tuple, tuple]:
+    """All transitions of the last `capacity` rows by the first row's frame, in plain Python."""
+    total, made, position = sum(len(rows) for rows in episodes), {}, 0
+    for rows in episodes:
+        oldest = max(0, total - capacity - position)
+        for t in range(oldest, len(rows) - steps):
+            value, factor = 0.0, 1.0
+            for step in range(1, steps + 1):
+                value += factor * rows[t + step][2]
+                factor *= discount * rows[t + step][3]
+
+            def stacked(i: int, rows=rows, oldest=oldest) -> np.ndarray:
+                return np.concatenate([rows[max(oldest, i - back)][0] for back in range(stack - 1, -1, -1)], axis=-1)
+
+            made[int(rows[t][0].flat[0])] = (stacked(t), rows[t + 1][1], value, factor, stacked(t + steps))
+        position += len(rows)
+    return made
+
+
+@pytest.mark.parametrize(("steps", "stack"), [(1, 1), (3, 3), (2, 4)])
+def test_transitions_equal_brute_force(tmp_path, steps, stack) -> None:
+    ring = ReplayRing(tmp_path, SPEC, capacity=30, reserve=6)
+    episodes = []
+    for lengths in ([4], [5], [1], [4], [5], [2], [5], [4], [5]):
+        first = sum(len(rows) for rows in episodes)
+        episodes += fill(ring, lengths, first)
+        ring.commit()
+    expected = brute_force(episodes, 30, steps, 0.9, stack)
+    drawn = ring.draw(2000, np.random.default_rng(0), steps=steps, discount=0.9, stack=stack)
+    seen = set()
+    for frames, action, reward, discount, after in zip(*drawn, strict=True):
+        number = int(frames[0, 0, -1])
+        seen.add(number)
+        wanted = expected[number]
+        np.testing.assert_array_equal(frames, wanted[0])
+        np.testing.assert_array_equal(action, wanted[1])
+        assert reward == pytest.approx(wanted[2], rel=1e-5) and discount == pytest.approx(wanted[3], rel=1e-5)
+        np.testing.assert_array_equal(after, wanted[4])
+    assert seen == set(expected)
+
+
+def test_a_killed_run_draws_what_it_would_have_drawn(tmp_path) -> None:
+    """Rows added after the checkpoint, over the seam of the ring, change nothing for the run that goes on from it."""
+    ring = ReplayRing(tmp_path, SPEC, capacity=20, reserve=8)
+    for number in range(6):
+        fill(ring, [4], 5 * number)
+        ring.commit()
+    saved = ring.commit()
+    wanted = ring.draw(50, np.random.default_rng(3))
+    fill(ring, [6], 100)
+    resumed = ReplayRing(tmp_path, SPEC, capacity=20, reserve=8)
+    resumed.rewind(saved)
+    for mine, theirs in zip(resumed.draw(50, np.random.default_rng(3)), wanted, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    fill(resumed, [4], 30)
+    assert resumed.rows_added == saved + 5 and len(resumed) == 20
+
+
+def test_bad_input(tmp_path) -> None:
+    ring = ReplayRing(tmp_path, SPEC, capacity=4, reserve=3)
+    frame, action = np.zeros(SPEC.frame, np.uint8), np.zeros(2, np.float32)
+    with pytest.raises(ValueError, match="add before begin"):
+        ring.add(frame, action, 0.0)
+    with pytest.raises(ValueError, match="no episode with 3 steps among 0 rows"):
+        ring.draw(1, np.random.default_rng(0))
+    ring.begin(frame)
+    for bad in ((frame.astype(np.float32), action, 0.0), (frame, action[:1], 0.0)):
+        with pytest.raises(ValueError, match="this replay holds"):
+            ring.add(*bad)
+    for bad in ((frame, action * np.nan, 0.0), (frame, action, np.inf)):
+        with pytest.raises(ValueError, match="must be finite"):
+            ring.add(*bad)
+    ring.add(frame, action, 0.0)
+    ring.add(frame, action, 0.0)
+    with pytest.raises(ValueError, match="reserve = 3"):
+        ring.add(frame, action, 0.0)
+    with pytest.raises(ValueError, match="a replay of"):
+        ReplayRing(tmp_path, RowSpec((2, 2, 3), 2), capacity=4, reserve=3)
+    with pytest.raises(ValueError, match="at least 2 and 1 rows"):
+        ReplayRing(tmp_path / "other", SPEC, capacity=1)
