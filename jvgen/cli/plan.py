@@ -31,8 +31,8 @@ def add_commands(commands) -> None:
     task = parser.add_argument_group("what is controlled")
     task.add_argument(
         "--env", required=True, metavar="NAME",
-        help="folder of a data set of scenes with driven ones, or MODULE:FUNCTION that returns a gymnasium.Env with "
-        "frames as observations",
+        help="folder of a data set of scenes with driven ones; metaworld:TASK[:CAMERA], such as metaworld:reach-v3; or "
+        "MODULE:FUNCTION that returns a gymnasium.Env with frames as observations",
     )  # fmt: skip
     task.add_argument("--goal", type=path, metavar="FILE", help="goal image; the environment's own if omitted")
     task.add_argument("--episodes", type=int, default=1, metavar="N", help="number of episodes")
@@ -79,15 +79,16 @@ def run_plan(parsed: argparse.Namespace) -> int:
     config = {"mppi": vp2_mppi, "cem": vp2_cem}[parsed.method](standard_deviation=(0.5,))
     config = override(config, parsed.assignments)
     validate_tree(config)
-    environment = open_environment(parsed.env, steps=parsed.steps)
-    goal = None if parsed.goal is None else read_goal(parsed.goal)
-    if goal is None and parsed.cost != "reward" and parsed.way != "random" and not hasattr(environment, "goal_image"):
-        raise ConfigError(f"--env {parsed.env}: has no goal image of its own: give --goal FILE, or --cost reward.")
     world = None
     if parsed.way == "model":
         world = load_world_model(
             parsed.model, frames=parsed.frames, greedy=parsed.greedy, ema=parsed.ema, step=parsed.step
         )
+    size = None if world is None else world.tokenizer.resolution
+    environment = open_environment(parsed.env, steps=parsed.steps, size=size)
+    goal = None if parsed.goal is None else read_goal(parsed.goal)
+    if goal is None and parsed.cost != "reward" and parsed.way != "random" and not hasattr(environment, "goal_image"):
+        raise ConfigError(f"--env {parsed.env}: has no goal image of its own: give --goal FILE, or --cost reward.")
     check_fit(environment, world, goal, parsed.way)
     cost_of = cost_for(parsed.cost, parsed.lpips)
     outcome = plan_episodes(

@@ -1,4 +1,4 @@
-"""Opens an environment by name for commands: a data set of scenes, or a user's own."""
+"""Opens an environment by name for commands: a data set of scenes, a task of Meta-World, or a user's own."""
 
 import importlib
 from typing import Any
@@ -7,19 +7,24 @@ from jvgen.config import ConfigError
 from jvgen.control.scene_environment import SceneEnvironment
 from jvgen.storage import as_path
 
+METAWORLD = "metaworld"
 
-def open_environment(name: str, *, split: str = "validation", steps: int | None = None) -> Any:
+
+def open_environment(name: str, *, split: str = "validation", steps: int | None = None, size: int | None = None) -> Any:
     """An environment whose observations are frames, uint8 `H W C`.
 
     Args:
-      name: folder of a data set of scenes, or `MODULE:FUNCTION`: it takes no arguments and returns a `gymnasium.Env`.
+      name: folder of a data set of scenes; `metaworld:TASK` or `metaworld:TASK:CAMERA`; or `MODULE:FUNCTION`: it takes no arguments and returns a `gymnasium.Env`.
       split: of the data set, whose clips episodes start as.
-      steps: actions per episode of the scenes; their default if None.
+      steps: actions per episode of scenes and Meta-World; their default if None.
+      size: side of Meta-World's frames; its default if None.
 
     Raises:
       ConfigError: neither of these; or the function does not return an environment with such observations.
     """
     module, separator, function = name.partition(":")
+    if module == METAWORLD and separator:
+        return _metaworld(name, function, steps, size)
     if separator and not as_path(name).exists():
         return _own(name, module, function)
     try:
@@ -28,13 +33,24 @@ def open_environment(name: str, *, split: str = "validation", steps: int | None 
         raise ConfigError(f"--env {name}: {error}") from error
 
 
+def _metaworld(name: str, task: str, steps: int | None, size: int | None) -> Any:
+    from jvgen.control.metaworld import MetaWorldEnvironment
+
+    task, _, camera = task.partition(":")
+    options = {"camera": camera or None, "steps": steps, "size": size}
+    try:
+        return MetaWorldEnvironment(task, **{key: value for key, value in options.items() if value is not None})
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"--env {name}: {error}") from error
+
+
 def _own(name: str, module: str, function: str) -> Any:
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"--env {name}: cannot be imported ({error}); give MODULE:FUNCTION of an importable module, or the folder "
-            "of a data set of scenes."
+            f"--env {name}: cannot be imported ({error}); give MODULE:FUNCTION of an importable module, "
+            "metaworld:TASK, or the folder of a data set of scenes."
         ) from error
     environment = make()
     space = getattr(environment, "observation_space", None)

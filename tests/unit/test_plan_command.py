@@ -89,6 +89,7 @@ def test_the_command_without_a_model(scenes, tmp_path, capsys) -> None:
         (["--with", "random", "--env", "nowhere"], "--env nowhere"),
         (["--with", "random", "--env", "json:nothing"], "cannot be imported"),
         (["--with", "random", "--env", "builtins:dict"], "uint8 images"),
+        (["--with", "random", "--env", "metaworld:reach-v2"], "--env metaworld:reach-v2"),
         (["--with", "simulator", "--goal", "missing.png"], "--goal missing.png"),
     ],
 )

@@ -1,0 +1,113 @@
+"""Meta-World as an environment: pictures that cannot turn over unseen, states to go back to, success and rewards.
+
+Skipped where Meta-World or OpenGL is missing; `MUJOCO_GL` chooses the renderer.
+"""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("metaworld", reason="Meta-World is not installed (jvgen[metaworld])")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+from gymnasium.utils.env_checker import check_env  # noqa: E402
+
+from jvgen.control.metaworld import CAMERAS, MetaWorldEnvironment  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def environment():
+    made = MetaWorldEnvironment("reach-v3", size=64, steps=60)
+    try:
+        made.reset(seed=0)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield made
+    made.close()
+
+
+# Mean color of the upper and of the lower half of the first frame of reach-v3 with place 0.
+HALVES = {
+    "corner": ((127, 107, 104), (108, 92, 85)),
+    "corner2": ((142, 135, 132), (140, 127, 121)),
+    "corner3": ((159, 131, 126), (131, 117, 110)),
+    "corner4": ((137, 117, 114), (119, 90, 78)),
+    "topview": ((146, 109, 102), (138, 111, 97)),
+    "behindGripper": ((126, 104, 91), (124, 112, 108)),
+    "gripperPOV": ((140, 111, 93), (110, 114, 98)),
+}
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+def test_every_camera_stands_upright(camera) -> None:
+    """A renderer that turned frames over would exchange the halves."""
+    made = MetaWorldEnvironment("reach-v3", camera=camera, size=48)
+    try:
+        frame, info = made.reset(options={"place": 0})
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    made.close()
+    assert info == {"place": 0} and frame.shape == (48, 48, 3) and frame.dtype == np.uint8
+    halves = [half.mean((0, 1)) for half in (frame[:24], frame[24:])]
+    np.testing.assert_allclose(halves, HALVES[camera], atol=3)
+    assert np.abs(halves[0] - halves[1]).max() > 8
+
+
+def test_states_can_be_gone_back_to(environment) -> None:
+    environment.reset(seed=3)
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (6, 4)).astype(np.float32)
+    environment.step(actions[0])
+    before = environment.snapshot()
+    first = [environment.step(action) for action in actions[1:]]
+    environment.restore(before)
+    second = [environment.step(action) for action in actions[1:]]
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        assert one[1:] == other[1:]
+
+
+def test_the_same_seed_gives_the_same_episode(environment) -> None:
+    frames = []
+    for seed in (5, 5, 6):
+        first, _ = environment.reset(seed=seed)
+        frames.append((first, environment.step(np.ones(4))[0]))
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert (frames[0][0] != frames[2][0]).any()
+
+
+def test_the_expert_succeeds_and_the_goal_image_shows_it(environment) -> None:
+    environment.reset(seed=1)
+    state = environment.snapshot()
+    goal, first = environment.goal_image(), environment.render()
+    np.testing.assert_array_equal(state[0], environment.snapshot()[0])
+    rewards, successes, closest = [], [], np.inf
+    truncated = False
+    while not truncated:
+        frame, reward, terminated, truncated, info = environment.step(environment.expert_action())
+        assert not terminated
+        rewards.append(reward)
+        successes.append(info["success"])
+        closest = min(closest, np.abs(frame.astype(int) - goal).mean())
+    assert any(successes) and closest < 0.3 * np.abs(first.astype(int) - goal).mean()
+    # The bonus comes once, with the first success.
+    jump = np.diff(rewards)[successes.index(True) - 1]
+    assert 8 < jump < 20 and max(rewards[successes.index(True) + 1 :], default=0) < 21
+    environment.restore(state)
+
+
+def test_it_is_a_gymnasium_environment(environment) -> None:
+    check_env(environment, skip_render_check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": "reach-v2"}, "task = 'reach-v2': no task"),
+        ({"camera": "front"}, "camera = 'front': one of corner"),
+        ({"action_repeat": 0}, "action_repeat = 0"),
+        ({"steps": 300}, "600 simulator steps"),
+    ],
+)
+def test_bad_input(options, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        MetaWorldEnvironment(**options)
