@@ -14,7 +14,8 @@ def open_environment(name: str, *, split: str = "validation", steps: int | None 
     """An environment whose observations are frames, uint8 `H W C`.
 
     Args:
-      name: folder of a data set of scenes; `metaworld:TASK` or `metaworld:TASK:CAMERA`; or `MODULE:FUNCTION`: it takes no arguments and returns a `gymnasium.Env`.
+      name: folder of a data set of scenes; `metaworld:TASK` or `metaworld:TASK:CAMERA`; or `MODULE:FUNCTION`, which
+        takes no arguments and returns a `gymnasium.Env`.
       split: of the data set, whose clips episodes start as.
       steps: actions per episode of scenes and Meta-World; their default if None.
       size: side of Meta-World's frames; its default if None.
