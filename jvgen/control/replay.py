@@ -46,7 +46,7 @@ class RowSpec:
 class ReplayRing:
     """A ring of rows in files that are mapped into memory; the oldest rows are overwritten.
 
-    A run that is killed goes on from `rows_added` of its last checkpoint (`rewind`). Rows that were valid then are
+    A run that is killed resumes at `rows_added` of its last checkpoint (`rewind`). Rows that were valid then are
     still there: the ring has `reserve` more than `capacity`, and not more than these are added between checkpoints.
 
     Args:

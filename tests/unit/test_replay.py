@@ -1,4 +1,4 @@
-"""Transitions against brute force over episode borders and the ring's seam; what a killed run goes on with."""
+"""Transitions against brute force over episode borders and the ring's seam; what a killed run resumes with."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_transitions_equal_brute_force(tmp_path, steps, stack) -> None:
 
 
 def test_a_killed_run_draws_what_it_would_have_drawn(tmp_path) -> None:
-    """Rows added after the checkpoint, over the seam of the ring, change nothing for the run that goes on from it."""
+    """Rows added after the checkpoint, over the seam of the ring, change nothing for the run that resumes from it."""
     ring = ReplayRing(tmp_path, SPEC, capacity=20, reserve=8)
     for number in range(6):
         fill(ring, [4], 5 * number)
