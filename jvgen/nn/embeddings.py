@@ -56,7 +56,12 @@ def sincos_axis(positions: np.ndarray, width: int) -> np.ndarray:
 
 
 def sincos_positions(
-    grid: tuple[int, int, int], width: int, *, spatial_scale: float = 1.0, temporal_scale: float = 1.0
+    grid: tuple[int, int, int],
+    width: int,
+    *,
+    spatial_scale: float = 1.0,
+    column_scale: float | None = None,
+    temporal_scale: float = 1.0,
 ) -> Float[Array, "L {width}"]:
     """Additive sin-cos positions of a grid of frames, rows and columns, in that order of tokens, float32.
 
@@ -66,7 +71,8 @@ def sincos_positions(
     Args:
       grid: frames, rows and columns of tokens.
       width: channels, a multiple of 16.
-      spatial_scale, temporal_scale: positions are divided by these.
+      spatial_scale, temporal_scale: positions in space and time are divided by these.
+      column_scale: the divisor of the columns, if it is not that of the rows.
 
     Raises:
       ValueError: a width that is not a multiple of 16.
@@ -76,7 +82,7 @@ def sincos_positions(
     frames, rows, columns = grid
     tables = (
         ("t d -> t 1 1 d", frames, temporal_scale, width // 4),
-        ("w d -> 1 1 w d", columns, spatial_scale, 3 * width // 8),
+        ("w d -> 1 1 w d", columns, spatial_scale if column_scale is None else column_scale, 3 * width // 8),
         ("h d -> 1 h 1 d", rows, spatial_scale, 3 * width // 8),
     )
     parts = []

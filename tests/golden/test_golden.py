@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ import pytest
 from jvgen.interop.safetensors_file import SafetensorsFile
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # runners import `case_fields` and `rounding`
 
 
 @dataclasses.dataclass(frozen=True)

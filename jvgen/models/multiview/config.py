@@ -18,7 +18,8 @@ class SyncConfig(Config):
     Attributes:
       every: number of blocks between modules; must divide `layers`.
       heads: attention heads; None for as many as the transformer has.
-      sublayers: attentions per module.
+      sublayers: attentions per block of a module.
+      depth: transformer blocks per module (1 in the paper and in its code).
       groups: of each module's group norm.
       mode: what the tokens of a frame attend to.
       bias: bias as a function of the distance from the epipolar line, with mode EPIPOLAR.
@@ -33,6 +34,7 @@ class SyncConfig(Config):
     every: Layers = 5
     heads: Count | None = None
     sublayers: Layers = 2
+    depth: Layers = 1
     groups: Count = 32
     mode: SyncMode = SyncMode.EPIPOLAR
     bias: EpipolarBias = EpipolarBias.SOFT

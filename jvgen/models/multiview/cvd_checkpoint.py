@@ -21,7 +21,8 @@ class CVDCheckpointConfig(Config):
       channels: of the U-Net's levels, from the input down.
       layers: modules per level of the down path; the up path has one more per level, the middle none.
       heads: of each attention.
-      sublayers: attentions per module.
+      sublayers: attentions per block of a module.
+      depth: transformer blocks per module.
       groups: of the group norms.
     """
 
@@ -29,6 +30,7 @@ class CVDCheckpointConfig(Config):
     layers: Layers = 2
     heads: Count = 8
     sublayers: Layers = 2
+    depth: Layers = 1
     groups: Count = 32
 
     @property
@@ -50,10 +52,10 @@ class CVDCheckpoint(nnx.Module):
 
     def __init__(self, config: CVDCheckpointConfig, *, rngs: nnx.Rngs):
         self.config = config
-        sync = {"heads": config.heads, "sublayers": config.sublayers, "groups": config.groups, "rngs": rngs}
+        sync = {name: getattr(config, name) for name in ("heads", "sublayers", "depth", "groups")}
         for side in config.sides:
             levels = [
-                nnx.List([CrossViewSynchronization(width, **sync) for _ in range(config.modules(side))])
+                nnx.List([CrossViewSynchronization(width, **sync, rngs=rngs) for _ in range(config.modules(side))])
                 for width in config.widths(side)
             ]
             setattr(self, side, nnx.List(levels))

@@ -24,10 +24,11 @@ def forward_flops(
     tokens, width = frames * rows * columns, config.width
     if config.sync is not None:
         keys = rows * columns * (views if config.sync.mode is SyncMode.JOINT else 1)
-        # Projections in and out, queries, keys, values and outputs, GEGLU's three matrices; scores and weighted sums.
-        matrices = 2 + 4 * config.sync.sublayers + 12
+        # Projections in and out; queries, keys, values and outputs, GEGLU's three matrices; scores and weighted sums.
+        depth, sublayers = config.sync.depth, config.sync.sublayers
+        matrices = 2 + depth * (4 * sublayers + 12)
         parts["synchronization"] = float(
-            config.sync_layers * 2 * tokens * (matrices * width**2 + config.sync.sublayers * 2 * keys * width)
+            config.sync_layers * 2 * tokens * (matrices * width**2 + depth * sublayers * 2 * keys * width)
         )
     if config.rays:
         pixels = math.prod(config.patch_shape)

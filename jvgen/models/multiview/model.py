@@ -40,6 +40,7 @@ class MultiViewModules(nnx.Module):
                     config.width,
                     heads=sync.heads or config.heads,
                     sublayers=sync.sublayers,
+                    depth=sync.depth,
                     groups=sync.groups,
                     rngs=layer_rngs,
                 )

@@ -7,7 +7,7 @@ it is inserted into; its last layer is initialized to zero, so that it is the id
 import dataclasses
 import enum
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -60,8 +60,8 @@ class ViewLayout:
 class CrossViewAttention(nnx.Module):
     """Queries from a view's tokens, keys and values from its partner's; no positional encoding."""
 
-    def __init__(self, features: int, *, heads: int, rngs: nnx.Rngs):
-        self.head_width = features // heads
+    def __init__(self, features: int, *, heads: int, rescale: float = 1.0, rngs: nnx.Rngs):
+        self.head_width, self.rescale = features // heads, rescale
 
         def projection() -> Linear:
             return Linear(features, features, axes=(axes.EMBED, axes.HEADS), bias=False, rngs=rngs)
@@ -100,7 +100,11 @@ class CrossViewAttention(nnx.Module):
             own = self.value(tokens[:, 0]).reshape(-1, views.views, views.copies, *tokens.shape[2:])
             mean = jnp.broadcast_to(jnp.mean(own, axis=1, keepdims=True), own.shape)
             attended = attended.at[:, 0].set(mean.reshape(attended[:, 0].shape))
-        return self.output(attended)
+        return self._projected(attended)
+
+    def _projected(self, attended: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
+        update = self.output(attended)
+        return update if self.rescale == 1 else update / self.rescale
 
     def _heads(self, projection: Linear, tokens: Float[Array, "R F L C"]) -> Float[Array, "B L N D"]:
         x = rearrange(projection(tokens), "r f l (n d) -> (r f) l n d", d=self.head_width)
@@ -116,36 +120,67 @@ class CrossViewAttention(nnx.Module):
         )
         attended = rearrange(attention(query, key, value, kernel=kernels.attention), "b l n d -> b l (n d)")
         by_view = rearrange(attended, "(b c f) (v l) x -> (b v c) f l x", f=tokens.shape[1], **sizes)
-        return self.output(by_view)
+        return self._projected(by_view)
 
 
 class SynchronizationBlock(nnx.Module):
     """Cross-view attention sublayers, then a feed-forward sublayer, each with a pre-norm and a residual connection."""
 
-    def __init__(self, features: int, *, heads: int, sublayers: int, rngs: nnx.Rngs):
+    def __init__(self, features: int, *, heads: int, sublayers: int, rescale: float = 1.0, rngs: nnx.Rngs):
         self.norms = nnx.List([LayerNorm(features, epsilon=1e-5, axis=axes.EMBED) for _ in range(sublayers)])
-        self.attentions = nnx.List([CrossViewAttention(features, heads=heads, rngs=rngs) for _ in range(sublayers)])
+        self.attentions = nnx.List(
+            [CrossViewAttention(features, heads=heads, rescale=rescale, rngs=rngs) for _ in range(sublayers)]
+        )
         self.feed_forward_norm = LayerNorm(features, epsilon=1e-5, axis=axes.EMBED)
         self.feed_forward = GatedFeedForward(
             features, 4 * features, activation=functools.partial(jax.nn.gelu, approximate=False), bias=True, rngs=rngs
         )
 
+    def __call__(
+        self, x: Float[Array, "R F L C"], attend: Callable[[CrossViewAttention, jax.Array, Band | None], jax.Array],
+        bands: Sequence[Band | None],
+    ) -> Float[Array, "R F L C"]:  # fmt: skip
+        for norm, layer, band in zip(self.norms, self.attentions, bands, strict=True):
+            x = x + attend(layer, norm(x), band)
+        frames = x.shape[1]
+        normed = rearrange(self.feed_forward_norm(x), "r f l c -> (r f) l c")
+        return x + rearrange(self.feed_forward(normed), "(r f) l c -> r f l c", f=frames)
+
 
 class CrossViewSynchronization(nnx.Module):
-    """Group norm of each frame, projection, one transformer block across views, projection, residual connection.
+    """Group norm of each frame, projection, transformer blocks across views, projection, residual connection.
+
+    The first block is `block`, those after it are in the list `deeper`.
 
     Args:
       features: channels per token.
       heads: of each attention.
-      sublayers: attentions in the block: 2 as released, 1 in an ablation of the paper.
+      sublayers: attentions in a block: 2 as released, 1 in an ablation of the paper.
+      depth: blocks: 1 as released.
       groups: of the group norm.
+      rescale: what the output of each attention is divided by: 1 as released.
     """
 
-    def __init__(self, features: int, *, heads: int, sublayers: int = 2, groups: int = 32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        *,
+        heads: int,
+        sublayers: int = 2,
+        depth: int = 1,
+        groups: int = 32,
+        rescale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
         wide = (axes.EMBED, axes.EMBED)
+
+        def block() -> SynchronizationBlock:
+            return SynchronizationBlock(features, heads=heads, sublayers=sublayers, rescale=rescale, rngs=rngs)
+
         self.norm = GroupNorm(features, groups=groups, epsilon=1e-6, axis=axes.EMBED, leading=2)
         self.input = Linear(features, features, axes=wide, rngs=rngs)
-        self.block = SynchronizationBlock(features, heads=heads, sublayers=sublayers, rngs=rngs)
+        self.block = block()
+        self.deeper = nnx.List([block() for _ in range(depth - 1)])
         self.output = Linear(features, features, axes=wide, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(
@@ -166,18 +201,26 @@ class CrossViewSynchronization(nnx.Module):
           views: order of the rows R.
           partner: index of the view that each view attends to; ignored with JOINT.
           band: which of the partner's tokens each token attends to, with EPIPOLAR: lines `R F L 3`, width and slope
-            `R F`. One for all sublayers, or a sequence with one per sublayer.
+            `R F`. One for all attentions, or a sequence with one per attention, block by block.
           mode: see `SyncMode`.
           kernels: implementations of attention.
           share_first_frame: replace the attention output of the first frames by the mean of the views' own values, as
             a switch of the released code does.
+
+        Raises:
+          ValueError: a sequence of bands without exactly one per attention.
         """
-        block = self.block
-        bands = [band] * len(block.attentions) if band is None or isinstance(band, Band) else list(band)
+        blocks = [self.block, *self.deeper]
+        sublayers = len(self.block.attentions)
+        one_for_all = band is None or isinstance(band, Band)
+        bands = [band] * (len(blocks) * sublayers) if one_for_all else list(band)
+
+        def attend(layer: CrossViewAttention, x: jax.Array, band: Band | None) -> jax.Array:
+            return layer(x, views, partner, band, mode, kernels, share_first_frame)
+
         x = self.input(self.norm(tokens))
-        for norm, attend, its_band in zip(block.norms, block.attentions, bands, strict=True):
-            x = x + attend(norm(x), views, partner, its_band, mode, kernels, share_first_frame)
-        frames = x.shape[1]
-        normed = rearrange(block.feed_forward_norm(x), "r f l c -> (r f) l c")
-        x = x + rearrange(block.feed_forward(normed), "(r f) l c -> r f l c", f=frames)
+        if len(bands) != len(blocks) * sublayers:
+            raise ValueError(f"band has {len(bands)} entries for {len(blocks)} blocks of {sublayers} attentions each.")
+        for index, block in enumerate(blocks):
+            x = block(x, attend, bands[index * sublayers :][:sublayers])
         return (tokens.astype(jnp.float32) + self.output(x).astype(jnp.float32)).astype(tokens.dtype)

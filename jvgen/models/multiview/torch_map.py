@@ -18,7 +18,7 @@ def weight_map(config: MultiViewDiTConfig) -> WeightMap:
     """`MultiViewModules`: synchronization modules with CVD's names, rays and LoRA as a PyTorch port would name them."""
     entries: list[Entry] = []
     if config.sync is not None:
-        entries += synchronization_entries("sync/layers/", f"sync.{LAYER}.", config.sync.sublayers)
+        entries += synchronization_entries("sync/layers/", f"sync.{LAYER}.", config.sync.sublayers, config.sync.depth)
     if config.rays:
         entries += _layer("rays/projection", "rays.projection")
     if config.adapter_rank:
@@ -45,18 +45,21 @@ def from_diffusers_config(values: Mapping[str, Any]) -> MultiViewDiTConfig:
     return config
 
 
-def synchronization_entries(ours: str, theirs: str, sublayers: int) -> list[Entry]:
+def synchronization_entries(ours: str, theirs: str, sublayers: int, depth: int = 1) -> list[Entry]:
     """Entries of one synchronization module; prefixes include their separator."""
-    block, their_block = f"{ours}block/", f"{theirs}transformer_blocks.0."
     entries = [
         *_norm(f"{ours}norm", f"{theirs}norm"),
         *_layer(f"{ours}input", f"{theirs}proj_in"),
         *_layer(f"{ours}output", f"{theirs}proj_out"),
     ]
-    for index in range(sublayers):
-        entries += _attention(f"{block}attentions/{index}", f"{their_block}attention_blocks.{index}")
-        entries += _norm(f"{block}norms/{index}", f"{their_block}norms.{index}")
-    return [*entries, *_feed_forward(block, their_block)]
+    for number in range(depth):
+        block = f"{ours}block/" if number == 0 else f"{ours}deeper/{number - 1}/"
+        their_block = f"{theirs}transformer_blocks.{number}."
+        for index in range(sublayers):
+            entries += _attention(f"{block}attentions/{index}", f"{their_block}attention_blocks.{index}")
+            entries += _norm(f"{block}norms/{index}", f"{their_block}norms.{index}")
+        entries += _feed_forward(block, their_block)
+    return entries
 
 
 def cvd_checkpoint_map(config: CVDCheckpointConfig, *, prefix: str = "") -> WeightMap:
@@ -66,7 +69,7 @@ def cvd_checkpoint_map(config: CVDCheckpointConfig, *, prefix: str = "") -> Weig
         for level in range(len(config.channels)):
             for index in range(config.modules(side)):
                 theirs = f"{prefix}{side}_blocks.{level}.epi_modules.{index}.epi_transformer."
-                entries += synchronization_entries(f"{side}/{level}/{index}/", theirs, config.sublayers)
+                entries += synchronization_entries(f"{side}/{level}/{index}/", theirs, config.sublayers, config.depth)
     # Position grids, buffers in the files of whole networks.
     return WeightMap(tuple(entries), ignored=(r".*\.pos_encoder\.coords",))
 

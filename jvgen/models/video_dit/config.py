@@ -74,7 +74,8 @@ class VideoDiTConfig(Config):
       rotary_grid: how rotary positions of other resolutions relate to the base grid.
       sample_height, sample_width, sample_frames: the latent clip that the network is trained for. With SINCOS positions
         they are only written to exported files; with ROTARY they are the base grid.
-      spatial_scale, temporal_scale: sin-cos positions are divided by these.
+      spatial_scale, temporal_scale: sin-cos positions in space and time are divided by these.
+      column_scale: the divisor of the columns' positions, if it is not that of the rows; none for spatial_scale.
       temporal_compression: frames per latent frame, for exported files only.
       norm_epsilon: of the norms over the width.
       query_key_epsilon: of the norms of queries and keys.
@@ -106,6 +107,7 @@ class VideoDiTConfig(Config):
     sample_width: Pixels = 90
     sample_frames: Frames = 13
     spatial_scale: Positive = 1.875
+    column_scale: Positive | None = None
     temporal_scale: Positive = 1.0
     temporal_compression: Frames = 4
     norm_epsilon: Epsilon = 1e-5

@@ -274,7 +274,11 @@ class VideoDiT(nnx.Module):
         patches = self.patch_embedding(latents)
         if config.positions is Positions.SINCOS:
             positions = sincos_positions(
-                layout.grid, config.width, spatial_scale=config.spatial_scale, temporal_scale=config.temporal_scale
+                layout.grid,
+                config.width,
+                spatial_scale=config.spatial_scale,
+                column_scale=config.column_scale,
+                temporal_scale=config.temporal_scale,
             )
             patches = patches + positions.astype(patches.dtype)
         rows = self.text_projection(text.astype(latents.dtype))

@@ -151,7 +151,11 @@ def sat_tables(config: VideoDiTConfig, prefix: str = "model.diffusion_model.") -
     grid, name = (frames, rows, columns), f"{prefix}mixins.pos_embed."
     if config.positions is Positions.SINCOS:
         video = sincos_positions(
-            grid, config.width, spatial_scale=config.spatial_scale, temporal_scale=config.temporal_scale
+            grid,
+            config.width,
+            spatial_scale=config.spatial_scale,
+            column_scale=config.column_scale,
+            temporal_scale=config.temporal_scale,
         )
         whole = np.concatenate([np.zeros((config.text_length, config.width), np.float32), np.asarray(video)])
         return {f"{name}pos_embedding": whole[None]}
@@ -179,6 +183,11 @@ def to_diffusers_config(config: VideoDiTConfig) -> dict[str, Any]:
             raise ValueError(
                 f"{name} = {getattr(config, name)}: diffusers supports {value} only, so it cannot load this network."
             )
+    if config.column_scale not in (None, config.spatial_scale):
+        raise ValueError(
+            f"column_scale = {config.column_scale}, spatial_scale = {config.spatial_scale}: diffusers has one scale for "
+            "rows and columns, so it cannot load this network."
+        )
     return {
         "_class_name": "CogVideoXTransformer3DModel",
         "num_attention_heads": config.heads,
