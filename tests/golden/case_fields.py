@@ -37,7 +37,9 @@ def check_fields(
             if value != fixed[name]:
                 raise ValueError(f"{where}.{name} = {value!r}: only {fixed[name]!r} is supported.")
         elif name not in read and name not in about and not REMARK.search(name):
-            raise ValueError(f"{where}.{name} = {value!r}: the runner does not know this field and may compare wrongly.")
+            raise ValueError(
+                f"{where}.{name} = {value!r}: the runner does not know this field and may compare wrongly."
+            )
 
 
 def tensors(io: Mapping[str, Any], prefix: str) -> dict[str, Any]:

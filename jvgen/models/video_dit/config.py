@@ -136,6 +136,11 @@ class VideoDiTConfig(Config):
         return self.sample_height // self.patch, self.sample_width // self.patch
 
     def validate(self) -> None:
+        if self.column_scale is not None and self.positions is not Positions.SINCOS:
+            raise ValueError(
+                f"column_scale = {self.column_scale}: positions = {self.positions.value} have no scale; leave it none, "
+                "or set positions to sincos."
+            )
         if self.positions is Positions.SINCOS and self.width % 16:
             raise ValueError(
                 f"heads x head_width = {self.heads} x {self.head_width} = {self.width}: sin-cos positions need a "

@@ -185,8 +185,8 @@ def to_diffusers_config(config: VideoDiTConfig) -> dict[str, Any]:
             )
     if config.column_scale not in (None, config.spatial_scale):
         raise ValueError(
-            f"column_scale = {config.column_scale}, spatial_scale = {config.spatial_scale}: diffusers has one scale for "
-            "rows and columns, so it cannot load this network."
+            f"column_scale = {config.column_scale}, spatial_scale = {config.spatial_scale}: diffusers has one scale "
+            "for rows and columns, so it cannot load this network."
         )
     return {
         "_class_name": "CogVideoXTransformer3DModel",

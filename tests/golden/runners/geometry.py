@@ -136,7 +136,9 @@ def _compare_bias(lines, off, grid, side: int, read, pixel_band: float, decay_al
     steep = decay**2 / decay_alpha * wide + CHAIN * decay
     _within(made.width, width, wide, "band")
     _within(made.slope, decay, steep, "decay")
-    allowed = decay[:, None, None] * (near + wide[:, None, None]) + (steep / decay)[:, None, None] * np.abs(read["mask"])
+    allowed = decay[:, None, None] * (near + wide[:, None, None]) + (steep / decay)[:, None, None] * np.abs(
+        read["mask"]
+    )
     _within(epipolar_bias(made), read["mask"], allowed, "mask")
 
 
@@ -215,7 +217,9 @@ def _homography(case) -> None:
     added = (np.abs(points) + center) @ np.swapaxes(np.abs(io["H"].astype(np.float64)), -1, -2)
     mapped = (points - center) @ np.swapaxes(io["H"].astype(np.float64), -1, -2)
     divisor = np.abs(mapped[..., 2:] + DIVISOR_EPSILON)
-    off = CHAIN * (added + np.abs(mapped) / divisor * added[..., 2:]) / divisor + CHAIN * np.abs(io["warped_coords"] + center)
+    off = CHAIN * (added + np.abs(mapped) / divisor * added[..., 2:]) / divisor + CHAIN * np.abs(
+        io["warped_coords"] + center
+    )
     _within(there, io["warped_coords"], off, "warped_coords")
     lines = pseudo_lines(there, _normals(np.pi * io["slope_uniform"]))
     lines_off = CHAIN * _sizes(io["warped_coords"])
@@ -282,7 +286,9 @@ def _rays_and_matrices(shown: Cameras, pair: Cameras, size, read) -> None:
     first, second = (Cameras(*(part[i] for part in pair)) for i in range(2))
     ours = np.concatenate([fundamental_matrices(first, second, size), fundamental_matrices(second, first, size)])
     # Theirs are of poses that were rounded to float32: what a baseline is smaller than them is lost.
-    apart, farthest = (np.abs(part).max() for part in (np.subtract(*centers(pair.extrinsics)), centers(pair.extrinsics)))
+    apart, farthest = (
+        np.abs(part).max() for part in (np.subtract(*centers(pair.extrinsics)), centers(pair.extrinsics))
+    )
     largest = np.abs(read["F_mats"]).max()
     np.testing.assert_allclose(ours / largest, read["F_mats"] / largest, atol=CHAIN * (1 + farthest / apart))
     matrix = first.intrinsics[0] * [size[1], size[0], size[1], size[0]]

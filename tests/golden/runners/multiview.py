@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from case_fields import check_fields, tensors
 from einops import rearrange
-from rounding import floor, spread, within_rounding
+from rounding import floor, measured, within_rounding
 
 from jvgen.geometry import homography
 from jvgen.geometry.epipolar import Band, band, epipolar_bias, epipolar_lines, pseudo_lines, token_points, unit_lines
@@ -84,7 +84,9 @@ def _run_synchronization(network, parameters, made: dict, name: str, read: dict,
     if "kv_index" in read:
         assert len(read["kv_index"]) == rows * frames, f"{name}.kv_index: several partners per entry are not supported"
         index = read["kv_index"].reshape(rows, frames)
-        np.testing.assert_array_equal(index % frames, np.tile(np.arange(frames), (rows, 1)), "frames of one number pair")
+        np.testing.assert_array_equal(
+            index % frames, np.tile(np.arange(frames), (rows, 1)), "frames of one number pair"
+        )
         partner = index[:: views.copies, 0] // frames // views.copies
         np.testing.assert_array_equal(index // frames, _rows_of(partner, views)[:, None].repeat(frames, axis=1))
     mode = SyncMode.CROSS if bands is None else SyncMode.EPIPOLAR
@@ -95,8 +97,8 @@ def _run_synchronization(network, parameters, made: dict, name: str, read: dict,
     def outputs(parameters, tokens, bands):
         return program(parameters, tokens, band=bands)
 
-    moves = spread(outputs, parameters, tokens, bands)
-    within_rounding(outputs(parameters, tokens, bands), expected, moves, name)
+    ours, moves = measured(outputs, parameters, tokens, bands)
+    within_rounding(ours, expected, moves, name)
 
 
 def _rows_of(partner: np.ndarray, views: ViewLayout) -> np.ndarray:
@@ -149,9 +151,9 @@ def _pose_encoder(case) -> None:
     network = Network.of(lambda rngs: PoseEncoder(config, rngs=rngs))
     parameters = pose_encoder_map(config).from_torch(case.weights, network.shapes)
     apply, clip = jax.jit(network.apply), rearrange(case.io["x"], "b c f h w -> b f h w c")
-    features = apply(parameters, clip)
+    features, all_moves = measured(apply, parameters, clip)
     assert len(features) == len(config.channels)
-    for scale, (feature, moves) in enumerate(zip(features, spread(apply, parameters, clip), strict=True)):
+    for scale, (feature, moves) in enumerate(zip(features, all_moves, strict=True)):
         name = f"feature.{scale}"
         expected = rearrange(case.io[name], "(b f) c h w -> b f h w c", b=len(feature))
         within_rounding(feature, expected, moves, name, theirs_off=floor(case.config, name))

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 from case_fields import check_fields
-from rounding import EPSILON, spread, within_rounding
+from rounding import EPSILON, measured, within_rounding
 
 from jvgen.models.video_dit.config import AggregationConfig, Positions, VideoDiTConfig
 from jvgen.models.video_dit.model import VideoDiT
@@ -53,16 +53,14 @@ def run(case) -> None:
         ):
             names = [name for name in names if name in io]
             if names:
-                outputs = _outputs(other, timesteps)
-                output, moves = outputs(parameters, latents, text), spread(outputs, parameters, latents, text)
+                output, moves = measured(_outputs(other, timesteps), parameters, latents, text)
                 for name in names:
                     within_rounding(output, io[name], moves, name)
                     visited[name] = True
         visited |= {f"{variant}{name}": True for name in ("x", "context", "timesteps")}
 
     look = functools.partial(_between, _look(network), io["timesteps"])
-    inputs = (parameters, io["x"].transpose(0, 1, 3, 4, 2), io["context"])
-    found, moves = look(*inputs), spread(look, *inputs)
+    found, moves = measured(look, parameters, io["x"].transpose(0, 1, 3, 4, 2), io["context"])
     for name, array in found.items():
         if name in io:
             within_rounding(array, io[name], moves[name], name)
@@ -109,11 +107,10 @@ def network_config(values: dict) -> VideoDiTConfig:
     made, derived, rule = values["constructor"]["params"], values["derived"], values["aggregation"]
     about = ("batch", "latent_frames", "diffusers_crosscheck")
     check_fields(values, "config.json", read=("constructor", "derived", "aggregation"), about=about)
-    check_fields(
-        made, "constructor.params", read=("time_embed_dim", "num_frames", "time_compressed_rate", "latent_width",
-        "latent_height", "num_layers", "patch_size", "in_channels", "out_channels", "hidden_size", "num_attention_heads",
-        "modules"), about=("adm_in_channels", "transformer_args"), fixed={"elementwise_affine": True, "dtype": "fp32"},
-    )  # fmt: skip
+    read = ("time_embed_dim", "num_frames", "time_compressed_rate", "latent_width", "latent_height", "num_layers",
+            "patch_size", "in_channels", "out_channels", "hidden_size", "num_attention_heads", "modules")  # fmt: skip
+    about, fixed = ("adm_in_channels", "transformer_args"), {"elementwise_affine": True, "dtype": "fp32"}
+    check_fields(made, "constructor.params", read=read, about=about, fixed=fixed)
     parts = made["modules"]
     check_fields(
         parts, "constructor.params.modules", read=("pos_embed_config", "patch_embed_config", "adaln_layer_config"),
