@@ -15,10 +15,13 @@ def _add_evaluate(commands) -> None:
     parser = add_command(
         commands, "evaluate", "measure a trained run, or an exported VAE, on held-out data",
         "jvgen evaluate runs/demo/image_vae --batches 8",
+        "jvgen evaluate runs/demo/text_to_video --samples 64 --i3d i3d.safetensors --clip-model clip-vit-base-patch32",
         "jvgen evaluate --vae exported/vae --data data/videos --size 256x256 --out evaluation",
         details="Takes exactly one of RUN and --vae. Prints the task's metrics (reconstruction PSNR and SSIM, loss by "
-        "timestep band, ...) and writes them as JSON. With --vae it measures reconstructions and, with --image-vae, "
-        "how well each VAE decodes the other's latents.",
+        "timestep band, ...) and writes them as JSON. With --samples, text-to-video and multi-view runs generate "
+        "clips for held-out captions (and cameras), which are measured beside the recorded ones: over time, as a "
+        "distribution, against captions, and against cameras. Measures whose weights were not given are listed. With "
+        "--vae it measures reconstructions and, with --image-vae, how well each VAE decodes the other's latents.",
         handler=run_evaluate,
     )  # fmt: skip
     add_run_arguments(parser, optional=True)
@@ -26,13 +29,28 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--batches", type=int, default=16, metavar="N", help="batches that metrics are averaged over")
     _add_untrained_argument(parser)
     parser.add_argument(
-        "--fvd-weights", type=path, metavar="FILE",
-        help="I3D weights (.safetensors); adds the Fréchet video distance of predicted or reconstructed clips",
+        "--i3d", type=path, metavar="FILE",
+        help="I3D weights (.safetensors); adds the Fréchet distance of predicted, generated or reconstructed clips",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=path, metavar="PATH",
         help="JSON file for the metrics; with --vae a folder, which also gets a picture of the worst clips",
     )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, metavar="N", help="clips per batch; 8 for --samples, 2 for --vae")
+    group = parser.add_argument_group("options for generated clips (text-to-video and multi-view runs)")
+    group.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="clips, or sets of views, to generate and to measure"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="sampler steps; the run's own if omitted")
+    group.add_argument(
+        "--guidance", type=float, metavar="SCALE", help="scale of classifier-free guidance; the run's own if omitted"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generated clips")
+    group.add_argument(
+        "--clip-model", type=path, metavar="DIR",
+        help="folder with CLIP's config.json, model.safetensors and tokenizer.json; adds the agreement with captions",
+    )  # fmt: skip
+    group.add_argument("--report", type=path, metavar="FILE", help="HTML file with the measures and some clips")
     group = parser.add_argument_group("options for --vae")
     group.add_argument("--vae", type=path, metavar="DIR", help="exported folder of an image or video VAE")
     group.add_argument(
@@ -46,7 +64,6 @@ def _add_evaluate(commands) -> None:
     group.add_argument(
         "--stride", type=int, default=1, metavar="N", help="frame stride: take every N-th recorded frame"
     )
-    group.add_argument("--batch-size", type=int, default=2, metavar="N", help="clips per batch")
     group.add_argument(
         "--lpips-weights", metavar="FILE",
         help="LPIPS weights (.safetensors, see `jvgen lpips`); without them a Laplacian-pyramid distance is reported",
@@ -98,10 +115,15 @@ def run_evaluate(parsed: argparse.Namespace) -> int:
         _evaluate_vae(parsed)
         return 0
     from jvgen.runs.evaluation import evaluate_run
+    from jvgen.runs.held_out import SamplingOptions
 
     evaluate_run(
         parsed.run, ema=parsed.ema, step=parsed.step, data=parsed.data, batches=parsed.batches, out=parsed.out,
-        untrained=parsed.untrained, fvd_weights=parsed.fvd_weights,
+        untrained=parsed.untrained, i3d=parsed.i3d, clip_model=parsed.clip_model, report=parsed.report,
+        sampling=SamplingOptions(
+            samples=parsed.samples, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
+            batch=parsed.batch_size or 8,
+        ),
     )  # fmt: skip
     return 0
 
@@ -114,8 +136,8 @@ def _evaluate_vae(parsed: argparse.Namespace) -> None:
         raise ValueError("--vae also needs --data DIR: the data set to measure on.")
     evaluate_vae(
         parsed.vae, parsed.data, frames=parsed.frames, size=parsed.size, stride=parsed.stride, batches=parsed.batches,
-        batch=parsed.batch_size, image_vae=parsed.image_vae, lpips=parsed.lpips_weights, out=parsed.out,
-        worst=parsed.worst, features=None if parsed.fvd_weights is None else i3d.features(parsed.fvd_weights),
+        batch=parsed.batch_size or 2, image_vae=parsed.image_vae, lpips=parsed.lpips_weights, out=parsed.out,
+        worst=parsed.worst, features=None if parsed.i3d is None else i3d.features(parsed.i3d),
     )  # fmt: skip
 
 

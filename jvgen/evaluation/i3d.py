@@ -107,7 +107,9 @@ def features(weights: str | Path) -> Callable[[jax.Array], jax.Array]:
 
 
 def _features(parameters: Parameters, video: jax.Array) -> jax.Array:
-    return logits(parameters, prepare(video))
+    # float32 on every device: a distance may not depend on the accelerator.
+    with jax.default_matmul_precision("highest"):
+        return logits(parameters, prepare(video))
 
 
 def load_i3d(path: str | Path) -> dict[str, dict[str, np.ndarray]]:

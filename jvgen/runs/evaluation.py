@@ -1,21 +1,66 @@
-"""Evaluate a trained run on held-out data: the task's own metrics, and the Fréchet video distance if asked for."""
+"""Evaluate a trained run on held-out data: the task's own metrics, measures of clips that it predicts or generates."""
 
+import dataclasses
+import functools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from einops import rearrange
 
+from jvgen.config import ConfigError
 from jvgen.data.store.sources import splits
 from jvgen.data.stream.config import SourceConfig
 from jvgen.data.stream.loader import Loader
-from jvgen.evaluation import i3d
+from jvgen.evaluation import i3d as i3d_network
+from jvgen.evaluation.camera_pose import sift
+from jvgen.evaluation.clip import Clip
 from jvgen.evaluation.distribution import VideoDistance
+from jvgen.evaluation.generated import (
+    GENERATED,
+    RECORDED,
+    NotMeasured,
+    measure_clips,
+    measure_same_trajectory,
+    measure_views,
+)
+from jvgen.evaluation.report import Report
+from jvgen.runs.held_out import HeldOut, SamplingOptions, generate_clips, generate_views, read_held_out, with_caption
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.storage import Path, write_text
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
 from jvgen.training.state import EVALUATE, key_for
 from jvgen.training.telemetry.metrics import RunningMeans
+
+SHOWN = 8  # clips in a report
+NO_SAMPLES = SamplingOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+      metrics: numbers by name.
+      not_measured: what could be measured by other options, and by which.
+      shown: clips for the report by name, uint8 `N F H W 3`, and their captions.
+    """
+
+    metrics: dict[str, float]
+    not_measured: NotMeasured
+    shown: tuple[dict[str, np.ndarray], tuple[str, ...]] = ({}, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """What an evaluation needs beside the run."""
+
+    loader: Loader
+    features: Callable[[jax.Array], jax.Array] | None
+    clip: Clip | None
 
 
 def evaluate_run(
@@ -26,35 +71,55 @@ def evaluate_run(
     data: str | None = None,
     batches: int = 16,
     out: Path | None = None,
+    report: Path | None = None,
     untrained: bool = False,
-    fvd_weights: Path | None = None,
+    sampling: SamplingOptions = NO_SAMPLES,
+    i3d: Path | None = None,
+    clip_model: Path | None = None,
 ) -> dict[str, float]:
-    """Evaluate the run in a folder, print its metrics and write them as JSON.
+    """Evaluate the run in a folder, print its metrics and what was not measured, and write both.
 
     Args:
       run: run directory.
       ema, step, untrained: which weights, see `jvgen.runs.inference.open_run`.
-      data, batches, fvd_weights: see `evaluate`.
+      data, batches, sampling, i3d, clip_model: see `evaluate`.
       out: JSON file to write.
+      report: HTML file to write, with generated clips beside recorded ones.
 
     Raises:
       ValueError: see `evaluate`.
       CheckpointError: no such run, or no valid checkpoint.
     """
     # Mistakes are found before weights are read.
-    loader, distance = _prepare(read_experiment(run), data, batches, fvd_weights)
+    prepared = _prepare(read_experiment(run), data, batches, sampling, i3d, clip_model)
     loaded = open_run(run, ema, step, untrained)
-    result = _evaluate(loaded, loader, batches, distance)
-    for name, value in sorted(result.items()):
-        print(f"{name:32s} {value:.6g}")
+    result = _evaluate(loaded, prepared, batches, sampling)
+    for name, value in sorted(result.metrics.items()):
+        print(f"{name:36s} {value:.6g}")
+    for name, reason in result.not_measured.items():
+        print(f"{name}: not measured: {reason}")
+    document = {
+        "run": str(run), "step": loaded.step, "ema": loaded.ema, "batches": batches,
+        **_described(loaded.experiment, sampling),
+        "weights": {name: str(path) for name, path in (("i3d", i3d), ("clip_model", clip_model)) if path is not None},
+        "metrics": result.metrics, "not_measured": result.not_measured,
+    }  # fmt: skip
     if out is not None:
-        document = {"run": str(run), "step": loaded.step, "batches": batches, "metrics": result}
         write_text(out, json.dumps(document, indent=1))
-    return result
+    if report is not None:
+        _report(document, result).write(report)
+        print(f"wrote {report}")
+    return result.metrics
 
 
 def evaluate(
-    loaded: LoadedRun, *, data: str | None = None, batches: int = 16, fvd_weights: Path | None = None
+    loaded: LoadedRun,
+    *,
+    data: str | None = None,
+    batches: int = 16,
+    sampling: SamplingOptions = NO_SAMPLES,
+    i3d: Path | None = None,
+    clip_model: Path | None = None,
 ) -> dict[str, float]:
     """Average the task's metrics over the first batches of held-out data, the same ones every time.
 
@@ -62,37 +127,79 @@ def evaluate(
       loaded: the run.
       data: data set folder instead of the run's evaluation sources; its validation split if it has one.
       batches: at most this many.
-      fvd_weights: safetensors file of an I3D network: also the Fréchet video distance of predicted clips.
+      sampling: how many clips a text-to-video or multi-view run generates for held-out captions and cameras, to be
+        measured beside the recorded ones (`jvgen.evaluation.generated`), and how.
+      i3d: safetensors file of an I3D network: also the Fréchet video distance of predicted or generated clips.
+      clip_model: folder of a CLIP model: also how generated clips agree with their captions.
 
     Raises:
-      ValueError: no data to evaluate on; a task that predicts no clips; weights that are not those of an I3D network.
+      ValueError: no data to evaluate on; options that the run's task has no use for; weights of other networks.
     """
-    loader, distance = _prepare(loaded.experiment, data, batches, fvd_weights)
-    return _evaluate(loaded, loader, batches, distance)
+    prepared = _prepare(loaded.experiment, data, batches, sampling, i3d, clip_model)
+    return _evaluate(loaded, prepared, batches, sampling).metrics
 
 
 def _prepare(
-    experiment: Experiment, data: str | None, batches: int, fvd_weights: Path | None
-) -> tuple[Loader, VideoDistance | None]:
+    experiment: Experiment,
+    data: str | None,
+    batches: int,
+    sampling: SamplingOptions,
+    i3d: Path | None,
+    clip_model: Path | None,
+) -> _Prepared:
+    task = experiment.task
     if batches < 1:
-        raise ValueError(f"--batches {batches}: average over at least one batch.")
-    if fvd_weights is not None and not experiment.task.supports_prediction:
-        raise ValueError(
-            f"--fvd-weights: {type(experiment.task).__name__} predicts no clips; this needs a run of a world model."
+        raise ConfigError(f"--batches {batches}: average over at least one batch.")
+    if sampling.samples < 0 or sampling.batch < 1:
+        raise ConfigError(f"--samples {sampling.samples}, --batch-size {sampling.batch}: at least 0 and at least 1.")
+    if sampling.samples and not task.supports_sampling:
+        raise ConfigError(
+            f"--samples {sampling.samples}: {type(task).__name__} generates no clips from captions; leave it out."
         )
-    distance = None if fvd_weights is None else VideoDistance(i3d.features(fvd_weights))
+    generates = bool(sampling.samples)
+    if i3d is not None and not (task.supports_prediction or generates):
+        need = (
+            "give --samples N, the number of clips to generate" if task.supports_sampling
+            else f"{type(task).__name__} makes no clips; for reconstructions export its VAE and give --vae DIR"
+        )  # fmt: skip
+        raise ConfigError(f"--i3d {i3d}: it measures predicted or generated clips; {need}.")
+    if clip_model is not None and not generates:
+        need = "give --samples N" if task.supports_sampling else f"{type(task).__name__} has no captions; leave it out"
+        raise ConfigError(f"--clip-model {clip_model}: it measures generated clips; {need}.")
+    features = None if i3d is None else i3d_network.features(i3d)
+    clip = None if clip_model is None else Clip(clip_model)
     config = experiment.data
     if data is not None:
         split = "validation" if "validation" in splits(data) else "train"
         config = config.replace(evaluation_sources=(SourceConfig(path=data, split=split),))
     if not config.evaluation_sources:
-        raise ValueError("the run names no data.evaluation_sources; name a data set with --data FOLDER.")
-    experiment.task.check_data(config.replace(sources=config.evaluation_sources))
-    loader = Loader(config, seed=experiment.seed, preprocess=experiment.task.build().preprocess, evaluation=True)
-    return loader, distance
+        raise ConfigError("the run names no data.evaluation_sources; name a data set with --data FOLDER.")
+    task.check_data(config.replace(sources=config.evaluation_sources))
+    built = task.build()
+    preprocess = functools.partial(with_caption, built) if generates else built.preprocess
+    return _Prepared(Loader(config, seed=experiment.seed, preprocess=preprocess, evaluation=True), features, clip)
 
 
-def _evaluate(loaded: LoadedRun, loader: Loader, batches: int, distance: VideoDistance | None) -> dict[str, float]:
+def _evaluate(loaded: LoadedRun, prepared: _Prepared, batches: int, sampling: SamplingOptions) -> Evaluation:
+    task = loaded.experiment.task
+    distance = None
+    if task.supports_prediction and prepared.features is not None:
+        distance = VideoDistance(prepared.features)
+    metrics = _task_metrics(loaded, prepared.loader, batches, distance)
+    if task.supports_prediction:
+        missing = {} if distance is not None else {"fvd": "give --i3d FILE"}
+        return Evaluation(metrics, missing)
+    if not task.supports_sampling:
+        return Evaluation(metrics, {})
+    if not sampling.samples:
+        return Evaluation(metrics, {"measures of generated clips": "give --samples N, the number of clips to generate"})
+    held_out = read_held_out(loaded, prepared.loader, sampling.samples)
+    measure = _measured_views if task.supports_views else _measured_clips
+    found = measure(loaded, held_out, prepared, sampling)
+    return dataclasses.replace(found, metrics=metrics | {"samples": float(len(held_out.clips))} | found.metrics)
+
+
+def _task_metrics(loaded: LoadedRun, loader: Loader, batches: int, distance: VideoDistance | None) -> dict[str, float]:
     compiled = loaded.program.evaluation("evaluate")
     predict = None if distance is None else loaded.program.evaluation("predicted_clips")
     means, key = RunningMeans(), jax.random.key(loaded.experiment.seed)
@@ -104,3 +211,53 @@ def _evaluate(loaded: LoadedRun, loader: Loader, batches: int, distance: VideoDi
             if predict is not None:
                 distance.add(*map(np.asarray, predict(*arguments)))
     return means.result() | ({} if distance is None else distance.result())
+
+
+def _measured_clips(loaded: LoadedRun, held_out: HeldOut, prepared: _Prepared, sampling: SamplingOptions) -> Evaluation:
+    made = generate_clips(loaded, held_out, sampling)
+    found, missing = measure_clips(
+        made, held_out.clips, held_out.captions, features=prepared.features, clip=prepared.clip
+    )
+    return Evaluation(found, missing, ({GENERATED: made, RECORDED: held_out.clips}, held_out.captions))
+
+
+def _measured_views(loaded: LoadedRun, held_out: HeldOut, prepared: _Prepared, sampling: SamplingOptions) -> Evaluation:
+    made, equal = generate_views(loaded, held_out, sampling)
+    count = made.shape[1]
+    single = [rearrange(clips, "n v ... -> (n v) ...") for clips in (made, held_out.clips)]
+    captions = tuple(caption for caption in held_out.captions for _ in range(count))
+    found, missing = measure_clips(*single, captions, features=prepared.features, clip=prepared.clip)
+    matcher = sift()
+    for side, views in ((GENERATED, made), (RECORDED, held_out.clips)):
+        found |= measure_views(views, held_out.cameras, side, matcher)
+    found |= measure_same_trajectory(equal[:, 0], equal[:, 1])
+    return Evaluation(found, missing, ({GENERATED: single[0], RECORDED: single[1]}, captions))
+
+
+def _described(experiment: Experiment, sampling: SamplingOptions) -> dict[str, Any]:
+    """The options that generated clips were made with, with the run's own values for those that were not given."""
+    if not sampling.samples:
+        return {}
+    task = experiment.task
+    return {
+        "samples": sampling.samples,
+        "sampler_steps": task.sampler.steps if sampling.steps is None else sampling.steps,
+        "guidance": task.guidance.scale if sampling.guidance is None else sampling.guidance,
+        "seed": sampling.seed,
+    }
+
+
+def _report(document: dict[str, Any], result: Evaluation) -> Report:
+    page = Report(f"Evaluation of {document['run']}", f"step {document['step']}, weights {document['ema']}")
+    page.section("Measures").table(sorted(result.metrics.items()), ("measure", "value"))
+    if result.not_measured:
+        page.table(list(result.not_measured.items()), ("not measured", "why"))
+    options = {
+        name: value for name, value in document.items() if name not in ("run", "step", "ema", "metrics", "not_measured")
+    }
+    page.section("Options").table([(name, json.dumps(value)) for name, value in options.items()], ("option", "value"))
+    clips, captions = result.shown
+    if clips:
+        some = {name: list(each[:SHOWN]) for name, each in clips.items()}
+        page.section("Clips").clips(some, captions[:SHOWN])
+    return page

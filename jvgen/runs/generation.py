@@ -1,6 +1,7 @@
 """Generate clips in batches of one compiled shape, for trained runs, with or without several views."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from jvgen.training.experiment import Experiment
 # Slots of different prompts never meet: clip i of prompt p has the slot p * CLIPS_PER_PROMPT + i.
 CLIPS_PER_PROMPT = 1 << 12
 
-# (task, parameters, frozen parameters, tokens, slots) -> pixels, traced under `jax.jit`.
-Generate = Callable[[Task, Parameters, Parameters, jax.Array, jax.Array], jax.Array]
+# (task, parameters, frozen parameters, tokens, slots[, conditions]) -> pixels, traced under `jax.jit`.
+Generate = Callable[..., jax.Array]
 
 
 def sample_request(
@@ -57,6 +58,7 @@ def generate_in_batches(
     *,
     task: Task | None = None,
     frozen: Parameters | None = None,
+    conditions: Any = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield `(index into wanted, pixels)` as soon as a batch is done.
 
@@ -67,22 +69,27 @@ def generate_in_batches(
       wanted: prompt number and slot of every clip.
       batch: clips per batch; the last batch is filled with repeats, so that all have the shape that was compiled.
       task, frozen: instead of the run's own.
+      conditions: host arrays, each with one row per wanted clip, whose rows `generate` gets last (cameras).
     """
     task = loaded.task if task is None else task
     frozen = loaded.frozen if frozen is None else frozen
     tokens = task.tokens(prompts)
 
     @jax.jit
-    def compiled(parameters: Parameters, frozen: Parameters, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+    def compiled(
+        parameters: Parameters, frozen: Parameters, tokens: jax.Array, slots: jax.Array, *more: Any
+    ) -> jax.Array:
         with axes.partitioned(loaded.program.sharding):
-            return generate(task, parameters, frozen, tokens, slots)
+            return generate(task, parameters, frozen, tokens, slots, *more)
 
     parameters = loaded.compute_parameters()
     for start in progress(range(0, len(wanted), batch), "sampling", unit="batches"):
         chosen = list(range(start, min(start + batch, len(wanted))))
-        filled = [wanted[chosen[i % len(chosen)]] for i in range(batch)]
+        rows = [chosen[i % len(chosen)] for i in range(batch)]
+        filled = [wanted[row] for row in rows]
+        more = () if conditions is None else (jax.tree.map(lambda part, rows=rows: part[rows], conditions),)
         slots = jnp.asarray([slot for _, slot in filled], jnp.int32)
-        pixels = np.asarray(compiled(parameters, frozen, tokens[[prompt for prompt, _ in filled]], slots))
+        pixels = np.asarray(compiled(parameters, frozen, tokens[[prompt for prompt, _ in filled]], slots, *more))
         yield from zip(chosen, pixels, strict=False)
 
 

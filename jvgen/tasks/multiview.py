@@ -276,6 +276,10 @@ class MultiView(TextToVideo):
             attention_scale=attention_scale,
         )
 
+    def recorded_clips(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
+        clips = super().recorded_clips(parameters, frozen, batch, key)
+        return rearrange(clips, "(b v) ... -> b v ...", b=len(batch["slot"]))
+
     # Sampling.
 
     def generate_latents(self, parameters: Parameters, frozen: Parameters, *args: Any, **kwargs: Any) -> jax.Array:

@@ -125,6 +125,11 @@ class TaskConfig(Config):
         """Raise `ValueError` for data sets that were made with other weights than the task's."""
 
     @property
+    def supports_sampling(self) -> bool:
+        """Whether `Task.generate` or `Task.generate_views` makes clips from captions."""
+        return False
+
+    @property
     def supports_views(self) -> bool:
         """Whether `Task.generate_views` generates several views of a scene."""
         return False
@@ -222,6 +227,13 @@ class Task(abc.ABC):
     ) -> dict[str, jax.Array]:
         """uint8 clips for TensorBoard, `B F H W 3` by name ("reconstruction", "sample"); traced under jit."""
         return {}
+
+    def recorded_clips(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
+        """The clips of a batch as pixels, float32 in [0, 1], `B F H W 3` or `B V F H W 3`; traced under jit.
+
+        For tasks whose configuration has `supports_sampling`; decoded where the batch has latents.
+        """
+        raise NotImplementedError(f"{type(self).__name__} generates no clips.")
 
     def predicted_clips(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array

@@ -33,7 +33,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.layer_analysis import analyze_layers
-from jvgen.tasks.pixels import to_uint8
+from jvgen.tasks.pixels import to_uint8, unit_from_signed
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, SampleRequest, Task, activation_dtype
 from jvgen.tasks.text import TextEncoder
 from jvgen.tasks.text_to_video_config import TextToVideoFields
@@ -230,6 +230,10 @@ class TextToVideo(Task):
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array
     ) -> dict[str, jax.Array]:
         return analyze_layers(self, parameters, frozen, batch, key, timestep)
+
+    def recorded_clips(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
+        latents = self.clean_latents(frozen, self.rows(batch), key, sampled=False)
+        return unit_from_signed(self.decode_pixels(frozen["vae"], latents))
 
     # Sampling.
 

@@ -160,6 +160,10 @@ class TextToVideoFields(TaskConfig):
         else:
             check_one_encoder(data, None if self.vae_weights is None else content_digest(self.vae_weights))
 
+    @property
+    def supports_sampling(self) -> bool:
+        return self.vae is not None
+
     def check_request(self, request: SampleRequest) -> None:
         if self.vae is None:
             raise ValueError("task.vae = none: clips cannot be decoded; set task.vae and task.vae_weights.")

@@ -159,8 +159,8 @@ def test_training_writes_metrics_and_checkpoints(vae_run):
 
 
 def test_evaluation_measures_the_chosen_parameters(jvgen, vae_run, tmp_path):
-    done = jvgen("evaluate", vae_run, "--fvd-weights", tmp_path / "none.safetensors")
-    assert done.status == 2 and "predicts no clips; this needs" in done.err
+    done = jvgen("evaluate", vae_run, "--i3d", tmp_path / "none.safetensors")
+    assert done.status == 2 and "makes no clips; for reconstructions export its VAE" in done.err
     done = jvgen("evaluate", vae_run, "--batches", 1, "--out", tmp_path / "trained.json")
     assert done.status == 0, done.err
     measured = json.loads((tmp_path / "trained.json").read_text())

@@ -238,7 +238,7 @@ def test_fvd_of_a_runs_predictions(model, scenes, tmp_path, jvgen, monkeypatch):
 
     monkeypatch.setattr("jvgen.evaluation.i3d.features", features)
     words = ["evaluate", tmp_path / "run", "--data", scenes, "--batches", 3, "--out", tmp_path / "found.json"]
-    done = jvgen(*words, "--fvd-weights", "i3d.safetensors")
+    done = jvgen(*words, "--i3d", "i3d.safetensors")
     assert done.status == 0, done.err
     found = json.loads((tmp_path / "found.json").read_text())["metrics"]
     assert (found["fvd_recorded_clips"], found["fvd_made_clips"]) == (3, 3) and "psnr" in found
