@@ -8,8 +8,9 @@ from jvgen.terminal import progress_bar
 
 
 def add_builders(origins) -> None:
-    """Add `scenes`, `videos`, `images` and `latents`."""
+    """Add `scenes`, `environment`, `videos`, `images` and `latents`."""
     _add_scenes(origins)
+    _add_environment(origins)
     _add_media(origins, "videos", "build from a folder of .mp4, .webm, .mkv, .mov, ... files")
     _add_media(origins, "images", "build from a folder of .png, .jpeg, .webp or .bmp files")
     _add_latents(origins)
@@ -103,6 +104,41 @@ def run_scenes(parsed: argparse.Namespace) -> int:
     with progress_bar("rendering", "scenes") as report:
         summary = build_scenes(
             parsed.out, config, train=parsed.train, validation=parsed.validation, seed=parsed.seed,
+            workers=parsed.workers, overwrite=parsed.overwrite, progress=report,
+        )  # fmt: skip
+    print(summary)
+    return 0
+
+
+# Environments ---------------------------------------------------------------------------------------------------------
+
+
+def _add_environment(origins) -> None:
+    parser = add_builder(
+        origins, "environment", "record episodes of an environment, by its expert or at random",
+        "metaworld:reach-v3 --train 20 --out data/reach", run_environment,
+    )  # fmt: skip
+    parser.add_argument("env", metavar="NAME", help="environment, as `jvgen plan --env` takes it")
+    parser.add_argument("--train", type=int, default=20, metavar="N", help="number of training episodes")
+    parser.add_argument("--validation", type=int, default=4, metavar="N", help="number of held-out episodes")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the episodes")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that record")
+    add_set_argument(
+        parser, "FIELD=VALUE",
+        "set a field of jvgen.runs.recording.RecordingConfig: policy, noise, steps, size, quality (repeatable)",
+    )  # fmt: skip
+
+
+def run_environment(parsed: argparse.Namespace) -> int:
+    """Record episodes."""
+    from jvgen.config import override, validate_tree
+    from jvgen.runs.recording import RecordingConfig, record_environment
+
+    config = override(RecordingConfig(), parsed.assignments)
+    validate_tree(config)
+    with progress_bar("recording", "episodes") as report:
+        summary = record_environment(
+            parsed.env, parsed.out, config, train=parsed.train, validation=parsed.validation, seed=parsed.seed,
             workers=parsed.workers, overwrite=parsed.overwrite, progress=report,
         )  # fmt: skip
     print(summary)

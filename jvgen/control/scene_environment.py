@@ -26,7 +26,7 @@ class SceneEnvironment(gymnasium.Env):
 
     Observations are frames, uint8 `H W 3`. An action, 2 numbers in [-1, 1], moves the body along the camera's right and
     forward directions on the ground. The reward is the decrease of the distance to the goal, relative to that at the
-    start; `info["success"]` says whether the body is at the goal. The shortest way is the best policy (`best_action`).
+    start; `info["success"]` says whether the body is at the goal. The shortest way is the best policy: `expert_action`.
 
     Args:
       scenes: their appearance; all of them are driven, with one view.
@@ -132,7 +132,7 @@ class SceneEnvironment(gymnasium.Env):
         """The frame with the body at the goal, uint8 `H W 3`."""
         return self._frame(self._set().goal)
 
-    def best_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """The action of the best policy: straight to the goal, as fast as can be."""
         wish = (self._set().goal - self._place) / SPEED
         return (wish / max(1.0, float(np.abs(wish).max()))).astype(np.float32)

@@ -40,7 +40,7 @@ def test_the_best_policy_reaches_the_goal_in_the_fewest_steps(environment) -> No
         wanted = np.abs(environment._setting.goal - environment._place).max()
         total, steps, reached = 0.0, 0, False
         while not reached and steps < 20:
-            _, reward, _, _, info = environment.step(environment.best_action())
+            _, reward, _, _, info = environment.step(environment.expert_action())
             total, steps = total + reward, steps + 1
             reached = info["distance"] < 1e-6
         assert steps == np.ceil(wanted / SPEED - 1e-9) and info["success"] and total == pytest.approx(1.0, abs=1e-5)
