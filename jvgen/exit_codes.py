@@ -40,7 +40,12 @@ TABLE = (
     ExitCode(DONE, "done", "finished, or `--stop-after` reached", False),
     ExitCode(ERROR, "error", "an unexpected error: its traceback is printed and in `errors/process_N.txt`", False),
     ExitCode(USER_ERROR, "user error", "a mistake in config, data or arguments; the message names it", False),
-    ExitCode(DIVERGED, "diverged", "too many steps were skipped, or the state holds NaN or infinity", False),
+    ExitCode(
+        DIVERGED,
+        "diverged",
+        "too many steps were skipped, or the state, or what was made for a file, holds NaN or infinity",
+        False,
+    ),
     ExitCode(UNSAVED, "unsaved", "checkpoints could not be written (a full disk, lost permissions)", False),
     ExitCode(
         DEFAULT_RESTART,

@@ -18,7 +18,7 @@ LAYERS: list[list[str]] = [
     ["data", "evaluation", "diffusion", "parallel"],
     ["geometry", "kernels", "saved_config"],
     ["storage"],
-    ["config"],
+    ["config", "finite"],
     ["exit_codes", "lazy_names", "nested", "terminal", "value_rules", "versions"],
 ]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvgen.autoencoding.streaming import StreamingVAE
+from jvgen.finite import not_finite
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.models.image_vae import posterior
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -29,6 +30,7 @@ class FrameEncoder:
 
     Raises:
       ValueError: not a VAE, or a size that its latents do not divide.
+      NotFinite: by a call: latents with NaN or infinity.
     """
 
     def __init__(self, folder: str, height: int, width: int, *, batch: int = 16):
@@ -39,7 +41,7 @@ class FrameEncoder:
             raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not a VAE.")
         if height % config.downsampling or width % config.downsampling:
             raise ValueError(f"--size {height}x{width}: both must be multiples of {config.downsampling} for this VAE.")
-        self._batch = batch
+        self._batch, self._folder = batch, folder
         self.frames_per_latent = temporal_downsampling(config)
         self._video_vae = None if isinstance(config, ImageVAEConfig) else StreamingVAE(folder, chunk_frames=batch)
         if self._video_vae is None:
@@ -59,6 +61,8 @@ class FrameEncoder:
         else:
             chunks = self._video_vae.moments(iter(frames), len(frames))
         moments = np.concatenate(list(chunks))
+        if not np.isfinite(moments).all():
+            raise not_finite("latents of a clip", f"VAE {self._folder}", np.float32)
         mean, log_variance = (np.asarray(part, np.float64) for part in posterior.split_moments(jnp.asarray(moments)))
         self._count += mean.size
         self._sum += mean.sum()

@@ -15,6 +15,7 @@ from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.source_checks import check_pixels
 from jvgen.evaluation.contact_sheets import contact_sheet, png_bytes
 from jvgen.evaluation.distribution import VideoDistance
+from jvgen.finite import not_finite
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -60,6 +61,7 @@ def evaluate_vae(
 
     Raises:
       ValueError: folders of other networks, or a clip size that they cannot take.
+      NotFinite: a reconstruction holds NaN or infinity.
     """
     if batches < 1 or batch < 1:
         raise ValueError(f"--batches {batches}, --batch-size {batch}: at least 1 each.")
@@ -91,7 +93,10 @@ def evaluate_vae(
         for loaded in progress(stream, "evaluating", unit="batch", total=batches):
             video = loaded.arrays["video"]
             outputs = run(parameters, image_parameters, frozen, jnp.asarray(video))
-            fidelity, statistics, reconstructions = jax.device_get(outputs)
+            fidelity, statistics, (reconstructions, finite) = jax.device_get(outputs)
+            if not finite.all():
+                name = loaded.record_ids[int(np.argmin(finite))]
+                raise not_finite(f"reconstruction of {name}", f"VAE {vae}", np.float32)
             for name, values in fidelity.items():
                 rows.setdefault(name, []).extend(values.tolist())
             for name, (total, count) in statistics.items():

@@ -9,6 +9,7 @@ import numpy as np
 from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.config import validate_tree
 from jvgen.data.video_files import DecodeError, encode_image, probe_file, read_frames, write_frames
+from jvgen.finite import NotFinite, narrowed
 from jvgen.interop.digest import content_digest
 from jvgen.storage import Path, UnreadableFile, local_copy, local_file, read_json_object, reading, write_text
 from jvgen.terminal import Report
@@ -52,7 +53,8 @@ def encode_file(
       report: called with frames done and total frames.
 
     Raises:
-      ValueError: a corrupt video, or latents out of the range of float16.
+      ValueError: a corrupt video.
+      NotFinite: latents with NaN or infinity, or out of the range of float16.
     """
     source = local_copy(source)
     try:
@@ -66,15 +68,13 @@ def encode_file(
         latents = np.lib.format.open_memmap(partial, mode="w+", dtype=DTYPES[dtype], shape=shape)
         try:
             for chunk in vae.encode(read_frames(source), info.frames):
-                if not np.isfinite(chunk).all() or np.abs(chunk).max() > np.finfo(DTYPES[dtype]).max:
-                    raise ValueError(f"{source}: latents are not finite in {dtype}; is the autoencoder corrupt?")
-                latents[done : done + len(chunk)] = chunk
+                latents[done : done + len(chunk)] = narrowed("a latent", chunk, DTYPES[dtype])
                 latents.flush()
                 done += len(chunk)
                 if report is not None:
                     report(min((done - 1) * vae.frames_per_latent + 1, info.frames), info.frames)
-        except DecodeError as error:
-            raise ValueError(f"{source}: {error}") from error
+        except (DecodeError, NotFinite) as error:
+            raise _about(source, error) from error
         assert done == shape[0], f"{done} of {shape[0]} latent frames"
         del latents
         write_text(sidecar(target), json.dumps(dataclasses.asdict(video), indent=1) + "\n")
@@ -103,6 +103,7 @@ def decode_file(
 
     Raises:
       ValueError: no such latents, of another autoencoder, or of a shape other than in their JSON.
+      NotFinite: latents or pixels with NaN or infinity.
     """
     video, latents = read_latents(source)
     if video.vae != digest:
@@ -120,13 +121,21 @@ def decode_file(
             if report is not None:
                 report(done, video.frames)
 
-    with local_file(target) as partial:
-        if target.suffix == ".png":
-            partial.write_bytes(encode_image(next(frames())))
-        else:
-            rate = frames_per_second or video.frames_per_second or DISPLAY_RATE
-            write_frames(partial, frames(), rate, quality=quality)
+    try:
+        with local_file(target) as partial:
+            if target.suffix == ".png":
+                partial.write_bytes(encode_image(next(frames())))
+            else:
+                rate = frames_per_second or video.frames_per_second or DISPLAY_RATE
+                write_frames(partial, frames(), rate, quality=quality)
+    except NotFinite as error:
+        raise _about(source, error) from error
     return video
+
+
+def _about(source: Path, error: ValueError) -> ValueError:
+    """The error with the name of the file that was coded."""
+    return (NotFinite if isinstance(error, NotFinite) else ValueError)(f"{source}: {error}")
 
 
 def read_latents(path: Path) -> tuple[Video, np.ndarray]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvgen.finite import Clips, NotFinite, not_finite
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig, frame_chunks
 from jvgen.models.cv_vae.config import CVVAEConfig
@@ -21,11 +22,11 @@ from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.storage import Path
 from jvgen.tasks.clip_vae import ClipVAE, VAEConfig, temporal_downsampling
-from jvgen.tasks.pixels import from_uint8, to_uint8
+from jvgen.tasks.pixels import from_uint8, to_clips
 from jvgen.tasks.task import activation_dtype
 
-# Codes one chunk: (parameters, frames or latents, cache) -> (result, cache for the next chunk).
-ChunkStep = Callable[[Parameters, jax.Array, Any], tuple[jax.Array, Any]]
+# Codes one chunk: (parameters, frames or latents, cache) -> (moments or `Clips`, cache for the next chunk).
+ChunkStep = Callable[[Parameters, jax.Array, Any], tuple[Any, Any]]
 
 
 class StreamingVAE:
@@ -47,7 +48,7 @@ class StreamingVAE:
             raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not an autoencoder of images or clips.")
         if chunk_frames < 1:
             raise ValueError(f"--chunk-frames {chunk_frames}: must be at least 1.")
-        self.config = config
+        self.config, self._folder, self._dtype = config, folder, jnp.dtype(compute_dtype)
         self.frames_per_latent = temporal_downsampling(config)
         self._vae = ClipVAE(config)
         loaded, axes = import_folder(folder)[1], self._vae.network.axes
@@ -81,6 +82,7 @@ class StreamingVAE:
 
         Raises:
           ValueError: fewer frames than `count`.
+          NotFinite: latents with NaN or infinity.
         """
         for moments in self.moments(frames, count):
             yield moments[..., : self.latent_channels]
@@ -94,16 +96,33 @@ class StreamingVAE:
             chunk = chunk[len(chunk) - shared :] if shared else []
             chunk += [next(frames) for _ in range(stop - start - shared)]
             moments, cache = self._encode(self._parameters, jnp.asarray(np.stack(chunk)[None]), cache)
-            yield np.asarray(moments[0, shared:], np.float32)
+            moments = np.asarray(moments[0, shared:], np.float32)
+            if not np.isfinite(moments).all():
+                raise self._not_finite(f"latents of frames {start} to {stop - 1}")
+            yield moments
 
     def decode(self, latents: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-        """uint8 chunks `F H W 3` of a video, from `count` latent frames `h w z`."""
+        """uint8 chunks `F H W 3` of a video, from `count` latent frames `h w z`.
+
+        Raises:
+          NotFinite: latents, or pixels, with NaN or infinity.
+        """
         cache, chunk = None, []
         for start, stop, shared in self._bounds(count, of_latents=True):
             chunk = chunk[len(chunk) - shared :] if shared else []
             chunk += [next(latents) for _ in range(stop - start - shared)]
-            frames, cache = self._decode(self._parameters, jnp.asarray(np.stack(chunk)[None]), cache)
-            yield np.asarray(frames[0, shared:])
+            given = np.stack(chunk)[None]
+            clips, cache = self._decode(self._parameters, jnp.asarray(given), cache)
+            if not np.asarray(clips.finite).all():
+                if not np.isfinite(given).all():
+                    raise NotFinite(
+                        f"latent frames {start} to {stop - 1} hold NaN or infinity; encode the video again."
+                    )
+                raise self._not_finite(f"pixels of the latent frames {start} to {stop - 1}")
+            yield np.asarray(clips.pixels[0, shared:])
+
+    def _not_finite(self, what: str) -> NotFinite:
+        return not_finite(what, f"VAE {self._folder}", self._dtype, "--compute-dtype")
 
     def _padded(self, frames: Iterator[np.ndarray], count: int, padded: int) -> Iterator[np.ndarray]:
         """Frames padded to whole latents by repeating the last row, column and frame, up to `padded` frames."""
@@ -137,20 +156,20 @@ class StreamingVAE:
     def _steps(self) -> tuple[ChunkStep, ChunkStep]:
         vae, config = self._vae, self.config
         if isinstance(config, ImageVAEConfig) or (isinstance(config, CVVAEConfig) and not config.is_causal):
-            return _without_cache(vae.encode), _without_cache(lambda p, z: to_uint8(vae.decode(p, z)))
+            return _without_cache(vae.encode), _without_cache(lambda p, z: to_clips(vae.decode(p, z)))
         apply = vae.network.apply
 
         def encode(parameters: Parameters, frames: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
             pixels = from_uint8(frames, activation_dtype(parameters))
             return apply(parameters, pixels, cache, method="encode_chunk")
 
-        def decode(parameters: Parameters, latents: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        def decode(parameters: Parameters, latents: jax.Array, cache: Any) -> tuple[Clips, Any]:
             latents = latents.astype(activation_dtype(parameters))
             frames, cache = apply(parameters, latents, cache, method="decode_chunk")
-            return to_uint8(frames), cache
+            return to_clips(frames), cache
 
         return encode, decode
 
 
-def _without_cache(function: Callable[[Parameters, jax.Array], jax.Array]) -> ChunkStep:
+def _without_cache(function: Callable[[Parameters, jax.Array], Any]) -> ChunkStep:
     return lambda parameters, chunk, cache: (function(parameters, chunk), None)

@@ -164,7 +164,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, optional: bool = False
     """Add RUN, `--ema` and `--step`; returns the last two, which need a run."""
     parser.add_argument(
         "run", type=path, nargs="?" if optional else None, metavar="RUN",
-        help="run directory (what `jvgen train --workdir` wrote)",
+        help="run directory (what `jvgen train --workdir` wrote), or one checkpoint of it, RUN/checkpoints/STEP",
     )  # fmt: skip
     return add_checkpoint_arguments(parser)
 

@@ -19,11 +19,18 @@ def _add_export(commands) -> None:
     parser = add_command(
         commands, "export", "write a run's weights as folders that diffusers or transformers loads",
         "jvgen export runs/demo/text_to_video --ema 0.999 --to exported",
+        "jvgen export runs/x/checkpoints/20000 --to exported",
+        details="A text-to-video run becomes a whole pipeline, with its frozen VAE and T5 and the tokenizer, for "
+        "CogVideoXPipeline.from_pretrained and `jvgen sample --weights`; where diffusers has no such pipeline, the "
+        "reasons are printed and the trained networks are written, as of all other runs.",
         handler=run_export,
     )  # fmt: skip
     add_run_arguments(parser)
     parser.add_argument(
         "--to", type=path, required=True, metavar="DIR", help="folder to create, with one subfolder per network"
+    )
+    parser.add_argument(
+        "--network", metavar="NAME", help="write this trained network alone (denoiser), and no pipeline around it"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the exported weights")
     parser.add_argument(
@@ -101,7 +108,10 @@ def run_export(parsed: argparse.Namespace) -> int:
     """Write a run's networks."""
     from jvgen.runs.exporting import export_run
 
-    export_run(parsed.run, parsed.to, ema=parsed.ema, step=parsed.step, dtype=parsed.dtype, layout=parsed.layout)
+    export_run(
+        parsed.run, parsed.to, ema=parsed.ema, step=parsed.step, dtype=parsed.dtype, layout=parsed.layout,
+        network=parsed.network,
+    )  # fmt: skip
     return 0
 
 

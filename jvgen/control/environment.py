@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jvgen.control.world_model import WorldModel, to_pixels
+from jvgen.control.world_model import WorldModel
 from jvgen.control.worlds import action_bounds
 from jvgen.models.ivideogpt.world import State
 
@@ -80,14 +80,20 @@ class WorldModelEnvironment(gymnasium.Env):
         return self._frame.copy(), {"start": index}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Observation, reward, terminated (always False: a world model has no terminal states), truncated, info."""
+        """Observation, reward, terminated (always False: a world model has no terminal states), truncated, info.
+
+        Raises:
+          NotFinite: the predicted frame or reward holds NaN or infinity.
+        """
         if self._state is None:
             raise ValueError("step before reset: call reset() first.")
         if self._steps_taken and self._steps_taken % self.world.horizon == 0:
             self._state = self.world.refresh(self._state)
         action = np.clip(np.asarray(action, np.float32), self.action_space.low, self.action_space.high)
         self._state, frame, reward = self.world.step(self._state, action[None])
-        self._frame, self._steps_taken = to_pixels(frame)[0], self._steps_taken + 1
+        self._steps_taken += 1
+        pixels, reward = self.world.observed(self._state, frame, reward, self._steps_taken)
+        self._frame = pixels[0]
         value = float(reward[0]) if self.reward is None else float(self.reward(self._frame, action))
         return self._frame.copy(), value, False, self._steps_taken >= self.steps, {}
 

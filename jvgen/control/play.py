@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jvgen.control.world_model import WorldModel, to_pixels
+from jvgen.control.world_model import WorldModel
 from jvgen.storage import Path, local_copy, reading
 
 # Keys that set a component of the action to minus and plus the size, by component.
@@ -94,6 +94,9 @@ def play(
 
     Returns:
       uint8 `F H W 3`, the context and all predicted frames; and the rewards, empty without the reward head.
+
+    Raises:
+      NotFinite: a frame or a reward with NaN or infinity.
     """
     show = show or (lambda frame, line: None)
     state = world.reset(context[None], seed)
@@ -103,7 +106,8 @@ def play(
         if number and number % world.horizon == 0:
             state = world.refresh(state)
         state, frame, reward = world.step(state, None if action is None else action[None])
-        frames.append(to_pixels(frame)[0])
+        pixels, reward = world.observed(state, frame, reward, number + 1)
+        frames.append(pixels[0])
         line = f"step {number + 1}"
         if action is not None:
             line += f"  action {np.array2string(action, precision=2, separator=',')}"

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jvgen.finite import NotFinite, not_finite
 from jvgen.models.ivideogpt.config import MAX_ACTION, CompressiveTokenizerConfig, FrameTransformerConfig
-from jvgen.models.ivideogpt.sampling import SamplingConfig
+from jvgen.models.ivideogpt.sampling import NO_ID, SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import Tokens
 from jvgen.models.ivideogpt.world import Prediction, State, World
 from jvgen.nn.network import Parameters
@@ -102,6 +103,8 @@ class WorldModel:
 
         Raises:
           ValueError: actions of another shape, not finite or too large; an episode at its horizon (see `refresh`).
+
+        Frames of networks whose numbers are not finite are NaN, which `observed` refuses.
         """
         actions = self.check_actions(actions, (state.slots.shape[0],))
         if _is_known(state.number) and int(state.number) >= self.horizon:
@@ -110,6 +113,32 @@ class WorldModel:
                 "from its last frames with refresh(state)."
             )
         return self._step(self.weights, state, actions)
+
+    def observed(
+        self, state: State, frame: Float[Array, "R H W 3"], reward: Float[Array, "R"] | None, number: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Frame and reward of a `step` in host memory: uint8 `R H W 3`, and `R`.
+
+        Args:
+          state, frame, reward: what `step` returned.
+          number: of the step, from 1, for the message.
+
+        Raises:
+          NotFinite: NaN or infinity in them; names the network.
+        """
+        frame, reward = np.asarray(frame), None if reward is None else np.asarray(reward)
+        if not np.isfinite(frame).all() or not (reward is None or np.isfinite(reward).all()):
+            ids_chosen = (np.asarray(state.ids) != NO_ID).all()
+            if ids_chosen and not np.isfinite(frame).all():
+                raise not_finite(f"frame of step {number}", "tokenizer", state.frames.dtype)
+            what = "reward" if ids_chosen else "scores of the ids"
+            raise not_finite(f"{what} of step {number}", "transformer", self.world.dtype)
+        return to_pixels(frame), reward
+
+    @staticmethod
+    def pixels(frames: Any) -> np.ndarray:
+        """Predicted frames in [0, 1] as uint8 host arrays; raises `NotFinite` for NaN and infinity."""
+        return to_pixels(frames)
 
     def refresh(self, state: State) -> State:
         """The same episodes with their last frames as a new context, for `horizon` more frames. A goal image stays.
@@ -195,7 +224,17 @@ class WorldModel:
 
 
 def to_pixels(frames: Any) -> np.ndarray:
-    """Frames in [0, 1] as uint8 host arrays."""
+    """Frames in [0, 1] as uint8 host arrays.
+
+    Raises:
+      NotFinite: frames with NaN or infinity: the world model's numbers were not finite.
+    """
+    frames = np.asarray(frames)
+    if not np.isfinite(frames).all():
+        raise NotFinite(
+            "predicted frames hold NaN or infinity, from the transformer or the tokenizer of the world model: their "
+            "weights are damaged, or what they were given is."
+        )
     return np.asarray(unit_to_uint8(jnp.asarray(frames)))
 
 

@@ -17,7 +17,16 @@ from jaxtyping import Array, Float, Int, Key
 from jvgen.config import Config
 from jvgen.diffusion.guidance import Denoise, GuidanceConfig
 from jvgen.diffusion.objective import slot_normal
-from jvgen.diffusion.sampler import SamplerConfig, advance, coefficients, grid, step_noise, table_rows
+from jvgen.diffusion.sampler import (
+    SamplerConfig,
+    Trajectory,
+    advance,
+    coefficients,
+    grid,
+    run_steps,
+    step_noise,
+    table_rows,
+)
 from jvgen.diffusion.schedule import Prediction, Schedule
 from jvgen.value_rules import Count
 
@@ -177,7 +186,7 @@ def sample(
     return trajectory(
         denoise, noise, views=views, schedule=schedule, sampler=sampler, prediction=prediction, pairing=pairing,
         key=key, guidance=guidance, slots=slots, matchings=matchings, fresh_noise=fresh_noise,
-    )[0]  # fmt: skip
+    ).result  # fmt: skip
 
 
 def trajectory(
@@ -195,8 +204,9 @@ def trajectory(
     matchings: Callable[[Array], Rounds] | None = None,
     fresh_noise: Callable[[Array], Array] | None = None,
     keep: bool = False,
-) -> tuple[Float[Array, "R ..."], tuple[Array, Array, Array] | None]:
-    """As `sample`; with `keep` also the input, the clean prediction and the output of every inner step."""
+) -> Trajectory:
+    """As `sample`, with the number of finite inner steps; with `keep` also the input, the clean prediction and the
+    output of every inner step."""
     if noise.shape[0] % views:
         raise ValueError(f"{noise.shape[0]} clips are not examples of {views} views; give a multiple.")
     repeats = repeated(sampler, schedule, pairing.repeats)
@@ -243,6 +253,4 @@ def trajectory(
         )
         return (row["keep"] * advanced + row["fresh"] * fresh, clean), kept
 
-    start = noise.astype(jnp.float32)
-    (result, _), kept = jax.lax.scan(step, (start, jnp.zeros_like(start)), rows)
-    return result, kept
+    return run_steps(step, noise, rows)

@@ -6,7 +6,8 @@ implies. The coefficients are computed in float64 with numpy, where their limits
 """
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jvgen.diffusion.schedule import (
     clean_factors,
     zero_terminal_rescale,
 )
+from jvgen.finite import rows_are_finite
 from jvgen.value_rules import Bounds
 
 
@@ -260,7 +262,24 @@ def sample(
         guidance=guidance,
         key=key,
         slots=slots,
-    )[0]
+    ).result
+
+
+class Trajectory(NamedTuple):
+    """What a sampler made.
+
+    Attributes:
+      result: clean samples, float32.
+      kept: the result of every step, if asked for.
+      finite_steps: per row of the batch the steps, from the first, whose result is finite, int32 `B`. NaN and infinity
+        stay in a row to the end.
+      steps: of the sampler.
+    """
+
+    result: Float[Array, "B ..."]
+    kept: Any
+    finite_steps: Int[Array, "B"]
+    steps: int
 
 
 def trajectory(
@@ -274,8 +293,8 @@ def trajectory(
     key: Key[Array, ""] | None = None,
     slots: Int[Array, "B"] | None = None,
     keep: bool = False,
-) -> tuple[Float[Array, "B ..."], Float[Array, "S B ..."] | None]:
-    """As `sample`; with `keep` also returns the result of every step."""
+) -> Trajectory:
+    """As `sample`, with the number of finite steps; with `keep` also the result of every step, `S B ...`."""
     if sampler.needs_key and key is None:
         raise ValueError(f"sampler {sampler.kind!r} with eta = {sampler.eta} adds noise: give `key`.")
     rows = table_rows(coefficients(sampler, schedule, prediction, guidance))
@@ -285,9 +304,31 @@ def trajectory(
         arrived, clean = advance(denoise, row, *carry, fresh)
         return (arrived, clean), (arrived if keep else None)
 
+    return run_steps(step, noise, rows)
+
+
+def run_steps(
+    step: Callable[[tuple[Array, Array], dict[str, Array]], tuple[tuple[Array, Array], Any]],
+    noise: Float[Array, "B ..."],
+    rows: dict[str, Array],
+) -> Trajectory:
+    """Scan a sampler's step over its rows.
+
+    Args:
+      step: `((noisy, previous estimate), row) -> ((noisy, estimate), what to keep)`.
+      noise: start.
+      rows: columns over steps, see `table_rows`.
+    """
+
+    def counted(carry: tuple[tuple[Array, Array], Array], row: dict[str, Array]) -> tuple[tuple, Any]:
+        state, finite_steps = carry
+        state, kept = step(state, row)
+        return (state, finite_steps + rows_are_finite(state[0]).astype(jnp.int32)), kept
+
     start = noise.astype(jnp.float32)
-    (result, _), kept = jax.lax.scan(step, (start, jnp.zeros_like(start)), rows)
-    return result, kept
+    none = jnp.zeros(start.shape[:1], jnp.int32)
+    ((result, _), finite_steps), kept = jax.lax.scan(counted, ((start, jnp.zeros_like(start)), none), rows)
+    return Trajectory(result, kept, finite_steps, len(rows["timesteps"]))
 
 
 def table_rows(table: Coefficients) -> dict[str, Array]:

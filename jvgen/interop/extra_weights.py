@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jvgen.config import Config
+from jvgen.finite import narrowed
 from jvgen.interop.formats import Format
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.nested import flatten
@@ -19,12 +20,16 @@ from jvgen.storage import Path, read_json_object
 def write_extra_weights(
     folder: Path, form: Format, config: Config, parameters: Mapping[str, Any], dtype: np.dtype
 ) -> None:
-    """Write the parameters that the library's weights leave out; nothing if there are none."""
+    """Write the parameters that the library's weights leave out; nothing if there are none.
+
+    Raises:
+      NotFinite: see `jvgen.finite.narrowed`.
+    """
     table = form.extra_weight_map(config)
     if table is None:
         return
     specs = {name: TensorSpec(shape, dtype) for name, shape in table.torch_shapes(parameters).items()}
-    tensors = ((name, array.astype(dtype, copy=False)) for name, array in table.to_torch(parameters))
+    tensors = ((name, narrowed(name, array, dtype)) for name, array in table.to_torch(parameters))
     write(folder / f"{form.extra_weights}.safetensors", specs, tensors)
     (folder / f"{form.extra_weights}.json").write_text(json.dumps(form.extra_weights_json(config), indent=2) + "\n")
 

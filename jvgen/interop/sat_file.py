@@ -4,12 +4,14 @@ One safetensors file. In SAT: `model.load_state_dict(safetensors.torch.load_file
 or with the prefix of its checkpoints on the whole engine. `import_folder` reads files of that code.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jvgen.config import Config
+from jvgen.finite import narrowed
 from jvgen.interop.digest import file_digest
 from jvgen.interop.file_digests import add_digest
 from jvgen.interop.safetensors_file import TensorSpec, write
@@ -36,6 +38,7 @@ def export_sat(
     Raises:
       ExportError: a network without SAT names, a file in the way, an unknown dtype.
       ValueError: a network that the SAT code does not have.
+      NotFinite: see `jvgen.finite.narrowed`.
     """
     path = as_path(path)
     if not isinstance(config, VideoDiTConfig):
@@ -50,8 +53,8 @@ def export_sat(
     specs = {name: TensorSpec(tuple(shape), kind) for name, shape in shapes.items()}
 
     def tensors():
-        yield from ((name, np.asarray(array).astype(kind, copy=False)) for name, array in table.to_torch(parameters))
-        yield from ((name, array.astype(kind)) for name, array in tables.items())
+        for name, array in itertools.chain(table.to_torch(parameters), tables.items()):
+            yield name, narrowed(name, np.asarray(array), kind)
 
     try:
         with local_file(path) as partial:

@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +14,7 @@ import numpy as np
 
 from jvgen import nested
 from jvgen.config import Config
+from jvgen.finite import narrowed
 from jvgen.interop.extra_weights import write_extra_weights
 from jvgen.interop.file_digests import write_digests
 from jvgen.interop.formats import Format, format_of
@@ -26,6 +27,11 @@ FILE_DTYPES = {
     "float16": np.dtype(np.float16),
 }
 SHARD_BYTES = 5_000_000_000
+# Lists the networks of an export with the classes that load them; a pipeline's also names the class of the pipeline.
+INDEX = "model_index.json"
+
+# Parameters of a network, or what reads them when they are written.
+Weights = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
 class ExportError(ValueError):
@@ -56,6 +62,7 @@ def export_network(
     Raises:
       ExportError: the folder exists, the disk is full or cannot be written, an unknown dtype.
       WeightError: the parameters are not those of the configuration.
+      NotFinite: a tensor holds NaN or infinity, or would in `dtype`; names the tensor, its largest value and the limit.
     """
     return export_networks(
         {"": config}, {"": parameters}, folder, dtype=dtype, shard_bytes=shard_bytes, overwrite=overwrite
@@ -64,10 +71,10 @@ def export_network(
 
 def export_networks(
     configs: Mapping[str, Config],
-    parameters: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, Weights],
     folder: str | Path,
     *,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | Path] | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
@@ -77,20 +84,21 @@ def export_networks(
     Every folder gets `jvgen_digests.json`, by which readers of this package notice damaged files.
 
     Args:
-      configs, parameters: by network name.
-      files: text of further files by path relative to the folder.
+      configs, parameters: by network name. Parameters that are a function are read when they are written.
+      files: text of further files, or local files to copy, by path relative to the folder; `model_index.json` among
+        them replaces the list.
       folder, dtype, shard_bytes, overwrite: see `export_network`.
 
     Raises:
-      ExportError, WeightError: see `export_network`.
+      ExportError, WeightError, NotFinite: see `export_network`.
     """
     folder = as_path(folder)
     if dtype not in FILE_DTYPES:
         raise ExportError(f"dtype = {dtype!r}: weights are written as one of {', '.join(FILE_DTYPES)}.")
     plans = {name: _Plan(config, parameters[name], FILE_DTYPES[dtype], shard_bytes) for name, config in configs.items()}
     texts = dict(files or {})
-    if "" not in configs:
-        texts["model_index.json"] = _json({name: [p.format.library, p.format.class_name] for name, p in plans.items()})
+    if "" not in configs and INDEX not in texts:
+        texts[INDEX] = _json({name: [p.format.library, p.format.class_name] for name, p in plans.items()})
     _check_target(folder, overwrite, sum(plan.nbytes for plan in plans.values()))
     with _complete_or_absent(folder, overwrite) as partial:
         for name, plan in plans.items():
@@ -98,7 +106,7 @@ def export_networks(
             plan.write(partial / name)
         for name, text in texts.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            _write_text(partial / name, text)
+            _write_text(partial / name, text) if isinstance(text, str) else _copy(text, partial / name)
         write_digests(partial)
     return folder
 
@@ -106,15 +114,13 @@ def export_networks(
 class _Plan:
     """The files of a network and their tensors."""
 
-    def __init__(self, config: Config, parameters: Mapping[str, Any], dtype: np.dtype, shard_bytes: int):
+    def __init__(self, config: Config, parameters: Weights, dtype: np.dtype, shard_bytes: int):
         self.format: Format = format_of(config)
         self.json = self.format.to_json(config)
         self.config, self.dtype = config, dtype
-        self.map, self.extra = self.format.weight_map(config), {}
-        if self.format.extra_weight_map(config) is not None:
-            parameters, self.extra = nested.split(parameters, self.map.covers)
-        self.parameters = parameters
-        self.specs = {name: TensorSpec(shape, dtype) for name, shape in self.map.torch_shapes(parameters).items()}
+        self.map, self.parameters = self.format.weight_map(config), parameters
+        shapes, _ = self._split(self.format.network(config).shapes if callable(parameters) else parameters)
+        self.specs = {name: TensorSpec(shape, dtype) for name, shape in self.map.torch_shapes(shapes).items()}
         self.nbytes = sum(spec.nbytes for spec in self.specs.values())
         self.shards: list[dict[str, TensorSpec]] = [{}]
         room = shard_bytes
@@ -125,12 +131,19 @@ class _Plan:
             self.shards[-1][name] = spec
             room -= spec.nbytes
 
+    def _split(self, parameters: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Parameters that the format's class has, and those that it lacks."""
+        if self.format.extra_weight_map(self.config) is None:
+            return parameters, {}
+        return nested.split(parameters, self.map.covers)
+
     def write(self, folder: Path) -> None:
+        parameters, extra = self._split(self.parameters() if callable(self.parameters) else self.parameters)
         stem, count = self.format.weights_name, len(self.shards)
         names = [f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
         if count == 1:
             names = [f"{stem}.safetensors"]
-        stream = ((name, array.astype(self.dtype, copy=False)) for name, array in self.map.to_torch(self.parameters))
+        stream = ((name, narrowed(name, array, self.dtype)) for name, array in self.map.to_torch(parameters))
         for file, specs in zip(names, self.shards, strict=True):
             write(folder / file, specs, stream)
         if count > 1:
@@ -138,7 +151,7 @@ class _Plan:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": places}
             _write_text(folder / f"{stem}.safetensors.index.json", _json(index))
         _write_text(folder / "config.json", _json(self.json))
-        write_extra_weights(folder, self.format, self.config, self.extra, self.dtype)
+        write_extra_weights(folder, self.format, self.config, extra, self.dtype)
 
 
 def _check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
@@ -168,7 +181,7 @@ def _complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="jvgen-export-") as partial:
             yield pathlib.Path(partial)
             remove_tree(folder)
-            upload_folder(pathlib.Path(partial), folder, last=("config.json", "model_index.json"))
+            upload_folder(pathlib.Path(partial), folder, last=("config.json", INDEX))
         return
     folder = folder.absolute()
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
@@ -200,6 +213,12 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -13,14 +13,16 @@ from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.interop.inflate import inflate_folder
 from jvgen.interop.sat_file import export_sat
-from jvgen.interop.to_torch import export_networks
+from jvgen.interop.to_torch import Weights, export_networks
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device, single_device_mesh
 from jvgen.parallel.rules import Sharding
+from jvgen.runs import pipeline_export
 from jvgen.storage import Path, as_path, resolved, size
 from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, adopt_pipeline, is_pipeline, read_pipeline
 from jvgen.tasks.task import Task
 from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
+from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.checkpoint.restore import load_for_inference
 from jvgen.training.experiment import Experiment
 
@@ -34,11 +36,12 @@ def export_run(
     dtype: str = "float32",
     overwrite: bool = False,
     layout: Literal["folders", "sat"] = "folders",
+    network: str | None = None,
 ) -> Path:
     """Export the run in a folder, see `export`.
 
     Args:
-      run: run directory.
+      run: run directory, or one checkpoint of it.
       ema, step: which weights, see `jvgen.training.checkpoint.restore.load_for_inference`.
 
     Raises:
@@ -48,7 +51,10 @@ def export_run(
     host = Sharding(single_device_mesh(host_device()))
     experiment, task, parameters, trained = load_for_inference(run, ema, step=step, sharding=host)
     about = {"experiment": experiment.name, "step": trained, "ema": str(ema or "best")}
-    return export(task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout)
+    return export(
+        task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout, network=network,
+        trained_with=frozen_digest(run, trained),
+    )  # fmt: skip
 
 
 def export(
@@ -60,8 +66,14 @@ def export(
     dtype: str = "float32",
     overwrite: bool = False,
     layout: Literal["folders", "sat"] = "folders",
+    network: str | None = None,
+    trained_with: str | None = None,
 ) -> Path:
-    """Write every trained network of a task as a subfolder that diffusers or transformers loads.
+    """Write a text-to-video run as a pipeline that diffusers and `jvgen sample --weights` load, with the run's frozen
+    VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own.
+
+    Where diffusers has no pipeline for a text-to-video run (see `jvgen.runs.pipeline_export.obstacles`), its trained
+    networks are written, and the reasons printed.
 
     Args:
       task: names the networks.
@@ -72,16 +84,46 @@ def export(
       overwrite: replace an existing folder.
       layout: "sat" writes the denoiser alone, as one file with the parameter names of the code that CogVideoX and
         RepVideo were trained with (`jvgen.interop.sat_file`).
+      network: write this trained network alone.
+      trained_with: content hash of the frozen weights that the run was trained with, to be compared; None for any.
+
+    Raises:
+      ConfigError: no such network.
+      ExportError, NotFinite: see `jvgen.interop.to_torch.export_networks`.
     """
+    if network is not None and network not in task.network_configs:
+        raise ConfigError(f"--network {network}: the run trains {', '.join(sorted(task.network_configs))}.")
     if layout == "sat":
         return _export_sat(task, parameters, as_path(folder), dtype)
     record = {"jvgen": __version__, **about, "dtype": dtype}
-    files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **task.exported_files()}
-    written = export_networks(task.network_configs, parameters, folder, files=files, dtype=dtype, overwrite=overwrite)
-    for name in sorted(task.network_configs):
-        nbytes = sum(size(path) for path in (as_path(written) / name).iterdir())
-        print(f"{as_path(written) / name}: {nbytes / 1e6:.1f} MB")
-    return as_path(written)
+    configs = {name: config for name, config in task.network_configs.items() if network in (None, name)}
+    weights: Mapping[str, Weights] = {name: parameters[name] for name in configs}
+    files: Mapping[str, str | Path] = task.exported_files()
+    reasons, notes = [], []
+    if network is None and pipeline_export.is_text_to_video(task):
+        reasons = pipeline_export.obstacles(task.config, trained_with)
+        if not reasons:
+            configs, weights, files = pipeline_export.parts(task.config, parameters["denoiser"])
+            notes = pipeline_export.notes(task.config)
+    files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **files}
+    written = as_path(export_networks(configs, weights, folder, files=files, dtype=dtype, overwrite=overwrite))
+    for name in sorted(configs):
+        nbytes = sum(size(path) for path in (written / name).iterdir())
+        print(f"{written / name}: {nbytes / 1e6:.1f} MB")
+    for note in notes:
+        print(f"note: {note}.")
+    if reasons:
+        print("no whole pipeline was written, only the trained networks:\n" + "\n".join(f"  {r}" for r in reasons))
+    return written
+
+
+def frozen_digest(run: Path, step: int) -> str:
+    """Content hash of the frozen weights that a checkpoint was trained with; "" if it has none."""
+    checkpoints = CheckpointReader(run)
+    try:
+        return checkpoints.contents(step)[2].get("frozen") or ""
+    finally:
+        checkpoints.close()
 
 
 def _export_sat(task: Task, parameters: Parameters, folder: Path, dtype: str) -> Path:

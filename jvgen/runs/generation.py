@@ -10,16 +10,17 @@ import numpy as np
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
+from jvgen.runs.faults import Faults
 from jvgen.runs.inference import LoadedRun
-from jvgen.tasks.task import SampleRequest, Task
+from jvgen.tasks.task import Generated, SampleRequest, Task
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
 
 # Slots of different prompts never meet: clip i of prompt p has the slot p * CLIPS_PER_PROMPT + i.
 CLIPS_PER_PROMPT = 1 << 12
 
-# (task, parameters, frozen parameters, tokens, slots[, conditions]) -> pixels, traced under `jax.jit`.
-Generate = Callable[..., jax.Array]
+# (task, parameters, frozen parameters, tokens, slots[, conditions]) -> clips, traced under `jax.jit`.
+Generate = Callable[..., Generated]
 
 
 def sample_request(
@@ -60,7 +61,7 @@ def generate_in_batches(
     frozen: Parameters | None = None,
     conditions: Any = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield `(index into wanted, pixels)` as soon as a batch is done.
+    """Yield `(index into wanted, pixels)` as soon as a batch is done, of the clips that are finite.
 
     Args:
       loaded: the run.
@@ -70,6 +71,9 @@ def generate_in_batches(
       batch: clips per batch; the last batch is filled with repeats, so that all have the shape that was compiled.
       task, frozen: instead of the run's own.
       conditions: host arrays, each with one row per wanted clip, whose rows `generate` gets last (cameras).
+
+    Raises:
+      NotFinite: after the last batch, or after one without a finite clip; see `jvgen.runs.faults`.
     """
     task = loaded.task if task is None else task
     frozen = loaded.frozen if frozen is None else frozen
@@ -78,24 +82,34 @@ def generate_in_batches(
     @jax.jit
     def compiled(
         parameters: Parameters, frozen: Parameters, tokens: jax.Array, slots: jax.Array, *more: Any
-    ) -> jax.Array:
+    ) -> Generated:
         with axes.partitioned(loaded.program.sharding):
             return generate(task, parameters, frozen, tokens, slots, *more)
 
     parameters = loaded.compute_parameters()
+    faults = Faults(loaded.experiment.training.compute_dtype)
     for start in progress(range(0, len(wanted), batch), "sampling", unit="batches"):
         chosen = list(range(start, min(start + batch, len(wanted))))
         rows = [chosen[i % len(chosen)] for i in range(batch)]
         filled = [wanted[row] for row in rows]
         more = () if conditions is None else (jax.tree.map(lambda part, rows=rows: part[rows], conditions),)
         slots = jnp.asarray([slot for _, slot in filled], jnp.int32)
-        pixels = np.asarray(compiled(parameters, frozen, tokens[[prompt for prompt, _ in filled]], slots, *more))
-        yield from zip(chosen, pixels, strict=False)
+        made = jax.device_get(compiled(parameters, frozen, tokens[[prompt for prompt, _ in filled]], slots, *more))
+        names = [clip_name(prompts, *wanted[index]) for index in chosen]
+        for row in faults.finite_rows(names, made.finite):
+            yield chosen[row], made.pixels[row]
+        faults.stop_without_a_finite_clip()
+    faults.raise_if_any()
 
 
 def batch_for_devices(batch: int, clips: int, devices: int) -> int:
     """Clips per batch: at most as many as there are, rounded up to a multiple of the devices."""
     return -(-min(batch, clips) // devices) * devices
+
+
+def clip_name(prompts: Sequence[str], prompt: int, slot: int) -> str:
+    """A clip in messages."""
+    return f"clip {slot % CLIPS_PER_PROMPT} of {prompts[prompt]!r}"
 
 
 def slot_of(prompt: int, index: int) -> int:

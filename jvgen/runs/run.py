@@ -111,11 +111,11 @@ class Run(LoadedRun):
         return analyze(self, as_path(folder), **options)
 
     def export(self, folder: str | Path, **options: Any) -> Path:
-        """Write every trained network as a folder for `from_pretrained` of diffusers or transformers.
+        """Write a pipeline, or every trained network, as folders for `from_pretrained` of diffusers or transformers.
 
         Args:
           folder: to write; it appears complete or not at all.
-          options: `dtype`, `overwrite`, `layout`, see `jvgen.runs.exporting.export`.
+          options: `dtype`, `overwrite`, `layout`, `network`, see `jvgen.runs.exporting.export`.
         """
         about = {"experiment": self.experiment.name, "step": self.step, "ema": self.ema}
         return export(self.task, self.parameters, as_path(folder), about, **options)
@@ -125,7 +125,7 @@ def load_run(folder: str | Path, ema: str | float | None = None, step: int | Non
     """Load a trained run onto all devices of this machine.
 
     Args:
-      folder: run directory, what `jvgen train --workdir` wrote.
+      folder: run directory, what `jvgen train --workdir` wrote, or one checkpoint of it, `RUN/checkpoints/STEP`.
       ema: an EMA decay that the run keeps (0.9999), "raw" for the parameters themselves, or None for the largest decay.
       step: checkpoint step; by default the latest valid one.
 

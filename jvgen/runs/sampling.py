@@ -60,6 +60,7 @@ def sample_run(
     Raises:
       ValueError: a request that the run cannot serve, or a folder with clips of another request.
       CheckpointError: no such run, or no valid checkpoint.
+      NotFinite: clips that hold NaN or infinity; the others are written, see `jvgen.runs.faults`.
     """
     experiment = read_experiment(run)
     request = sample_request(experiment, frames, size, steps, guidance, enhance)
@@ -114,6 +115,7 @@ def sample_arrays(
 
     Raises:
       ValueError: a request that the run cannot serve.
+      NotFinite: clips that hold NaN or infinity.
     """
     request = sample_request(loaded.experiment, frames, size, steps, guidance, enhance)
     swap = None if vae is None else DecoderSwap(vae, loaded.experiment.task)

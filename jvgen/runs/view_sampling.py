@@ -66,6 +66,7 @@ def sample_views(
       ValueError: a request or cameras that the run cannot serve, a batch that does not divide over the devices, or a
         folder with sets of another request.
       CheckpointError: no such run, or no valid checkpoint.
+      NotFinite: clips that hold NaN or infinity; the others are written, see `jvgen.runs.faults`.
     """
     experiment = read_experiment(run)
     check_views(experiment)
@@ -129,6 +130,7 @@ def sample_view_arrays(
 
     Raises:
       ValueError: a request or cameras that the run cannot serve.
+      NotFinite: views that hold NaN or infinity.
     """
     check_views(loaded.experiment)
     request = sample_request(loaded.experiment, frames, size, steps, guidance)

@@ -15,6 +15,7 @@ from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.runs.inference import open_run, read_experiment
 from jvgen.storage import Path, as_path, local_copy, read_json_object
 from jvgen.tasks.world_model import TRAINED_WITH, WorldModelConfig
+from jvgen.training.checkpoint.reader import split_checkpoint
 
 
 def load_world_model(
@@ -28,7 +29,8 @@ def load_world_model(
     """Load a world model.
 
     Args:
-      folder: run directory of a world model, or a folder with exported `tokenizer/` and `transformer/`.
+      folder: run directory of a world model, one checkpoint of it (`RUN/checkpoints/STEP`), or a folder
+        with exported `tokenizer/` and `transformer/`.
       frames: longest sequence, context included; by default that of the run's longest bucket, or what the exported
         transformer has positions for.
       greedy: choose the most likely ids instead of drawing them.
@@ -41,7 +43,7 @@ def load_world_model(
     folder = as_path(folder)
     if (folder / "tokenizer").is_dir() and (folder / "transformer").is_dir():
         return _load_exported(folder, frames, greedy)
-    if not (folder / "checkpoints").is_dir():
+    if not (split_checkpoint(folder)[0] / "checkpoints").is_dir():
         raise ConfigError(f"{folder}: neither a run directory nor a folder with tokenizer/ and transformer/.")
     experiment = read_experiment(folder)
     task = experiment.task

@@ -8,13 +8,14 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jvgen.evaluation.reconstruction import peak_signal_to_noise, structural_similarity
+from jvgen.finite import Clips
 from jvgen.losses.frame_mapping import map_frames
 from jvgen.losses.reconstruction import absolute_error
 from jvgen.models.image_vae import posterior
 from jvgen.nn.network import Parameters
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.perceptual import PerceptualDistance
-from jvgen.tasks.pixels import to_uint8, unit_from_signed
+from jvgen.tasks.pixels import to_clips, unit_from_signed
 from jvgen.tasks.task import Mean, Metrics
 
 # How a clip was reconstructed: prefixes of metric names.
@@ -120,18 +121,18 @@ def reconstructed_clips(
     video: Float[Array, "B F H W C"],
     image_vae: ClipVAE | None,
     image_parameters: Parameters | None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Clips]:
     """uint8 clips of the `reconstructions` of a batch; see `uint8_clips`."""
     return uint8_clips(reconstructions(vae, parameters, video, image_vae, image_parameters)[0])
 
 
-def uint8_clips(clips: Reconstructions) -> dict[str, jax.Array]:
+def uint8_clips(clips: Reconstructions) -> dict[str, Clips]:
     """Reconstructions as uint8 clips of equal length: frames of the image decoder are repeated."""
     names = {OWN: "reconstruction", IMAGE_DECODER: "image_decoder", IMAGE_LATENTS: "image_latents"}
     frames, found = clips[OWN][1].shape[1], {}
     for prefix, name in names.items():
         if prefix in clips:
-            clip = to_uint8(clips[prefix][0])
+            clip, finite = to_clips(clips[prefix][0])
             group = (frames - 1) // max(clip.shape[1] - 1, 1)
-            found[name] = jnp.concatenate([clip[:, :1], jnp.repeat(clip[:, 1:], group, axis=1)], axis=1)
+            found[name] = Clips(jnp.concatenate([clip[:, :1], jnp.repeat(clip[:, 1:], group, axis=1)], axis=1), finite)
     return found

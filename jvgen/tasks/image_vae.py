@@ -12,6 +12,7 @@ from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.source_checks import check_pixels
 from jvgen.diffusion.objective import slot_keys, slot_normal
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
+from jvgen.finite import Clips
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.losses.reconstruction import absolute_error, squared_error
 from jvgen.models.image_vae import flops as image_vae_flops
@@ -21,7 +22,7 @@ from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import from_uint8, to_uint8, unit_from_signed, unit_from_uint8
+from jvgen.tasks.pixels import from_uint8, to_clips, unit_from_signed, unit_from_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Task, TaskConfig, activation_dtype
 from jvgen.value_rules import Bounds, Weight
 
@@ -177,12 +178,12 @@ class ImageVAETask(Task):
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, jax.Array | Clips]:
         clips = batch["video"][:4]
         clips = clips if clips.ndim == 5 else clips[:, 0]
         decoded, _ = self.reconstruct(parameters, self._images(clips))
-        decoded = rearrange(to_uint8(decoded), "(b f) h w c -> b f h w c", b=clips.shape[0])
-        return {"data": clips, "reconstruction": decoded}
+        decoded = rearrange(decoded, "(b f) h w c -> b f h w c", b=clips.shape[0])
+        return {"data": clips, "reconstruction": to_clips(decoded)}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         frames = min(self.config.frames_per_clip or bucket.frames, bucket.frames) * bucket.views

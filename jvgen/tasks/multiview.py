@@ -1,6 +1,7 @@
 """Collaborative Video Diffusion (CVD, arXiv 2405.17414): the task of denoising several views of a scene jointly."""
 
 import dataclasses
+import functools
 from typing import Annotated, Any
 
 import jax
@@ -22,6 +23,7 @@ from jvgen.diffusion.objective import (
     slot_normal,
 )
 from jvgen.diffusion.sampler import SamplerConfig
+from jvgen.finite import Clips, Finite, rows_are_finite
 from jvgen.geometry.cameras import Cameras
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
@@ -35,7 +37,7 @@ from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network, Parameters
 from jvgen.tasks import view_batches
-from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, SampleRequest, activation_dtype
+from jvgen.tasks.task import ArraySpec, Batch, Generated, Mean, Metrics, SampleRequest, activation_dtype
 from jvgen.tasks.text_to_video import SAMPLER_KEY, START_KEY, TextToVideo, TextToVideoConfig
 from jvgen.tasks.view_batches import ViewKind
 from jvgen.value_rules import Bounds
@@ -282,7 +284,9 @@ class MultiView(TextToVideo):
 
     # Sampling.
 
-    def generate_latents(self, parameters: Parameters, frozen: Parameters, *args: Any, **kwargs: Any) -> jax.Array:
+    def generate_latents(
+        self, parameters: Parameters, frozen: Parameters, *args: Any, **kwargs: Any
+    ) -> tuple[jax.Array, Finite]:
         return super().generate_latents({**frozen, **parameters}, frozen, *args, **kwargs)
 
     def generate_views(
@@ -294,7 +298,7 @@ class MultiView(TextToVideo):
         slots: jax.Array,
         key: jax.Array,
         request: SampleRequest,
-    ) -> jax.Array:
+    ) -> Generated:
         """New clips of several views, uint8 `B V F H W 3`; example i depends on the key and `slots[i]` only.
 
         Args:
@@ -303,10 +307,18 @@ class MultiView(TextToVideo):
         """
         sampler, guidance = self.config.sampling(request)
         size = (request.frames, request.height, request.width)
-        latents = self.generate_view_latents(
+        latents, finite = self.generate_view_latents(
             parameters, frozen, tokens, cameras, slots, key, size=size, sampler=sampler, guidance=guidance
         )
-        return rearrange(self.decode(frozen, latents), "(b v) ... -> b v ...", b=tokens.shape[0])
+        clips, examples = self.decode(frozen, latents), tokens.shape[0]
+        by_view = functools.partial(rearrange, pattern="(b v) ... -> b v ...", b=examples)
+        # An example is as finite as the least finite of its views.
+        finite = finite._replace(
+            text=jnp.all(by_view(finite.text), axis=1),
+            steps=jnp.min(by_view(finite.steps), axis=1),
+            pixels=jnp.all(by_view(clips.finite), axis=1),
+        )
+        return Generated(by_view(clips.pixels), finite)
 
     def generate_view_latents(
         self,
@@ -320,8 +332,8 @@ class MultiView(TextToVideo):
         size: tuple[int, int, int],
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
-    ) -> jax.Array:
-        """Normalized latents `(B V) F H W C` of new clips; see `generate_views`."""
+    ) -> tuple[jax.Array, Finite]:
+        """Normalized latents `(B V) F H W C` of new clips, see `generate_views`, and how far they are finite."""
         config, parameters = self.config, {**frozen, **parameters}
         views, kept = cameras.intrinsics.shape[1], config.clip_frames(size[0])
         latent = config.sampled_shape(*size)
@@ -349,16 +361,18 @@ class MultiView(TextToVideo):
             return guided(denoise, text, unconditional, rescale=guidance.rescale)(noisy, timesteps, scale)
 
         rows = view_slots(slots, views)
-        latents = collaborative.sample(
+        text_is_finite = rows_are_finite(text) & rows_are_finite(empty) if guide else rows_are_finite(text)
+        made = collaborative.trajectory(
             pair, slot_normal(jax.random.fold_in(key, START_KEY), shape, rows), views=views, schedule=self.schedule,
             sampler=sampler, prediction=config.objective.target, pairing=config.pairing, guidance=guidance,
             key=jax.random.fold_in(key, SAMPLER_KEY), slots=rows,
         )  # fmt: skip
-        return latents[:, -kept:]
+        finite = Finite(text_is_finite, made.finite_steps, jnp.ones_like(text_is_finite), jnp.int32(made.steps))
+        return made.result[:, -kept:], finite
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, jax.Array | Clips]:
         config = self.config
         if config.vae is None:
             return {}
@@ -369,11 +383,12 @@ class MultiView(TextToVideo):
             return shown
         pixels = config.spatial_compression
         frames, height, width = part["intrinsics"].shape[2], real.shape[2] * pixels, real.shape[3] * pixels
-        generated = self.generate_view_latents(
+        generated, finite = self.generate_view_latents(
             parameters, frozen, part["tokens"], Cameras(part["intrinsics"], part["extrinsics"]), part["slot"], key,
             size=(frames, height, width), sampler=config.sampler, guidance=config.guidance,
         )  # fmt: skip
-        return {**shown, "sample": self.decode(frozen, generated)}
+        made = self.decode(frozen, generated)
+        return {**shown, "sample": Clips(made.pixels, finite._replace(pixels=made.finite).all())}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         views, size = view_batches.views_of(bucket), (view_batches.clip_frames(bucket), bucket.height, bucket.width)

@@ -31,8 +31,14 @@ FRAMES_PER_SECOND, FRAMES_PER_SECOND_1_5 = 8, 16
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether a folder contains a pipeline (complete or not), instead of a single network."""
-    return (folder / INDEX).is_file() or (folder.is_dir() and (folder / DENOISER / "config.json").is_file())
+    """Whether a folder contains a pipeline (complete or not), instead of single networks.
+
+    The index of an export that is no pipeline names no class of one, and a world model has a transformer too.
+    """
+    if (folder / INDEX).is_file() and "_class_name" in read_json_object(folder / INDEX):
+        return True
+    config = folder / DENOISER / "config.json"
+    return config.is_file() and read_json_object(config).get("_class_name") == "CogVideoXTransformer3DModel"
 
 
 def read_pipeline(folder: Path) -> TextToVideoConfig:
@@ -150,6 +156,16 @@ def _check_folder(folder: Path) -> None:
             raise ValueError(f"{folder / INDEX}: the pipeline is a {kind}; only {PIPELINE} is supported.")
     wanted = [*(f"{name}/config.json" for name in NETWORKS), TOKENIZER, SCHEDULER_FILE]
     missing = [name for name in wanted if not (folder / name).exists()]
+    if missing and not is_pipeline(folder):
+        single = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        if single or (folder / "config.json").is_file():
+            held = f"the networks {', '.join(single)}" if single else "one network"
+            give = f"{folder / single[0]}" if single else f"{folder}"
+            raise ValueError(
+                f"{folder} is not a pipeline: it holds {held}. `jvgen import` and `jvgen verify` take a single "
+                f"network, for example {give}; clips need a whole pipeline, as `jvgen export` writes "
+                "of a text-to-video run."
+            )
     if missing:
         raise ValueError(
             f"{folder} is not a complete CogVideoX pipeline: it has no {', '.join(missing)}. Expected are the files of "

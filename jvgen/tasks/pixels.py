@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from jvgen.finite import Clips, clips_of
+
 
 def from_uint8(pixels: UInt8[Array, "*shape"], dtype: jnp.dtype = jnp.float32) -> Float[Array, "*shape"]:
     """0..255 to -1..1: `(x - 127.5) / 127.5`, computed in float32."""
@@ -35,3 +37,13 @@ def unit_from_signed(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def signed_from_unit(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """0..1 to -1..1, not clipped, in the dtype of the values."""
     return 2.0 * values - 1.0
+
+
+def to_clips(values: Float[Array, "B F H W C"]) -> Clips:
+    """`to_uint8`, and which clips hold numbers that are not finite and so are no pixels."""
+    return clips_of(values, to_uint8)
+
+
+def unit_to_clips(values: Float[Array, "B F H W C"]) -> Clips:
+    """`to_clips` of values in 0..1."""
+    return clips_of(values, unit_to_uint8)

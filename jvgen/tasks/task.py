@@ -11,6 +11,7 @@ import numpy as np
 
 from jvgen.config import Config
 from jvgen.data.stream.config import BucketConfig, DataConfig
+from jvgen.finite import Clips, Finite
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.axes import Axes
@@ -81,6 +82,13 @@ class SampleRequest:
     steps: int | None = None
     guidance: float | None = None
     enhance: EnhanceConfig | None = None
+
+
+class Generated(NamedTuple):
+    """New clips `B F H W 3`, or views of them `B V F H W 3`, uint8, and how far their numbers were finite."""
+
+    pixels: jax.Array
+    finite: Finite
 
 
 LossFunction = Callable[[Parameters, Parameters, Batch, jax.Array], tuple[jax.Array, Metrics]]
@@ -224,8 +232,11 @@ class Task(abc.ABC):
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
-        """uint8 clips for TensorBoard, `B F H W 3` by name ("reconstruction", "sample"); traced under jit."""
+    ) -> dict[str, jax.Array | Clips]:
+        """Clips for TensorBoard, `B F H W 3` by name ("data", "sample"): uint8, or `Clips` of what networks made.
+
+        Traced under jit.
+        """
         return {}
 
     def recorded_clips(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
@@ -268,7 +279,7 @@ class Task(abc.ABC):
         slots: jax.Array,
         key: jax.Array,
         request: SampleRequest,
-    ) -> jax.Array:
+    ) -> Generated:
         """New clips, uint8 `B F H W 3`; clip i depends on the key and on `slots[i]` only. Traced under jit."""
         raise NotImplementedError(
             f"{type(self).__name__} generates nothing: its configuration's check_request() says so."
@@ -283,7 +294,7 @@ class Task(abc.ABC):
         slots: jax.Array,
         key: jax.Array,
         request: SampleRequest,
-    ) -> jax.Array:
+    ) -> Generated:
         """New views of scenes, uint8 `B V F H W 3`; traced under jit.
 
         For tasks whose configuration has `supports_views`.

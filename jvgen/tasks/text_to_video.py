@@ -20,7 +20,8 @@ from jvgen.diffusion.objective import (
     slot_normal,
     validation_timesteps,
 )
-from jvgen.diffusion.sampler import SamplerConfig, coefficients, sample
+from jvgen.diffusion.sampler import SamplerConfig, coefficients, trajectory
+from jvgen.finite import Clips, Finite, rows_are_finite
 from jvgen.interop import schedulers
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
@@ -33,8 +34,8 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.layer_analysis import analyze_layers
-from jvgen.tasks.pixels import to_uint8, unit_from_signed
-from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, SampleRequest, Task, activation_dtype
+from jvgen.tasks.pixels import to_clips, unit_from_signed
+from jvgen.tasks.task import ArraySpec, Batch, Generated, Mean, Metrics, SampleRequest, Task, activation_dtype
 from jvgen.tasks.text import TextEncoder
 from jvgen.tasks.text_to_video_config import TextToVideoFields
 
@@ -194,9 +195,9 @@ class TextToVideo(Task):
         """Posterior moments `B F H W 2C` of uint8 clips."""
         return self.coder.encode(frozen["vae"], video)
 
-    def decode(self, frozen: Parameters, latents: jax.Array) -> jax.Array:
-        """uint8 clips of normalized latents `B F H W C`."""
-        return to_uint8(self.decode_pixels(frozen["vae"], latents))
+    def decode(self, frozen: Parameters, latents: jax.Array) -> Clips:
+        """Clips of normalized latents `B F H W C`."""
+        return to_clips(self.decode_pixels(frozen["vae"], latents))
 
     def decode_pixels(self, vae: Parameters, latents: jax.Array) -> jax.Array:
         """Clips in [-1, 1], up to the error of the VAE, of normalized latents `B F H W C`."""
@@ -248,14 +249,15 @@ class TextToVideo(Task):
         slots: jax.Array,
         key: jax.Array,
         request: SampleRequest,
-    ) -> jax.Array:
+    ) -> Generated:
         sampler, guidance = self.config.sampling(request)
         size = (request.frames, request.height, request.width)
-        latents = self.generate_latents(
+        latents, finite = self.generate_latents(
             parameters, frozen, tokens, slots, key, size=size, sampler=sampler, guidance=guidance,
             enhance=request.enhance or self.config.enhance,
         )  # fmt: skip
-        return self.decode(frozen, latents)
+        clips = self.decode(frozen, latents)
+        return Generated(clips.pixels, finite._replace(pixels=clips.finite))
 
     def generate_latents(
         self,
@@ -269,8 +271,11 @@ class TextToVideo(Task):
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
         enhance: EnhanceConfig | None = None,
-    ) -> jax.Array:
-        """Normalized latents `B F H W C` of new clips of `size` (frames, height, width in pixels); see `generate`."""
+    ) -> tuple[jax.Array, Finite]:
+        """Normalized latents `B F H W C` of new clips, see `generate`, and how far they are finite.
+
+        `size` is that of the clips: frames, height and width in pixels.
+        """
         shape = (tokens.shape[0], *self.config.sampled_shape(*size), self.config.denoiser.out_channels)
         text = self.text_embeddings(parameters, frozen, tokens)
         enhancement = self.enhancement(enhance, sampler, guidance)
@@ -279,17 +284,20 @@ class TextToVideo(Task):
             hook = None if enhancement is None else enhancement(timesteps)
             return self.denoise(parameters, noisy, timesteps, text, hook)
 
+        text_is_finite = rows_are_finite(text)
         if guidance.kind == "none":
             step = unguided(denoise, text)
         else:
             empty = self.text_embeddings(parameters, frozen, self.text.unconditional_tokens()[None])
+            text_is_finite &= rows_are_finite(empty)
             step = guided(denoise, text, jnp.broadcast_to(empty, text.shape), rescale=guidance.rescale)
         start = slot_normal(jax.random.fold_in(key, START_KEY), shape, slots)
-        latents = sample(
+        made = trajectory(
             step, start, schedule=self.schedule, sampler=sampler, prediction=self.config.objective.target,
             guidance=guidance, key=jax.random.fold_in(key, SAMPLER_KEY), slots=slots,
         )  # fmt: skip
-        return latents[:, -self.config.clip_frames(size[0]) :]
+        latents = made.result[:, -self.config.clip_frames(size[0]) :]
+        return latents, Finite(text_is_finite, made.finite_steps, jnp.ones_like(text_is_finite), jnp.int32(made.steps))
 
     def enhancement(
         self, enhance: EnhanceConfig | None, sampler: SamplerConfig, guidance: GuidanceConfig
@@ -313,7 +321,7 @@ class TextToVideo(Task):
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, jax.Array | Clips]:
         if self.config.vae is None:
             return {}
         count = self.config.visualize_clips
@@ -326,7 +334,7 @@ class TextToVideo(Task):
             width * self.config.spatial_compression,
         )
         made = self.generate(parameters, frozen, some["tokens"], some["slot"], key, SampleRequest(*size))
-        return {"data": self.decode(frozen, real), "sample": made}
+        return {"data": self.decode(frozen, real), "sample": Clips(made.pixels, made.finite.all())}
 
     def exported_files(self) -> dict[str, str]:
         config = self.config

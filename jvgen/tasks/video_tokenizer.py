@@ -15,6 +15,7 @@ from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.source_checks import check_pixels
 from jvgen.diffusion.objective import slot_keys
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
+from jvgen.finite import Clips
 from jvgen.losses.adversarial import surrogate_loss
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.losses.reconstruction import absolute_error, squared_error
@@ -27,7 +28,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8, unit_to_uint8
+from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8
 from jvgen.tasks.task import (
     ArraySpec,
     Batch,
@@ -332,14 +333,12 @@ class VideoTokenizer(Task):
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, jax.Array | Clips]:
         clips = batch["video"][:4]
         dtype = activation_dtype(parameters["tokenizer"])
         output = self.networks["tokenizer"].apply(parameters["tokenizer"], unit_from_uint8(clips).astype(dtype))
-        return {
-            "data": clips,
-            "reconstruction": unit_to_uint8(jnp.concatenate([output.context, output.future], axis=1)),
-        }
+        made = jnp.concatenate([output.context, output.future], axis=1)
+        return {"data": clips, "reconstruction": unit_to_clips(made)}
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         parts = flops.reconstruct(self.config.network, bucket.frames)

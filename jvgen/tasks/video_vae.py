@@ -15,6 +15,7 @@ from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.source_checks import check_pixels
 from jvgen.diffusion.objective import slot_keys, slot_normal
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise
+from jvgen.finite import Clips
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
@@ -373,7 +374,7 @@ class VideoVAETask(Task):
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, jax.Array | Clips]:
         clips = batch["video"][:4]
         reconstructions = compatibility.reconstructed_clips(
             self.vae, parameters[VAE], from_uint8(clips), self.image_vae, frozen.get(IMAGE_VAE)

@@ -16,6 +16,7 @@ from jvgen.data.stream.source_checks import check_pixels
 from jvgen.diffusion.objective import slot_keys
 from jvgen.evaluation.prediction import best_of
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
+from jvgen.finite import Clips
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
@@ -31,7 +32,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.storage import as_path
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8, unit_to_uint8
+from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8
 from jvgen.tasks.task import (
     ArraySpec,
     Batch,
@@ -338,15 +339,16 @@ class WorldModelTask(Task):
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, jax.Array | Clips]:
         if not self.config.visualize_clips:
             return {}
         shown = {name: value[: self.config.visualize_clips] for name, value in batch.items()}
         prediction, ordered = self.predict(parameters, frozen, shown, key)
         context = ordered["video"][:, : self.config.tokenizer.context_frames]
+        made = unit_to_clips(prediction.frames)
         return {
             "data": ordered["video"],
-            "rollout": jnp.concatenate([context, unit_to_uint8(prediction.frames)], axis=1),
+            "rollout": Clips(jnp.concatenate([context, made.pixels], axis=1), made.finite),
         }
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:

@@ -10,6 +10,7 @@ import numpy as np
 from jvgen import nested
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import LoadedBatch
+from jvgen.finite import Clips
 from jvgen.nn.network import Parameters
 from jvgen.tasks.task import Batch
 from jvgen.training.compilation import Programs
@@ -28,10 +29,17 @@ class Evaluator:
       program: the run.
       batches: (start, stop) -> closable iterator of evaluation batches (`Loader.batches`).
       programs: the compiled evaluation programs.
+      log: takes messages for the user.
     """
 
-    def __init__(self, program: Program, batches: Callable[[int, int], Any], programs: Programs):
-        self._program, self._batches, self._programs = program, batches, programs
+    def __init__(
+        self,
+        program: Program,
+        batches: Callable[[int, int], Any],
+        programs: Programs,
+        log: Callable[[str], None] = print,
+    ):
+        self._program, self._batches, self._programs, self._log = program, batches, programs, log
 
     def evaluate(
         self,
@@ -68,14 +76,28 @@ class Evaluator:
         }
 
     def visualize(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Clips of the first evaluation batch with the EMA of largest decay, uint8 `B F H W 3` by name."""
+        """Clips of the first evaluation batch with the EMA of largest decay, uint8 `B F H W 3` by name.
+
+        Clips that networks made of numbers that are not finite are no pixels: they are left out, with a warning.
+        """
         parameters = list(parameter_variants(state).values())[-1]
         key = key_for(state.key, VISUALIZE, 0)
         with self._batches(0, 1) as batches:
             bucket, batch = self._next(batches)
             visualize = self._programs.evaluation("visualize", bucket)
             shown = jax.device_get(visualize(parameters, state.frozen, batch, key))
-        return {name: np.asarray(value)[:MAX_SAMPLES] for name, value in shown.items()}
+        pixels = {}
+        for name, value in shown.items():
+            clips = value if isinstance(value, Clips) else Clips(value, np.ones(len(value), bool))
+            if clips.finite.all():
+                pixels[name] = np.asarray(clips.pixels)[:MAX_SAMPLES]
+            else:
+                dtype = self._program.experiment.training.compute_dtype
+                self._log(
+                    f"WARNING: {name!r} samples of step {int(state.step)} are left out: {np.sum(~clips.finite)} of "
+                    f"{len(clips.finite)} clips hold NaN or infinity, from the task's networks in {dtype}."
+                )
+        return pixels
 
     def _next(self, batches: Iterator[LoadedBatch]) -> tuple[BucketConfig, Batch]:
         loaded = next(batches)

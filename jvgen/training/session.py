@@ -154,7 +154,7 @@ def prepare(
             write_text(workdir / "config.json", json.dumps(document, indent=1))
         programs.wait(start_step)
         clock.mark("compile")
-        evaluator = None if held_out is None else Evaluator(program, held_out.batches, programs)
+        evaluator = None if held_out is None else Evaluator(program, held_out.batches, programs, log)
         peak_flops = throughput.peak_flops(program.sharding.mesh.devices.flat[0], training.peak_flops)
         peak = f"{peak_flops:.4g} FLOP/s per device" if peak_flops else "of this device unknown"
         log(f"{throughput.FORMULA}; peak {peak}")

@@ -261,7 +261,7 @@ def generated(setting: Setting, run: Path) -> dict[str, float]:
 
     @jax.jit
     def generate(parameters: Any, frozen: Any, tokens: jax.Array, slots: jax.Array, cameras: Cameras) -> jax.Array:
-        return task.generate_views(parameters, frozen, tokens, cameras, slots, jax.random.key(1), request)
+        return task.generate_views(parameters, frozen, tokens, cameras, slots, jax.random.key(1), request).pixels
 
     def views_of(captions: Sequence[str], cameras: Cameras) -> np.ndarray:
         generated = []

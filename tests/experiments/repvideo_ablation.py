@@ -203,7 +203,7 @@ def sampled(setting: Setting, run: Path, ways: Mapping[str, EnhanceConfig | None
 
         @jax.jit
         def generate(parameters: Any, frozen: Any, tokens: jax.Array, slots: jax.Array, request=request) -> jax.Array:
-            return task.generate(parameters, frozen, tokens, slots, jax.random.key(1), request)
+            return task.generate(parameters, frozen, tokens, slots, jax.random.key(1), request).pixels
 
         clips = np.asarray(generate(parameters, loaded.frozen, tokens, slots))
         found[name] = temporal(clips)

@@ -2,16 +2,20 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from jvgen.cli import main as cli
 from jvgen.diffusion.sampler import step_noise
+from jvgen.runs.inference import open_run
 from jvgen.runs.published.placement import Placement
+from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text_to_video import SAMPLER_KEY
 
 torch = pytest.importorskip("torch")
@@ -194,3 +198,83 @@ def test_the_same_noise_becomes_the_same_video(case, pipeline, folder, latents, 
     embed, step, frames, whole = traces
     assert (embed, step, frames, whole) == (1, 1, 2, 0)
     assert "10 steps of" in printed.out and "peak memory" in printed.out
+
+
+RUN_CONFIG = """
+from pathlib import Path
+
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.tasks.pipeline_folder import read_pipeline
+from jvgen.training.config import TrainingConfig
+from jvgen.training.experiment import Experiment
+
+
+def experiment():
+    return Experiment(
+        name="finetuned",
+        task=read_pipeline(Path({folder!r})),
+        data=DataConfig(
+            sources=(SourceConfig(path="nowhere"),),
+            buckets=(BucketConfig(frames={frames}, height={height}, width={width}, batch_size=8),),
+        ),
+        training=TrainingConfig(steps=1, compute_dtype="float32", tensorboard=False),
+    )
+"""
+
+
+@pytest.mark.parametrize("case", ["2b", pytest.param("1.5", marks=pytest.mark.slow)], indirect=True)
+def test_an_exported_run_is_a_pipeline(case, pipeline, folder, latents, tmp_path, capsys):
+    config, run, out = tmp_path / "config.py", tmp_path / "run", tmp_path / "exported"
+    size = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}
+    config.write_text(RUN_CONFIG.format(folder=str(folder), **size))
+
+    def jvgen(*words: object) -> str:
+        status = cli.main([str(word) for word in words])
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return printed.out
+
+    jvgen("import", folder, "--config", config, "--to", run)
+    told = jvgen("export", run / "checkpoints" / "0", "--to", out)
+    assert all(str(out / name) in told for name in ("transformer", "vae", "text_encoder")) and "no whole" not in told
+
+    # diffusers loads every network strictly and finds the run's weights.
+    exported = diffusers.CogVideoXPipeline.from_pretrained(out, low_cpu_mem_usage=False)
+    exported.set_progress_bar_config(disable=True)
+    for name in ("transformer", "vae", "text_encoder"):
+        ours, theirs = getattr(exported, name).state_dict(), getattr(pipeline, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    classes = json.loads((out / "model_index.json").read_text())
+    wanted = json.loads((folder / "model_index.json").read_text())
+    assert {**classes, "_diffusers_version": 0} == {**wanted, "_diffusers_version": 0}
+    assert exported.tokenizer(PROMPT).input_ids == pipeline.tokenizer(PROMPT).input_ids
+
+    # The same noise becomes the same latents as in the run.
+    theirs = exported(
+        PROMPT, num_frames=FRAMES, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS, output_type="latent",
+        latents=torch.from_numpy(latents), max_sequence_length=LENGTH, guidance_scale=6.0,
+    ).frames[0].numpy()  # fmt: skip
+    loaded = open_run(run)
+    task, request = loaded.task, SampleRequest(FRAMES, HEIGHT, WIDTH, steps=STEPS, guidance=6.0)
+    sampler, guidance = task.config.sampling(request)
+    noise = jnp.asarray(latents.transpose(0, 1, 3, 4, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jvgen.tasks.text_to_video.slot_normal", lambda *arguments: noise)
+        ours, finite = jax.jit(
+            lambda parameters, frozen, tokens: task.generate_latents(
+                parameters, frozen, tokens, jnp.zeros(1, jnp.int32), jax.random.key(0),
+                size=(FRAMES, HEIGHT, WIDTH), sampler=sampler, guidance=guidance,
+            )
+        )(loaded.parameters, loaded.frozen, task.tokens([PROMPT]))  # fmt: skip
+    assert finite.steps.tolist() == [STEPS]
+    ours = np.asarray(ours)[0].transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(ours, theirs[-len(ours) :], atol=1e-4, rtol=0)
+    assert ours.std() > 0.1
+
+    # And ours samples from it as from the run.
+    asked = ("--prompt", PROMPT, "--frames", 1, "--steps", 2, "--guidance", 6, "--size", f"{HEIGHT}x{WIDTH}")
+    jvgen("sample", run, *asked, "--out", tmp_path / "run.png")
+    jvgen("sample", "--weights", out, *asked, "--devices", 1, "--out", tmp_path / "weights.png")
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("run", "weights")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and pictures[0].std() > 5

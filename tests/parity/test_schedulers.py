@@ -38,7 +38,8 @@ def ours(schedule, sampler, prediction, *, guidance=None, key=None):
             keep=True,
         )
     )
-    result, kept = run(start)
+    result, kept, finite_steps, _ = run(start)
+    np.testing.assert_array_equal(finite_steps, len(kept))
     np.testing.assert_array_equal(result, kept[-1])
     return start, np.asarray(kept)
 

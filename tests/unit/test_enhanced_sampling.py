@@ -56,7 +56,7 @@ def latents():
                 guidance=CONFIG.guidance, enhance=enhance,
             )
         )  # fmt: skip
-        return np.asarray(run(tokens[jnp.asarray(slots)], jnp.asarray(slots, jnp.int32)))
+        return np.asarray(run(tokens[jnp.asarray(slots)], jnp.asarray(slots, jnp.int32))[0])
 
     return make
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from jvgen.data.video_files import decode_window, probe
 from jvgen.interop import schedulers
 from jvgen.interop.digest import DIGESTS_FILE
 from jvgen.interop.formats import format_of
+from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.to_torch import export_networks
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.t5.config import T5Config
@@ -80,6 +82,13 @@ def pipeline(whole, tmp_path) -> Path:
     return folder
 
 
+def keep(folder: Path, *names: str) -> None:
+    """Remove everything else of a pipeline."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -124,6 +133,11 @@ BAD_FOLDERS = {
     "other pipeline": (
         lambda p: edit(p / "model_index.json", _class_name="CogVideoXImageToVideoPipeline"),
         "is a CogVideoXImageToVideoPipeline; only CogVideoXPipeline",
+    ),
+    "exported VAE": (lambda p: keep(p, "vae", "model_index.json"), "is not a pipeline: it holds the networks vae."),
+    "exported denoiser": (
+        lambda p: (keep(p, "transformer", "model_index.json"), (p / "transformer").rename(p / "denoiser")),
+        "take a single network, for example",
     ),
     "other scheduler": (
         lambda p: edit(p / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler"),
@@ -370,6 +384,60 @@ def test_clips_split_over_devices_are_the_same(whole, jvgen, tmp_path, quick_com
     assert clips[0].shape == (2, 9, 8, 8, 3) and np.abs(clips[0] - clips[1]).max() <= 2
 
 
+# What is wrong with the pipeline and what is asked for; the step or the pixels, the network, the dtype; what to do.
+NOT_FINITE = {
+    "activations past float16": (
+        ("transformer", "ff.net.", 2000.0), ("--dtype", "float16"),
+        ("after denoising step 1 of 1, from the denoiser in float16", "take --dtype bfloat16"),
+    ),
+    "NaN in the VAE": (("vae", "decoder.conv_out", np.nan), (), ("decoded pixels, from the VAE in float32", "damaged")),
+    "NaN in the VAE, as floats": (
+        ("vae", "decoder.conv_out", np.nan), ("--out", "clip.npy"), ("decoded pixels, from the VAE in float32",),
+    ),
+    "NaN in the text encoder": (
+        ("text_encoder", "wo.weight", np.nan), (),
+        ("embeddings of the caption 'a red ball'", "text encoder in float32"),
+    ),
+}  # fmt: skip
+
+
+def scale(folder: Path, name: str, factor: float) -> None:
+    """Multiply the tensors with a name in a folder's file of weights."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = dict(SafetensorsFile(path))
+    assert any(name in tensor for tensor in tensors)
+    changed = {key: np.float32(factor) * array if name in key else array for key, array in tensors.items()}
+    path.unlink()
+    write(path, {key: TensorSpec(array.shape, array.dtype) for key, array in changed.items()}, changed.items())
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_clips_that_are_not_finite_are_an_error_and_no_file(name, pipeline, jvgen, tmp_path, quick_compilations):
+    (network, tensor, factor), words, said = NOT_FINITE[name]
+    scale(pipeline / network, tensor, factor)
+    out = tmp_path / (words[1] if "--out" in words else "clips")
+    asked = ("sample", "--weights", pipeline, *ASKED, *([] if "--out" in words else words), "--frames", 1, "--out", out)
+    for _ in range(2):  # The second call makes it again.
+        done = jvgen(*asked)
+        assert done.status == 65, (done.out, done.err)
+        assert all(text in done.err for text in said), done.err
+        assert not [path for path in tmp_path.rglob("*") if path.suffix in (".mp4", ".png", ".npy")]
+
+
+def test_finite_clips_of_a_batch_are_kept(whole, jvgen, tmp_path, quick_compilations):
+    noise = np.random.default_rng(0).standard_normal((3, 1, 4, 6, 4), np.float32)
+    noise[1] = 3e38
+    np.save(tmp_path / "noise.npy", noise)
+    asked = ("sample", "--weights", whole, *ASKED, "--frames", 1, "--clips-per-prompt", 3, "--batch-size", 2)
+    done = jvgen(*asked, "--noise", tmp_path / "noise.npy", "--out", tmp_path / "clips")
+    assert done.status == 65, (done.out, done.err)
+    assert "1 of 3 clips hold NaN or infinity" in done.err and "clip 1 of 'a red ball': the latents" in done.err
+    made = [f"0000_{number:02d}_a_red_ball.png" for number in (0, 2)]
+    assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == [*made, "index.jsonl"]
+    again = jvgen(*asked, "--noise", tmp_path / "noise.npy", "--out", tmp_path / "clips")
+    assert again.status == 65 and "1 of 1 clips" in again.err
+
+
 CONFIG = """
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.schedule import ScheduleConfig
@@ -398,7 +466,8 @@ def experiment():
 """
 
 
-def test_a_whole_pipeline_is_imported_into_a_run_that_samples(whole, jvgen, tmp_path, quick_compilations):
+def test_a_pipeline_becomes_a_run_that_samples_and_a_pipeline_again(pipeline, jvgen, tmp_path, quick_compilations):
+    whole = pipeline
     config = tmp_path / "config.py"
     config.write_text(CONFIG.format(denoiser=FIELDS, encoder=TEXT))
     told = jvgen("import", whole)
@@ -410,3 +479,37 @@ def test_a_whole_pipeline_is_imported_into_a_run_that_samples(whole, jvgen, tmp_
     sampled = jvgen("sample", tmp_path / "run", "--prompt", "a red ball", "--steps", 1, "--out", tmp_path / "clip.mp4")
     assert sampled.status == 0, sampled.err
     assert probe((tmp_path / "clip.mp4").read_bytes()).frames == 5
+
+    # A checkpoint of it can be named; the step is then fixed.
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "0"
+    other = jvgen("export", checkpoint, "--step", 3, "--to", tmp_path / "none")
+    assert other.status == 2 and "step 3 is asked for, but" in other.err and "leave the step out" in other.err
+    exported = jvgen("export", checkpoint, "--to", tmp_path / "exported")
+    assert exported.status == 0, exported.err
+    assert "note: the run was trained with zeros for no caption" in exported.out and "no whole" not in exported.out
+    index = json.loads((tmp_path / "exported" / "model_index.json").read_text())
+    assert index.pop("_diffusers_version")
+    assert index == {
+        "_class_name": "CogVideoXPipeline", "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }  # fmt: skip
+    for name in ("transformer", "vae", "text_encoder"):
+        (new,), (old,) = ((folder / name).glob("*.safetensors") for folder in (tmp_path / "exported", whole))
+        assert new.read_bytes() == old.read_bytes(), name
+    again = jvgen("sample", "--weights", tmp_path / "exported", *ASKED, "--unconditional", "zeros", "--guidance", 6,
+                  "--frames", 1, "--out", tmp_path / "again.png")  # fmt: skip
+    assert again.status == 0, again.err
+
+    alone = jvgen("export", run, "--network", "denoiser", "--to", tmp_path / "alone")
+    assert alone.status == 0, alone.err
+    names = ["denoiser", "jvgen_digests.json", "jvgen_run.json", "model_index.json", "scheduler"]
+    assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == names
+    unknown = jvgen("export", run, "--network", "vae", "--to", tmp_path / "none")
+    assert unknown.status == 2 and "--network vae: the run trains denoiser" in unknown.err
+
+    # Other frozen weights than the run's are no part of its pipeline.
+    scale(pipeline / "vae", "decoder.conv_out", 2.0)
+    changed = jvgen("export", run, "--to", tmp_path / "changed")
+    assert changed.status == 0 and "no whole pipeline was written" in changed.out
+    assert "not those that the run was trained with" in changed.out and (tmp_path / "changed" / "denoiser").is_dir()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import resource
 import shutil
 import sys
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 
 from jvgen.config import Config
+from jvgen.finite import NotFinite
 from jvgen.interop import formats, to_torch
 from jvgen.interop.digest import DIGESTS_FILE
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
+from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import ExportError, export_network, export_networks
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
 from jvgen.models.weight_map import WeightError
 from jvgen.nested import flatten, unflatten
 
@@ -87,6 +91,44 @@ def test_half_precision_files(tmp_path, parameters, dtype):
     assert all(again[path].dtype == np.float32 and np.array_equal(again[path], rounded[path]) for path in rounded)
     with pytest.raises(ExportError, match="dtype = 'float64'"):
         export_network(VAE, parameters, tmp_path / "other", dtype="float64")
+
+
+GATED = VideoDiTConfig(
+    layers=2, heads=2, head_width=8, in_channels=4, out_channels=4, text_width=8, text_length=6, condition_width=8,
+    aggregation=AggregationConfig(),
+)  # fmt: skip
+# What is written, the parameter whose last value is changed, to what, and how the error starts.
+OUT_OF_RANGE = {
+    "past float16": (
+        "folder",
+        "blocks/layers/feed_forward/",
+        7e4,
+        "float16",
+        "reaches 70000, but float16 ends at 65504",
+    ),
+    "past bfloat16": ("folder", "blocks/layers/feed_forward/", 3.4e38, "bfloat16", "but bfloat16 ends at 3.38953e+38"),
+    "NaN": ("folder", "blocks/layers/feed_forward/", np.nan, "float32", "holds NaN or infinity"),
+    "extra weights": ("folder", "aggregation/gates", 7e4, "float16", "reaches 70000, but float16"),
+    "SAT": ("sat", "blocks/layers/feed_forward/", -7e4, "float16", "reaches 70000, but float16"),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_numbers_that_the_dtype_of_a_file_cannot_hold_are_an_error(tmp_path, name):
+    layout, chosen, value, dtype, said = OUT_OF_RANGE[name]
+    leaves = {path: np.array(array) for path, array in flatten(random_parameters(GATED)).items()}
+    path = next(path for path in sorted(leaves) if path.startswith(chosen))
+    leaves[path].reshape(-1)[-1] = value
+    damaged = unflatten(leaves)
+    with pytest.raises(NotFinite) as error:
+        if layout == "sat":
+            export_sat(GATED, damaged, tmp_path / "denoiser.safetensors", dtype=dtype)
+        else:
+            export_network(GATED, damaged, tmp_path / "denoiser", dtype=dtype)
+    assert said in str(error.value)
+    # The name is that in the file, and nothing is left.
+    assert re.match(r"\S*(blocks|layers|gating)\S*", str(error.value)), str(error.value)
+    assert contents(tmp_path) == []
 
 
 def test_files_are_those_of_the_safetensors_library(tmp_path):

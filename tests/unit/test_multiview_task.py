@@ -290,10 +290,12 @@ def test_views_are_generated(task, parameters, frozen, views, pairing):
         return generate(parameters, frozen, tokens, slots)
 
     tokens = jnp.asarray(chosen.tokens(["a red ball", "a blue cube"]))
-    made = np.asarray(make(tokens, jnp.asarray([7, 9])))
+    made, finite = jax.device_get(make(tokens, jnp.asarray([7, 9])))
+    assert finite.all().tolist() == [True, True] and [finite.fault(row) for row in (0, 1)] == [None, None]
+    assert finite.steps.tolist() == [int(finite.total)] * 2
     assert made.shape == (2, views, 3, 8, 8, 3) and made.dtype == np.uint8
     assert (made[:, 0] != made[:, 1]).any()
-    again = np.asarray(make(tokens[::-1], jnp.asarray([9, 7])))
+    again = np.asarray(make(tokens[::-1], jnp.asarray([9, 7])).pixels)
     assert np.abs(made[::-1].astype(int) - again).max() <= 1, "an example depends on its own slot and caption only"
 
 
@@ -302,12 +304,12 @@ def test_single_clips_are_generated_too(task, parameters, frozen):
     made = jax.eval_shape(
         lambda t: task.generate(parameters, frozen, t, jnp.asarray([0]), jax.random.key(0), REQUEST), tokens
     )
-    assert made.shape == (1, 3, 8, 8, 3)
+    assert made.pixels.shape == (1, 3, 8, 8, 3)
 
 
 def test_visualized_clips(task, parameters, frozen):
     shown = jax.eval_shape(lambda b: task.visualize(parameters, frozen, b, jax.random.key(0)), batch_of(task, FOLDED))
-    assert {name: clip.shape for name, clip in shown.items()} == {n: (4, 3, 8, 8, 3) for n in ("data", "sample")}
+    assert {name: clip.pixels.shape for name, clip in shown.items()} == {n: (4, 3, 8, 8, 3) for n in ("data", "sample")}
     shown = jax.eval_shape(lambda b: task.visualize(parameters, frozen, b, jax.random.key(0)), batch_of(task, WARPED))
     assert set(shown) == {"data"}
 

@@ -1,6 +1,7 @@
 """Videos of any length to files of latents and back: chunks equal the whole video, and sizes are restored."""
 
 import json
+import shutil
 
 import av
 import jax
@@ -14,8 +15,9 @@ from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.source_checks import check_latents
 from jvgen.data.video_files import encode_video, probe_file, read_frames
-from jvgen.interop.digest import content_digest
+from jvgen.interop.digest import DIGESTS_FILE, content_digest
 from jvgen.interop.from_torch import import_folder
+from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.to_torch import export_network
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.model import CVVAE
@@ -198,6 +200,52 @@ def test_mistakes_are_reported_before_coding(jvgen, folder, tmp_path):
     assert "film.json" in told(tmp_path / "film.npy", "--vae", vae, by="decode")
     (tmp_path / "film.json").write_text("{}")
     assert "corrupt" in told(tmp_path / "film.npy", "--vae", vae, by="decode")
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """Copies of the image VAE with NaN in all tensors of a part."""
+
+    def make(part: str):
+        copy = tmp_path / part
+        shutil.copytree(folder(IMAGE), copy)
+        (copy / DIGESTS_FILE).unlink()
+        path = copy / "diffusion_pytorch_model.safetensors"
+        tensors = dict(SafetensorsFile(path))
+        changed = {name: array * np.float32(np.nan if name.startswith(part) else 1) for name, array in tensors.items()}
+        write(path, {name: TensorSpec(array.shape, array.dtype) for name, array in changed.items()}, changed.items())
+        return copy
+
+    return make
+
+
+def test_numbers_that_are_not_finite_become_no_file(jvgen, damaged, scenes, tmp_path):
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(tmp_path / "red.png")
+    vae = damaged("decoder")
+    words = ("--vae", vae, "--out", tmp_path / "latents")
+    assert jvgen("encode", tmp_path / "red.png", *words).status == 0
+    decode = ("decode", tmp_path / "latents" / "red.npy", "--vae", vae, "--out", tmp_path / "videos")
+    encoder = damaged("encoder")
+    build = ("data", "build", "latents", scenes, "--vae", encoder, "--size", "16x16", "--out", tmp_path / "data")
+    size = ("--frames", 1, "--size", "16x16", "--batches", 1, "--batch-size", 2)
+    commands = {
+        f"pixels of the latent frames 0 to 0: NaN or infinity from the VAE {vae} in float32": decode,
+        f"latents of frames 0 to 0: NaN or infinity from the VAE {encoder} in float32": (
+            "encode", tmp_path / "red.png", "--vae", encoder, "--out", tmp_path / "videos",
+        ),
+        f"latents of a clip: NaN or infinity from the VAE {encoder}": build,
+        f"NaN or infinity from the VAE {vae}": ("evaluate", "--vae", vae, "--data", scenes, *size),
+    }  # fmt: skip
+    for said, command in commands.items():
+        done = jvgen(*command)
+        assert done.status == 65 and said in done.err, done.err
+    # Latents that are not finite are no fault of the VAE.
+    latents = np.load(tmp_path / "latents" / "red.npy")
+    latents[..., 0] = np.inf
+    np.save(tmp_path / "latents" / "red.npy", latents)
+    done = jvgen(*decode)
+    assert done.status == 65 and "red.npy: latent frames 0 to 0 hold NaN or infinity" in done.err
+    assert not list((tmp_path / "videos").iterdir()) and not (tmp_path / "data").exists()
 
 
 def test_latents_of_a_data_set(jvgen, folder, scenes, tmp_path):

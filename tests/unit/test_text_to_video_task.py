@@ -237,12 +237,37 @@ def test_files_of_a_frozen_encoder_are_checked(t5, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def generate(parameters, frozen):
+def compiled():
     task = CONFIG.build()
-    run = jax.jit(lambda p, f, tokens, slots, key: task.generate(p, f, tokens, slots, key, REQUEST))
+    return jax.jit(lambda p, f, tokens, slots, key: task.generate(p, f, tokens, slots, key, REQUEST))
+
+
+@pytest.fixture(scope="module")
+def generate(compiled, parameters, frozen):
+    tokens = CONFIG.build().tokens
     return lambda prompts, slots, seed=0: np.asarray(
-        run(parameters, frozen, task.tokens(prompts), jnp.asarray(slots), jax.random.key(seed))
+        compiled(parameters, frozen, tokens(prompts), jnp.asarray(slots), jax.random.key(seed)).pixels
     )
+
+
+# The network whose parameters are NaN (with None, none are), and the fault of the clips.
+DAMAGED = {
+    None: None,
+    "text_encoder": ("the embeddings of its caption", "text encoder"),
+    "denoiser": ("the latents after denoising step 1 of 2", "denoiser"),
+    "vae": ("the decoded pixels", "VAE"),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_numbers_that_are_not_finite_are_named(compiled, parameters, frozen, damaged):
+    networks = {**parameters, **frozen}
+    if damaged is not None:
+        networks[damaged] = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), networks[damaged])
+    trained, rest = ({name: networks[name] for name in names} for names in (parameters, frozen))
+    made = compiled(trained, rest, CONFIG.build().tokens(["red"] * 4), jnp.arange(4), jax.random.key(0))
+    assert made.finite.fault(2) == DAMAGED[damaged]
+    assert made.finite.all().tolist() == [damaged is None] * 4
 
 
 def test_a_clip_depends_on_its_prompt_key_and_slot_only(generate):
@@ -266,7 +291,7 @@ def test_guidance_of_one_is_no_guidance(parameters, key):
                 parameters, {}, tokens, slots, key, size=(3, 8, 8), sampler=CONFIG.sampler, guidance=guidance
             )
         )
-        return np.asarray(run(parameters))
+        return np.asarray(run(parameters)[0])
 
     one = latents(GuidanceConfig(kind="constant", scale=1.0))
     np.testing.assert_allclose(one, latents(GuidanceConfig(kind="none")), rtol=1e-4, atol=1e-5)
@@ -304,8 +329,8 @@ def test_requests_that_cannot_be_served(request_changes, config_changes, words):
 def test_clips_for_tensorboard(parameters, frozen):
     task = CONFIG.replace(visualize_clips=2).build()
     shown = jax.jit(task.visualize)(parameters, frozen, batch_of(), jax.random.key(0))
-    assert {name: (clip.shape, clip.dtype) for name, clip in shown.items()} == {
-        name: ((2, 3, 8, 8, 3), jnp.uint8) for name in ("data", "sample")
+    assert {name: (clip.pixels.shape, clip.pixels.dtype, clip.finite.all()) for name, clip in shown.items()} == {
+        name: ((2, 3, 8, 8, 3), jnp.uint8, True) for name in ("data", "sample")
     }
     blind = CONFIG.replace(vae=None, vae_weights=None).build()
     assert blind.visualize(parameters, {}, batch_of(), jax.random.key(0)) == {}

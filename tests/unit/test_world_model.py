@@ -1,11 +1,14 @@
 """World models: steps against rollouts, under vmap, as an environment, and errors for bad input."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jvgen.control.world_model import WorldModel, to_pixels
+from jvgen.finite import NotFinite
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
@@ -122,6 +125,35 @@ def test_several_samples_of_a_context(world, frames):
     state = world.reset(frames, 1, samples=3)
     _, first, _ = world.step(state, same[:, 0])
     np.testing.assert_allclose(first, made.frames[:, 0], atol=2e-5)
+
+
+# Parameters that are NaN, and the network in the error; those of the last convolution and of the reward come last.
+DAMAGED = {
+    "transformer": ("transformer", "head", "scores of the ids of step 1: .* transformer in float32"),
+    "reward": ("transformer", "reward", "reward of step 1: .* transformer in float32"),
+    "encoder": ("tokenizer", "encoder", "frame of step 1: .* tokenizer in float32"),
+    "decoder": ("tokenizer", "prediction_decoder", "frame of step 1: .* tokenizer in float32"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_predictions_that_are_not_finite_are_refused(world, frames, actions, name):
+    network, part, said = DAMAGED[name]
+    parts = dict(getattr(world.weights, network))
+    assert part in parts
+    parts[part] = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), parts[part])
+    damaged = copy.copy(world)  # The compiled programs are shared.
+    damaged.weights = world.weights._replace(**{network: parts})
+    state, frame, reward = damaged.step(damaged.reset(frames, 7), actions[:, 0])
+    with pytest.raises(NotFinite, match=said):
+        damaged.observed(state, frame, reward, 1)
+    rolled = damaged.rollout(frames, actions, 7)
+    if name == "reward":
+        assert np.isnan(rolled.rewards).all() and np.isfinite(rolled.frames).all()
+    else:
+        assert np.isnan(rolled.frames).all()
+        with pytest.raises(NotFinite, match="predicted frames hold NaN"):
+            damaged.pixels(rolled.frames)
 
 
 def test_refresh_continues_beyond_the_horizon(world, actions, stepped):

@@ -12,6 +12,7 @@ from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.source_checks import LATENTS_FORMAT
 from jvgen.data.stream.transforms import fit, fit_intrinsics, sum_over_stride
 from jvgen.data.video_files import DecodeError, decode_window, encode_image, encode_video
+from jvgen.finite import NotFinite, narrowed
 from jvgen.storage import Path
 
 # uint8 frames (F, H, W, 3) to moments (f, h, w, 2z): mean, then log-variance.
@@ -54,7 +55,8 @@ def build_latents(
 
     Raises:
       BuildError: records that cannot be decoded.
-      ValueError: no data set at `source`, or latents that float16 cannot represent.
+      ValueError: no data set at `source`.
+      NotFinite: latents with NaN or infinity, or that float16 cannot represent.
     """
     if min(height, width, stride) < 1 or (frames is not None and frames < 1):
         raise ValueError(f"height = {height}, width = {width}, frames = {frames}, stride = {stride}: 1 or more each.")
@@ -112,12 +114,14 @@ def _selected(
 
 
 def _with_latents(record: Record, video: np.ndarray, encode: Encode, keep_clips: bool) -> Record:
-    moments = np.stack([np.asarray(encode(view), np.float32) for view in video])
-    if not np.isfinite(moments).all() or np.abs(moments).max() > np.finfo(np.float16).max:
-        raise ValueError(f"record {record.id}: its moments are not finite in float16; are the encoder's weights valid?")
+    try:
+        moments = np.stack([np.asarray(encode(view), np.float32) for view in video])
+    except NotFinite as error:
+        raise NotFinite(f"record {record.id}: {error}") from error
+    stored = narrowed(f"record {record.id}: a latent moment", moments, np.float16)
     clips: tuple[bytes, ...] = ()
     if keep_clips and record.kind == "image":
         clips = tuple(encode_image(view[0]) for view in video)
     elif keep_clips:
         clips = tuple(encode_video(view, record.frames_per_second) for view in video)
-    return record.replace(clips=clips, latents=moments.astype(np.float16))
+    return record.replace(clips=clips, latents=stored)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jvgen.finite import narrowed
+
 KINDS = ("image", "static", "dynamic")
 
 
@@ -157,7 +159,7 @@ def encode(record: Record) -> dict[str, Any]:
         "actions": np.asarray(record.actions, np.float32).reshape(-1),
         "action_width": np.int32(record.actions.shape[1]),
         "rewards": np.asarray(record.rewards, np.float32),
-        "latents": np.asarray(record.latents, np.float16).astype("<f2").tobytes(),
+        "latents": narrowed(f"record {record.id}: a latent", record.latents, np.float16).astype("<f2").tobytes(),
         "latents_shape": np.asarray(record.latents.shape, np.int32),
     }
 

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int, Key
 from jvgen.config import Config
 from jvgen.value_rules import Bounds, CountOrZero
 
+# In place of an id that no finite scores chose.
+NO_ID = -1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Config):
@@ -35,10 +38,15 @@ class SamplingConfig(Config):
 
 
 def choose(logits: Float[Array, "*R V"], keys: Key[Array, "*R"], sampling: SamplingConfig) -> Int[Array, "*R"]:
-    """One id per row of scores, int32, sampled with the row's own key.
+    """One id per row of scores, int32, sampled with the row's own key; `NO_ID` for a row with NaN or infinity.
 
     Sampling is the argmax of scores plus Gumbel noise: with equal keys the same id is chosen however rows are batched.
     """
+    # The maximum keeps NaN; scores of -inf are excluded ids.
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), _choose(logits, keys, sampling), NO_ID)
+
+
+def _choose(logits: Float[Array, "*R V"], keys: Key[Array, "*R"], sampling: SamplingConfig) -> Int[Array, "*R"]:
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     scores, ids = candidates(logits, sampling)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jvgen.finite import rows_are_finite
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.decoding import Cache, Decoder
 from jvgen.models.ivideogpt.layout import Layout
 from jvgen.models.ivideogpt.objective import symexp
-from jvgen.models.ivideogpt.sampling import SamplingConfig
+from jvgen.models.ivideogpt.sampling import NO_ID, SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer, Conditions
 from jvgen.nn.network import Network, Parameters
 
@@ -42,7 +43,10 @@ class State:
 
 
 class Prediction(NamedTuple):
-    """A rollout: frames `R F H W 3` in [0, 1], rewards `R F` (None without the reward head), and ids `R F M`."""
+    """A rollout: frames `R F H W 3` in [0, 1], rewards `R F` (None without the reward head), and ids `R F M`.
+
+    Where a network's numbers are not finite, ids are `NO_ID`, and the frame and those after it are NaN.
+    """
 
     frames: jax.Array
     rewards: jax.Array | None
@@ -114,7 +118,7 @@ class World:
     def step(
         self, weights: WorldWeights, state: State, actions: Float[Array, "R A"] | None
     ) -> tuple[State, Float[Array, "R H W 3"], Float[Array, "R"] | None]:
-        """Predict one frame: the new state, the frame in [0, 1], the reward of the action."""
+        """Predict one frame: the new state, the frame in [0, 1] (NaN as in `Prediction`), the reward of the action."""
         decoded, cache = self.decoder.frame(
             weights.transformer, state.cache, state.number, state.slots, actions, state.keys, state.ids
         )
@@ -150,15 +154,25 @@ class World:
         self, weights: WorldWeights, frames: Float[Array, "B T H W 3"]
     ) -> tuple[Int[Array, "B T N"], Conditions]:
         model = self.network.bind(weights.tokenizer)
-        ids = model.tokenize_context(frames)
-        return ids, model.detokenize_context(ids, frames.dtype)[1]
+        latents, _ = model.encode_context(frames)
+        ids = model.context_codebook.nearest(latents)
+        conditions = model.detokenize_context(ids, frames.dtype)[1]
+        # NaN has a nearest code too: it is passed on to the predicted frames.
+        finite = rows_are_finite(latents)
+        return ids, jax.tree.map(lambda leaf: _or_nan(finite, leaf), conditions)
 
     def _frames(
         self, weights: WorldWeights, ids: Int[Array, "R F M"], conditions: Conditions
     ) -> Float[Array, "R F H W 3"]:
         model = self.network.bind(weights.tokenizer)
         frames = model.detokenize_future(self.layout.clamp_future_codes(ids), conditions)
-        return jnp.clip(frames.astype(jnp.float32), 0.0, 1.0)
+        chosen = jnp.cumsum(jnp.any(ids == NO_ID, axis=-1), axis=1) == 0
+        return _or_nan(chosen, jnp.clip(frames.astype(jnp.float32), 0.0, 1.0))
 
     def _reward(self, reward: jax.Array | None) -> jax.Array | None:
         return symexp(reward) if reward is not None and self.rewards_in_symlog else reward
+
+
+def _or_nan(valid: jax.Array, values: jax.Array) -> jax.Array:
+    """Values, and NaN where `valid`, which has their first axes, is false."""
+    return jnp.where(valid.reshape(*valid.shape, *[1] * (values.ndim - valid.ndim)), values, jnp.nan)

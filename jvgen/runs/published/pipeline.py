@@ -16,17 +16,20 @@ import numpy as np
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import slot_normal
 from jvgen.diffusion.sampler import SamplerConfig
+from jvgen.finite import Finite, clips_of
 from jvgen.interop.from_torch import check_weights
 from jvgen.models.cogvideox_vae.tiling import Tiling
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.runs.clip_folder import Clip, Naming, is_one_file, note_clips, plan_clips, write_clip
+from jvgen.runs.faults import Faults
+from jvgen.runs.generation import clip_name
 from jvgen.runs.noise import read_noise
 from jvgen.runs.published.placement import Placement, default_dtype
 from jvgen.runs.published.stages import Batch, Decoder, Denoiser, encode_captions
 from jvgen.saved_config import to_json
 from jvgen.storage import Path, local_copy, resolved
 from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, default_request, frames_per_second, read_pipeline
-from jvgen.tasks.pixels import to_uint8
+from jvgen.tasks.pixels import to_clips
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text_to_video import START_KEY, TextToVideo, TextToVideoConfig
 from jvgen.terminal import progress_bar
@@ -123,6 +126,7 @@ def sample_published(
 
     Raises:
       ValueError: everything that can be known to be wrong before weights are read.
+      NotFinite: clips that hold NaN or infinity; the others are written, see `jvgen.runs.faults`.
     """
     given, weights = weights, local_copy(weights)
     prepared = prepare(weights, len(prompts) * count, request)
@@ -227,6 +231,7 @@ def _make(
     rate = request.frames_per_second or frames_per_second(prepared.config)
     loaded = time.perf_counter()
     steps, total = [], -(-len(todo) // batch) * prepared.sampler.steps
+    faults = Faults(prepared.dtype, "--dtype")
     decoding = 0.0
     with progress_bar("sampling", unit="steps") as report:
         for begin in range(0, len(todo), batch):
@@ -234,14 +239,23 @@ def _make(
             # The last batch is filled up with repeats, so that every batch has the shape that was compiled.
             filled = [chosen[index % len(chosen)] for index in range(batch)]
             inputs = _inputs(filled, prompts, embeddings, empty, prepared, request)
-            before = time.perf_counter()
-            for reached in denoiser(inputs, jax.random.key(request.seed)):
-                latents, now = reached, time.perf_counter()
+            before, finite_steps = time.perf_counter(), np.zeros(batch, np.int32)
+            for reached, finite in denoiser(inputs, jax.random.key(request.seed)):
+                latents, finite_steps = reached, finite_steps + finite
+                now = time.perf_counter()
                 steps.append(now - before)
                 before = now
                 report(len(steps), total)
-            latents = latents[:, -prepared.config.clip_frames(prepared.clip.frames) :]
-            _write(chosen, decoder, latents, rate)
+                if not finite.any():
+                    break
+            finite = Finite(np.ones(batch, bool), finite_steps, np.ones(batch, bool), np.int32(prepared.sampler.steps))
+            if finite.all().any():
+                latents = latents[:, -prepared.config.clip_frames(prepared.clip.frames) :]
+                finite, frames = _decode(decoder, latents, finite, as_floats=chosen[0][1].path.suffix == ".npy")
+            names = [clip_name(prompts, clip.prompt, clip.slot) for _, clip in chosen]
+            for row in faults.finite_rows(names, finite):
+                write_clip(chosen[row][1].path, frames[row], rate)
+            faults.stop_without_a_finite_clip()
             decoding += time.perf_counter() - before
     whole = time.perf_counter() - began
     print(
@@ -251,6 +265,7 @@ def _make(
         f"decoding {decoding:.1f} s"
     )
     print(f"peak memory: {peak_memory(placement.sharding.mesh.devices.flat[0])}")
+    faults.raise_if_any()
 
 
 def _inputs(
@@ -271,18 +286,18 @@ def _inputs(
     return Batch(text=text, empty=np.stack([empty] * len(filled)), start=start, slots=slots)
 
 
-def _write(chosen: Sequence[tuple[int, Clip]], decoder: Decoder, latents: jax.Array, rate: float) -> None:
-    """Decode a batch, and write its clips without the repeats that filled it up."""
-    convert = _to_unit if chosen[0][1].path.suffix == ".npy" else _to_uint8
-    pieces = [np.asarray(convert(frames)) for frames in decoder(latents)]
-    for (_, clip), frames in zip(chosen, np.concatenate(pieces, axis=1), strict=False):
-        write_clip(clip.path, frames, rate)
+def _decode(decoder: Decoder, latents: jax.Array, finite: Finite, *, as_floats: bool) -> tuple[Finite, np.ndarray]:
+    """Frames `B F H W 3` of a batch, and which of its clips are finite."""
+    convert = _to_unit_clips if as_floats else _to_clips
+    pieces = [jax.device_get(convert(frames)) for frames in decoder(latents)]
+    pixels = np.all([piece.finite for piece in pieces], axis=0)
+    return finite._replace(pixels=pixels), np.concatenate([piece.pixels for piece in pieces], axis=1)
 
 
-_to_uint8 = jax.jit(to_uint8)
+_to_clips = jax.jit(to_clips)
+_to_unit_clips = jax.jit(lambda values: clips_of(values, _to_unit))
 
 
-@jax.jit
 def _to_unit(values: jax.Array) -> jax.Array:
     """-1..1 to float32 in 0..1, clipped."""
     return jnp.clip(values.astype(jnp.float32) / 2 + 0.5, 0, 1)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jvgen.diffusion.guidance import GuidanceConfig, guided, unguided
 from jvgen.diffusion.sampler import SamplerConfig, advance, coefficients, step_noise, table_rows
+from jvgen.finite import not_finite, rows_are_finite
 from jvgen.models.cogvideox_vae.model import stream_chunks
 from jvgen.models.cogvideox_vae.tiling import Tiling, tiled
 from jvgen.models.video_dit.model import AttentionScale
@@ -25,7 +26,11 @@ ScaleOfStep = Callable[[jax.Array], AttentionScale]
 
 
 def encode_captions(task: TextToVideo, captions: Sequence[str], placement: Placement) -> dict[str, np.ndarray]:
-    """Embeddings `L C` of each caption, in the host's memory; the text encoder is on the devices only meanwhile."""
+    """Embeddings `L C` of each caption, in the host's memory; the text encoder is on the devices only meanwhile.
+
+    Raises:
+      NotFinite: embeddings with NaN or infinity.
+    """
     if placement.dtype == jnp.float16:
         # The published encoder overflows in float16.
         placement = dataclasses.replace(placement, dtype=jnp.dtype(jnp.bfloat16))
@@ -40,6 +45,9 @@ def encode_captions(task: TextToVideo, captions: Sequence[str], placement: Place
         # Filled up to one shape, so that there is one program.
         filled = np.concatenate([some, np.repeat(some[:1], batch - len(some), axis=0)])
         embeddings += list(np.asarray(embed(parameters, filled))[: len(some)])
+    for caption, embedding in zip(unique, embeddings, strict=True):
+        if not np.isfinite(embedding).all():
+            raise not_finite(f"embeddings of the caption {caption!r}", "text encoder", placement.dtype, "--dtype")
     return dict(zip(unique, embeddings, strict=True))
 
 
@@ -88,16 +96,19 @@ class Denoiser:
         self._parameters = {"denoiser": placement.load(weights)}
         self._step = placement.jit(self._advance)
 
-    def __call__(self, batch: Batch, key: jax.Array) -> Iterator[jax.Array]:
-        """Noisy latents `B F H W C` after each step; the last ones are clean. Each step is waited for."""
+    def __call__(self, batch: Batch, key: jax.Array) -> Iterator[tuple[jax.Array, np.ndarray]]:
+        """Noisy latents `B F H W C` after each step, the last ones are clean, and which clips are finite, `B`.
+
+        Each step is waited for.
+        """
         place = self._placement.sharding.batch(batch.start)
         given = jax.device_put((batch.text, batch.empty, batch.slots, key))
         noisy, previous = batch.start, jnp.zeros_like(batch.start)
         for row in self._rows:
             # Placed in the same way at every step, so that the step is compiled once.
             noisy, previous = jax.device_put((noisy, previous), place)
-            noisy, previous = jax.block_until_ready(self._step(self._parameters, noisy, previous, row, *given))
-            yield noisy
+            noisy, previous, finite = self._step(self._parameters, noisy, previous, row, *given)
+            yield noisy, np.asarray(finite)
 
     def _advance(
         self,
@@ -109,7 +120,7 @@ class Denoiser:
         empty: jax.Array,
         slots: jax.Array,
         key: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         def denoise(noisy: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
             scale = None if self._attention_scale is None else self._attention_scale(timesteps)
             return self._task.denoise(parameters, noisy, timesteps, text, attention_scale=scale)
@@ -121,7 +132,8 @@ class Denoiser:
         fresh = None
         if self._sampler.needs_key:
             fresh = step_noise(jax.random.fold_in(key, SAMPLER_KEY), row["step"], noisy.shape, slots)
-        return advance(predict, row, noisy, previous, fresh)
+        arrived, clean = advance(predict, row, noisy, previous, fresh)
+        return arrived, clean, rows_are_finite(arrived)
 
 
 class Decoder:

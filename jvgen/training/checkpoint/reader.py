@@ -49,18 +49,26 @@ class CheckpointReader:
     is read instead.
 
     Args:
-      workdir: run directory.
+      workdir: run directory, or one checkpoint of it (`RUN/checkpoints/STEP`): then only this one is read.
       log: takes messages for the user.
 
     Raises:
-      CheckpointError: it is no run directory.
+      CheckpointError: it is neither, or there is no such checkpoint.
     """
 
+    # The only step that is read; None for all.
+    _named_step: int | None = None
+
     def __init__(self, workdir: Path, *, log: Callable[[str], None] = print):
+        workdir, self._named_step = split_checkpoint(workdir)
         self.folder, self._log = absolute(workdir) / "checkpoints", log
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder.parent} is not a run directory: it has no checkpoints folder.")
+            raise CheckpointError(
+                f"{self.folder.parent} is not a run directory: it has no checkpoints folder. Give RUN, or one "
+                "checkpoint of it, RUN/checkpoints/STEP."
+            )
         self._open(cleanup_tmp_directories=False, read_only=True)
+        self._require(self._named_step, self.steps())
 
     def _open(self, **options: Any) -> None:
         messages.drop_repeated()
@@ -93,6 +101,7 @@ class CheckpointReader:
           CheckpointError: no such step, or no readable checkpoint.
         """
         tried: set[int] = set()
+        step = self._step_of(step)
         self._require(step, self.steps())
         while candidates := [s for s in self.steps() if s not in tried and step in (None, s)]:
             candidate = candidates[-1]
@@ -132,6 +141,7 @@ class CheckpointReader:
           ConfigError: the checkpoint does not hold the wanted arrays.
         """
         tried: set[int] = set()
+        step = self._step_of(step)
         present = self._present(step, tried)
         while candidates := [s for s in present if s not in tried and step in (None, s)]:
             candidate = candidates[-1]
@@ -185,6 +195,15 @@ class CheckpointReader:
         if step is not None and step not in present:
             raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; its steps are {present or 'none'}.")
 
+    def _step_of(self, step: int | None) -> int | None:
+        """The step that is asked for, or the one of the checkpoint that this was opened with."""
+        if self._named_step is None or step in (None, self._named_step):
+            return step if self._named_step is None else self._named_step
+        raise CheckpointError(
+            f"step {step} is asked for, but {self.folder / str(self._named_step)} is the checkpoint of step "
+            f"{self._named_step}: give the run directory {self.folder.parent}, or leave the step out."
+        )
+
     def _exists(self, step: int) -> bool:
         """Whether a checkpoint is still there: a run deletes those that it does not keep."""
         return (self.folder / str(step)).exists()
@@ -235,6 +254,14 @@ class CheckpointReader:
     def _discard(self, step: int, problem: str) -> None:
         """Log a corrupt checkpoint."""
         self._log(f"WARNING: checkpoint {self.folder / str(step)} is corrupt: {problem}. Trying the one before.")
+
+
+def split_checkpoint(folder: Path) -> tuple[Path, int | None]:
+    """The run directory and the step of a folder `RUN/checkpoints/STEP`; any other folder and None."""
+    whole = absolute(folder)
+    if whole.name.isdecimal() and whole.parent.name == "checkpoints" and not (whole / "checkpoints").is_dir():
+        return whole.parent.parent, int(whole.name)
+    return folder, None
 
 
 def _any_problem(problem: str | None) -> str | None:

@@ -105,7 +105,7 @@ def _follow(settings, read, sampler, schedule, cameras, partner, size) -> None:
             matchings=lambda inner: Rounds(by_step[inner], weight), fresh_noise=lambda inner: jnp.asarray(noise)[inner],
         )
     )  # fmt: skip
-    final, (noisy, clean, arrived) = run(jnp.asarray(read["latents_init"]))
+    final, (noisy, clean, arrived), *_ = run(jnp.asarray(read["latents_init"]))
     of_noisy, of_prediction = (
         column[steps.step].reshape(-1, *[1] * 5) for column in (table.clean_of_noisy, table.clean_of_prediction)
     )

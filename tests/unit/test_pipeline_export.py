@@ -1,0 +1,73 @@
+"""Which text-to-video runs diffusers' pipeline can hold, and what of them it does by default in another way."""
+
+import pytest
+
+from jvgen.diffusion.objective import ObjectiveConfig
+from jvgen.diffusion.sampler import SamplerConfig
+from jvgen.diffusion.schedule import ScheduleConfig
+from jvgen.models.byte_text.config import ByteTextConfig
+from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.models.t5.config import T5Config
+from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
+from jvgen.runs.pipeline_export import notes, obstacles, tokenizer_files
+from jvgen.tasks.text import TextConfig
+from jvgen.tasks.text_to_video import TextToVideoConfig
+
+CONFIG = TextToVideoConfig(
+    denoiser=VideoDiTConfig(
+        layers=1, heads=2, head_width=8, in_channels=4, out_channels=4, text_width=8, text_length=6,
+    ),
+    text=TextConfig(
+        encoder=T5Config(vocabulary=16, width=8, layers=1, heads=1, head_width=8, hidden=8), length=6,
+        weights="none/encoder", tokenizer="none/tokenizer",
+    ),
+    vae=CogVideoXVAEConfig.tiny(), vae_weights="none/vae", schedule=ScheduleConfig(kind="cogvideox", snr_shift=3.0),
+    objective=ObjectiveConfig(target="v"), sampler=SamplerConfig(kind="ddim", step_to="stride"),
+)  # fmt: skip
+OBSTACLES = {
+    "gates": ({"denoiser": CONFIG.denoiser.replace(aggregation=AggregationConfig())}, "no class with RepVideo's gates"),
+    "bytes": ({"text": TextConfig(encoder=ByteTextConfig(width=8), length=6)}, "ByteTextConfig is no T5"),
+    "no VAE": ({"vae": None, "vae_weights": None}, "task.vae = none"),
+    "image VAE": ({"vae": ImageVAEConfig.tiny()}, "ImageVAEConfig is not diffusers' AutoencoderKLCogVideoX"),
+    "shift": ({"latent_shift": 0.1}, "task.latent_shift = 0.1"),
+    "shorter captions": ({"text": CONFIG.text.replace(length=5)}, "task.text.length = 5: the pipeline pads"),
+    "flow": (
+        {"schedule": ScheduleConfig(kind="rectified_flow"), "objective": ObjectiveConfig(target="velocity")},
+        "no 'rectified_flow' with the target 'velocity'",
+    ),
+    "no files": ({}, "none/encoder"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_no_pipeline_can_hold_is_named(name):
+    changes, said = OBSTACLES[name]
+    (found,) = obstacles(CONFIG.replace(**changes))
+    assert said in found
+
+
+def test_every_obstacle_is_listed():
+    changes = {field: value for name in ("gates", "image VAE", "shift") for field, value in OBSTACLES[name][0].items()}
+    assert len(obstacles(CONFIG.replace(**changes))) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"text": CONFIG.text.replace(unconditional="zeros")}, ["--unconditional zeros"]),
+        ({"sampler": SamplerConfig(kind="dpm_solver_sde")}, []),
+        ({"sampler": SamplerConfig(kind="dpm_solver")}, ["kind = 'dpm_solver'"]),
+        ({"sampler": SamplerConfig(kind="ddim", eta=1.0)}, ["eta = 1.0"]),
+    ],
+)
+def test_other_defaults_are_told(changes, said):
+    found = notes(CONFIG.replace(**changes))
+    assert len(found) == len(said) and all(text in note for text, note in zip(said, found, strict=True))
+
+
+def test_only_files_of_the_tokenizer_are_taken(tmp_path):
+    for name in ("tokenizer.json", "spiece.model", "config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert sorted(tokenizer_files(tmp_path)) == ["spiece.model", "tokenizer.json"]
