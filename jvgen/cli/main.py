@@ -11,6 +11,7 @@ from jvgen.cli import check as checking
 from jvgen.cli import compile as compiling
 from jvgen.cli import configs, data, demo, evaluate, launch, plan, play, sample, train, vae, weights
 from jvgen.cli.arguments import HelpFormatter
+from jvgen.nn import kernel_report
 from jvgen.parallel import libtpu
 from jvgen.versions import git_commit
 
@@ -30,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command != "launch":  # which touches no device, and may hand its environment to a job on other machines
         libtpu.silence_without_tpu(os.environ)
     try:
-        return parsed.handler(parsed) or 0
+        # What training compiles on other threads and what `check` and `compile` trace goes to their own reports.
+        with kernel_report.announced():
+            return parsed.handler(parsed) or 0
     except Exception as error:
         # With 1, which Python gives uncaught errors, it is shown with its traceback.
         code = exit_codes.of_error(error)

@@ -4,8 +4,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
 
 
 class KernelReport:
@@ -48,7 +47,7 @@ def announced() -> contextlib.AbstractContextManager[KernelReport]:
     return collecting(KernelReport(lambda line: print(f"kernels: {line}", flush=True)))
 
 
-def note(operation: str, shape: tuple[int, ...], keys: str, dtype: DTypeLike, kernel: str, reason: str) -> None:
+def note(operation: str, shape: tuple[int, ...], keys: str, dtype: np.dtype, kernel: str, reason: str) -> None:
     """Add a call to the report of the enclosing context; nothing outside of one.
 
     Args:
@@ -62,4 +61,4 @@ def note(operation: str, shape: tuple[int, ...], keys: str, dtype: DTypeLike, ke
     report = _current.get()
     if report is not None:
         sizes = "x".join(map(str, shape))
-        report.add(f"{operation} of {sizes} over {keys} in {jnp.dtype(dtype).name}: kernel {kernel} ({reason})")
+        report.add(f"{operation} of {sizes} over {keys} in {dtype.name}: kernel {kernel} ({reason})")

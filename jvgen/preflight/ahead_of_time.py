@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
+from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.preflight import collectives, topology
 from jvgen.preflight.collectives import Collective
@@ -66,7 +67,8 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
     """Compile the step of one batch shape for the devices of the program's mesh, with this peak in FLOP/s each."""
     start = time.perf_counter()
     memory, problem, found = None, "", ()
-    lowered = program.lower(bucket)
+    with collecting(KernelReport()) as kernels:
+        lowered = program.lower(bucket)
     try:
         with _without_cache():
             compiled = lowered.compile()
@@ -86,6 +88,7 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
         collectives=found,
         seconds=time.perf_counter() - start,
         problem=problem,
+        kernels=tuple(kernels.lines),
     )
 
 

@@ -17,6 +17,7 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.source_checks import check_cache
 from jvgen.nn.compute_dtype import cast
+from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
 from jvgen.parallel.mesh import make_mesh
@@ -221,16 +222,29 @@ def _splits(program: Program) -> Iterator[str]:
                 yield f"{bucket.name}: {sizes} does not divide {split.size} ({name}); {FIXES[name]}."
 
 
+def kernels(program: Program) -> tuple[list[str], list[str]]:
+    """Lines about the kernels of the losses of all buckets, found by tracing them, and problems with them."""
+    report, problems = KernelReport(), []
+    for bucket in program.experiment.data.buckets:
+        with collecting(report):
+            problems += _attempt(lambda bucket=bucket: _trace_loss(program, bucket, program.sharding))[1]
+    return report.lines, list(dict.fromkeys(problems))
+
+
 def _trace(program: Program, bucket: BucketConfig, recorder: ShardingRecorder) -> None:
+    by_path = nested.flatten(program.task.axes())
+    for path, leaf in nested.flatten(program.abstract.parameters).items():
+        recorder.activation(by_path[path], leaf.shape)
+    _trace_loss(program, bucket, recorder)
+
+
+def _trace_loss(program: Program, bucket: BucketConfig, partitioner: Sharding) -> None:
     task: Task = program.task
     dtype = jnp.dtype(program.experiment.training.compute_dtype)
     parameter_axes = task.axes()
-    by_path = nested.flatten(parameter_axes)
-    for path, leaf in nested.flatten(program.abstract.parameters).items():
-        recorder.activation(by_path[path], leaf.shape)
 
     def loss(parameters, frozen, batch, key):
-        with axes.partitioned(recorder):
+        with axes.partitioned(partitioner):
             cast_parameters = cast(parameters, parameter_axes, dtype)
             return [objective.loss(cast_parameters, frozen, batch, key)[0] for objective in task.objectives()]
 

@@ -21,7 +21,7 @@ from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.parallel.pods import CHIPS_PER_HOST
 from jvgen.preflight import topology
 from jvgen.preflight.ahead_of_time import compile_bucket
-from jvgen.preflight.check import Inspection, inspect_run
+from jvgen.preflight.check import Inspection, inspect_run, kernels
 from jvgen.preflight.estimate import ASSUMED_MFU, amount, lower_bound, reading, replicated, step_seconds
 from jvgen.storage import Path, absolute, is_remote
 from jvgen.training.checkpoint.initial import saved_steps
@@ -116,6 +116,8 @@ def examine(
     if program is not None:
         rows += _processes(program, target, found.loader)
         rows += [_memory(program, target), _replicated(program)]
+        if not any(problems.values()):
+            rows += _kernels(program)
         if compiled and not any(problems.values()):
             rows += [_compiled(program, bucket, target) for bucket in experiment.data.buckets]
     if found.loader is not None:
@@ -232,6 +234,12 @@ def _replicated(program: Program) -> Row:
     )
     # Not a mistake by itself: it only takes memory, and `memory` says whether there is enough.
     return Row("replicated", True, text)
+
+
+def _kernels(program: Program) -> Iterator[Row]:
+    lines, problems = kernels(program)
+    yield from (Row("kernels", True, line) for line in lines)
+    yield from (Row("kernels", False, problem) for problem in problems)
 
 
 def _compiled(program: Program, bucket: BucketConfig, target: _Devices) -> Row:

@@ -66,6 +66,8 @@ class BucketReport:
       flops: per step over all devices, by component; the backward pass counts, recomputation does not.
       collectives: of one step, the most bytes per step first; None if the compiled program cannot be read.
       seconds: time to trace and compile.
+      problem: the compiler's message if it does not fit.
+      kernels: which kernel each kind of attention call takes, and why.
     """
 
     bucket: BucketConfig
@@ -76,6 +78,7 @@ class BucketReport:
     collectives: tuple[Collective, ...] | None
     seconds: float
     problem: str = ""
+    kernels: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,8 @@ class CompileReport:
     def _print_bucket(self, console: Console, report: BucketReport) -> None:
         bucket = report.bucket
         console.print(f"\n{bucket.name}, batch size {bucket.batch_size}: step compiled in {report.seconds:.0f} s")
+        for line in report.kernels:
+            console.print(f"kernels: {line}", markup=False)
         if report.memory is None:
             console.print(f"DOES NOT FIT: {report.problem}", markup=False)
         else:

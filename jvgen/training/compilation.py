@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jvgen import storage
 from jvgen.data.stream.config import BucketConfig
+from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.parallel import processes
 from jvgen.storage import Path
 from jvgen.tasks.task import Batch, Metrics
@@ -131,12 +132,14 @@ class _Job:
       name: for messages.
       lower: traces it.
       report: lines for the log, given the compiled program.
+      kernels: lines about the kernels of its attention calls.
       done: set when `compiled` or `error` is.
     """
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     report: Callable[["_Job"], list[str]]
+    kernels: tuple[str, ...] = ()
     compiled: jax.stages.Compiled | None = None
     error: BaseException | None = None
     seconds: float = 0.0
@@ -176,6 +179,8 @@ class Programs:
         self._program, self._buckets, self._flops = program, buckets, flops
         self._log, self._while_waiting = log, while_waiting
         self._jit = not jax.config.jax_disable_jit
+        # Programs share most kinds of calls: each is logged once.
+        self._kernels = KernelReport(lambda line: log(f"kernels: {line}"))
         # Jobs of training steps by the shapes of their batches.
         self._by_shapes: dict[str, _Job] = {}
         self._evaluations: dict[tuple[str, BucketConfig], _Job] = {}
@@ -257,6 +262,8 @@ class Programs:
 
     def _log_job(self, job: _Job) -> None:
         job.logged = True
+        for line in job.kernels:
+            self._kernels.add(line)
         if job.error is None:
             for line in job.report(job):
                 self._log(line)
@@ -317,8 +324,9 @@ def _start_threads(jobs: Sequence[_Job], count: int = MAX_THREADS) -> int:
             start = time.perf_counter()
             try:
                 # Tracing holds the interpreter lock in any case; XLA's compilation releases it.
-                with tracing:
+                with tracing, collecting(KernelReport()) as kernels:
                     lowered = job.lower()
+                job.kernels = tuple(kernels.lines)
                 _cache_hits.count = 0
                 job.compiled = lowered.compile()
                 job.cached = _cache_hits.count > 0

@@ -27,6 +27,7 @@ ON_REQUEST = {
     "memory_tpu": "step_memory_tpu",
     "repvideo_tpu": "repvideo_tpu",
     "epipolar_tpu": "epipolar_tpu",
+    "splash_tpu": "splash_tpu",
     "cv_vae_memory": "cv_vae_memory",
 }
 

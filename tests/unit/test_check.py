@@ -10,9 +10,14 @@ import pytest
 from jvgen.data.store import shards
 from jvgen.data.store.index import Index
 from jvgen.data.stream.config import BucketConfig
+from jvgen.nn.attention import AttentionKernel
+from jvgen.parallel.mesh import make_mesh
 from jvgen.preflight import page as pages
 from jvgen.preflight import topology
+from jvgen.preflight.check import kernels
 from jvgen.preflight.page import examine
+from jvgen.training.experiment import load_experiment
+from jvgen.training.program import Program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "processes"))
 import clips  # noqa: E402
@@ -126,6 +131,18 @@ def test_a_failed_read_is_not_replaced_where_examples_are_shared(data):
     run = run.replace(data=run.data.replace(on_failed_read="quarantine", buckets=run.data.buckets[:1]))
     assert "use 'stop'" in problems(examine(run, topology_name="v5e:4x4"))["division"]
     assert not problems(examine(run.replace(mesh=run.mesh.replace(seq=2)), topology_name="v5e:4x4"))
+
+
+@needs_compiler
+def test_kernels_are_those_of_the_described_devices():
+    run = load_experiment(Path(__file__).parents[2] / "configs" / "demo_image_latents.py")
+    _, mesh = topology.describe_for(run.mesh, "v5e:2x2")
+    lines, problems = kernels(Program.build(run, mesh))
+    assert lines and not problems and all("TPU devices" in line or "a bias" in line for line in lines)
+    denoiser = run.task.denoiser.replace(attention=AttentionKernel.TOKAMAX)
+    refused = Program.build(run.replace(task=run.task.replace(denoiser=denoiser)), make_mesh(run.mesh))
+    # A line where it is installed, a problem where not.
+    assert "tokamax" in " ".join(sum(kernels(refused), []))
 
 
 @needs_compiler

@@ -220,6 +220,13 @@ def test_an_import_that_cannot_be_written_fails(jvgen, work, vae_words, vae_expo
     assert failed.status == 74 and "no space left on device" in failed.err and "train with" not in failed.out
 
 
+def kernels_of(text: str) -> list[str]:
+    """What is said about kernels: each kind of call once."""
+    lines = [line[line.index("kernels: ") :] for line in text.splitlines() if "kernels: " in line]
+    assert len(set(lines)) == len(lines) and all("(CPU devices)" in line or "a bias" in line for line in lines)
+    return lines
+
+
 # The video transformer: latents, train, resume, sample, export.
 
 
@@ -239,6 +246,8 @@ def video_run(jvgen, work, video_words, latents, vae_export) -> Path:
     words = ["train", *video_words(latents, vae_export), "--workdir", work / "video"]
     first = jvgen(*words, "--stop-after", 2)
     assert first.status == 0 and "finished at step 2" in first.out, first.err
+    said = kernels_of(first.out)
+    assert said and kernels_of((work / "video" / "logs" / "process_0.log").read_text()) == said
     second = jvgen(*words)
     assert second.status == 0 and "restored step 2" in second.out and "finished at step 3" in second.out, second.err
     return work / "video"
@@ -251,6 +260,7 @@ def test_layers_of_a_run_are_analyzed(jvgen, video_run, vae_run, tmp_path):
     assert sorted(document["timesteps"]) == ["100", "800"] and document["step"] == 3
     assert len(document["timesteps"]["800"]["similarity_after"][0]) == 3
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"} and "cosine" in done.out
+    assert kernels_of(done.out)
     refused = jvgen("analyze", vae_run, "--out", tmp_path / "vae")
     assert refused.status == 2 and "give a text-to-video run" in refused.err
     assert "0 to 999" in jvgen("analyze", video_run, "--timesteps", "1000", "--out", tmp_path).err
@@ -295,7 +305,7 @@ def test_an_interrupted_run_has_every_step_once(video_run):
 def test_existing_samples_are_kept(jvgen, video_run, tmp_path):
     words = ["sample", video_run, *PROMPTS, "--clips-per-prompt", 2, "--out", tmp_path / "clips"]
     done = jvgen(*words)
-    assert done.status == 0, done.err
+    assert done.status == 0 and kernels_of(done.out), done.err
     index = [json.loads(line) for line in (tmp_path / "clips" / "index.jsonl").read_text().splitlines()]
     files = [tmp_path / "clips" / row["file"] for row in index]
     assert [row["prompt"] for row in index] == [PROMPTS[1], PROMPTS[1], PROMPTS[3], PROMPTS[3]]

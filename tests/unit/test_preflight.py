@@ -267,6 +267,7 @@ def report_of(**memory) -> CompileReport:
         lower_bound=bound, flops={"model": 3e15}, seconds=1.0,
         reading=Reading(rows=4, clips=8, batch_size=16, readers=2.0, bytes=3 * 2**20, seconds=1.5),
         collectives=(collectives.Collective("all-gather", "bf16[4,32]", 30, 2**20),),
+        kernels=("attention of 1x512x1x64 over 512 keys in float32: kernel chunked (a reason)",),
     )  # fmt: skip
     return CompileReport("v5e:2x2", "v5e", "mesh", 4, 2, 10 * 2**30, 197e12, (bucket,))
 
@@ -276,6 +277,7 @@ def test_report():
     assert report.fits and not report_of(temporaries=2).fits
     assert "9.500" in str(report) and "95.0%" in str(report) and "all-gather" in str(report) and "30.0" in str(report)
     assert "2 processes (hosts) of 2 devices" in str(report)
+    assert "kernels: attention of 1x512x1x64 over 512 keys in float32: kernel chunked (a reason)" in str(report)
     assert "reads 4 of 16 examples per step (8 clips, each read by 2 processes)" in str(report)
     assert "3 MiB decoded: 2 MiB/s at 1.5 s/step (40% MFU)" in str(report)
     document = json.loads(report.to_json())
