@@ -21,7 +21,9 @@ Differs from the released code: its KL term is summed over clips but the error i
 clips of F frames); its learned log-variance shares gradient clipping with the network, which starves it; LPIPS's
 dropout may be active; one random frame per group is drawn for a whole batch; the adaptive weight is that of one
 device's share. Here the bound is the same for images and clips, scales have their own optimizer, LPIPS is
-deterministic, frames are drawn per clip, the weight is that of the whole batch. For sd3 also: the released cosine
+deterministic, frames are drawn per clip, the weight is that of the whole batch. What the paper does not say for sd21
+(Adam's beta2, the discriminator's learning rate) is that of the released config of sd3. All differences:
+`docs/recipes.md`. For sd3 also: clips are cropped before they are resized; the released cosine
 rises again after 60,000 steps, and its Adam has an epsilon of 1e-4, as large as its clipped gradients. As there, sd21
 and sd3 update generator and discriminator in alternate steps.
 """

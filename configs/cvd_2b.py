@@ -9,6 +9,9 @@ Data: `jvgen data build realestate10k` (clips of 97 frames are folded) and `jvge
 warped), both with captions, as pixels: a causal autoencoder has to encode folded clips backward. Weights in
 `weights/`: CogVideoX-2B's transformer and autoencoder, T5 v1.1 XXL.
 
+Differs from the paper, see `docs/recipes.md`: the transformer, synchronization after every 5th block and not after
+every motion module, 32 pairs for a quarter of the steps at the same learning rate, strengths of homographies.
+
 The 0.5 billion trained parameters are exported separately. Sample with `jvgen sample RUN --cameras circle --views 4`.
 """
 

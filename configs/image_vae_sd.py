@@ -6,6 +6,9 @@ Chips: 64 of v5e (`v5e:8x8`), 16 of v5p (`v5p:2x2x4`) or 8 GPUs of 80 GB.
 Memory: 8.2 GiB per device on v5e:8x8 (compiled).
 Time: 0.4 s per step on v5e:8x8, 0.6 s on v5p:2x2x4 (estimated at 30% MFU, not measured).
 Data: `jvgen data build images` and `jvgen data build videos`; LPIPS weights by `jvgen lpips`.
+
+Differs from the released recipe, see `docs/recipes.md`: no discriminator, Adam with betas 0.9 and 0.95, learning rate
+1e-4 with a cosine at batch 512 (4.5e-6 per image), frames of clips beside images, EMA.
 """
 
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig

@@ -11,7 +11,8 @@ Data: as `cogvideox_2b.py`. Start with
 Gates start at 0.5, as released: at first the outputs are far from CogVideoX's; with `initial=0` they equal them. The
 baseline, CogVideoX continued in the same way, is the same command with `--set task.denoiser.aggregation.initial=0
 --set optimizer.frozen=denoiser/aggregation/gates`. The constant learning rate is the paper's; the released code's
-schedule decays linearly.
+schedule decays linearly. As released, gates have weight decay, which shrinks them by 0.005% in this run; `--set
+optimizer.no_weight_decay=...` exempts them. All differences: `docs/recipes.md`.
 """
 
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig

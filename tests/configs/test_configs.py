@@ -123,6 +123,28 @@ def test_its_fields_change_only_on_purpose(name, experiment):
     )
 
 
+def test_recipes_say_what_the_configs_have():
+    """Every config of a paper is in docs/recipes.md, and values of fields there are those of the config."""
+    rows = [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in (ROOT / "docs" / "recipes.md").read_text().splitlines()
+        if line.startswith("|") and not line.startswith(("|---", "| config"))
+    ]
+    checked = 0
+    for name, setting, _, here, _ in rows:
+        field = re.match(r"`([a-z0-9_.]+)`", setting)
+        if field and here.startswith("`"):
+            dump = (DUMPS / f"{name}.txt").read_text().splitlines()
+            assert f"{field[1]} = {here.strip('`')}" in dump, f"docs/recipes.md: {name}, {field[1]} is not {here}"
+            checked += 1
+    assert checked >= 40
+    same_recipe = re.compile(r"ivideogpt_(tokenizer|transformer)_")
+    missing = {name for name in CONFIGS if not name.startswith("demo") and not same_recipe.match(name)} - {
+        row[0] for row in rows
+    }
+    assert not missing, f"docs/recipes.md has no row for {sorted(missing)}"
+
+
 def test_there_is_a_dump_for_every_config_and_no_other():
     assert {path.stem for path in DUMPS.glob("*.txt")} == set(CONFIGS)
 
