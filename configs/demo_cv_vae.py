@@ -16,7 +16,7 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import SPATIAL_SHARDING, ShardingConfig
 from jvgen.tasks.video_vae import SharedLatentsConfig, VideoVAETaskConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
@@ -46,7 +46,7 @@ def experiment() -> Experiment:
         optimizer=OptimizerConfig(
             kind="adamw", learning_rate=2e-4, warmup_steps=10, schedule="cosine", weight_decay=1e-3
         ),
-        training=TrainingConfig(steps=120, compute_dtype="float32", log_every=20),
+        training=TrainingConfig(steps=120, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
         ema=EmaConfig(decays=(0.98,), parameters="vae/"),
         checkpoint=CheckpointConfig(every=60, keep_last=2),
         # Few clips do not divide over many devices; their rows do.

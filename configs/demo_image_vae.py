@@ -11,7 +11,7 @@ from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.tasks.image_vae import ImageVAETaskConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
@@ -42,7 +42,9 @@ def experiment() -> Experiment:
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=5e-3, warmup_steps=10, schedule="cosine", weight_decay=1e-3
         ),
-        training=TrainingConfig(steps=360, compute_dtype="float32", log_every=20, visualize_every=360),
+        training=TrainingConfig(
+            steps=360, precision=PrecisionConfig(compute_dtype="float32"), log_every=20, visualize_every=360
+        ),
         ema=EmaConfig(decays=(0.98,)),
         checkpoint=CheckpointConfig(every=80, keep_last=2),
     )

@@ -13,7 +13,7 @@ from jvgen.data.stream.segments import SegmentConfig
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig
 from jvgen.tasks.video_tokenizer import RestartConfig, VideoTokenizerConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.optimizer import OptimizerConfig
 
@@ -64,6 +64,6 @@ def experiment() -> Experiment:
         ),
         # Muon compiles for minutes here: every convolution is a matrix of its own.
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, schedule="cosine", weight_decay=0.0),
-        training=TrainingConfig(steps=800, compute_dtype="float32", log_every=50),
+        training=TrainingConfig(steps=800, precision=PrecisionConfig(compute_dtype="float32"), log_every=50),
         checkpoint=CheckpointConfig(every=400, keep_last=2),
     )

@@ -14,7 +14,7 @@ from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.models.ivideogpt.config import FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.tasks.world_model import WorldModelConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.optimizer import OptimizerConfig
 
@@ -43,6 +43,6 @@ def experiment() -> Experiment:
             kind="muon", learning_rate=4e-3, warmup_steps=20, schedule="cosine", weight_decay=0.01,
             muon_exclude=(".*/(action|reward)/kernel",),
         ),
-        training=TrainingConfig(steps=300, compute_dtype="float32", log_every=50),
+        training=TrainingConfig(steps=300, precision=PrecisionConfig(compute_dtype="float32"), log_every=50),
         checkpoint=CheckpointConfig(every=200, keep_last=2),
     )  # fmt: skip

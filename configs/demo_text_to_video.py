@@ -19,7 +19,7 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
@@ -66,7 +66,7 @@ def experiment() -> Experiment:
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=6e-3, warmup_steps=10, schedule="cosine", weight_decay=0.01
         ),
-        training=TrainingConfig(steps=460, compute_dtype="float32", log_every=20),
+        training=TrainingConfig(steps=460, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
         ema=EmaConfig(decays=(0.98,)),
         checkpoint=CheckpointConfig(every=120, keep_last=2),
     )

@@ -33,9 +33,11 @@ class Config:
 
     Attributes:
       renamed_fields: fields as earlier versions saved them -> their names now.
+      moved_fields: fields of earlier versions -> dotted paths of what replaced them; `override` takes both.
     """
 
     renamed_fields: typing.ClassVar[dict[str, str]] = {}
+    moved_fields: typing.ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -147,6 +149,8 @@ def override(config: Any, assignments: typing.Sequence[str]) -> Any:
 
 
 def _assign(node: Any, parts: list[str], text: str, full: str, hint: Any) -> Any:
+    if isinstance(node, Config):
+        parts = [*node.moved_fields.get(parts[0], parts[0]).split("."), *parts[1:]]
     name, rest = parts[0], parts[1:]
     if dataclasses.is_dataclass(node):
         hints = field_hints(type(node))

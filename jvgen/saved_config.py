@@ -48,6 +48,7 @@ HOMES = {
     "PairingConfig": "jvgen.diffusion.collaborative",
     "PerceptualConfig": "jvgen.losses.perceptual",
     "PoseEncoderConfig": "jvgen.models.multiview.pose_encoder",
+    "PrecisionConfig": "jvgen.training.config",
     "RestartConfig": "jvgen.tasks.video_tokenizer",
     "SamplerConfig": "jvgen.diffusion.sampler",
     "SamplingConfig": "jvgen.models.ivideogpt.sampling",

@@ -1,4 +1,4 @@
-"""Test harness: eight host devices, strict dtype promotion, shape annotations checked, float32 that is float32."""
+"""Test harness: eight host devices, strict dtype promotion, shape annotations checked."""
 
 import os
 import sys
@@ -17,7 +17,6 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_default_matmul_precision", "highest")
 
 # Annotations of public functions are checked here and nowhere else.
 install_import_hook(

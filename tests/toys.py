@@ -26,7 +26,7 @@ from jvgen.parallel.axes import BATCH, EMBED, LENGTH, MLP, constrain
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.tasks.task import ArraySpec, Mean, Objective, Task, TaskConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
@@ -250,7 +250,12 @@ def experiment(**changes: Any) -> Experiment:
             ),
         ),
         training=TrainingConfig(
-            steps=20, compute_dtype="float32", log_every=5, tensorboard=False, spike_warmup=5, hang_seconds=0.0
+            steps=20,
+            precision=PrecisionConfig(compute_dtype="float32"),
+            log_every=5,
+            tensorboard=False,
+            spike_warmup=5,
+            hang_seconds=0.0,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
         ema=EmaConfig(decays=(0.9,)),

@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from jvgen.precision import product_precision
 from jvgen.storage import Path, local_copy
 from jvgen.storage.tensor_file import check_weights, read_tensors
 
@@ -86,7 +87,8 @@ def logits(parameters: Parameters, video: Float[Array, "B F H W 3"]) -> Float[Ar
     summed = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, *window, 1), (1,) * 5, "VALID")
     x = summed / float(np.prod(window))
     last = parameters["logits"]
-    return jnp.mean(x @ last["kernel"][0, 0, 0] + last["bias"], axis=(1, 2, 3))
+    scores = jnp.matmul(x, last["kernel"][0, 0, 0], precision=product_precision(x.dtype))
+    return jnp.mean(scores + last["bias"], axis=(1, 2, 3))
 
 
 def prepare(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F h w 3"]:
@@ -145,7 +147,12 @@ def _unit(layer: Mapping[str, Any], x: jax.Array, stride: int = 1) -> jax.Array:
     """Convolution without bias, batch norm with its running statistics, ReLU."""
     factor = layer["scale"] * jax.lax.rsqrt(jnp.asarray(layer["variance"]) + NORM_EPSILON)
     x = jax.lax.conv_general_dilated(
-        x, jnp.asarray(layer["kernel"]) * factor, (stride,) * 3, "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        x,
+        jnp.asarray(layer["kernel"]) * factor,
+        (stride,) * 3,
+        "SAME",
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        precision=product_precision(x.dtype),
     )
     return jax.nn.relu(x + (layer["bias"] - layer["mean"] * factor))
 

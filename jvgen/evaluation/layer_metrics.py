@@ -6,6 +6,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from jvgen.precision import product_precision
+
 
 def frame_similarity(features: Float[Array, "*B F P D"]) -> Float[Array, "*B F-1"]:
     """Cosine similarity of corresponding tokens in neighboring frames, averaged over positions; one number per pair.
@@ -47,9 +49,10 @@ def attention_between(
     scale = query.shape[-1] ** -0.5
 
     def head(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-        scores = jnp.einsum("bld,bkd->blk", *rows, preferred_element_type=jnp.float32) * scale
+        precision = product_precision(query.dtype)
+        scores = jnp.einsum("bld,bkd->blk", *rows, precision=precision, preferred_element_type=jnp.float32) * scale
         weights = jax.nn.softmax(scores + hidden, axis=-1)
-        return jnp.einsum("gl,blk,hk->bgh", average, weights, total)
+        return jnp.einsum("gl,blk,hk->bgh", average, weights, total, precision=precision)
 
     by_head = jax.lax.map(head, (rearrange(query, "b l n d -> n b l d"), rearrange(key, "b l n d -> n b l d")))
     return rearrange(by_head, "n b g h -> b n g h")

@@ -8,19 +8,17 @@ Functions return the kind of array they are given: numpy float64 for files and p
 all matrix products run in full float32 precision on every device.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from jvgen.precision import in_full_precision
+
 AnyArray = jax.Array | np.ndarray
 Size = tuple[int, int]
 """Height and width in pixels."""
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Relative distance below which two camera centers are equal within the precision of float32.
 CENTER_TOLERANCE = 1e-5
@@ -36,17 +34,6 @@ class Cameras(NamedTuple):
 
     intrinsics: Any
     extrinsics: Any
-
-
-def in_full_precision(function: Function) -> Function:
-    """Decorator: matrix products in full float32, also on devices whose default rounds factors to bfloat16."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return function(*args, **kwargs)
-
-    return wrapped
 
 
 @in_full_precision

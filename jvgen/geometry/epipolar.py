@@ -21,10 +21,10 @@ from jvgen.geometry.cameras import (
     Size,
     between,
     calibration,
-    in_full_precision,
     inverse_calibration,
     share_a_center,
 )
+from jvgen.precision import in_full_precision
 
 # Bias per pixel beyond a hard band: weights underflow to zero without infinities.
 HARD_SLOPE = 1e30

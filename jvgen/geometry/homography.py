@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jvgen.geometry.cameras import AnyArray, Size, in_full_precision
+from jvgen.geometry.cameras import AnyArray, Size
+from jvgen.precision import in_full_precision
 
 
 class Motion(NamedTuple):

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jvgen.geometry.cameras import Cameras, Size, calibration, in_full_precision, inverse, inverse_calibration
+from jvgen.geometry.cameras import Cameras, Size, calibration, inverse, inverse_calibration
 from jvgen.geometry.epipolar import token_points
+from jvgen.precision import in_full_precision
 
 
 @in_full_precision

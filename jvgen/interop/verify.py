@@ -76,8 +76,7 @@ def verify(folder: str | Path, config: Config, parameters: Mapping[str, Any], *,
             _load(form, local_copy(folder)), config, form.network(config), parameters, np.random.default_rng(seed)
         )
     errors, scales = {}, {}
-    # On an accelerator, products of float32 matrices would be rounded; the original runs on the CPU.
-    with jax.default_matmul_precision("highest"), _no_gradients(form):
+    with _no_gradients(form):
         for name, ours, theirs in outputs:
             ours, theirs = (np.asarray(array, np.float64) for array in (ours, theirs))
             assert ours.shape == theirs.shape, f"{name}: our shape {ours.shape}, theirs {theirs.shape}"

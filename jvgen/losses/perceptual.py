@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jvgen.config import Config
 from jvgen.parallel.axes import BATCH, constrain
+from jvgen.precision import product_precision
 from jvgen.storage import Path, local_copy
 from jvgen.storage.tensor_file import check_weights, read_tensors
 from jvgen.value_rules import Bounds
@@ -131,6 +132,7 @@ def _convolve(features: Array, kernel: Array, bias: Array) -> Array:
         window_strides=(1, 1),
         padding="SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=product_precision(features.dtype),
     )
     return jax.nn.relu(output + bias.astype(features.dtype))
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jvgen.nn import halo
 from jvgen.nn.linear import Initializer
 from jvgen.parallel.axes import BATCH, CONV_IN, CONV_OUT, FRAMES, HEIGHT, WIDTH, Axes, constrain, current, platform
+from jvgen.precision import product_precision
 
 Padding = Sequence[tuple[int, int]]
 Border = Literal["zeros", "repeat"]  # values of padding: zeros, or copies of the edge
@@ -113,6 +114,7 @@ def _plain(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, ...], paddi
         window_strides=strides,
         padding=((0, 1), *padding[1:]) if bare else padding,
         dimension_numbers=_LAYOUTS[inputs.ndim - 2],
+        precision=product_precision(inputs.dtype),
     )
     return output[:, :-1] if bare else output
 

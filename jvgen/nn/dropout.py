@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jvgen.precision import product_precision
+
 
 def folded(keys: Key[Array, "B"] | None, purpose: int | jax.Array) -> Key[Array, "B"] | None:
     """Keys of another purpose (a layer, a site); None stays None."""
@@ -31,9 +33,10 @@ def attention_with_dropout(
 
     All weights are in memory at once: no fused kernel has masks with one key per sample.
     """
-    scores = jnp.einsum("blnd,bknd->bnlk", query, key, preferred_element_type=jnp.float32)
+    precision = product_precision(query.dtype)
+    scores = jnp.einsum("blnd,bknd->bnlk", query, key, precision=precision, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if causal:
         scores = jnp.where(jnp.tri(query.shape[1], key.shape[1], dtype=bool), scores, -jnp.inf)
     weights = dropout(jax.nn.softmax(scores, axis=-1), keys, rate)
-    return jnp.einsum("bnlk,bknd->blnd", weights.astype(value.dtype), value)
+    return jnp.einsum("bnlk,bknd->blnd", weights.astype(value.dtype), value, precision=precision)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jvgen import nested
@@ -16,7 +15,6 @@ from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.source_checks import check_cache
-from jvgen.nn.compute_dtype import cast
 from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
@@ -240,12 +238,10 @@ def _trace(program: Program, bucket: BucketConfig, recorder: ShardingRecorder) -
 
 def _trace_loss(program: Program, bucket: BucketConfig, partitioner: Sharding) -> None:
     task: Task = program.task
-    dtype = jnp.dtype(program.experiment.training.compute_dtype)
-    parameter_axes = task.axes()
 
     def loss(parameters, frozen, batch, key):
         with axes.partitioned(partitioner):
-            cast_parameters = cast(parameters, parameter_axes, dtype)
+            cast_parameters = program.cast(parameters)
             return [objective.loss(cast_parameters, frozen, batch, key)[0] for objective in task.objectives()]
 
     jax.eval_shape(

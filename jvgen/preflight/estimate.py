@@ -50,7 +50,6 @@ class Estimate:
 def lower_bound(program: Program, bucket: BucketConfig) -> Estimate:
     """The least memory that the step of one batch shape needs, without activations, which depend on `remat`."""
     state = program.abstract_state()
-    dtype = jnp.dtype(program.experiment.training.compute_dtype)
     parameters = local_bytes(state.parameters)
     return Estimate(
         parameters=parameters,
@@ -59,7 +58,11 @@ def lower_bound(program: Program, bucket: BucketConfig) -> Estimate:
         frozen=local_bytes(state.frozen),
         batch=local_bytes(program.abstract_batch(bucket)),
         gradients=parameters,
-        cast=parameters * dtype.itemsize / 4 if dtype.itemsize < 4 else 0.0,
+        cast=sum(
+            local_bytes(tree) * program.dtypes[name].itemsize / 4
+            for name, tree in state.parameters.items()
+            if program.dtypes[name].itemsize < 4
+        ),
     )
 
 
@@ -150,7 +153,7 @@ def saved_between_layers(
     """Bytes per device that a scan over layers saves for the backward pass: `kept` arrays tokens x width per layer."""
     shape = (bucket.batch_size // program.experiment.training.accumulation, tokens, width)
     place = program.sharding.activation((axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED), shape)
-    itemsize = jnp.dtype(program.experiment.training.compute_dtype).itemsize
+    itemsize = jnp.dtype(program.experiment.training.precision.compute_dtype).itemsize
     return float(kept * layers * math.prod(place.shard_shape(shape)) * itemsize)
 
 

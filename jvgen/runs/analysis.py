@@ -13,7 +13,6 @@ from jvgen.data.stream.config import SourceConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.evaluation.plots import heat_maps, save_plot
 from jvgen.nn.network import Parameters
-from jvgen.parallel import axes
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.storage import Path, write_text
 from jvgen.tasks.task import Batch
@@ -118,11 +117,11 @@ def _write(
 def _measure(
     loaded: LoadedRun, loader: Loader, timesteps: Sequence[float], batches: int
 ) -> list[tuple[float, dict[str, np.ndarray]]]:
-    task, sharding = loaded.task, loaded.program.sharding
+    task = loaded.task
 
     @jax.jit
     def measure(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array) -> Any:
-        with axes.partitioned(sharding):
+        with loaded.program.tracing():
             return task.analyze_layers(parameters, frozen, batch, key, timestep)
 
     parameters, seed = loaded.compute_parameters(), jax.random.key(loaded.experiment.seed)

@@ -9,7 +9,6 @@ import numpy as np
 
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.network import Parameters
-from jvgen.parallel import axes
 from jvgen.runs.faults import Faults
 from jvgen.runs.inference import LoadedRun
 from jvgen.tasks.task import Generated, SampleRequest, Task
@@ -83,11 +82,11 @@ def generate_in_batches(
     def compiled(
         parameters: Parameters, frozen: Parameters, tokens: jax.Array, slots: jax.Array, *more: Any
     ) -> Generated:
-        with axes.partitioned(loaded.program.sharding):
+        with loaded.program.tracing():
             return generate(task, parameters, frozen, tokens, slots, *more)
 
     parameters = loaded.compute_parameters()
-    faults = Faults(loaded.experiment.training.compute_dtype)
+    faults = Faults(loaded.experiment.training.precision.compute_dtype)
     for start in progress(range(0, len(wanted), batch), "sampling", unit="batches"):
         chosen = list(range(start, min(start + batch, len(wanted))))
         rows = [chosen[i % len(chosen)] for i in range(batch)]

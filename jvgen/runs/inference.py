@@ -3,9 +3,7 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
-from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import Sharding
@@ -53,9 +51,8 @@ class LoadedRun:
 
     def compute_parameters(self) -> Parameters:
         """Parameters in the dtypes that training computes with."""
-        dtype = jnp.dtype(self.experiment.training.compute_dtype)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
-        return jax.jit(lambda tree: cast(tree, self.task.axes(), dtype), out_shardings=shardings)(self.parameters)
+        return jax.jit(self.program.cast, out_shardings=shardings)(self.parameters)
 
 
 def read_experiment(folder: Path) -> Experiment:

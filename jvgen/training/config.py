@@ -1,7 +1,7 @@
 """Configs of the training loop and of checkpoints."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from jvgen.config import Config
 from jvgen.value_rules import Bounds, Count, Pattern, Step, Steps, Weight
@@ -25,6 +25,26 @@ class WandbConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig(Config):
+    """What a run computes in. Parameters, optimizer state, EMA, softmax, norms and losses are float32 in any case.
+
+    Attributes:
+      compute_dtype: matrices and convolution kernels are cast to this once per step, and activations are of it.
+        Products of bfloat16 operands take one pass of a matrix unit and are accumulated in float32.
+      matmul_precision: of products of float32 operands, those of a float32 run and of float32 networks. "highest"
+        multiplies float32 everywhere: six bfloat16 passes on TPUs, no TF32 on NVIDIA GPUs. "high": three bfloat16
+        passes on TPUs, TF32 on GPUs since Ampere. "default", the fastest: one bfloat16 pass on TPUs, TF32 on GPUs since
+        Ampere. CPUs multiply float32 at every level. Cameras and codebooks stay at "highest".
+      float32_networks: networks (trained or frozen, by name: "vae", "tokenizer") that compute in float32 whatever
+        compute_dtype is, beside those for which the task decides so.
+    """
+
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    matmul_precision: Literal["highest", "high", "default"] = "highest"
+    float32_networks: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
     """Length of the run, how a step is computed, guards and logging.
 
@@ -32,7 +52,7 @@ class TrainingConfig(Config):
       steps: length of the run in optimizer steps; learning-rate schedules end here.
       accumulation: microbatches per step; the batch size of every bucket must be a multiple of accumulation x data
         devices.
-      compute_dtype: matrices and convolution kernels are cast to this once per step; parameters stay float32.
+      precision: dtypes of the computation, and how float32 operands are multiplied.
       log_every: steps between lines on the console (metrics.jsonl has every step).
       evaluate_every: steps between evaluations; 0 for none.
       evaluation_batches: batches per evaluation, the same ones every time.
@@ -59,9 +79,11 @@ class TrainingConfig(Config):
       wandb: logging to Weights & Biases.
     """
 
+    moved_fields: ClassVar[dict[str, str]] = {"compute_dtype": "precision.compute_dtype"}
+
     steps: Steps
     accumulation: Count = 1
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: PrecisionConfig = PrecisionConfig()
     log_every: Steps = 10
     evaluate_every: Step = 0
     evaluation_batches: Count = 8
@@ -79,6 +101,14 @@ class TrainingConfig(Config):
     profile_processes: Literal["first", "all"] = "first"
     tensorboard: bool = True
     wandb: WandbConfig = WandbConfig()
+
+    @classmethod
+    def upgrade(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        saved = super().upgrade(saved)
+        if "compute_dtype" in saved:
+            dtype = saved.pop("compute_dtype")
+            saved["precision"] = {"class": PrecisionConfig.__name__, "compute_dtype": dtype}
+        return saved
 
     def validate(self) -> None:
         if self.profile_steps is not None and self.profile_steps[0] >= self.profile_steps[1]:

@@ -92,7 +92,7 @@ class Evaluator:
             if clips.finite.all():
                 pixels[name] = np.asarray(clips.pixels)[:MAX_SAMPLES]
             else:
-                dtype = self._program.experiment.training.compute_dtype
+                dtype = self._program.experiment.training.precision.compute_dtype
                 self._log(
                     f"WARNING: {name!r} samples of step {int(state.step)} are left out: {np.sum(~clips.finite)} of "
                     f"{len(clips.finite)} clips hold NaN or infinity, from the task's networks in {dtype}."

@@ -1,9 +1,10 @@
 """A run as a program: task, optimizers, shardings and training step, lowered for real or described devices."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,15 +15,16 @@ from jax.sharding import Mesh
 from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
-from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import FSDP
 from jvgen.parallel.rows import global_array, rows_by_process
 from jvgen.parallel.rules import Sharding
+from jvgen.precision import float32_products
 from jvgen.tasks.task import Batch, Metrics, Task
 from jvgen.training import state
 from jvgen.training.experiment import Experiment
+from jvgen.training.network_dtypes import cast_networks, network_dtypes
 from jvgen.training.optimization import health, parameter_paths
 from jvgen.training.optimization.optimizer import Optimizer, make_optimizer
 from jvgen.training.state import TrainState
@@ -79,9 +81,24 @@ class Program:
         for path in nested.flatten(task.axes()):
             owners = [name for name, optimizer in optimizers.items() if optimizer.trainable(path)]
             assert len(owners) <= 1, f"{path} belongs to several objectives: {owners}"
-        dtype = jnp.dtype(experiment.training.compute_dtype)
-        abstract = state.abstract_state(task, optimizers, experiment.ema, dtype, _guarded_buckets(experiment))
+        dtypes = network_dtypes(task, experiment.training.precision)
+        abstract = state.abstract_state(task, optimizers, experiment.ema, dtypes, _guarded_buckets(experiment))
         return cls(experiment, task, optimizers, sharding, abstract, state.state_shardings(task, abstract, sharding))
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, jnp.dtype]:
+        """The dtype that each network computes in."""
+        return network_dtypes(self.task, self.experiment.training.precision)
+
+    def cast(self, parameters: Parameters) -> Parameters:
+        """Parameters of the trained networks in the dtypes that training computes with."""
+        return cast_networks(parameters, self.task.axes(), self.dtypes)
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Enter it inside a function to compile: it is traced with the run's sharding of activations and precision."""
+        with axes.partitioned(self.sharding), float32_products(self.experiment.training.precision.matmul_precision):
+            yield
 
     def check(self) -> None:
         """Raise `ValueError` for batches that do not divide over the mesh, the accumulation or the networks."""
@@ -174,8 +191,7 @@ class Program:
         """The parts of the state that no checkpoint holds: random key, and frozen parameters from their files."""
         seed = self.experiment.seed
         key = jax.jit(lambda: jax.random.key(seed), out_shardings=self.sharding.replicated)()
-        dtype = jnp.dtype(self.experiment.training.compute_dtype)
-        return key, state.load_frozen(self.task, dtype, self.shardings.frozen)
+        return key, state.load_frozen(self.task, self.dtypes, self.shardings.frozen)
 
     def init(self) -> TrainState:
         """A fresh state; each shard is initialized on its own device."""
@@ -211,11 +227,10 @@ class Program:
 
     def evaluation(self, method: str) -> Callable[[Parameters, Parameters, Batch, jax.Array], Metrics]:
         """A method of the task ("evaluate", "visualize", "predicted_clips"), jitted; parameters cast as in training."""
-        dtype = jnp.dtype(self.experiment.training.compute_dtype)
 
         def run(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Any:
-            with axes.partitioned(self.sharding):
-                return getattr(self.task, method)(cast(parameters, self.task.axes(), dtype), frozen, batch, key)
+            with self.tracing():
+                return getattr(self.task, method)(self.cast(parameters), frozen, batch, key)
 
         return jax.jit(run, out_shardings=self.sharding.replicated)
 

@@ -127,12 +127,12 @@ def abstract_state(
     task: Task,
     optimizers: Mapping[str, Optimizer],
     ema_config: EmaConfig,
-    compute_dtype: jnp.dtype,
+    dtypes: Mapping[str, jnp.dtype],
     guarded_buckets: Sequence[str] = (),
 ) -> TrainState:
-    """Shapes and dtypes of the state; allocates nothing and reads no file."""
+    """Shapes and dtypes of the state; allocates nothing and reads no file. `dtypes`: see `network_dtypes`."""
     frozen = {
-        name: compute_shapes(network.shapes, network.axes, _frozen_dtype(task, name, compute_dtype))
+        name: compute_shapes(network.shapes, network.axes, dtypes[name])
         for name, network in sorted(task.frozen_networks.items())
     }
     return jax.eval_shape(
@@ -166,12 +166,8 @@ def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> Tra
     )
 
 
-def _frozen_dtype(task: Task, name: str, compute_dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.float32) if name in task.float32_networks else compute_dtype
-
-
-def load_frozen(task: Task, compute_dtype: jnp.dtype, shardings: Parameters) -> Parameters:
-    """Parameters of the frozen networks, read from their files and sharded, in the compute dtype."""
+def load_frozen(task: Task, dtypes: Mapping[str, jnp.dtype], shardings: Parameters) -> Parameters:
+    """Parameters of the frozen networks, read from their files and sharded, in these dtypes."""
     loaded = task.load_frozen()
     if not loaded:
         return {}
@@ -180,7 +176,7 @@ def load_frozen(task: Task, compute_dtype: jnp.dtype, shardings: Parameters) -> 
 
     def shard(path: str, value: np.ndarray) -> jax.Array:
         floating = jnp.issubdtype(value.dtype, jnp.floating)
-        wanted = _frozen_dtype(task, path.split("/")[0], compute_dtype)
+        wanted = dtypes[path.split("/")[0]]
         dtype = wanted if floating and is_cast(value.shape, axes[path]) else value.dtype
         return jax.make_array_from_callback(
             value.shape, shardings[path], lambda index: np.asarray(value[index]).astype(dtype)

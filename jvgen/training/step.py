@@ -10,13 +10,14 @@ from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvgen import nested
-from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import DATA
 from jvgen.parallel.rules import Sharding
+from jvgen.precision import float32_products
 from jvgen.tasks.task import Batch, Mean, Metrics, Objective, Task
 from jvgen.training.config import TrainingConfig
+from jvgen.training.network_dtypes import cast_networks, network_dtypes
 from jvgen.training.optimization import ema, health
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import Optimizer, clip, global_norm
@@ -61,7 +62,9 @@ def make_train_step(
     assert [o.name for o in objectives] == list(optimizers), "one optimizer per objective, in order"
     groups = _group_by_loss(objectives)
     parameter_axes = task.axes()
-    dtype = jnp.dtype(training.compute_dtype)
+    precision, dtypes = training.precision, network_dtypes(task, training.precision)
+    # Of Optax's Muon, which its authors compute in bfloat16: only a float32 run pays for more.
+    library_precision = precision.matmul_precision if precision.compute_dtype == "float32" else None
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = key_for(state.key, TRAIN, state.step)
@@ -83,7 +86,7 @@ def make_train_step(
                 rest: Parameters = rest,
                 key: jax.Array = group_key,
             ) -> tuple[jax.Array, Metrics]:
-                parameters = cast(nested.merge(rest, trained), parameter_axes, dtype)
+                parameters = cast_networks(nested.merge(rest, trained), parameter_axes, dtypes)
                 return objective.loss(parameters, state.frozen, microbatch, key)
 
             def compute_gradient(trained: Parameters, loss: Any = loss) -> Any:
@@ -117,7 +120,8 @@ def make_train_step(
             rate = optimizer.learning_rate(state.step)
             trained, _ = nested.split(state.parameters, optimizer.trainable)
             gradient = clip(gradients[name], norms[name], optimizer.clip_norm)
-            updates, moments[name] = optimizer.update(gradient, state.optimizer[name], trained, rate)
+            with jax.default_matmul_precision(library_precision):
+                updates, moments[name] = optimizer.update(gradient, state.optimizer[name], trained, rate)
             extra = {"gradient_norm": norms[name], "update_norm": global_norm(updates)}
             if name in activity:
                 active, _ = activity[name]
@@ -151,7 +155,8 @@ def make_train_step(
         return state, metrics
 
     def partitioned_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with axes.partitioned(sharding):
+        # Around the forward and the backward pass, which are traced in here.
+        with axes.partitioned(sharding), float32_products(precision.matmul_precision):
             return step(state, batch)
 
     return partitioned_step

@@ -62,7 +62,7 @@ def _sampling(base: Experiment, pod: Topology, enhance: EnhanceConfig | None) ->
     """The denoiser with guidance: both halves in one batch."""
     program = Program.build(base, make_mesh(base.mesh, pod.devices))
     network, sharding, denoiser = program.task.networks["denoiser"], program.sharding, base.task.denoiser
-    bucket, dtype = base.data.buckets[0], jnp.dtype(base.training.compute_dtype)
+    bucket, dtype = base.data.buckets[0], jnp.dtype(base.training.precision.compute_dtype)
     shape = base.task.latent_shape(bucket.frames, bucket.height, bucket.width)
     inputs = (
         jax.ShapeDtypeStruct((bucket.batch_size, *shape, denoiser.in_channels), dtype),

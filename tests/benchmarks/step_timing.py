@@ -16,7 +16,7 @@ from jvgen.models.weight_map import WeightMap
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.mesh import single_device_mesh
 from jvgen.tasks.task import ArraySpec, Batch, Metrics, Task, TaskConfig, activation_dtype
-from jvgen.training.config import TrainingConfig
+from jvgen.training.config import PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
@@ -111,7 +111,7 @@ class Case:
                 learning_rate=LEARNING_RATE, warmup_steps=0, beta1=BETAS[0], beta2=BETAS[1], epsilon=EPSILON,
                 weight_decay=DECAY, no_weight_decay=(), clip_norm=CLIP,
             ),
-            training=TrainingConfig(steps=10**6, compute_dtype=self.dtype),
+            training=TrainingConfig(steps=10**6, precision=PrecisionConfig(compute_dtype=self.dtype)),
             ema=EmaConfig(decays=ema),
         )  # fmt: skip
 

@@ -205,7 +205,7 @@ from pathlib import Path
 
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.tasks.pipeline_folder import read_pipeline
-from jvgen.training.config import TrainingConfig
+from jvgen.training.config import PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 
 
@@ -217,7 +217,9 @@ def experiment():
             sources=(SourceConfig(path="nowhere"),),
             buckets=(BucketConfig(frames={frames}, height={height}, width={width}, batch_size=8),),
         ),
-        training=TrainingConfig(steps=1, compute_dtype="float32", tensorboard=False),
+        training=TrainingConfig(
+            steps=1, precision=PrecisionConfig(compute_dtype="float32"), tensorboard=False
+        ),
     )
 """
 

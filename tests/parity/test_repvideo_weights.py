@@ -199,7 +199,7 @@ def video_run(tmp_path_factory):
     from jvgen.models.byte_text.config import ByteTextConfig
     from jvgen.tasks.text import TextConfig
     from jvgen.tasks.text_to_video import TextToVideoConfig
-    from jvgen.training.config import TrainingConfig
+    from jvgen.training.config import PrecisionConfig, TrainingConfig
     from jvgen.training.experiment import Experiment
 
     task = TextToVideoConfig(
@@ -210,7 +210,10 @@ def video_run(tmp_path_factory):
         sources=(SourceConfig(path="nowhere"),), buckets=(BucketConfig(frames=9, height=64, width=96, batch_size=1),)
     )
     experiment = Experiment(
-        name="repvideo", task=task, data=data, training=TrainingConfig(steps=1, compute_dtype="float32")
+        name="repvideo",
+        task=task,
+        data=data,
+        training=TrainingConfig(steps=1, precision=PrecisionConfig(compute_dtype="float32")),
     )
     folder = tmp_path_factory.mktemp("cogvideox") / "denoiser"
     return experiment, export_network(COGVIDEOX, random_parameters(COGVIDEOX), folder)

@@ -21,7 +21,7 @@ from jvgen.parallel.rules import ShardingConfig
 from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.config import TrainingConfig
+from jvgen.training.config import PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
 
@@ -61,7 +61,7 @@ def program_of(name: str, mesh: dict[str, int]) -> tuple[Program, BucketConfig]:
     config = MeshConfig(**mesh)
     experiment = Experiment(
         name=name, task=task, data=data, mesh=config, sharding=ShardingConfig(replicate_below=64),
-        training=TrainingConfig(steps=1, compute_dtype="float32"),
+        training=TrainingConfig(steps=1, precision=PrecisionConfig(compute_dtype="float32")),
     )  # fmt: skip
     devices = jax.devices()[:1] if mesh == ONE else None
     return Program.build(experiment, make_mesh(config, devices)), bucket

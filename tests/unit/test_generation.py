@@ -446,7 +446,7 @@ from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.config import TrainingConfig
+from jvgen.training.config import PrecisionConfig, TrainingConfig
 
 
 def experiment():
@@ -461,7 +461,7 @@ def experiment():
         data=DataConfig(
             sources=(SourceConfig(path="nowhere"),), buckets=(BucketConfig(frames=5, height=8, width=12, batch_size=8),)
         ),
-        training=TrainingConfig(steps=1, compute_dtype="float32", tensorboard=False),
+        training=TrainingConfig(steps=1, precision=PrecisionConfig(compute_dtype="float32"), tensorboard=False),
     )
 """
 

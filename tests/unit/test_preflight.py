@@ -47,13 +47,6 @@ import toys  # noqa: E402
 needs_compiler = pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
 
 
-@pytest.fixture(autouse=True)
-def precision_of_runs():
-    """Compile as runs do: kernels of TPUs refuse the precision that comparisons are made in here."""
-    with jax.default_matmul_precision("default"):
-        yield
-
-
 def video_experiment(frames=5, size=64, text=16, **changes) -> Experiment:
     """A small denoiser of 4-frame clips with trained byte captions; 2 x 16 x 16 latent tokens and the text."""
     base = Experiment(

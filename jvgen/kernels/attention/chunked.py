@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from jvgen.precision import product_precision
+
 BLOCK = 512
 
 
@@ -52,7 +54,8 @@ def _split(array: jax.Array, block: int) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array, pattern: str) -> jax.Array:
-    return jnp.einsum(pattern, left, right.astype(left.dtype), preferred_element_type=jnp.float32)
+    precision = product_precision(left.dtype)
+    return jnp.einsum(pattern, left, right.astype(left.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _scores(

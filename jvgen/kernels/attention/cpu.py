@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from jvgen.precision import product_precision
+
 QUERY_BLOCK = 512
 KEY_BLOCK = 256
 
@@ -39,6 +41,10 @@ def attention(
     return rearrange(output, "(B N) L D -> B L N D", N=heads).astype(query.dtype)
 
 
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision=product_precision(left.dtype))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _heads(name: str | None, causal: bool, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return _forward(name, causal, query, key, value)[0]
@@ -55,14 +61,14 @@ def _forward(
     def block(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         head = index // blocks
         rows_of_query = jax.lax.dynamic_slice(padded, (head, index % blocks * rows, 0), (1, rows, width))[0]
-        scores = rows_of_query @ key[head].T
+        scores = _product(rows_of_query, key[head].T)
         if causal:
             row = index % blocks * rows + jnp.arange(rows)
             scores = jnp.where(jnp.arange(key.shape[1]) <= row[:, None], scores, -jnp.inf)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        return (weights @ value[head]) / total, (largest + jnp.log(total))[:, 0]
+        return _product(weights, value[head]) / total, (largest + jnp.log(total))[:, 0]
 
     output, log_total = jax.lax.map(block, jnp.arange(heads * blocks))
     output = output.reshape(heads, blocks * rows, width)[:, :length]
@@ -92,12 +98,13 @@ def _backward(
         def block(query_gradient: jax.Array, key_and_value: tuple) -> tuple[jax.Array, tuple]:
             key, value, index = key_and_value
             # Weights are at most 1; the bound keeps those of padded keys finite.
-            weights = jnp.exp(jnp.minimum(key @ query.T - log_total, 0.0))
+            weights = jnp.exp(jnp.minimum(_product(key, query.T) - log_total, 0.0))
             if causal:
                 column = index * rows + jnp.arange(rows)
                 weights = jnp.where(column[:, None] <= jnp.arange(query.shape[0]), weights, 0.0)
-            scores_gradient = weights * (value @ gradient.T - shared)
-            return query_gradient + key.T @ scores_gradient, (scores_gradient @ query, weights @ gradient)
+            scores_gradient = weights * (_product(value, gradient.T) - shared)
+            query_gradient += _product(key.T, scores_gradient)
+            return query_gradient, (_product(scores_gradient, query), _product(weights, gradient))
 
         query_gradient, (key_gradient, value_gradient) = jax.lax.scan(
             block, jnp.zeros_like(query.T), (key_blocks, value_blocks, jnp.arange(blocks))

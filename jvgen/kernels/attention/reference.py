@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jvgen.precision import product_precision
+
 
 def attention(
     query: jax.Array,
@@ -27,7 +29,8 @@ def attention(
     Returns:
       `B L N D` in the dtype of `query`. Scores, softmax and weighted sum are float32.
     """
-    scores = scale * jnp.einsum("blnd,bknd->bnlk", query, key, preferred_element_type=jnp.float32)
+    precision = product_precision(query.dtype)
+    scores = scale * jnp.einsum("blnd,bknd->bnlk", query, key, precision=precision, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     if valid_length is not None:
@@ -35,5 +38,8 @@ def attention(
     if causal:
         scores = jnp.where(jnp.tri(query.shape[1], key.shape[1], dtype=bool), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
-    output = jnp.einsum("bnlk,bknd->blnd", weights, value.astype(jnp.float32), preferred_element_type=jnp.float32)
+    # In the precision of the inputs: bfloat16 values are worth no float32 passes.
+    output = jnp.einsum(
+        "bnlk,bknd->blnd", weights, value.astype(jnp.float32), precision=precision, preferred_element_type=jnp.float32
+    )
     return output.astype(query.dtype)

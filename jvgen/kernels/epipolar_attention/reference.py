@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jvgen.precision import product_precision
+
 
 def line_distances(lines: jax.Array, points: jax.Array) -> jax.Array:
     """|line . point| of lines `B L 3` and points `K 3`, `B L K`, elementwise in float32."""
@@ -45,7 +47,11 @@ def attention(
       `B L N D` in the dtype of `query`. Scores, softmax and weighted sum are float32.
     """
     lines, points, width, slope = jax.lax.stop_gradient((lines, points, width, slope))
-    scores = scale * jnp.einsum("blnd,bknd->bnlk", query, key, preferred_element_type=jnp.float32)
+    precision = product_precision(query.dtype)
+    scores = scale * jnp.einsum("blnd,bknd->bnlk", query, key, precision=precision, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores + tile_bias(lines, points, width, slope)[:, None], axis=-1)
-    output = jnp.einsum("bnlk,bknd->blnd", weights, value.astype(jnp.float32), preferred_element_type=jnp.float32)
+    # In the precision of the inputs: bfloat16 values are worth no float32 passes.
+    output = jnp.einsum(
+        "bnlk,bknd->blnd", weights, value.astype(jnp.float32), precision=precision, preferred_element_type=jnp.float32
+    )
     return output.astype(query.dtype)

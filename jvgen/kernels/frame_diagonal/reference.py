@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jvgen.precision import product_precision
+
 
 def summed_diagonal(query: jax.Array, key: jax.Array, *, frames: int, start: int, stop: int) -> jax.Array:
     """Sum over places and frames f of softmax over frames g of (query_f . key_g / sqrt(D)), at g = f.
@@ -17,6 +19,8 @@ def summed_diagonal(query: jax.Array, key: jax.Array, *, frames: int, start: int
       `B N`, float32.
     """
     query, key = (rearrange(rows[:, start:stop], "b (f p) n d -> b f p n d", f=frames) for rows in (query, key))
-    scores = jnp.einsum("bfpnd,bgpnd->bpnfg", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    precision = product_precision(query.dtype)
+    scores = jnp.einsum("bfpnd,bgpnd->bpnfg", query, key, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
     own = jnp.diagonal(jax.nn.log_softmax(scores, axis=-1), axis1=-2, axis2=-1)
     return jnp.sum(jnp.exp(own), axis=(1, 3))

@@ -7,6 +7,8 @@ there are no matrix products over a few frames, which would leave the matrix uni
 import jax
 import jax.numpy as jnp
 
+from jvgen.precision import product_precision
+
 
 def summed_diagonal(
     query: jax.Array, key: jax.Array, *, frames: int, start: int, stop: int, first: int | jax.Array = 0
@@ -24,9 +26,12 @@ def summed_diagonal(
     twice = jnp.concatenate([video, video], axis=1)
     twice = jnp.pad(twice, ((0, 0), (start, key.shape[1] - stop), (0, 0), (0, 0)))
 
+    precision = product_precision(query.dtype)
+
     def scores(shift: int) -> jax.Array:
         keys = jax.lax.dynamic_slice_in_dim(twice, first + shift * places, length, axis=1)
-        return jnp.einsum("blnd,blnd->bln", query, keys, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+        product = jnp.einsum("blnd,blnd->bln", query, keys, precision=precision, preferred_element_type=jnp.float32)
+        return product * query.shape[-1] ** -0.5
 
     by_shift = jnp.stack([scores(shift) for shift in range(frames)])
     own = jnp.exp(by_shift[0] - jax.nn.logsumexp(by_shift, axis=0))

@@ -27,6 +27,7 @@ from jvgen.nn.attention import attention
 from jvgen.nn.dropout import folded
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.axes import ACTIVATION_HEADS, BATCH, constrain
+from jvgen.precision import product_precision
 
 # (ids `R T` of a frame, place of the first in it) -> embeddings `R T C`.
 Embed = Callable[[jax.Array, Any], jax.Array]
@@ -274,13 +275,14 @@ def _attend(
     query = query * query.shape[-1] ** -0.5
     # All samples of a prompt read it in one matrix product.
     shared = rearrange(query, "(b s) t n d -> b n (s t) d", b=batch)
-    to_prompt = jnp.einsum("bnqd,bnpd->bnqp", shared, prompt.key, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, precision=product_precision(query.dtype))
+    to_prompt = product("bnqd,bnpd->bnqp", shared, prompt.key, preferred_element_type=jnp.float32)
     to_prompt = rearrange(to_prompt, "b n (s t) p -> (b s) n t p", t=count)
-    to_generated = jnp.einsum("rtnd,rngd->rntg", query, generated.key, preferred_element_type=jnp.float32)
+    to_generated = product("rtnd,rngd->rntg", query, generated.key, preferred_element_type=jnp.float32)
     scores = jnp.concatenate([to_prompt, jnp.where(visible, to_generated, -jnp.inf)], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     of_prompt, of_generated = jnp.split(weights, [prompt.key.shape[2]], axis=-1)
     of_prompt = rearrange(of_prompt, "(b s) n t p -> b n (s t) p", b=batch)
-    mixed = jnp.einsum("bnqp,bnpd->bnqd", of_prompt, prompt.value)
+    mixed = product("bnqp,bnpd->bnqd", of_prompt, prompt.value)
     mixed = rearrange(mixed, "b n (s t) d -> (b s) t n d", t=count)
-    return mixed + jnp.einsum("rntg,rngd->rtnd", of_generated, generated.value)
+    return mixed + product("rntg,rngd->rtnd", of_generated, generated.value)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
+from jvgen.precision import product_precision
 
 MATRICES = ("query", "key", "value", "output")
 
@@ -37,6 +38,7 @@ def merge_lora(denoiser: Parameters, adapter: Parameters, scale: float = 1.0) ->
     attention = dict(layers["attention"])
     for name in MATRICES:
         kernel, factors = attention[name]["kernel"], adapter[name]
-        update = jnp.einsum("lir,lro->lio", factors["down"], factors["up"])
+        down, up = factors["down"], factors["up"]
+        update = jnp.einsum("lir,lro->lio", down, up, precision=product_precision(down.dtype, up.dtype))
         attention[name] = {**attention[name], "kernel": kernel + (scale * update).astype(kernel.dtype)}
     return {**denoiser, "blocks": {"layers": {**layers, "attention": attention}}}

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from jvgen.geometry import plucker
-from jvgen.geometry.cameras import Cameras, Size, in_full_precision, of_latent_frames, relative, share_a_center
+from jvgen.geometry.cameras import Cameras, Size, of_latent_frames, relative, share_a_center
 from jvgen.geometry.epipolar import (
     Band,
     band,
@@ -28,6 +28,7 @@ from jvgen.geometry.homography import map_points
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.models.multiview.synchronization import SyncMode, ViewLayout
 from jvgen.nn.embeddings import token_grid
+from jvgen.precision import in_full_precision
 
 
 @dataclasses.dataclass(frozen=True)
