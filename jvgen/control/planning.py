@@ -6,6 +6,7 @@ best few. Both in the form of VP2 (Tian et al. 2023, arXiv 2304.13723), which pl
 
 import copy
 import dataclasses
+import functools
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from jvgen.config import Config
 from jvgen.control.costs import Cost
+from jvgen.precision import product_precision
 from jvgen.value_rules import Bounds, Count, Frames, Weight
 
 # Purposes of keys: fold_in(key of the plan, purpose).
@@ -149,13 +151,14 @@ def refine(
     Candidates whose cost is not finite take no part; if none is finite, the result is NaN.
     """
     costs = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
+    average = functools.partial(jnp.einsum, "r,rfa->fa", precision=product_precision(candidates.dtype))
     if config.method == "mppi":
-        return jnp.einsum("r,rfa->fa", mppi_weights(costs, config.gamma), candidates), deviation
+        return average(mppi_weights(costs, config.gamma), candidates), deviation
     order = jnp.argsort(costs)[: config.elite_count]
     finite = jnp.isfinite(costs[order]).astype(jnp.float32)
     share = finite / jnp.sum(finite)
-    mean = jnp.einsum("r,rfa->fa", share, candidates[order])
-    variance = jnp.einsum("r,rfa->fa", share, jnp.square(candidates[order] - mean))
+    mean = average(share, candidates[order])
+    variance = average(share, jnp.square(candidates[order] - mean))
     return mean, jnp.maximum(jnp.sqrt(variance), config.minimum_deviation)
 
 

@@ -70,7 +70,7 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
     with collecting(KernelReport()) as kernels:
         lowered = program.lower(bucket)
     try:
-        with _without_cache():
+        with without_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -102,7 +102,7 @@ def _collectives(compiled: jax.stages.Compiled) -> tuple[Collective, ...] | None
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
+def without_cache() -> Iterator[None]:
     """Compile without JAX's cache of compiled programs, which cannot be read for devices that are only described."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
