@@ -1,6 +1,6 @@
 """Episodes of several environments at a time, each in a process of its own, in step with one policy.
 
-A simulator that dies, hangs or returns numbers that are not finite is started again and its episode begins anew;
+A simulator that dies, hangs or returns numbers that are not finite is started again and its episode is restarted;
 past a budget of such failures collection stops.
 """
 
@@ -111,7 +111,7 @@ class Collector:
         for row in running:
             self._attempt(row, row.begin)
         while active := [row for row in running if not row.ended]:
-            # Episodes that began anew are behind: each is asked with the number of its own step.
+            # Restarted episodes are behind: each is asked with the number of its own step.
             for number in sorted({len(row.actions) for row in active}):
                 rows = [row for row in active if len(row.actions) == number and not row.ended]
                 actions = np.asarray(

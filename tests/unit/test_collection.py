@@ -77,7 +77,7 @@ def test_episodes_of_several_processes() -> None:
 
 
 @pytest.mark.parametrize("fault", ["dies", "hangs", "raises", "nan", "frame"])
-def test_an_environment_that_fails_once_begins_its_episode_anew(fault, tmp_path) -> None:
+def test_an_environment_that_fails_once_restarts_its_episode(fault, tmp_path) -> None:
     make = functools.partial(Counting, fault, str(tmp_path / "failed"))
     with Collector(make, 1, timeout=8.0 if fault == "hangs" else 60.0) as collector:
         (episode,) = collector.collect(policy, [1])
