@@ -6,15 +6,17 @@ is described by a Python file with one function `experiment()` that returns the 
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import enum
 import functools
 import importlib.util
 import inspect
+import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +164,7 @@ def _assign(node: Any, parts: list[str], text: str, full: str, hint: Any) -> Any
         check_value(value, declared(type(node))[name], full.removesuffix("".join(f".{part}" for part in rest)))
         return dataclasses.replace(node, **{name: value})
     if isinstance(node, tuple):
-        if not name.isdigit() or int(name) >= len(node):
+        if not name.isdecimal() or int(name) >= len(node):
             raise ConfigError(
                 f"{full}: {name!r} is not an index into a tuple of {len(node)} items (0..{len(node) - 1})."
             )
@@ -230,7 +232,9 @@ def _parse_one(text: str, hint: Any, path: str) -> Any:
             if text in (member.name, str(member.value)):
                 return member
     elif origin is tuple:
-        return tuple(parse(item, item_hint(hint, index), path) for index, item in enumerate(_items(text, hint)))
+        items, arguments = _items(text, hint), typing.get_args(hint)
+        if arguments[1:] == (Ellipsis,) or len(items) == len(arguments):
+            return tuple(parse(item, item_hint(hint, index), path) for index, item in enumerate(items))
     elif dataclasses.is_dataclass(hint):
         names = ", ".join(field.name for field in dataclasses.fields(hint))
         raise ConfigError(f"{path} = {text!r}: this is a group of fields; set one of them instead ({path}.X: {names}).")
@@ -267,13 +271,44 @@ def load(path: str | Path) -> Any:
         `name=value`, parsed by the parameter's annotation: `configs/cv_vae.py:sd3`.
 
     Raises:
-      ConfigError: no such file (with the nearest file names), a file without `experiment()`, or arguments that it does
-        not take.
+      ConfigError: no such file (with the nearest file names), a file without `experiment()`, arguments that it does
+        not take, or an error that the file itself raises (with its line).
     """
     file, _, arguments = str(path).partition(".py:")
     file = Path(f"{file}.py") if arguments else Path(path)
     function = _experiment_function(file)
-    return function(**_arguments(function, arguments, str(path)))
+    chosen = _arguments(function, arguments, str(path))
+    try:
+        inspect.signature(function).bind(**chosen)
+    except TypeError as error:
+        raise ConfigError(f"{path}: experiment() has {error}; write {file}:VALUE or {file}:NAME=VALUE.") from error
+    with _mistakes_in(file):
+        return function(**chosen)
+
+
+@contextlib.contextmanager
+def _mistakes_in(file: Path) -> Iterator[None]:
+    """What a config file raises becomes a `ConfigError` with its line; errors inside of libraries stay as they are."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame.lineno for frame in frames if _same_file(frame.filename, file)]
+        last = next((f for f in reversed(frames) if f.filename != __file__ and "importlib" not in f.filename), None)
+        line = error.lineno if isinstance(error, SyntaxError) and _same_file(error.filename, file) else None
+        line = line or (own[-1] if own else None)
+        place = f"{file}, line {line}" if line else str(file)
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{place}: {error}") from error
+        # A name that cannot be imported is looked for by a library's code.
+        if isinstance(error, (ImportError, SyntaxError)) or last is None or _same_file(last.filename, file):
+            text = error.msg if isinstance(error, SyntaxError) else str(error)
+            raise ConfigError(f"{place}: {type(error).__name__}: {text}. Correct the config file.") from error
+        raise
+
+
+def _same_file(name: str | None, file: Path) -> bool:
+    return name is not None and Path(name).absolute() == file.absolute()
 
 
 def variants(path: str | Path) -> list[str]:
@@ -300,7 +335,8 @@ def _experiment_function(path: Path) -> Callable[..., Any]:
         raise ConfigError(f"{path}: a config file is a Python file, NAME.py, with a function experiment().")
     spec = importlib.util.spec_from_file_location(f"jvgen_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _mistakes_in(path):
+        spec.loader.exec_module(module)
     function = getattr(module, "experiment", None)
     if not callable(function):
         raise ConfigError(f"{path}: a config file defines a function experiment() that returns an Experiment.")
@@ -310,7 +346,7 @@ def _experiment_function(path: Path) -> Callable[..., Any]:
 def _arguments(function: Callable[..., Any], text: str, path: str) -> dict[str, Any]:
     """Keyword arguments of a function from `value,name=value`."""
     names = list(inspect.signature(function).parameters)
-    hints, chosen = field_hints(function), {}
+    hints, rules, chosen = field_hints(function), declared(function), {}
     for number, word in enumerate(word.strip() for word in text.split(",") if word.strip()):
         name, separator, value = word.partition("=")
         if not separator:
@@ -319,8 +355,8 @@ def _arguments(function: Callable[..., Any], text: str, path: str) -> dict[str, 
             raise ConfigError(
                 f"{path}: experiment() takes {', '.join(names) or 'no arguments'}; {word!r} is none of them."
             )
-        chosen[name] = parse(value, hints[name], f"{path}: {name}")
-        check_value(chosen[name], declared(function)[name], f"{path}: {name}")
+        chosen[name] = parse(value, hints.get(name, Any), f"{path}: {name}")
+        check_value(chosen[name], rules.get(name, Any), f"{path}: {name}")
     return chosen
 
 
@@ -329,7 +365,7 @@ def dump(config: Any, path: str = "") -> str:
     return "\n".join(f"{name} = {value}" for name, value in leaves(config, path)) + "\n"
 
 
-def leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, str]]:
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Dotted path and printed value of every field, in field order; the class name for a group of fields."""
     if dataclasses.is_dataclass(node):
         yield (path or "(root)"), type(node).__name__
@@ -345,6 +381,7 @@ def leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, str]]:
         yield path, repr(node.value if isinstance(node, enum.Enum) else node)
 
 
+@functools.cache
 def field_hints(owner: Any) -> dict[str, Any]:
     """Resolved annotation of every field of a class or parameter of a function."""
     return typing.get_type_hints(owner)

@@ -38,7 +38,7 @@ class ExitCode:
 
 TABLE = (
     ExitCode(DONE, "done", "finished, or `--stop-after` reached", False),
-    ExitCode(ERROR, "error", "an unexpected error: its traceback is printed and in `errors/process_N.txt`", False),
+    ExitCode(ERROR, "error", "an unexpected error: the traceback is in `errors/process_N.txt`, or printed", False),
     ExitCode(USER_ERROR, "user error", "a mistake in config, data or arguments; the message names it", False),
     ExitCode(
         DIVERGED,
@@ -117,14 +117,17 @@ def of_error(error: BaseException) -> int:
             return restart_code()
         if error.filename is not None:
             return USER_ERROR
-    return USER_ERROR if isinstance(error, ValueError) and _raised_by_jvgen(error) else ERROR
+    return USER_ERROR if isinstance(error, ValueError) and _of_jvgen(error) else ERROR
 
 
-def _raised_by_jvgen(error: ValueError) -> bool:
-    """Whether a `raise` statement of jvgen made this error, rather than a library.
+def _of_jvgen(error: ValueError) -> bool:
+    """Whether the class of this error is jvgen's, or a `raise` statement of jvgen made it, rather than a library.
 
     jvgen raises ValueError with a message for users; JAX, Orbax and NumPy raise it for mistakes in the program.
     """
+    # Errors of worker processes are raised again by the library that runs them.
+    if type(error).__module__.split(".")[0] == PACKAGE.name:
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return False

@@ -6,6 +6,7 @@ lacks takes its default; renamed fields and classes are listed where they were r
 
 import dataclasses
 import enum
+import hashlib
 import importlib
 import json
 import sys
@@ -47,6 +48,7 @@ HOMES = {
     "OptimizerConfig": "jvgen.training.optimization.optimizer",
     "PairingConfig": "jvgen.diffusion.collaborative",
     "PerceptualConfig": "jvgen.losses.perceptual",
+    "PlannerConfig": "jvgen.control.planning",
     "PoseEncoderConfig": "jvgen.models.multiview.pose_encoder",
     "PrecisionConfig": "jvgen.training.config",
     "RestartConfig": "jvgen.tasks.video_tokenizer",
@@ -86,6 +88,11 @@ def to_json(config: Any) -> str:
     return json.dumps(_encode(config), indent=1)
 
 
+def digest(config: Any) -> str:
+    """A hash of a config: equal for equal configs of one version of jvgen, 16 hexadecimal digits."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
 def from_json(text: str) -> Any:
     """Rebuild a config written by `to_json` of this version or an earlier one.
 
@@ -99,7 +106,10 @@ def from_json(text: str) -> Any:
 
 def decode(node: Any) -> Any:
     """`from_json` for text that is already parsed, such as a part of a run document."""
-    return _decode(node, Any)
+    try:
+        return _decode(node, Any)
+    except RecursionError as error:
+        raise ConfigError("saved config: is nested too deeply; it was not written by jvgen.") from error
 
 
 def stable_name(cls: type) -> str:
@@ -125,7 +135,7 @@ def _encode(node: Any) -> Any:
 def _decode(node: Any, hint: Any) -> Any:
     if isinstance(node, dict) and "class" in node:
         return _build(node)
-    if isinstance(node, dict) and "mapping" in node:
+    if isinstance(node, dict) and isinstance(node.get("mapping"), dict):
         return {key: _decode(value, Any) for key, value in node["mapping"].items()}
     if isinstance(node, list):
         return tuple(_decode(item, item_hint(hint, index)) for index, item in enumerate(node))
@@ -142,6 +152,8 @@ def _decode(node: Any, hint: Any) -> Any:
 
 
 def _build(node: dict[str, Any]) -> Config:
+    if not isinstance(node["class"], str):
+        raise ConfigError(f"saved config: class = {node['class']!r}: expected the name of a config class.")
     cls = _class_of(node["class"])
     saved = cls.upgrade({key: value for key, value in node.items() if key != "class"})
     hints = field_hints(cls)

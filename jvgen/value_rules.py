@@ -68,6 +68,7 @@ class RegularExpression:
 
 Count = Annotated[int, Bounds(at_least=1, at_most=1_000_000)]
 CountOrZero = Annotated[int, Bounds(at_least=0, at_most=1_000_000)]
+Records = Annotated[int, Bounds(at_least=0, at_most=10**9)]
 Layers = Annotated[int, Bounds(at_least=1, at_most=1000)]
 Width = Annotated[int, Bounds(at_least=1, at_most=2**20)]  # channels, tokens, codes
 Frames = Annotated[int, Bounds(at_least=1, at_most=100_000)]
@@ -75,8 +76,10 @@ Pixels = Annotated[int, Bounds(at_least=1, at_most=2**14)]
 Step = Annotated[int, Bounds(at_least=0, at_most=10**9)]  # a step, or a number of steps with 0 for off
 Steps = Annotated[int, Bounds(at_least=1, at_most=10**9)]
 Seed = Annotated[int, Bounds(at_least=0, at_most=2**31 - 1)]
+Workers = Annotated[int, Bounds(at_least=1, at_most=1024)]  # threads or processes
 Positive = Annotated[float, Bounds(above=0)]
 Weight = Annotated[float, Bounds(at_least=0)]
+Scale = Annotated[float, Bounds(at_least=-1000, at_most=1000)]
 Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
 BelowOne = Annotated[float, Bounds(at_least=0, below=1)]
 Epsilon = Annotated[float, Bounds(above=0, at_most=1)]

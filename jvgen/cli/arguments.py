@@ -3,7 +3,9 @@
 import argparse
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from jvgen.value_rules import Count, CountOrZero, Frames, Pixels, Step, problems
 
 if TYPE_CHECKING:
     from jvgen.storage import Path
@@ -57,12 +59,30 @@ def add_command(
     return parser
 
 
+def number(rule: Any) -> Callable[[str], int | float]:
+    """A flag's number, for argparse: `type=number(Count)` with a name of `jvgen.value_rules`."""
+    kind = get_args(rule)[0]
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            expected = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from error
+        for _, _, problem in problems(value, rule, ""):
+            raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+        return value
+
+    return parse
+
+
 def frame_size(text: str) -> tuple[int, int]:
     """`HEIGHTxWIDTH` as numbers, for argparse."""
     height, separator, width = text.partition("x")
-    if not (separator and height.isdigit() and width.isdigit()):
+    if not (separator and height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: expected HEIGHTxWIDTH, for example 480x720")
-    return int(height), int(width)
+    pixels = number(Pixels)
+    return pixels(height), pixels(width)
 
 
 def path(text: str) -> "Path":
@@ -102,7 +122,7 @@ def add_pod_arguments(parser: argparse.ArgumentParser, *, required: bool = False
         help="TPU topology of one slice: v5e:16x16, v5p:4x4x8, v6e:16x16, ..."
         + ("" if required else "; the attached devices if omitted"),
     )  # fmt: skip
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of such TPU slices")
+    parser.add_argument("--slices", type=number(Count), default=1, metavar="N", help="number of such TPU slices")
     parser.add_argument(
         "--bucket", dest="buckets", action="append", default=[], metavar="VIEWSxFRAMESxHEIGHTxWIDTH",
         help="only this batch shape of data.buckets (repeatable)",
@@ -127,11 +147,14 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         help="address at which process 0 listens and the others find it (also JVGEN_COORDINATOR)",
     )  # fmt: skip
     group.add_argument(
-        "--processes", type=int, metavar="N",
+        "--processes", type=number(Count), metavar="N",
         help="number of processes (also JVGEN_PROCESSES); 1 for a process of its own, without detection",
     )  # fmt: skip
     group.add_argument(
-        "--process-id", type=int, metavar="I", help="number of this process, from 0 (also JVGEN_PROCESS_ID)"
+        "--process-id",
+        type=number(CountOrZero),
+        metavar="I",
+        help="number of this process, from 0 (also JVGEN_PROCESS_ID)",
     )
     group.add_argument(
         "--restart-code", metavar="CODE",
@@ -178,7 +201,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> list[argparse.A
             "largest decay that the run keeps and raw if it keeps none",
         ),
         parser.add_argument(
-            "--step", type=int, metavar="STEP", help="training step of the checkpoint; the latest valid one if omitted"
+            "--step", type=number(Step), metavar="STEP",
+            help="training step of the checkpoint; the latest valid one if omitted",
         ),
     ]  # fmt: skip
 
@@ -190,7 +214,7 @@ def add_coder_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
-        "--chunk-frames", type=int, default=16, metavar="N",
+        "--chunk-frames", type=number(Frames), default=16, metavar="N",
         help="video frames that pass through the network at once: fewer take less memory and more time; networks "
         "with a fixed chunk size ignore it",
     )  # fmt: skip

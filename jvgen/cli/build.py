@@ -3,8 +3,9 @@
 import argparse
 import json
 
-from jvgen.cli.arguments import Handler, add_command, add_set_argument, frame_size
+from jvgen.cli.arguments import Handler, add_command, add_set_argument, frame_size, number
 from jvgen.terminal import progress_bar
+from jvgen.value_rules import Count, CountOrZero, Fraction, Frames, Pixels, Records, Seed, Workers
 
 
 def add_builders(origins) -> None:
@@ -40,7 +41,7 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
 def add_validation_fraction(parser: argparse.ArgumentParser, of: str) -> None:
     """Add `--validation-fraction`."""
     parser.add_argument(
-        "--validation-fraction", type=float, default=0.05, metavar="X",
+        "--validation-fraction", type=number(Fraction), default=0.05, metavar="X",
         help=f"fraction of the {of} held out as the validation split",
     )  # fmt: skip
 
@@ -48,29 +49,31 @@ def add_validation_fraction(parser: argparse.ArgumentParser, of: str) -> None:
 def add_error_budget(parser: argparse.ArgumentParser, of: str, default: float = 0.0) -> None:
     """Add `--error-budget`."""
     parser.add_argument(
-        "--error-budget", type=float, default=default, metavar="X",
+        "--error-budget", type=number(Fraction), default=default, metavar="X",
         help=f"fraction of the {of} that may be missing or corrupt; above it nothing is written",
     )  # fmt: skip
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add `--workers`."""
-    parser.add_argument("--workers", type=int, metavar="N", help="parallel workers; one per CPU if omitted")
+    parser.add_argument("--workers", type=number(Workers), metavar="N", help="parallel workers; one per CPU if omitted")
 
 
 def add_min_frames(parser: argparse.ArgumentParser, of: str = "clips") -> None:
     """Add `--min-frames`."""
-    parser.add_argument("--min-frames", type=int, default=1, metavar="N", help=f"skip {of} with fewer frames")
+    parser.add_argument(
+        "--min-frames", type=number(CountOrZero), default=1, metavar="N", help=f"skip {of} with fewer frames"
+    )
 
 
 def add_transcoding(parser: argparse.ArgumentParser) -> None:
     """Add `--shorter-side` and `--keyframe-interval`."""
     parser.add_argument(
-        "--shorter-side", type=int, metavar="PIXELS",
+        "--shorter-side", type=number(Pixels), metavar="PIXELS",
         help="re-encode clips at this length of their shorter side; the files' own bytes are kept if omitted",
     )  # fmt: skip
     parser.add_argument(
-        "--keyframe-interval", type=int, metavar="FRAMES",
+        "--keyframe-interval", type=number(Count), metavar="FRAMES",
         help="re-encode clips with a keyframe every FRAMES frames, which makes short windows cheap to decode",
     )  # fmt: skip
 
@@ -83,9 +86,9 @@ def _add_scenes(origins) -> None:
         origins, "scenes", "render procedural 3-D scenes with exact cameras and captions", "--out data/scenes",
         run_scenes,
     )  # fmt: skip
-    parser.add_argument("--train", type=int, default=1000, metavar="N", help="number of training scenes")
-    parser.add_argument("--validation", type=int, default=64, metavar="N", help="number of held-out scenes")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the scenes")
+    parser.add_argument("--train", type=number(Records), default=1000, metavar="N", help="number of training scenes")
+    parser.add_argument("--validation", type=number(Records), default=64, metavar="N", help="number of held-out scenes")
+    parser.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="random seed of the scenes")
     add_workers(parser)
     add_set_argument(
         parser, "FIELD=VALUE",
@@ -154,10 +157,18 @@ def _add_media(origins, name: str, summary: str) -> None:
     add_captions(parser)
     parser.add_argument("--captions-optional", action="store_true", help="also include files without a caption")
     parser.add_argument(
-        "--min-height", type=int, default=1, metavar="PIXELS", help="skip files with frames lower than this"
+        "--min-height",
+        type=number(CountOrZero),
+        default=1,
+        metavar="PIXELS",
+        help="skip files with frames lower than this",
     )
     parser.add_argument(
-        "--min-width", type=int, default=1, metavar="PIXELS", help="skip files with frames narrower than this"
+        "--min-width",
+        type=number(CountOrZero),
+        default=1,
+        metavar="PIXELS",
+        help="skip files with frames narrower than this",
     )
     add_validation_fraction(parser, "files")
     add_error_budget(parser, "files")
@@ -218,14 +229,14 @@ def _add_latents(origins) -> None:
         help="frame height and width in pixels that clips are resized to before encoding",
     )  # fmt: skip
     parser.add_argument(
-        "--frames", type=int, metavar="N",
+        "--frames", type=number(Frames), metavar="N",
         help="encode at most the first N frames of a clip; a video VAE with temporal compression 4 takes the largest "
         "4n + 1 among them",
     )  # fmt: skip
     parser.add_argument(
-        "--stride", type=int, default=1, metavar="N", help="frame stride: encode every N-th recorded frame"
+        "--stride", type=number(Frames), default=1, metavar="N", help="frame stride: encode every N-th recorded frame"
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="frames encoded at once")
+    parser.add_argument("--batch-size", type=number(Count), default=16, metavar="N", help="frames encoded at once")
     parser.add_argument("--keep-clips", action="store_true", help="also store the pixels")
 
 

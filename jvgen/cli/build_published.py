@@ -2,6 +2,7 @@
 
 import argparse
 
+from jvgen.cli.arguments import number
 from jvgen.cli.build import (
     add_builder,
     add_error_budget,
@@ -11,6 +12,7 @@ from jvgen.cli.build import (
     add_workers,
 )
 from jvgen.terminal import progress_bar
+from jvgen.value_rules import Count, FrameRate, Quality, Records
 
 
 def add_builders(origins) -> None:
@@ -38,16 +40,16 @@ def _add_robot_episodes(origins) -> None:
         "--clip-actions", metavar="LOW,HIGH", help="clip actions to this range, as the simulator did that recorded them"
     )
     parser.add_argument(
-        "--action-width", type=int, metavar="N",
+        "--action-width", type=number(Count), metavar="N",
         help="components per action: shorter actions are padded with zeros, longer ones cut; as recorded if omitted",
     )  # fmt: skip
     parser.add_argument("--no-actions", action="store_true", help="store no actions and rewards")
     parser.add_argument(
-        "--fps", type=float, default=10.0, metavar="RATE",
+        "--fps", type=number(FrameRate), default=10.0, metavar="RATE",
         help="frame rate to record in the clips' metadata, in frames per second",
     )  # fmt: skip
     parser.add_argument(
-        "--crf", type=int, default=10, metavar="N",
+        "--crf", type=number(Quality), default=10, metavar="N",
         help="constant rate factor of x264 for the stored clips, 0 (lossless) to 51 (smallest file)",
     )  # fmt: skip
     add_min_frames(parser, "episodes")
@@ -164,7 +166,9 @@ def _add_tfds(origins) -> None:
         "--caption-key", metavar="KEY", help="feature that holds the caption or class label; no captions if omitted"
     )
     parser.add_argument("--data-dir", metavar="DIR", help="folder of TFDS data sets; TFDS's default if omitted")
-    parser.add_argument("--limit", type=int, metavar="N", help="maximum number of images per split; all if omitted")
+    parser.add_argument(
+        "--limit", type=number(Records), metavar="N", help="maximum number of images per split; all if omitted"
+    )
 
 
 def run_tfds(parsed: argparse.Namespace) -> int:

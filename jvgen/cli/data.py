@@ -3,7 +3,8 @@
 import argparse
 
 from jvgen.cli import build, build_published
-from jvgen.cli.arguments import add_command, path
+from jvgen.cli.arguments import add_command, number, path
+from jvgen.value_rules import Count
 
 
 def add_commands(commands) -> None:
@@ -22,7 +23,7 @@ def add_commands(commands) -> None:
     )  # fmt: skip
     show.add_argument("path", metavar="DIR", help="data set folder")
     show.add_argument("--split", default="train", metavar="NAME", help="split to show")
-    show.add_argument("--count", type=int, default=8, metavar="N", help="number of records to show")
+    show.add_argument("--count", type=number(Count), default=8, metavar="N", help="number of records to show")
     show.add_argument("--out", type=path, metavar="DIR", help="folder for sheet.png and clips.gif; none if omitted")
 
 

@@ -2,7 +2,8 @@
 
 import argparse
 
-from jvgen.cli.arguments import add_command, add_run_arguments, frame_size, path
+from jvgen.cli.arguments import add_command, add_run_arguments, frame_size, number, path
+from jvgen.value_rules import Count, CountOrZero, Frames, Scale, Seed
 
 
 def add_commands(commands) -> None:
@@ -26,7 +27,9 @@ def _add_evaluate(commands) -> None:
     )  # fmt: skip
     add_run_arguments(parser, optional=True)
     _add_data_argument(parser)
-    parser.add_argument("--batches", type=int, default=16, metavar="N", help="batches that metrics are averaged over")
+    parser.add_argument(
+        "--batches", type=number(Count), default=16, metavar="N", help="batches that metrics are averaged over"
+    )
     _add_untrained_argument(parser)
     parser.add_argument(
         "--i3d", type=path, metavar="FILE",
@@ -36,16 +39,25 @@ def _add_evaluate(commands) -> None:
         "--out", type=path, metavar="PATH",
         help="JSON file for the metrics; with --vae a folder, which also gets a picture of the worst clips",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, metavar="N", help="clips per batch; 8 for --samples, 2 for --vae")
+    parser.add_argument(
+        "--batch-size", type=number(Count), metavar="N", help="clips per batch; 8 for --samples, 2 for --vae"
+    )
     group = parser.add_argument_group("options for generated clips (text-to-video and multi-view runs)")
     group.add_argument(
-        "--samples", type=int, default=0, metavar="N", help="clips, or sets of views, to generate and to measure"
+        "--samples",
+        type=number(CountOrZero),
+        default=0,
+        metavar="N",
+        help="clips, or sets of views, to generate and to measure",
     )
-    group.add_argument("--steps", type=int, metavar="N", help="sampler steps; the run's own if omitted")
+    group.add_argument("--steps", type=number(Count), metavar="N", help="sampler steps; the run's own if omitted")
     group.add_argument(
-        "--guidance", type=float, metavar="SCALE", help="scale of classifier-free guidance; the run's own if omitted"
+        "--guidance",
+        type=number(Scale),
+        metavar="SCALE",
+        help="scale of classifier-free guidance; the run's own if omitted",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generated clips")
+    group.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="seed of the generated clips")
     group.add_argument(
         "--clip-model", type=path, metavar="DIR",
         help="folder with CLIP's config.json, model.safetensors and tokenizer.json; adds the agreement with captions",
@@ -57,19 +69,23 @@ def _add_evaluate(commands) -> None:
         "--image-vae", type=path, metavar="DIR",
         help="exported folder of the image VAE whose latent space the video VAE shares",
     )  # fmt: skip
-    group.add_argument("--frames", type=int, default=17, metavar="N", help="frames per clip")
+    group.add_argument("--frames", type=number(Frames), default=17, metavar="N", help="frames per clip")
     group.add_argument(
         "--size", type=frame_size, default=(256, 256), metavar="HxW", help="frame height and width in pixels"
     )
     group.add_argument(
-        "--stride", type=int, default=1, metavar="N", help="frame stride: take every N-th recorded frame"
+        "--stride", type=number(Frames), default=1, metavar="N", help="frame stride: take every N-th recorded frame"
     )
     group.add_argument(
         "--lpips-weights", metavar="FILE",
         help="LPIPS weights (.safetensors, see `jvgen lpips`); without them a Laplacian-pyramid distance is reported",
     )  # fmt: skip
     group.add_argument(
-        "--worst", type=int, default=4, metavar="N", help="clips with the lowest PSNR that the picture shows"
+        "--worst",
+        type=number(CountOrZero),
+        default=4,
+        metavar="N",
+        help="clips with the lowest PSNR that the picture shows",
     )
 
 
@@ -87,7 +103,7 @@ def _add_analyze(commands) -> None:
         "--timesteps", default="900,600,300,50", metavar="T,T,...", help="diffusion timesteps to analyze, 0 to 999"
     )
     parser.add_argument(
-        "--batches", type=int, default=1, metavar="N", help="held-out batches that results are averaged over"
+        "--batches", type=number(Count), default=1, metavar="N", help="held-out batches that results are averaged over"
     )
     _add_untrained_argument(parser)
     parser.add_argument(

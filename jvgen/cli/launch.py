@@ -4,7 +4,8 @@ import argparse
 import shlex
 import sys
 
-from jvgen.cli.arguments import add_command, add_config_arguments, experiment_of
+from jvgen.cli.arguments import add_command, add_config_arguments, experiment_of, number
+from jvgen.value_rules import Count, CountOrZero
 
 TARGETS = ("local", "slurm", "gke-tpu", "gke-gpu", "tpu-vm", "skypilot")
 
@@ -33,7 +34,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--submit", action="store_true", help="start it by sbatch, kubectl, gcloud, sky or bash")
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of this topology")
+    run.add_argument("--slices", type=number(Count), default=1, metavar="N", help="TPU slices of this topology")
     run.add_argument("--name", metavar="NAME", help="of the job, at most 28 characters; made of the config's name")
     run.add_argument("--image", help="container image, made by launch/Dockerfile (gke-tpu, gke-gpu, tpu-vm)")
     run.add_argument(
@@ -47,14 +48,18 @@ def add_commands(commands) -> None:
 
     stopping = parser.add_argument_group("stopping and restarting")
     stopping.add_argument(
-        "--restart-code", type=int, metavar="CODE",
+        "--restart-code", type=number(Count), metavar="CODE",
         help="exit code that asks for a restart: 42 on GKE, 75 elsewhere if omitted",
     )  # fmt: skip
     stopping.add_argument(
-        "--max-restarts", type=int, default=50, metavar="N", help="restarts; evictions of GKE are not counted"
+        "--max-restarts",
+        type=number(CountOrZero),
+        default=50,
+        metavar="N",
+        help="restarts; evictions of GKE are not counted",
     )
     stopping.add_argument(
-        "--grace-seconds", type=int, metavar="SECONDS",
+        "--grace-seconds", type=number(CountOrZero), metavar="SECONDS",
         help="seconds between SIGTERM and SIGKILL, enough for one step and one save; estimated from the size of a "
         "checkpoint if omitted",
     )  # fmt: skip

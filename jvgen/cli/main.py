@@ -23,7 +23,8 @@ FAMILIES = (demo, data, configs, checking, compiling, launch, train, sample, eva
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one `jvgen` command and return its exit code (see `jvgen.exit_codes`).
 
-    Users' mistakes and other named errors are shown as their message, everything else with its traceback.
+    Users' mistakes and other named errors are shown as their message. Everything else is raised, and so printed with
+    its traceback; one line is shown if that is in the error file of a run directory.
     """
     parser = build_parser()
     parsed = parser.parse_args(arguments)
@@ -35,10 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with kernel_report.announced():
             return parsed.handler(parsed) or 0
     except Exception as error:
-        # With 1, which Python gives uncaught errors, it is shown with its traceback.
         code = exit_codes.of_error(error)
-        if code == exit_codes.ERROR or os.environ.get("JVGEN_TRACEBACK"):
+        recorded = getattr(error, "recorded", None) is not None
+        if os.environ.get("JVGEN_TRACEBACK") or (code == exit_codes.ERROR and not recorded):
             raise
+        if code == exit_codes.ERROR:
+            from jvgen.parallel.failing import describe_error
+
+            print(describe_error(error, f"jvgen {parsed.command}: "), file=sys.stderr)
+            return code
         print(f"jvgen {parsed.command}: {error}", file=sys.stderr)
         print("(set JVGEN_TRACEBACK=1 for the traceback)", file=sys.stderr)
         return code

@@ -2,7 +2,8 @@
 
 import argparse
 
-from jvgen.cli.arguments import add_checkpoint_arguments, add_command, add_set_argument, path
+from jvgen.cli.arguments import add_checkpoint_arguments, add_command, add_set_argument, number, path
+from jvgen.value_rules import Count, Frames, Seed
 
 COSTS = ("pixels", "last-pixels", "laplacian", "lpips", "reward")
 
@@ -25,7 +26,7 @@ def add_commands(commands) -> None:
     add_checkpoint_arguments(parser)
     parser.add_argument("--greedy", action="store_true", help="predict the most likely tokens instead of sampled ones")
     parser.add_argument(
-        "--frames", type=int, metavar="N",
+        "--frames", type=number(Frames), metavar="N",
         help="longest sequence in frames, context included; the training length if omitted",
     )  # fmt: skip
     task = parser.add_argument_group("what is controlled")
@@ -35,9 +36,9 @@ def add_commands(commands) -> None:
         "MODULE:FUNCTION that returns a gymnasium.Env with frames as observations",
     )  # fmt: skip
     task.add_argument("--goal", type=path, metavar="FILE", help="goal image; the environment's own if omitted")
-    task.add_argument("--episodes", type=int, default=1, metavar="N", help="number of episodes")
-    task.add_argument("--steps", type=int, default=15, metavar="N", help="actions per episode")
-    task.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of episodes and plans")
+    task.add_argument("--episodes", type=number(Count), default=1, metavar="N", help="number of episodes")
+    task.add_argument("--steps", type=number(Count), default=15, metavar="N", help="actions per episode")
+    task.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="random seed of episodes and plans")
     search = parser.add_argument_group("the search")
     search.add_argument(
         "--method", choices=("mppi", "cem"), default="mppi",
@@ -52,7 +53,10 @@ def add_commands(commands) -> None:
     )  # fmt: skip
     search.add_argument("--lpips", type=path, metavar="FILE", help="weights for --cost lpips (see `jvgen lpips`)")
     search.add_argument(
-        "--rows-at-once", type=int, metavar="N", help="candidates predicted at a time (memory); all if omitted"
+        "--rows-at-once",
+        type=number(Count),
+        metavar="N",
+        help="candidates predicted at a time (memory); all if omitted",
     )
     search.add_argument(
         "--with", dest="way", choices=("model", "simulator", "random"), default="model",

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jvgen.cli.arguments import add_checkpoint_arguments, add_command, path
+from jvgen.cli.arguments import add_checkpoint_arguments, add_command, number, path
+from jvgen.value_rules import Count, CountOrZero, Frames, Records, Scale, Seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,34 +29,40 @@ def add_commands(commands) -> None:
     context.add_argument(
         "--split", metavar="NAME", help="split of the data set; validation if there is one, else train, if omitted"
     )
-    context.add_argument("--record", type=int, default=0, metavar="INDEX", help="index of the recorded clip")
+    context.add_argument(
+        "--record", type=number(Records), default=0, metavar="INDEX", help="index of the recorded clip"
+    )
     context.add_argument(
         "--start-frame",
-        type=int,
+        type=number(CountOrZero),
         default=0,
         metavar="INDEX",
         help="index of the clip's frame that the context starts at",
     )
     context.add_argument(
-        "--stride", type=int, default=1, metavar="N", help="frame stride of the context: every N-th recorded frame"
+        "--stride",
+        type=number(Frames),
+        default=1,
+        metavar="N",
+        help="frame stride of the context: every N-th recorded frame",
     )
     episode = parser.add_argument_group("episode")
     episode.add_argument(
         "--actions", type=path, metavar="FILE", help=".csv or .npy file with one action per row; else the keyboard acts"
     )
     episode.add_argument(
-        "--action-scale", type=float, default=1.0, metavar="X",
+        "--action-scale", type=number(Scale), default=1.0, metavar="X",
         help="magnitude of the action component that a key press sets",
     )  # fmt: skip
     episode.add_argument(
-        "--steps", type=int, metavar="N",
+        "--steps", type=number(Count), metavar="N",
         help="frames to generate; until the actions end if omitted, or the horizon of a model without actions",
     )  # fmt: skip
     episode.add_argument(
-        "--frames", type=int, metavar="N",
+        "--frames", type=number(Frames), metavar="N",
         help="longest sequence in frames, context included; the training length if omitted",
     )  # fmt: skip
-    episode.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the sampled tokens")
+    episode.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="random seed of the sampled tokens")
     episode.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -4,7 +4,8 @@ import argparse
 import functools
 from collections.abc import Sequence
 
-from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, frame_size, path
+from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, frame_size, number, path
+from jvgen.value_rules import Count, FrameRate, Frames, Scale, Seed
 
 # How the flag's choices are named in requests.
 UNCONDITIONAL = {"empty-caption": "empty", "zeros": "zeros"}
@@ -33,21 +34,28 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=path, metavar="FILE", help="file with one prompt per line, or VBench's JSON file of prompts"
     )
-    parser.add_argument("--clips-per-prompt", type=int, default=1, metavar="N", help="clips to generate per prompt")
-    parser.add_argument("--frames", type=int, metavar="N", help="frames per clip; the training length if omitted")
+    parser.add_argument(
+        "--clips-per-prompt", type=number(Count), default=1, metavar="N", help="clips to generate per prompt"
+    )
+    parser.add_argument(
+        "--frames", type=number(Frames), metavar="N", help="frames per clip; the training length if omitted"
+    )
     parser.add_argument(
         "--size", type=frame_size, metavar="HxW",
         help="frame height and width in pixels; the training size if omitted",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="sampler steps; those of the run's config, or 50 with --weights"
+        "--steps",
+        type=number(Count),
+        metavar="N",
+        help="sampler steps; those of the run's config, or 50 with --weights",
     )
     parser.add_argument(
-        "--guidance", type=float, metavar="SCALE",
+        "--guidance", type=number(Scale), metavar="SCALE",
         help="scale of classifier-free guidance; that of the run's config, or 6 with --weights",
     )  # fmt: skip
     parser.add_argument(
-        "--enhance", type=float, metavar="TEMPERATURE",
+        "--enhance", type=number(Scale), metavar="TEMPERATURE",
         help="scale cross-frame attention as Enhance-A-Video does, with this temperature (3.4 as published); "
         "as in the run's config if omitted",
     )  # fmt: skip
@@ -57,11 +65,14 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "temperature), layers=1,1,0,... (repeatable)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N",
+        "--seed", type=number(Seed), default=0, metavar="N",
         help="random seed; clip i of prompt p depends on (seed, p, i) only",
     )  # fmt: skip
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="clips generated at once; 8, or 1 with --weights, if omitted"
+        "--batch-size",
+        type=number(Count),
+        metavar="N",
+        help="clips generated at once; 8, or 1 with --weights, if omitted",
     )
     parser.add_argument(
         "--out", type=path, required=True, metavar="PATH", help="folder for .mp4 files, or one .mp4 file"
@@ -86,10 +97,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             help="camera path (circle, hemisphere, interpolate or dolly), or one RealEstate10K camera file per view",
         ),
         views.add_argument(
-            "--views", type=int, metavar="N", help="number of views; one per camera file, or 2, if omitted"
+            "--views", type=number(Count), metavar="N", help="number of views; one per camera file, or 2, if omitted"
         ),
         views.add_argument(
-            "--camera-distance", type=float, default=0.5, metavar="D",
+            "--camera-distance", type=number(Scale), default=0.5, metavar="D",
             help="distance from the first to the last camera of a camera path, in the units of the training cameras",
         ),
         views.add_argument(
@@ -139,7 +150,7 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
             "--tiles", action="store_true", help="decode in overlapping, blended tiles, which takes less memory"
         ),
         group.add_argument(
-            "--fps", type=float, metavar="RATE",
+            "--fps", type=number(FrameRate), metavar="RATE",
             help="frame rate of the files in frames per second; 8, or 16 for CogVideoX 1.5, if omitted",
         ),
         group.add_argument(
@@ -148,7 +159,7 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
             "JSON prompts",
         ),
         group.add_argument(
-            "--devices", type=int, metavar="N", help="number of this machine's devices to use; all if omitted"
+            "--devices", type=number(Count), metavar="N", help="number of this machine's devices to use; all if omitted"
         ),
     ]  # fmt: skip
 

@@ -8,9 +8,11 @@ from jvgen.cli.arguments import (
     add_process_arguments,
     experiment_of,
     join_processes,
+    number,
     path,
 )
 from jvgen.training.preemption import Preemption
+from jvgen.value_rules import Steps
 
 
 def add_commands(commands) -> None:
@@ -25,7 +27,7 @@ def add_commands(commands) -> None:
     add_config_arguments(parser)
     parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help="run directory; created if missing")
     parser.add_argument(
-        "--stop-after", type=int, metavar="STEP", help="save a checkpoint and exit after this training step"
+        "--stop-after", type=number(Steps), metavar="STEP", help="save a checkpoint and exit after this training step"
     )
     parser.add_argument(
         "--allow-changes", action="store_true",
@@ -52,10 +54,12 @@ def run_train(parsed: argparse.Namespace) -> int:
             join_processes(parsed)
             clock.mark("processes")
             from jvgen.preflight.check import check
+            from jvgen.saved_config import digest
             from jvgen.training.loop import train
 
             clock.mark("imports")
             experiment = experiment_of(parsed)
+            failing.note_fact("config", digest(experiment))
             check(experiment, parsed.workdir)
             clock.mark("checks")
             return train(

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from jvgen.cli.arguments import add_coder_arguments, add_command, path
+from jvgen.cli.arguments import add_coder_arguments, add_command, number, path
 from jvgen.terminal import progress_bar
+from jvgen.value_rules import FrameRate, Quality
 
 
 def add_commands(commands) -> None:
@@ -30,11 +31,11 @@ def add_commands(commands) -> None:
     )
     add_coder_arguments(parser)
     parser.add_argument(
-        "--fps", type=float, metavar="RATE",
+        "--fps", type=number(FrameRate), metavar="RATE",
         help="frame rate of the video in frames per second; that of the encoded video if omitted",
     )  # fmt: skip
     parser.add_argument(
-        "--crf", type=int, default=18, metavar="N",
+        "--crf", type=number(Quality), default=18, metavar="N",
         help="constant rate factor of x264, 0 (lossless) to 51 (smallest file)",
     )  # fmt: skip
 

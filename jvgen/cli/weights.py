@@ -4,7 +4,8 @@ import argparse
 import math
 from pathlib import Path
 
-from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, add_set_argument, experiment_of, path
+from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, add_set_argument, experiment_of, number, path
+from jvgen.value_rules import Weight
 
 
 def add_commands(commands) -> None:
@@ -84,7 +85,7 @@ def _add_verify(commands) -> None:
     )  # fmt: skip
     parser.add_argument("folder", type=path, metavar="DIR", help="exported folder of one network")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, metavar="MAX", help="largest absolute difference that passes"
+        "--tolerance", type=number(Weight), default=1e-4, metavar="MAX", help="largest absolute difference that passes"
     )
 
 

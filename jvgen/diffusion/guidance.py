@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jvgen.config import Config
 from jvgen.diffusion.schedule import TIMESTEPS
-from jvgen.value_rules import Bounds
+from jvgen.value_rules import Bounds, Scale
 
 Denoise = Callable[[Array, Array, Array], Array]
 ConditionedDenoise = Callable[[Array, Array, Any], Array]
@@ -30,7 +30,7 @@ class GuidanceConfig(Config):
     """
 
     kind: Literal["none", "constant", "dynamic"] = "constant"
-    scale: Annotated[float, Bounds(at_least=-1000, at_most=1000)] = 6.0
+    scale: Scale = 6.0
     exponent: Annotated[float, Bounds(at_least=0, at_most=100)] = 5.0
     rescale: Annotated[float, Bounds(at_least=0, at_most=1, fix="0 turns it off")] = 0.0
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jvgen.geometry import rotations
 from jvgen.geometry.cameras import Cameras
-from jvgen.storage import Path, as_path, read_bytes, write_text
+from jvgen.storage import Path, as_path, read_utf8, write_text
 
 COLUMNS = 19
 # Largest accepted entry of |R R^T - I|; files with nine digits are within 1e-8.
@@ -66,7 +66,7 @@ def read_cameras(path: str | Path) -> CameraTrack:
     path = as_path(path)
     if not path.is_file():
         raise ValueError(f"camera file {str(path)!r} does not exist.")
-    lines = read_bytes(path).decode("utf-8-sig").splitlines()
+    lines = read_utf8(path).splitlines()
     first = 0 if lines and _is_row(lines[0]) else 1
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if number > first and line.strip()]
     if not rows:

@@ -24,6 +24,8 @@ LEAVE_SECONDS = 10.0
 # The event by which a process tells the others.
 EVENT = "abort"
 
+# What an error file says of the run, beside versions and the command.
+_facts: dict[str, str] = {}
 _before_exit: list[Callable[[], None]] = []
 _aborting = threading.Lock()
 
@@ -42,16 +44,17 @@ def before_exit(function: Callable[[], None]) -> Iterator[None]:
 def fail_fast(workdir: Path | None = None) -> Iterator[None]:
     """Context in which an exception ends all processes of the run within seconds.
 
-    The traceback is written to `workdir/errors/process_N.txt`. With one process the exception is raised on. With
-    several it is printed, the others are told, and all end with the same code: waiting for the others, as Python would
-    at its end, would take minutes, because they wait for this process.
+    The traceback is written to `workdir/errors/process_N.txt`; where that is, is kept as the exception's `recorded`
+    (None if it could not be written). With one process the exception is raised on. With several it is told, the others
+    are told, and all end with the same code: waiting for the others, as Python would at its end, would take minutes,
+    because they wait for this process.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if not getattr(error, "recorded", False):
-            error.recorded = True
-            record_error(error, workdir)
+        if not hasattr(error, "recorded"):
+            error.recorded = None
+            error.recorded = record_error(error, workdir)
         if count() > 1:
             _print_error(error)
             abort(code_of(error), f"{type(error).__name__}: {error}")
@@ -69,11 +72,22 @@ def code_of(error: BaseException) -> int:
 
 def _print_error(error: BaseException) -> None:
     prefix = f"jvgen: process {index()} of {count()} ends with exit code {code_of(error)}: "
+    print(describe_error(error, prefix), file=sys.stderr, flush=True)
+
+
+def describe_error(error: BaseException, prefix: str) -> str:
+    """What a terminal shows of an error that ends a process.
+
+    The message of a named error; of an unexpected one its first line and the file with the traceback, or the traceback
+    if there is no such file.
+    """
     if exit_codes.of_error(error) != exit_codes.ERROR:
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
-    else:
-        text = "".join(traceback.format_exception(error))
-        print(f"{text}{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return f"{prefix}{error}"
+    file = getattr(error, "recorded", None)
+    if file is None or os.environ.get("JVGEN_TRACEBACK"):
+        return f"{''.join(traceback.format_exception(error))}{prefix}{type(error).__name__}: {error}"
+    first = str(error).strip().partition("\n")[0]
+    return f"{prefix}{type(error).__name__}: {first[:500]} (the traceback is in {file})"
 
 
 def abort(code: int, reason: str, stacks: bool = False) -> NoReturn:
@@ -148,6 +162,11 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def note_fact(name: str, value: str) -> None:
+    """Have something that is known of the run written into its error files."""
+    _facts[name] = value
+
+
 def record_error(error: BaseException, workdir: Path | None) -> Path | None:
     """Append an exception with its traceback to `workdir/errors/process_N.txt`, as plain text; returns the file.
 
@@ -161,7 +180,8 @@ def record_error(error: BaseException, workdir: Path | None) -> Path | None:
         f"{now}  process {index()} of {count()} on {socket.gethostname()}, pid {os.getpid()}\n"
         f"command: {shlex.join(sys.argv)}\n"
         f"jvgen {__version__}, JAX {getattr(jax, '__version__', 'not imported')}, Python {sys.version.split()[0]}\n"
-        f"exit code {code_of(error)}\n{''.join(traceback.format_exception(error))}\n"
+        + "".join(f"{name}: {value}\n" for name, value in _facts.items())
+        + f"exit code {code_of(error)}\n{''.join(traceback.format_exception(error))}\n"
     )
     file = workdir / "errors" / f"process_{index()}.txt"
     # The others wait for this process.

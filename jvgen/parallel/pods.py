@@ -110,7 +110,7 @@ def pod_named(topology: str, slices: int = 1) -> Pod:
     """
     generation, separator, text = topology.partition(":")
     sizes = text.split("x")
-    if not separator or not all(size.isascii() and size.isdecimal() for size in sizes):
+    if not separator or not all(size.isascii() and size.isdecimal() and len(size) < 6 for size in sizes):
         raise ConfigError(f"topology {topology!r}: write GENERATION:SHAPE, for example {EXAMPLES}.")
     if generation.lower() not in SLICES:
         raise ConfigError(

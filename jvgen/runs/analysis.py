@@ -87,7 +87,7 @@ def analyze(
 
 
 def _prepare(experiment: Experiment, data: str | None, timesteps: Sequence[float], batches: int) -> Loader:
-    if not timesteps or min(timesteps) < 0 or max(timesteps) > 999:
+    if not timesteps or not all(0 <= t <= 999 for t in timesteps):
         raise ValueError(f"--timesteps {','.join(f'{t:g}' for t in timesteps)}: raw timesteps from 0 to 999.")
     if batches < 1:
         raise ValueError(f"--batches {batches}: average over at least one batch.")

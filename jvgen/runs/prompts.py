@@ -1,10 +1,9 @@
 """Read prompts from a text file with one per line, or from JSON in VBench's form."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from jvgen.storage import Path, read_text
+from jvgen.storage import Path, read_json, read_utf8
 
 # What VBench calls the text of an entry, and what other lists do.
 KEYS = ("prompt_en", "prompt")
@@ -18,6 +17,7 @@ def read_prompts(path: Path) -> list[str]:
         prompt several times) or "prompt"; anything else is text with one prompt a line.
 
     Raises:
+      UnreadableFile: not UTF-8, or not JSON.
       ValueError: no such file, no prompts in it, or JSON of another form.
     """
     if not path.is_file():
@@ -25,17 +25,14 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix == ".json":
         prompts = _from_json(path)
     else:
-        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_utf8(path).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {path}: has no prompts.")
     return list(dict.fromkeys(prompts))
 
 
 def _from_json(path: Path) -> list[str]:
-    try:
-        entries = json.loads(read_text(path))
-    except ValueError as error:
-        raise ValueError(f"--prompts {path}: is not JSON: {error}.") from error
+    entries = read_json(path)
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise ValueError(f"--prompts {path}: expected a list of texts, or of objects with {' or '.join(KEYS)}.")
     return [_text(path, number, entry) for number, entry in enumerate(entries)]

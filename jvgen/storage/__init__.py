@@ -6,7 +6,15 @@ uses. What a bucket does not have (rename, append, file descriptors, memory maps
 
 from jvgen.storage.cache import FileCache, default_cache
 from jvgen.storage.errors import StorageError, StorageUnavailable
-from jvgen.storage.file_kinds import UnreadableFile, looks_like, read_json_object, reading, unreadable
+from jvgen.storage.file_kinds import (
+    UnreadableFile,
+    looks_like,
+    read_json,
+    read_json_object,
+    read_utf8,
+    reading,
+    unreadable,
+)
 from jvgen.storage.files import (
     appending,
     check_run_directory,
@@ -48,8 +56,10 @@ __all__ = [
     "looks_like",
     "move_tree",
     "read_bytes",
+    "read_json",
     "read_json_object",
     "read_text",
+    "read_utf8",
     "reading",
     "recordings",
     "remove_tree",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jvgen import exit_codes
+from jvgen.storage.files import read_bytes
 from jvgen.storage.paths import Path, is_remote
 
 _HEAD_BYTES = 1024
@@ -67,14 +68,39 @@ def unreadable(path: Path, problem: str, reason: str, fix: str = "Get the file a
     return UnreadableFile(f"{path} {problem}: {reason.rstrip('.')}.{seen} {fix}")
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark.
+
+    Raises:
+      UnreadableFile: it is not UTF-8; the message has the line.
+    """
+    content = read_bytes(path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        reason = f"line {line} has the byte 0x{content[error.start]:02x}"
+        raise unreadable(path, "is not UTF-8 text", reason, "Save it as UTF-8.") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      UnreadableFile: it is not JSON; the message has the line.
+    """
+    text = read_utf8(path)
+    with reading(path, "is not JSON", "Get the file again, or correct it."):
+        return json.loads(text)
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
       UnreadableFile: it is not JSON, or not an object.
     """
-    with reading(path, "is not JSON", "Get the file again, or correct it."):
-        value = json.loads(path.read_text(encoding="utf-8"))
+    value = read_json(path)
     if not isinstance(value, dict):
         raise UnreadableFile(f"{path} is not a JSON object but a {type(value).__name__}. Get the file again.")
     return value

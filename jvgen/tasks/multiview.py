@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ from jvgen.tasks import view_batches
 from jvgen.tasks.task import ArraySpec, Batch, Generated, Mean, Metrics, SampleRequest, activation_dtype
 from jvgen.tasks.text_to_video import SAMPLER_KEY, START_KEY, TextToVideo, TextToVideoConfig
 from jvgen.tasks.view_batches import ViewKind
-from jvgen.value_rules import Bounds
+from jvgen.value_rules import Scale
 
 # One more purpose of a step's key (see jvgen.tasks.text_to_video); numbers keep their meaning across versions.
 NORMALS_KEY = 20
@@ -72,7 +72,7 @@ class MultiViewConfig(TextToVideoConfig):
     homography: HomographyConfig = HomographyConfig()
     one_timestep: bool = False
     pairing: PairingConfig = PairingConfig()
-    adapter_scale: Annotated[float, Bounds(at_least=-1000, at_most=1000)] = 0.0
+    adapter_scale: Scale = 0.0
 
     def check_bucket(self, bucket: BucketConfig) -> None:
         if bucket.views > MAX_VIEWS:

@@ -1,7 +1,6 @@
 """The complete description of a run: what a file in `configs/` returns."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from jvgen import config, saved_config
@@ -10,7 +9,7 @@ from jvgen.data.stream.config import DataConfig
 from jvgen.data.stream.stages import check_stages
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
-from jvgen.storage import Path, as_path, read_text
+from jvgen.storage import Path, UnreadableFile, as_path, read_json
 from jvgen.tasks.task import TaskConfig
 from jvgen.training.config import CheckpointConfig, InitFromConfig, TrainingConfig
 from jvgen.training.optimization.ema import EmaConfig
@@ -98,9 +97,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 def _read_json(path: Path) -> object:
     try:
-        document = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a saved config: {error}") from error
+        document = read_json(path)
+    except UnreadableFile as error:
+        raise ConfigError(f"not a saved config: {error}") from error
     try:
         return saved_config.decode(document.get("experiment", document) if isinstance(document, dict) else document)
     except ConfigError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jvgen import config, exit_codes, storage
+from jvgen import config, exit_codes, saved_config, storage
 from jvgen.data.stream.loader import LoadedBatch, Loader
 from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.parallel import failing, processes
@@ -83,6 +83,7 @@ def train(
     workdir, clock = as_path(workdir), clock or StartClock()
     with failing.fail_fast(workdir), contextlib.ExitStack() as stack:
         config.validate_tree(experiment)
+        failing.note_fact("config", saved_config.digest(experiment))
         if stop_after is not None and stop_after < 1:
             raise config.ConfigError(f"stop_after = {stop_after}: the number of steps after which to stop, at least 1.")
         processes.attach()

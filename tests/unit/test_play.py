@@ -161,7 +161,7 @@ def test_bad_input(model, data, tmp_path, jvgen):
         ([tmp_path, *common], "neither a run directory nor"),
         ([model, *common, "--record", 3], "--record 3: .* has recordings 0 to 0"),
         ([model, *common, "--start-frame", 8], "reaches frame 9; the recording has 9"),
-        ([model, *common, "--stride", 0], "--stride 0"),
+        ([model, *common, "--stride", 0], "--stride: .0.: must be at least 1"),
         ([model, *common, "--out", tmp_path / "x.png"], "written as .mp4 or .gif"),
         ([model, *common, "--frames", 60], "more than transformer.max_positions = 140"),
     ):

@@ -1,9 +1,12 @@
 """Reads captions of media files: one table per folder, or one text file per clip."""
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from jvgen import storage
 
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 ACCEPTED = (
@@ -40,7 +43,7 @@ def read_captions(
     for file in files:
         beside = file.with_suffix(".txt")
         if beside.is_file():
-            lines = [line.strip() for line in beside.read_text(encoding="utf-8-sig").splitlines()]
+            lines = [line.strip() for line in storage.read_utf8(beside).splitlines()]
             if any(lines):
                 found[file] = tuple(line for line in lines if line)
     if not found and not optional:
@@ -51,24 +54,38 @@ def read_captions(
 def _read_table(table: Path) -> dict[str, list[str]]:
     """Captions by file name as written in the table."""
     rows: dict[str, list[str]] = {}
-    text = table.read_text(encoding="utf-8-sig")
+    text = storage.read_utf8(table)
     if table.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{table}, line {number}: not JSON ({error}).") from error
             _add(rows, row, table, number)
         return rows
     if table.suffix not in (".csv", ".tsv"):
         raise ValueError(f"captions = {str(table)!r}: a .csv, .tsv or .jsonl file. Accepted: {ACCEPTED}.")
-    reader = csv.DictReader(text.splitlines(), delimiter="\t" if table.suffix == ".tsv" else ",")
-    if not {"file", "caption"} <= set(reader.fieldnames or ()):
-        raise ValueError(f"{table}: its columns are {reader.fieldnames}; it needs file and caption.")
-    for row in reader:
-        _add(rows, row, table, reader.line_num)
+    for number, row in read_csv(table, ("file", "caption"), delimiter="\t" if table.suffix == ".tsv" else ","):
+        _add(rows, row, table, number)
+    return rows
+
+
+def read_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> list[tuple[int, dict[str, str]]]:
+    """Line number and cells by column of every row of a table.
+
+    Raises:
+      UnreadableFile: not UTF-8, or not a table.
+      ValueError: it lacks a column.
+    """
+    text = storage.read_utf8(table)
+    with storage.reading(table, "is not a table of text", "Save it again as CSV."):
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        names = reader.fieldnames or ()
+        rows = [(reader.line_num, row) for row in reader]
+    if not set(columns) <= set(names):
+        raise ValueError(f"{table}: its columns are {list(names)}; it needs {' and '.join(columns)}.")
     return rows
 
 

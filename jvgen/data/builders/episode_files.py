@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jvgen.data.video_files import DecodeError, decode_window, is_image, probe
+from jvgen.storage import reading
 
 INSTRUCTIONS = ("language_instruction", "natural_language_instruction", "instruction")
 NUMPY, HDF5, SHARDS = (".npz",), (".hdf5", ".h5"), (".tfrecord-", ".array_record-")
@@ -102,6 +104,9 @@ def read_frames(paths: Sequence[Path]) -> RawEpisode:
         raise DecodeError(f"cannot be read ({error})") from error
 
 
+_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error)
+
+
 def read_numpy(path: Path) -> RawEpisode:
     """The arrays of an npz file.
 
@@ -111,7 +116,7 @@ def read_numpy(path: Path) -> RawEpisode:
     try:
         with np.load(path, allow_pickle=False) as file:
             return RawEpisode({name: file[name] for name in file.files})
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, LookupError, EOFError, MemoryError, NotImplementedError, *_BROKEN_ZIP) as error:
         raise DecodeError(f"cannot be read as npz ({error})") from error
 
 
@@ -137,9 +142,10 @@ def _array_records(path: Path) -> Iterator[Callable[[], bytes]]:
         finally:
             reader.close()
 
-    reader = ArrayRecordReader(str(path))
-    count = reader.num_records()
-    reader.close()
+    with reading(path, "cannot be read as ArrayRecord"):
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
     return (functools.partial(read, number) for number in range(count))
 
 

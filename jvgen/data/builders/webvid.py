@@ -1,10 +1,10 @@
 """Builds a data set from WebVid: a csv table of captions and a folder of videos (Bain et al., arXiv 2104.00650)."""
 
-import csv
 import functools
 from pathlib import Path
 
 from jvgen.data.builders.build_loop import FilterConfig, Progress, Summary
+from jvgen.data.builders.captions import read_csv
 from jvgen.data.builders.folders import VIDEO_SUFFIXES, Media, build_media, video_record
 from jvgen.storage import recordings
 
@@ -67,11 +67,8 @@ def read_table(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         raise ValueError(f"table = {str(path)!r}: no such file; WebVid's lists are csv files.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not set(COLUMNS) <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: its columns are {reader.fieldnames}; it needs {' and '.join(COLUMNS)}.")
-        rows = {row["videoid"].strip(): row["name"].strip() for row in reader if row["videoid"] and row["name"]}
+    table = read_csv(path, COLUMNS)
+    rows = {row["videoid"].strip(): row["name"].strip() for _, row in table if row["videoid"] and row["name"]}
     if not rows:
         raise ValueError(f"{path}: has no rows with a videoid and a name.")
     return rows

@@ -1,7 +1,6 @@
 """Reads data sets on disk: random access to the records of one split, from any thread or process."""
 
 import difflib
-import json
 import threading
 from typing import Any
 
@@ -9,7 +8,7 @@ from jvgen.data.store import records
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import Record
 from jvgen.data.store.shards import Shard, ShardedRecords
-from jvgen.storage import FileCache, Path, StorageError, as_path, default_cache, is_remote, read_text
+from jvgen.storage import FileCache, Path, StorageError, as_path, default_cache, is_remote, read_json_object
 
 METADATA = "jvgen.json"  # metadata of the builder, beside TFDS's own files
 # Opening imports TFDS, whose lazy modules share one lock (functools.cached_property of Python 3.11): two threads that
@@ -161,7 +160,7 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     path = as_path(folder) / METADATA
     if not path.is_file():
         raise ValueError(f"{folder} has no {METADATA}: it was not written by `jvgen data build`.")
-    return json.loads(read_text(path))
+    return read_json_object(path)
 
 
 def _builder(folder: Path) -> Any:

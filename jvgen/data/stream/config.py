@@ -8,7 +8,7 @@ from jvgen.config import Config
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.segments import SegmentConfig
 from jvgen.storage.cache import DEFAULT_GIB, FileCache, cache_of
-from jvgen.value_rules import BelowOne, Bounds, Count, Frames, Pixels, Step, Weight
+from jvgen.value_rules import BelowOne, Bounds, Count, Frames, Pixels, Step, Weight, Workers
 
 Kind = Literal["image", "static", "dynamic"]
 
@@ -127,7 +127,7 @@ class DataConfig(Config):
     upscale: bool = False
     flip: bool = False
     augmentation: AugmentationConfig | None = None
-    threads: Annotated[int, Bounds(at_least=1, at_most=1024)] = 8
+    threads: Workers = 8
     workers: Annotated[int, Bounds(at_least=0, at_most=1024)] = 0
     prefetch: Annotated[int, Bounds(at_least=1, at_most=1000)] = 4
     error_budget: BelowOne = 0.001

@@ -2,13 +2,12 @@
 
 import dataclasses
 import enum
-from typing import Annotated
 
 from jvgen.config import Config
 from jvgen.nn.attention import AttentionKernel
 from jvgen.nn.rope import RotaryGrid
 from jvgen.nn.stacked import Remat
-from jvgen.value_rules import Bounds, Count, Epsilon, Frames, Layers, Pixels, Positive, Width
+from jvgen.value_rules import Count, Epsilon, Frames, Layers, Pixels, Positive, Scale, Width
 
 
 class Positions(enum.Enum):
@@ -44,7 +43,7 @@ class AggregationConfig(Config):
 
     period: Layers = 6
     gate: GateKind = GateKind.SCALAR
-    initial: Annotated[float, Bounds(at_least=-1000, at_most=1000)] = 0.5
+    initial: Scale = 0.5
     memory_saving: bool = True
 
     def validate(self) -> None:

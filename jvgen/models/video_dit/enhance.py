@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jvgen.config import Config
 from jvgen.models.video_dit.model import TokenLayout
 from jvgen.nn.frame_diagonal import mean_diagonal
-from jvgen.value_rules import Bounds, Fraction
+from jvgen.value_rules import Bounds, Fraction, Scale
 
 # With a temperature of -1 no factor is above one: (F - 1) (1 - d) / (F - 1) <= 1.
 OFF = -1.0
@@ -44,13 +44,13 @@ class EnhanceConfig(Config):
       layers: one factor on the temperature per layer; empty for 1 in all layers, 0 turns a layer off.
     """
 
-    temperature: Annotated[float, Bounds(at_least=-1000, at_most=1000)] = 3.4
+    temperature: Scale = 3.4
     relative: bool = False
     share: Literal["batch", "clip", "sample", "head"] = "clip"
     gain: Annotated[float, Bounds(at_least=1, at_most=1000, fix="for example 1.15; or none")] | None = None
     start: Fraction = 0.0
     end: Fraction = 1.0
-    layers: tuple[Annotated[float, Bounds(at_least=-1000, at_most=1000)], ...] = ()
+    layers: tuple[Scale, ...] = ()
 
     def validate(self) -> None:
         if self.start > self.end:
