@@ -207,11 +207,21 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> list[argparse.A
     ]  # fmt: skip
 
 
+def add_variant_argument(parser: Any) -> argparse.Action:
+    """Add `--variant`: which files of a folder of weights are read."""
+    return parser.add_argument(
+        "--variant", metavar="NAME",
+        help="read the files of this variant, as diffusers and transformers name them (model.fp16.safetensors): fp16, "
+        "bf16; those without a variant if omitted",
+    )  # fmt: skip
+
+
 def add_coder_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the VAE that encodes or decodes files, and how much of a video it takes at a time."""
     parser.add_argument(
         "--vae", type=path, required=True, metavar="DIR", help="exported folder of an image or video VAE"
     )
+    add_variant_argument(parser)
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--chunk-frames", type=number(Frames), default=16, metavar="N",

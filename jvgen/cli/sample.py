@@ -4,7 +4,15 @@ import argparse
 import functools
 from collections.abc import Sequence
 
-from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, frame_size, number, path
+from jvgen.cli.arguments import (
+    DTYPES,
+    add_command,
+    add_run_arguments,
+    add_variant_argument,
+    frame_size,
+    number,
+    path,
+)
 from jvgen.value_rules import Count, FrameRate, Frames, Scale, Seed
 
 # How the flag's choices are named in requests.
@@ -158,6 +166,7 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
             help="names of files in a folder: 0000_00_a_red_ball.mp4, or 'a red ball-0.mp4', which is the default for "
             "JSON prompts",
         ),
+        add_variant_argument(group),
         group.add_argument(
             "--devices", type=number(Count), metavar="N", help="number of this machine's devices to use; all if omitted"
         ),
@@ -225,7 +234,7 @@ def _sample_weights(parsed: argparse.Namespace, prompts: list[str]) -> None:
         negative_prompt=parsed.negative_prompt, null=UNCONDITIONAL[parsed.unconditional],
         seed=parsed.seed, batch=1 if parsed.batch_size is None else parsed.batch_size, noise=parsed.noise,
         dtype=parsed.dtype, in_tiles=parsed.tiles, frames_per_second=parsed.fps, devices=parsed.devices,
-        enhance=enhance_config(parsed),
+        enhance=enhance_config(parsed), variant=parsed.variant,
     )  # fmt: skip
     listed = parsed.prompts is not None and parsed.prompts.suffix == ".json"
     naming = parsed.naming or ("vbench" if listed else "numbered")

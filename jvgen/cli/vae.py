@@ -43,9 +43,11 @@ def add_commands(commands) -> None:
 def run_encode(parsed: argparse.Namespace) -> int:
     """Encode every video."""
     from jvgen.autoencoding.latent_files import encode_file, open_vae
+    from jvgen.interop.from_torch import with_variant
 
     targets = _targets(parsed.videos, parsed.out, ".npy", parsed.overwrite)
-    vae, digest = open_vae(parsed.vae, parsed.chunk_frames, parsed.compute_dtype)
+    folder = with_variant(parsed.vae, parsed.variant)
+    vae, digest = open_vae(folder, parsed.chunk_frames, parsed.compute_dtype)
     for source, target in targets:
         with progress_bar(f"encoding {source.name}", "frames") as report:
             video = encode_file(vae, digest, source, target, dtype=parsed.dtype, report=report)
@@ -58,10 +60,12 @@ def run_encode(parsed: argparse.Namespace) -> int:
 def run_decode(parsed: argparse.Namespace) -> int:
     """Decode every file of latents."""
     from jvgen.autoencoding.latent_files import decode_file, open_vae, read_latents
+    from jvgen.interop.from_torch import with_variant
 
     images = [read_latents(path)[0].frames_per_second == 0 for path in parsed.latents]
     targets = _targets(parsed.latents, parsed.out, ".mp4", parsed.overwrite)
-    vae, digest = open_vae(parsed.vae, parsed.chunk_frames, parsed.compute_dtype)
+    folder = with_variant(parsed.vae, parsed.variant)
+    vae, digest = open_vae(folder, parsed.chunk_frames, parsed.compute_dtype)
     for (source, target), image in zip(targets, images, strict=True):
         target = target.with_suffix(".png") if image else target
         with progress_bar(f"decoding {source.name}", "frames") as report:

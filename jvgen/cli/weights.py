@@ -1,10 +1,18 @@
 """`jvgen export`, `import`, `verify` and `lpips`: weights between runs, PyTorch folders and single files."""
 
 import argparse
-import math
 from pathlib import Path
 
-from jvgen.cli.arguments import DTYPES, add_command, add_run_arguments, add_set_argument, experiment_of, number, path
+from jvgen.cli.arguments import (
+    DTYPES,
+    add_command,
+    add_run_arguments,
+    add_set_argument,
+    add_variant_argument,
+    experiment_of,
+    number,
+    path,
+)
 from jvgen.value_rules import Weight
 
 
@@ -72,6 +80,7 @@ def _add_import(commands) -> None:
         "--allow-partial", action="store_true",
         help="load iVideoGPT weights that differ in context frames or heads; what they lack is newly initialized",
     )  # fmt: skip
+    add_variant_argument(parser)
     parser.add_argument("--to", type=path, metavar="DIR", help="run directory to create")
 
 
@@ -84,6 +93,7 @@ def _add_verify(commands) -> None:
         handler=run_verify,
     )  # fmt: skip
     parser.add_argument("folder", type=path, metavar="DIR", help="exported folder of one network")
+    add_variant_argument(parser)
     parser.add_argument(
         "--tolerance", type=number(Weight), default=1e-4, metavar="MAX", help="largest absolute difference that passes"
     )
@@ -121,27 +131,25 @@ def run_import(parsed: argparse.Namespace) -> int:
     from jvgen.runs.exporting import describe_weights, import_run
 
     if parsed.to is None:
-        print(describe_weights(parsed.weights))
+        print(describe_weights(parsed.weights, parsed.variant))
         return 0
     if parsed.config is None:
         raise ValueError("--to also needs --config: the config of the run that takes the weights.")
     import_run(
         parsed.weights, experiment_of(parsed), parsed.to, network=parsed.network, inflate=parsed.inflate,
-        init_gates=parsed.init_gates, allow_partial=parsed.allow_partial,
+        init_gates=parsed.init_gates, allow_partial=parsed.allow_partial, variant=parsed.variant,
     )  # fmt: skip
     return 0
 
 
 def run_verify(parsed: argparse.Namespace) -> int:
     """Compare one exported network; 1 if the difference is too large, or not a number."""
-    from jvgen.config import ConfigError
-    from jvgen.interop.from_torch import import_folder
+    from jvgen.interop.from_torch import import_folder, with_variant
     from jvgen.interop.verify import verify
 
-    if not (math.isfinite(parsed.tolerance) and parsed.tolerance >= 0):
-        raise ConfigError(f"--tolerance {parsed.tolerance}: must be a number of at least 0, such as 1e-4.")
-    network_config, parameters = import_folder(parsed.folder)
-    report = verify(parsed.folder, network_config, parameters)
+    weights = with_variant(parsed.folder, parsed.variant)
+    network_config, parameters = import_folder(weights)
+    report = verify(weights, network_config, parameters)
     print(report)
     # Not "is above": no comparison with NaN is true.
     return 0 if report.max_abs_error <= parsed.tolerance else 1

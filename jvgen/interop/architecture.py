@@ -52,16 +52,23 @@ def differences(found: Config, wanted: Config) -> list[str]:
     """
     if type(found) is not type(wanted):
         return [f"a network of {type(found).__name__} in the weights, of {type(wanted).__name__} in the run"]
-    form = format_of(wanted)
-    # Through config.json and back, so that what no file keeps is equal on both sides.
-    stored = form.from_json(form.to_json(wanted))
-    has_extra_weights = form.extra_weight_map(wanted) is not None
-    wanted = form.with_extra_weights(stored, form.extra_weights_json(wanted)) if has_extra_weights else stored
+    if found == wanted:
+        return []
+    found, wanted = _as_stored(found), _as_stored(wanted)
     ignored = DESCRIPTIVE_FIELDS.get(type(found).__name__, set())
     if getattr(wanted, "positions", Positions.SINCOS) is not Positions.SINCOS:
         # Rotary positions depend on the size of the clips that the network is made for.
         ignored = ignored - {"sample_height", "sample_width", "sample_frames"}
     return list(_lines(found, wanted, ignored))
+
+
+def _as_stored(config: Config) -> Config:
+    """Through config.json and back, so that what no file keeps is the same in all configs."""
+    form = format_of(config)
+    stored = form.from_json(form.to_json(config))
+    if form.extra_weight_map(config) is None:
+        return stored
+    return form.with_extra_weights(stored, form.extra_weights_json(config))
 
 
 def _lines(found: Config, wanted: Config, ignored: set[str], prefix: str = "") -> Iterator[str]:

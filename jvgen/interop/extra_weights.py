@@ -13,6 +13,7 @@ from jvgen.config import Config
 from jvgen.finite import narrowed
 from jvgen.interop.formats import Format
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
+from jvgen.models.weight_map import WeightError
 from jvgen.nested import flatten
 from jvgen.storage import Path, read_json_object
 
@@ -66,4 +67,7 @@ def read_extra_weights(
     table = form.extra_weight_map(config)
     if table is None or not flatten(shapes):
         return dict(shapes)
-    return table.from_torch(SafetensorsFile(folder / f"{form.extra_weights}.safetensors"), shapes, place)
+    file = folder / f"{form.extra_weights}.safetensors"
+    if not file.is_file():
+        raise WeightError(f"{file}, with what {form.class_name} does not have ({', '.join(shapes)}), is missing.")
+    return table.from_torch(SafetensorsFile(file), shapes, place)

@@ -123,7 +123,7 @@ def _without_config(path: Path, folder: Path) -> ValueError:
     adapters = [file for stem in _ADAPTER_FILES for file in sorted(folder.glob(f"{stem}*"))]
     for file in [path] if path.is_file() else adapters:
         # It says what is wrong with this file, if something is.
-        _open_file(file)
+        _refuse_adapter(_open_file(file), file)
     inside = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}"))
     hint = "It describes the network of the weights."
     if inside:
@@ -195,19 +195,26 @@ def open_weights(path: Path, form: Format) -> Mapping[str, np.ndarray]:
       UnreadableFile: a corrupt file.
       WeightError: a LoRA adapter.
     """
-    return _open_file(path if path.is_file() else weights_file(path, form))
+    file = path if path.is_file() else weights_file(path, form)
+    tensors = _open_file(file)
+    # Networks of ours may have adapters of their own.
+    if form.library != "jvgen":
+        _refuse_adapter(tensors, file)
+    return tensors
 
 
 def _open_file(path: Path) -> Mapping[str, np.ndarray]:
     if is_index(path.name):
-        tensors: Mapping[str, np.ndarray] = Shards(path)
-    elif path.suffix == ".safetensors":
-        tensors = SafetensorsFile(path)
-    elif path.suffix in PICKLES:
-        tensors = open_pickle(path)
-    else:
-        kinds = ", ".join(PICKLES)
-        raise ValueError(f"{path}: weights are read from .safetensors files (or {kinds}), not {path.suffix!r}.")
+        return Shards(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in PICKLES:
+        return open_pickle(path)
+    kinds = ", ".join(PICKLES)
+    raise ValueError(f"{path}: weights are read from .safetensors files (or {kinds}), not {path.suffix!r}.")
+
+
+def _refuse_adapter(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     adapters = [name for name in tensors if _ADAPTER.search(name)]
     if adapters:
         raise WeightError(
@@ -216,7 +223,6 @@ def _open_file(path: Path) -> Mapping[str, np.ndarray]:
             "pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.save_pretrained(FOLDER); "
             "then import that folder."
         )
-    return tensors
 
 
 class Shards(Mapping[str, np.ndarray]):

@@ -13,6 +13,7 @@ from jvgen.config import Config
 from jvgen.interop.file_digests import check_digests
 from jvgen.interop.formats import Format, format_of
 from jvgen.interop.from_torch import import_folder, open_weights
+from jvgen.interop.weights_names import variant_of
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
 from jvgen.storage import Path, as_path, local_copy, read_json_object
@@ -58,7 +59,7 @@ def verify(folder: str | Path, config: Config, parameters: Mapping[str, Any], *,
     The parameters of a network that no library has are compared with those that `import_folder` reads.
 
     Args:
-      folder: as `export_network` writes it.
+      folder: as `export_network` writes it; or a file in it, such as one of a variant.
       config, parameters: of our network.
       seed: of the random inputs.
 
@@ -67,13 +68,14 @@ def verify(folder: str | Path, config: Config, parameters: Mapping[str, Any], *,
       DamagedExport: a file is not what was exported.
       ValueError: torch or the library is not installed.
     """
-    check_digests(as_path(folder), reread=True)
+    weights = local_copy(as_path(folder))
+    check_digests(weights.parent if weights.is_file() else weights, reread=True)
     form = format_of(config)
     if form.library in ("jvgen", "paper"):
         outputs = _stored(folder, parameters)
     else:
         outputs = _COMPARISONS[form.class_name](
-            _load(form, local_copy(folder)), config, form.network(config), parameters, np.random.default_rng(seed)
+            _load(form, weights), config, form.network(config), parameters, np.random.default_rng(seed)
         )
     errors, scales = {}, {}
     with _no_gradients(form):
@@ -85,7 +87,7 @@ def verify(folder: str | Path, config: Config, parameters: Mapping[str, Any], *,
     return Report(form.class_name, errors, scales)
 
 
-def _load(form: Format, folder: Path) -> Any:
+def _load(form: Format, weights: Path) -> Any:
     try:
         if form.library == "diffusers":
             import diffusers as library
@@ -95,11 +97,16 @@ def _load(form: Format, folder: Path) -> Any:
     except ImportError as error:
         raise ValueError(f"verify needs torch and {form.library}: install jvgen[torch].") from error
     if form.class_name == "LlamaForCausalLM":
-        wrapped = _wrapped_llama(form, folder)
+        wrapped = _wrapped_llama(form, weights)
         if wrapped is not None:
             return wrapped
+    folder = weights if weights.is_dir() else weights.parent
     model, loaded = getattr(library, form.class_name).from_pretrained(
-        str(folder), torch_dtype=torch.float32, output_loading_info=True, local_files_only=True
+        str(folder),
+        torch_dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        variant=variant_of(weights.name) if weights.is_file() else None,
     )
     problems = [
         f"{title.replace('_', ' ')}: {', '.join(str(key) for key in loaded[title])}"
@@ -111,12 +118,13 @@ def _load(form: Format, folder: Path) -> Any:
     return model.eval()
 
 
-def _wrapped_llama(form: Format, folder: Path) -> Any | None:
+def _wrapped_llama(form: Format, weights: Path) -> Any | None:
     """The Llama in a file with more heads, which become its attribute `heads`; None for a plain file."""
     import torch
     import transformers
 
-    tensors = open_weights(folder, form)
+    tensors = open_weights(weights, form)
+    folder = weights if weights.is_dir() else weights.parent
     inside = {name.removeprefix("llm."): name for name in tensors if name.startswith("llm.")}
     if not inside:
         return None

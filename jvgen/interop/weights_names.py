@@ -14,6 +14,9 @@ CONFIG = "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DIFFUSERS, _TRANSFORMERS, _TRANSFORMERS_PICKLE = "diffusion_pytorch_model", "model", "pytorch_model"
 _INDEX = re.compile(r"\.index(?:\.[\w-]+)?\.json$")
+_VARIANT_OF_INDEX = re.compile(r"\.index\.(?P<variant>[\w-]+)\.json$")
+# Shards of a variant carry its name and their number, and are read by their index.
+_VARIANT_OF_FILE = re.compile(r"\w+\.(?P<variant>\w+)\.(?:safetensors|bin|pt|pth|ckpt)")
 
 
 def is_index(name: str) -> bool:
@@ -38,16 +41,16 @@ def weights_file(folder: Path, form: Format, variant: str | None = None) -> Path
     raise ValueError(f"{folder} has no weights{of_variant}: expected {expected}. {_present(folder, form, variant)}")
 
 
+def variant_of(name: str) -> str | None:
+    """The variant in the name of a file of weights, whole or an index; None for one without."""
+    match = _VARIANT_OF_INDEX.search(name) or _VARIANT_OF_FILE.fullmatch(name)
+    return None if match is None else match["variant"]
+
+
 def variants(folder: Path, form: Format) -> list[str]:
     """The variants of the weights in a folder."""
-    stems, suffixes = "|".join(_stems(form)), "|".join(suffix[1:] for suffix in (".safetensors", *PICKLES))
-    whole = re.compile(rf"(?:{stems})\.(?P<variant>[\w-]+?)\.(?:{suffixes})")
-    index = re.compile(rf"(?:{stems})\.(?:{suffixes})\.index\.(?P<variant>[\w-]+)\.json")
-    found = {
-        match["variant"] for file in folder.iterdir() for kind in (whole, index) if (match := kind.fullmatch(file.name))
-    }
-    # Shards of a variant carry its name and their number.
-    return sorted(name for name in found if not re.search(r"-\d+-of-\d+$", name))
+    names = [file.name for file in folder.iterdir() if file.name.startswith(_stems(form))]
+    return sorted({variant for name in names if (variant := variant_of(name)) is not None})
 
 
 def _present(folder: Path, form: Format, variant: str | None) -> str:

@@ -10,17 +10,19 @@ from jvgen import __version__
 from jvgen.config import Config, ConfigError, dump
 from jvgen.interop.architecture import differences
 from jvgen.interop.formats import format_of
-from jvgen.interop.from_torch import import_folder, read_config
+from jvgen.interop.from_torch import import_folder, read_config, with_variant
 from jvgen.interop.inflate import inflate_folder
 from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import Weights, export_networks
+from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device, single_device_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.runs import pipeline_export
 from jvgen.storage import Path, as_path, resolved, size
-from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, adopt_pipeline, is_pipeline, read_pipeline
+from jvgen.tasks.pipeline_folder import DENOISER, adopt_pipeline, is_pipeline, pipeline_weights, read_pipeline
 from jvgen.tasks.task import Task
+from jvgen.tasks.text_to_video_config import check_text_to_video
 from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
 from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.checkpoint.restore import load_for_inference
@@ -145,6 +147,7 @@ def import_run(
     inflate: bool = False,
     init_gates: bool = False,
     allow_partial: bool = False,
+    variant: str | None = None,
 ) -> None:
     """Make a run directory whose training starts at step 0 with the weights of a PyTorch folder.
 
@@ -152,30 +155,37 @@ def import_run(
       weights: diffusers or transformers folder, or one safetensors file. Of a whole CogVideoX pipeline the denoiser is
         imported; the run reads the frozen text encoder and autoencoder from that folder.
       experiment: its task has a network of the same architecture.
-      workdir: to create.
+      workdir: to create; nothing of it is left if the import fails.
       network: which network takes the weights; the one with that kind of configuration unless given.
       inflate: the weights are of an image autoencoder, and initialize the task's video autoencoder.
       allow_partial: the weights may lack parameters of the network and hold others (iVideoGPT: context frames, heads).
       init_gates: the weights are CogVideoX's and the run is RepVideo's: its gates are initialized as configured.
+      variant: of the files in the folder, such as "fp16".
 
     Raises:
       ConfigError: no network of the task takes these weights, or several do.
+      ValueError: weights of frozen networks that are missing or of other networks, as at the start of training.
       WeightError: the tensors do not fit; all are listed.
     """
+    check_new_run(workdir)
     if is_pipeline(weights):
-        experiment = experiment.replace(task=adopt_pipeline(experiment.task, resolved(weights)))
-        weights = weights / DENOISER
+        experiment = experiment.replace(task=adopt_pipeline(experiment.task, resolved(weights), variant))
+        weights = pipeline_weights(weights, variant)[DENOISER]
+    else:
+        weights = with_variant(weights, variant)
+    experiment.task.check_weights()
     configs = dict(experiment.task.build().network_configs)
     if network is not None and network not in configs:
         raise ConfigError(f"--network {network}: the task trains {', '.join(sorted(configs))}.")
     if inflate:
         network = network or _only_video_autoencoder(configs)
-        check_new_run(workdir)
         parameters = inflate_folder(weights, configs[network])
     else:
         if init_gates:
             configs = {name: _without_gates(config) for name, config in configs.items()}
         network, found = _identify(weights, configs, network)
+        if isinstance(found, VideoDiTConfig):
+            check_text_to_video(found, str(weights))
         lines = differences(found, configs[network])
         if lines and not (allow_partial and _names_its_architecture(weights)):
             hint = "\nTo start a RepVideo run from CogVideoX's weights, pass --init-gates." * _lacks_gates(lines)
@@ -185,7 +195,6 @@ def import_run(
                 + f"\nSet task fields of {network!r} to those of the weights, or import other weights."
                 + hint
             )
-        check_new_run(workdir)
         config = None if _names_its_architecture(weights) else found
         # Parameter by parameter, unless they are still to be adapted.
         _, parameters = import_folder(weights, config, place=None if lines else lambda path, array: to_host(array))
@@ -239,11 +248,12 @@ def _only_video_autoencoder(configs: Mapping[str, Config]) -> str:
     return names[0]
 
 
-def describe_weights(weights: Path) -> str:
+def describe_weights(weights: Path, variant: str | None = None) -> str:
     """Describe a folder: its network (for a pipeline, each of them), configuration, number of parameters."""
     if is_pipeline(weights):
-        read_pipeline(weights)
-        return "\n".join(describe_weights(weights / name) for name in NETWORKS)
+        read_pipeline(weights, variant)
+        return "\n".join(describe_weights(path) for path in pipeline_weights(weights, variant).values())
+    weights = with_variant(weights, variant)
     config, parameters = import_folder(weights)
     leaves = jax.tree.leaves(parameters)
     count = sum(leaf.size for leaf in leaves)

@@ -9,7 +9,7 @@ from jvgen.diffusion.schedule import alpha_bar_table
 from jvgen.interop import schedulers
 from jvgen.interop.architecture import differences
 from jvgen.interop.file_digests import check_digests
-from jvgen.interop.from_torch import read_config
+from jvgen.interop.from_torch import read_config, with_variant
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.t5 import tokenizer
 from jvgen.models.t5.config import T5Config
@@ -18,6 +18,7 @@ from jvgen.storage import Path, read_json_object
 from jvgen.tasks.task import SampleRequest, TaskConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
+from jvgen.tasks.text_to_video_config import check_text_to_video
 
 INDEX = "model_index.json"
 PIPELINE = "CogVideoXPipeline"
@@ -41,7 +42,27 @@ def is_pipeline(folder: Path) -> bool:
     return config.is_file() and read_json_object(config).get("_class_name") == "CogVideoXTransformer3DModel"
 
 
-def read_pipeline(folder: Path) -> TextToVideoConfig:
+def pipeline_weights(folder: Path, variant: str | None = None) -> dict[str, Path]:
+    """Where the weights of each network of a pipeline are: its subfolder, or the file of the variant in it.
+
+    As in diffusers, networks that have no such variant are read without it.
+
+    Raises:
+      ValueError: no network has the variant.
+    """
+    paths, problems = {}, []
+    for name in NETWORKS:
+        paths[name] = folder / name
+        try:
+            paths[name] = with_variant(folder / name, variant)
+        except ValueError as error:
+            problems.append(error)
+    if len(problems) == len(paths):
+        raise problems[0]
+    return paths
+
+
+def read_pipeline(folder: Path, variant: str | None = None) -> TextToVideoConfig:
     """The task with the networks, text encoder, noise schedule and sampler of a pipeline folder.
 
     Reads no weights.
@@ -49,6 +70,7 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
     Args:
       folder: with `transformer`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, as saved by `save_pretrained` of
         `CogVideoXPipeline` in diffusers.
+      variant: of the weights, see `pipeline_weights`.
 
     Raises:
       ValueError: another kind of pipeline, missing subfolders (all are listed), networks that are not CogVideoX's or do
@@ -64,11 +86,8 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
                 f"{folder / name} holds a {type(found[name]).__name__}; a {PIPELINE} has a {kind.__name__} there."
             )
     denoiser, vae, encoder = found.values()
-    if denoiser.in_channels != denoiser.out_channels:
-        raise ValueError(
-            f"{folder / DENOISER}: in_channels = {denoiser.in_channels}, out_channels = {denoiser.out_channels}: an "
-            "image-to-video network, which is not supported; give a text-to-video pipeline."
-        )
+    paths = pipeline_weights(folder, variant)
+    check_text_to_video(denoiser, str(folder / DENOISER))
     scheduler = schedulers.from_diffusers(read_json_object(folder / SCHEDULER_FILE), str(folder / SCHEDULER_FILE))
     tokenizer.load(folder / TOKENIZER)
     config = TextToVideoConfig(
@@ -76,11 +95,11 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
         text=TextConfig(
             encoder=encoder,
             length=denoiser.text_length,
-            weights=str(folder / TEXT_ENCODER),
+            weights=str(paths[TEXT_ENCODER]),
             tokenizer=str(folder / TOKENIZER),
         ),
         vae=vae,
-        vae_weights=str(folder / VAE),
+        vae_weights=str(paths[VAE]),
         latent_scale=vae.scaling_factor,
         spatial_compression=vae.downsampling,
         temporal_compression=vae.temporal_downsampling,
@@ -96,12 +115,12 @@ def read_pipeline(folder: Path) -> TextToVideoConfig:
     return config
 
 
-def adopt_pipeline(task: TaskConfig, folder: Path) -> TextToVideoConfig:
+def adopt_pipeline(task: TaskConfig, folder: Path, variant: str | None = None) -> TextToVideoConfig:
     """A text-to-video task with the text encoder and the VAE of a pipeline folder.
 
     Args:
       task: the task that is initialized with the pipeline's denoiser; its text encoder must be that of the pipeline.
-      folder: see `read_pipeline`.
+      folder, variant: see `read_pipeline`.
 
     Raises:
       ValueError: not a text-to-video task, or other latents, noise or prediction than those of the pipeline's denoiser;
@@ -109,7 +128,7 @@ def adopt_pipeline(task: TaskConfig, folder: Path) -> TextToVideoConfig:
     """
     if not isinstance(task, TextToVideoConfig):
         raise ValueError(f"{folder} is a pipeline, which initializes a text-to-video task, not {type(task).__name__}.")
-    found = read_pipeline(folder)
+    found = read_pipeline(folder, variant)
     asked = {
         "text.length": (task.text.length, found.text.length),
         "latent_scale": (task.latent_scale, found.latent_scale),

@@ -65,6 +65,7 @@ class TextToVideoFields(TaskConfig):
     validation_timesteps: Annotated[int, Bounds(at_least=0, at_most=1000)] = 10
 
     def validate(self) -> None:
+        check_text_to_video(self.denoiser, "denoiser")
         self.objective.check_schedule(self.schedule)
         if self.text.width != self.denoiser.text_width:
             raise ValueError(
@@ -188,3 +189,13 @@ class TextToVideoFields(TaskConfig):
             guidance = guidance.replace(kind=kind, scale=request.guidance)
         coefficients(sampler, self.schedule.build(), self.objective.target, guidance)
         return sampler, guidance
+
+
+def check_text_to_video(denoiser: VideoDiTConfig, where: str) -> None:
+    """Raise `ValueError`, which starts with `where`, for a denoiser that takes more than the noisy latents."""
+    if denoiser.in_channels != denoiser.out_channels:
+        raise ValueError(
+            f"{where}: in_channels = {denoiser.in_channels}, out_channels = {denoiser.out_channels}: an image-to-video "
+            "network, which takes the latents of an image beside the noise and is not supported. For text to video "
+            "both must be equal."
+        )

@@ -112,7 +112,7 @@ class WorldModelConfig(TaskConfig):
     def check_weights(self) -> None:
         if self.tokenizer_weights is None:
             raise ValueError(
-                "tokenizer_weights = none: set it to the exported folder of the tokenizer (`jvgen export`)."
+                "task.tokenizer_weights = none: set it to the exported folder of the tokenizer (`jvgen export`)."
             )
         check_architecture(self.tokenizer_weights, self.tokenizer, "task.tokenizer_weights")
         check_weights(self.perceptual)

@@ -18,6 +18,7 @@ from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window, probe
 from jvgen.runs.clip_folder import plan_clips, write_clip
 from jvgen.runs.run import load_run
+from jvgen.training.checkpoint import initial
 from jvgen.training.checkpoint.manager import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
@@ -202,6 +203,8 @@ def test_training_refuses_an_interrupted_import(jvgen, work, vae_words, vae_expo
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", killed)
+        # A process that is killed removes nothing.
+        patch.setattr(initial, "remove_tree", lambda path: None)
         with pytest.raises(KeyboardInterrupt):
             jvgen("import", vae_export, "--config", *vae_words, "--to", folder)
     refused = jvgen("train", *vae_words, "--workdir", folder, "--stop-after", 1)
@@ -218,6 +221,7 @@ def test_an_import_that_cannot_be_written_fails(jvgen, work, vae_words, vae_expo
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     failed = jvgen("import", vae_export, "--config", *vae_words, "--to", work / "full")
     assert failed.status == 74 and "no space left on device" in failed.err and "train with" not in failed.out
+    assert not (work / "full").exists()
 
 
 def kernels_of(text: str) -> list[str]:

@@ -2,10 +2,10 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from tiny_exports import DENOISER, VAE, drawn
 
 from jvgen.interop import file_digests
 from jvgen.interop.architecture import check_architecture
@@ -16,6 +16,9 @@ from jvgen.interop.from_torch import check_weights, import_folder
 from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import export_network, export_networks
 from jvgen.interop.verify import verify
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_exports import DENOISER, VAE, drawn  # noqa: E402
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 INDEX, GATES = f"{WEIGHTS}.index.json", "repvideo_gates"

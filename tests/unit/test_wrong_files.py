@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_exports import DENOISER, VAE, drawn
 
 from jvgen import exit_codes
 from jvgen.autoencoding.latent_files import read_latents
@@ -27,6 +27,9 @@ from jvgen.losses.perceptual import load_lpips
 from jvgen.models.t5 import tokenizer
 from jvgen.runs.noise import read_noise
 from jvgen.storage import looks_like
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_exports import DENOISER, VAE, drawn  # noqa: E402
 
 DEEP = b"[" * 200_000
 

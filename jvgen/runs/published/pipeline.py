@@ -28,7 +28,7 @@ from jvgen.runs.published.placement import Placement, default_dtype
 from jvgen.runs.published.stages import Batch, Decoder, Denoiser, encode_captions
 from jvgen.saved_config import to_json
 from jvgen.storage import Path, local_copy, resolved
-from jvgen.tasks.pipeline_folder import DENOISER, NETWORKS, default_request, frames_per_second, read_pipeline
+from jvgen.tasks.pipeline_folder import DENOISER, default_request, frames_per_second, pipeline_weights, read_pipeline
 from jvgen.tasks.pixels import to_clips
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text_to_video import START_KEY, TextToVideo, TextToVideoConfig
@@ -57,6 +57,7 @@ class PublishedRequest:
       frames_per_second: of the files.
       devices: how many of this machine's to use; all if None.
       enhance: scaling of attention across frames.
+      variant: of the pipeline's files, such as "fp16".
     """
 
     frames: int | None = None
@@ -77,6 +78,7 @@ class PublishedRequest:
     frames_per_second: float | None = None
     devices: int | None = None
     enhance: EnhanceConfig | None = None
+    variant: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +134,8 @@ def sample_published(
     prepared = prepare(weights, len(prompts) * count, request)
     clip = prepared.clip
     clips = plan_clips(prompts, count, out, frames=clip.frames, batch=request.batch, naming=naming)
-    for name in NETWORKS:
-        check_weights(weights / name)
+    for path in pipeline_weights(weights, request.variant).values():
+        check_weights(path)
     if not is_one_file(out):
         made = _settings(given, prepared, request)
         note_clips(out, [{"file": c.path.name, "prompt": prompts[c.prompt], "slot": c.slot, **made} for c in clips])
@@ -161,7 +163,7 @@ def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
     available = len(jax.local_devices())
     if request.devices is not None and not 1 <= request.devices <= available:
         raise ValueError(f"--devices {request.devices}: this machine has {available}.")
-    config = read_pipeline(weights)
+    config = read_pipeline(weights, request.variant)
     asked = {"kind": request.sampler, "spacing": request.spacing}
     asked = {name: value for name, value in asked.items() if value is not None}
     if request.levels == "sat":
@@ -202,6 +204,8 @@ def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> d
         "dtype": prepared.dtype, "in_tiles": request.in_tiles,
         "enhance": None if request.enhance is None else json.loads(to_json(request.enhance)),
         "noise": None if noise is None else hashlib.sha256(np.ascontiguousarray(noise)).hexdigest(),
+        # Folders of clips that were made without this field are gone on with.
+        **({} if request.variant is None else {"variant": request.variant}),
     }  # fmt: skip
 
 
@@ -226,7 +230,8 @@ def _make(
         empty = np.zeros_like(empty)
     encoded = time.perf_counter()
     scale = task.enhancement(request.enhance, prepared.sampler, prepared.guidance)
-    denoiser = Denoiser(task, weights / DENOISER, placement, prepared.sampler, prepared.guidance, scale)
+    network = pipeline_weights(weights, request.variant)[DENOISER]
+    denoiser = Denoiser(task, network, placement, prepared.sampler, prepared.guidance, scale)
     decoder = Decoder(task, placement, in_tiles=request.in_tiles)
     rate = request.frames_per_second or frames_per_second(prepared.config)
     loaded = time.perf_counter()

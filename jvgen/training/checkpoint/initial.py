@@ -1,5 +1,7 @@
 """Run directories that start from given parameters: their first checkpoint, at step 0."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device, single_device_mesh
-from jvgen.storage import Path, as_path, write_text
+from jvgen.storage import Path, as_path, remove_tree, write_text
 from jvgen.training import state
 from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.manager import Checkpoints
@@ -42,9 +44,9 @@ def saved_steps(workdir: Path) -> list[str]:
 
 
 def check_new_run(workdir: Path) -> None:
-    """Raise `ConfigError` if a run directory already holds checkpoints."""
+    """Raise `ConfigError` if a run directory already holds checkpoints; those of an interrupted import do not count."""
     steps = saved_steps(workdir)
-    if steps:
+    if steps and not (as_path(workdir) / UNFINISHED).exists():
         raise ConfigError(
             f"{workdir} already holds checkpoints of steps {', '.join(steps)}; use another run directory."
         )
@@ -54,7 +56,8 @@ def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Pa
     """Create a run directory whose training starts from these parameters (of all or some networks) at step 0.
 
     The checkpoint holds the parameters and no optimizer state or EMA, which start anew when it is restored. It is
-    written from host memory: 4 bytes per parameter, and nothing on an accelerator.
+    written from host memory: 4 bytes per parameter, and nothing on an accelerator. What an interrupted import left in
+    the directory is replaced; if this one fails, nothing of it is left.
 
     Args:
       parameters: `{network: ...}`, host or device arrays; networks that are left out are initialized randomly.
@@ -64,25 +67,39 @@ def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Pa
       CheckpointError: the checkpoint could not be written.
     """
     check_new_run(workdir)
-    unfinished = as_path(workdir) / UNFINISHED
+    host = host_device()
+    program = Program.build(experiment, single_device_mesh(host))
+    document = identity.run_document(experiment, program.task)
+    with jax.default_device(host), _whole_or_absent(as_path(workdir)):
+        on_host = _complete(program, {path: to_host(value) for path, value in nested.flatten(parameters).items()})
+        start = {
+            "step": jnp.zeros((), jnp.int32),
+            "parameters": nested.unflatten(on_host),
+            "health": Health.start(),
+        }
+        checkpoints = Checkpoints(workdir, experiment.checkpoint.replace(on_failed_save="stop"))
+        try:
+            checkpoints.save(0, parameter_paths.name_leaves(start), {}, document)
+            checkpoints.wait()
+        finally:
+            checkpoints.close()
+
+
+@contextlib.contextmanager
+def _whole_or_absent(workdir: Path) -> Iterator[None]:
+    """A run directory that is marked as unfinished in this context and has nothing of it if it fails."""
+    existed, unfinished = workdir.is_dir(), workdir / UNFINISHED
+    if unfinished.exists():
+        remove_tree(workdir / "checkpoints")
     write_text(unfinished, "")
-    checkpoints = Checkpoints(workdir, experiment.checkpoint.replace(on_failed_save="stop"))
     try:
-        host = host_device()
-        program = Program.build(experiment, single_device_mesh(host))
-        with jax.default_device(host):
-            on_host = _complete(program, {path: to_host(value) for path, value in nested.flatten(parameters).items()})
-            start = {
-                "step": jnp.zeros((), jnp.int32),
-                "parameters": nested.unflatten(on_host),
-                "health": Health.start(),
-            }
-            arrays = parameter_paths.name_leaves(start)
-            checkpoints.save(0, arrays, {}, identity.run_document(experiment, program.task))
-        checkpoints.wait()
-        unfinished.unlink()
-    finally:
-        checkpoints.close()
+        yield
+    except BaseException:
+        remove_tree(workdir / "checkpoints" if existed else workdir)
+        if existed:
+            unfinished.unlink()
+        raise
+    unfinished.unlink()
 
 
 def to_host(value: Any) -> jax.Array:
