@@ -50,7 +50,7 @@ def _compiled(chip: str, kind: str, folder: str) -> dict[str, Any]:
         return {"problem": (done.stderr.strip().splitlines() or ["failed"])[-1][:100]}
     sizes = dict(word.split("=") for word in done.stdout.split())
     cycles = {
-        name: _bundles(folder, f"splash_mh?_{name}")
+        name: _bundles(folder, f"splash_mh?_{name}", 2 if kind.startswith("tokamax") else 1)
         for name in ("fwd", "dq", "dkv")
         if glob.glob(f"{folder}/*splash_mh?_{name}*final_bundles.txt")
     }
@@ -60,8 +60,11 @@ def _compiled(chip: str, kind: str, folder: str) -> dict[str, Any]:
     return {"forward": round(forward), "backward": round(backward), "temporary_MiB": int(sizes["temporary"]) >> 20}
 
 
-def _bundles(folder: str, pattern: str) -> int:
-    """Bundles of one grid step: the loop's body with the most matrix products, and what is outside of all regions."""
+def _bundles(folder: str, pattern: str, copies: int) -> int:
+    """Bundles of one grid step: the loop's body with the matrix products, and what is outside of all regions.
+
+    tokamax has two copies of the body, with and without mask; the one without runs for all but the last block of keys.
+    """
     file = next(f for f in glob.glob(f"{folder}/*{pattern}*final_bundles.txt") if "schedule-analysis" not in f)
     usage = glob.glob(re.sub(r"-\d\d-final_bundles.txt$", "", file) + "*utilization.txt")[0]
     lines = (line.split() for line in open(usage))
@@ -76,7 +79,7 @@ def _bundles(folder: str, pattern: str) -> int:
             elif name in begun:
                 regions.append((begun.pop(name), address))
     regions = [(first, last) for first, last in regions if last - first >= 100]
-    wanted = 0.9 * sum(products)
+    wanted = 0.9 * sum(products) / copies
     first, last = min((r for r in regions if sum(products[r[0] : r[1] + 1]) > wanted), key=lambda r: r[1] - r[0])
     # Regions beside the body run at the first or last step of a row only.
     beside = [r for r in regions if r[1] < first or r[0] > last]
