@@ -40,6 +40,11 @@ def _add_evaluate(commands) -> None:
         help="JSON file for the metrics; with --vae a folder, which also gets a picture of the worst clips",
     )  # fmt: skip
     parser.add_argument(
+        "--lpips-weights", metavar="FILE",
+        help="LPIPS weights (.safetensors, see `jvgen lpips`) for the perceptual distance; the run's own if omitted, a "
+        "Laplacian pyramid's with --vae",
+    )  # fmt: skip
+    parser.add_argument(
         "--batch-size", type=number(Count), metavar="N", help="clips per batch; 8 for --samples, 2 for --vae"
     )
     group = parser.add_argument_group("options for generated clips (text-to-video and multi-view runs)")
@@ -76,10 +81,6 @@ def _add_evaluate(commands) -> None:
     group.add_argument(
         "--stride", type=number(Frames), default=1, metavar="N", help="frame stride: take every N-th recorded frame"
     )
-    group.add_argument(
-        "--lpips-weights", metavar="FILE",
-        help="LPIPS weights (.safetensors, see `jvgen lpips`); without them a Laplacian-pyramid distance is reported",
-    )  # fmt: skip
     group.add_argument(
         "--worst",
         type=number(CountOrZero),
@@ -135,7 +136,8 @@ def run_evaluate(parsed: argparse.Namespace) -> int:
 
     evaluate_run(
         parsed.run, ema=parsed.ema, step=parsed.step, data=parsed.data, batches=parsed.batches, out=parsed.out,
-        untrained=parsed.untrained, i3d=parsed.i3d, clip_model=parsed.clip_model, report=parsed.report,
+        untrained=parsed.untrained, i3d=parsed.i3d, clip_model=parsed.clip_model, lpips=parsed.lpips_weights,
+        report=parsed.report,
         sampling=SamplingOptions(
             samples=parsed.samples, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
             batch=parsed.batch_size or 8,

@@ -28,7 +28,7 @@ from jvgen.evaluation.generated import (
 )
 from jvgen.evaluation.report import Report
 from jvgen.runs.held_out import HeldOut, SamplingOptions, generate_clips, generate_views, read_held_out, with_caption
-from jvgen.runs.inference import LoadedRun, open_run, read_experiment
+from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_lpips
 from jvgen.storage import Path, write_text
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
@@ -76,6 +76,7 @@ def evaluate_run(
     sampling: SamplingOptions = NO_SAMPLES,
     i3d: Path | None = None,
     clip_model: Path | None = None,
+    lpips: str | Path | None = None,
 ) -> dict[str, float]:
     """Evaluate the run in a folder, print its metrics and what was not measured, and write both.
 
@@ -85,23 +86,25 @@ def evaluate_run(
       data, batches, sampling, i3d, clip_model: see `evaluate`.
       out: JSON file to write.
       report: HTML file to write, with generated clips beside recorded ones.
+      lpips: LPIPS weights, for the perceptual distance of a run that was trained with another or without.
 
     Raises:
       ValueError: see `evaluate`.
       CheckpointError: no such run, or no valid checkpoint.
     """
     # Mistakes are found before weights are read.
-    prepared = _prepare(read_experiment(run), data, batches, sampling, i3d, clip_model)
-    loaded = open_run(run, ema, step, untrained)
+    prepared = _prepare(with_lpips(read_experiment(run), lpips), data, batches, sampling, i3d, clip_model)
+    loaded = open_run(run, ema, step, untrained, lpips)
     result = _evaluate(loaded, prepared, batches, sampling)
     for name, value in sorted(result.metrics.items()):
         print(f"{name:36s} {value:.6g}")
     for name, reason in result.not_measured.items():
         print(f"{name}: not measured: {reason}")
+    files = {"i3d": i3d, "clip_model": clip_model, "lpips": lpips}
     document = {
         "run": str(run), "step": loaded.step, "ema": loaded.ema, "batches": batches,
         **_described(loaded.experiment, sampling),
-        "weights": {name: str(path) for name, path in (("i3d", i3d), ("clip_model", clip_model)) if path is not None},
+        "weights": {name: str(path) for name, path in files.items() if path is not None},
         "metrics": result.metrics, "not_measured": result.not_measured,
     }  # fmt: skip
     if out is not None:
@@ -186,11 +189,14 @@ def _evaluate(loaded: LoadedRun, prepared: _Prepared, batches: int, sampling: Sa
     if task.supports_prediction and prepared.features is not None:
         distance = VideoDistance(prepared.features)
     metrics = _task_metrics(loaded, prepared.loader, batches, distance)
-    if task.supports_prediction:
-        missing = {} if distance is not None else {"fvd": "give --i3d FILE"}
-        return Evaluation(metrics, missing)
+    missing: NotMeasured = {}
+    perceptual = getattr(task, "perceptual", None)
+    if perceptual is not None and perceptual.kind != "lpips":
+        missing["perceptual_lpips"] = "give --lpips-weights FILE"
+    if task.supports_prediction and distance is None:
+        missing["fvd"] = "give --i3d FILE"
     if not task.supports_sampling:
-        return Evaluation(metrics, {})
+        return Evaluation(metrics, missing)
     if not sampling.samples:
         return Evaluation(metrics, {"measures of generated clips": "give --samples N, the number of clips to generate"})
     held_out = read_held_out(loaded, prepared.loader, sampling.samples)

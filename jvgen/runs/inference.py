@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from jvgen.config import ConfigError
+from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import Sharding
@@ -68,8 +70,27 @@ def read_experiment(folder: Path) -> Experiment:
         checkpoints.close()
 
 
+def with_lpips(experiment: Experiment, weights: str | Path | None) -> Experiment:
+    """The experiment with LPIPS as its task's perceptual distance; unchanged without weights.
+
+    Raises:
+      ConfigError: a task that measures no perceptual distance.
+    """
+    if weights is None:
+        return experiment
+    task = experiment.task
+    if not hasattr(task, "perceptual"):
+        raise ConfigError(f"--lpips-weights {weights}: {type(task).__name__} measures no perceptual distance.")
+    perceptual = PerceptualConfig(kind="lpips", weights=str(weights))
+    return experiment.replace(task=task.replace(perceptual=perceptual))
+
+
 def open_run(
-    folder: Path, ema: str | float | None = None, step: int | None = None, untrained: bool = False
+    folder: Path,
+    ema: str | float | None = None,
+    step: int | None = None,
+    untrained: bool = False,
+    lpips: str | Path | None = None,
 ) -> LoadedRun:
     """Load a run onto all devices of this machine, parameters sharded over them.
 
@@ -77,19 +98,20 @@ def open_run(
       folder: run directory.
       ema, step: see `load_for_inference`.
       untrained: random weights from the run's seed instead of the checkpoint's, as a baseline.
+      lpips: weights of the perceptual distance, instead of the run's own distance.
 
     Raises:
       CheckpointError, ConfigError: see `load_for_inference`.
       ValueError: weights of frozen networks are missing or belong to other networks.
     """
-    experiment = read_experiment(folder)
+    experiment = with_lpips(read_experiment(folder), lpips)
     experiment.task.check_weights()
     sharding = Sharding(make_mesh(MeshConfig(fsdp=-1), jax.local_devices()))
     if untrained:
         program = Program.build(experiment, sharding.mesh)
         fresh = program.init()
         return LoadedRun(program, fresh.parameters, fresh.frozen, 0, "raw")
-    experiment, task, parameters, trained = load_for_inference(folder, ema, step=step, sharding=sharding)
-    program = Program.build(experiment, sharding.mesh, task)
+    saved, _, parameters, trained = load_for_inference(folder, ema, step=step, sharding=sharding)
+    program = Program.build(with_lpips(saved, lpips), sharding.mesh)
     _, frozen = program.external_inputs()
     return LoadedRun(program, parameters, frozen, trained, str(ema or "best"))

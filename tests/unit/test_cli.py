@@ -40,7 +40,8 @@ def subparsers(parser: argparse.ArgumentParser):
 
 PARSERS = {parser.prog: parser for parser in subparsers(cli.build_parser())}
 COMMANDS = (
-    "demo data config check compile launch train sample evaluate analyze play encode decode export import verify lpips"
+    "demo data config check compile launch train sample evaluate analyze play plan encode decode export import verify "
+    "lpips"
 ).split()
 
 
@@ -162,10 +163,13 @@ def test_training_writes_metrics_and_checkpoints(vae_run):
 def test_evaluation_measures_the_chosen_parameters(jvgen, vae_run, tmp_path):
     done = jvgen("evaluate", vae_run, "--i3d", tmp_path / "none.safetensors")
     assert done.status == 2 and "makes no clips; for reconstructions export its VAE" in done.err
+    done = jvgen("evaluate", vae_run, "--lpips-weights", tmp_path / "none.safetensors")
+    assert done.status == 2 and "none.safetensors': no such file; `jvgen lpips` writes it" in done.err
     done = jvgen("evaluate", vae_run, "--batches", 1, "--out", tmp_path / "trained.json")
     assert done.status == 0, done.err
     measured = json.loads((tmp_path / "trained.json").read_text())
     assert measured["step"] == 3 and {"psnr", "ssim", "l1"} <= set(measured["metrics"])
+    assert measured["not_measured"] == {"perceptual_lpips": "give --lpips-weights FILE"} and measured["weights"] == {}
     assert "psnr" in done.out
     for other in (["--untrained"], ["--ema", "raw"]):
         again = jvgen("evaluate", vae_run, "--batches", 1, "--out", tmp_path / "other.json", *other)

@@ -179,10 +179,13 @@ def test_views_are_generated_for_each_sets_own_cameras(view_run):
 
 
 def test_a_text_to_video_run_is_measured(tmp_path, scenes, vae_folder, jvgen, monkeypatch):
-    """Clips of the run's own sampler, against the recorded ones, with an I3D given; and what mistakes are told."""
+    """From cached latents: clips of the run's own sampler, beside recorded ones, with an I3D; and mistakes."""
     vae = {"block_channels": "8,8", "groups": 4, "layers_per_block": 1}
-    changes = {f"task.vae.{name}": value for name, value in vae.items()}
-    run = new_run(tmp_path, "demo_image_latents.py", scenes, vae_folder(0), **changes)
+    changes = {f"task.vae.{name}": value for name, value in vae.items()} | {"task.latents": "data"}
+    latents = tmp_path / "latents"
+    built = jvgen("data", "build", "latents", scenes, "--vae", vae_folder(0), "--size", "16x16", "--out", latents)
+    assert built.status == 0, built.err
+    run = new_run(tmp_path, "demo_image_latents.py", str(latents), vae_folder(0), **changes)
     monkeypatch.setattr("jvgen.evaluation.i3d.features", lambda file: lambda clips: jnp.mean(clips, axis=(2, 3, 4)))
     monkeypatch.setattr("jvgen.evaluation.i3d.MIN_FRAMES", 2)
     words = ("evaluate", run, "--batches", 1)
@@ -198,7 +201,8 @@ def test_a_text_to_video_run_is_measured(tmp_path, scenes, vae_folder, jvgen, mo
             "--i3d i3d.safetensors: it measures predicted or generated clips; give --samples",
         ),
         (("--clip-model", tmp_path), "it measures generated clips; give --samples N"),
-        (("--samples", -1), "--samples -1, --batch-size 8: at least 0 and at least 1"),
+        (("--lpips-weights", "lpips.safetensors"), "TextToVideoConfig measures no perceptual distance"),
+        (("--samples", -1), "must be at least 0"),
     ):
         done = jvgen(*words, *more)
         assert done.status == 2 and message in done.err

@@ -121,6 +121,15 @@ def test_timesteps_of_the_validation_loss():
     np.testing.assert_allclose(validation_timesteps(3, continuous), [1000 / 6, 500, 5000 / 6], rtol=1e-6)
 
 
+def test_recorded_clips_are_decoded_posterior_means(frozen, key):
+    task, batch = CONFIG.build(), batch_of()
+    clips = jax.jit(task.recorded_clips)({}, frozen, batch, key)
+    mean = (batch["latents"][..., :4] - 0.25) * 2.0
+    decoded = jax.jit(task.decode_pixels)(frozen["vae"], mean)
+    assert clips.shape == (4, 3, 8, 8, 3)
+    np.testing.assert_allclose(clips, np.clip((np.asarray(decoded) + 1) / 2, 0, 1), atol=1e-5)
+
+
 def test_captions_are_dropped_per_slot(key):
     task = CONFIG.replace(caption_dropout=0.25).build()
     tokens = jnp.broadcast_to(jnp.arange(1, 7, dtype=jnp.int32), (2000, 6))
