@@ -29,6 +29,7 @@ class VAE:
 
         Raises:
           ValueError: not a uint8 array of that shape.
+          NotFinite: latents with NaN or infinity.
         """
         if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
             raise ValueError(f"video of shape {video.shape} and {video.dtype}: expected uint8 frames F H W 3.")
@@ -39,6 +40,7 @@ class VAE:
 
         Raises:
           ValueError: another number of channels.
+          NotFinite: latents or pixels with NaN or infinity.
         """
         if latents.ndim != 4 or latents.shape[-1] != self._vae.latent_channels or not len(latents):
             raise ValueError(

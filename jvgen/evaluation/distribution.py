@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jvgen.finite import NotFinite
+
 FEATURE_BATCH = 16  # clips per call of the feature network
 
 
@@ -56,10 +58,20 @@ class VideoDistance:
         self._moments: list[Moments | None] = [None, None]
 
     def add(self, recorded: Float[np.ndarray, "N F H W 3"], generated: Float[np.ndarray, "M F H W 3"]) -> None:
-        """Add a batch of clips to both sides."""
+        """Add a batch of clips to both sides.
+
+        Raises:
+          NotFinite: their features hold NaN or infinity.
+        """
         for side, clips in enumerate((recorded, generated)):
             for start in range(0, len(clips), FEATURE_BATCH):
-                found = Moments.of(np.asarray(self._features(clips[start : start + FEATURE_BATCH])))
+                features = np.asarray(self._features(clips[start : start + FEATURE_BATCH]))
+                if not np.isfinite(features).all():
+                    raise NotFinite(
+                        f"{self._name}: features of {('recorded', 'generated')[side]} clips hold NaN or infinity: the "
+                        "clips do, or the weights of the feature network are damaged."
+                    )
+                found = Moments.of(features)
                 before = self._moments[side]
                 self._moments[side] = found if before is None else before + found
 

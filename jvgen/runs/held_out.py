@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jvgen.data.stream.loader import Loader
+from jvgen.finite import not_finite
 from jvgen.geometry.cameras import Cameras
 from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
 from jvgen.runs.inference import LoadedRun
@@ -107,6 +108,8 @@ def _pixels(loaded: LoadedRun, arrays: dict[str, np.ndarray], bucket: Any, step:
     placed = loaded.program.shard_batch(arrays, bucket)
     key = key_for(jax.random.key(loaded.experiment.seed), EVALUATE, step)
     decoded = np.asarray(loaded.program.evaluation("recorded_clips")(loaded.parameters, loaded.frozen, placed, key))
+    if not np.isfinite(decoded).all():
+        raise not_finite("clips of recorded latents", "VAE", loaded.experiment.training.compute_dtype)
     return np.rint(decoded * 255.0).astype(np.uint8)
 
 

@@ -127,7 +127,8 @@ class InitFromConfig(Config):
     Used once: a run that has a checkpoint resumes from it.
 
     Attributes:
-      run: run directory to take them from; none for random initialization.
+      run: run directory, or one checkpoint of it (RUN/checkpoints/STEP), to take them from; none for random
+        initialization.
       step: of its checkpoint; none for the latest valid one.
       parameters: regular expression of the parameters to take, matched from the start of their paths; the others are
         initialized randomly.

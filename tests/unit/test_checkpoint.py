@@ -237,6 +237,42 @@ def test_reading_for_inference_changes_nothing_on_disk(copy):
     assert sorted(copy.rglob("*")) == before
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_one_checkpoint_can_be_named(copy, monkeypatch, relative):
+    folder = copy / "checkpoints" / "1"
+    if relative:
+        monkeypatch.chdir(folder)
+        folder = Path(".")
+    reader = CheckpointReader(folder)
+    assert_is(reader.restore(wanted_on(mesh_of(1))), 1)
+    assert reader.contents()[0] == reader.contents(1)[0] == 1
+    for read in (lambda: reader.contents(2), lambda: reader.restore(wanted_on(mesh_of(1)), step=2)):
+        with pytest.raises(
+            CheckpointError, match="step 2 is asked for, but .*checkpoints/1 is the checkpoint of step 1"
+        ):
+            read()
+    reader.close()
+
+
+def test_a_corrupt_checkpoint_that_was_named_is_not_replaced_by_another(copy):
+    for path in files_of(copy, 2):
+        if path.parent.name == "d":
+            path.write_bytes(b"")
+    reader = CheckpointReader(copy / "checkpoints" / "2", log=lambda text: None)
+    with pytest.raises(CheckpointError, match="none of the checkpoints \\[2\\] is valid"):
+        reader.restore(wanted_on(mesh_of(1)))
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("checkpoints/3", "no checkpoint of step 3; its steps are"), ("checkpoints", "RUN/checkpoints/STEP")],
+)
+def test_folders_that_are_no_checkpoint_are_refused(copy, folder, said):
+    with pytest.raises(CheckpointError, match=said):
+        CheckpointReader(copy / folder)
+
+
 @pytest.mark.parametrize("part", ["_arrays", "_documents"])
 @pytest.mark.parametrize("left", ["nothing", "a part"])
 def test_a_reader_beside_a_run_takes_the_newer_one_when_its_own_is_deleted(tmp_path, monkeypatch, part, left):

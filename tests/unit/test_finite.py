@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jvgen import exit_codes
+from jvgen.evaluation.distribution import VideoDistance
 from jvgen.finite import Clips, Finite, NotFinite, clips_of, narrowed, not_finite
 from jvgen.runs.faults import Faults
 from jvgen.tasks.pixels import to_clips, to_uint8
@@ -134,3 +135,12 @@ def test_samples_of_training_that_are_not_finite_are_left_out():
     assert sorted(pixels) == ["data", "good"]
     (warning,) = said
     assert "'bad' samples of step 7 are left out: 1 of 2 clips" in warning and "in bfloat16" in warning
+
+
+@pytest.mark.parametrize(("bad", "side"), [(0, "recorded"), (1, "generated")])
+def test_a_distance_of_clips_that_are_not_finite_is_an_error(bad, side):
+    clips = [np.zeros((2, 1, 2, 2, 3), np.float32) for _ in range(2)]
+    clips[bad][1, 0, 0, 0, 0] = np.nan
+    distance = VideoDistance(lambda clips: clips.mean(axis=(1, 2, 3)), "fvd")
+    with pytest.raises(NotFinite, match=f"fvd: features of {side} clips hold NaN"):
+        distance.add(*clips)

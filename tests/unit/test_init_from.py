@@ -130,6 +130,7 @@ def test_what_does_not_fit_is_refused_by_name_or_initialized_randomly(tmp_path, 
     [
         ({"init_from.run": "/nowhere"}, "not a run directory"),
         ({"init_from.step": 3}, "no checkpoint of step 3; its steps are"),
+        ({"init_from.run": "{run}/checkpoints/2", "init_from.step": 4}, "step 4 is asked for, but .*/checkpoints/2"),
         ({"init_from.ema": "0.5"}, "this run keeps EMA with decay 0.9"),
         ({"init_from.parameters": "decoder"}, "matches no parameter"),
         ({"init_from.keep_optimizer": "true", "optimizer.kind": "muon"}, "optimizer/.*keep_optimizer=false"),
@@ -137,8 +138,14 @@ def test_what_does_not_fit_is_refused_by_name_or_initialized_randomly(tmp_path, 
     ],
 )
 def test_mistakes_are_named_without_reading_arrays(other, changes, message):
+    changes = {name: str(value).replace("{run}", str(other[0])) for name, value in changes.items()}
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         init_from.check(program_of(**{"init_from.run": str(other[0])} | changes))
+
+
+def test_a_checkpoint_can_be_named_instead_of_a_step(tmp_path, other):
+    named = started(tmp_path, other, **{"init_from.run": str(other[0] / "checkpoints" / "2")})
+    assert_equal(named, started(tmp_path, other, **{"init_from.step": 2}))
 
 
 def test_a_run_starts_so_once_and_then_resumes_its_own_checkpoint(tmp_path, other, capfd):
