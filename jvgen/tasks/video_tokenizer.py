@@ -28,7 +28,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8
+from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8, unit_to_clips
 from jvgen.tasks.task import (
     ArraySpec,
     Batch,
