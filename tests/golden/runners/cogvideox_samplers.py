@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from case_fields import check_fields
 
 from jvgen.diffusion.guidance import GuidanceConfig, guidance_scales, guided
 from jvgen.diffusion.sampler import Grid, SamplerConfig, coefficients, discrete_timesteps, grid, trajectory
@@ -16,6 +17,12 @@ def serves(name: str, config: dict) -> bool:
 
 
 def run(case) -> None:
+    check_fields(
+        case.config, "config.json", read=("variant", "sat", "diffusers", "closed_form_model"), about=("comparison",)
+    )
+    check_fields(case.config["variant"], "variant", read=("ctx_gain", "x_gain"), about=("shape", "steps"))
+    formula = "v(x, t, c) = x_gain*x + t/1000 + ctx_gain*c"
+    assert case.config["closed_form_model"].startswith(formula), case.config["closed_form_model"]
     _run_diffusers(case)
     _run_sat(case)
 
@@ -25,8 +32,17 @@ def _run_sat(case) -> None:
     for name, made in case.config["sat"].items():
         _, kind, steps = name.split(".")
         steps = int(steps.removeprefix("n"))
-        shift = made["sampler_config"]["params"]["discretization_config"]["params"]["shift_scale"]
-        schedule = ScheduleConfig(kind="cogvideox", snr_shift=shift).build()
+        check_fields(made, f"sat.{name}", read=("denoiser_config", "sampler_config"), about=("draws",))
+        denoising, sampling = (made[f"{part}_config"]["params"] for part in ("denoiser", "sampler"))
+        fixed = {"num_idx": 1000, "quantize_c_noise": False}
+        parts = ("weighting_config", "scaling_config", "discretization_config")
+        check_fields(denoising, f"sat.{name}.denoiser_config.params", read=parts, fixed=fixed)
+        fixed, about = {"num_steps": steps}, ("verbose", "device")
+        parts = ("discretization_config", "guider_config")
+        check_fields(sampling, f"sat.{name}.sampler_config.params", read=parts, about=about, fixed=fixed)
+        assert denoising["scaling_config"]["target"].endswith("VideoScaling"), denoising["scaling_config"]
+        (shift,) = {part["discretization_config"]["params"]["shift_scale"] for part in (denoising, sampling)}
+        schedule = ScheduleConfig(kind="cogvideox", snr_shift=float(shift)).build()
         guider = made["sampler_config"]["params"]["guider_config"]
         assert guider["target"].endswith("DynamicCFG") and guider["params"]["num_steps"] == steps
         scale, exponent = (float(guider["params"][name]) for name in ("scale", "exp"))
@@ -66,26 +82,30 @@ def _close(ours, theirs: np.ndarray, name: str) -> None:
 def _run_diffusers(case) -> None:
     values, io = case.config["diffusers"], case.io
     made = values["scheduler_kwargs"]
-    fixed = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
-    assert all(made[name] == value for name, value in fixed.items()) and values["use_dynamic_cfg"]
+    read = ("scheduler_kwargs", "guidance_scale", "eta")
+    check_fields(values, "diffusers", read=read, fixed={"use_dynamic_cfg": True})
+    fixed = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+             "clip_sample": False}  # fmt: skip
+    read = ("beta_start", "beta_end", "rescale_betas_zero_snr", "set_alpha_to_one", "snr_shift_scale", "steps_offset")
+    check_fields(made, "diffusers.scheduler_kwargs", read=read, about=("timestep_spacing",), fixed=fixed)
     schedule = ScheduleConfig(
         kind="cogvideox",
         beta_start=made["beta_start"],
         beta_end=made["beta_end"],
-        snr_shift=made["snr_shift_scale"],
+        snr_shift=float(made["snr_shift_scale"]),
         zero_terminal=made["rescale_betas_zero_snr"],
     ).build()
     np.testing.assert_allclose(schedule.alpha_bar, io["diffusers.table.alpha_bar"], atol=1e-12, rtol=0)
-    guidance = GuidanceConfig(kind="dynamic", scale=values["guidance_scale"])
+    guidance = GuidanceConfig(kind="dynamic", scale=float(values["guidance_scale"]))
     runs = [name.removesuffix(".x_init") for name in io if name.startswith("diffusers.") and name.endswith(".x_init")]
-    assert {name.split(".")[1] for name in runs} == set(KINDS)
+    assert {name.split(".")[1] for name in runs} <= set(KINDS)
     for name in runs:
         _, kind, spacing, steps = name.split(".")
         sampler = SamplerConfig(
             kind=KINDS[kind],
             steps=int(steps.removeprefix("n")),
             spacing=spacing,
-            eta=values["eta"],
+            eta=float(values["eta"]),
             steps_offset=made["steps_offset"],
             final_step_clean=made["set_alpha_to_one"],
             step_to="stride",
