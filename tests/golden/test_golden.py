@@ -7,7 +7,9 @@ Cases are collected from `tests/golden/cases` and from every folder named in the
     serves(name, config) -> bool    is this case about the runner's system? `name` is that of the folder
     run(case) -> None               compute and compare; `case` is the `Case` below
 
-What no runner serves is not collected. Runners take all sizes from the case: other folders hold others.
+What no runner serves is not collected. Runners take names, sizes and flags from the case, since other folders hold
+others; a field of config.json that a runner does not know is an error (`case_fields`). Networks are compared within
+what rounding does to the case at hand (`rounding`).
 """
 
 import dataclasses
@@ -24,10 +26,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jvgen.interop.safetensors_file import SafetensorsFile
-
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # runners import `case_fields` and `rounding`
+sys.path.insert(0, str(HERE))
+
+import rounding  # noqa: E402
+from case_fields import check_fields  # noqa: E402
+
+from jvgen.interop.safetensors_file import SafetensorsFile  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,33 @@ NAMES = [f"{case.folder.parent.name}/{case.name}" for case, _ in SERVED]
 @pytest.mark.parametrize(("case", "runner"), SERVED, ids=NAMES)
 def test_case(case, runner):
     runner.run(case)
+
+
+ONE_PER_RUNNER = {runner: case for case, runner in reversed(SERVED)}
+
+
+@pytest.mark.parametrize("runner", ONE_PER_RUNNER, ids=lambda runner: runner.__name__)
+def test_a_field_that_a_runner_does_not_know_is_an_error_that_names_it(runner):
+    case = Case(ONE_PER_RUNNER[runner].folder)
+    case.__dict__["config"] = case.config | {"unheard_of": 2, "remark": "remarks are for readers"}
+    with pytest.raises(ValueError, match=r"unheard_of = 2: the runner does not know this field"):
+        runner.run(case)
+
+
+def test_fields_with_one_supported_value():
+    check_fields({"depth": 3, "kind": "plain", "seed": 1}, "made", read=("depth",), fixed={"kind": "plain"})
+    with pytest.raises(ValueError, match=r"made.kind = 'odd': only 'plain' is supported"):
+        check_fields({"kind": "odd"}, "made", fixed={"kind": "plain"})
+
+
+def test_bounds_follow_the_conditioning_of_what_is_compared():
+    """Near its pole 1 / (1 - x) is ill-conditioned: rounding of x explains more there, but no wrong constant."""
+    x = np.float32(1 - 2.0**-12)
+    results, moves = rounding.measured(lambda x: 1 / (1 - x), x)
+    assert 2**10 < moves / (rounding.EPSILON * results) < 2**14
+    rounding.within_rounding(results + moves, results, moves, "near the pole")
+    with pytest.raises(AssertionError, match="wrong: off by .*, rounding explains"):
+        rounding.within_rounding(results * 1.01, results, moves, "wrong")
 
 
 def test_every_case_kept_here_is_served():
