@@ -169,13 +169,23 @@ BAD_FOLDERS = {
     ),
 }  # fmt: skip
 
+
+@pytest.mark.parametrize("name", ["scheduler/scheduler_config.json", "transformer/config.json", "model_index.json"])
+def test_a_pipeline_that_was_damaged_after_its_export(name, whole, tmp_path, jvgen, nothing_loaded):
+    """Files of any part: each folder has digests."""
+    folder = shutil.copytree(whole, tmp_path / "pipeline")
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    done = jvgen("sample", "--weights", folder, "--out", tmp_path / "clips", *ASKED)
+    assert done.status == 2 and f"{Path(name).name} has other content" in done.err, done.err
+
+
 BAD_WORDS = {
     "even frames": (("--frames", "6"), "frames = 6: .*takes 4n \\+ 1 frames.*take 5 or 9"),
     "frames of half a batch": (("--frames", "7"), "takes 4n \\+ 1 frames.*take 5 or 9"),
     "height": (("--size", "10x12"), "height = 10: must be a multiple of 4"),
     "width": (("--size", "8x14"), "width = 14: must be a multiple of 4"),
-    "no steps": (("--steps", "0"), "steps = 0"),
-    "half steps of guidance": (("--batch-size", "0"), "--batch-size 0"),
+    "no steps": (("--steps", "0"), "--steps: '0': must be at least 1"),
+    "half steps of guidance": (("--batch-size", "0"), "--batch-size: '0': must be at least 1"),
     "two nulls": (
         ("--unconditional", "zeros", "--negative-prompt", "blue"),
         "--unconditional zeros replaces the embedding of",
@@ -185,7 +195,7 @@ BAD_WORDS = {
         "levels = 'sat': leave spacing = 'trailing'",
     ),
     "a run's option": (("--ema", "0.9"), "--ema: only valid with RUN"),
-    "fps": (("--fps", "0"), "--fps 0.0: must be more than 0"),
+    "fps": (("--fps", "0"), "--fps: '0': must be positive"),
     "devices": (("--devices", "99"), "--devices 99: this machine has"),
     "noise": (("--noise", "nowhere.npy"), "--noise nowhere.npy: no such file"),
     "ending": (("--out", "clip.png"), "5 frames are written as .mp4"),
