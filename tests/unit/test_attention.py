@@ -130,14 +130,22 @@ def test_splash_kernel_equals_reference(key, valid, width):
 
 
 @pytest.mark.parametrize("most", [tpu.MAX_PARTS_BYTES, 0], ids=["fused", "separate"])
-def test_backward_kernels_of_splash(key, monkeypatch, most):
-    """The fused one rounds the queries' gradient of each part to bfloat16, which must not show in their sum."""
+@pytest.mark.parametrize(
+    "queries,keys,options",
+    [(128, 1024, {"valid_length": 1000}), (128, 1024, {"valid_length": 300}), (512, 512, {"causal": True})],
+    ids=["padding", "blocks of padding", "causal"],
+)
+def test_backward_kernels_of_splash(key, monkeypatch, most, queries, keys, options):
+    """The fused one rounds the queries' gradient of each part to bfloat16, which must not show in their sum.
+
+    Parts of blocks that are masked as a whole must be zero.
+    """
     monkeypatch.setattr(tpu, "MAX_BLOCK", 128)
     monkeypatch.setattr(tpu, "MAX_PARTS_BYTES", most)
     sizes = tpu.block_sizes((1, 2, 128, 64), 1024, jnp.bfloat16, 128, 128)
     assert sizes.use_fused_bwd_kernel == bool(most) and sizes.block_kv_dkv == (256 if most else 128)
-    inputs = arrays(key, length=128, keys=1024, heads=1, width=64, batch=1, dtype=jnp.bfloat16)
-    options = {"scale": 0.125, "valid_length": 1000}
+    inputs = arrays(key, length=queries, keys=keys, heads=1, width=64, batch=1, dtype=jnp.bfloat16)
+    options = {"scale": 0.125, **options}
     got = value_and_gradients(lambda *a: tpu.attention(*a, interpret=True, **options), *inputs)
     inputs = [a.astype(jnp.float32) for a in inputs]
     want = value_and_gradients(lambda *a: reference.attention(*a, **options), *inputs)
