@@ -51,6 +51,7 @@ def compile_ahead(
         topology=pod.name,
         chip=pod.chip.name,
         mesh=describe_mesh(mesh),
+        precision=program.precision,
         devices=len(pod.devices),
         processes=len({device.process_index for device in pod.devices}),
         hbm_bytes=pod.hbm_bytes,

@@ -155,6 +155,7 @@ def _areas(
     fine: dict[str, Callable[[], list[str]]] = {
         "config": lambda: [f"{training.steps} steps, batch shapes: {len(experiment.data.buckets)}"],
         "mesh": lambda: [describe_mesh(found.program.sharding.mesh)],
+        "precision": lambda: [found.program.precision.removeprefix("precision: ")],
         "division": lambda: ["the mesh divides batches, tokens and heads"],
         "data": lambda: [*_records(experiment, found.loader)],
         "weights": lambda: ["weight files of frozen networks are there"] if found.program.task.frozen_networks else [],

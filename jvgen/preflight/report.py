@@ -87,7 +87,7 @@ class CompileReport:
 
     Attributes:
       topology, chip: target of the compilation.
-      mesh: in one line.
+      mesh, precision: in one line each.
       devices, processes: number of JAX devices and of processes (hosts) of the pod.
       hbm_bytes, peak_flops: per device, bytes and FLOP/s.
       buckets: one report per batch shape.
@@ -96,6 +96,7 @@ class CompileReport:
     topology: str
     chip: str
     mesh: str
+    precision: str
     devices: int
     processes: int
     hbm_bytes: float
@@ -118,6 +119,7 @@ class CompileReport:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140, highlight=False)
         console.print(f"{self.mesh}, topology {self.topology}, {self.hbm_bytes / GIB:.2f} GiB HBM/device")
+        console.print(self.precision, markup=False)
         console.print(f"{self.processes} processes (hosts) of {self.devices // self.processes} devices")
         for report in self.buckets:
             self._print_bucket(console, report)

@@ -45,7 +45,7 @@ def cast_networks(parameters: Parameters, axes: Parameters, dtypes: Mapping[str,
     return {name: cast(tree, axes[name], dtypes[name]) for name, tree in parameters.items()}
 
 
-def describe(task: Task, precision: PrecisionConfig) -> str:
+def describe_precision(task: Task, precision: PrecisionConfig) -> str:
     """The policy in one line, for the start of a run."""
     line = f"precision: {precision.compute_dtype} compute; products of float32 operands at {precision.matmul_precision}"
     exact = float32_networks(task, precision)

@@ -24,7 +24,7 @@ from jvgen.precision import float32_products
 from jvgen.tasks.task import Batch, Metrics, Task
 from jvgen.training import state
 from jvgen.training.experiment import Experiment
-from jvgen.training.network_dtypes import cast_networks, network_dtypes
+from jvgen.training.network_dtypes import cast_networks, describe_precision, network_dtypes
 from jvgen.training.optimization import health, parameter_paths
 from jvgen.training.optimization.optimizer import Optimizer, make_optimizer
 from jvgen.training.state import TrainState
@@ -89,6 +89,11 @@ class Program:
     def dtypes(self) -> dict[str, jnp.dtype]:
         """The dtype that each network computes in."""
         return network_dtypes(self.task, self.experiment.training.precision)
+
+    @property
+    def precision(self) -> str:
+        """The precision policy in one line, for the start of a run."""
+        return describe_precision(self.task, self.experiment.training.precision)
 
     def cast(self, parameters: Parameters) -> Parameters:
         """Parameters of the trained networks in the dtypes that training computes with."""

@@ -202,6 +202,7 @@ def _build_program(experiment: Experiment, log: Log) -> Program:
     mesh = make_mesh(experiment.mesh)
     log(describe(mesh))
     program = Program.build(experiment, mesh)
+    log(program.precision)
     program.check()
     experiment.task.check_weights()
     experiment.task.check_data(experiment.data)

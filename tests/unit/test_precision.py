@@ -27,7 +27,7 @@ from jvgen.precision import float32_products, in_full_precision, product_precisi
 from jvgen.preflight import ahead_of_time, topology
 from jvgen.training.config import PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
-from jvgen.training.network_dtypes import describe
+from jvgen.training.network_dtypes import describe_precision
 from jvgen.training.program import Program
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -239,9 +239,9 @@ def test_unknown_networks_are_named():
 
 def test_the_policy_in_one_line():
     task = config.load(CONFIGS / "demo_ivideogpt_transformer.py").task.build()
-    line = describe(task, PrecisionConfig())
+    line = describe_precision(task, PrecisionConfig())
     assert line == ("precision: bfloat16 compute; products of float32 operands at highest; float32 networks: tokenizer")
-    assert "networks" not in describe(task, PrecisionConfig(compute_dtype="float32"))
+    assert "networks" not in describe_precision(task, PrecisionConfig(compute_dtype="float32"))
 
 
 def test_the_dtype_has_its_old_name_too():

@@ -262,7 +262,7 @@ def report_of(**memory) -> CompileReport:
         collectives=(collectives.Collective("all-gather", "bf16[4,32]", 30, 2**20),),
         kernels=("attention of 1x512x1x64 over 512 keys in float32: kernel chunked (a reason)",),
     )  # fmt: skip
-    return CompileReport("v5e:2x2", "v5e", "mesh", 4, 2, 10 * 2**30, 197e12, (bucket,))
+    return CompileReport("v5e:2x2", "v5e", "mesh", "precision: bfloat16", 4, 2, 10 * 2**30, 197e12, (bucket,))
 
 
 def test_report():
