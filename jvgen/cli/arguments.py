@@ -90,6 +90,8 @@ def path(text: str) -> "Path":
     from jvgen.config import ConfigError
     from jvgen.storage import as_path
 
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: a path has no zero bytes")
     try:
         return as_path(text)
     except ConfigError as error:
@@ -181,6 +183,15 @@ def join_processes(parsed: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     processes.initialize(parsed.coordinator, parsed.processes, parsed.process_id)
+
+
+def check_output(flag: str, out: "Path", *, folder: bool = False) -> None:
+    """Raise `ValueError` before long work rather than after it, if results cannot be written to a file (or folder)."""
+    if out.exists() and out.is_dir() != folder:
+        raise ValueError(f"{flag} {out}: this is a {'file; name a folder' if folder else 'folder; name a file'}.")
+    above = next((parent for parent in out.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"{flag} {out}: {above} is a file, so no folder can be created there.")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> list[argparse.Action]:

@@ -122,10 +122,16 @@ def _add_environment(origins) -> None:
         "metaworld:reach-v3 --train 20 --out data/reach", run_environment,
     )  # fmt: skip
     parser.add_argument("env", metavar="NAME", help="environment, as `jvgen plan --env` takes it")
-    parser.add_argument("--train", type=int, default=20, metavar="N", help="number of training episodes")
-    parser.add_argument("--validation", type=int, default=4, metavar="N", help="number of held-out episodes")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the episodes")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that record")
+    parser.add_argument("--train", type=number(Records), default=20, metavar="N", help="number of training episodes")
+    parser.add_argument(
+        "--validation",
+        type=number(Records),
+        default=4,
+        metavar="N",
+        help="number of held-out episodes",
+    )
+    parser.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="random seed of the episodes")
+    parser.add_argument("--workers", type=number(Workers), default=1, metavar="N", help="processes that record")
     add_set_argument(
         parser, "FIELD=VALUE",
         "set a field of jvgen.runs.recording.RecordingConfig: policy, noise, steps, size, quality (repeatable)",

@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jvgen.cli.arguments import add_command, add_config_arguments, add_pod_arguments, experiment_of, path
+from jvgen.cli.arguments import add_command, add_config_arguments, add_pod_arguments, check_output, experiment_of, path
 
 if TYPE_CHECKING:
     from jvgen.preflight.report import CompileReport
@@ -36,25 +35,16 @@ def run_compile(parsed: argparse.Namespace) -> int:
 
     experiment = with_buckets(experiment_of(parsed), parsed.buckets)
     if parsed.json:
-        _check_writable(parsed.json)
+        check_output("--json", parsed.json)
 
     def log(report: "CompileReport") -> None:
         done, total = len(report.buckets), len(experiment.data.buckets)
         last = report.buckets[-1]
         print(f"{done}/{total}: compiled {last.bucket.name} in {last.seconds:.0f} s", file=sys.stderr, flush=True)
         if parsed.json:
+            parsed.json.parent.mkdir(parents=True, exist_ok=True)
             parsed.json.write_text(report.to_json())
 
     report = compile_ahead(experiment, parsed.topology, slices=parsed.slices, on_bucket=log)
     print(report)
     return 0 if report.fits else 1
-
-
-def _check_writable(file: Path) -> None:
-    """Raise `ValueError` before half an hour of compiling rather than after it."""
-    if file.is_dir():
-        raise ValueError(f"--json {file}: this is a folder; name a file.")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--json {file}: its folder cannot be created ({error}).") from error

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jvgen.cli.arguments import add_command, add_run_arguments, frame_size, number, path
+from jvgen.cli.arguments import add_command, add_run_arguments, check_output, frame_size, number, path
 from jvgen.value_rules import Count, CountOrZero, Frames, Scale, Seed
 
 
@@ -128,6 +128,8 @@ def run_evaluate(parsed: argparse.Namespace) -> int:
     """Evaluate a run or a VAE."""
     if (parsed.run is None) == (parsed.vae is None):
         raise ValueError("give exactly one of RUN (a run directory) and --vae DIR (an exported VAE).")
+    if parsed.out is not None:
+        check_output("--out", parsed.out, folder=parsed.vae is not None)
     if parsed.vae is not None:
         _evaluate_vae(parsed)
         return 0
@@ -163,6 +165,7 @@ def run_analyze(parsed: argparse.Namespace) -> int:
     """Analyze the layers of a run."""
     from jvgen.runs.analysis import analyze_run
 
+    check_output("--out", parsed.out, folder=True)
     try:
         timesteps = [float(word) for word in parsed.timesteps.split(",")]
     except ValueError as error:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jvgen.cli.arguments import add_coder_arguments, add_command, number, path
+from jvgen.cli.arguments import add_coder_arguments, add_command, check_output, number, path
 from jvgen.terminal import progress_bar
 from jvgen.value_rules import FrameRate, Quality
 
@@ -88,5 +88,5 @@ def _targets(sources: list[Path], out: Path, suffix: str, overwrite: bool) -> li
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"--out {out}: several sources would be written as {twice[0]}; use one folder for each.")
-    out.mkdir(parents=True, exist_ok=True)
+    check_output("--out", out, folder=True)
     return targets

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jvgen.control.world_model import WorldModel
-from jvgen.storage import Path, local_copy, reading
+from jvgen.storage import Path, local_copy, read_utf8, reading
 
 # Keys that set a component of the action to minus and plus the size, by component.
 KEYS = (("a", "d"), ("s", "w"), ("q", "e"), ("f", "r"), ("z", "c"), ("v", "t"))
@@ -60,10 +60,10 @@ def read_actions(path: Path, width: int) -> np.ndarray:
         raise ValueError(f"--actions {path}: no such file.")
     with reading(path, "(--actions) cannot be read as actions", "Give a .npy or .csv file of numbers."):
         if path.suffix == ".npy":
-            actions = np.load(path, allow_pickle=False)
+            with path.open("rb") as stream:
+                actions = np.load(stream, allow_pickle=False)
         elif path.suffix == ".csv":
-            with path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if row]
+            rows = [row for row in csv.reader(read_utf8(path).splitlines()) if row]
             if rows and not _is_number(rows[0][0]):
                 rows = rows[1:]
             actions = np.array([[float(cell) for cell in row] for row in rows])

@@ -22,7 +22,9 @@ def read_noise(path: Path, shape: tuple[int, int, int, int], clips: int) -> np.n
         raise ValueError(f"--noise {path}: no such file; expected an array saved by numpy.save.")
     copy = local_copy(path)
     with reading(copy, "(--noise) is not an array of numbers saved by numpy.save", "Give another file."):
-        noise = np.load(copy, allow_pickle=False)
+        # Opened here: NumPy leaves an archive open that it cannot read.
+        with copy.open("rb") as stream:
+            noise = np.load(stream, allow_pickle=False)
     if not isinstance(noise, np.ndarray) or not np.issubdtype(noise.dtype, np.floating):
         raise ValueError(f"--noise {path}: holds {getattr(noise, 'dtype', type(noise).__name__)}; expected floats.")
     frames, height, width, channels = shape

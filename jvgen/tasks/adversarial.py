@@ -12,6 +12,7 @@ from jvgen.losses.adversarial import adaptive_weight, hinge_discriminator, hinge
 from jvgen.models.clip_discriminator.config import ClipDiscriminatorConfig
 from jvgen.models.clip_discriminator.model import ClipDiscriminator
 from jvgen.nn.network import Network, Parameters
+from jvgen.tasks.pixels import check_channels
 from jvgen.tasks.task import Batch, Metrics, activation_dtype
 from jvgen.value_rules import Positive, Step, Weight
 
@@ -46,6 +47,7 @@ class AdversarialConfig(Config):
     norm_floor: Weight = 0.0
 
     def validate(self) -> None:
+        check_channels("network.channels", self.network.channels)
         if self.norm_epsilon + self.norm_floor == 0:
             raise ValueError(
                 f"norm_epsilon = {self.norm_epsilon}, norm_floor = {self.norm_floor}: one must be positive, because "

@@ -22,7 +22,7 @@ from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import from_uint8, to_clips, unit_from_signed, unit_from_uint8
+from jvgen.tasks.pixels import check_channels, from_uint8, to_clips, unit_from_signed, unit_from_uint8
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Task, TaskConfig, activation_dtype
 from jvgen.value_rules import Bounds, Weight
 
@@ -51,6 +51,9 @@ class ImageVAETaskConfig(TaskConfig):
     perceptual_weight: Weight = 1.0
     kl_weight: Weight = 1e-6
     frames_per_clip: Annotated[int, Bounds(at_least=0, at_most=100_000, fix="0 for all")] = 0
+
+    def validate(self) -> None:
+        check_channels("network.channels", self.network.channels)
 
     def check_bucket(self, bucket: BucketConfig) -> None:
         step = self.network.downsampling

@@ -8,6 +8,12 @@ from jaxtyping import Array, Float, UInt8
 from jvgen.finite import Clips, clips_of
 
 
+def check_channels(name: str, channels: int) -> None:
+    """Raise `ValueError` for a network that does not take RGB frames, which all data sets have."""
+    if channels != 3:
+        raise ValueError(f"{name} = {channels}: the frames of data sets are RGB; set it to 3.")
+
+
 def from_uint8(pixels: UInt8[Array, "*shape"], dtype: jnp.dtype = jnp.float32) -> Float[Array, "*shape"]:
     """0..255 to -1..1: `(x - 127.5) / 127.5`, computed in float32."""
     return ((pixels.astype(jnp.float32) - 127.5) / 127.5).astype(dtype)

@@ -16,6 +16,7 @@ from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.embeddings import token_grid
 from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
+from jvgen.tasks.pixels import check_channels
 from jvgen.tasks.task import SampleRequest, TaskConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.value_rules import BelowOne, Bounds, Count, CountOrZero
@@ -77,7 +78,14 @@ class TextToVideoFields(TaskConfig):
             )
         if self.latents == "pixels" and self.vae is None:
             raise ValueError("latents = 'pixels' needs vae (and vae_weights): pixels are encoded in the step.")
+        if self.denoiser.in_channels != self.denoiser.out_channels:
+            raise ValueError(
+                f"denoiser.in_channels = {self.denoiser.in_channels} but denoiser.out_channels = "
+                f"{self.denoiser.out_channels}: this task denoises latents alone, without those of a given frame; make "
+                "them equal."
+            )
         if self.vae is not None:
+            check_channels("vae.channels", self.vae.channels)
             if self.vae.latent_channels != self.denoiser.out_channels:
                 raise ValueError(
                     f"vae.latent_channels = {self.vae.latent_channels} but denoiser.out_channels = "

@@ -28,7 +28,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8, unit_to_clips
+from jvgen.tasks.pixels import check_channels, signed_from_unit, unit_from_uint8, unit_to_clips
 from jvgen.tasks.task import (
     ArraySpec,
     Batch,
@@ -87,6 +87,7 @@ class VideoTokenizerConfig(TaskConfig):
     adversarial: AdversarialConfig | None = None
 
     def validate(self) -> None:
+        check_channels("network.channels", self.network.channels)
         if self.adversarial is not None and self.adversarial.update_schedule != "together":
             raise ValueError(
                 f"adversarial.update_schedule = {self.adversarial.update_schedule!r}: the tokenizer and its "

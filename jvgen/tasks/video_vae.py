@@ -35,7 +35,7 @@ from jvgen.tasks import compatibility
 from jvgen.tasks.adversarial import AdversarialConfig, AdversarialLoss
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import from_uint8, unit_from_signed
+from jvgen.tasks.pixels import check_channels, from_uint8, unit_from_signed
 from jvgen.tasks.task import ArraySpec, Batch, Mean, Metrics, Objective, Task, TaskConfig, activation_dtype
 from jvgen.value_rules import Weight
 
@@ -96,6 +96,7 @@ class VideoVAETaskConfig(TaskConfig):
     adversarial: AdversarialConfig | None = None
 
     def validate(self) -> None:
+        check_channels("network.channels", self.network.channels)
         if self.shared is not None and self.image_vae is None:
             raise ValueError("shared needs image_vae and image_vae_weights: the VAE to share latents with.")
         if (self.image_vae is None) != (self.image_vae_weights is None):

@@ -32,7 +32,7 @@ from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
 from jvgen.storage import as_path
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
-from jvgen.tasks.pixels import signed_from_unit, unit_from_uint8, unit_to_clips
+from jvgen.tasks.pixels import check_channels, signed_from_unit, unit_from_uint8, unit_to_clips
 from jvgen.tasks.task import (
     ArraySpec,
     Batch,
@@ -84,6 +84,7 @@ class WorldModelConfig(TaskConfig):
     visualize_clips: CountOrZero = 4
 
     def validate(self) -> None:
+        check_channels("tokenizer.channels", self.tokenizer.channels)
         self.transformer.check_tokenizer(self.tokenizer, self.tokenizer.context_frames + 1)
         if self.action_reconstruction_weight and not self.transformer.action_reconstruction:
             raise ValueError("action_reconstruction_weight needs transformer.action_reconstruction = true.")

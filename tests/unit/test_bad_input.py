@@ -73,6 +73,7 @@ def world(tmp_path_factory, jvgen, scenes, vae_words, video_words, vae_folder, q
     (root / "file").write_text("not a folder")
     (root / "no_experiment.py").write_text("experiment = 3\n")
     (root / "other_thing.py").write_text("def experiment():\n    return {'name': 'x'}\n")
+    (root / "latin.txt").write_bytes("a fox\ncaf\xe9\n".encode("latin-1"))
     (root / "notes.txt").write_text("def experiment(): ...")
     _videos(root)
     _weights(root, weights)
@@ -310,6 +311,17 @@ CASES = {
         ("ImageVAETaskConfig", "text-to-video run"),
     ),
     "no prompts": Case(lambda w: ["sample", w.run, "--out", w.root / "new"], ("--prompt TEXT", "--prompts FILE")),
+    "prompts not UTF-8": Case(
+        lambda w: ["sample", w.run, "--prompts", w.root / "latin.txt", "--out", w.root / "new"],
+        ("latin.txt", "is not UTF-8 text", "line 2"),
+    ),
+    "timesteps that are no numbers": Case(
+        lambda w: ["analyze", w.run, "--timesteps", "900,nan", "--out", w.root / "new"],
+        ("--timesteps 900,nan", "0 to 999"),
+    ),
+    "timesteps out of range": Case(
+        lambda w: ["analyze", w.run, "--timesteps", "-1", "--out", w.root / "new"], ("--timesteps -1", "0 to 999")
+    ),
     "prompts file missing": Case(
         lambda w: ["sample", w.run, "--prompts", w.root / "p.txt", "--out", w.root / "new"], ("p.txt", "no such file")
     ),
