@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.models.video_dit.torch_map import to_diffusers_config
 from jvgen.nn.embeddings import PatchEmbedding, sincos_positions, sinusoidal_timesteps, token_grid, unpatchify
 from jvgen.nn.network import Network
 from jvgen.nn.rope import RotaryGrid, crop_region, grid_coordinates, rotate, rotation
@@ -98,3 +100,16 @@ def test_unpatchify_inverts_the_patches(patch):
 def test_grids_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="width = 7"):
         token_grid((4, 6, 7), (1, 2, 2))
+
+
+def test_columns_have_a_scale_of_their_own():
+    equal, wide = (np.asarray(sincos_positions((2, 3, 4), 32, spatial_scale=2.0, column_scale=s)) for s in (None, 0.5))
+    rows = np.asarray(sincos_positions((2, 3, 16), 32, spatial_scale=2.0)).reshape(2, 3, 16, 32)[:, :, ::4]
+    np.testing.assert_array_equal(wide.reshape(2, 3, 4, 32), rows)
+    np.testing.assert_array_equal(equal, np.asarray(sincos_positions((2, 3, 4), 32, spatial_scale=2.0)))
+
+
+def test_diffusers_has_one_scale_for_rows_and_columns():
+    with pytest.raises(ValueError, match="column_scale = 2.0, spatial_scale = 1.875: diffusers has one scale"):
+        to_diffusers_config(VideoDiTConfig(column_scale=2.0))
+    assert to_diffusers_config(VideoDiTConfig(column_scale=1.875))["spatial_interpolation_scale"] == 1.875

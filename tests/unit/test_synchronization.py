@@ -162,3 +162,19 @@ def test_the_published_pose_encoder():
 @pytest.mark.parametrize("name", ["ReleasedModulesConfig", "jvgen.models.multiview.released:ReleasedModulesConfig"])
 def test_saved_configs_of_the_released_modules_load_under_their_new_name(name):
     assert from_json(json.dumps({"class": name, "heads": 4})) == CVDCheckpointConfig(heads=4)
+
+
+def test_deeper_modules_keep_the_names_of_the_first_block():
+    """Saved runs hold the parameters of one block under these names."""
+    deep = Network.of(lambda rngs: CrossViewSynchronization(WIDTH, heads=2, groups=4, depth=3, rngs=rngs))
+    one, three = flatten(NETWORK.shapes), flatten(deep.shapes)
+    assert {path.split("/")[0] for path in one} == {"norm", "input", "block", "output"}
+    block = {path.removeprefix("block/"): shape for path, shape in one.items() if path.startswith("block/")}
+    added = {f"deeper/{i}/{path}": shape for i in range(2) for path, shape in block.items()}
+    assert three == one | added
+
+
+def test_a_band_per_attention_is_one_for_each(parameters):
+    bands = [rows_band(2)] * 3
+    with pytest.raises(ValueError, match="band has 3 entries for 1 blocks of 2 attentions each"):
+        NETWORK.apply(parameters, tokens_of(2), ViewLayout(2), jnp.array([1, 0]), bands)
