@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from case_fields import check_fields, tensors
 from einops import rearrange
-from rounding import compare, floor, measured, within_rounding
+from rounding import SAFETY, compare, floor, measured, within_rounding
 
 from jvgen.models.ivideogpt import torch_map
 from jvgen.models.ivideogpt.decoding import Decoder
@@ -19,6 +19,8 @@ from jvgen.models.ivideogpt.transformer_map import transformer_from_json, transf
 from jvgen.nn.network import Network
 
 IGNORED = -100
+# Safety for sums over all pixels of all frames: the roundings of their terms have signs in common.
+SUMS = 8 * SAFETY
 KINDS = {"tokenizer", "layout", "transformer", "rollout"}
 # Fields of all kinds of case that say how it was made.
 ABOUT = ("system", "class", "case_kind", "dtype", "feat_limit", "out_limit", "detok_limit", "want_margins")
@@ -171,7 +173,7 @@ def training(network: Network, parameters, config, video: jax.Array, case) -> No
             "grad.norms": norms, **{f"grad.{name}": value for name, value in named.items()},
         }  # fmt: skip
 
-    compare(case, run, parameters, draws=1)
+    compare(case, run, parameters, draws=1, safety=SUMS)
 
 
 def shorter_context(config, parameters, video: jax.Array, case) -> None:
@@ -371,7 +373,7 @@ def rollout(case) -> None:
         _, conditions = model.detokenize_context(ids)
         return made, rewards, jnp.clip(model.detokenize_future(layout.clamp_future_codes(made), conditions), 0, 1)
 
-    (ids, rewards, made), moves = measured(run, read, parameters, context, actions, draws=1)
+    (ids, rewards, made), moves = measured(run, read, parameters, context, actions)
     np.testing.assert_array_equal(ids, io["out.tokens"][:, :, : layout.future_tokens])
     newest = rearrange(io["out.obss"], "b t (s c) h w -> b t s c h w", c=config.channels)[:, 1:, -1]
     within_rounding(channels_first(made), newest, moves[2], "out.obss", theirs_off=floor(values, "out.obss"))
