@@ -36,13 +36,13 @@ def test_inflated_decoder_holds_the_frames_of_the_image_decoder(image, tmp_path)
     swap = DecoderSwap(exported(video, inflate(CONFIG.vae, image, video, shapes), tmp_path / "vae"), CONFIG)
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4, 4)), jnp.float32)
     task = CONFIG.build()
-    alone = np.asarray(jax.jit(task.decode)({"vae": image}, latents), int)
-    clips = np.asarray(jax.jit(swap.apply_to(task).decode)({"vae": swap.load()}, latents), int)
+    alone = np.asarray(jax.jit(task.decode)({"vae": image}, latents).pixels, int)
+    clips = np.asarray(jax.jit(swap.apply_to(task).decode)({"vae": swap.load()}, latents).pixels, int)
     assert clips.shape == (2, 5, 8, 8, 3) and alone.shape == (2, 3, 8, 8, 3)
     held = alone[:, [0, 1, 1, 2, 2]]
     assert np.abs(clips - held).max() <= 1 and alone.std() > 1
     # The task itself is unchanged.
-    assert task.decode({"vae": image}, latents).shape[1] == 3 and isinstance(swap.apply_to(task), TextToVideo)
+    assert task.decode({"vae": image}, latents).pixels.shape[1] == 3 and isinstance(swap.apply_to(task), TextToVideo)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_image_decoder_makes_one_frame_per_latent_of_clips(image, tmp_path):
     config = CONFIG.replace(vae=CVVAEConfig.causal(CONFIG.vae), temporal_compression=2)
     swap = DecoderSwap(exported(CONFIG.vae, image, tmp_path / "vae"), config)
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4, 4)), jnp.float32)
-    frames = jax.jit(swap.apply_to(config.build()).decode)({"vae": swap.load()}, latents)
-    np.testing.assert_array_equal(frames, jax.jit(CONFIG.build().decode)({"vae": image}, latents))
+    frames = jax.jit(swap.apply_to(config.build()).decode)({"vae": swap.load()}, latents).pixels
+    np.testing.assert_array_equal(frames, jax.jit(CONFIG.build().decode)({"vae": image}, latents).pixels)
     assert frames.shape == (2, 3, 8, 8, 3)
 
 
