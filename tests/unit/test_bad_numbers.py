@@ -25,6 +25,8 @@ SENSIBLE = {
         AggregationConfig.initial AugmentationConfig.brightness AugmentationConfig.contrast AugmentationConfig.hue
         AugmentationConfig.saturation BucketConfig.start_step CVVAEConfig.shift_factor CVVAEConfig.tile_overlap
         CheckpointConfig.keep_every ClipDiscriminatorConfig.halvings CompressiveTokenizerConfig.commitment
+        DrQV2Config.discount DrQV2Config.noise_end DrQV2Config.noise_start DrQV2Config.pad DrQV2Config.random_steps
+        DrQV2Config.weight_decay RecordingConfig.noise RecordingConfig.quality
         CompressiveTokenizerConfig.dropout DataConfig.error_budget DataConfig.kind_weights DataConfig.workers
         EnhanceConfig.end EnhanceConfig.layers EnhanceConfig.start EnhanceConfig.temperature Experiment.seed
         FilterConfig.min_frames FilterConfig.min_height FilterConfig.min_width FrameTransformerConfig.action_width
@@ -55,6 +57,7 @@ SENSIBLE = {
         MultiViewConfig.latent_shift TextToVideoConfig.latent_shift TimestepConfig.mean
     """,
     "none": """
+        RecordingConfig.size RecordingConfig.steps
         BucketConfig.end_step CVVAEConfig.tile_frames CVVAEConfig.tile_size CogVideoXVAEConfig.encode_chunk_frames
         EnhanceConfig.gain FrameTransformerConfig.tokens_per_frame InitFromConfig.step MultiViewDiTConfig.column_scale
         MultiViewDiTConfig.offset_width MultiViewDiTConfig.temporal_patch VideoDiTConfig.column_scale
