@@ -109,7 +109,7 @@ def _pixels(loaded: LoadedRun, arrays: dict[str, np.ndarray], bucket: Any, step:
     key = key_for(jax.random.key(loaded.experiment.seed), EVALUATE, step)
     decoded = np.asarray(loaded.program.evaluation("recorded_clips")(loaded.parameters, loaded.frozen, placed, key))
     if not np.isfinite(decoded).all():
-        raise not_finite("clips of recorded latents", "VAE", loaded.experiment.training.compute_dtype)
+        raise not_finite("clips of recorded latents", "VAE", loaded.experiment.training.precision.compute_dtype)
     return np.rint(decoded * 255.0).astype(np.uint8)
 
 

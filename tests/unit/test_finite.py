@@ -126,7 +126,7 @@ def test_samples_of_training_that_are_not_finite_are_left_out():
     state = SimpleNamespace(parameters={}, ema={}, frozen={}, key=jax.random.key(0), step=np.int32(7))
     program = SimpleNamespace(
         shard_batch=lambda arrays, bucket: arrays,
-        experiment=SimpleNamespace(training=SimpleNamespace(compute_dtype="bfloat16")),
+        experiment=SimpleNamespace(training=SimpleNamespace(precision=SimpleNamespace(compute_dtype="bfloat16"))),
     )
     programs = SimpleNamespace(evaluation=lambda method, bucket: lambda *arguments: shown)
     batches = lambda start, stop: contextlib.nullcontext(iter([SimpleNamespace(arrays={}, bucket=None)]))  # noqa: E731
