@@ -2,7 +2,7 @@
 
 Should reach: the published model, 50,000 steps of 32 clips on a million captioned clips (released after 35,000).
 Chips: 64 of v5p (`v5p:4x4x4`), 128 of v5e (`v5e:8x16`) or 128 of v6e (`v6e:8x16`), one clip per 4 chips.
-Memory: 7.9 GiB per device on v5p:4x4x4 (compiled).
+Memory: 8.4 GiB per device on v5p:4x4x4 (compiled).
 Time: 1.4 s per step on v5p:4x4x4, within 1.3 and 2.3 (estimated from the compiled program, not measured).
 Data: as `cogvideox_2b.py`. Start with
 
