@@ -90,6 +90,8 @@ def path(text: str) -> "Path":
     from jvgen.config import ConfigError
     from jvgen.storage import as_path
 
+    if not text:
+        raise argparse.ArgumentTypeError("'': a path is not empty; the current folder is '.'")
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r}: a path has no zero bytes")
     try:

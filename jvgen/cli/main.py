@@ -45,9 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(describe_error(error, f"jvgen {parsed.command}: "), file=sys.stderr)
             return code
-        print(f"jvgen {parsed.command}: {error}", file=sys.stderr)
+        print(f"jvgen {parsed.command}: {_told(error)}", file=sys.stderr)
         print("(set JVGEN_TRACEBACK=1 for the traceback)", file=sys.stderr)
         return code
+
+
+def _told(error: Exception) -> str:
+    # Python's words, "[Errno 17] File exists", leave open what is wrong with an output folder.
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename is not None:
+        return f"{error.filename}: a folder is needed there, and it or a part of it is a file. Give another path."
+    return str(error)
 
 
 def build_parser() -> argparse.ArgumentParser:

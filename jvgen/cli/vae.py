@@ -81,7 +81,7 @@ def _targets(sources: list[Path], out: Path, suffix: str, overwrite: bool) -> li
     targets = [(source, out / f"{source.stem}{suffix}") for source in sources]
     for source, target in targets:
         if not source.is_file():
-            raise ValueError(f"{source}: no such file.")
+            raise ValueError(f"{source}: {'a folder; name the files in it' if source.is_dir() else 'no such file'}.")
         if target.exists() and not overwrite:
             raise ValueError(f"{target} exists; choose another --out, or pass --overwrite.")
     names = [target.name for _, target in targets]

@@ -1,6 +1,7 @@
 """Opens an environment by name for commands: a data set of scenes, a task of Meta-World, or a user's own."""
 
 import importlib
+import inspect
 from typing import Any
 
 from jvgen.config import ConfigError
@@ -48,11 +49,12 @@ def _metaworld(name: str, task: str, steps: int | None, size: int | None) -> Any
 def _own(name: str, module: str, function: str) -> Any:
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"--env {name}: cannot be imported ({error}); give MODULE:FUNCTION of an importable module, "
             "metaworld:TASK, or the folder of a data set of scenes."
         ) from error
+    _check_callable(name, make)
     environment = make()
     space = getattr(environment, "observation_space", None)
     if str(getattr(space, "dtype", "")) != "uint8" or len(getattr(space, "shape", ())) != 3:
@@ -61,3 +63,14 @@ def _own(name: str, module: str, function: str) -> Any:
             "that it gives rendered frames."
         )
     return environment
+
+
+def _check_callable(name: str, make: Any) -> None:
+    try:
+        inspect.signature(make).bind()
+    except ValueError:  # a class of Python itself has no signature
+        return
+    except TypeError as error:  # neither a function, nor one without arguments
+        raise ConfigError(
+            f"--env {name}: {error}; give a function that takes no arguments and returns a gymnasium.Env."
+        ) from error

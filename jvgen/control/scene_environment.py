@@ -100,7 +100,7 @@ class SceneEnvironment(gymnasium.Env):
         scenes = decode({"class": "SceneConfig", "kinds": {"mapping": kinds}, **settings})
         if not scenes.driven or not kinds.get("dynamic"):
             raise ValueError(
-                f"{folder}: none of its scenes is driven: nothing to act in. Build it with driven above 0."
+                f"{folder}: none of its scenes is driven: nothing to act in. Build it with --set driven=1."
             )
         counts = splits(folder)
         if split not in counts:

@@ -125,7 +125,7 @@ def _without_config(path: Path, folder: Path) -> ValueError:
         # It says what is wrong with this file, if something is.
         _refuse_adapter(_open_file(file), file)
     inside = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}"))
-    hint = "It describes the network of the weights."
+    hint = "It describes the network of the weights: name a folder that `save_pretrained` or `jvgen export` wrote."
     if inside:
         hint = f"It has networks in subfolders; give one of: {', '.join(inside)}."
     return ValueError(f"{folder} has no config.json. {hint}")

@@ -104,6 +104,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             raise self._bad("it holds no tensors")
         for name, entry in header.items():
             self._specs[name] = self._parse(name, entry, 8 + length, size)
+        self._check_places(8 + length, size)
 
     def _parse(self, name: str, entry: object, data_start: int, size: int) -> tuple[TensorSpec, int]:
         try:
@@ -116,6 +117,16 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         if data_start + stop > size:
             raise self._bad(f"it is truncated: {name} ends at byte {data_start + stop} of {size}")
         return spec, data_start + start
+
+    def _check_places(self, data_start: int, size: int) -> None:
+        """The tensors follow each other without gaps, as the format demands: a damaged offset gives other weights."""
+        end, previous = data_start, "the header"
+        for name, (spec, start) in sorted(self._specs.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
+            if start != end:
+                raise self._bad(f"{name} starts at byte {start}, but {previous} ends at {end}")
+            end, previous = start + spec.nbytes, name
+        if end != size:
+            raise self._bad(f"{previous} ends at byte {end}, but the file has {size}")
 
     def _bad(self, reason: str) -> UnreadableFile:
         return unreadable(self.path, _PROBLEM, reason)

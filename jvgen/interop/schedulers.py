@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jvgen.config import validate_tree
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import TIMESTEPS, Prediction, ScheduleConfig
 
@@ -82,7 +83,7 @@ def from_diffusers(values: Mapping[str, Any], where: str) -> Scheduler:
         if read[key] not in known:
             listed = ", ".join(repr(value) for value in known)
             raise ValueError(f"{where}: {key} = {read[key]!r}; supported: {listed}.")
-    return Scheduler(
+    scheduler = Scheduler(
         ScheduleConfig(
             kind=BETAS[read["beta_schedule"]],
             beta_start=values.get("beta_start", 0.00085),
@@ -99,3 +100,9 @@ def from_diffusers(values: Mapping[str, Any], where: str) -> Scheduler:
             step_to="stride",
         ),
     )
+    try:
+        validate_tree(scheduler.schedule)
+        validate_tree(scheduler.sampler)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return scheduler

@@ -73,6 +73,11 @@ def find(
         cluster = detect(env, timeout, log)
         if cluster is not None:
             return cluster if cluster.processes > 1 else None
+    if env.get("JAX_COORDINATOR_ADDRESS"):  # without this each of the processes would train alone
+        raise ConfigError(
+            "JAX_COORDINATOR_ADDRESS is set, but no cluster is detected that says how many processes there are: give "
+            f"--processes ({PROCESSES}) and --process-id ({PROCESS_ID}), or unset it for a process of its own."
+        )
     return None
 
 
@@ -96,7 +101,9 @@ def _explicit(coordinator: str | None, processes: int | None, process_id: int | 
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--coordinator {coordinator!r}: expected HOST:PORT, for example 10.0.0.1:6002.")
+        raise ConfigError(
+            f"--coordinator {coordinator!r}: expected HOST:PORT, for example 10.0.0.1:6002; ports end at 65535."
+        )
     return Cluster("explicit", coordinator, processes, process_id)
 
 

@@ -170,7 +170,8 @@ def note_fact(name: str, value: str) -> None:
 def record_error(error: BaseException, workdir: Path | None) -> Path | None:
     """Append an exception with its traceback to `workdir/errors/process_N.txt`, as plain text; returns the file.
 
-    A user's mistake creates no run directory. An error while writing is printed, and nothing more.
+    A user's mistake creates no run directory, and writes nothing into a data set that was named as one. An error while
+    writing is printed, and nothing more.
     """
     if workdir is None:
         return None
@@ -187,7 +188,8 @@ def record_error(error: BaseException, workdir: Path | None) -> Path | None:
     # The others wait for this process.
     once = Retries(attempts=1)
     try:
-        if exit_codes.of_error(error) == exit_codes.USER_ERROR and not workdir.exists():
+        no_run = not workdir.exists() or workdir.is_file() or (workdir / "dataset_info.json").is_file()
+        if no_run and exit_codes.of_error(error) == exit_codes.USER_ERROR:
             return None
         before = read_text(file, once) if file.exists() else ""
         # The latest errors of a run that is restarted again and again.

@@ -158,6 +158,8 @@ def _workdir(workdir: Path | None, program: Program) -> Iterator[str]:
     existing = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
     if not existing.is_dir():
         yield f"run directory {workdir}: {existing} is a file; name a folder."
+    elif (workdir / "dataset_info.json").is_file():
+        yield f"run directory {workdir}: holds a data set; name another folder."
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield f"run directory {workdir}: {existing} is not writable; choose another one or change its permissions."
     else:

@@ -15,6 +15,8 @@ from jvgen.training.telemetry.json_lines import read_rows
 
 MAX_PROMPTS = 1 << 19
 INDEX = "index.jsonl"
+# Endings that say that one file is meant, though only the first three are written.
+MEDIA = (".mp4", ".png", ".npy", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif", ".jpg", ".jpeg")
 MAX_NAME_BYTES = 255  # on every common file system
 
 # "numbered": 0003_01_a_red_ball.mp4; "vbench": a red ball-1.mp4, where VBench's evaluation looks for it.
@@ -71,7 +73,7 @@ def plan_clips(
 
 def is_one_file(out: Path) -> bool:
     """Whether `--out` names one clip and not a folder."""
-    return out.suffix in (".mp4", ".png", ".npy")
+    return out.suffix.lower() in MEDIA and not out.is_dir()
 
 
 def note_clips(out: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -243,7 +243,8 @@ def _only_video_autoencoder(configs: Mapping[str, Config]) -> str:
     names = [name for name, config in sorted(configs.items()) if hasattr(config, "temporal_downsampling")]
     if len(names) != 1:
         raise ConfigError(
-            f"--inflate: the task has the video autoencoders {', '.join(names) or '(none)'}; expected exactly one."
+            f"--inflate: the task has the video autoencoders {', '.join(names) or '(none)'}; expected exactly one. "
+            "Choose the --config of a video VAE, or leave --inflate out."
         )
     return names[0]
 

@@ -25,8 +25,10 @@ def read_noise(path: Path, shape: tuple[int, int, int, int], clips: int) -> np.n
         # Opened here: NumPy leaves an archive open that it cannot read.
         with copy.open("rb") as stream:
             noise = np.load(stream, allow_pickle=False)
-    if not isinstance(noise, np.ndarray) or not np.issubdtype(noise.dtype, np.floating):
-        raise ValueError(f"--noise {path}: holds {getattr(noise, 'dtype', type(noise).__name__)}; expected floats.")
+    if not isinstance(noise, np.ndarray):
+        raise ValueError(f"--noise {path}: is an archive of arrays (.npz); expected one array saved by numpy.save.")
+    if not np.issubdtype(noise.dtype, np.floating):
+        raise ValueError(f"--noise {path}: holds {noise.dtype}; expected floats, normally distributed.")
     frames, height, width, channels = shape
     given = noise.shape
     if noise.ndim == 4:

@@ -30,6 +30,7 @@ from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig
 
 # Of diffusers: the first with this pipeline.
 DIFFUSERS_VERSION = "0.30.0"
+PIPELINE_TEXT_LENGTH = 226  # tokens, by default, whatever the transformer's config says
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 
@@ -126,6 +127,11 @@ def parts(
 def notes(config: TextToVideoConfig) -> list[str]:
     """What the pipeline does by default in another way than the run, and how to have the run's."""
     found = []
+    if config.text.length != PIPELINE_TEXT_LENGTH:
+        found.append(
+            f"diffusers' pipeline pads captions to {PIPELINE_TEXT_LENGTH} tokens: call it with "
+            f"max_sequence_length={config.text.length}"
+        )
     if config.text.unconditional == "zeros":
         found.append(
             "the run was trained with zeros for no caption, diffusers' pipeline encodes an empty one: pass "

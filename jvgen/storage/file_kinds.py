@@ -158,4 +158,5 @@ def _reason(error: BaseException) -> str:
         return name
     # A KeyError's text is the key alone.
     text = f"{name}: {lines[0]}" if isinstance(error, (KeyError, IndexError, AttributeError, TypeError)) else lines[0]
-    return text[:_REASON_CHARACTERS]
+    # NumPy goes on to say how to run what a pickle holds.
+    return text.partition(" If you trust the file")[0][:_REASON_CHARACTERS]

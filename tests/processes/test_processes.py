@@ -122,10 +122,15 @@ def test_clusters_are_found():
     ("variables", "message"),
     [
         ({"JVGEN_COORDINATOR": "a:1"}, r"--processes \(JVGEN_PROCESSES\) and --process-id .* missing"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, r"JAX_COORDINATOR_ADDRESS is set.*give --processes .* or unset it"),
         ({"JVGEN_PROCESSES": "two"}, "JVGEN_PROCESSES = 'two': expected a whole number"),
         (
             {"JVGEN_COORDINATOR": "a", "JVGEN_PROCESSES": "2", "JVGEN_PROCESS_ID": "0"},
             "--coordinator 'a': expected HOST:PORT",
+        ),
+        (
+            {"JVGEN_COORDINATOR": "a:99999", "JVGEN_PROCESSES": "2", "JVGEN_PROCESS_ID": "0"},
+            "--coordinator 'a:99999': .* ports end at 65535",
         ),
         (
             {"JVGEN_COORDINATOR": "a:1", "JVGEN_PROCESSES": "2", "JVGEN_PROCESS_ID": "2"},

@@ -164,6 +164,7 @@ def noise(path: Path) -> None:
 
 
 ROW = "0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0"
+ARCHIVE = b"PK\x05\x06" + bytes(18)  # a zip file without members, which NumPy takes for its own
 ARRAY = b"\x93NUMPY\x01\0"
 READERS: dict[str, tuple[Callable[[Path], None], str, bytes | str | object, tuple[str, ...]]] = {
     "prompts latin-1": (prompts, "p.txt", LATIN, ("p.txt", "not UTF-8", "line 2", "0xe9")),
@@ -200,6 +201,7 @@ READERS: dict[str, tuple[Callable[[Path], None], str, bytes | str | object, tupl
     "noise missing": (noise, "n.npy", None, ("n.npy", "no such file")),
     "noise pickle": (noise, "n.npy", b"\x80\x04N.", ("n.npy", "pickle")),
     "noise zip": (noise, "n.npy", b"PK\x03\x04" + bytes(40), ("n.npy",)),
+    "noise archive": (noise, "n.npy", ARCHIVE, ("n.npy", ".npz", "one array saved by numpy.save")),
 }
 TABLES: dict[str, tuple[str, bytes | str, tuple[str, ...]]] = {
     "captions latin-1": ("c.csv", b"file,caption\nx.mp4,caf\xe9\n", ("c.csv", "not UTF-8", "line 2", "0xe9")),
@@ -229,12 +231,15 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("exactly one of RUN", "--vae"),
     "analyze run --out file": ("--out file", "name a folder"),
     "sample folder --prompt x --out clips": ("folder", "checkpoints"),
+    "sample pipeline --prompt x --out clips": ("pipeline", "checkpoints", "`jvgen sample --weights`"),
     "export folder --to x": ("folder", "checkpoints"),
     "data show folder": ("folder", "contains no data set"),
     "data build videos nowhere --out x": ("nowhere",),
     "data build webvid nowhere.csv --videos folder --out x": ("nowhere.csv", "no such file"),
     "import file": ("file",),
+    "import folder": ("folder has no config.json", "name a folder that `save_pretrained` or `jvgen export` wrote"),
     "verify folder": ("folder", "config.json"),
+    "encode folder --vae folder --out x": ("folder: a folder; name the files in it",),
     "encode file --vae folder --out x": ("folder",),
 }
 
@@ -245,6 +250,8 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("text\n")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     return tmp_path
 
 
@@ -335,9 +342,10 @@ def test_a_command_that_cannot_be_done_says_why(command, place, jvgen):
     assert_refused(jvgen(*command.split()), COMMANDS[command], place, before)
 
 
-def test_a_path_with_a_zero_byte(jvgen, place):
-    done = jvgen("train", DEMO, "--workdir", "a\0b")
-    assert done.status == 2 and "a path has no zero bytes" in done.err
+@pytest.mark.parametrize(("path", "words"), [("a\0b", "a path has no zero bytes"), ("", "a path is not empty")])
+def test_a_path_that_is_none(path, words, jvgen, place):
+    before = tree(place)
+    assert_refused(jvgen("train", DEMO, "--workdir", path), (words,), place, before)
 
 
 REAL = {

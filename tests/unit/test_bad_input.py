@@ -152,6 +152,12 @@ CASES = {
         lambda w: ["train", ROOT / "configs/demo_imag_vae.py", "--workdir", w.root / "x"],
         ("demo_imag_vae.py", "does not exist", "Did you mean", "demo_image_vae.py"),
     ),
+    "run directory below a file": Case(
+        lambda w: ["train", *w.vae, "--workdir", w.root / "file" / "run"], ("file/run", "file is a file; name a folder")
+    ),
+    "run directory is a data set": Case(
+        lambda w: ["train", *w.vae, "--workdir", w.root / "scenes2"], ("scenes2: holds a data set; name another",)
+    ),
     "config without experiment": Case(
         lambda w: ["config", "show", w.root / "no_experiment.py"], ("no_experiment.py", "function experiment()")
     ),
@@ -375,6 +381,7 @@ def assert_user_error(done, expected: tuple[str, ...]) -> None:
     missing = [words for words in expected if words not in done.err]
     assert not missing, f"{missing} not in: {done.err}"
     assert "Traceback" not in done.err and done.err.count("JVGEN_TRACEBACK") == 1
+    assert "could not be written" not in done.err, done.err
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -388,6 +395,7 @@ def test_invalid_input_gives_one_message_and_changes_no_file(name, world, jvgen,
     case = CASES[name]
     assert_user_error(jvgen(*case.words(world)), case.expected)
     assert {folder: contents(folder) for folder in before} == before
+    assert not (world.root / "scenes2" / "errors").exists()
     assert not Path("unpickled").exists()
 
 

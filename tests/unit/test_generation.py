@@ -147,6 +147,10 @@ BAD_FOLDERS = {
         lambda p: edit(p / "scheduler" / "scheduler_config.json", beta_schedule="squaredcos_cap_v2"),
         "beta_schedule = 'squaredcos_cap_v2'; supported: 'scaled_linear', 'linear'",
     ),
+    "betas that fall": (
+        lambda p: edit(p / "scheduler" / "scheduler_config.json", beta_start=0.5),
+        "scheduler_config.json: ScheduleConfig: beta_start = 0.5, beta_end = 0.012: must rise",
+    ),
     "broken scheduler": (
         lambda p: (p / "scheduler" / "scheduler_config.json").write_text("{"), "scheduler_config.json is not JSON"
     ),
@@ -199,6 +203,8 @@ BAD_WORDS = {
     "devices": (("--devices", "99"), "--devices 99: this machine has"),
     "noise": (("--noise", "nowhere.npy"), "--noise nowhere.npy: no such file"),
     "ending": (("--out", "clip.png"), "5 frames are written as .mp4"),
+    "ending that no clip has": (("--out", "clip.AVI"), "5 frames are written as .mp4"),
+    "below a file": (("--out", "file.txt/clip.mp4"), "file.txt: a folder is needed there"),
     "several in one": (("--clips-per-prompt", "2", "--out", "clip.mp4"), "one file, but 2 clips"),
     "tiles": (("--tiles",), "a tile of 6x5 latents has a stride of"),
     "enhanced layers": (("--enhance", "1", "--enhance-set", "layers=1,1"), "layers has 2 factors"),
@@ -226,6 +232,7 @@ def test_folders_that_are_refused(name, pipeline, jvgen, tmp_path, nothing_loade
 def test_requests_that_are_refused(name, pipeline, jvgen, tmp_path, nothing_loaded, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words, said = BAD_WORDS[name]
+    (tmp_path / "file.txt").write_text("")
     if name == "tiles":
         edit(pipeline / "vae" / "config.json", sample_height=26)
     done = jvgen("sample", "--weights", pipeline, "--out", "clips", *ASKED, *words)

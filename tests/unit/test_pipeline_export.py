@@ -16,10 +16,10 @@ from jvgen.tasks.text_to_video import TextToVideoConfig
 
 CONFIG = TextToVideoConfig(
     denoiser=VideoDiTConfig(
-        layers=1, heads=2, head_width=8, in_channels=4, out_channels=4, text_width=8, text_length=6,
+        layers=1, heads=2, head_width=8, in_channels=4, out_channels=4, text_width=8, text_length=226,
     ),
     text=TextConfig(
-        encoder=T5Config(vocabulary=16, width=8, layers=1, heads=1, head_width=8, hidden=8), length=6,
+        encoder=T5Config(vocabulary=16, width=8, layers=1, heads=1, head_width=8, hidden=8), length=226,
         weights="none/encoder", tokenizer="none/tokenizer",
     ),
     vae=CogVideoXVAEConfig.tiny(), vae_weights="none/vae", schedule=ScheduleConfig(kind="cogvideox", snr_shift=3.0),
@@ -27,7 +27,7 @@ CONFIG = TextToVideoConfig(
 )  # fmt: skip
 OBSTACLES = {
     "gates": ({"denoiser": CONFIG.denoiser.replace(aggregation=AggregationConfig())}, "no class with RepVideo's gates"),
-    "bytes": ({"text": TextConfig(encoder=ByteTextConfig(width=8), length=6)}, "ByteTextConfig is no T5"),
+    "bytes": ({"text": TextConfig(encoder=ByteTextConfig(width=8), length=226)}, "ByteTextConfig is no T5"),
     "no VAE": ({"vae": None, "vae_weights": None}, "task.vae = none"),
     "image VAE": ({"vae": ImageVAEConfig.tiny()}, "ImageVAEConfig is not diffusers' AutoencoderKLCogVideoX"),
     "shift": ({"latent_shift": 0.1}, "task.latent_shift = 0.1"),
@@ -56,6 +56,7 @@ def test_every_obstacle_is_listed():
     ("changes", "said"),
     [
         ({}, []),
+        ({"text": CONFIG.text.replace(length=12)}, ["max_sequence_length=12"]),
         ({"text": CONFIG.text.replace(unconditional="zeros")}, ["--unconditional zeros"]),
         ({"sampler": SamplerConfig(kind="dpm_solver_sde")}, []),
         ({"sampler": SamplerConfig(kind="dpm_solver")}, ["kind = 'dpm_solver'"]),

@@ -82,21 +82,25 @@ def test_the_command_without_a_model(scenes, tmp_path, capsys) -> None:
     [
         ([], "--with model: give MODEL"),
         (["runs/none"], "neither a run directory"),
-        (["--with", "random", "--steps", "0"], "--steps 0"),
+        (["--with", "random", "--steps", "0"], "--steps: '0': must be at least 1"),
         (["--with", "random", "--cost", "lpips"], "--lpips FILE"),
         (["--with", "random", "--set", "samples=0"], "samples = 0"),
         (["--with", "random", "--set", "sample=9"], "samples"),
-        (["--with", "random", "--env", "nowhere"], "--env nowhere"),
+        (["--with", "random", "--env", "nowhere"], "--env nowhere: nowhere: no such folder"),
         (["--with", "random", "--env", "json:nothing"], "cannot be imported"),
         (["--with", "random", "--env", "builtins:dict"], "uint8 images"),
+        (["--with", "random", "--env", "os:system"], "--env os:system: missing a required argument: 'command'; give"),
+        (["--with", "random", "--env", "os:sep"], "is not a callable object; give a function"),
+        (["--with", "random", "--env", ":system"], "cannot be imported"),
+        (["--with", "random", "--env", ".os:system"], "cannot be imported"),
         (["--with", "random", "--env", "metaworld:reach-v2"], "--env metaworld:reach-v2"),
         (["--with", "simulator", "--goal", "missing.png"], "--goal missing.png"),
     ],
 )
-def test_bad_arguments(arguments, words, scenes, tmp_path, capsys) -> None:
+def test_bad_arguments(arguments, words, scenes, tmp_path, jvgen) -> None:
     environment = [] if "--env" in arguments else ["--env", str(scenes)]
-    assert main(["plan", *arguments, *environment, "--out", str(tmp_path / "out")]) == 2
-    assert words in capsys.readouterr().err
+    done = jvgen("plan", *arguments, *environment, "--out", tmp_path / "out")
+    assert done.status == 2 and words in done.err, done.err
     assert not (tmp_path / "out").exists()
 
 

@@ -55,6 +55,12 @@ def _safetensors(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
+def _two(*places: tuple[int, int]) -> bytes:
+    """Header of two tensors of 9 numbers at these bytes."""
+    found = zip("ab", places, strict=True)
+    return json.dumps({name: {"dtype": "F32", "shape": [9], "data_offsets": place} for name, place in found}).encode()
+
+
 def _npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array)
@@ -97,6 +103,11 @@ KINDS: dict[str, tuple[bytes, str | None]] = {
     "safetensors, cut": (
         _safetensors(b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}', bytes(12)), "a safetensors file"
     ),
+    # What a flipped bit of an offset leaves: other weights, if it were read.
+    "safetensors, the same bytes twice": (_safetensors(_two((0, 36), (0, 36)), bytes(72)), "a safetensors file"),
+    "safetensors, overlap": (_safetensors(_two((0, 36), (32, 68)), bytes(72)), "a safetensors file"),
+    "safetensors, gap": (_safetensors(_two((0, 36), (40, 76)), bytes(76)), "a safetensors file"),
+    "safetensors, more than its tensors": (_safetensors(_two((0, 36), (36, 72)), bytes(76)), "a safetensors file"),
     "safetensors, header of 9 EiB": (b"\xff" * 7 + b"\x7f{" + bytes(100), None),
     "safetensors, odd shape": (
         _safetensors(b'{"a":{"dtype":"F32","shape":[1e400],"data_offsets":[0,36]}}', bytes(36)), "a safetensors file"

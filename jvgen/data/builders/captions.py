@@ -47,7 +47,9 @@ def read_captions(
             if any(lines):
                 found[file] = tuple(line for line in lines if line)
     if not found and not optional:
-        raise ValueError(f"{folder} has no captions. Accepted: {ACCEPTED}. Or declare captions optional.")
+        raise ValueError(
+            f"{folder} has no captions. Accepted: {ACCEPTED}. Or declare captions optional (--captions-optional)."
+        )
     return found
 
 

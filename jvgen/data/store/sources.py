@@ -159,6 +159,8 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     """
     path = as_path(folder) / METADATA
     if not path.is_file():
+        if not path.parent.is_dir():
+            raise ValueError(f"{folder}: no such folder.")
         raise ValueError(f"{folder} has no {METADATA}: it was not written by `jvgen data build`.")
     return read_json_object(path)
 

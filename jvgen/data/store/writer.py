@@ -152,7 +152,9 @@ class Writer:
         if not (out / "dataset_info.json").is_file():
             raise ValueError(f"out = {str(out)!r} contains something other than a data set; use another folder.")
         if not self.overwrite:
-            raise ValueError(f"out = {str(out)!r} already contains a data set; pass overwrite, or use another folder.")
+            raise ValueError(
+                f"out = {str(out)!r} already contains a data set; pass --overwrite, or use another folder."
+            )
 
     def _remove_dead_builds(self) -> None:
         prefix = f".{self.out.name}.partial-{socket.gethostname()}-"

@@ -26,7 +26,10 @@ def check_latents(folder: str | Path, encoder_digest: str | None) -> dict[str, A
     folder = find_dataset(folder)
     made_with = read_metadata(folder).get("latents")
     if made_with is None:
-        raise ValueError(f"{folder} has no cached latents; make them with `jvgen data build latents`.")
+        raise ValueError(
+            f"{folder} has no cached latents; make them with `jvgen data build latents`, or set "
+            "task.latents = 'pixels'."
+        )
     if made_with["format"] != LATENTS_FORMAT:
         raise ValueError(
             f"{folder}: its latents have format {made_with['format']}, this version of jvgen needs {LATENTS_FORMAT}. "

@@ -36,6 +36,7 @@ from jvgen.terminal import progress_bar
 from jvgen.training.telemetry.throughput import peak_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_SHOWN = 200  # characters of a prompt's end that no network reads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,7 +313,8 @@ def _tell_cut_prompts(task: TextToVideo, prompts: Sequence[str]) -> None:
     for prompt in dict.fromkeys(prompts):
         left_over = task.text.truncated_text(prompt)
         if left_over:
+            shown = left_over if len(left_over) <= MAX_SHOWN else f"{left_over[:MAX_SHOWN]}..."
             print(
-                f"warning: a prompt has more than {task.config.text.length} tokens; cut off: {left_over!r}",
+                f"warning: a prompt has more than {task.config.text.length} tokens; cut off: {shown!r}",
                 file=sys.stderr,
             )

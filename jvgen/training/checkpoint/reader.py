@@ -63,9 +63,11 @@ class CheckpointReader:
         workdir, self._named_step = split_checkpoint(workdir)
         self.folder, self._log = absolute(workdir) / "checkpoints", log
         if not self.folder.is_dir():
+            is_pipeline = (self.folder.parent / "model_index.json").is_file()
+            hint = " Of a pipeline `jvgen sample --weights` makes clips." if is_pipeline else ""
             raise CheckpointError(
                 f"{self.folder.parent} is not a run directory: it has no checkpoints folder. Give RUN, or one "
-                "checkpoint of it, RUN/checkpoints/STEP."
+                f"checkpoint of it, RUN/checkpoints/STEP.{hint}"
             )
         self._open(cleanup_tmp_directories=False, read_only=True)
         self._require(self._named_step, self.steps())
