@@ -133,12 +133,17 @@ def prepare(
                 f"{workdir} already holds checkpoints of steps {checkpoints.steps()}: use another run directory, "
                 "or resume from them."
             )
+        probable_start = max(checkpoints.steps(), default=0)
+        if probable_start > training.steps:
+            raise ConfigError(
+                f"training.steps = {training.steps}: the run in {workdir} is at step {probable_start}; give at least "
+                "as many steps, or another run directory."
+            )
         document = identity.run_document(experiment, program.task)
         clock.mark("digests")
         flops = {bucket: throughput.step_flops(program.task, bucket) for bucket in loader.buckets}
         evaluations = [] if held_out is None else _evaluations(held_out, training)
         # Compiled while the checkpoint is read.
-        probable_start = max(checkpoints.steps(), default=0)
         programs = Programs(program, loader.buckets, evaluations, probable_start, flops, log, preemption.check)
         state = restore_state(program, checkpoints, loader, document, allow_changes, log)
         start_step = int(state.step)

@@ -98,6 +98,13 @@ def test_resuming_a_finished_run_does_nothing(finished):
     assert toys.rows_of(finished) == before
 
 
+def test_fewer_steps_than_the_run_has_made_are_refused(finished):
+    before = (finished / "config.json").read_text()
+    with pytest.raises(ConfigError, match="training.steps = 19: .* is at step 20; give at least as many steps"):
+        run(finished, toys.experiment(**{"training.steps": 19}))
+    assert (finished / "config.json").read_text() == before
+
+
 def test_resuming_on_eight_then_four_devices_then_one(tmp_path, one_device):
     experiment = toys.experiment()
     experiment = experiment.replace(data=experiment.data.replace(buckets=experiment.data.buckets[:1]))
