@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilations")
         ({"text": CONFIG.text.replace(length=9)}, ["text.length = 9", "text_length = 6"]),
         (
             {"denoiser": CONFIG.denoiser.replace(in_channels=8)},
-            ["in_channels = 8", "out_channels = ", "make them equal"],
+            ["in_channels = 8", "out_channels = 4", "both must be equal"],
         ),
         ({"text": CONFIG.text.replace(length=0)}, ["task.text", "length = 0", "at least 1"]),
         ({"text": CONFIG.text.replace(weights="t5")}, ["byte encoder", "weights"]),
