@@ -278,7 +278,7 @@ def test_report():
 
 
 def test_missing_compiler(monkeypatch):
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topology.libtpu, "is_installed", lambda: False)
     with pytest.raises(ConfigError, match=r"libtpu, which is not installed: pip install 'jvgen\[tpu\]'"):
         compile_ahead(toys.experiment(), "v5e:2x2")
 
