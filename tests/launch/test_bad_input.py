@@ -1,9 +1,12 @@
 """Mistakes of `jvgen launch`: each is one message that names the option, before anything is started."""
 
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+
+from jvgen.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commands import IMAGE, ROOT, launch  # noqa: E402
@@ -18,7 +21,6 @@ MISTAKES = {
     "descending slice": (f"gke-tpu {POD} --topology v5p:8x4x4", "three ascending multiples of 4"),
     "too many cubes": (f"gke-tpu {POD} --topology v4:16x16x32", "at most 4096 chips"),
     "no such plane": (f"gke-tpu {POD} --topology v6e:4x16", "v6e comes as 2x2, 2x4"),
-    "no slices": (f"gke-tpu {POD} --topology v5p:4x4x8 --slices 0", "--slices 0: at least 1"),
     "slices of GPUs": (f"gke-gpu {POD} --topology h100:4x8 --slices 2", "only TPUs come in slices"),
     "GPU nodes without size": (f"gke-gpu {POD} --topology h100:32", "NODESxDEVICES"),
     "four of eight GPUs": (f"gke-gpu {POD} --topology h100:8x4", "a node of gke-gpu has 8 GPUs"),
@@ -51,7 +53,6 @@ MISTAKES = {
     ),
     "restart code": (f"gke-tpu {POD} --topology v5p:4x4x8 --restart-code 2", "--restart-code = '2'"),
     "grace": (f"gke-tpu {POD} --topology v5p:4x4x8 --grace-seconds 5", "--grace-seconds 5: at least 30"),
-    "restarts": (f"gke-tpu {POD} --topology v5p:4x4x8 --max-restarts -1", "--max-restarts -1: 0 or more"),
     "environment": (f"gke-tpu {POD} --topology v5p:4x4x8 --env A", "--env 'A': write NAME=VALUE"),
     "config": (f"gke-tpu configs/cogvideox_3b.py {BUCKET} --image {IMAGE} --topology v5p:4x4x8", "cogvideox_2b.py"),
 }  # fmt: skip
@@ -65,6 +66,17 @@ def test_one_message(mistake):
     message, hint = errors.strip().splitlines()
     assert message.startswith("jvgen launch: ") and expected in message, message
     assert "JVGEN_TRACEBACK" in hint
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [("--slices 0", "argument --slices: '0': must be at least 1"),
+     ("--max-restarts -1", "argument --max-restarts: '-1': must be at least 0")],
+)  # fmt: skip
+def test_numbers_of_flags(capsys, flag, words):
+    with pytest.raises(SystemExit, match="2"):
+        main(["launch", *shlex.split(f"gke-tpu {POD} --topology v5p:4x4x8 {flag}")])
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target, tool", [("slurm", "sbatch"), ("gke-gpu", "kubectl"), ("skypilot", "sky")])

@@ -55,7 +55,7 @@ def test_motions_depend_on_the_seed_and_scale_with_the_image():
     np.testing.assert_allclose(grow @ small @ np.linalg.inv(grow), large, atol=1e-12)
     still = warped_pair(np.zeros((3, 16, 16, 3), np.uint8), config.replace(strength=0.0), seed=0)
     np.testing.assert_array_equal(still.homographies, np.broadcast_to(np.eye(3), (3, 3, 3)))
-    with pytest.raises(ValueError, match="rotation = -1.0: a standard deviation, 0 or more"):
+    with pytest.raises(ValueError, match="rotation = -1.0: must be at least 0"):
         config.replace(rotation=-1.0).validate()
 
 

@@ -87,7 +87,11 @@ def test_versions_and_environment_follow_the_python(tmp_path, version, constrain
     fake.write_text(python(version))
     fake.chmod(0o755)
     command = ["make", "--dry-run", "--always-make", "setup-test", f"PYTHON={fake}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    # Under `make test` the variables of that make would reach this one.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
     first, *rest = done.stdout.splitlines()
     assert first == f"jvgen: Python {version} ({fake}), {constraints}, {folder}"
     assert f"{fake} -m venv {folder}" in rest

@@ -107,12 +107,12 @@ class Pullback:
     """The pullback of a function, without the arrays that are its arguments.
 
     Attributes:
-      saved: what it holds besides arguments.
+      saved: what it holds besides arguments: arrays, and numbers that JAX keeps as NumPy's.
       sources: for each array that it holds, the number of the argument that the array is, or None.
       structure: the pullback that `jax.vjp` returned, as a tree of these arrays.
     """
 
-    saved: list[jax.Array]
+    saved: list[Any]
     sources: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     structure: Any = dataclasses.field(metadata={"static": True})
 
