@@ -15,6 +15,7 @@ from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window, probe
 from jvgen.evaluation.motion import motion_score
 from jvgen.evaluation.report import Report
+from jvgen.finite import Clips, not_finite
 from jvgen.interop.from_torch import import_folder
 from jvgen.tasks import compatibility
 from jvgen.tasks.clip_vae import ClipVAE
@@ -287,18 +288,25 @@ def _side_by_side(
 
 
 def _coded(folder: Path, clips: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """Clips through the video VAE and across the two VAEs; see `jvgen.tasks.compatibility.uint8_clips`."""
+    """Clips through the video VAE and across the two VAEs; see `jvgen.tasks.compatibility.uint8_clips`.
+
+    Raises:
+      NotFinite: NaN or infinity in one of them.
+    """
     (config, weights), (image_config, image_weights) = (
         import_folder(folder / name / "vae") for name in ("video_vae", "image_vae")
     )
     coder, image_coder = ClipVAE(config), ClipVAE(image_config)
 
     @jax.jit
-    def run(weights: Any, image_weights: Any, clip: jax.Array) -> dict[str, jax.Array]:
+    def run(weights: Any, image_weights: Any, clip: jax.Array) -> dict[str, Clips]:
         return compatibility.reconstructed_clips(coder, weights, from_uint8(clip)[None], image_coder, image_weights)
 
     made = [jax.device_get(run(weights, image_weights, clip)) for clip in clips]
-    return {name: [one[name][0] for one in made] for name in made[0]}
+    for name in made[0]:
+        if not all(one[name].finite.all() for one in made):
+            raise not_finite(f"{name} of a held-out clip", "VAEs", np.float32)
+    return {name: [one[name].pixels[0] for one in made] for name in made[0]}
 
 
 def _repeated(clip: np.ndarray, group: int) -> np.ndarray:
