@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,12 @@ from jvgen.data.scenes.labels import labels_of
 from jvgen.demo import demo
 from jvgen.demo import report as demo_report
 from jvgen.demo.stages import DemoFailed, Stages, command_line
+from jvgen.interop.to_torch import export_network
+from jvgen.models.cv_vae.config import CVVAEConfig
+from jvgen.models.cv_vae.inflate import inflate
+from jvgen.models.cv_vae.model import CVVAE
+from jvgen.nn.network import Network
+from tests.tiny_exports import VAE, drawn
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -160,3 +167,18 @@ def test_frames_of_latents_are_held_and_the_decoders_compared():
     found = demo_report._swap([moving], [still])
     assert found["psnr"] == pytest.approx(10 * np.log10(255**2))
     assert found["video_decoder"] == [1.5, 1.5, 1.5, 9.5] and found["image_decoder"] == 15.0
+
+
+def test_clips_of_the_report_are_coded(tmp_path, quick_compilations) -> None:
+    """By the video VAE and across both, as the report shows them."""
+    image = VAE
+    video = CVVAEConfig.causal(image)
+    shapes = Network.of(lambda rngs: CVVAE(video, rngs=rngs)).shapes
+    weights = drawn(image)
+    export_network(image, weights, tmp_path / "image_vae" / "vae")
+    inflated = jax.tree.map(np.asarray, inflate(image, weights, video, shapes))
+    export_network(video, inflated, tmp_path / "video_vae" / "vae")
+    clip = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    coded = demo_report._coded(tmp_path, [clip, clip[::-1]])
+    assert set(coded) == {"reconstruction", "image_decoder", "image_latents"}
+    assert all(one.shape == clip.shape and one.dtype == np.uint8 for clips in coded.values() for one in clips)
