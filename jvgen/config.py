@@ -14,13 +14,13 @@ import functools
 import importlib.util
 import inspect
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from jvgen import exit_codes
+from jvgen.field_types import describe, field_hints, fits, item_hint, kind_of, options
 from jvgen.value_rules import declared, problems
 
 
@@ -120,8 +120,8 @@ def validate_tree(config: Any, path: str = "") -> None:
     for field in dataclasses.fields(config):
         where = f"{path}.{field.name}".lstrip(".")
         value = getattr(config, field.name)
-        if not _matches(value, hints[field.name]):
-            raise ConfigError(f"{where} = {value!r}: expected {_describe(hints[field.name])}, got {_kind(value)}.")
+        if not fits(value, hints[field.name]):
+            raise ConfigError(f"{where} = {value!r}: expected {describe(hints[field.name])}, got {kind_of(value)}.")
         check_value(value, rules[field.name], where)
         validate_tree(value, where)
     if isinstance(config, Config):
@@ -196,7 +196,7 @@ def parse(text: str, hint: Any, path: str = "value") -> Any:
             return _parse_one(text, option, path)
         except _NoFit:
             continue
-    raise ConfigError(f"{path} = {text!r}: expected {_describe(hint)}.")
+    raise ConfigError(f"{path} = {text!r}: expected {describe(hint)}.")
 
 
 class _NoFit(Exception):
@@ -379,76 +379,3 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from leaves(item, f"{path}.{key}")
     else:
         yield path, repr(node.value if isinstance(node, enum.Enum) else node)
-
-
-@functools.cache
-def field_hints(owner: Any) -> dict[str, Any]:
-    """Resolved annotation of every field of a class or parameter of a function."""
-    return typing.get_type_hints(owner)
-
-
-def options(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, None first (so that "none" is not read as a string), numbers before strings."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return tuple(sorted(typing.get_args(hint), key=lambda h: (h is not type(None), h is str)))
-    return (hint,)
-
-
-def item_hint(hint: Any, index: int) -> Any:
-    """Annotation of one item of a tuple."""
-    for option in options(hint):
-        arguments = typing.get_args(option)
-        if typing.get_origin(option) is tuple and arguments:
-            if len(arguments) == 2 and arguments[1] is Ellipsis:
-                return arguments[0]
-            return arguments[index] if index < len(arguments) else Any
-    return Any
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    return any(_matches_one(value, option) for option in options(hint))
-
-
-def _matches_one(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if not (len(arguments) == 2 and arguments[1] is Ellipsis) and len(value) != len(arguments):
-            return False
-        return all(_matches(item, item_hint(hint, index)) for index, item in enumerate(value))
-    if origin is dict:
-        return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
-    if origin is not None:
-        return isinstance(value, origin)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _kind(value: Any) -> str:
-    return f"{len(value)} values" if isinstance(value, tuple) else type(value).__name__
-
-
-def _describe(hint: Any) -> str:
-    choices = options(hint)
-    if len(choices) > 1:
-        return " or ".join(_describe(choice) for choice in choices)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is type(None):
-        return "none"
-    if origin is typing.Literal:
-        return "one of " + ", ".join(repr(choice) for choice in arguments)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return "one of " + ", ".join(repr(member.value) for member in hint)
-    if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"a tuple of {_describe(arguments[0])}"
-        return f"{len(arguments)} values, {', '.join(_describe(argument) for argument in arguments)}"
-    return getattr(hint, "__name__", str(hint))

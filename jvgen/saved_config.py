@@ -12,7 +12,8 @@ import json
 import sys
 from typing import Any
 
-from jvgen.config import Config, ConfigError, field_hints, item_hint, options
+from jvgen.config import Config, ConfigError
+from jvgen.field_types import field_hints, item_hint, options
 
 # Stable name of each class -> the module that defines it now. Names never change; rows follow classes that move.
 HOMES = {

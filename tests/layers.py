@@ -19,7 +19,7 @@ LAYERS: list[list[str]] = [
     ["geometry", "kernels", "saved_config"],
     ["storage"],
     ["config", "finite"],
-    ["exit_codes", "lazy_names", "nested", "precision", "terminal", "value_rules", "versions"],
+    ["exit_codes", "field_types", "lazy_names", "nested", "precision", "terminal", "value_rules", "versions"],
 ]
 
 # The same inside two packages. Modules that are not listed are unrestricted.

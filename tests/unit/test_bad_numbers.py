@@ -13,7 +13,8 @@ import pytest
 from jvgen import config
 from jvgen.cli.arguments import frame_size
 from jvgen.cli.main import build_parser
-from jvgen.config import Config, ConfigError, field_hints
+from jvgen.config import Config, ConfigError
+from jvgen.field_types import field_hints, options
 from jvgen.saved_config import HOMES, to_json
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def is_number(hint: object) -> bool:
 
 
 def is_mapping(hint: object) -> bool:
-    return any(typing.get_origin(option) is dict for option in config.options(hint))
+    return any(typing.get_origin(option) is dict for option in options(hint))
 
 
 def numbers(node: object, path: str = ""):
