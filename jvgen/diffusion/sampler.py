@@ -21,6 +21,7 @@ from jvgen.diffusion.schedule import (
     TIMESTEPS,
     Prediction,
     Schedule,
+    ScheduleConfig,
     alpha_bar_table,
     clean_factors,
     zero_terminal_rescale,
@@ -164,6 +165,17 @@ def sat_grid(steps: int, schedule: Schedule) -> Grid:
     return Grid(timesteps.astype(np.float64), alpha, sigma, *following, read_alpha, read_sigma)
 
 
+def check_schedule(config: SamplerConfig, schedule: ScheduleConfig) -> None:
+    """Raise ValueError for a sampler that does not support the noise schedule."""
+    if schedule.continuous and (config.kind not in ("euler", "ddim") or config.eta or config.levels == "sat"):
+        raise ValueError(
+            f"sampler {config.kind!r}, eta = {config.eta}, levels = {config.levels!r}: rectified flow needs 'euler' or "
+            "'ddim', eta = 0, levels = 'schedule'."
+        )
+    if config.kind == "euler" and not schedule.continuous:
+        raise ValueError(f"sampler 'euler': needs rectified_flow, not {schedule.kind!r}; choose 'ddim'.")
+
+
 def coefficients(
     config: SamplerConfig, schedule: Schedule, prediction: Prediction, guidance: GuidanceConfig | None = None
 ) -> Coefficients:
@@ -174,13 +186,7 @@ def coefficients(
         sample at some timestep.
     """
     config.validate()
-    if schedule.config.continuous and (config.kind not in ("euler", "ddim") or config.eta or config.levels == "sat"):
-        raise ValueError(
-            f"sampler {config.kind!r}, eta = {config.eta}, levels = {config.levels!r}: rectified flow needs 'euler' or "
-            "'ddim', eta = 0, levels = 'schedule'."
-        )
-    if config.kind == "euler" and not schedule.config.continuous:
-        raise ValueError(f"sampler 'euler': needs rectified_flow, not {schedule.config.kind!r}; choose 'ddim'.")
+    check_schedule(config, schedule.config)
     levels = grid(config, schedule)
     if prediction == "epsilon" and (levels.alpha <= 0).any():
         raise ValueError("prediction 'epsilon': the first timestep is pure noise; train 'v' or drop zero_terminal.")

@@ -7,7 +7,7 @@ from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.source_checks import check_one_encoder, check_pixels
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
-from jvgen.diffusion.sampler import SamplerConfig, coefficients
+from jvgen.diffusion.sampler import SamplerConfig, check_schedule, coefficients
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
@@ -68,6 +68,7 @@ class TextToVideoFields(TaskConfig):
     def validate(self) -> None:
         check_text_to_video(self.denoiser, "denoiser")
         self.objective.check_schedule(self.schedule)
+        check_schedule(self.sampler, self.schedule)
         if self.text.width != self.denoiser.text_width:
             raise ValueError(
                 f"text.width = {self.text.width} but denoiser.text_width = {self.denoiser.text_width}: make them equal."

@@ -16,6 +16,7 @@ from jvgen.data.stream.config import DataConfig, SourceConfig
 from jvgen.data.stream.source_checks import LATENTS_FORMAT
 from jvgen.diffusion.objective import ObjectiveConfig, TimestepConfig
 from jvgen.diffusion.sampler import SamplerConfig
+from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.interop.to_torch import export_network
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.t5.config import T5Config
@@ -62,6 +63,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilations")
         ({"denoiser": CONFIG.denoiser.replace(head_width=7)}, ["heads x head_width", "multiple of 16"]),
         ({"denoiser": CONFIG.denoiser.replace(positions=Positions.ROTARY)}, ["head_width = 8", "multiple of 16"]),
         ({"sampler": SamplerConfig(kind="euler", eta=0.5)}, ["eta = 0.5", "only ddim"]),
+        # Said when training starts, not when its clips are sampled.
+        (
+            {
+                "schedule": ScheduleConfig(),
+                "objective": ObjectiveConfig(target="v"),
+                "sampler": SamplerConfig(kind="euler"),
+            },
+            ["sampler 'euler'", "needs rectified_flow", "choose 'ddim'"],
+        ),
     ],
 )
 def test_mistakes_in_the_config(changes, words):
