@@ -4,6 +4,7 @@ A simulator that dies, hangs or returns numbers that are not finite is started a
 past a budget of such failures collection stops.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
@@ -226,21 +227,27 @@ class _Worker:
 
 
 def _serve(make: Callable[[], Any], connection: multiprocessing.connection.Connection) -> None:
-    """What a process does: one environment, until its connection closes."""
-    try:
-        environment = make()
+    """What a process does: one environment, until its connection closes or the environment raises something."""
+    environment = None
+    # The connection ends by EOFError where the other process stops this one, or is gone.
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             order, value = connection.recv()
-            if order == "reset":
-                answer = _frame(environment.reset(seed=value)[0])
-            else:
-                frame, reward, terminated, truncated, info = environment.step(value)
-                answer = _frame(frame), float(reward), bool(terminated), bool(truncated), bool(info.get("success"))
+            try:
+                environment = make() if environment is None else environment
+                answer = _answer(environment, order, value)
+            except Exception:
+                # Whatever a simulator raises is told to the other process, which starts it again or stops.
+                connection.send(("error", traceback.format_exc(limit=-3).strip()))
+                return
             connection.send(("value", answer))
-    except (EOFError, OSError):
-        return
-    except Exception:
-        connection.send(("error", traceback.format_exc(limit=-3).strip()))
+
+
+def _answer(environment: Any, order: str, value: Any) -> Any:
+    if order == "reset":
+        return _frame(environment.reset(seed=value)[0])
+    frame, reward, terminated, truncated, info = environment.step(value)
+    return _frame(frame), float(reward), bool(terminated), bool(truncated), bool(info.get("success"))
 
 
 def _frame(frame: Any) -> np.ndarray:

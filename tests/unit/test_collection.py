@@ -31,6 +31,8 @@ class Counting:
                 os._exit(7)
             if self.fault == "hangs":
                 time.sleep(60)
+            if self.fault == "os error":
+                raise FileNotFoundError("a mesh is missing")
             if self.fault == "raises":
                 raise ArithmeticError("the simulation is unstable")
             if self.fault == "nan":
@@ -88,6 +90,9 @@ def test_an_environment_that_fails_once_restarts_its_episode(fault, tmp_path) ->
 def test_past_the_budget_collection_stops() -> None:
     collector = Collector(functools.partial(Counting, "raises"), failure_budget=1)
     with pytest.raises(TooManyEnvironmentFailures, match="(?s)2 failures .* seed 4.*the simulation is unstable"):
+        collector.collect(policy, [4])
+    collector = Collector(functools.partial(Counting, "os error"), failure_budget=0)
+    with pytest.raises(TooManyEnvironmentFailures, match="(?s)FileNotFoundError: a mesh is missing"):
         collector.collect(policy, [4])
     with pytest.raises(ValueError, match="count = 0"):
         Collector(Counting, 0)
