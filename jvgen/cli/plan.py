@@ -70,7 +70,7 @@ def run_plan(parsed: argparse.Namespace) -> int:
     from jvgen.config import ConfigError, override, validate_tree
     from jvgen.control.environments import open_environment
     from jvgen.control.planning import vp2_cem, vp2_mppi
-    from jvgen.runs.planning import check_fit, cost_for, plan_episodes, read_goal, write_outcome
+    from jvgen.runs.planning import cost_for, plan_episodes, read_goal, write_outcome
     from jvgen.runs.world_models import load_world_model
 
     if (parsed.way == "model") != (parsed.model is not None):
@@ -93,7 +93,6 @@ def run_plan(parsed: argparse.Namespace) -> int:
     goal = None if parsed.goal is None else read_goal(parsed.goal)
     if goal is None and parsed.cost != "reward" and parsed.way != "random" and not hasattr(environment, "goal_image"):
         raise ConfigError(f"--env {parsed.env}: has no goal image of its own: give --goal FILE, or --cost reward.")
-    check_fit(environment, world, goal, parsed.way)
     cost_of = cost_for(parsed.cost, parsed.lpips)
     outcome = plan_episodes(
         environment, world, cost_of, config, way=parsed.way, goal=goal, episodes=parsed.episodes, steps=parsed.steps,

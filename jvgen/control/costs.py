@@ -10,6 +10,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from jvgen.control.world_model import as_floats
 from jvgen.losses.perceptual import LPIPS, laplacian_distance, load_lpips
 from jvgen.nn.network import Network
 from jvgen.storage import Path
@@ -135,11 +136,6 @@ def as_goal(goal: Any) -> Float[Array, "H W C"]:
     Raises:
       ValueError: another shape, dtype or range.
     """
-    image = np.asarray(goal)
-    if image.ndim != 3 or image.shape[-1] not in (1, 3):
-        raise ValueError(f"goal {image.shape}: expected one image, (height, width, channels).")
-    if image.dtype == np.uint8:
-        return jnp.asarray(image, jnp.float32) / 255
-    if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(f"goal of {image.dtype}: give uint8 in 0..255, or floats in [0, 1].")
-    return jnp.asarray(image, jnp.float32)
+    if np.ndim(goal) != 3 or np.shape(goal)[-1] not in (1, 3):
+        raise ValueError(f"goal {np.shape(goal)}: expected one image, (height, width, channels).")
+    return as_floats(goal)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from jvgen.config import Config
 from jvgen.control.costs import Cost
+from jvgen.finite import NotFinite
 from jvgen.precision import product_precision
 from jvgen.value_rules import Bounds, Count, Frames, Weight
 
@@ -196,7 +197,7 @@ class Planner:
           before: the plan of the step before, of which the first action was taken, for a warm start.
 
         Raises:
-          FloatingPointError: the cost of no candidate is finite.
+          NotFinite: the cost of no candidate is finite.
         """
         key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
         mean = jnp.zeros(self.shape)
@@ -205,7 +206,7 @@ class Planner:
         mean = jnp.clip(mean, self.model.low, self.model.high)
         plan = self._search((self.model.weights, self.cost.weights), start, mean, key)
         if not np.isfinite(plan.costs).any():
-            raise FloatingPointError(
+            raise NotFinite(
                 f"cost {self.cost.name!r}: no finite number for any of {self.config.samples} candidates; the model "
                 "predicts NaN or infinity, or the cost computes it."
             )
@@ -244,21 +245,19 @@ class Planner:
             best_cost = jnp.where(better, costs[first], best_cost)
             return (mean, deviation, best, best_cost), (candidates, costs)
 
-        carry = (mean, deviation, mean, jnp.float32(jnp.inf))
-        if model.traceable and config.iterations > 1:
-            # The candidates of all iterations but the last are dropped before they are stacked.
-            carry, lowest = jax.lax.scan(
-                lambda carry, number: (lambda new, made: (new, jnp.nanmin(made[1])))(*iterate(carry, number)),
-                carry,
-                jnp.arange(config.iterations - 1),
-            )
+        def narrow(carry: tuple, number: Any) -> tuple[tuple, jax.Array]:
+            """An iteration of which the lowest cost is kept, and no candidates."""
+            carry, (_, costs) = iterate(carry, number)
+            return carry, jnp.nanmin(costs)
+
+        carry, earlier = (mean, deviation, mean, jnp.float32(jnp.inf)), config.iterations - 1
+        if model.traceable:
+            carry, lowest = jax.lax.scan(narrow, carry, jnp.arange(earlier))
         else:
-            lowest = []
-            for number in range(config.iterations - 1):
-                carry, (_, costs) = iterate(carry, number)
-                lowest.append(jnp.nanmin(costs))
-            lowest = jnp.asarray(lowest, jnp.float32)
-        carry, (candidates, costs) = iterate(carry, config.iterations - 1)
+            lowest = np.zeros(earlier, np.float32)
+            for number in range(earlier):
+                carry, lowest[number] = narrow(carry, number)
+        carry, (candidates, costs) = iterate(carry, earlier)
         mean, deviation, best, _ = carry
         actions = mean if config.result == "mean" else best
         return Plan(actions, candidates, costs, jnp.append(lowest, jnp.nanmin(costs)), deviation)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jvgen.control.planning import Plan, Planner
 from jvgen.control.world_model import to_pixels
+from jvgen.finite import NotFinite
 
 
 class Environment(Protocol):
@@ -126,7 +127,7 @@ def run_episode(
 
     Raises:
       ValueError: no steps; frames that are no uint8 images.
-      FloatingPointError: a reward that is not finite.
+      NotFinite: a reward that is NaN or infinite.
     """
     if steps < 1:
         raise ValueError(f"steps = {steps}: must be at least 1.")
@@ -139,7 +140,7 @@ def run_episode(
         seconds.append(time.perf_counter() - began)
         frame, reward, terminated, truncated, info = environment.step(action)
         if not np.isfinite(reward):
-            raise FloatingPointError(f"step {number}: the environment gave a reward of {reward} for action {action}.")
+            raise NotFinite(f"step {number}: the environment gave a reward of {reward} for action {action}.")
         frames.append(_checked(frame))
         actions.append(action)
         rewards.append(reward)

@@ -90,7 +90,7 @@ class WorldModel:
           ValueError: frames of another shape or range.
         """
         frames = self.check_frames(frames)
-        return self._reset(self.weights, frames, _keys(key, frames.shape[0] * samples))
+        return self._reset(self.weights, frames, row_keys(key, frames.shape[0] * samples))
 
     def step(
         self, state: State, actions: Any = None
@@ -169,7 +169,7 @@ class WorldModel:
                 "this world."
             )
         actions = self.check_actions(actions, (frames.shape[0] * samples, count))
-        return self._rollout(self.weights, frames, actions, _keys(key, frames.shape[0] * samples))
+        return self._rollout(self.weights, frames, actions, row_keys(key, frames.shape[0] * samples))
 
     def tokenize(self, video: Any) -> Tokens:
         """Token ids of clips: the context frames' `B T N` and the later frames' `B F M`, each in its own codebook.
@@ -187,7 +187,7 @@ class WorldModel:
                 f"video {shape}: expected (batch, frames, {side}, {side}, {channels}) with more than {count} frames. "
                 "Crop and resize them first."
             )
-        return self._tokenize(self.weights.tokenizer, _as_floats(video))
+        return self._tokenize(self.weights.tokenizer, as_floats(video))
 
     def check_frames(self, frames: Any) -> Float[Array, "B T H W 3"]:
         """Frames as floats in [0, 1]; raises `ValueError` for another shape, dtype or range."""
@@ -198,7 +198,7 @@ class WorldModel:
                 f"frames {shape}: this world starts from {count} frames of {side}x{side}: (batch, {count}, {side}, "
                 f"{side}, {self.tokenizer.channels}). Crop and resize them first."
             )
-        return _as_floats(frames)
+        return as_floats(frames)
 
     def check_actions(self, actions: Any, leading: tuple[int, ...]) -> Float[Array, "..."] | None:
         """Actions as float32; raises `ValueError` for another shape, or values that are not finite or too large."""
@@ -238,7 +238,8 @@ def to_pixels(frames: Any) -> np.ndarray:
     return np.asarray(unit_to_uint8(jnp.asarray(frames)))
 
 
-def _as_floats(frames: Any) -> jax.Array:
+def as_floats(frames: Any) -> jax.Array:
+    """Frames, uint8 or floats in [0, 1], as float32 in [0, 1]; raises `ValueError` for another dtype or range."""
     frames = jnp.asarray(frames)
     if frames.dtype == jnp.uint8:
         return unit_from_uint8(frames)
@@ -251,7 +252,8 @@ def _as_floats(frames: Any) -> jax.Array:
     return frames.astype(jnp.float32)
 
 
-def _keys(key: Any, count: int) -> jax.Array:
+def row_keys(key: Any, count: int) -> jax.Array:
+    """One random key per row, from a key or a seed: a row's is the same however many there are."""
     key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
 

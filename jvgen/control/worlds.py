@@ -8,11 +8,11 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Key
 
-from jvgen.control.world_model import WorldModel
+from jvgen.control.world_model import WorldModel, as_floats, row_keys
 
 
 class ImaginedWorld:
-    """A world model as a planner's model: candidates start at its context frames, `T H W 3` uint8.
+    """A world model as a planner's model: candidates start at its context frames, `T H W 3`, uint8 or in [0, 1].
 
     Args:
       world: predicts frames and, with a reward head, rewards.
@@ -65,8 +65,8 @@ class ImaginedWorld:
         parts = -(-rows // at_once)
         # Rows that fill up the last part, or the devices, repeat the last candidate and are dropped.
         actions = jnp.pad(actions, ((0, parts * at_once - rows), (0, 0), (0, 0)), mode="edge")
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(parts * at_once))
-        frames = jnp.asarray(start)[None].astype(jnp.float32) / 255
+        keys = row_keys(key, parts * at_once)
+        frames = as_floats(start)[None]
 
         def some(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
             prediction = self.world.world.rollout(weights, frames, self._split(part[0]), self._split(part[1]))
@@ -130,7 +130,7 @@ class SimulatedWorld:
                 rewards.append([step[1] for step in steps])
         finally:
             self.environment.restore(before)
-        return jnp.asarray(np.stack(frames), jnp.float32) / 255, jnp.asarray(rewards, jnp.float32)
+        return as_floats(np.stack(frames)), jnp.asarray(rewards, jnp.float32)
 
 
 def action_bounds(low: Any, high: Any, width: int) -> tuple[np.ndarray, np.ndarray]:

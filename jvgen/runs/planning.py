@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -74,7 +75,7 @@ def plan_episodes(
       goal: the goal image; the environment's own (`goal_image()`) if None.
       episodes, steps: how many, and actions per episode.
       seed: episode i resets the environment with seed + i, and plans with keys of it.
-      rows_at_once: candidates predicted at a time.
+      rows_at_once: candidates predicted at a time, split over this process's devices.
       expected: also keep the frame that each plan expected.
 
     Raises:
@@ -96,7 +97,7 @@ def plan_episodes(
             cost = cost_of(target)
             if planner is None:
                 model = (
-                    ImaginedWorld(world, low=low, high=high, rows_at_once=rows_at_once)
+                    ImaginedWorld(world, low=low, high=high, rows_at_once=rows_at_once, devices=jax.local_devices())
                     if way == "model"
                     else SimulatedWorld(environment, len(low), low=low, high=high)
                 )

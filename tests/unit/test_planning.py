@@ -12,6 +12,7 @@ from jvgen.control.costs import Cost, as_goal, perceptual_goal, pixel_goal, pred
 from jvgen.control.planning import Planner, PlannerConfig, draw, mppi_weights, refine, vp2_cem, vp2_mppi
 from jvgen.control.receding_horizon import PlannedPolicy, RandomPolicy, run_episode
 from jvgen.control.worlds import SimulatedWorld, action_bounds
+from jvgen.finite import NotFinite
 
 SIDE = 12
 
@@ -121,7 +122,7 @@ def test_candidates_without_a_finite_cost_take_no_part() -> None:
         mean, _ = refine(config, candidates, costs, jnp.ones((1, 2)))
         np.testing.assert_allclose(mean, [[4.0, 5.0]])
     world, broken = PointWorld(), Cost("broken", lambda w, f, r, a: jnp.full(a.shape[0], jnp.nan))
-    with pytest.raises(FloatingPointError, match="'broken'.*no finite"):
+    with pytest.raises(NotFinite, match="'broken'.*no finite"):
         Planner(world, broken, PlannerConfig(samples=4, horizon=2)).plan(jnp.zeros(2))
 
 
@@ -218,11 +219,11 @@ class Broken(PointEnvironment):
         (lambda: action_bounds([0, 0, 0], 1, 2), ValueError, "one number, or 2"),
         (lambda: action_bounds(0, np.inf, 2), ValueError, "finite"),
         (lambda: pixel_goal(np.zeros((2, 4, 4, 3), np.uint8)), ValueError, "one image"),
-        (lambda: pixel_goal(np.full((4, 4, 3), 255.0)), ValueError, "floats in"),
+        (lambda: pixel_goal(np.full((4, 4, 3), 255.0)), ValueError, "floats must be in"),
         (lambda: weighted([]), ValueError, "at least one"),
         (lambda: predicted_reward(0.0), ValueError, "discount = 0"),
         (lambda: run_episode(PointEnvironment(), ANYTHING, 0), ValueError, "steps = 0"),
-        (lambda: run_episode(Broken(np.nan), ANYTHING, 2), FloatingPointError, "step 0.*reward of nan"),
+        (lambda: run_episode(Broken(np.nan), ANYTHING, 2), NotFinite, "step 0.*reward of nan"),
         (lambda: run_episode(Broken(frame=np.zeros(39)), ANYTHING, 2), ValueError, "uint8 image"),
     ],
 )  # fmt: skip
