@@ -7,28 +7,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from jvgen import config
-from jvgen.cli import main as cli
-from jvgen.config import ConfigError
 from jvgen.data.builders.latents import build_latents
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.stream.loader import Loader
-from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.data.video_files import encode_video
-from jvgen.demo.stages import DemoFailed
 from jvgen.interop.digest import content_digest
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
-from jvgen.parallel import failing
-from jvgen.preflight import check
-from jvgen.saved_config import digest
-from jvgen.training import loop
 from jvgen.training.checkpoint.manager import Checkpoints
-from jvgen.training.checkpoint.reader import CheckpointError
 from jvgen.training.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
@@ -440,64 +430,3 @@ def test_corrupt_checkpoint_does_not_restart_the_run(world, jvgen, tmp_path):
     assert not (tmp_path / "new").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
     # Quarantined, not deleted.
     assert sorted(size for size, _ in contents(tmp_path / "run").values()) == sizes
-
-
-@pytest.mark.parametrize(
-    "error", [CheckpointError("lost"), TooManyFailures("lost"), DemoFailed("lost"), ConfigError("lost")]
-)
-def test_user_errors_print_no_traceback(error, world, jvgen, monkeypatch):
-    def fail(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr(check, "check", lambda *arguments: None)
-    monkeypatch.setattr(loop, "train", fail)
-    assert_user_error(jvgen(*train()(world)), ("jvgen train: lost",))
-
-
-OTHERS_ERRORS = {
-    "a key": lambda: {}["ours"],
-    "a type": lambda: len(3),
-    "a number": lambda: int("ours"),
-    "numpy": lambda: np.zeros(3).reshape(2, 2),
-    "jax": lambda: jax.numpy.zeros(3).reshape(2, 2),
-    "json": lambda: json.loads("{"),
-    "bytes": lambda: b"\xff".decode(),
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS_ERRORS)
-def test_other_errors_are_written_whole_into_the_error_file(kind, world, jvgen, monkeypatch):
-    def fail(*arguments, **options):
-        OTHERS_ERRORS[kind]()
-
-    monkeypatch.setattr(check, "check", lambda *arguments: None)
-    monkeypatch.setattr(loop, "train", fail)
-    words = [str(word) for word in train()(world)]
-    done = jvgen(*words)
-    file = Path(words[-1]) / "errors" / "process_0.txt"
-    written = file.read_text()
-    shutil.rmtree(file.parents[1])
-    assert done.status == 1 and f"(the traceback is in {file})" in done.err and done.err.count("\n") == 1, done.err
-    experiment = config.override(config.load(words[1]), words[3:-2:2])
-    expected = ("Traceback (most recent call last)", "in fail", "command: ", "JAX 0.", "Python 3.", "exit code 1",
-                f"config: {digest(experiment)}")  # fmt: skip
-    assert [word for word in expected if word not in written] == []
-
-
-def test_other_errors_keep_their_traceback(world, jvgen, monkeypatch):
-    """Of commands without a run directory, or if its error file cannot be written."""
-
-    def fail(*arguments, **options):
-        raise KeyError("ours")
-
-    monkeypatch.setattr(check, "check", fail)
-    monkeypatch.setattr(config, "dump", fail)
-    with pytest.raises(KeyError, match="ours"):
-        cli.main(["config", "show", *train()(world)[1:-2]])
-    with pytest.raises(KeyError, match="ours"):
-        monkeypatch.setattr(failing, "write_text", fail)
-        cli.main([str(word) for word in train()(world)])
-    monkeypatch.undo()
-    monkeypatch.setenv("JVGEN_TRACEBACK", "1")
-    with pytest.raises(ValueError, match=r"training\.stepz"):
-        cli.main([str(word) for word in train("training.stepz=3")(world)])
