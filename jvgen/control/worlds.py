@@ -5,9 +5,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Float, Key
 
+from jvgen.control.row_parts import in_parts
 from jvgen.control.world_model import WorldModel, as_floats, row_keys
 
 
@@ -59,24 +59,14 @@ class ImaginedWorld:
                 f"horizon = {count}: this world predicts 1..{self.world.horizon} frames after its context; plan a "
                 "shorter horizon, or load the world with more frames."
             )
-        devices = 1 if self.mesh is None else self.mesh.size
-        at_once = min(rows, self.rows_at_once or rows)
-        at_once += -at_once % devices
-        parts = -(-rows // at_once)
-        # Rows that fill up the last part, or the devices, repeat the last candidate and are dropped.
-        actions = jnp.pad(actions, ((0, parts * at_once - rows), (0, 0), (0, 0)), mode="edge")
-        keys = row_keys(key, parts * at_once)
         frames = as_floats(start)[None]
 
         def some(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
             prediction = self.world.world.rollout(weights, frames, self._split(part[0]), self._split(part[1]))
             return self._split(prediction.frames), prediction.rewards
 
-        of_parts = jax.tree.map(lambda leaf: leaf.reshape(parts, at_once, *leaf.shape[1:]), (actions, keys))
-        predicted = jax.lax.map(some, of_parts) if parts > 1 else some((actions, keys))
-        if parts > 1:
-            predicted = jax.tree.map(lambda leaf: rearrange(leaf, "n r ... -> (n r) ..."), predicted)
-        return jax.tree.map(lambda leaf: leaf[:rows], predicted)
+        devices = 1 if self.mesh is None else self.mesh.size
+        return in_parts(some, (actions, row_keys(key, rows)), self.rows_at_once, devices)
 
     def _split(self, rows: jax.Array) -> jax.Array:
         if self.mesh is None:
