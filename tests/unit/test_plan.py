@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jvgen.data.store.index import Index
+from jvgen.data.store.index_files import draft_index
 from jvgen.data.store.records import KINDS
-from jvgen.data.stream import exclusions
+from jvgen.data.stream import exclusions, shared_rows
 from jvgen.data.stream.augment import AugmentationConfig
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.plan import Plan
@@ -214,11 +215,23 @@ def test_seek_is_constant_time():
     assert far < 5 * near + 0.01
 
 
-def test_a_plan_survives_pickling_without_its_ids():
-    plan = mixed_plan()
-    copy = pickle.loads(pickle.dumps(plan))
+def test_what_is_sent_to_workers_is_small(tmp_path, monkeypatch):
+    """The index is a path, tables of rows are files; a copy has the same batches, and the file goes with the plan."""
+    monkeypatch.setattr(shared_rows.SharedRows.__init__, "__defaults__", (1000,))
+    monkeypatch.setattr(shared_rows.tempfile, "tempdir", str(tmp_path))
+    index = index_of(4000, frames=[40, 3] * 2000)
+    index = draft_index(tmp_path, "train", [index], ()).commit()
+    plan = Plan(config(sources=1), [index], seed=0)
+    sent = pickle.dumps(plan)
+    assert len(sent) < 10_000
+    copy = pickle.loads(sent)
     assert all(same(copy.at(step), plan.at(step)) for step in (0, 7, 10**9))
-    assert b"r1-3" not in pickle.dumps(plan)
+    assert copy.clip_spec(5, 2) == plan.clip_spec(5, 2)
+    assert len(list(tmp_path.glob("jvgen-rows-*"))) == 1
+    del plan
+    assert not list(tmp_path.glob("jvgen-rows-*"))
+    assert copy.at(3).row.size
+    assert all(same(pickle.loads(pickle.dumps(p)).at(9), p.at(9)) for p in [mixed_plan()])
 
 
 def test_evaluation_is_in_recorded_order_for_any_seed():

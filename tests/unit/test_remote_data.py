@@ -64,7 +64,7 @@ def test_shards_are_copied_once(remote, buckets):  # noqa: F811
     for _ in range(2):
         for row in range(len(source)):
             source.read(row)
-    assert buckets.calls["get_file"] == shards
+    assert buckets.calls["get_file"] == shards + 1, "the shards, and the columns of the index"
 
 
 def test_a_data_set_is_replaced_only_if_told(remote):
@@ -85,13 +85,14 @@ def test_batches_come_from_the_bucket(remote, tmp_path):
 
 def test_failed_reads_end_the_run_or_are_quarantined(remote, buckets):  # noqa: F811
     config = _config(remote, error_budget=0.5)
+    log = storage.as_path("gs://bucket/run/quarantine.jsonl")
+    stopping = Loader(config, seed=0, preprocess=dict)
+    going_on = Loader(config.replace(on_failed_read="quarantine"), seed=0, preprocess=dict, quarantine_log=log)
     buckets.failing["get_file"] = 10**9
-    with Loader(config, seed=0, preprocess=dict).batches(0, 2) as stream:
+    with stopping.batches(0, 2) as stream:
         with pytest.raises(storage.StorageUnavailable, match="cannot read .* after 5 attempts: Throttled"):
             next(stream)
-    config = config.replace(on_failed_read="quarantine")
-    log = storage.as_path("gs://bucket/run/quarantine.jsonl")
-    with Loader(config, seed=0, preprocess=dict, quarantine_log=log).batches(0, 2) as stream:
+    with going_on.batches(0, 2) as stream:
         with pytest.raises(TooManyFailures, match=f"cannot read {remote}/"):
             next(stream)
     assert not storage.is_empty(log)

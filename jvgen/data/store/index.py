@@ -3,18 +3,15 @@
 import dataclasses
 import functools
 import hashlib
-import io
-import zipfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from jvgen import storage
 from jvgen.data.store.records import KINDS, Record
-from jvgen.storage import Path, StorageError, as_path
+from jvgen.data.store.strings import Strings, Text
 
-# Columns and dtypes on disk. `checksum` makes the digest depend on the content of the records.
+# The columns that every index has, and their dtypes. `checksum` makes the digest depend on the content of the records.
 COLUMNS = {
     "id": np.str_,
     "kind": np.uint8,
@@ -29,36 +26,50 @@ COLUMNS = {
     "latent_frames": np.int32,
     "checksum": np.uint64,
 }
+NUMBERS = tuple(name for name in COLUMNS if name != "id")
 
-# What reading a corrupt npz raises.
-_READ_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    NotImplementedError,
-    SyntaxError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+Column = np.ndarray | Text
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardInfo:
+    """One file of a split.
+
+    Attributes:
+      file: its name, in the folder of the data set.
+      records: how many it has.
+      bytes: of its records.
+      digest: `Index.digest` of its rows; "" where it is not known.
+    """
+
+    file: str
+    records: int
+    bytes: int
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Index:
     """Columns of equal length; row r describes record r of the split.
 
+    Opened from a folder they are mapped into memory, and a pickled copy opens the folder again.
+
     Attributes:
-      id: record ids (numpy unicode).
+      id: record ids.
       kind: index into `jvgen.data.store.records.KINDS`.
       frames, height, width, views: int32.
       frames_per_second: float32, 0 for images.
       has_camera, has_action: bool.
       captions: int32, number of captions.
       latent_frames: int32, frames of the cached latents, 0 without.
-      checksum: uint64 of the record's serialized bytes.
+      checksum: uint64 of the record's content.
+      columns: free columns by name: float64 with NaN where a value is missing, or texts with "".
+      caption_names: number of captions by name (`Record.caption_names`).
+      shards: files of the split, in order; empty if the data set's own metadata names them.
+      opened: function and arguments that open the index again; None for one that is not on disk.
     """
 
-    id: np.ndarray
+    id: Strings
     kind: np.ndarray
     frames: np.ndarray
     height: np.ndarray
@@ -70,110 +81,127 @@ class Index:
     captions: np.ndarray
     latent_frames: np.ndarray
     checksum: np.ndarray
+    columns: Mapping[str, Column] = dataclasses.field(default_factory=dict)
+    caption_names: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    shards: tuple[ShardInfo, ...] = ()
+    opened: tuple[Callable[..., "Index"], tuple[Any, ...]] | None = None
+    saved_digest: str | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in COLUMNS.items():
-            column = np.asarray(getattr(self, name))
-            if name != "id":
-                column = column.astype(dtype, copy=False)
-            elif column.dtype.kind != "U":
-                column = column.astype(np.str_)
+        if not isinstance(self.id, Strings):
+            object.__setattr__(self, "id", Strings.of(np.asarray(self.id, np.str_).tolist()))
+        for name in NUMBERS:
+            column = np.asarray(getattr(self, name)).astype(COLUMNS[name], copy=False)
             assert column.shape == (len(self),), f"column {name} has shape {column.shape}, not ({len(self)},)"
             object.__setattr__(self, name, column)
+        for name, column in self.columns.items():
+            assert len(column) == len(self), f"column {name} has {len(column)} rows, not {len(self)}"
 
     def __len__(self) -> int:
         return len(self.id)
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hexadecimal SHA-256 over all columns: equal for the same records in the same order."""
+        """Hexadecimal SHA-256 over the columns that every index has: equal for the same records in the same order."""
+        return self.saved_digest or self.computed_digest()
+
+    def computed_digest(self) -> str:
+        """As `digest`, from the content also if it was saved with the index."""
         state = hashlib.sha256()
         for name in COLUMNS:
-            column = getattr(self, name)
             state.update(f"{name}:{len(self)}\n".encode())
-            # Joined, not raw: the width of a numpy string column is not a property of the data.
-            state.update(
-                "\0".join(column.tolist()).encode() if name == "id" else np.ascontiguousarray(column).tobytes()
-            )
+            # Joined, not raw: how ids are stored is not a property of the data.
+            state.update(self.id.joined if name == "id" else np.ascontiguousarray(getattr(self, name)))
         return state.hexdigest()
 
     def kind_name(self, row: int) -> str:
         """Name of the kind of a row."""
         return KINDS[int(self.kind[row])]
 
+    def values(self, row: int) -> dict[str, float | str]:
+        """What the free columns have for a row, without missing values."""
+        found = {name: column[row] for name, column in self.columns.items()}
+        found = {name: value if isinstance(value, str) else float(value) for name, value in found.items()}
+        return {name: value for name, value in found.items() if value == value and value != ""}
+
     @classmethod
     def of(cls, rows: Iterable[tuple[Record, int]]) -> "Index":
         """The index of (record, checksum) pairs, in the given order."""
-        lists: dict[str, list] = {name: [] for name in COLUMNS}
+        lists = RowLists()
         for record, checksum in rows:
-            for name, value in describe(record, checksum).items():
-                lists[name].append(value)
-        return cls.of_columns(lists)
+            lists.add(record, checksum)
+        return lists.index()
 
-    @classmethod
-    def of_columns(cls, columns: dict[str, list]) -> "Index":
-        """The index of one list per column."""
-        return cls(**{name: np.asarray(columns[name], dtype) for name, dtype in COLUMNS.items()})
-
-    def take(self, rows: np.ndarray) -> "Index":
+    def take(self, rows: np.ndarray | slice) -> "Index":
         """The index of the given rows."""
-        return Index(**{name: getattr(self, name)[rows] for name in COLUMNS})
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return Index(**{name: getattr(self, name)[rows] for name in COLUMNS}, columns=columns)
 
-    def save(self, folder: str | Path, split: str) -> Path:
-        """Write `index-<split>.npz` into the folder and return its path."""
-        path = path_of(folder, split)
-        with storage.local_file(path) as partial, partial.open("wb") as file:
-            np.savez(file, digest=np.str_(self.digest), **{name: getattr(self, name) for name in COLUMNS})
-        return path
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.opened is not None:
+            function, arguments = self.opened
+            return _reopened, (function, arguments, self.digest)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _rebuilt, (fields,)
 
-    @classmethod
-    def load(cls, folder: str | Path, split: str) -> "Index":
-        """Read the index of a split of a data set.
+
+class RowLists:
+    """Collects rows of records."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list] = {name: [] for name in COLUMNS}
+        self._columns: dict[str, list] = {}
+        self._types: dict[str, tuple[Any, str]] = {}  # a value of each column, and its record
+        self._caption_names: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows["id"])
+
+    def add(self, record: Record, checksum: int) -> None:
+        """Append the row of a record.
 
         Raises:
-          ValueError: no index, missing columns, or a digest that does not match the content.
+          ValueError: a free column with the name of another one, or a number and texts in one column.
         """
-        path = path_of(folder, split)
-        if not path.is_file():
+        for name, value in record.columns.items():
+            self._check(record, name, value)
+        for name, value in _described(record, checksum).items():
+            self._rows[name].append(value)
+        for name in record.columns.keys() - self._columns.keys():
+            self._columns[name] = [None] * (len(self) - 1)
+        for name, column in self._columns.items():
+            column.append(record.columns.get(name))
+        for name in record.caption_names:
+            self._caption_names[name] = self._caption_names.get(name, 0) + 1
+
+    def index(self) -> Index:
+        """The index of the rows so far."""
+        rows: dict[str, Any] = {name: np.asarray(self._rows[name], COLUMNS[name]) for name in NUMBERS}
+        columns = {name: _column(values) for name, values in sorted(self._columns.items())}
+        return Index(id=Strings.of(self._rows["id"]), **rows, columns=columns, caption_names=self._caption_names)
+
+    def _check(self, record: Record, name: str, value: Any) -> None:
+        if name in COLUMNS:
             raise ValueError(
-                f"{folder}: the data set has no {path.name}, so it was not written by `jvgen data build` or is "
-                "incomplete. Build it again."
+                f"record {record.id!r}: column {name}: every index has one of that name; use another name."
             )
-        return _read(storage.absolute(path), storage.stamp(path))
-
-    @classmethod
-    def _read_verified(cls, path: Path) -> "Index":
-        """The index in a file, whose digest is computed again: it takes a minute for ten million records."""
-        try:
-            content = io.BytesIO(storage.read_bytes(path))
-            with np.load(content, allow_pickle=False) as stored:
-                columns = {name: stored[name] for name in COLUMNS}
-                digest = str(stored["digest"])
-        except StorageError:
-            raise
-        except _READ_ERRORS as error:
-            raise ValueError(f"{path}: cannot be read as an index ({error}). Build the data set again.") from error
-        index = cls(**columns)
-        if index.digest != digest:
+        if value is None or value == "":
+            return
+        other, where = self._types.setdefault(name, (value, record.id))
+        if isinstance(other, str) != isinstance(value, str):
             raise ValueError(
-                f"{path}: corrupt; its digest is {index.digest[:12]}, but {digest[:12]} was written. "
-                "Build the data set again."
+                f"column {name}: {value!r} in record {record.id!r} and {other!r} in {where!r}; a column has either "
+                "numbers or texts."
             )
-        return index
 
 
-# Checks and training open the same data sets, one after the other. A process has the index in memory once.
-@functools.lru_cache(maxsize=16)
-def _read(path: Path, stamp: tuple[float, ...]) -> Index:
-    return Index._read_verified(path)
+def _column(values: list) -> Column:
+    if any(isinstance(value, str) and value for value in values):
+        return Text.of(value or "" for value in values)
+    return np.array([np.nan if value is None or value == "" else float(value) for value in values], np.float64)
 
 
-def path_of(folder: str | Path, split: str) -> Path:
-    """Path of the index of a split."""
-    return as_path(folder) / f"index-{split}.npz"
-
-
-def describe(record: Record, checksum: int) -> dict[str, object]:
+def _described(record: Record, checksum: int) -> dict[str, object]:
     """The row of one record."""
     return {
         "id": record.id,
@@ -191,6 +219,15 @@ def describe(record: Record, checksum: int) -> dict[str, object]:
     }
 
 
-def checksum_of(serialized: bytes) -> int:
-    """64-bit checksum of a record's serialized bytes."""
-    return int.from_bytes(hashlib.blake2b(serialized, digest_size=8).digest(), "little")
+def _reopened(function: Callable[..., Index], arguments: tuple[Any, ...], digest: str) -> Index:
+    index = function(*arguments)
+    if index.digest != digest:
+        raise ValueError(
+            f"{arguments[0]}: the data set was changed while a run was reading it (digest {index.digest[:12]}, was "
+            f"{digest[:12]}); start the run again."
+        )
+    return index
+
+
+def _rebuilt(fields: dict[str, Any]) -> Index:
+    return Index(**fields)

@@ -2,13 +2,21 @@
 
 import dataclasses
 import functools
+import hashlib
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from jvgen.data.store import example as wire
 from jvgen.finite import narrowed
 
 KINDS = ("image", "static", "dynamic")
+MAX_TEXT = 1000  # characters of a text in a free column
+_COLUMN_NAME = re.compile(r"[a-z][a-z0-9_]*")
+# Fields that 0.1.0 did not have count in checksums only if they are used, so that those of other records stay the same.
+_LATER = ("caption_names", "frame_times")
 
 
 def _empty(*shape: int, dtype: type = np.float32) -> Any:
@@ -33,6 +41,11 @@ class Record:
       actions: float32 (F or 0, A): the action taken at each frame.
       rewards: float32 (F or 0,).
       latents: float16 (V, f, h, w, 2z) or size 0: cached VAE moments, mean then log-variance along the last axis.
+      caption_names: none, or one per caption: "short", "long", the name of a captioner.
+      frame_times: float64 (F or 0,): seconds from the first frame, increasing; empty at a constant rate. Stored as
+        microseconds. `frames_per_second` is then the mean rate.
+      columns: numbers and short texts by name (license, source, aesthetic, ...), which are stored in the index only;
+        None, NaN and "" are missing values.
     """
 
     id: str
@@ -49,6 +62,9 @@ class Record:
     actions: np.ndarray = _empty(0, 0)
     rewards: np.ndarray = _empty(0)
     latents: np.ndarray = _empty(0, 0, 0, 0, 0, dtype=np.float16)
+    caption_names: tuple[str, ...] = ()
+    frame_times: np.ndarray = _empty(0, dtype=np.float64)
+    columns: Mapping[str, float | int | bool | str | None] = dataclasses.field(default_factory=dict)
 
     @property
     def has_camera(self) -> bool:
@@ -79,6 +95,7 @@ class Record:
         problems = [
             (self.kind not in KINDS, f"kind = {self.kind!r}: one of {', '.join(KINDS)}"),
             (not self.id, "id is empty"),
+            ("\0" in self.id, "id has a zero character"),
             (not self.clips and not self.latents.size, "has neither clips nor latents"),
             (bool(self.clips) and len(self.clips) != self.views, f"{len(self.clips)} clips for views = {self.views}"),
             (any(not clip for clip in self.clips), "an encoded clip is empty"),
@@ -104,6 +121,15 @@ class Record:
                 self.latents.ndim != 5 or (self.latents.size > 0 and self.latents.shape[0] != self.views),
                 f"latents {self.latents.shape}: not (views, frames, height, width, channels)",
             ),
+            (
+                len(self.caption_names) not in (0, len(self.captions)),
+                f"{len(self.caption_names)} caption_names for {len(self.captions)} captions",
+            ),
+            (
+                self.frame_times.shape not in ((0,), (self.frames,)) or bool(np.any(~(np.diff(self.frame_times) > 0))),
+                f"frame_times {self.frame_times.shape}: {self.frames} increasing times in seconds, or none",
+            ),
+            *((bool(problem), problem) for problem in map(_column_problem, self.columns.items())),
         ]
         wrong = [text for is_wrong, text in problems if is_wrong]
         if wrong:
@@ -138,12 +164,14 @@ def features() -> Any:
             "rewards": tensor((None,), np.float32),
             "latents": tensor(scalar, np.object_),
             "latents_shape": tensor((5,), np.int32),
+            "caption_names": tfds.features.Sequence(tensor(scalar, np.object_)),
+            "frame_times": tensor((None,), np.int64),  # microseconds
         }
     )
 
 
 def encode(record: Record) -> dict[str, Any]:
-    """The dict that `features()` serializes."""
+    """The dict that `features()` serializes: the record without its columns, which are in the index."""
     return {
         "id": record.id.encode(),
         "kind": record.kind.encode(),
@@ -161,27 +189,96 @@ def encode(record: Record) -> dict[str, Any]:
         "rewards": np.asarray(record.rewards, np.float32),
         "latents": narrowed(f"record {record.id}: a latent", record.latents, np.float16).astype("<f2").tobytes(),
         "latents_shape": np.asarray(record.latents.shape, np.int32),
+        "caption_names": [name.encode() for name in record.caption_names],
+        "frame_times": np.round(np.asarray(record.frame_times, np.float64) * 1e6).astype(np.int64),
     }
 
 
-def decode(example: dict[str, Any]) -> Record:
-    """The record of a dict read from TFDS. Inverse of `encode` up to float16/float32 rounding."""
-    width = int(example["action_width"])
+def decode(example: Mapping[str, Any]) -> Record:
+    """The record of a dict read by TFDS or by `parse`. Inverse of `encode` up to rounding; columns are not in it."""
+    width = _integer(example["action_width"])
     actions = np.asarray(example["actions"], np.float32)
-    latents = np.frombuffer(example["latents"], "<f2").astype(np.float16, copy=False)
+    latents = np.frombuffer(_bytes(example["latents"]), "<f2").astype(np.float16)
     return Record(
-        id=example["id"].decode(),
-        kind=example["kind"].decode(),
+        id=_bytes(example["id"]).decode(),
+        kind=_bytes(example["kind"]).decode(),
         clips=tuple(bytes(clip) for clip in example["clips"]),
-        captions=tuple(caption.decode() for caption in example["captions"]),
-        frames_per_second=float(example["frames_per_second"]),
-        frames=int(example["frames"]),
-        height=int(example["height"]),
-        width=int(example["width"]),
-        views=int(example["views"]),
-        intrinsics=np.asarray(example["intrinsics"], np.float32),
-        extrinsics=np.asarray(example["extrinsics"], np.float32),
+        captions=tuple(bytes(caption).decode() for caption in example["captions"]),
+        frames_per_second=float(np.asarray(example["frames_per_second"]).reshape(())),
+        frames=_integer(example["frames"]),
+        height=_integer(example["height"]),
+        width=_integer(example["width"]),
+        views=_integer(example["views"]),
+        intrinsics=np.asarray(example["intrinsics"], np.float32).reshape(-1, 4),
+        extrinsics=np.asarray(example["extrinsics"], np.float32).reshape(-1, 3, 4),
         actions=actions.reshape(-1, width) if width else np.zeros((0, 0), np.float32),
         rewards=np.asarray(example["rewards"], np.float32),
         latents=latents.reshape([int(size) for size in example["latents_shape"]]),
+        caption_names=tuple(bytes(name).decode() for name in example.get("caption_names", ())),
+        frame_times=np.asarray(example.get("frame_times", ()), np.float64) / 1e6,
     )
+
+
+def serialize(record: Record) -> bytes:
+    """The bytes of a record in its shard: the same for equal records, in every process.
+
+    Raises:
+      ValueError: a record of more than 2 GiB, which protobuf libraries cannot read.
+    """
+    content = {
+        name: [value] if isinstance(value, bytes) else value if isinstance(value, list) else np.asarray(value)
+        for name, value in encode(record).items()
+    }
+    serialized = wire.serialize(content)
+    if len(serialized) > wire.MAX_BYTES:
+        raise ValueError(f"record {record.id!r}: {len(serialized)} bytes; at most 2 GiB. Split the recording.")
+    return serialized
+
+
+def parse(serialized: bytes) -> Record:
+    """Inverse of `serialize`; raises `jvgen.data.store.example.NotAnExample` for damaged bytes."""
+    try:
+        return decode(wire.parse(serialized))
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise wire.NotAnExample(f"not a record ({error!r})") from error
+
+
+def checksum_of(record: Record) -> int:
+    """64-bit checksum of a record's content, whatever its encoding; columns do not count."""
+    state = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(encode(record).items()):
+        if name in _LATER and not len(value):
+            continue
+        parts = value if isinstance(value, list) else [value]
+        state.update(f"{name} {len(parts)}\n".encode())
+        for part in parts:
+            content = part if isinstance(part, bytes) else _little_endian(np.asarray(part)).tobytes()
+            state.update(f"{len(content)}\n".encode())
+            state.update(content)
+    return int.from_bytes(state.digest(), "little")
+
+
+def _column_problem(column: tuple[str, Any]) -> str:
+    name, value = column
+    if not isinstance(name, str) or not _COLUMN_NAME.fullmatch(name):
+        return f"column {name!r}: a name of lower-case letters, digits and _, beginning with a letter"
+    if value is None or isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
+        exact = value is None or isinstance(value, float | np.floating) or abs(int(value)) <= 2**53
+        return "" if exact else f"column {name} = {value}: as a number it would be rounded; make it a text"
+    if not isinstance(value, str):
+        return f"column {name} = {value!r}: a number or a text"
+    if len(value) > MAX_TEXT or "\0" in value:
+        return f"column {name}: {len(value)} characters; at most {MAX_TEXT}, none of them zero"
+    return ""
+
+
+def _integer(value: Any) -> int:
+    return int(np.asarray(value).reshape(()))
+
+
+def _bytes(value: Any) -> bytes:
+    return bytes(value[0] if isinstance(value, list) else value)
+
+
+def _little_endian(array: np.ndarray) -> np.ndarray:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)

@@ -4,16 +4,15 @@ import difflib
 import threading
 from typing import Any
 
-from jvgen.data.store import records
+from jvgen.data.store import dataset_info, records
+from jvgen.data.store.example import NotAnExample
 from jvgen.data.store.index import Index
+from jvgen.data.store.index_files import load_index
 from jvgen.data.store.records import Record
-from jvgen.data.store.shards import Shard, ShardedRecords
+from jvgen.data.store.shards import CorruptShard, Shard, ShardedRecords
 from jvgen.storage import FileCache, Path, StorageError, as_path, default_cache, is_remote, read_json_object
 
 METADATA = "jvgen.json"  # metadata of the builder, beside TFDS's own files
-# Opening imports TFDS, whose lazy modules share one lock (functools.cached_property of Python 3.11): two threads that
-# import at the same time would deadlock.
-_OPEN_LOCK = threading.Lock()
 
 
 class Source:
@@ -29,22 +28,32 @@ class Source:
         self.folder = folder
         self.split = split
         self.cache = cache
-        self.index = Index.load(folder, split)
-        self._opened: tuple[ShardedRecords, Any] | None = None
+        self.index = load_index(folder, split, cache)
+        self._opened: ShardedRecords | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, row: int) -> Record:
-        """The record of a row, 0 <= row < len(self).
+        """The record of a row, 0 <= row < len(self), with its free columns.
 
         Raises:
           IndexError: the row is out of range.
+          CorruptShard: the record, or its file, is damaged.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {self.folder} [{self.split}], which has {len(self)} records")
-        shards, features = self._open()
-        return records.decode(features.deserialize_example_np(shards[int(row)]))
+        try:
+            record = records.parse(self.serialized(row))
+        except NotAnExample as error:
+            raise CorruptShard(f"{self.folder} [{self.split}]: record {row} is corrupt: {error}") from error
+        return record.replace(columns=self.index.values(row)) if self.index.columns else record
+
+    def serialized(self, row: int) -> bytes:
+        """The bytes of a row in its shard; raises as `read`."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened[int(row)]
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -54,33 +63,28 @@ class Source:
     @property
     def stored(self) -> tuple[int, int]:
         """Number of shards, and their bytes, by the data set's own metadata."""
-        info = _builder(self.folder).info.splits[self.split]
-        return info.num_shards, info.num_bytes
+        split = self._split()
+        return len(split.shards), split.bytes
 
     def read_ahead(self) -> None:
         """Start copying the shards of a remote split to the cache, in a thread, if the cache holds all of them."""
-        cache = self.cache or default_cache()
-        info = _builder(self.folder).info.splits[self.split]
-        if is_remote(self.folder) and info.num_bytes <= cache.limit:
-            files = [as_path(instruction.filename) for instruction in info.file_instructions]
+        cache, split = self.cache or default_cache(), self._split()
+        if is_remote(self.folder) and split.bytes <= cache.limit:
+            files = [self.folder / shard.file for shard in split.shards]
             threading.Thread(target=_copy_all, args=(files, cache), name="read-ahead", daemon=True).start()
 
-    def _open(self) -> tuple[ShardedRecords, Any]:
-        """The serialized records, and what parses one."""
-        if self._opened is None:
-            with _OPEN_LOCK:
-                if self._opened is None:
-                    info = _builder(self.folder).info
-                    instructions = info.splits[self.split].file_instructions
-                    shards = [Shard(str(i.filename), i.skip, i.skip + i.take) for i in instructions]
-                    shards = ShardedRecords(shards, self.cache)
-                    if len(shards) != len(self.index):
-                        raise ValueError(
-                            f"{self.folder} [{self.split}]: the index has {len(self.index)} rows, the data set "
-                            f"{len(shards)} records. Build it again."
-                        )
-                    self._opened = shards, info.features
-        return self._opened
+    def _split(self) -> dataset_info.Split:
+        return _split_of(self.folder, self.split, self.index)
+
+    def _open(self) -> ShardedRecords:
+        shards = [Shard(str(self.folder / shard.file), 0, shard.records) for shard in self._split().shards]
+        opened = ShardedRecords(shards, self.cache)
+        if len(opened) != len(self.index):
+            raise ValueError(
+                f"{self.folder} [{self.split}]: the index has {len(self.index)} rows, the data set {len(opened)} "
+                "records. Build it again."
+            )
+        return opened
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "split": self.split, "cache": self.cache, "index": self.index}
@@ -143,12 +147,12 @@ def find_dataset(path: str | Path) -> Path:
 
 def splits(folder: str | Path) -> dict[str, int]:
     """Number of records of each split of a data set."""
-    return {name: int(split.num_examples) for name, split in _builder(find_dataset(folder)).info.splits.items()}
+    return {name: split.records for name, split in _splits(find_dataset(folder)).items()}
 
 
 def bytes_of(folder: str | Path, split: str) -> int:
     """Bytes of the records of a split."""
-    return int(_builder(find_dataset(folder)).info.splits[split].num_bytes)
+    return _splits(find_dataset(folder))[split].bytes
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
@@ -165,16 +169,19 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
-def _builder(folder: Path) -> Any:
-    import tensorflow_datasets as tfds
-    from google.protobuf.json_format import ParseError
+def _splits(folder: Path) -> dict[str, dataset_info.Split]:
+    """By the indices, where they name the files; an append that was killed may have left TFDS's metadata behind."""
+    found = dataset_info.read(folder)
+    for path in folder.glob("index-*.json"):
+        split = path.name.removeprefix("index-").removesuffix(".json")
+        found[split] = _split_of(folder, split, load_index(folder, split))
+    return found
 
-    try:
-        return tfds.builder_from_directory(str(folder))
-    except (FileNotFoundError, ValueError, KeyError, ParseError) as error:
-        raise ValueError(
-            f"{folder}: dataset_info.json or features.json cannot be read as TFDS metadata ({error})."
-        ) from error
+
+def _split_of(folder: Path, split: str, index: Index) -> dataset_info.Split:
+    if index.shards:
+        return dataset_info.Split(index.shards, sum(shard.bytes for shard in index.shards))
+    return dataset_info.read(folder)[split]
 
 
 def _copy_all(files: list[Path], cache: FileCache) -> None:

@@ -1,26 +1,19 @@
 """Writes a TFDS data set in ArrayRecord atomically, without TensorFlow."""
 
-import contextlib
-import json
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jvgen
-from jvgen.data.store import records
-from jvgen.data.store.index import COLUMNS, Index, checksum_of, describe
+from jvgen.data.store import dataset_info
+from jvgen.data.store.publish import publish
 from jvgen.data.store.records import Record
-from jvgen.data.store.sources import METADATA
+from jvgen.data.store.shard_writer import ShardWriter
 from jvgen.storage import absolute, is_remote, remove_tree, upload_folder
 
-FORMAT = 1  # of jvgen's own files; incremented when older readers cannot read them
-VERSION = "1.0.0"  # required by TFDS
-MODULE = "jvgen.data.writer"  # recorded by TFDS; constant, so that moving this file does not change data sets
 SHARD_BYTES = 512 << 20
 
 
@@ -77,7 +70,6 @@ class Writer:
         Raises:
           ValueError: inconsistent fields, or an id that the split already has.
         """
-        record.validate()
         if split not in self._splits:
             self._splits[split] = _Split(split, self._partial)
         self._splits[split].add(record, self.shard_bytes)
@@ -98,35 +90,12 @@ class Writer:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _finish(self) -> None:
-        import tensorflow_datasets as tfds
-
         if not self._splits:
             raise ValueError(f"{self.out}: nothing to write, no record was accepted.")
-        name = _identifier(self.out.name)
-        infos = []
-        for split in self._splits.values():
-            lengths, size = split.close(name)
-            index = Index.of_columns(split.columns)
-            index.save(self._partial, split.name)
-            self.digests[split.name] = index.digest
-            template = tfds.core.ShardedFileTemplate(
-                data_dir=self._partial, dataset_name=name, split=split.name, filetype_suffix="array_record"
-            )
-            infos.append(
-                tfds.core.SplitInfo(name=split.name, shard_lengths=lengths, num_bytes=size, filename_template=template)
-            )
-        metadata = {"format": FORMAT, "jvgen": jvgen.__version__, **self.metadata, "digests": self.digests}
-        (self._partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
-        identity = tfds.core.dataset_info.DatasetIdentity(
-            name=name, version=tfds.core.Version(VERSION), data_dir=str(self._partial), module_name=MODULE
-        )
-        info = tfds.core.DatasetInfo(
-            builder=identity, description=self.description, features=records.features(), disable_shuffling=True
-        )
-        info.set_file_format("array_record")
-        info.set_splits(tfds.core.SplitDict(infos))
-        info.write_to_directory(self._partial)
-        _fsync(self._partial)
+        shards = {split.name: split.close() for split in self._splits.values()}
+        name = dataset_info.identifier(self.out.name)
+        indices = publish(self._partial, shards, description=self.description, metadata=self.metadata, name=name)
+        self.digests = {split: index.digest for split, index in indices.items()}
         self._move_to_out()
 
     def _move_to_out(self) -> None:
@@ -169,88 +138,36 @@ class _Split:
 
     def __init__(self, name: str, folder: Path):
         self.name = name
-        self.folder = folder
-        self.columns: dict[str, list] = {column: [] for column in COLUMNS}
-        self.ids: set[str] = set()
-        self.lengths: list[int] = []
-        self.bytes = 0
-        self.shard_bytes = 0
-        self.shard: Any = None
+        self._folder = folder
+        self._ids: set[str] = set()
+        self._paths: list[Path] = []
+        self._shard: ShardWriter | None = None
 
     def add(self, record: Record, limit: int) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        if record.id in self.ids:
+        if record.id in self._ids:
             raise ValueError(f"record id {record.id!r} occurs twice in split {self.name!r}; ids must be unique.")
-        serialized = records.features().serialize_example(records.encode(record))
-        if self.shard is None:
-            # Media are already compressed; groups of one record give the fastest random access.
-            self.shard = ArrayRecordWriter(str(self._path(len(self.lengths))), "group_size:1,uncompressed")
-            self.lengths.append(0)
-        self._guarded(self.shard.write, serialized)
-        self.ids.add(record.id)
-        for column, value in describe(record, checksum_of(serialized)).items():
-            self.columns[column].append(value)
-        self.lengths[-1] += 1
-        self.bytes += len(serialized)
-        self.shard_bytes += len(serialized)
-        if self.shard_bytes >= limit:
+        if self._shard is None:
+            self._paths.append(self._folder / f"{self.name}-{len(self._paths):05d}.writing")
+            self._shard = ShardWriter(self._paths[-1])
+        self._shard.add(record)
+        self._ids.add(record.id)
+        if self._shard.bytes >= limit:
             self._close_shard()
 
-    def close(self, dataset: str) -> tuple[list[int], int]:
-        """Close the files and give them their final names; returns the records per shard and the total bytes."""
+    def close(self) -> list[Path]:
+        """The files of the split, complete."""
         self._close_shard()
-        for number in range(len(self.lengths)):
-            name = f"{dataset}-{self.name}.array_record-{number:05d}-of-{len(self.lengths):05d}"
-            self._path(number).rename(self.folder / name)
-        return self.lengths, self.bytes
+        return self._paths
 
     def abandon(self) -> None:
         """Close a file that is about to be removed, ignoring errors."""
-        if self.shard is not None:
-            with contextlib.suppress(RuntimeError):
-                self.shard.close()
-            self.shard = None
-
-    def _guarded(self, action: Callable[..., object], *arguments: object) -> None:
-        try:
-            action(*arguments)
-        except RuntimeError as error:
-            raise OSError(f"{self.folder}: cannot write ({error}).") from error
+        if self._shard is not None:
+            self._shard.abandon()
 
     def _close_shard(self) -> None:
-        if self.shard is None:
-            return
-        self._guarded(self.shard.close)
-        self.shard = None
-        path = self._path(len(self.lengths) - 1)
-        # ArrayRecord does not always report a full disk: a file smaller than its records is incomplete.
-        if path.stat().st_size < self.shard_bytes:
-            raise OSError(
-                f"{path}: {path.stat().st_size} bytes on disk of {self.shard_bytes} written; is the disk full?"
-            )
-        self.shard_bytes = 0
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{self.name}-{number:05d}.writing"
-
-
-def _identifier(name: str) -> str:
-    """A TFDS data set name: lower-case words joined by underscores, starting with a letter."""
-    text = "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or "dataset"
-    return text if text[0].isalpha() else f"dataset_{text}"
-
-
-def _fsync(folder: Path) -> None:
-    """Flush all files of a folder to disk, so that after a crash a renamed folder has no half-written files."""
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
 
 
 def _alive(process: int) -> bool:

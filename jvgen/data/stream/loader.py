@@ -13,6 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jvgen.data.store.index_files import verify_index
 from jvgen.data.store.sources import Source, open_source
 from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.plan import Plan
@@ -78,6 +79,8 @@ class Loader:
         self.config, self._evaluation = config.replace(workers=0) if evaluation else config, evaluation
         chosen, cache = config.evaluation_sources if evaluation else config.sources, config.cache()
         sources = [open_source(source.path, source.split, cache) for source in chosen]
+        for source in sources:
+            verify_index(source.index)
         self.plan = Plan(config, [source.index for source in sources], seed, evaluation=evaluation)
         rows = _all_rows if rows is None else rows
         log = None if quarantine_log is None else as_path(quarantine_log)

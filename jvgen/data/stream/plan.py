@@ -14,6 +14,7 @@ from jvgen.data.stream.augment import UNIFORMS, Augmentation
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.mixture import Interleave, check_kind_weights, pool_weights
 from jvgen.data.stream.pools import FilterStats, Pool, bucket_pools, explain
+from jvgen.data.stream.shared_rows import SharedRows
 from jvgen.data.stream.stages import BucketSchedule
 
 # Increment with every change that gives the same configuration other batches; old checkpoints then refuse to resume.
@@ -70,16 +71,16 @@ class ClipSpec:
 
 @dataclasses.dataclass(frozen=True)
 class _Bucket:
-    """A bucket with its pools concatenated: pool p has `sizes[p]` rows from `offsets[p]` on."""
+    """A bucket with its pools: pool p has the rows in `rows[p]`, or all `sizes[p]` of its source."""
 
     index: int
     config: BucketConfig
     order: Interleave
     sources: np.ndarray
+    kinds: tuple[int, ...]
     sizes: np.ndarray
-    offsets: np.ndarray
     keys: np.ndarray
-    rows: np.ndarray
+    rows: tuple[SharedRows | None, ...]
 
 
 class Plan:
@@ -111,26 +112,18 @@ class Plan:
         self.evaluation = evaluation
         self._flip = config.flip and not evaluation
         self._augmentation = None if evaluation else config.augmentation
-        # Only the columns that clips are drawn from: a plan is sent to workers, and ids would be most of it.
-        self._columns = [
-            {
-                "frames": index.frames,
-                "views": index.views,
-                "captions": index.captions,
-                "compressed": (index.latent_frames != 0) & (index.latent_frames != index.frames),
-                "no_augment": index.has_camera | (index.latent_frames > 0),
-                "can_flip": ~(index.has_camera | index.has_action | (index.latent_frames > 0)),
-            }
-            for index in indices
-        ]
+        # Mapped into memory, and opened again by workers.
+        self._indices = tuple(indices)
         found = [bucket_pools(config, bucket, self.sources, indices) for bucket in config.buckets]
         self._filter_stats: list[list[FilterStats]] = [stats for _, stats in found]
         self._pools: list[list[Pool]] = [pools for pools, _ in found]
+        del found
         self._all_buckets = config.buckets
         self.validate()
         self._buckets = [
             self._bucket(index, config) for index, pools in enumerate(self._pools) if pools or not evaluation
         ]
+        del self._pools  # the rows are in the buckets
         self.buckets: tuple[BucketConfig, ...] = tuple(bucket.config for bucket in self._buckets)
         self._schedule = BucketSchedule(self.buckets, always=evaluation)
         self.manifest = _sha256([index.digest for index in indices])
@@ -204,8 +197,9 @@ class Plan:
     def sample_spec(self, step: int, slot: int, attempt: int, source: int, row: int) -> ClipSpec:
         """As `clip_spec`, when the slot's source and row are already known from `at` or `substitute`."""
         bucket = self.bucket(step)
-        columns = {name: column[row] for name, column in self._columns[source].items()}
-        frames, views, captions = int(columns["frames"]), int(columns["views"]), int(columns["captions"])
+        index = self._indices[source]
+        frames, views, captions = int(index.frames[row]), int(index.views[row]), int(index.captions[row])
+        latent_frames, has_camera = int(index.latent_frames[row]), bool(index.has_camera[row])
         if self.evaluation:
             # Stride, start, crop_y, crop_x, flip, caption.
             uniforms = np.array([0.0, 0.5, 0.5, 0.5, 1.0, 0.0])
@@ -221,9 +215,10 @@ class Plan:
         start = int(uniforms[1] * (frames - (bucket.horizon - 1) * stride))
         further = uniforms[6 + bucket.views :]
         augmentation = None
-        if self._augmentation is not None and not columns["no_augment"]:
+        if self._augmentation is not None and not (has_camera or latent_frames):
             augmentation = Augmentation(self._augmentation, tuple(further[:UNIFORMS].tolist()))
-        if columns["compressed"]:
+        can_flip = not (has_camera or latent_frames or index.has_action[row])
+        if latent_frames not in (0, frames):
             # Temporally compressed latents are exact only from the first frame on, at stride 1.
             start, stride = 0, 1
         return ClipSpec(
@@ -232,7 +227,7 @@ class Plan:
             views=chosen,
             crop_y=float(uniforms[2]),
             crop_x=float(uniforms[3]),
-            flip=self._flip and bool(columns["can_flip"]) and bool(uniforms[4] < 0.5),
+            flip=self._flip and can_flip and bool(uniforms[4] < 0.5),
             caption=int(uniforms[5] * captions) if captions else -1,
             frames=bucket.segment and bucket.segment.frames(bucket.frames, start, stride, further[UNIFORMS:]),
             augmentation=augmentation,
@@ -241,8 +236,9 @@ class Plan:
 
     def records(self, bucket: int) -> dict[tuple[str, str], int]:
         """Number of records that fit bucket number `bucket` of `buckets`, by (source path, kind)."""
-        pools = self._pools[self._buckets[bucket].index]
-        return {(self.sources[pool.source].path, KINDS[pool.kind]): len(pool.rows) for pool in pools}
+        found = self._buckets[bucket]
+        places = zip(found.sources.tolist(), found.kinds, found.sizes.tolist(), strict=True)
+        return {(self.sources[source].path, KINDS[kind]): size for source, kind, size in places}
 
     def _bucket(self, index: int, config: DataConfig) -> _Bucket:
         pools = self._pools[index]
@@ -255,10 +251,13 @@ class Plan:
             config=config.buckets[index],
             order=Interleave(weights),
             sources=np.array([pool.source for pool in pools], np.int64),
+            kinds=tuple(pool.kind for pool in pools),
             sizes=sizes,
-            offsets=np.cumsum(sizes) - sizes,
             keys=np.array(keys, np.uint64),
-            rows=np.concatenate([pool.rows for pool in pools]),
+            # A pool of all records of its source needs no table.
+            rows=tuple(
+                None if len(pool.rows) == len(self._indices[pool.source]) else SharedRows(pool.rows) for pool in pools
+            ),
         )
 
     def _positions(self, step: int, slots: np.ndarray | None = None) -> tuple[_Bucket, np.ndarray]:
@@ -281,7 +280,13 @@ class Plan:
             position = counter.permute((position + attempt - 1) % sizes, sizes, keys)
         elif not self.evaluation:
             position = counter.permute(position, sizes, counter.fold_array(bucket.keys[pool], epoch))
-        return pool, bucket.rows[bucket.offsets[pool] + position].astype(np.int64)
+        row = position.astype(np.int64)
+        for number in np.unique(pool).tolist():
+            table = bucket.rows[number]
+            if table is not None:
+                members = pool == number
+                row[members] = table.array[row[members]]
+        return pool, row
 
     def _digest(self, config: DataConfig) -> str:
         # Without paths: a data set may be moved. The manifest covers its content.

@@ -1,7 +1,7 @@
 """Pools: the rows of one source and one kind that fit a bucket, found once from the index; the rest is counted."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -79,11 +79,11 @@ def explain(field: str, sources: Sequence[SourceConfig], bucket: BucketConfig, s
 
 def _rules(
     config: DataConfig, bucket: BucketConfig, source: SourceConfig, index: Index
-) -> list[tuple[str, np.ndarray]]:
-    """(reason, bool per row: rejected), in the order in which they are counted."""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(reason, bool per row: rejected), in the order in which they are counted; one mask is in memory at a time."""
     # A source with its own stride uses a smaller one for recordings that are too short.
     span = (bucket.horizon - 1) * (min(bucket.strides) if source.frame_stride == 1 else 1) + 1
-    rules = [
+    yield from (
         (f"of kind {kind}, which {where}", index.kind == code)
         for code, kind in enumerate(KINDS)
         for where, excluded in (
@@ -92,7 +92,7 @@ def _rules(
             ("kind_weights gives no share", config.kind_weights.get(kind, 1.0) == 0),
         )
         if excluded
-    ]
+    )
     if source.exclude is not None:
         listed = excluded_rows(source.exclude, index)
         if not listed.any():
@@ -101,23 +101,18 @@ def _rules(
                 f"(the first is {str(index.id[0]) if len(index) else 'none'!r}). Build the data set again, so that ids "
                 "have the names of recordings, or set exclude = none if it has none of these recordings."
             )
-        rules.append((f"left out by exclude = {source.exclude!r}", listed))
+        yield f"left out by exclude = {source.exclude!r}", listed
     cached = index.latent_frames > 0
     compressed = cached & (index.latent_frames != index.frames)
-    small = (index.height < bucket.height) | (index.width < bucket.width)
-    other_size = (index.height != bucket.height) | (index.width != bucket.width)
-    rules += [
-        (f"too short (fewer than {span} frames)", index.frames < span),
-        (f"with fewer than {bucket.views} views", index.views < bucket.views),
-        ("with cached latents of another size, which cannot be cropped", cached & other_size),
-        ("with cached latents, of which no segment can be cut", cached & (bucket.segment is not None)),
-        (
-            f"smaller than {bucket.height}x{bucket.width} (upscale = True takes them)",
-            small if not config.upscale else np.zeros(len(index), bool),
-        ),
-        (
-            "with temporally compressed latents, which need stride 1",
-            compressed & (1 not in bucket.strides) & (bucket.frames > 1),
-        ),
-    ]
-    return rules
+    yield f"too short (fewer than {span} frames)", index.frames < span
+    if bucket.views > 1:
+        yield f"with fewer than {bucket.views} views", index.views < bucket.views
+    if cached.any():
+        other_size = (index.height != bucket.height) | (index.width != bucket.width)
+        yield "with cached latents of another size, which cannot be cropped", cached & other_size
+        yield "with cached latents, of which no segment can be cut", cached & (bucket.segment is not None)
+    if not config.upscale:
+        small = (index.height < bucket.height) | (index.width < bucket.width)
+        yield f"smaller than {bucket.height}x{bucket.width} (upscale = True takes them)", small
+    if cached.any() and 1 not in bucket.strides and bucket.frames > 1:
+        yield "with temporally compressed latents, which need stride 1", compressed
