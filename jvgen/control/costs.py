@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jvgen.losses.perceptual import LPIPS, laplacian_distance, load_lpips
 from jvgen.nn.network import Network
 from jvgen.storage import Path
 
+# The predicted frames that a cost looks at: others need not be decoded or rendered.
+FramesSeen = Literal["all", "last", "none"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -23,23 +26,26 @@ class Cost:
     Attributes:
       name: for messages and reports.
       function: (weights, frames `R F H W C` in [0, 1], rewards `R F` or None, actions `R F A`) -> cost `R`, float32.
+        It is given the frames of `frames`: `R 1 H W C` with "last", None with "none".
       weights: arrays that the function takes.
       needs_rewards: the model has to predict rewards.
+      frames: which predicted frames the function looks at; models spare themselves the others.
     """
 
     name: str
     function: Callable[[Any, jax.Array, jax.Array | None, jax.Array], jax.Array]
     weights: Any = ()
     needs_rewards: bool = False
+    frames: FramesSeen = "all"
 
     def __call__(
         self,
         weights: Any,
-        frames: Float[Array, "R F H W C"],
+        frames: Float[Array, "R F H W C"] | None,
         rewards: Float[Array, "R F"] | None,
         actions: Float[Array, "R F A"],
     ) -> Float[Array, "R"]:
-        """Cost per candidate.
+        """Cost per candidate, from all predicted frames, or those of `self.frames` alone.
 
         Raises:
           ValueError: it needs rewards and there are none.
@@ -49,6 +55,7 @@ class Cost:
                 f"cost {self.name!r} needs predicted rewards, but this model predicts none: train it with "
                 "task.transformer.reward = true, or plan toward a goal image."
             )
+        frames = {"all": frames, "last": None if frames is None else frames[:, -1:], "none": None}[self.frames]
         return self.function(weights, frames, rewards, actions)
 
 
@@ -64,10 +71,9 @@ def pixel_goal(goal: Any, *, last_only: bool = False) -> Cost:
     """
 
     def function(goal: Any, frames: jax.Array, rewards: Any, actions: Any) -> jax.Array:
-        frames = frames[:, -1:] if last_only else frames
         return jnp.sum(jnp.square(frames - goal), axis=(1, 2, 3, 4))
 
-    return Cost("pixel goal", function, as_goal(goal))
+    return _goal_cost("pixel goal", function, as_goal(goal), last_only)
 
 
 def perceptual_goal(goal: Any, *, lpips: str | Path | None = None, last_only: bool = False) -> Cost:
@@ -89,12 +95,17 @@ def perceptual_goal(goal: Any, *, lpips: str | Path | None = None, last_only: bo
 
     def function(both: tuple[Any, jax.Array], frames: jax.Array, rewards: Any, actions: Any) -> jax.Array:
         weights, goal = both
-        frames = frames[:, -1:] if last_only else frames
         images = rearrange(frames, "r f h w c -> (r f) h w c")
         distances = distance(weights, 2 * images - 1, jnp.broadcast_to(2 * goal - 1, images.shape))
         return jnp.sum(rearrange(distances, "(r f) -> r f", f=frames.shape[1]), axis=1)
 
-    return Cost("laplacian goal" if lpips is None else "lpips goal", function, (weights, as_goal(goal)))
+    name = "laplacian goal" if lpips is None else "lpips goal"
+    return _goal_cost(name, function, (weights, as_goal(goal)), last_only)
+
+
+def _goal_cost(name: str, function: Callable[..., jax.Array], weights: Any, last_only: bool) -> Cost:
+    # Costs of one name are exchanged without compiling again (`Planner.toward`).
+    return Cost(f"{name}, last frame", function, weights, frames="last") if last_only else Cost(name, function, weights)
 
 
 def predicted_reward(discount: float = 1.0) -> Cost:
@@ -109,7 +120,7 @@ def predicted_reward(discount: float = 1.0) -> Cost:
     def function(_: Any, frames: Any, rewards: jax.Array, actions: Any) -> jax.Array:
         return -jnp.sum(rewards * np.float32(discount) ** np.arange(rewards.shape[1], dtype=np.float32), axis=1)
 
-    return Cost("predicted reward", function, needs_rewards=True)
+    return Cost("predicted reward", function, needs_rewards=True, frames="none")
 
 
 def weighted(parts: Sequence[tuple[float, Cost]]) -> Cost:
@@ -127,7 +138,15 @@ def weighted(parts: Sequence[tuple[float, Cost]]) -> Cost:
         )
 
     name = " + ".join(f"{factor:g} {cost.name}" for factor, cost in parts)
-    return Cost(name, function, tuple(cost.weights for _, cost in parts))
+    costs = [cost for _, cost in parts]
+    seen = {cost.frames for cost in costs}
+    return Cost(
+        name,
+        function,
+        tuple(cost.weights for cost in costs),
+        needs_rewards=any(cost.needs_rewards for cost in costs),
+        frames=next(frames for frames in get_args(FramesSeen) if frames in seen),
+    )
 
 
 def as_goal(goal: Any) -> Float[Array, "H W C"]:

@@ -104,6 +104,11 @@ class MetaWorldEnvironment(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """The next frame, reward, terminated (always False), truncated, and whether the task has succeeded."""
+        rest = self.advance(action)
+        return self.render(), *rest
+
+    def advance(self, action: np.ndarray) -> tuple[float, bool, bool, dict[str, Any]]:
+        """As `step`, without rendering the frame."""
         if self._state is None:
             raise ValueError("step before reset: call reset() first.")
         action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
@@ -116,7 +121,7 @@ class MetaWorldEnvironment(gymnasium.Env):
             reward += self.success_bonus
         self._succeeded |= success
         self._steps_taken += 1
-        return self.render(), reward, False, self._steps_taken >= self.steps, {"success": success}
+        return reward, False, self._steps_taken >= self.steps, {"success": success}
 
     def render(self) -> np.ndarray:
         """The current frame, uint8 `H W 3`."""

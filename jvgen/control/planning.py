@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jvgen.config import Config
-from jvgen.control.costs import Cost
+from jvgen.control.costs import Cost, FramesSeen
 from jvgen.finite import NotFinite
 from jvgen.precision import product_precision
 from jvgen.value_rules import Bounds, Count, Frames, Weight
@@ -94,9 +94,17 @@ class Model(Protocol):
     weights: Any
 
     def predict(
-        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""]
-    ) -> tuple[Float[Array, "R F H W C"], Float[Array, "R F"] | None]:
-        """Frames in [0, 1] and rewards (None where they are not known) of candidates that start at `start`."""
+        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""], frames: FramesSeen = "all"
+    ) -> tuple[Float[Array, "R F H W C"] | None, Float[Array, "R F"] | None]:
+        """Frames in [0, 1] and rewards (None where they are not known) of candidates that start at `start`.
+
+        Args:
+          weights: the attribute.
+          start: as `Planner.plan` is given it.
+          actions: of the candidates.
+          key: random key.
+          frames: which frames are looked at: "last": `R 1 H W C` may be returned, "none": None.
+        """
 
 
 class Plan(NamedTuple):
@@ -236,7 +244,7 @@ class Planner:
             mean, deviation, best, best_cost = carry
             noise_key = jax.random.fold_in(jax.random.fold_in(key, _NOISE), number)
             candidates = draw(config, mean, deviation, low, high, noise_key)
-            frames, rewards = model.predict(weights[0], start, candidates, model_key)
+            frames, rewards = model.predict(weights[0], start, candidates, model_key, self.cost.frames)
             costs = self.cost(weights[1], frames, rewards, candidates)
             mean, deviation = refine(config, candidates, costs, deviation)
             first = jnp.nanargmin(costs)

@@ -116,13 +116,18 @@ class SceneEnvironment(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """The next frame, reward, terminated (always False), truncated, and whether the body is at the goal."""
+        rest = self.advance(action)
+        return self.render(), *rest
+
+    def advance(self, action: np.ndarray) -> tuple[float, bool, bool, dict[str, Any]]:
+        """As `step`, without rendering the frame."""
         before = self.distance
         action = np.clip(np.asarray(action, np.float32), self.action_space.low, self.action_space.high)
         self._place = pushed(self._place, action)
         self._steps_taken += 1
         reward = (before - self.distance) / self._first_distance
         info = {"success": self.distance <= self.reached, "distance": self.distance}
-        return self.render(), float(reward), False, self._steps_taken >= self.steps, info
+        return float(reward), False, self._steps_taken >= self.steps, info
 
     def render(self) -> np.ndarray:
         """The current frame, uint8 `H W 3`."""

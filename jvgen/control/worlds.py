@@ -1,12 +1,14 @@
 """What a planner can predict with: a world model, or the true simulator behind the same interface."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float, Key
 
+from jvgen.control.costs import FramesSeen
 from jvgen.control.row_parts import in_parts
 from jvgen.control.world_model import WorldModel, as_floats, row_keys
 
@@ -46,9 +48,11 @@ class ImaginedWorld:
             self.weights = jax.device_put(self.weights, jax.sharding.NamedSharding(self.mesh, jax.P()))
 
     def predict(
-        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""]
-    ) -> tuple[Float[Array, "R F H W 3"], Float[Array, "R F"] | None]:
+        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""], frames: FramesSeen = "all"
+    ) -> tuple[Float[Array, "R F H W 3"] | None, Float[Array, "R F"] | None]:
         """Frames in [0, 1] and rewards (None without that head) of candidates from context frames `T H W 3`.
+
+        All frames, the last one (`R 1 H W 3`) or None, as `frames` says: decoding costs about as much as predicting.
 
         Raises:
           ValueError: more actions than the horizon of the world.
@@ -59,11 +63,12 @@ class ImaginedWorld:
                 f"horizon = {count}: this world predicts 1..{self.world.horizon} frames after its context; plan a "
                 "shorter horizon, or load the world with more frames."
             )
-        frames = as_floats(start)[None]
+        context = as_floats(start)[None]
 
-        def some(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-            prediction = self.world.world.rollout(weights, frames, self._split(part[0]), self._split(part[1]))
-            return self._split(prediction.frames), prediction.rewards
+        def some(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, jax.Array | None]:
+            rows = (self._split(array) for array in part)
+            prediction = self.world.world.rollout(weights, context, *rows, decoded=frames)
+            return jax.tree.map(self._split, prediction.frames), prediction.rewards
 
         devices = 1 if self.mesh is None else self.mesh.size
         return in_parts(some, (actions, row_keys(key, rows)), self.rows_at_once, devices)
@@ -87,6 +92,14 @@ class Restorable(Protocol):
         """As `gymnasium.Env.step`, with the frame `H W 3` uint8 as observation."""
 
 
+@runtime_checkable
+class Advancing(Protocol):
+    """An environment that can step without rendering: most of a simulator's time is its pictures."""
+
+    def advance(self, action: np.ndarray) -> tuple[float, bool, bool, dict[str, Any]]:
+        """As `step`, without the frame."""
+
+
 class SimulatedWorld:
     """The simulator itself as a planner's model: the upper bound of what a learned model can be worth.
 
@@ -107,20 +120,34 @@ class SimulatedWorld:
         self.low, self.high = action_bounds(low, high, width)
 
     def predict(
-        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""]
-    ) -> tuple[Float[Array, "R F H W 3"], Float[Array, "R F"]]:
-        """Frames in [0, 1] and rewards of candidates, one after another."""
+        self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""], frames: FramesSeen = "all"
+    ) -> tuple[Float[Array, "R F H W 3"] | None, Float[Array, "R F"]]:
+        """Frames in [0, 1] and rewards of candidates, one after another.
+
+        All frames, the last one (`R 1 H W 3`) or None, as `frames` says. Others are not rendered where the environment
+        can step without (`Advancing`).
+        """
         before = self.environment.snapshot()
-        frames, rewards = [], []
+        seen, rewards = [], []
+        blind = isinstance(self.environment, Advancing)
         try:
             for candidate in np.asarray(actions):
                 self.environment.restore(before)
-                steps = [self.environment.step(action) for action in candidate]
-                frames.append(np.stack([step[0] for step in steps]))
-                rewards.append([step[1] for step in steps])
+                for number, action in enumerate(candidate):
+                    looked_at = frames == "all" or (frames == "last" and number == len(candidate) - 1)
+                    if looked_at or not blind:
+                        frame, reward, *_ = self.environment.step(action)
+                    else:
+                        reward, *_ = self.environment.advance(action)
+                    rewards.append(reward)
+                    if looked_at:
+                        seen.append(frame)
         finally:
             self.environment.restore(before)
-        return as_floats(np.stack(frames)), jnp.asarray(rewards, jnp.float32)
+        rewards = jnp.asarray(rewards, jnp.float32).reshape(actions.shape[:2])
+        if frames == "none":
+            return None, rewards
+        return as_floats(rearrange(np.stack(seen), "(r f) h w c -> r f h w c", r=len(actions))), rewards
 
 
 def action_bounds(low: Any, high: Any, width: int) -> tuple[np.ndarray, np.ndarray]:

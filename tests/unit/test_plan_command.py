@@ -63,6 +63,11 @@ def test_predictions_do_not_depend_on_how_candidates_are_split(world) -> None:
         split = jax.jit(other.predict)(other.weights, start, actions, key)
         np.testing.assert_allclose(split[0], frames, atol=2e-5)
         np.testing.assert_allclose(split[1], rewards, rtol=2e-4)
+    none, same = whole.predict(whole.weights, start, actions, key, "none")
+    last, _ = whole.predict(whole.weights, start, actions, key, "last")
+    assert none is None
+    np.testing.assert_allclose(same, rewards, rtol=2e-4)
+    np.testing.assert_allclose(last, frames[:, -1:], atol=2e-5)
     with pytest.raises(ValueError, match=r"horizon = 4: this world predicts 1\.\.3"):
         whole.predict(whole.weights, start, np.zeros((5, 4, 2), np.float32), key)
 

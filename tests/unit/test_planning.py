@@ -33,7 +33,9 @@ class PointWorld:
     low = np.full(2, -1, np.float32)
     high = np.full(2, 1, np.float32)
 
-    def predict(self, weights: Any, start: Any, actions: Any, key: Any) -> tuple[jax.Array, jax.Array]:
+    def predict(
+        self, weights: Any, start: Any, actions: Any, key: Any, frames: str = "all"
+    ) -> tuple[jax.Array, jax.Array]:
         places = jnp.clip(start + 0.25 * jnp.cumsum(actions, axis=1), -1, 1)
         return jax.vmap(jax.vmap(picture))(places), -jnp.linalg.norm(places, axis=-1)
 
@@ -155,8 +157,23 @@ def test_costs() -> None:
     laplacian = perceptual_goal(goal)
     same = laplacian(laplacian.weights, jnp.broadcast_to(as_goal(goal), (1, 2, 8, 8, 3)), None, actions[:1])
     assert float(same[0]) < 1e-5 < value(laplacian).min()
-    with pytest.raises(ValueError, match="needs predicted rewards"):
-        predicted_reward()((), frames, None, actions)
+    # Frames that are not looked at need not be there.
+    assert [cost.frames for cost in (pixel_goal(goal), both, predicted_reward())] == ["all", "all", "none"]
+    last = weighted([(2.0, perceptual_goal(goal, last_only=True)), (1.0, predicted_reward())])
+    assert (
+        last.frames == "last"
+        and last.needs_rewards
+        and last.name == "2 laplacian goal, last frame + 1 predicted reward"
+    )
+    np.testing.assert_allclose(
+        last(last.weights, jnp.asarray(frames[:, -1:]), jnp.asarray(rewards), actions), value(last), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        predicted_reward()((), None, jnp.asarray(rewards), actions), value(predicted_reward()), rtol=1e-6
+    )
+    for cost in (predicted_reward(), both):
+        with pytest.raises(ValueError, match="needs predicted rewards"):
+            cost(cost.weights, frames, None, actions)
 
 
 def test_published_settings() -> None:
@@ -193,6 +210,41 @@ def test_control_reaches_the_goal_and_random_actions_do_not(model: str) -> None:
         assert np.abs(episode.predicted.astype(int) - episode.frames[1:]).max() <= 1
     lazy = run_episode(environment, RandomPolicy(np.full(2, -0.1), np.full(2, 0.1)), 7)
     assert not lazy.success and lazy.predicted is None and np.isnan(lazy.seconds)
+
+
+class Counted(PointEnvironment):
+    """Counts the frames that are rendered; can step without."""
+
+    rendered = 0
+
+    def step(self, action):
+        rest = self.advance(action)
+        return self._frame(), *rest
+
+    def advance(self, action):
+        _, *rest = super().step(action)
+        self.rendered -= 1
+        return tuple(rest)
+
+    def _frame(self):
+        self.rendered += 1
+        return super()._frame()
+
+
+@pytest.mark.parametrize(("frames", "rendered"), [("all", 6), ("last", 2), ("none", 0)])
+def test_frames_that_a_cost_does_not_look_at_are_not_rendered(frames, rendered) -> None:
+    counted, plain = Counted(), PointEnvironment()
+    actions = np.random.default_rng(0).uniform(-1, 1, (2, 3, 2)).astype(np.float32)
+    whole, rewards = SimulatedWorld(plain, 2).predict((), None, actions, None)
+    some, same = SimulatedWorld(counted, 2).predict((), None, actions, None, frames)
+    np.testing.assert_array_equal(same, rewards)
+    assert counted.rendered == rendered
+    if frames == "none":
+        assert some is None
+    else:
+        np.testing.assert_array_equal(some, whole if frames == "all" else whole[:, -1:])
+    # An environment that cannot step without rendering does all it can.
+    np.testing.assert_array_equal(SimulatedWorld(plain, 2).predict((), None, actions, None, "last")[0], whole[:, -1:])
 
 
 ANYTHING = RandomPolicy(np.full(2, -1.0), np.ones(2))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,12 @@ class State:
 class Prediction(NamedTuple):
     """A rollout: frames `R F H W 3` in [0, 1], rewards `R F` (None without the reward head), and ids `R F M`.
 
+    Frames are those that were decoded: all, the last one (`R 1 H W 3`), or None.
+
     Where a network's numbers are not finite, ids are `NO_ID`, and the frame and those after it are NaN.
     """
 
-    frames: jax.Array
+    frames: jax.Array | None
     rewards: jax.Array | None
     ids: jax.Array
 
@@ -140,15 +142,22 @@ class World:
         frames: Float[Array, "B T H W 3"],
         actions: Float[Array, "R F A"] | None,
         keys: Key[Array, "R"],
+        decoded: Literal["all", "last", "none"] = "all",
     ) -> Prediction:
-        """R / B whole episodes from each context: as many frames as actions, or as the layout has."""
+        """R / B whole episodes from each context: as many frames as actions, or as the layout has.
+
+        `decoded`: which frames are made of the ids.
+        """
         samples = keys.shape[0] // frames.shape[0]
         count = self.layout.future_frames if actions is None else actions.shape[1]
         decoder = dataclasses.replace(self.decoder, layout=dataclasses.replace(self.layout, future_frames=count))
         ids, conditions = self._encode_context(weights, frames)
         ids, rewards = decoder.rollout(weights.transformer, self.layout.prompt(ids), actions, keys)
+        if decoded == "none":
+            return Prediction(None, self._reward(rewards), ids)
         conditions = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), conditions)
-        return Prediction(self._frames(weights, ids, conditions), self._reward(rewards), ids)
+        frames = self._frames(weights, ids, conditions, last_only=decoded == "last")
+        return Prediction(frames, self._reward(rewards), ids)
 
     def _encode_context(
         self, weights: WorldWeights, frames: Float[Array, "B T H W 3"]
@@ -162,11 +171,11 @@ class World:
         return ids, jax.tree.map(lambda leaf: _or_nan(finite, leaf), conditions)
 
     def _frames(
-        self, weights: WorldWeights, ids: Int[Array, "R F M"], conditions: Conditions
+        self, weights: WorldWeights, ids: Int[Array, "R F M"], conditions: Conditions, *, last_only: bool = False
     ) -> Float[Array, "R F H W 3"]:
-        model = self.network.bind(weights.tokenizer)
-        frames = model.detokenize_future(self.layout.clamp_future_codes(ids), conditions)
-        chosen = jnp.cumsum(jnp.any(ids == NO_ID, axis=-1), axis=1) == 0
+        model, first = self.network.bind(weights.tokenizer), -1 if last_only else 0
+        frames = model.detokenize_future(self.layout.clamp_future_codes(ids[:, first:]), conditions)
+        chosen = (jnp.cumsum(jnp.any(ids == NO_ID, axis=-1), axis=1) == 0)[:, first:]
         return _or_nan(chosen, jnp.clip(frames.astype(jnp.float32), 0.0, 1.0))
 
     def _reward(self, reward: jax.Array | None) -> jax.Array | None:
