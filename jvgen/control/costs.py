@@ -41,7 +41,7 @@ class Cost:
     def __call__(
         self,
         weights: Any,
-        frames: Float[Array, "R F H W C"] | None,
+        frames: Float[Array, "R D H W C"] | None,
         rewards: Float[Array, "R F"] | None,
         actions: Float[Array, "R F A"],
     ) -> Float[Array, "R"]:

@@ -95,7 +95,7 @@ class Model(Protocol):
 
     def predict(
         self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""], frames: FramesSeen = "all"
-    ) -> tuple[Float[Array, "R F H W C"] | None, Float[Array, "R F"] | None]:
+    ) -> tuple[Float[Array, "R D H W C"] | None, Float[Array, "R F"] | None]:
         """Frames in [0, 1] and rewards (None where they are not known) of candidates that start at `start`.
 
         Args:

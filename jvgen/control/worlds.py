@@ -49,7 +49,7 @@ class ImaginedWorld:
 
     def predict(
         self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""], frames: FramesSeen = "all"
-    ) -> tuple[Float[Array, "R F H W 3"] | None, Float[Array, "R F"] | None]:
+    ) -> tuple[Float[Array, "R D H W 3"] | None, Float[Array, "R F"] | None]:
         """Frames in [0, 1] and rewards (None without that head) of candidates from context frames `T H W 3`.
 
         All frames, the last one (`R 1 H W 3`) or None, as `frames` says: decoding costs about as much as predicting.
@@ -121,7 +121,7 @@ class SimulatedWorld:
 
     def predict(
         self, weights: Any, start: Any, actions: Float[Array, "R F A"], key: Key[Array, ""], frames: FramesSeen = "all"
-    ) -> tuple[Float[Array, "R F H W 3"] | None, Float[Array, "R F"]]:
+    ) -> tuple[Float[Array, "R D H W 3"] | None, Float[Array, "R F"]]:
         """Frames in [0, 1] and rewards of candidates, one after another.
 
         All frames, the last one (`R 1 H W 3`) or None, as `frames` says. Others are not rendered where the environment

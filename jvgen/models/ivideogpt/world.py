@@ -172,7 +172,7 @@ class World:
 
     def _frames(
         self, weights: WorldWeights, ids: Int[Array, "R F M"], conditions: Conditions, *, last_only: bool = False
-    ) -> Float[Array, "R F H W 3"]:
+    ) -> Float[Array, "R D H W 3"]:
         model, first = self.network.bind(weights.tokenizer), -1 if last_only else 0
         frames = model.detokenize_future(self.layout.clamp_future_codes(ids[:, first:]), conditions)
         chosen = (jnp.cumsum(jnp.any(ids == NO_ID, axis=-1), axis=1) == 0)[:, first:]
