@@ -9,7 +9,7 @@ JVGEN = Path(__file__).parents[1] / "jvgen"
 LAYERS: list[list[str]] = [
     ["cli"],
     ["runs", "preflight", "launch"],
-    ["demo"],
+    ["demo", "reinforcement"],
     ["training", "autoencoding", "control"],
     ["tasks"],
     ["interop"],

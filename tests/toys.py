@@ -200,6 +200,9 @@ class FakeLoader:
         if saved["manifest"] != self.data.sources[0].path:
             raise ValueError("data.sources: hold other records")
 
+    def resume(self, saved: dict[str, Any]) -> None:
+        pass
+
     def batches(self, start: int, stop: int | None = None) -> "FakeBatches":
         return FakeBatches(self, start, stop)
 

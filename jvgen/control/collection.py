@@ -10,18 +10,19 @@ import multiprocessing
 import multiprocessing.connection
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from jvgen import exit_codes
+from jvgen.data.stream.quarantine import TooManyFailures
 
 # From the last frames of R episodes, stacked along channels, and the number of the step: actions `R A`.
 BatchPolicy = Callable[[UInt8[np.ndarray, "R H W C"], int], Float[np.ndarray, "R A"]]
 
 
-class TooManyEnvironmentFailures(RuntimeError):
+class TooManyEnvironmentFailures(TooManyFailures):
     """Environments failed more often than the budget allows."""
 
     exit_code = exit_codes.ERROR
@@ -50,8 +51,77 @@ class CollectedEpisode:
     failures: int
 
 
-class Collector:
-    """Environments in processes.
+@dataclasses.dataclass(frozen=True)
+class EnvironmentSpec:
+    """What an environment shows and takes.
+
+    Attributes:
+      name: of its class.
+      frame: shape of an observation, (H, W, C).
+      low, high: bounds of an action, one number per component; None if its actions are not a box of one dimension.
+      actions: its action space, as text.
+      action_repeat: simulator steps per action.
+      camera: what frames are seen through, where the environment has a name for it.
+      has_expert: it has `expert_action()`.
+    """
+
+    name: str
+    frame: tuple[int, ...]
+    low: tuple[float, ...] | None
+    high: tuple[float, ...] | None
+    actions: str
+    action_repeat: int
+    camera: str | None
+    has_expert: bool
+
+
+class _Environments:
+    """Environments in processes, with a budget of failures."""
+
+    def __init__(self, make: Callable[[], Any], count: int, stack: int, failure_budget: int, timeout: float):
+        if count < 1 or stack < 1 or failure_budget < 0 or not timeout > 0:
+            raise ValueError(
+                f"count = {count}, stack = {stack}, failure_budget = {failure_budget}, timeout = {timeout}: at least "
+                "1, 1, 0, and positive."
+            )
+        self.stack, self.failures, self._budget = stack, 0, failure_budget
+        # Not a fork: JAX has threads.
+        self._workers = [_Worker(make, multiprocessing.get_context("spawn"), timeout) for _ in range(count)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.stop()
+
+    def _attempt(self, row: "_Running", action: Callable[[], None]) -> bool:
+        """Do something with an environment; where it fails, start it again with its episode, and return False."""
+        failed = False
+        while True:
+            try:
+                action()
+                return not failed
+            except _Failed as error:
+                failed = True
+                self.failures += 1
+                row.failures += 1
+                if self.failures > self._budget:
+                    self.close()
+                    raise TooManyEnvironmentFailures(
+                        f"{self.failures} failures of environments, more than failure_budget = {self._budget}; the "
+                        f"last one, in the episode of seed {row.seed}: {error}"
+                    ) from error
+                row.worker.stop()
+                action = row.begin
+
+
+class Collector(_Environments):
+    """Whole episodes of environments in processes.
 
     Args:
       make: returns an environment with frames as observations; picklable, called in each process.
@@ -73,31 +143,13 @@ class Collector:
         failure_budget: int = 10,
         timeout: float = 120.0,
     ):
-        if count < 1 or stack < 1 or failure_budget < 0 or not timeout > 0:
-            raise ValueError(
-                f"count = {count}, stack = {stack}, failure_budget = {failure_budget}, timeout = {timeout}: at least "
-                "1, 1, 0, and positive."
-            )
-        self.stack, self.failures, self._budget = stack, 0, failure_budget
-        # Not a fork: JAX has threads.
-        self._workers = [_Worker(make, multiprocessing.get_context("spawn"), timeout) for _ in range(count)]
+        super().__init__(make, count, stack, failure_budget, timeout)
 
-    def __enter__(self) -> "Collector":
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End all processes."""
-        for worker in self._workers:
-            worker.stop()
-
-    def collect(self, policy: BatchPolicy, seeds: Sequence[int]) -> list[CollectedEpisode]:
+    def collect(self, policy: BatchPolicy | None, seeds: Sequence[int]) -> list[CollectedEpisode]:
         """One episode per seed, as many at a time as there are processes.
 
         Episode i starts with `reset(seed=seeds[i])`. Rows of the policy's batch are those episodes that still run, in
-        the order of seeds.
+        the order of seeds. Without a policy, environments take their own `expert_action()`.
 
         Raises:
           TooManyEnvironmentFailures: more failures than the budget.
@@ -107,7 +159,7 @@ class Collector:
             episodes += self._together(policy, seeds[first : first + len(self._workers)])
         return episodes
 
-    def _together(self, policy: BatchPolicy, seeds: Sequence[int]) -> list[CollectedEpisode]:
+    def _together(self, policy: BatchPolicy | None, seeds: Sequence[int]) -> list[CollectedEpisode]:
         running = [_Running(worker, seed) for worker, seed in zip(self._workers, seeds, strict=False)]
         for row in running:
             self._attempt(row, row.begin)
@@ -115,31 +167,78 @@ class Collector:
             # Restarted episodes are behind: each is asked with the number of its own step.
             for number in sorted({len(row.actions) for row in active}):
                 rows = [row for row in active if len(row.actions) == number and not row.ended]
-                actions = np.asarray(
-                    policy(np.stack([row.observation(self.stack) for row in rows]), number), np.float32
-                )
+                actions: Sequence[np.ndarray | None] = [None] * len(rows)
+                if policy is not None:
+                    seen = np.stack([row.observation(self.stack) for row in rows])
+                    actions = np.asarray(policy(seen, number), np.float32)
                 for row, action in zip(rows, actions, strict=True):
                     row.worker.send(("step", action))
-                for row, action in zip(rows, actions, strict=True):
-                    self._attempt(row, lambda row=row, action=action: row.finish(action))
+                for row in rows:
+                    self._attempt(row, row.finish)
         return [row.episode() for row in running]
 
-    def _attempt(self, row: "_Running", action: Callable[[], None]) -> None:
-        """Do something with an environment; where it fails, start it again with its episode."""
-        while True:
-            try:
-                return action()
-            except _Failed as error:
-                self.failures += 1
-                row.failures += 1
-                if self.failures > self._budget:
-                    self.close()
-                    raise TooManyEnvironmentFailures(
-                        f"{self.failures} failures of environments, more than failure_budget = {self._budget}; the "
-                        f"last one, in the episode of seed {row.seed}: {error}"
-                    ) from error
-                row.worker.stop()
-                action = row.begin
+
+class SteppedEnvironment(_Environments):
+    """One environment in a process, one step at a time: what acts while an agent is trained. Arguments: `Collector`."""
+
+    def __init__(self, make: Callable[[], Any], *, stack: int = 3, failure_budget: int = 10, timeout: float = 120.0):
+        super().__init__(make, 1, stack, failure_budget, timeout)
+        self._row: _Running | None = None
+
+    def begin(self, seed: int, actions: Sequence[np.ndarray] = ()) -> None:
+        """Start an episode, and take these actions in it: a simulator that is a function of seed and actions is then
+        in the state in which it was left.
+
+        Raises:
+          TooManyEnvironmentFailures: more failures than the budget.
+        """
+        self._row = _Running(self._workers[0], seed)
+        self._attempt(self._row, self._row.begin)
+        for action in actions:
+            self.step(action)
+
+    @property
+    def observation(self) -> UInt8[np.ndarray, "H W C"]:
+        """The last frames, stacked along channels."""
+        return self._row.observation(self.stack)
+
+    @property
+    def actions(self) -> list[np.ndarray]:
+        """Of the episode so far."""
+        return list(self._row.actions)
+
+    @property
+    def last_frame(self) -> UInt8[np.ndarray, "H W C"]:
+        """What is seen now."""
+        return self._row.frames[-1]
+
+    def step(self, action: Float[np.ndarray, "A"]) -> CollectedEpisode | None:
+        """Take an action; returns the episode where it ends. An environment that fails restarts its episode.
+
+        Raises:
+          TooManyEnvironmentFailures: more failures than the budget.
+        """
+        row = self._row
+        row.worker.send(("step", np.asarray(action, np.float32)))
+        self._attempt(row, row.finish)
+        return row.episode() if row.ended else None
+
+
+def describe_environment(make: Callable[[], Any], timeout: float = 120.0) -> EnvironmentSpec:
+    """What an environment shows and takes, found by starting one in a process of its own and resetting it.
+
+    Raises:
+      ValueError: it cannot be started; the message says why.
+    """
+    worker = _Worker(make, multiprocessing.get_context("spawn"), timeout)
+    try:
+        worker.send(("describe", None))
+        return worker.receive()
+    except _Failed as error:
+        # The last line of its traceback says it.
+        raise ValueError(f"the environment cannot be started: {str(error).splitlines()[-1]}") from error
+    finally:
+        worker.stop()
 
 
 class _Running:
@@ -161,8 +260,8 @@ class _Running:
         self.worker.send(("reset", int(self.seed)))
         self.frames.append(self.worker.receive())
 
-    def finish(self, action: np.ndarray) -> None:
-        frame, reward, terminated, truncated, success = self.worker.receive()
+    def finish(self) -> None:
+        frame, action, reward, terminated, truncated, success = self.worker.receive()
         if not np.isfinite(reward):
             raise _Failed(f"a reward of {reward} at step {len(self.actions)}")
         self.frames.append(frame)
@@ -244,10 +343,29 @@ def _serve(make: Callable[[], Any], connection: multiprocessing.connection.Conne
 
 
 def _answer(environment: Any, order: str, value: Any) -> Any:
+    if order == "describe":
+        return _described(environment)
     if order == "reset":
         return _frame(environment.reset(seed=value)[0])
-    frame, reward, terminated, truncated, info = environment.step(value)
-    return _frame(frame), float(reward), bool(terminated), bool(truncated), bool(info.get("success"))
+    action = np.asarray(environment.expert_action() if value is None else value, np.float32)
+    frame, reward, terminated, truncated, info = environment.step(action)
+    return _frame(frame), action, float(reward), bool(terminated), bool(truncated), bool(info.get("success"))
+
+
+def _described(environment: Any) -> EnvironmentSpec:
+    space = environment.action_space
+    bounds = [getattr(space, name, None) for name in ("low", "high")]
+    box = all(np.ndim(bound) == 1 for bound in bounds)
+    return EnvironmentSpec(
+        name=type(environment).__name__,
+        frame=_frame(environment.reset(seed=0)[0]).shape,
+        low=tuple(map(float, bounds[0])) if box else None,
+        high=tuple(map(float, bounds[1])) if box else None,
+        actions=str(space),
+        action_repeat=int(getattr(environment, "action_repeat", 1)),
+        camera=getattr(environment, "camera", None),
+        has_expert=hasattr(environment, "expert_action"),
+    )
 
 
 def _frame(frame: Any) -> np.ndarray:

@@ -190,7 +190,7 @@ class DrQV2:
         sides = [(side - 3) // 2 + 1 - 6 for side in (height, width)]
         if min(sides) < 1:
             raise ValueError(f"frames of {height}x{width}: the encoder needs 15x15 pixels or more.")
-        self.config, self.action_width = config, action_width
+        self.config, self.frame, self.action_width = config, frame, action_width
         encoded = sides[0] * sides[1] * config.channels
         stacked = channels * config.frame_stack
         self.networks = {
@@ -201,6 +201,20 @@ class DrQV2:
         self.optimizer = optax.chain(
             optax.add_decayed_weights(config.weight_decay), optax.adam(config.learning_rate, eps=1e-8)
         )
+
+    def forward_flops(self) -> float:
+        """Of encoder, actor and critics for one observation, an addition and a multiplication counted as two."""
+        config, (height, width, channels) = self.config, self.frame
+        total, channels, sides = 0, channels * config.frame_stack, (height, width)
+        for layer in range(4):
+            sides = tuple((side - 3) // (1 if layer else 2) + 1 for side in sides)
+            total += sides[0] * sides[1] * 9 * channels * config.channels
+            channels = config.channels
+        encoded = sides[0] * sides[1] * channels
+        hidden, features = config.hidden, config.features
+        actor = encoded * features + hidden * (features + hidden + self.action_width)
+        critics = encoded * features + 2 * hidden * (features + self.action_width + hidden + 1)
+        return 2.0 * (total + actor + critics)
 
     def init(self, key: Key[Array, ""]) -> AgentState:
         """Random parameters: orthogonal matrices, zero biases."""

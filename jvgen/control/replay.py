@@ -6,6 +6,7 @@ reset) and the rows after it. Frames are stored once, stacks are put together wh
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,20 @@ class Transitions(NamedTuple):
     next_frames: UInt8[np.ndarray, "B H W C"]
 
 
+class Segments(NamedTuple):
+    """A batch of consecutive rows, as recordings hold them.
+
+    Attributes:
+      frames: uint8 `B T H W C`.
+      actions: taken at each frame, float32 `B T A`; zeros at the last frame of an episode.
+      rewards: of these actions, float32 `B T`; zero at the last frame of an episode.
+    """
+
+    frames: UInt8[np.ndarray, "B T H W C"]
+    actions: Float[np.ndarray, "B T A"]
+    rewards: Float[np.ndarray, "B T"]
+
+
 @dataclasses.dataclass(frozen=True)
 class RowSpec:
     """What a row holds: the shape of a frame, and the components of an action."""
@@ -46,22 +61,26 @@ class RowSpec:
 class ReplayRing:
     """A ring of rows in files that are mapped into memory; the oldest rows are overwritten.
 
-    A run that is killed resumes at `rows_added` of its last checkpoint (`rewind`). Rows that were valid then are
-    still there: the ring has `reserve` more than `capacity`, and not more than these are added between checkpoints.
+    A run that is killed resumes at `rows_added` of its last checkpoint (`rewind`), or of the one before. Rows that were
+    valid then are still there: the ring has `reserve` more than `capacity`, and not more than these are added from one
+    `commit` to the next but one.
 
     Args:
       folder: of the files; created if it does not exist.
       spec: what a row holds.
       capacity: rows that are drawn from, at most.
-      reserve: rows that may be added between two calls of `commit`.
+      reserve: rows that may be added after the last `commit` but one.
+      history: frames before the one in which an episode starts, which its first stacks show: episodes that a world
+        model has imagined from recorded frames.
 
     Raises:
       ValueError: files of another spec or size; no rows.
     """
 
-    def __init__(self, folder: str | Path, spec: RowSpec, capacity: int, *, reserve: int = 10_000):
-        if capacity < 2 or reserve < 1:
+    def __init__(self, folder: str | Path, spec: RowSpec, capacity: int, *, reserve: int = 10_000, history: int = 0):
+        if capacity < 2 or reserve < 1 or history < 0:
             raise ValueError(f"capacity = {capacity}, reserve = {reserve}: at least 2 and 1 rows.")
+        self.history = history
         self.folder, self.spec, self.capacity, self.reserve = Path(folder), spec, capacity, reserve
         self.size = capacity + reserve
         header = {
@@ -70,6 +89,7 @@ class ReplayRing:
             "action_width": spec.action_width,
             "capacity": capacity,
             "reserve": reserve,
+            **({"history": history} if history else {}),
         }
         file = self.folder / HEADER
         known = file.is_file()
@@ -81,12 +101,12 @@ class ReplayRing:
         self._actions = self._map("actions", np.float32, (spec.action_width,), mode)
         self._rewards = self._map("rewards", np.float32, (), mode)
         self._discounts = self._map("discounts", np.float32, (), mode)
-        # The number of each row's episode, and its place in it.
+        # The number of each row's episode, and its place in it, negative in its history.
         self._places = self._map("places", np.int64, (2,), mode)
         if not known:
             # Last: without it the files are no replay.
             file.write_text(json.dumps(header))
-        self.rows_added = self._committed = 0
+        self.rows_added = self._committed = self._committed_before = 0
         self._episode = -1
 
     def _map(self, name: str, dtype: type, shape: tuple[int, ...], mode: str) -> np.ndarray:
@@ -99,10 +119,21 @@ class ReplayRing:
         """Rows that can be drawn from."""
         return min(self.rows_added, self.capacity)
 
-    def begin(self, frame: UInt8[np.ndarray, "H W C"]) -> None:
-        """Start an episode with the frame of its reset."""
+    def begin(self, frame: UInt8[np.ndarray, "H W C"], history: Sequence[UInt8[np.ndarray, "H W C"]] = ()) -> None:
+        """Start an episode with the frame of its reset.
+
+        Args:
+          frame: the first one from which an action was taken.
+          history: the frames before it, oldest first, as many as the ring has.
+
+        Raises:
+          ValueError: another number of them.
+        """
+        if len(history) != self.history:
+            raise ValueError(f"{len(history)} frames before the first one: this replay keeps {self.history}.")
         self._episode += 1
-        self._add(frame, np.zeros(self.spec.action_width, np.float32), 0.0, 1.0, 0)
+        for place, before in enumerate((*history, frame), -len(history)):
+            self._add(before, np.zeros(self.spec.action_width, np.float32), 0.0, 1.0, place)
 
     def add(
         self, frame: UInt8[np.ndarray, "H W C"], action: Float[np.ndarray, "A"], reward: float, discount: float = 1.0
@@ -125,9 +156,9 @@ class ReplayRing:
                 f"frame {frame.dtype} {frame.shape}, action {action.shape}: this replay holds uint8 {self.spec.frame} "
                 f"and ({self.spec.action_width},)."
             )
-        if self.rows_added - self._committed >= self.reserve:
+        if self.rows_added - self._committed_before >= self.reserve:
             raise ValueError(
-                f"reserve = {self.reserve}: as many rows were added since the last checkpoint, and more would "
+                f"reserve = {self.reserve}: as many rows were added since the last checkpoint but one, and more would "
                 "overwrite rows that a resumed run needs; save more often, or raise reserve."
             )
         row = self.rows_added % self.size
@@ -140,11 +171,12 @@ class ReplayRing:
         """Write all rows to disk; returns `rows_added`, to be saved in a checkpoint."""
         for array in (self._frames, self._actions, self._rewards, self._discounts, self._places):
             array.flush()
-        self._committed = self.rows_added
+        if self.rows_added != self._committed:
+            self._committed_before, self._committed = self._committed, self.rows_added
         return self.rows_added
 
     def rewind(self, rows_added: int) -> None:
-        """Go back to the rows of a checkpoint, all of them whole episodes; later rows are forgotten.
+        """Go back to the rows of a checkpoint; later rows are forgotten.
 
         Raises:
           ValueError: the files do not hold them.
@@ -152,7 +184,7 @@ class ReplayRing:
         newest = (rows_added - 1) % self.size
         if rows_added < 0 or (rows_added and self._places[newest, 0] < 0):
             raise ValueError(f"rows_added = {rows_added}: not a number that `commit` returned.")
-        self.rows_added = self._committed = rows_added
+        self.rows_added = self._committed = self._committed_before = rows_added
         self._episode = int(self._places[newest, 0]) if rows_added else -1
 
     def draw(
@@ -183,6 +215,30 @@ class ReplayRing:
             next_frames=self._stacks(path[:, -1], stack),
         )
 
+    def draw_segments(self, batch: int, rng: np.random.Generator, frames: int) -> Segments:
+        """Runs of `frames` rows of one episode, drawn uniformly.
+
+        Raises:
+          ValueError: no episode of so many rows.
+        """
+        rows = (self._draw_starts(batch, rng, frames - 1)[:, None] + np.arange(frames)) % self.size
+        # What was done at a frame is in the row after it, if that is of the same episode and was added already.
+        after = (rows + 1) % self.size
+        inside = (self._places[after, 0] == self._places[rows, 0]) & ((rows - (self.rows_added - 1)) % self.size != 0)
+        return Segments(
+            self._frames[rows],
+            np.where(inside[..., None], self._actions[after], np.float32(0)),
+            np.where(inside, self._rewards[after], np.float32(0)),
+        )
+
+    def draw_stacks(self, batch: int, rng: np.random.Generator, stack: int) -> UInt8[np.ndarray, "B S H W C"]:
+        """Frames up to rows that are drawn uniformly, newest last: where imagination starts.
+
+        Raises:
+          ValueError: no rows.
+        """
+        return self._stacked(self._draw_starts(batch, rng, 0), stack)
+
     def _draw_starts(self, batch: int, rng: np.random.Generator, steps: int) -> np.ndarray:
         """Rows, by their place in the files, that begin a transition, drawn uniformly."""
         oldest, newest = self.rows_added - len(self), self.rows_added - 1
@@ -200,14 +256,19 @@ class ReplayRing:
         return rows[rng.integers(len(rows), size=batch)]
 
     def _is_start(self, rows: np.ndarray, steps: int) -> np.ndarray:
-        return self._places[rows, 0] == self._places[(rows + steps) % self.size, 0]
+        place = self._places[rows]
+        return (place[:, 0] == self._places[(rows + steps) % self.size, 0]) & (place[:, 1] >= 0)
 
     def _stacks(self, rows: np.ndarray, stack: int) -> np.ndarray:
         """Frames up to each row, `B H W S*C`."""
-        place, oldest = self._places[rows, 1], self.rows_added - len(self)
+        frames = self._stacked(rows, stack)
+        return np.moveaxis(frames, 1, 3).reshape(*frames.shape[:1], *self.spec.frame[:2], -1)
+
+    def _stacked(self, rows: np.ndarray, stack: int) -> np.ndarray:
+        """Frames up to each row, `B S H W C`."""
+        place, oldest = self._places[rows, 1] + self.history, self.rows_added - len(self)
         # Neither before the start of the episode nor before the oldest row.
         age = (self.rows_added - 1 - rows) % self.size
         reach = np.minimum(place, self.rows_added - 1 - age - oldest)
         back = np.minimum(np.arange(stack - 1, -1, -1), reach[:, None])
-        frames = self._frames[(rows[:, None] - back) % self.size]
-        return np.moveaxis(frames, 1, 3).reshape(*frames.shape[:1], *self.spec.frame[:2], -1)
+        return self._frames[(rows[:, None] - back) % self.size]

@@ -137,6 +137,9 @@ def _buckets(experiment: Experiment) -> Iterator[str]:
 
 
 def _data(experiment: Experiment) -> tuple[Loader | None, list[str]]:
+    if experiment.task.collects_experience:
+        return None, _attempt(lambda: experiment.task.check_data(experiment.data))[1]
+
     def load(evaluation: bool):
         return _attempt(lambda: Loader(experiment.data, seed=experiment.seed, preprocess=dict, evaluation=evaluation))
 
@@ -244,7 +247,8 @@ def _trace_loss(program: Program, bucket: BucketConfig, partitioner: Sharding) -
     def loss(parameters, frozen, batch, key):
         with axes.partitioned(partitioner):
             cast_parameters = program.cast(parameters)
-            return [objective.loss(cast_parameters, frozen, batch, key)[0] for objective in task.objectives()]
+            losses = [objective.loss for objective in task.objectives() if objective.loss is not None]
+            return [loss(cast_parameters, frozen, batch, key)[0] for loss in losses]
 
     jax.eval_shape(
         loss, program.abstract.parameters, program.abstract.frozen, program.abstract_batch(bucket), program.abstract.key

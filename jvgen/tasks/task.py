@@ -15,6 +15,8 @@ from jvgen.finite import Clips, Finite
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.axes import Axes
+from jvgen.parallel.rules import Sharding
+from jvgen.storage import Path
 
 # Arrays by name. Always has "slot": int32 (B,), the index of each example in the global batch, for random draws;
 # in training also "step": int32 (B,), the index of the step, for losses that change with it.
@@ -91,7 +93,42 @@ class Generated(NamedTuple):
     finite: Finite
 
 
+@dataclasses.dataclass(frozen=True)
+class ExperienceContext:
+    """What a task that collects its own data is told of the run.
+
+    Attributes:
+      data: names the environment as its source, and the shape of batches.
+      seed: of the run.
+      folder: the run directory.
+      sharding: of the run's devices.
+      log: takes messages for the user.
+      check: called now and then while the run starts; what it raises (a request to stop) ends it.
+    """
+
+    data: DataConfig
+    seed: int
+    folder: Path
+    sharding: Sharding
+    log: Callable[[str], None]
+    check: Callable[[], None]
+
+
 LossFunction = Callable[[Parameters, Parameters, Batch, jax.Array], tuple[jax.Array, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnUpdate:
+    """How an objective changes its parameters where that is not one step of an optimizer (an actor after its critic).
+
+    Attributes:
+      init: the objective's parameters -> its state, which is saved where an optimizer's is.
+      apply: (parameters, state, batch, key) -> (parameters, state, metrics): pure, in float32, with a scalar "loss"
+        among the metrics. A step in which the loss is not finite is skipped.
+    """
+
+    init: Callable[[Parameters], Any]
+    apply: Callable[[Parameters, Any, Batch, jax.Array], tuple[Parameters, Any, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +141,35 @@ class Objective:
     Attributes:
       name: appears in metric names when there is more than one objective.
       parameters: regular expression over parameter paths ("denoiser/blocks/..."), matched from the start.
-      loss: `(parameters, frozen, batch, key) -> (scalar float32 loss, metrics)`; gets all parameters.
-      update_schedule: (index, period): active in the steps with step % period == index, at no cost in other steps;
-        equal for objectives with the same loss.
+      loss: `(parameters, frozen, batch, key) -> (scalar float32 loss, metrics)`; gets all parameters. None with `own`.
+      update_schedule: (index, period): active in the steps with step % period == index, at no cost in other steps.
+      every_step_before: also active in all steps before this one.
+      start_step: inactive before this step. Objectives with the same loss are active in the same steps.
+      own: changes the parameters without `loss` and an optimizer.
     """
 
     name: str
     parameters: str
-    loss: LossFunction
+    loss: LossFunction | None = None
     update_schedule: tuple[int, int] = (0, 1)
+    every_step_before: int = 0
+    start_step: int = 0
+    own: OwnUpdate | None = None
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """What decides in which steps it is active."""
+        return (*self.update_schedule, self.every_step_before, self.start_step)
+
+    @property
+    def always_active(self) -> bool:
+        """Whether it is active in every step."""
+        return self.update_schedule[1] == 1 and not self.start_step
+
+    def active(self, step: jax.Array) -> jax.Array:
+        """Whether it is active in a step (int32 scalar), a boolean scalar."""
+        index, period = self.update_schedule
+        return (step >= self.start_step) & ((step % period == index) | (step < self.every_step_before))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +188,11 @@ class TaskConfig(Config):
 
     def check_data(self, data: DataConfig) -> None:
         """Raise `ValueError` for data sets that were made with other weights than the task's."""
+
+    @property
+    def collects_experience(self) -> bool:
+        """Whether batches come from `Task.experience` instead of data sets; sources then name environments."""
+        return False
 
     @property
     def supports_sampling(self) -> bool:
@@ -194,6 +256,15 @@ class Task(abc.ABC):
     def frozen_digest(self) -> str:
         """Content hash of the files that `load_frozen` reads, stored in checkpoints and compared on resume."""
         return ""
+
+    def experience(self, context: "ExperienceContext") -> Any:
+        """The source of batches of a task that acts in an environment while it trains, with the interface of
+        `jvgen.control.experience.Experience`; None for tasks that are trained on data sets."""
+        return None
+
+    def initial_parameters(self) -> Parameters:
+        """Parameters of trained networks that a new run starts with, from files, as numpy arrays; others are random."""
+        return {}
 
     @abc.abstractmethod
     def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:

@@ -192,6 +192,7 @@ class _Loop:
         start = time.perf_counter()
         try:
             with self.session.watchdog.watching(f"reading the batch of step {step}"):
+                self.session.observe(self.state)
                 batch = next(self.session.batches)
         except (TooManyFailures, OSError):
             # The training is intact: save it. With several processes the others would not take part in this save.
@@ -314,6 +315,7 @@ class _Loop:
         return {
             "step": pending.step,
             **values,
+            **pending.batch.facts,
             "bucket": bucket.name,
             "records": f"{zlib.crc32(records.encode()):08x}",
             "seconds": seconds,

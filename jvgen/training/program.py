@@ -26,7 +26,7 @@ from jvgen.training import state
 from jvgen.training.experiment import Experiment
 from jvgen.training.network_dtypes import cast_networks, describe_precision, network_dtypes
 from jvgen.training.optimization import health, parameter_paths
-from jvgen.training.optimization.optimizer import Optimizer, make_optimizer
+from jvgen.training.optimization.optimizer import Optimizer, make_optimizer, own_optimizer
 from jvgen.training.state import TrainState
 from jvgen.training.step import make_train_step
 
@@ -65,7 +65,9 @@ class Program:
         sharding = Sharding(mesh, experiment.sharding)
         objectives = task.objectives()
         optimizers = {
-            objective.name: make_optimizer(
+            objective.name: own_optimizer(objective.parameters, objective.own.init)
+            if objective.own is not None
+            else make_optimizer(
                 experiment.optimizers.get(objective.name, experiment.optimizer),
                 task.axes(),
                 experiment.training.steps,
@@ -73,10 +75,11 @@ class Program:
             )
             for objective in objectives
         }
-        unknown = sorted(set(experiment.optimizers) - set(optimizers))
+        configurable = [objective.name for objective in objectives if objective.own is None]
+        unknown = sorted(set(experiment.optimizers) - set(configurable))
         if unknown:
             raise ConfigError(
-                f"optimizers: {unknown[0]!r} is not an objective of this task; it has {list(optimizers)}."
+                f"optimizers: {unknown[0]!r} is not an objective of this task with an optimizer; it has {configurable}."
             )
         for path in nested.flatten(task.axes()):
             owners = [name for name, optimizer in optimizers.items() if optimizer.trainable(path)]
@@ -216,7 +219,24 @@ class Program:
         # Initialization is compiled even where JAX_DISABLE_JIT=1 asks for a step that is not.
         with jax.disable_jit(False):
             fresh = jitted.lower(key).compile(compiler_options=quick)(key)
+        fresh = self._with_initial(fresh)
         return dataclasses.replace(fresh, key=key, frozen=frozen)
+
+    def _with_initial(self, fresh: TrainState) -> TrainState:
+        """A fresh state with the parameters that the task starts with."""
+        given = nested.flatten(self.task.initial_parameters())
+        if not given:
+            return fresh
+        shardings = nested.flatten(self.shardings.parameters)
+
+        def place(path: str, value: jax.Array) -> jax.Array:
+            if path not in given:
+                return value
+            array = np.asarray(given[path], np.float32)
+            return jax.make_array_from_callback(array.shape, shardings[path], lambda index: array[index])
+
+        parameters = nested.map_with_path(place, fresh.parameters)
+        return fresh.with_saved(self.start_from(parameters, list(fresh.saved())))
 
     def start_from(self, parameters: Parameters, names: Sequence[str]) -> dict[str, jax.Array]:
         """Arrays of the state at step 0 with these parameters, which are on the mesh, by name in checkpoints."""

@@ -16,6 +16,7 @@ from jvgen.data.stream.quarantine import process_log
 from jvgen.parallel import failing, processes
 from jvgen.parallel.mesh import describe, make_mesh
 from jvgen.storage import Path, write_text
+from jvgen.tasks.task import ExperienceContext
 from jvgen.training import run_lock
 from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints
@@ -48,7 +49,7 @@ class Session:
       experiment: the run.
       program: task, optimizers, shardings.
       loader: the training data.
-      evaluator: runs evaluations; None if the run has none.
+      evaluator: runs evaluations (`Evaluator`, or the task's experience); None if the run has none.
       checkpoints: of the run directory.
       document: the run document that is saved in checkpoints.
       state: state to start from, restored or fresh; the first step donates it.
@@ -58,6 +59,7 @@ class Session:
       flops: FLOPs per step of each bucket, by component.
       peak_flops: peak of one device in FLOP/s; None if unknown.
       batches: batches of this process from `start_step` on.
+      observe: is shown the state before each batch, for batches that depend on it.
       watchdog: reports what hangs.
       preemption: tells when the run was asked to stop.
       clock: times of this start, until its first step.
@@ -70,7 +72,7 @@ class Session:
     experiment: Experiment
     program: Program
     loader: Loader
-    evaluator: Evaluator | None
+    evaluator: Any
     checkpoints: Checkpoints
     document: dict[str, Any]
     state: TrainState
@@ -80,6 +82,7 @@ class Session:
     flops: dict[BucketConfig, dict[str, float]]
     peak_flops: float | None
     batches: Iterator[LoadedBatch]
+    observe: Callable[[TrainState], None]
     watchdog: Watchdog
     preemption: Preemption
     clock: StartClock
@@ -122,9 +125,14 @@ def prepare(
         clock.mark("devices")
         lock = stack.enter_context(run_lock.held(workdir, log))
         stack.enter_context(persistent_cache(cache, workdir / COMPILED, log))
-        loader, held_out = _open_data(program, workdir, make_loader)
+        experience = _open_experience(program, workdir, log, preemption)
+        if experience is not None:
+            stack.callback(experience.close)
+            loader, held_out = experience, None
+        else:
+            loader, held_out = _open_data(program, workdir, make_loader)
         clock.mark("data")
-        _check_best_metric(program, held_out)
+        _check_best_metric(program, held_out, experience)
         _log_parameters(program, log)
         checkpoints = Checkpoints(workdir, experiment.checkpoint, log=log, on_saved=hooks.on_checkpoint, lock=lock)
         stack.push(_unless_failing(checkpoints.close))
@@ -159,7 +167,7 @@ def prepare(
             write_text(workdir / "config.json", json.dumps(document, indent=1))
         programs.wait(start_step)
         clock.mark("compile")
-        evaluator = None if held_out is None else Evaluator(program, held_out.batches, programs, log)
+        evaluator = experience if held_out is None else Evaluator(program, held_out.batches, programs, log)
         peak_flops = throughput.peak_flops(program.sharding.mesh.devices.flat[0], training.peak_flops)
         peak = f"{peak_flops:.4g} FLOP/s per device" if peak_flops else "of this device unknown"
         log(f"{throughput.FORMULA}; peak {peak}")
@@ -183,6 +191,7 @@ def prepare(
             flops=flops,
             peak_flops=peak_flops,
             batches=batches,
+            observe=_ignore if experience is None else experience.observe,
             watchdog=watchdog,
             preemption=preemption,
             clock=clock,
@@ -212,6 +221,28 @@ def _build_program(experiment: Experiment, log: Log) -> Program:
     experiment.task.check_weights()
     experiment.task.check_data(experiment.data)
     return program
+
+
+def _ignore(state: TrainState) -> None:
+    """Batches that are functions of the step need no state."""
+
+
+def _open_experience(program: Program, workdir: Path, log: Log, preemption: Preemption) -> Any:
+    """The source of batches of a task that acts while it trains; None for tasks that read data sets.
+
+    Raises:
+      ConfigError: several processes.
+    """
+    experiment = program.experiment
+    if experiment.task.collects_experience and processes.count() > 1:
+        raise ConfigError(
+            f"{type(experiment.task).__name__}: acts in one environment, so it runs in one process (with all of its "
+            f"devices), not in {processes.count()}."
+        )
+    context = ExperienceContext(
+        experiment.data, experiment.seed, workdir, program.sharding, log=log, check=preemption.check
+    )
+    return program.task.experience(context)
 
 
 def _open_data(program: Program, workdir: Path, make_loader: Callable[..., Any]) -> tuple[Loader, Loader | None]:
@@ -269,12 +300,12 @@ def _start_goodput(workdir: Path, start_step: int, clock: StartClock) -> Goodput
     return Goodput(workdir if processes.index() == 0 else None, start_step, clock.age, spent)
 
 
-def _check_best_metric(program: Program, held_out: Any) -> None:
+def _check_best_metric(program: Program, held_out: Any, experience: Any) -> None:
     """Raise `ConfigError` unless evaluation gives the metric that `checkpoint.best_metric` names."""
     name = program.experiment.checkpoint.best_metric
     if name is None:
         return
-    known = sorted(metric_names(program, held_out.bucket(0)))
+    known = sorted(experience.metrics if held_out is None else metric_names(program, held_out.bucket(0)))
     if name not in known:
         raise ConfigError(f"checkpoint.best_metric = {name!r}: not a metric; evaluation gives {', '.join(known)}.")
 

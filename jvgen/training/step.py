@@ -42,9 +42,10 @@ def make_train_step(
 
     The gradients of all objectives are taken at the parameters that the step starts from; each optimizer then updates
     its own parameters. Objectives with the same loss share one forward and backward pass. An objective that is inactive
-    in a step (see `Objective`) reports no metrics, and nothing of it changes. A step with a loss or gradient norm that
-    is not finite, or with a spike of the norm (`jvgen.training.optimization.health`), is skipped: parameters, moments
-    and EMA stay as they are, also where `Task.after_update` would change them, and the skip is counted.
+    in a step (see `Objective`) reports no metrics, and nothing of it changes. One with an `OwnUpdate` makes only that.
+    A step with a loss or gradient norm that is not finite, or with a spike of the norm
+    (`jvgen.training.optimization.health`), is skipped: parameters, moments and EMA stay as they are, also where
+    `Task.after_update` would change them, and the skip is counted.
 
     Args:
       optimizers: one per objective, by name, in the order of `task.objectives()`.
@@ -60,7 +61,8 @@ def make_train_step(
     """
     objectives = task.objectives()
     assert [o.name for o in objectives] == list(optimizers), "one optimizer per objective, in order"
-    groups = _group_by_loss(objectives)
+    own = [objective for objective in objectives if objective.own is not None]
+    groups = _group_by_loss([objective for objective in objectives if objective.own is None])
     parameter_axes = task.axes()
     precision, dtypes = training.precision, network_dtypes(task, training.precision)
     # Of Optax's Muon, which its authors compute in bfloat16: only a float32 run pays for more.
@@ -92,22 +94,33 @@ def make_train_step(
             def compute_gradient(trained: Parameters, loss: Any = loss) -> Any:
                 return accumulate(loss, trained, batch, training.accumulation, sharding, parameter_axes)
 
-            first_step, period = first.update_schedule
-            if period == 1:
+            if first.always_active:
                 (value, extra), gradient = compute_gradient(trained)
             else:
-                active = state.step % period == first_step
+                active = first.active(state.step)
                 (value, extra), gradient = _if_active(active, compute_gradient, trained)
-                activity |= {name: (active, period) for name in names}
+                activity |= {name: (active, first.update_schedule[1]) for name in names}
             gradient = _reduce_scatter(gradient, parameter_axes, sharding)
             extra = {**extra, "loss": value}
             if names[0] in activity:
                 extra = _only_if_active(extra, activity[names[0]][0])
-            prefix = f"{first.name}/" if len(groups) > 1 else ""
+            prefix = f"{first.name}/" if len(groups) + len(own) > 1 else ""
             metrics |= {f"{prefix}{name}": metric for name, metric in extra.items()}
             for name in names:
                 losses[name], gradients[name] = value, nested.split(gradient, optimizers[name].trainable)[0]
                 norms[name] = global_norm(gradients[name])
+        changed: dict[str, tuple[Parameters, Any]] = {}
+        for index, objective in enumerate(own, len(groups)):
+            name = objective.name
+            trained, _ = nested.split(state.parameters, optimizers[name].trainable)
+            new, moments, extra = _own_update(objective, trained, state.optimizer[name], state.step, batch, key, index)
+            changed[name] = (new, moments)
+            losses[name], norms[name] = extra["loss"], jnp.zeros((), jnp.float32)
+            if not objective.always_active:
+                activity[name] = (objective.active(state.step), objective.update_schedule[1])
+                extra = _only_if_active(extra, activity[name][0])
+            prefix = f"{name}/" if len(objectives) > 1 else ""
+            metrics |= {f"{prefix}{metric}": value for metric, value in extra.items()}
 
         new_stage = jnp.isin(state.step, jnp.asarray(stage_starts, jnp.int32)) if stage_starts else False
         healthy, counts = health.check_step(
@@ -116,6 +129,10 @@ def make_train_step(
         parameters, moments = state.parameters, {}
         for objective in objectives:
             name, prefix = objective.name, f"{objective.name}/" if len(objectives) > 1 else ""
+            if name in changed:
+                new, moments[name] = changed[name]
+                parameters = nested.merge(parameters, new)
+                continue
             optimizer = optimizers[name]
             rate = optimizer.learning_rate(state.step)
             trained, _ = nested.split(state.parameters, optimizer.trainable)
@@ -170,11 +187,34 @@ def _group_by_loss(objectives: Sequence[Objective]) -> list[list[Objective]]:
         if group is None:
             groups.append([objective])
         else:
-            assert group[0].update_schedule == objective.update_schedule, (
-                f"{objective.name}: same loss, other update schedule"
-            )
+            assert group[0].schedule == objective.schedule, f"{objective.name}: same loss, other update schedule"
             group.append(objective)
     return groups
+
+
+def _own_update(
+    objective: Objective,
+    trained: Parameters,
+    moments: Any,
+    step: jax.Array,
+    batch: Batch,
+    key: jax.Array,
+    index: int,
+) -> tuple[Parameters, Any, Metrics]:
+    """Parameters, state and metrics after an objective's own update; at no cost the same ones where it is inactive."""
+
+    def apply(trained: Parameters, moments: Any) -> tuple[Parameters, Any, Metrics]:
+        return objective.own.apply(trained, moments, batch, jax.random.fold_in(key, index))
+
+    if objective.always_active:
+        return apply(trained, moments)
+    apply = jax.jit(apply)
+    *_, metrics = jax.eval_shape(apply, trained, moments)
+
+    def keep(trained: Parameters, moments: Any) -> tuple[Parameters, Any, Metrics]:
+        return trained, moments, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
+
+    return jax.lax.cond(objective.active(step), apply, keep, trained, moments)
 
 
 def _if_active(active: jax.Array, compute: Callable[[Parameters], Any], trained: Parameters) -> Any:

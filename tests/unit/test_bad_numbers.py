@@ -34,6 +34,8 @@ SENSIBLE = {
         FrameTransformerConfig.attention_dropout GuidanceConfig.exponent GuidanceConfig.rescale GuidanceConfig.scale
         HomographyConfig.projection HomographyConfig.rotation HomographyConfig.scale HomographyConfig.shear
         HomographyConfig.strength HomographyConfig.translation ImageVAEConfig.shift_factor
+        ImaginationConfig.fit_steps ImaginationConfig.perceptual_weight ImaginationConfig.real_ratio
+        ImaginationConfig.reward_weight ReinforcementConfig.demonstrations ReinforcementConfig.failure_budget
         ImageVAETaskConfig.frames_per_clip ImageVAETaskConfig.kl_weight ImageVAETaskConfig.perceptual_weight
         InitFromConfig.step LRStage.start_step LRStage.warmup_steps MultiViewConfig.adapter_scale
         MultiViewConfig.caption_dropout MultiViewConfig.latent_shift MultiViewConfig.validation_timesteps
@@ -58,6 +60,7 @@ SENSIBLE = {
         MultiViewConfig.latent_shift TextToVideoConfig.latent_shift TimestepConfig.mean
     """,
     "none": """
+        ImaginationConfig.rows_at_once ReinforcementConfig.episode_steps
         RecordingConfig.size RecordingConfig.steps
         BucketConfig.end_step CVVAEConfig.tile_frames CVVAEConfig.tile_size CogVideoXVAEConfig.encode_chunk_frames
         EnhanceConfig.gain FrameTransformerConfig.tokens_per_frame InitFromConfig.step MultiViewDiTConfig.column_scale

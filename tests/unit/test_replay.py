@@ -49,7 +49,7 @@ def brute_force(episodes, capacity: int, steps: int, discount: float, stack: int
 
 @pytest.mark.parametrize(("steps", "stack"), [(1, 1), (3, 3), (2, 4)])
 def test_transitions_equal_brute_force(tmp_path, steps, stack) -> None:
-    ring = ReplayRing(tmp_path, SPEC, capacity=30, reserve=6)
+    ring = ReplayRing(tmp_path, SPEC, capacity=30, reserve=12)
     episodes = []
     for lengths in ([4], [5], [1], [4], [5], [2], [5], [4], [5]):
         first = sum(len(rows) for rows in episodes)
@@ -71,14 +71,14 @@ def test_transitions_equal_brute_force(tmp_path, steps, stack) -> None:
 
 def test_a_killed_run_draws_what_it_would_have_drawn(tmp_path) -> None:
     """Rows added after the checkpoint, over the seam of the ring, change nothing for the run that resumes from it."""
-    ring = ReplayRing(tmp_path, SPEC, capacity=20, reserve=8)
+    ring = ReplayRing(tmp_path, SPEC, capacity=20, reserve=12)
     for number in range(6):
         fill(ring, [4], 5 * number)
         ring.commit()
     saved = ring.commit()
     wanted = ring.draw(50, np.random.default_rng(3))
     fill(ring, [6], 100)
-    resumed = ReplayRing(tmp_path, SPEC, capacity=20, reserve=8)
+    resumed = ReplayRing(tmp_path, SPEC, capacity=20, reserve=12)
     resumed.rewind(saved)
     for mine, theirs in zip(resumed.draw(50, np.random.default_rng(3)), wanted, strict=True):
         np.testing.assert_array_equal(mine, theirs)

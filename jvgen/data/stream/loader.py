@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,6 +38,7 @@ class LoadedBatch:
       read_seconds: time that the consumer waited for the batch.
       substitutes: number of slots filled by a substitute.
       slots: the slots of the process, increasing, int64; another process may read some of them too.
+      facts: numbers for the step's row of metrics.jsonl (of an episode that ended).
     """
 
     step: int
@@ -47,6 +48,7 @@ class LoadedBatch:
     read_seconds: float
     substitutes: int = 0
     slots: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Loader:
@@ -149,6 +151,9 @@ class Loader:
                 f"{self.plan.digest[:12]}, saved {saved['plan'][:12]}), so the same step has another batch. Restore "
                 "the old values, or start a new run from these weights."
             )
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state. Nothing to do: batches are functions of the step."""
 
 
 class Batches(Iterator[LoadedBatch]):

@@ -24,10 +24,13 @@ from jvgen.models.ivideogpt.layout import Layout
 from jvgen.models.ivideogpt.sampling import SamplingConfig, choose
 from jvgen.models.ivideogpt.transformer import FrameTransformer, unstack
 from jvgen.nn.attention import attention
-from jvgen.nn.dropout import folded
+from jvgen.nn.dropout import attention_with_dropout, dropout, folded
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.axes import ACTIVATION_HEADS, BATCH, constrain
 from jvgen.precision import product_precision
+
+# Purpose of keys of dropout, to which the layer is added; ids of a sequence are drawn with smaller numbers.
+_DROPOUT = 2**24
 
 # (ids `R T` of a frame, place of the first in it) -> embeddings `R T C`.
 Embed = Callable[[jax.Array, Any], jax.Array]
@@ -65,6 +68,7 @@ class Decoder:
       sampling: how ids are chosen.
       forced_slots: put S2 before each frame. The released action-free models choose it like any other id.
       dtype: of the computation.
+      dropout: of the attention's weights stays on, as in training: what the released rollouts do.
     """
 
     config: FrameTransformerConfig
@@ -72,6 +76,7 @@ class Decoder:
     sampling: SamplingConfig = SamplingConfig()
     forced_slots: bool = True
     dtype: Any = jnp.float32
+    dropout: bool = False
 
     @functools.cached_property
     def network(self) -> Network:
@@ -89,10 +94,16 @@ class Decoder:
 
         return jax.tree_util.tree_map_with_path(cast, unstack(parameters, self.config.layers))
 
-    def prefill(self, parameters: Parameters, prompt: Int[Array, "B P"], samples: int = 1) -> Cache:
+    def prefill(
+        self,
+        parameters: Parameters,
+        prompt: Int[Array, "B P"],
+        samples: int = 1,
+        keys: Key[Array, "B"] | None = None,
+    ) -> Cache:
         """The cache of prompts (`Layout.prompt`), from each of which `samples` sequences can be generated.
 
-        Rows R = B x samples of everything generated are ordered by prompt, then by sample.
+        Rows R = B x samples of everything generated are ordered by prompt, then by sample. Keys are for dropout.
 
         Raises:
           ValueError: ids outside the vocabulary (not checked while a program is traced).
@@ -101,7 +112,8 @@ class Decoder:
             self.layout.check_ids(prompt)
         model = self.network.bind(parameters)
         x, positions = model.embed(prompt, self.layout, dtype=self.dtype), jnp.arange(prompt.shape[1])
-        _, prompts = model.decode(x, positions, (_Prompt(),) * self.config.layers)
+        layers = tuple(_Prompt(dropped=self._dropped(keys, layer)) for layer in range(self.config.layers))
+        _, prompts = model.decode(x, positions, layers)
         generated_length = self.layout.future_frames * self.layout.frame_length
         shape = (prompt.shape[0] * samples, self.config.heads, generated_length, self.config.head_width)
         empty = constrain(jnp.zeros(shape, self.dtype), BATCH, ACTIVATION_HEADS, None, None)
@@ -148,7 +160,8 @@ class Decoder:
         keys: Key[Array, "R"],
     ) -> tuple[Int[Array, "R F M"], Float[Array, "R F"] | None]:
         """Ids of all future frames of the layout, and their rewards; R / B samples of each prompt."""
-        cache = self.prefill(parameters, prompt, keys.shape[0] // prompt.shape[0])
+        samples = keys.shape[0] // prompt.shape[0]
+        cache = self.prefill(parameters, prompt, samples, keys[::samples])
         rows, frames = keys.shape[0], self.layout.future_frames
         slots = jnp.full((rows,), self.layout.future_slot, jnp.int32)
         guess = jnp.full((rows, self.layout.future_tokens), self.layout.context_codes, jnp.int32)
@@ -177,13 +190,13 @@ class Decoder:
 
         def step(carry: tuple, offset: jax.Array) -> tuple[tuple, jax.Array]:
             cache, x = carry
-            hidden, cache = self._pass(model, cache, x, start + offset)
+            hidden, cache = self._pass(model, cache, x, start + offset, keys)
             ids = choose(self._frame_logits(model, hidden[:, 0]), folded(keys, start + offset), self.sampling)
             return (cache, embed(ids[:, None], offset + 1)), ids
 
         (cache, x), ids = jax.lax.scan(step, (cache, slot), jnp.arange(self.layout.future_tokens))
         # The last id is read for its keys and values, and for the reward.
-        hidden, cache = self._pass(model, cache, x, start + self.layout.future_tokens)
+        hidden, cache = self._pass(model, cache, x, start + self.layout.future_tokens, keys)
         return rearrange(ids, "m r -> r m"), hidden[:, 0], cache
 
     def _parallel(
@@ -208,7 +221,7 @@ class Decoder:
         def iterate(carry: tuple) -> tuple:
             iteration, _, ids, _, cache = carry
             x = jnp.concatenate([slot, embed(ids, 1)], axis=1)
-            hidden, cache = self._pass(model, cache, x, start)
+            hidden, cache = self._pass(model, cache, x, start, keys)
             chosen = choose(self._frame_logits(model, hidden[:, :-1]), folded_keys, self.sampling)
             return iteration + 1, jnp.any(chosen != ids), chosen, hidden[:, -1], cache
 
@@ -217,13 +230,27 @@ class Decoder:
         return ids, last, cache
 
     def _pass(
-        self, model: FrameTransformer, cache: Cache, x: Float[Array, "R T C"], start: Int[Array, ""] | int
+        self,
+        model: FrameTransformer,
+        cache: Cache,
+        x: Float[Array, "R T C"],
+        start: Int[Array, ""] | int,
+        keys: Key[Array, "R"],
     ) -> tuple[Float[Array, "R T C"], Cache]:
         """Hidden states of T tokens that follow on the first `start` generated ones, and the cache with them in it."""
-        layers = tuple(_Layer(*layer, start) for layer in zip(cache.prompt, cache.generated, strict=True))
+        keys = folded(keys, start) if self.dropout else None
+        layers = tuple(
+            _Layer(*kept, start, self._dropped(keys, layer))
+            for layer, kept in enumerate(zip(cache.prompt, cache.generated, strict=True))
+        )
         positions = self.layout.prompt_length + start + jnp.arange(x.shape[1])
         hidden, layers = model.decode(x, positions, layers)
         return hidden, Cache(cache.prompt, tuple(layer.generated for layer in layers))
+
+    def _dropped(self, keys: Key[Array, "R"] | None, layer: int) -> "_Dropped | None":
+        if not self.dropout or keys is None:
+            return None
+        return _Dropped(folded(keys, _DROPOUT + layer), self.config.attention_dropout)
 
     def _frame_logits(self, model: FrameTransformer, hidden: Float[Array, "*R C"]) -> Float[Array, "*R V"]:
         """Scores of the ids within a frame; with `future_codes_only` -inf for ids that a future frame cannot hold."""
@@ -234,15 +261,25 @@ class Decoder:
         return jnp.where((ids >= first) & (ids < first + self.layout.future_codes), logits, -jnp.inf)
 
 
+class _Dropped(NamedTuple):
+    """Dropout of one layer's attention weights: a key per sequence, and the rate."""
+
+    keys: jax.Array
+    rate: float
+
+
 class _Prompt(NamedTuple):
     """The cache of one layer while prompts are read: empty before, `kept` after."""
 
     kept: KeyValue | None = None
+    dropped: _Dropped | None = None
 
     def attend(
         self, query: Float[Array, "B P N D"], key: Float[Array, "B P N D"], value: Float[Array, "B P N D"]
     ) -> tuple[Float[Array, "B P N D"], "_Prompt"]:
         kept = KeyValue(*(rearrange(array, "b p n d -> b n p d") for array in (key, value)))
+        if self.dropped is not None:
+            return attention_with_dropout(query, key, value, *self.dropped, causal=True), _Prompt(kept)
         return attention(query, key, value, causal=True), _Prompt(kept)
 
 
@@ -252,6 +289,7 @@ class _Layer(NamedTuple):
     prompt: KeyValue
     generated: KeyValue
     start: Int[Array, ""] | int
+    dropped: _Dropped | None = None
 
     def attend(
         self, query: Float[Array, "R T N D"], key: Float[Array, "R T N D"], value: Float[Array, "R T N D"]
@@ -264,11 +302,16 @@ class _Layer(NamedTuple):
         )
         length, tokens = generated.key.shape[2], query.shape[1]
         visible = jnp.arange(length) <= (self.start + jnp.arange(tokens))[:, None]
-        return _attend(query, self.prompt, generated, visible), self._replace(generated=generated)
+        mixed = _attend(query, self.prompt, generated, visible, self.dropped)
+        return mixed, self._replace(generated=generated)
 
 
 def _attend(
-    query: Float[Array, "R T N D"], prompt: KeyValue, generated: KeyValue, visible: Bool[Array, "T G"]
+    query: Float[Array, "R T N D"],
+    prompt: KeyValue,
+    generated: KeyValue,
+    visible: Bool[Array, "T G"],
+    dropped: _Dropped | None,
 ) -> Float[Array, "R T N D"]:
     """Attention over prompts that several rows share and over the visible tokens that each row generated."""
     batch, count = prompt.key.shape[0], query.shape[1]
@@ -280,7 +323,8 @@ def _attend(
     to_prompt = rearrange(to_prompt, "b n (s t) p -> (b s) n t p", t=count)
     to_generated = product("rtnd,rngd->rntg", query, generated.key, preferred_element_type=jnp.float32)
     scores = jnp.concatenate([to_prompt, jnp.where(visible, to_generated, -jnp.inf)], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = (weights if dropped is None else dropout(weights, *dropped)).astype(query.dtype)
     of_prompt, of_generated = jnp.split(weights, [prompt.key.shape[2]], axis=-1)
     of_prompt = rearrange(of_prompt, "(b s) n t p -> b n (s t) p", b=batch)
     mixed = product("bnqp,bnpd->bnqd", of_prompt, prompt.value)

@@ -73,6 +73,7 @@ class World:
       rewards_in_symlog: the transformer predicts symlog of rewards.
       dtype: of the transformer's computation.
       goal: the first frame of a context is a goal image; it stays there for all of an episode.
+      dropout: the transformer's attention dropout stays on in rollouts, as in the released code.
     """
 
     tokenizer: CompressiveTokenizerConfig
@@ -82,6 +83,7 @@ class World:
     rewards_in_symlog: bool = True
     dtype: Any = jnp.float32
     goal: bool = False
+    dropout: bool = False
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -91,7 +93,7 @@ class World:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """Of the transformer."""
-        return Decoder(self.transformer, self.layout, self.sampling, dtype=self.dtype)
+        return Decoder(self.transformer, self.layout, self.sampling, dtype=self.dtype, dropout=self.dropout)
 
     @functools.cached_property
     def network(self) -> Network:
@@ -113,7 +115,7 @@ class World:
             ids=jnp.full((rows, self.layout.future_tokens), self.layout.context_codes, jnp.int32),
             keys=keys,
             slots=jnp.full((rows,), self.layout.future_slot, jnp.int32),
-            cache=self.decoder.prefill(weights.transformer, self.layout.prompt(ids), samples),
+            cache=self.decoder.prefill(weights.transformer, self.layout.prompt(ids), samples, keys[::samples]),
             conditions=jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), conditions),
         )
 

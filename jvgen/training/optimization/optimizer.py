@@ -174,6 +174,18 @@ def make_optimizer(config: OptimizerConfig, axes: Parameters, steps: int, parame
     return Optimizer(trainable, init, update, make_schedule(config, steps), config.clip_norm)
 
 
+def own_optimizer(parameters: str, init: Callable[[Parameters], Any]) -> Optimizer:
+    """Of an objective that updates its own parameters (`OwnUpdate`): which these are, and the state it starts with."""
+
+    def trainable(path: str) -> bool:
+        return parameter_paths.matches(parameters, path)
+
+    def update(*unused: Any) -> Any:
+        raise AssertionError("an objective with an update of its own takes no step of an optimizer")
+
+    return Optimizer(trainable, init, update, update, None)
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> Any:
     """Learning rate as a function of the step (0-based int32 scalar), float32."""
     peak, last = config.learning_rate, config.learning_rate * config.final_fraction

@@ -1,0 +1,175 @@
+"""The world model that a run starts with: read from a run or an export, and checked against the environment."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jvgen import nested
+from jvgen.config import Config, ConfigError
+from jvgen.control.collection import EnvironmentSpec
+from jvgen.control.environments import METAWORLD
+from jvgen.data.store.sources import read_metadata
+from jvgen.interop.from_torch import import_folder
+from jvgen.nn.network import Parameters
+from jvgen.reinforcement.config import ImaginationConfig
+from jvgen.storage import Path, as_path
+from jvgen.tasks.world_model import WorldModelConfig
+from jvgen.training.checkpoint import identity
+from jvgen.training.checkpoint.reader import CheckpointReader, split_checkpoint
+from jvgen.training.checkpoint.restore import load_for_inference
+from jvgen.training.experiment import Experiment
+
+# What may differ between the pretrained networks and those of the run: not the shapes of what is taken.
+FREE = {
+    "tokenizer": {"dropout", "commitment", "remat"},
+    "transformer": {
+        "action_width", "reward", "action_reconstruction", "attention_dropout", "max_positions", "remat", "unroll",
+        "action_everywhere",
+    },
+}  # fmt: skip
+# Parts of the transformer that a pretrained one may lack: they are initialized randomly.
+HEADS = ("action", "reward", "action_reconstruction")
+
+
+def read_pretrained(config: ImaginationConfig, *, check_only: bool = False) -> Parameters:
+    """Parameters of `{"tokenizer": ..., "transformer": ...}` from the folder that `config.pretrained` names, numpy.
+
+    Args:
+      check_only: compare the configurations and read no weights of a run.
+
+    Raises:
+      ConfigError: neither a run of a world model nor an export of one, or networks of other sizes.
+    """
+    folder = as_path(config.pretrained)
+    exported = (folder / "tokenizer").is_dir() and (folder / "transformer").is_dir()
+    if exported:
+        found = {name: import_folder(folder / name) for name in ("tokenizer", "transformer")}
+    else:
+        experiment = trained_experiment(folder)
+        task = experiment.task
+        found = {"tokenizer": (task.tokenizer, None), "transformer": (task.transformer, None)}
+    for name, (network, _) in found.items():
+        _check_same(name, network, getattr(config, name), folder)
+    if check_only:
+        return {}
+    if exported:
+        parameters = {name: tree for name, (_, tree) in found.items()}
+    else:
+        _, _, trained, _ = load_for_inference(folder)
+        tokenizer = import_folder(experiment.task.tokenizer_weights)[1]
+        parameters = {"tokenizer": tokenizer, "transformer": jax.device_get(trained["transformer"])}
+    return {
+        "tokenizer": parameters["tokenizer"],
+        "transformer": _without_other_heads(config, parameters["transformer"]),
+    }
+
+
+def trained_experiment(folder: Path) -> Experiment:
+    """The experiment of a run of a world model.
+
+    Raises:
+      ConfigError: no such run, or one of another task.
+    """
+    if not (split_checkpoint(folder)[0] / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{folder}: neither a run directory nor a folder with exported tokenizer/ and transformer/ of a world "
+            "model."
+        )
+    reader = CheckpointReader(folder)
+    try:
+        experiment = identity.experiment_of(reader.run_document())
+    finally:
+        reader.close()
+    if not isinstance(experiment.task, WorldModelConfig):
+        raise ConfigError(f"{folder}: a run of {type(experiment.task).__name__}; expected one of WorldModelConfig.")
+    return experiment
+
+
+def check_trained_on(model: str | Path, name: str, spec: EnvironmentSpec) -> bool:
+    """Compare the recordings that a world model was trained on with an environment.
+
+    Only runs whose data sets are still there, and are recordings of environments (`jvgen data build environment`), say
+    what they are of.
+
+    Args:
+      model: run directory or export.
+      name: of the environment, as `jvgen.control.environments.open_environment` takes it.
+      spec: what it shows and takes.
+
+    Returns:
+      Whether anything could be compared.
+
+    Raises:
+      ConfigError: recordings through another camera, of other frames, or with actions of another scale.
+    """
+    folder = as_path(model)
+    if not (split_checkpoint(folder)[0] / "checkpoints").is_dir():
+        return False
+    experiment, compared = trained_experiment(folder), False
+    for source in experiment.data.sources:
+        try:
+            metadata = read_metadata(source.path)
+        except (OSError, ValueError):
+            continue
+        if metadata.get("origin") == "environment":
+            compared = True
+            _check_recorded(f"{model} was trained on {source.path}", metadata, name, spec)
+    return compared
+
+
+def _check_recorded(what: str, metadata: dict[str, Any], name: str, spec: EnvironmentSpec) -> None:
+    recorded = metadata["options"]["name"]
+    about = metadata.get("environment", {})
+    fix = "Use a model of this environment's recordings; to use it anyway, set imagination.accept_other_data = true."
+    camera = about.get("camera", _camera(recorded))
+    if camera is not None and spec.camera is not None and camera != spec.camera:
+        raise ConfigError(f"{what}, seen through camera {camera}, but {name} is seen through {spec.camera}. {fix}")
+    for bound in ("low", "high"):
+        found, own = about.get(bound), getattr(spec, bound)
+        if found is not None and own is not None and not np.array_equal(np.float32(found), np.float32(own)):
+            raise ConfigError(
+                f"{what}, whose actions have the bounds {bound} = {found}, but those of {name} are {list(own)}: the "
+                f"same numbers would mean other actions. {fix}"
+            )
+    repeat = about.get("action_repeat")
+    if repeat is not None and repeat != spec.action_repeat:
+        raise ConfigError(
+            f"{what}, where an action is taken {repeat} times, but in {name} {spec.action_repeat} times: the same "
+            f"action would do more or less. {fix}"
+        )
+
+
+def _camera(name: str) -> str | None:
+    """Of an environment's name, for recordings that do not say it."""
+    kind, _, rest = name.partition(":")
+    return (rest.partition(":")[2] or "corner") if kind == METAWORLD else None
+
+
+def _check_same(name: str, found: Config, wanted: Config, folder: Path) -> None:
+    if type(found) is not type(wanted):
+        raise ConfigError(f"{folder}: its {name} is a {type(found).__name__}, not that of iVideoGPT.")
+    differences = [
+        f"{field} = {getattr(found, field)}, the run's is {getattr(wanted, field)}"
+        for field in type(wanted).__dataclass_fields__
+        if field not in FREE[name] and getattr(found, field) != getattr(wanted, field)
+    ]
+    if differences:
+        raise ConfigError(
+            f"imagination.pretrained = {folder}: its {name} has {'; '.join(differences)}. Set imagination.{name} so."
+        )
+
+
+def _without_other_heads(config: ImaginationConfig, parameters: Parameters) -> Parameters:
+    """The parameters without heads that the run lacks or has in another shape."""
+    heads = {head for head in HEADS if head in parameters}
+    width = config.transformer.action_width
+    for head in ("action", "action_reconstruction"):
+        if head in heads and width not in np.shape(parameters[head]["kernel"]):
+            heads.discard(head)
+    if not config.transformer.reward:
+        heads.discard("reward")
+    if not config.transformer.action_reconstruction:
+        heads.discard("action_reconstruction")
+    kept = {name: tree for name, tree in parameters.items() if name not in HEADS or name in heads}
+    return nested.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), kept)
