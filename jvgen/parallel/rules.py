@@ -18,12 +18,12 @@ from jvgen.value_rules import Bounds
 Rules = dict[str, tuple[str, ...]]
 
 STORAGE: Rules = {
-    axes.EMBED: (FSDP,),
+    axes.EMBED: (FSDP, SEQ),
     axes.HEADS: (TENSOR,),
     axes.MLP: (TENSOR,),
     axes.VOCABULARY: (TENSOR,),
-    axes.CONDITION: (FSDP,),
-    axes.CONV_OUT: (FSDP,),
+    axes.CONDITION: (FSDP, SEQ),
+    axes.CONV_OUT: (FSDP, SEQ),
 }
 COMPUTE: Rules = {
     axes.HEADS: (TENSOR,),
@@ -45,13 +45,15 @@ TEMPORAL_SHARDING: Rules = COMPUTE | {axes.FRAMES: (SEQ,), axes.HEIGHT: (TENSOR,
 class ShardingConfig(Config):
     """Two tables from logical axis names to mesh axes. A name that is in neither table is replicated.
 
-    FSDP is the difference between the two: storage splits `embed` over `fsdp` and compute does not, so each layer's
-    parameters are all-gathered where they are used and their gradients are reduce-scattered.
+    FSDP is the difference between the two: storage splits `embed` over `fsdp` and `seq` and compute does not, so each
+    layer's parameters are all-gathered where they are used and their gradients are reduce-scattered. (Devices along
+    `seq` work on the same examples with the same parameters: without it they would hold copies of the state.)
 
     Attributes:
       storage: sharding of parameters, optimizer state and EMA between uses.
       compute: sharding of parameters and activations while a layer runs.
-      replicate_below: parameters with fewer elements than this (norms, biases) are not split over `fsdp`.
+      replicate_below: parameters with fewer elements than this (norms, biases) are not split over `fsdp` and the mesh
+        axes that `storage` names together with it.
     """
 
     storage: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(STORAGE))
@@ -92,59 +94,79 @@ class Sharding:
         """Sharding of each parameter while it is used."""
         return _map_axes(lambda names, leaf: self.activation(names, leaf.shape), axes_tree, shapes_tree)
 
+    @functools.cached_property
+    def state_axes(self) -> tuple[str, ...]:
+        """The mesh axes that split the state: `fsdp`, and those that a rule of the storage table names beside it."""
+        named = self._named_with_fsdp
+        return tuple(axis for axis in MESH_AXES if axis in named and (axis == FSDP or self.mesh.shape[axis] > 1))
+
+    @functools.cached_property
+    def _named_with_fsdp(self) -> frozenset[str]:
+        return frozenset(axis for rule in self.config.storage.values() if FSDP in rule for axis in rule)
+
+    @property
+    def state_shards(self) -> int:
+        """Into how many shards the `state_axes` can split a parameter."""
+        return math.prod(self.mesh.shape[axis] for axis in self.state_axes)
+
     def storage_of(self, names: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """Sharding of one stored parameter.
 
         Mesh axes are assigned to the dimensions that the storage table names. A mesh axis that does not divide its
-        dimension is dropped. If `fsdp` is still unassigned, it goes to the largest dimension that it divides (the
-        first of equals, never `layers`), unless one layer's parameter has fewer than `replicate_below` elements. If it
-        divides none, it is split over several, each by the largest factor that divides it: 1920 x 1920 over 256 devices
-        becomes shards of 15 x 960. Only factors that are left then are replicated, see `replicas_of`.
+        dimension is dropped. A mesh axis of the state (`state_axes`) that is still unassigned goes to the largest
+        dimension that it divides (the first of equals, never `layers`), unless one layer's parameter has fewer than
+        `replicate_below` elements. If it divides none, it is split over several, each by the largest factor that
+        divides it: 1920 x 1920 over 256 devices becomes shards of 15 x 960. Only factors that are left then are
+        replicated, see `replicas_of`.
         """
-        if not self.wants_fsdp(names, shape):
-            table = {name: tuple(a for a in rule if a != FSDP) for name, rule in self.config.storage.items()}
-            return self._sharding(self._place(names, shape, table))
-        spec = self._place(names, shape, self.config.storage)
-        if any(FSDP in entry for entry in spec):
+        split = self.splits(names, shape)
+        skipped = {axis for axis in self._named_with_fsdp if not split or axis not in self.state_axes}
+        table = {name: tuple(axis for axis in rule if axis not in skipped) for name, rule in self.config.storage.items()}
+        spec = self._place(names, shape, table)
+        if not split:
             return self._sharding(spec)
         left = {
             index: shape[index] // math.prod(self.mesh.shape[axis] for axis in spec[index])
             for index in sorted(range(len(shape)), key=lambda i: (-shape[i], i))
             if names[index] != axes.LAYERS
         }
-        size = self.mesh.shape[FSDP]
-        for index, length in left.items():
-            if length % size == 0:
-                spec[index] = (*spec[index], FSDP)
-                return self._sharding(spec)
-        factors: dict[int, int] = {}
-        while left:
-            index = max(left, key=lambda i: math.gcd(left[i], size))
-            factor = math.gcd(left.pop(index), size)
-            if factor > 1:
-                factors[index], size = factor, size // factor
-        if not factors:
-            return self._sharding(spec)
-        for number, index in enumerate(factors):
-            spec[index] = (*spec[index], f"{FSDP}_{number}")
-        return self._sharding(spec, _factored(self.mesh, (*factors.values(), size)))
+        factors: dict[str, tuple[int, ...]] = {}
+        for axis in self.state_axes:
+            if any(axis in entry for entry in spec):
+                continue
+            size = self.mesh.shape[axis]
+            whole = next((index for index, length in left.items() if length % size == 0), None)
+            if whole is not None:
+                spec[whole], left[whole] = (*spec[whole], axis), left[whole] // size
+                continue
+            found, untried = [], list(left)
+            while untried:
+                index = max(untried, key=lambda i, size=size: math.gcd(left[i], size))
+                untried.remove(index)
+                factor = math.gcd(left[index], size)
+                if factor > 1:
+                    spec[index] = (*spec[index], f"{axis}_{len(found)}")
+                    left[index], size = left[index] // factor, size // factor
+                    found.append(factor)
+            if found:
+                factors[axis] = (*found, size)
+        return self._sharding(spec, _factored(self.mesh, tuple(factors.items())) if factors else None)
 
     def replicas_of(self, names: Axes, shape: tuple[int, ...]) -> int:
-        """How many copies of a stored parameter there are along `fsdp`.
+        """How many copies of a stored parameter there are along the `state_axes`.
 
         It is 1 except for a parameter below `replicate_below`, and for one whose dimensions have too few factors in
-        common with the size of `fsdp`.
+        common with the sizes of these mesh axes.
         """
         place = self.storage_of(names, shape)
         used = [axis for entry in place.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
-        shards = math.prod(place.mesh.shape[axis] for axis in used if axis.split("_")[0] == FSDP)
-        return self.mesh.shape[FSDP] // shards
+        shards = math.prod(place.mesh.shape[axis] for axis in used if axis.split("_")[0] in self.state_axes)
+        return self.state_shards // shards
 
-    def wants_fsdp(self, names: Axes, shape: tuple[int, ...]) -> bool:
-        """Whether `fsdp` splits a stored parameter at all: not if one layer's is small, or if no rule names `fsdp`."""
+    def splits(self, names: Axes, shape: tuple[int, ...]) -> bool:
+        """Whether the `state_axes` split a stored parameter at all: not if one layer's is small, or without `fsdp`."""
         layer_size = math.prod(n for name, n in zip(names, shape, strict=True) if name != axes.LAYERS)
-        named = any(FSDP in mesh_axes for mesh_axes in self.config.storage.values())
-        return named and layer_size >= self.config.replicate_below
+        return bool(self.state_axes) and layer_size >= self.config.replicate_below
 
     def activation(self, names: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """Sharding of an activation or of a parameter in use; mesh axes that do not divide are dropped."""
@@ -206,12 +228,14 @@ class Sharding:
 
 
 @functools.lru_cache
-def _factored(mesh: Mesh, factors: tuple[int, ...]) -> Mesh:
-    """The same devices in the same order, with the axis `fsdp` as axes `fsdp_0`, `fsdp_1` ... of these sizes."""
-    at = mesh.axis_names.index(FSDP)
-    names = (*mesh.axis_names[:at], *(f"{FSDP}_{number}" for number in range(len(factors))), *mesh.axis_names[at + 1 :])
-    shape = (*mesh.devices.shape[:at], *factors, *mesh.devices.shape[at + 1 :])
-    return Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+def _factored(mesh: Mesh, factors: tuple[tuple[str, tuple[int, ...]], ...]) -> Mesh:
+    """The same devices in the same order, with an axis such as `fsdp` as axes `fsdp_0`, `fsdp_1` ... of these sizes."""
+    sizes: dict[str, int] = {}
+    for axis, size in mesh.shape.items():
+        parts = dict(factors).get(axis)
+        sizes |= {axis: size} if parts is None else {f"{axis}_{number}": part for number, part in enumerate(parts)}
+    devices = mesh.devices.reshape(tuple(sizes.values()))
+    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _map_axes(function: Any, axes_tree: Any, tree: Any) -> Any:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from jvgen.data.stream.config import BucketConfig
 from jvgen.parallel import axes
-from jvgen.parallel.mesh import FSDP
 from jvgen.training.program import Program
 from jvgen.training.telemetry.throughput import step_flops
 
@@ -68,11 +67,11 @@ def lower_bound(program: Program, bucket: BucketConfig) -> Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-    """What every device holds of parameters, moments and EMA beyond an even split over `fsdp`, in bytes per device.
+    """What a device holds of parameters, moments and EMA beyond an even split over `fsdp` x `seq`, in bytes.
 
     Attributes:
       small: of arrays below `sharding.replicate_below`, which are replicated on purpose.
-      undivided: of larger ones, by path of the parameter, the most bytes first: `fsdp` cannot split them completely.
+      undivided: of larger ones, by path of the parameter, the most bytes first: they cannot be split completely.
     """
 
     small: float
@@ -80,10 +79,10 @@ class Replicated:
 
 
 def replicated(program: Program) -> Replicated:
-    """Bytes of the train state that `fsdp` does not split."""
-    fsdp, state = program.sharding.mesh.shape[FSDP], program.abstract_state()
+    """Bytes of the train state that `fsdp` and `seq` do not split."""
+    shards, state = program.sharding.state_shards, program.abstract_state()
     leaves = jax.tree.leaves((state.parameters, state.optimizer, state.ema))
-    beyond = sum(max(0.0, local_bytes(leaf) - leaf.size * leaf.dtype.itemsize / fsdp) for leaf in leaves)
+    beyond = sum(max(0.0, local_bytes(leaf) - leaf.size * leaf.dtype.itemsize / shards) for leaf in leaves)
     undivided = program.replicated_bytes()
     small = max(0.0, beyond - sum(undivided.values()))
     return Replicated(small, dict(sorted(undivided.items(), key=lambda item: -item[1])))

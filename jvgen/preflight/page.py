@@ -16,7 +16,6 @@ from jvgen.data.store.shards import MAX_OPEN_SHARDS
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.parallel.chips import chip_of
-from jvgen.parallel.mesh import FSDP
 from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.parallel.pods import CHIPS_PER_HOST
 from jvgen.preflight import topology
@@ -223,15 +222,16 @@ def _memory(program: Program, target: _Devices) -> Row:
 
 
 def _replicated(program: Program) -> Row:
-    found, fsdp = replicated(program), program.sharding.mesh.shape[FSDP]
+    found, mesh = replicated(program), program.sharding.mesh.shape
     text = f"{amount(found.small)} per device of small arrays (below sharding.replicate_below)"
     if not found.undivided:
         return Row("replicated", True, text)
     total = sum(found.undivided.values())
     largest = ", ".join(f"{path} {amount(size)}" for path, size in list(found.undivided.items())[:3])
+    sizes = " x ".join(f"mesh.{axis} = {mesh[axis]}" for axis in program.sharding.state_axes)
     text = (
-        f"{amount(total)} per device of {len(found.undivided)} arrays that mesh.fsdp = {fsdp} does not divide, "
-        f"such as {largest}; {text}"
+        f"{amount(total)} per device of {len(found.undivided)} arrays that {sizes} does not divide, such as "
+        f"{largest}; {text}"
     )
     # Not a mistake by itself: it only takes memory, and `memory` says whether there is enough.
     return Row("replicated", True, text)

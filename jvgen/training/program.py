@@ -17,7 +17,6 @@ from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
-from jvgen.parallel.mesh import FSDP
 from jvgen.parallel.rows import global_array, rows_by_process
 from jvgen.parallel.rules import Sharding
 from jvgen.precision import float32_products
@@ -139,8 +138,8 @@ class Program:
     def replicated_bytes(self) -> dict[str, int]:
         """What a device holds beyond its share of parameters, moments and EMA, in bytes by path of the parameter.
 
-        Of parameters that `fsdp` should split and cannot split completely, see `Sharding.replicas_of`; without those
-        that are replicated because they are small.
+        Of parameters that `fsdp` and `seq` should split and cannot split completely, see `Sharding.replicas_of`;
+        without those that are replicated because they are small.
         """
         arrays = list(
             parameter_paths.name_leaves((self.abstract.parameters, self.abstract.optimizer, self.abstract.ema))
@@ -151,7 +150,7 @@ class Program:
         for path, names in nested.flatten(self.task.axes()).items():
             shape = shapes[path].shape
             replicas = self.sharding.replicas_of(names, shape)
-            if replicas > 1 and self.sharding.wants_fsdp(names, shape):
+            if replicas > 1 and self.sharding.splits(names, shape):
                 copies = sum(name.endswith(f"/{path}") for name in arrays)
                 held = math.prod(shardings[path].shard_shape(shape)) * shapes[path].dtype.itemsize * copies
                 extra[path] = held - held // replicas
@@ -169,11 +168,13 @@ class Program:
             return None
         largest = max(extra, key=extra.__getitem__)
         shape = tuple(nested.flatten(arrays.parameters)[largest].shape)
+        mesh = self.sharding.mesh.shape
+        sizes = " x ".join(f"mesh.{axis} = {mesh[axis]}" for axis in self.sharding.state_axes)
         return (
-            f"WARNING: mesh.fsdp = {self.sharding.mesh.shape[FSDP]} has too few factors in common with the shapes of "
+            f"WARNING: {sizes} has too few factors in common with the shapes of "
             f"{len(extra)} parameters, such as {largest} {shape}: {sum(extra.values()) / 2**20:.1f} of "
-            f"{held / 2**20:.1f} MiB of state per device are copies. Choose a mesh.fsdp that divides one of their "
-            "dimensions, and give the other devices to mesh.data."
+            f"{held / 2**20:.1f} MiB of state per device are copies. Choose sizes that divide their dimensions, "
+            "and give the other devices to mesh.data."
         )
 
     def step(self, bucket: BucketConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

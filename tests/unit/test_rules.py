@@ -1,5 +1,7 @@
 """Sharding rules: which dimension a mesh axis goes to, what happens where it does not divide, and gradients."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jvgen.parallel import axes
 from jvgen.parallel.axes import BATCH, CONV_IN, CONV_OUT, EMBED, HEADS, LAYERS, LENGTH, MLP
 from jvgen.parallel.mesh import MeshConfig, make_mesh
+from jvgen.parallel.rules import STORAGE as STORAGE_RULES
 from jvgen.parallel.rules import Sharding, ShardingConfig
 
 
@@ -39,6 +42,30 @@ STORAGE = [
 @pytest.mark.parametrize("names,shape,spec", STORAGE)
 def test_storage(names, shape, spec):
     assert sharding(fsdp=4, tensor=2).storage_of(names, shape).spec == spec
+
+
+STATE = [
+    # embed takes fsdp and seq; what it cannot take goes to the largest dimension that seq divides.
+    ({"fsdp": 4, "seq": 2}, (EMBED, HEADS), (64, 32), (8, 32)),
+    ({"fsdp": 4, "seq": 2}, (LAYERS, EMBED, HEADS), (8, 12, 64), (8, 3, 32)),
+    ({"fsdp": 4, "seq": 2}, (EMBED, HEADS), (7, 64), (7, 8)),
+    # Either may be split over several dimensions.
+    ({"fsdp": 2, "seq": 4}, (EMBED, MLP), (20, 6), (5, 3)),
+    ({"fsdp": 4, "seq": 2}, (EMBED, HEADS), (10, 12), (5, 3)),
+    # What is left then are copies.
+    ({"fsdp": 4, "seq": 2}, (EMBED, HEADS), (6, 6), (3, 3)),
+]
+
+
+@pytest.mark.parametrize("mesh,names,shape,shard", STATE)
+def test_state_is_split_over_fsdp_and_seq(mesh, names, shape, shard):
+    rules = sharding(**mesh)
+    assert rules.storage_of(names, shape).shard_shape(shape) == shard
+    assert rules.replicas_of(names, shape) == 8 * math.prod(shard) // math.prod(shape)
+    # As before 0.2: over fsdp only.
+    tables = {name: tuple(axis for axis in rule if axis != "seq") for name, rule in STORAGE_RULES.items()}
+    old = Sharding(rules.mesh, ShardingConfig(replicate_below=0, storage=tables))
+    assert old.state_axes == ("fsdp",) and "seq" not in str(old.storage_of(names, shape).spec)
 
 
 def test_a_parameter_that_fsdp_does_not_divide_is_split_over_several_dimensions():
@@ -88,9 +115,13 @@ def test_constraints_are_real():
     assert x.addressable_shards[0].data.shape == (2, 2)
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (12, 20)], ids=["one_dimension", "two_dimensions"])
-def test_gathered_parameters_give_scattered_gradients(shape):
-    rules = sharding(fsdp=8)
+@pytest.mark.parametrize(
+    "mesh,shape",
+    [({"fsdp": 8}, (64, 32)), ({"fsdp": 8}, (12, 20)), ({"fsdp": 2, "seq": 4}, (64, 32))],
+    ids=["one_dimension", "two_dimensions", "two_axes"],
+)
+def test_gathered_parameters_give_scattered_gradients(mesh, shape):
+    rules = sharding(**mesh)
     place = rules.storage_of((EMBED, HEADS), shape)
     kernel = jax.device_put(jax.random.normal(jax.random.key(0), shape), place)
     x = jnp.ones((8, shape[0]))
