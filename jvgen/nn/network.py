@@ -45,6 +45,11 @@ class Network:
             _put(axes, path, tuple(names))
         return cls(constructor=constructor, graph=graph, state=state, shapes=shapes, axes=axes)
 
+    def freeze(self) -> None:
+        """Mark the variables as those of a network that is not trained, see `jvgen.parallel.axes.fsdp_all_gather`."""
+        for _, variable in nnx.to_flat_state(self.state):
+            variable.set_metadata(frozen=True)
+
     def init(self, key: jax.Array) -> Parameters:
         """Random parameters, float32, as a nested dict."""
         parameters: Parameters = {}

@@ -61,15 +61,11 @@ def checkpointed(function: Callable[..., Any], remat: Remat, *, in_scan: bool) -
 def run_block(block: Any, remat: Remat, inputs: jax.Array, *more: Any) -> Any:
     """Call `block(inputs, *more)` with its parameters in compute sharding, under a remat policy."""
     graph, state = nnx.split(block)
-    block_axes = jax.tree.map(
-        lambda variable: variable.get_metadata()["logical_axes"],
-        state,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )
+    block_axes, frozen = _axes_of(state), _is_frozen(state)
 
     def body(state: Any, inputs: jax.Array, *more: Any) -> Any:
         inputs = checkpoint_name(inputs, LAYER_INPUT)
-        return nnx.merge(graph, axes.fsdp_all_gather(state, block_axes))(inputs, *more)
+        return nnx.merge(graph, axes.fsdp_all_gather(state, block_axes, frozen=frozen))(inputs, *more)
 
     return checkpointed(body, remat, in_scan=False)(state, inputs, *more)
 
@@ -129,9 +125,19 @@ class Stacked(nnx.Module):
     def layer(self, variables: Any) -> nnx.Module:
         """The module of one layer, from its slice of `variables()`, in compute sharding."""
         graph, stacked = nnx.split(self.layers)
-        names = jax.tree.map(
-            lambda variable: variable.get_metadata()["logical_axes"][1:],
-            stacked,
-            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-        )
-        return nnx.merge(graph, axes.fsdp_all_gather(variables, names))
+        names = _axes_of(stacked, skip=1)
+        return nnx.merge(graph, axes.fsdp_all_gather(variables, names, frozen=_is_frozen(stacked)))
+
+
+def _axes_of(state: Any, skip: int = 0) -> Any:
+    """Logical axes of each variable, without the first `skip` ones."""
+    return jax.tree.map(
+        lambda variable: variable.get_metadata()["logical_axes"][skip:],
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
+def _is_frozen(state: Any) -> bool:
+    """Whether variables are those of a network that is not trained, see `Network.freeze`."""
+    return any(variable.get_metadata().get("frozen", False) for _, variable in nnx.to_flat_state(state))

@@ -47,7 +47,7 @@ class Partitioner(Protocol):
 
     def constrain(self, value: jax.Array, axes: Axes) -> jax.Array: ...
 
-    def fsdp_all_gather(self, parameters: Any, axes: Any) -> Any: ...
+    def fsdp_all_gather(self, parameters: Any, axes: Any, *, frozen: bool = False) -> Any: ...
 
 
 _current: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar("partitioner", default=None)
@@ -85,7 +85,11 @@ def constrain(value: jax.Array, *axes: str | None) -> jax.Array:
     return value if partitioner is None else partitioner.constrain(value, axes)
 
 
-def fsdp_all_gather(parameters: Any, axes: Any) -> Any:
-    """All-gather the parameters of one layer from storage to compute sharding. Identity outside of a context."""
+def fsdp_all_gather(parameters: Any, axes: Any, *, frozen: bool = False) -> Any:
+    """All-gather the parameters of one layer from storage to compute sharding. Identity outside of a context.
+
+    Args:
+      frozen: whether they are of a network that is not trained, which may be stored in another way.
+    """
     partitioner = _current.get()
-    return parameters if partitioner is None else partitioner.fsdp_all_gather(parameters, axes)
+    return parameters if partitioner is None else partitioner.fsdp_all_gather(parameters, axes, frozen=frozen)

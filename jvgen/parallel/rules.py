@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jvgen.config import Config
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
+from jvgen.parallel.chips import GIB, chip_of
 from jvgen.parallel.mesh import DATA, FSDP, MESH_AXES, SEQ, TENSOR
 from jvgen.value_rules import Bounds
 
@@ -40,6 +41,9 @@ COMPUTE: Rules = {
 SPATIAL_SHARDING: Rules = COMPUTE | {axes.HEIGHT: (SEQ,), axes.WIDTH: (TENSOR,)}
 TEMPORAL_SHARDING: Rules = COMPUTE | {axes.FRAMES: (SEQ,), axes.HEIGHT: (TENSOR,)}
 
+# Frozen networks are held whole where they take at most this share of a device's memory.
+FROZEN_SHARE = 0.1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingConfig(Config):
@@ -54,11 +58,15 @@ class ShardingConfig(Config):
       compute: sharding of parameters and activations while a layer runs.
       replicate_below: parameters with fewer elements than this (norms, biases) are not split over `fsdp` and the mesh
         axes that `storage` names together with it.
+      frozen: networks that are not trained (a text encoder, a VAE): "sharded" as the state is, so that their weights
+        travel in every step that uses them; "replicated", whole on every device but for the mesh axes `tensor`; "auto":
+        replicated where the devices' memory is known and all of them together take at most a tenth of it.
     """
 
     storage: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(STORAGE))
     compute: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(COMPUTE))
     replicate_below: Annotated[int, Bounds(at_least=0, fix="a number of elements")] = 2**16
+    frozen: Literal["auto", "sharded", "replicated"] = "auto"
 
     def validate(self) -> None:
         for table in ("storage", "compute"):
@@ -76,10 +84,45 @@ class ShardingConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """The two tables applied to a mesh: implements `jvgen.parallel.axes.Partitioner`."""
+    """The two tables applied to a mesh: implements `jvgen.parallel.axes.Partitioner`.
+
+    Attributes:
+      mesh: devices.
+      config: the tables.
+      frozen_replicated: whether the `state_axes` leave frozen networks whole, see `holding`.
+    """
 
     mesh: Mesh
     config: ShardingConfig = dataclasses.field(default_factory=ShardingConfig)
+    frozen_replicated: bool = False
+
+    def holding(self, axes_tree: Any, shapes_tree: Any) -> "Sharding":
+        """The sharding of a run with these frozen networks: decides `frozen_replicated`."""
+        whole = dataclasses.replace(self, frozen_replicated=True)
+        if self.config.frozen == "auto":
+            chip = chip_of(self.mesh.devices.flat[0]) if isinstance(self.mesh, Mesh) else None
+            fits = chip is not None and whole.frozen_bytes(axes_tree, shapes_tree) <= (
+                FROZEN_SHARE * chip.device_hbm_bytes
+            )
+            return whole if fits else self
+        return whole if self.config.frozen == "replicated" else self
+
+    def frozen_bytes(self, axes_tree: Any, shapes_tree: Any) -> int:
+        """Bytes of frozen networks per device; leaves of the second tree have a `.shape` and a `.dtype`."""
+        sizes = _map_axes(
+            lambda names, leaf: (
+                math.prod(self.frozen_of(names, leaf.shape).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            ),
+            axes_tree,
+            shapes_tree,
+        )
+        return sum(jax.tree.leaves(sizes))
+
+    def describe_frozen(self, axes_tree: Any, shapes_tree: Any) -> str:
+        """One line for the start of a run: whether frozen networks are replicated, and what they take."""
+        how = "replicated" if self.frozen_replicated else "sharded as the state"
+        size = self.frozen_bytes(axes_tree, shapes_tree)
+        return f"frozen networks: {how}, {size / GIB:.2f} GiB per device (sharding.frozen = {self.config.frozen})"
 
     @property
     def replicated(self) -> NamedSharding:
@@ -89,6 +132,10 @@ class Sharding:
     def storage(self, axes_tree: Any, shapes_tree: Any) -> Any:
         """Sharding of each stored parameter. The trees have equal structure; leaves of the second have a `.shape`."""
         return _map_axes(lambda names, leaf: self.storage_of(names, leaf.shape), axes_tree, shapes_tree)
+
+    def frozen(self, axes_tree: Any, shapes_tree: Any) -> Any:
+        """Sharding of each stored parameter of frozen networks."""
+        return _map_axes(lambda names, leaf: self.frozen_of(names, leaf.shape), axes_tree, shapes_tree)
 
     def compute(self, axes_tree: Any, shapes_tree: Any) -> Any:
         """Sharding of each parameter while it is used."""
@@ -119,9 +166,17 @@ class Sharding:
         divides it: 1920 x 1920 over 256 devices becomes shards of 15 x 960. Only factors that are left then are
         replicated, see `replicas_of`.
         """
-        split = self.splits(names, shape)
+        return self._stored(names, shape, split=self.splits(names, shape))
+
+    def frozen_of(self, names: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        """Sharding of one stored parameter of a frozen network."""
+        return self._stored(names, shape, split=self.splits(names, shape) and not self.frozen_replicated)
+
+    def _stored(self, names: Axes, shape: tuple[int, ...], *, split: bool) -> NamedSharding:
         skipped = {axis for axis in self._named_with_fsdp if not split or axis not in self.state_axes}
-        table = {name: tuple(axis for axis in rule if axis not in skipped) for name, rule in self.config.storage.items()}
+        table = {
+            name: tuple(axis for axis in rule if axis not in skipped) for name, rule in self.config.storage.items()
+        }
         spec = self._place(names, shape, table)
         if not split:
             return self._sharding(spec)
@@ -198,12 +253,11 @@ class Sharding:
         assert len(names) == value.ndim, f"{len(names)} axis names {names} for an array of shape {value.shape}"
         return jax.lax.with_sharding_constraint(value, self.activation(names, value.shape))
 
-    def fsdp_all_gather(self, parameters: Any, axes_tree: Any) -> Any:
+    def fsdp_all_gather(self, parameters: Any, axes_tree: Any, *, frozen: bool = False) -> Any:
         """All-gather parameters from storage to compute sharding; their gradients are reduce-scattered to storage."""
+        stored = self.frozen_of if frozen else self.storage_of
         return _map_axes(
-            lambda names, leaf: _all_gather(
-                self.activation(names, leaf.shape), self.storage_of(names, leaf.shape), leaf
-            ),
+            lambda names, leaf: _all_gather(self.activation(names, leaf.shape), stored(names, leaf.shape), leaf),
             axes_tree,
             parameters,
         )

@@ -85,6 +85,10 @@ class Program:
             assert len(owners) <= 1, f"{path} belongs to several objectives: {owners}"
         dtypes = network_dtypes(task, experiment.training.precision)
         abstract = state.abstract_state(task, optimizers, experiment.ema, dtypes, _guarded_buckets(experiment))
+        for network in task.frozen_networks.values():
+            network.freeze()
+        if abstract.frozen:
+            sharding = sharding.holding(task.frozen_axes(), abstract.frozen)
         return cls(experiment, task, optimizers, sharding, abstract, state.state_shardings(task, abstract, sharding))
 
     @functools.cached_property

@@ -267,6 +267,7 @@ def _log_parameters(program: Program, log: Log) -> None:
     if warning is not None:
         log(warning)
     if abstract.frozen:
+        log(program.sharding.describe_frozen(program.task.frozen_axes(), abstract.frozen))
         log(startup.parameter_table("frozen networks", abstract.frozen, shardings.frozen, lambda path: False))
 
 

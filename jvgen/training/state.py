@@ -162,7 +162,7 @@ def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> Tra
         ema={name: nested.select(parameters, averaged) for name, averaged in abstract.ema.items()},
         health=jax.tree.map(lambda _: sharding.replicated, abstract.health),
         key=sharding.replicated,
-        frozen=sharding.storage(task.frozen_axes(), abstract.frozen) if abstract.frozen else {},
+        frozen=sharding.frozen(task.frozen_axes(), abstract.frozen) if abstract.frozen else {},
     )
 
 
