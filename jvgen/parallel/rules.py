@@ -41,6 +41,8 @@ COMPUTE: Rules = {
 SPATIAL_SHARDING: Rules = COMPUTE | {axes.HEIGHT: (SEQ,), axes.WIDTH: (TENSOR,)}
 TEMPORAL_SHARDING: Rules = COMPUTE | {axes.FRAMES: (SEQ,), axes.HEIGHT: (TENSOR,)}
 
+# The kind of memory of `host_offload`, as JAX names it.
+HOST_MEMORY = "pinned_host"
 # Frozen networks are held whole where they take at most this share of a device's memory.
 FROZEN_SHARE = 0.1
 
@@ -61,12 +63,15 @@ class ShardingConfig(Config):
       frozen: networks that are not trained (a text encoder, a VAE): "sharded" as the state is, so that their weights
         travel in every step that uses them; "replicated", whole on every device but for the mesh axes `tensor`; "auto":
         replicated where the devices' memory is known and all of them together take at most a tenth of it.
+      host_offload: parts of the state that are in the memory of the hosts between their uses ("optimizer": moments;
+        "ema"): less device memory, and a transfer to the devices and back in every step.
     """
 
     storage: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(STORAGE))
     compute: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(COMPUTE))
     replicate_below: Annotated[int, Bounds(at_least=0, fix="a number of elements")] = 2**16
     frozen: Literal["auto", "sharded", "replicated"] = "auto"
+    host_offload: tuple[Literal["optimizer", "ema"], ...] = ()
 
     def validate(self) -> None:
         for table in ("storage", "compute"):

@@ -15,7 +15,7 @@ from jvgen.nn.network import Parameters
 from jvgen.tasks.task import Batch
 from jvgen.training.compilation import Programs
 from jvgen.training.program import Program
-from jvgen.training.state import EVALUATE, VISUALIZE, TrainState, key_for
+from jvgen.training.state import EVALUATE, VISUALIZE, TrainState, key_for, on_devices
 from jvgen.training.telemetry.metrics import RunningMeans, result_names
 
 MAX_SAMPLES = 8
@@ -117,5 +117,8 @@ def metric_names(program: Program, bucket: BucketConfig) -> list[str]:
 
 def parameter_variants(state: TrainState) -> dict[str, Parameters]:
     """The parameters to evaluate: "raw", then every EMA ("ema_0.9999") by increasing decay."""
-    ema = {f"ema_{decay}": nested.merge(state.parameters, state.ema[decay]) for decay in sorted(state.ema, key=float)}
+    ema = {
+        f"ema_{decay}": nested.merge(state.parameters, on_devices(state.ema[decay]))
+        for decay in sorted(state.ema, key=float)
+    }
     return {RAW: state.parameters} | ema

@@ -26,8 +26,8 @@ from jvgen.training.experiment import Experiment
 from jvgen.training.network_dtypes import cast_networks, describe_precision, network_dtypes
 from jvgen.training.optimization import health, parameter_paths
 from jvgen.training.optimization.optimizer import Optimizer, make_optimizer, own_optimizer
-from jvgen.training.state import TrainState
-from jvgen.training.step import make_train_step
+from jvgen.training.state import TrainState, on_devices
+from jvgen.training.step import Step, make_train_step
 
 # Index of each example in the global batch, int32. Tasks fold it into random keys, so that draws do not depend on
 # microbatches, processes or the mesh.
@@ -181,11 +181,11 @@ class Program:
             "and give the other devices to mesh.data."
         )
 
-    def step(self, bucket: BucketConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    def step(self, bucket: BucketConfig) -> Step:
         """The training step of a bucket, `(state, batch) -> (state, metrics)`: pure, and not compiled yet."""
         experiment = self.experiment
         optimizers = (experiment.optimizer, *experiment.optimizers.values())
-        return make_train_step(
+        step = make_train_step(
             self.task,
             self.optimizers,
             experiment.ema,
@@ -194,6 +194,19 @@ class Program:
             bucket=health.bucket_key(bucket),
             stage_starts=health.stage_starts(experiment.data.buckets, optimizers),
         )
+        return self._with_transfers(step) if self.sharding.config.host_offload else step
+
+    def _with_transfers(self, step: Step) -> Step:
+        """A step on a state of which parts are in host memory."""
+        there = {part: getattr(self.shardings, part) for part in self.sharding.config.host_offload}
+
+        def transferring(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            fetched = {part: jax.device_put(getattr(state, part), on_devices(places)) for part, places in there.items()}
+            state, metrics = step(dataclasses.replace(state, **fetched), batch)
+            stowed = {part: jax.device_put(getattr(state, part), places) for part, places in there.items()}
+            return dataclasses.replace(state, **stowed), metrics
+
+        return transferring
 
     def lower(self, bucket: BucketConfig) -> jax.stages.Lowered:
         """The training step for one batch shape, lowered for the devices of the mesh, with the state donated."""

@@ -12,7 +12,7 @@ import numpy as np
 from jvgen import nested
 from jvgen.nn.compute_dtype import compute_shapes, is_cast
 from jvgen.nn.network import Parameters
-from jvgen.parallel.rules import Sharding
+from jvgen.parallel.rules import HOST_MEMORY, Sharding
 from jvgen.tasks.task import Task
 from jvgen.training.optimization import ema, health, parameter_paths
 from jvgen.training.optimization.ema import EmaConfig
@@ -141,7 +141,10 @@ def abstract_state(
 
 
 def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> TrainState:
-    """Sharding of each array of the state: moments and EMA as their parameters, scalars replicated."""
+    """Sharding of each array of the state: moments and EMA as their parameters, scalars replicated.
+
+    Those that `sharding.host_offload` names are in host memory, scalars excepted.
+    """
     parameters = sharding.storage(task.axes(), abstract.parameters)
     by_path = nested.flatten(parameters)
     shapes = {path: leaf.shape for path, leaf in nested.flatten(abstract.parameters).items()}
@@ -155,15 +158,37 @@ def state_shardings(task: Task, abstract: TrainState, sharding: Sharding) -> Tra
                 return by_path[name]
         return sharding.replicated
 
+    def held(part: str, shardings: Any) -> Any:
+        return in_host_memory(shardings, getattr(abstract, part)) if part in sharding.config.host_offload else shardings
+
     return TrainState(
         step=sharding.replicated,
         parameters=parameters,
-        optimizer=jax.tree_util.tree_map_with_path(sharding_of, abstract.optimizer),
-        ema={name: nested.select(parameters, averaged) for name, averaged in abstract.ema.items()},
+        optimizer=held("optimizer", jax.tree_util.tree_map_with_path(sharding_of, abstract.optimizer)),
+        ema=held("ema", {name: nested.select(parameters, averaged) for name, averaged in abstract.ema.items()}),
         health=jax.tree.map(lambda _: sharding.replicated, abstract.health),
         key=sharding.replicated,
         frozen=sharding.frozen(task.frozen_axes(), abstract.frozen) if abstract.frozen else {},
     )
+
+
+def in_host_memory(shardings: Any, abstract: Any) -> Any:
+    """The shardings with the arrays in host memory; scalars stay on the devices, where they cost nothing."""
+    return jax.tree.map(lambda s, leaf: s.with_memory_kind(HOST_MEMORY) if leaf.shape else s, shardings, abstract)
+
+
+def on_devices(tree: Any) -> Any:
+    """Arrays of the state, or their shardings, in device memory; those that are there already are returned as is."""
+
+    def moved(leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array)
+        place = leaf.sharding if is_array else leaf
+        if place.memory_kind != HOST_MEMORY:
+            return leaf
+        place = place.with_memory_kind("device")
+        return jax.device_put(leaf, place) if is_array else place
+
+    return jax.tree.map(moved, tree, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.Sharding))
 
 
 def load_frozen(task: Task, dtypes: Mapping[str, jnp.dtype], shardings: Parameters) -> Parameters:

@@ -147,7 +147,7 @@ def make_train_step(
                 extra = _only_if_active(extra, active)
             metrics |= {f"{prefix}{key}": value for key, value in extra.items()} | {f"{prefix}learning_rate": rate}
             parameters = nested.merge(parameters, jax.tree.map(jnp.add, trained, updates))
-        averaged = ema.update(ema_config, state.ema, parameters, state.health.count)
+        averaged = ema.update(ema_config, state.ema, parameters, state.health.count, healthy)
 
         parameters = task.after_update(
             parameters, state.frozen, batch, jax.random.fold_in(key, len(objectives)), state.step
@@ -166,7 +166,7 @@ def make_train_step(
             step=state.step + 1,
             parameters=parameters,
             optimizer=_select(healthy, moments, state.optimizer),
-            ema=_select(healthy, averaged, state.ema),
+            ema=averaged,
             health=counts,
         )
         return state, metrics

@@ -35,6 +35,29 @@ def test_warmup_uses_the_smaller_decay():
     np.testing.assert_allclose(found["0.9999"], expected[0.9999], rtol=1e-4)
 
 
+def test_every_third_update_with_the_decay_of_three():
+    values = list(np.random.default_rng(0).standard_normal(11))
+    expected = values[0]
+    for count, value in enumerate(values[1:]):
+        if (count + 1) % 3 == 0:
+            expected = 0.9**3 * expected + (1 - 0.9**3) * value
+    found = follow(EmaConfig(decays=(0.9,), warmup=False, every=3), values)["0.9"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # Of constant values it is the average of every update.
+    warm = EmaConfig(decays=(0.9,), every=2)
+    assert follow(warm, [0.5] * 7) == {"0.9": 0.5}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_that_is_not_healthy_changes_nothing_and_does_not_count(every):
+    config = EmaConfig(decays=(0.9,), every=every)
+    start = ema.init(config, {"net": {"w": jnp.float32(1)}})
+    bad = {"net": {"w": jnp.float32(jnp.nan)}}
+    assert float(ema.update(config, start, bad, jnp.int32(1), jnp.bool_(False))["0.9"]["net"]["w"]) == 1
+    good = {"net": {"w": jnp.float32(3)}}
+    assert float(ema.update(config, start, good, jnp.int32(1), jnp.bool_(True))["0.9"]["net"]["w"]) > 1
+
+
 def test_an_average_of_equal_values_is_that_value_to_the_bit():
     value = float(np.float32(0.1))
     assert follow(EmaConfig(decays=(0.9999,), warmup=False), [value] * 50) == {"0.9999": value}

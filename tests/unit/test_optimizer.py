@@ -9,7 +9,7 @@ import pytest
 from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.parallel.axes import EMBED, LAYERS, MLP, VOCABULARY
-from jvgen.training.optimization import optimizer, parameter_paths
+from jvgen.training.optimization import moments, optimizer, parameter_paths
 from jvgen.training.optimization.optimizer import OptimizerConfig, make_optimizer
 
 AXES = {
@@ -59,6 +59,72 @@ def test_adamw_is_optax_adamw():
     ours, _ = run(OptimizerConfig(weight_decay=0.05))
     for path, value in nested.flatten(expected).items():
         np.testing.assert_allclose(ours[path], value, rtol=2e-6, atol=1e-6, err_msg=path)
+
+
+def test_bfloat16_moments_are_those_of_float32_rounded():
+    config = OptimizerConfig(weight_decay=0.0)
+    exact, exact_state = run(config, 5)
+    found, state = run(config.replace(first_moment="bfloat16", second_moment="bfloat16"), 5)
+    names, exact_names = parameter_paths.name_leaves(state), parameter_paths.name_leaves(exact_state)
+    # The names of a checkpoint stay, and what is in it tells its dtype.
+    assert list(names) == list(exact_names)
+    for name, leaf in names.items():
+        if name.startswith(("adam/mu/", "adam/nu/")):
+            assert leaf.dtype == jnp.bfloat16
+            np.testing.assert_allclose(leaf.astype(jnp.float32), exact_names[name], rtol=0.03, atol=0.01)
+    start = nested.flatten(random_tree(0))
+    for path, value in exact.items():
+        moved = np.linalg.norm(value - start[path])
+        assert 0 < np.linalg.norm(found[path] - value) < 0.01 * moved, path
+
+
+def test_a_factored_second_moment_is_exact_for_squares_of_rank_one(monkeypatch):
+    """Squared gradients that are a product of a row and a column: the factored moment is the whole one."""
+    monkeypatch.setattr(moments, "SMALLEST_FACTORED", 4)
+    axes = {"stack": {"kernel": (LAYERS, EMBED, MLP)}, "window": {"kernel": (None, EMBED, MLP)}, "bias": (MLP,)}
+    rng = np.random.default_rng(0)
+    rows, columns = rng.uniform(0.1, 2, (3, 8, 1)), rng.uniform(0.1, 2, (3, 1, 4))
+    kernel = jnp.asarray(rows * columns * rng.choice([-1, 1], (3, 8, 4)), jnp.float32)
+    gradients = {"stack": {"kernel": kernel}, "window": {"kernel": kernel}, "bias": jnp.arange(4, dtype=jnp.float32)}
+    parameters = jax.tree.map(jnp.zeros_like, gradients)
+    results = {}
+    for second in ("float32", "factored"):
+        made = make_optimizer(OptimizerConfig(weight_decay=0.0, second_moment=second), axes, 10)
+        state = made.init(parameters)
+        for scale in (1.0, 0.5):
+            moves, state = jax.jit(made.update)(
+                jax.tree.map(lambda g, s=scale: g * s, gradients), state, parameters, jnp.float32(0.1)
+            )
+        results[second] = moves, parameter_paths.name_leaves(state)
+    for path, move in nested.flatten(results["float32"][0]).items():
+        np.testing.assert_allclose(nested.flatten(results["factored"][0])[path], move, rtol=1e-5, err_msg=path)
+    names = {name: leaf.shape for name, leaf in results["factored"][1].items() if name.startswith("adam/nu")}
+    assert names == {
+        "adam/nu/bias": (4,),
+        "adam/nu/stack/kernel/columns": (3, 4), "adam/nu/stack/kernel/rows": (3, 8),
+        "adam/nu/window/kernel/columns": (3, 4), "adam/nu/window/kernel/rows": (3, 8),
+    }  # fmt: skip
+
+
+def test_a_factored_second_moment_of_gradients_that_are_zero_or_tiny_is_finite(monkeypatch):
+    monkeypatch.setattr(moments, "SMALLEST_FACTORED", 2)
+    made = make_optimizer(OptimizerConfig(second_moment="factored"), {"kernel": (EMBED, MLP)}, 10)
+    parameters = {"kernel": jnp.ones((2, 2))}
+    state = made.init(parameters)
+    for value in (0.0, 1e-18, 1e-30):
+        gradient = {"kernel": jnp.full((2, 2), value, jnp.float32).at[0].set(0)}
+        moves, state = made.update(gradient, state, parameters, jnp.float32(0.1))
+        assert np.isfinite(moves["kernel"]).all()
+
+
+def test_a_second_moment_that_rounding_would_stop_is_refused():
+    with pytest.raises(ValueError, match="second_moment = bfloat16 with beta2 = 0.999.*at most 0.98"):
+        OptimizerConfig(second_moment="bfloat16", beta2=0.999).validate()
+
+
+def test_muons_momentum_is_kept_in_the_dtype_of_the_first_moment():
+    _, state = run(OptimizerConfig(kind="muon", first_moment="bfloat16"))
+    assert parameter_paths.name_leaves(state)["muon/mu/net/out/kernel"].dtype == jnp.bfloat16
 
 
 def test_stacked_norm_scales_do_not_decay_although_they_have_two_axes():

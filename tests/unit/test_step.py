@@ -21,8 +21,10 @@ from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh  # noq
 from jvgen.preflight import collectives  # noqa: E402
 from jvgen.tasks.task import Objective  # noqa: E402
 from jvgen.training import state  # noqa: E402
+from jvgen.training.checkpoint import digest  # noqa: E402
 from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
 from jvgen.training.config import CheckpointConfig  # noqa: E402
+from jvgen.training.evaluation import parameter_variants  # noqa: E402
 from jvgen.training.optimization import parameter_paths  # noqa: E402
 from jvgen.training.optimization.optimizer import OptimizerConfig  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
@@ -376,3 +378,30 @@ def test_parameters_split_over_several_dimensions_train_and_are_restored_on_any_
         restored = checkpoints.restore(wanted).arrays
         assert all(np.array_equal(restored[name], array) for name, array in many.saved().items())
     checkpoints.close()
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema.every": 2}])
+def test_state_in_host_memory_gives_the_same_run_and_comes_back_from_a_checkpoint(tmp_path, changes):
+    mesh = make_mesh(MeshConfig(fsdp=2, seq=2, data=2))
+    offload = {"sharding.host_offload": "optimizer,ema"}
+    plain, expected = run(toys.experiment(**changes), steps=3, mesh=mesh)
+    after, found = run(toys.experiment(**changes, **offload), steps=3, mesh=mesh)
+    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+    for part in ("optimizer", "ema"):
+        pairs = zip(jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(plain, part)), strict=True)
+        for ours, theirs in pairs:
+            np.testing.assert_array_equal(jax.device_get(ours), jax.device_get(theirs))
+            assert ours.sharding.memory_kind == ("pinned_host" if ours.shape else "device")
+            assert theirs.sharding.memory_kind == "device"
+    assert digest.of_arrays(after.saved()) == digest.of_arrays(plain.saved())
+    variants = parameter_variants(after)
+    assert all(leaf.sharding.memory_kind == "device" for leaf in jax.tree.leaves(variants))
+    program = Program.build(toys.experiment(**offload), mesh)
+    checkpoints = Checkpoints(tmp_path, program.experiment.checkpoint, log=print)
+    checkpoints.save(3, after.saved(), {}, {})
+    checkpoints.wait()
+    restored = checkpoints.restore(program.abstract_state().saved())
+    checkpoints.close()
+    kinds = {name.split("/")[0]: a.sharding.memory_kind for name, a in restored.arrays.items() if a.ndim}
+    assert kinds == {"parameters": "device", "optimizer": "pinned_host", "ema": "pinned_host"}
+    assert digest.of_arrays(restored.arrays) == digest.of_arrays(plain.saved())

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jvgen import exit_codes
+from jvgen.training.state import on_devices
 
 VERSION = 1
 
@@ -59,6 +60,7 @@ def start(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     several CPU devices)."""
     words = {}
     for name, value in arrays.items():
+        value = on_devices(value)
         with jax.disable_jit(False):
             words[name] = _words(value)
         if len(value.sharding.device_set) > 1 and jax.default_backend() == "cpu":

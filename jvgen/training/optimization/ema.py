@@ -10,7 +10,7 @@ from jvgen import nested
 from jvgen.config import Config, ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.training.optimization import parameter_paths
-from jvgen.value_rules import Bounds, Pattern
+from jvgen.value_rules import Bounds, Pattern, Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,14 @@ class EmaConfig(Config):
       decays: one EMA per decay; empty for none.
       parameters: regular expression of the parameters to average, matched from the start of their paths.
       warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that the random initialization is soon forgotten.
+      every: updates of the parameters per update of the EMA, which then decays by the power of the decay: less memory
+        traffic in the steps between.
     """
 
     decays: tuple[Annotated[float, Bounds(above=0, below=1, fix="for example 0.9999")], ...] = (0.9999,)
     parameters: Pattern = ".*"
     warmup: bool = True
+    every: Steps = 1
 
     def validate(self) -> None:
         if len(set(self.decays)) != len(self.decays):
@@ -69,17 +72,38 @@ def init(config: EmaConfig, trained: Parameters) -> dict[str, Parameters]:
 
 
 def update(
-    config: EmaConfig, ema: dict[str, Parameters], parameters: Parameters, count: jax.Array
+    config: EmaConfig,
+    ema: dict[str, Parameters],
+    parameters: Parameters,
+    count: jax.Array,
+    healthy: jax.Array | bool = True,
 ) -> dict[str, Parameters]:
-    """EMA parameters after one more update of the parameters.
+    """EMA parameters after one more update of the parameters, which a step that is not healthy does not make.
 
     Args:
       count: int32 scalar, number of updates before this one.
+      healthy: whether the step counts; otherwise the result is `ema`.
     """
+
+    def averaged() -> dict[str, Parameters]:
+        return _averaged(config, ema, parameters, count)
+
+    if config.every == 1:
+        # A select, not a branch: XLA fuses it into the average, which reads the old value in any case.
+        return jax.tree.map(lambda new, old: jnp.where(healthy, new, old), averaged(), ema)
+    # A branch: in the other steps nothing is read.
+    return jax.lax.cond(((count + 1) % config.every == 0) & healthy, averaged, lambda: ema)
+
+
+def _averaged(
+    config: EmaConfig, ema: dict[str, Parameters], parameters: Parameters, count: jax.Array
+) -> dict[str, Parameters]:
     n = count.astype(jnp.float32)
     changed = {}
     for decay in config.decays:
         rate = jnp.minimum(jnp.float32(decay), (1 + n) / (10 + n)) if config.warmup else jnp.float32(decay)
+        if config.every > 1:
+            rate = rate**config.every
         average = ema[name_of(decay)]
         # a + (1 - d)(p - a): exact when both are equal, which d a + (1 - d) p is not.
         changed[name_of(decay)] = jax.tree.map(

@@ -14,7 +14,8 @@ from jvgen import nested
 from jvgen.config import Config, ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.parallel.axes import LAYERS, VOCABULARY, Axes
-from jvgen.training.optimization import parameter_paths
+from jvgen.training.optimization import moments, parameter_paths
+from jvgen.training.optimization.moments import FirstMoment, SecondMoment
 from jvgen.value_rules import BelowOne, Bounds, Epsilon, Fraction, Pattern, Positive, Step
 
 
@@ -49,6 +50,9 @@ class OptimizerConfig(Config):
       decay_fraction: fraction of the run in which "wsd" decays.
       stages: scales on the learning rate for parts of the run, in order; see `jvgen.training.optimization.curriculum`.
       beta1, beta2, epsilon: of Adam.
+      first_moment: "float32"; "bfloat16" takes 2 bytes less per parameter (also of Muon's momentum).
+      second_moment: of Adam: "float32"; "bfloat16" takes 2 bytes less per parameter and needs a beta2 of at most 0.98;
+        "factored" keeps means over rows and columns of large matrices only, and takes 4 bytes less.
       weight_decay: decoupled, times the learning rate.
       no_weight_decay: patterns of parameters without weight decay; embeddings (first axis "vocabulary") never decay.
       clip_norm: gradients are scaled down to this global norm; none for no clipping.
@@ -69,6 +73,8 @@ class OptimizerConfig(Config):
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.95
     epsilon: Epsilon = 1e-8
+    first_moment: FirstMoment = "float32"
+    second_moment: SecondMoment = "float32"
     weight_decay: Annotated[float, Bounds(at_least=0, at_most=1000)] = 0.01
     no_weight_decay: tuple[Pattern, ...] = (r".*(bias|scale|embedding|positions?|table)$",)
     clip_norm: Annotated[float, Bounds(above=0, fix="none for no clipping")] | None = 1.0
@@ -85,6 +91,11 @@ class OptimizerConfig(Config):
         starts = [stage.start_step for stage in self.stages]
         if starts != sorted(set(starts)):
             raise ValueError(f"stages start at steps {starts}: the steps must increase from stage to stage.")
+        if self.second_moment == "bfloat16" and self.beta2 > moments.LARGEST_BETA2:
+            raise ValueError(
+                f"second_moment = bfloat16 with beta2 = {self.beta2}: what a step adds would be rounded away; use "
+                f"a beta2 of at most {moments.LARGEST_BETA2}, or factored or float32."
+            )
 
 
 class Optimizer(NamedTuple):
@@ -138,10 +149,18 @@ def make_optimizer(config: OptimizerConfig, axes: Parameters, steps: int, parame
     }
     decayed = {path for path, names in trained_axes.items() if _decays(config, path, names)}
     factors = {path: _factor(config, path) for path in trained_axes}
-    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    adam = moments.scale_by_adam(
+        trained_axes,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        epsilon=config.epsilon,
+        first=config.first_moment,
+        second=config.second_moment,
+    )
     muon = optax.contrib.scale_by_muon(
         beta=config.muon_momentum,
         ns_steps=config.muon_iterations,
+        mu_dtype=None if config.first_moment == "float32" else config.first_moment,
         weight_dimension_numbers=functools.partial(nested.map_with_path, lambda path, _: _matrix(trained_axes[path])),
     )
 
