@@ -43,6 +43,10 @@ def _add_robot_episodes(origins) -> None:
         "--action-width", type=number(Count), metavar="N",
         help="components per action: shorter actions are padded with zeros, longer ones cut; as recorded if omitted",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-checksums", action="store_true",
+        help="do not check the checksums of TFRecord files, for programs that write zeros",
+    )  # fmt: skip
     parser.add_argument("--no-actions", action="store_true", help="store no actions and rewards")
     parser.add_argument(
         "--fps", type=number(FrameRate), default=10.0, metavar="RATE",
@@ -71,7 +75,7 @@ def run_robot_episodes(parsed: argparse.Namespace) -> int:
         bounds = (low, high)
     options = EpisodeOptions(
         camera=parsed.camera, clip_actions=bounds, action_width=parsed.action_width, frames_per_second=parsed.fps,
-        quality=parsed.crf, actions=not parsed.no_actions,
+        quality=parsed.crf, actions=not parsed.no_actions, checksums=not parsed.no_checksums,
     )  # fmt: skip
     with progress_bar("reading episodes", "files") as report:
         summary = build_robot_episodes(

@@ -1,39 +1,60 @@
 """Decodes and encodes video and image files; decoding reads only the requested frames."""
 
+import contextlib
 import dataclasses
 import io
+import itertools
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
-import cv2
 import numpy as np
-from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps, UnidentifiedImageError
+from av.stream import Disposition
 
-_IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")
-_IMAGE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError)
+from jvgen.data.image_files import DecodeError, decode_image, encode_image, image_codec, is_image
+from jvgen.data.video_pixels import PixelConverter
+
+__all__ = [
+    "DecodeError",
+    "VideoInfo",
+    "decode_window",
+    "encode_image",
+    "encode_stream",
+    "encode_video",
+    "inspect",
+    "is_image",
+    "probe",
+    "probe_file",
+    "read_frames",
+    "timed_frames",
+    "write_frames",
+]
+
 # x264 reads uninitialized memory on its AVX-512 path: the same frames give other bytes about every tenth time.
 _DETERMINISTIC = {"x264-params": "asm=SSE4.2"} if platform.machine() in ("x86_64", "AMD64") else {}
 _CHECK_EVERY = 16  # packets between checks whether enough have been read
-
-
-class DecodeError(ValueError):
-    """An encoded clip or image whose requested frames cannot be decoded; the message gives the reason."""
+# Containers without presentation times: FFmpeg makes some up, which are those of other frames.
+_WITHOUT_TIMES = ("avi",)
+_COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
+_FASTEST = 1000.0  # frames per second; more is a time base and no rate
+_TICKS = 90_000  # per second, for clips whose frames have times of their own
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """Properties of a clip, found without decoding all of it.
+    """Properties of a clip.
 
     Attributes:
-      frames: exact number of frames, counted from the packets.
-      height, width: in pixels, as displayed (after rotation).
+      frames: exact number of frames.
+      height, width: in pixels, as displayed (upright, with square pixels).
       frames_per_second: average rate; 0 for images.
       codec: name of the codec ("h264", "vp9", "png", ...).
       keyframes: number of frames at which decoding can start.
+      times: float64 (frames,), seconds from the first frame; empty for images and where the file does not say.
+      faithful: whether frames can be found by the times of packets. Where they cannot, windows may hold other frames
+        than those with these numbers: such a clip is to be encoded again. Only `inspect` knows.
     """
 
     frames: int
@@ -42,6 +63,16 @@ class VideoInfo:
     frames_per_second: float
     codec: str
     keyframes: int
+    times: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0), compare=False, repr=False)
+    faithful: bool = True
+
+    @property
+    def has_constant_rate(self) -> bool:
+        """Whether every frame is shown within half a frame of its time at a constant rate."""
+        if len(self.times) < 2 or self.frames_per_second <= 0:
+            return True
+        even = np.arange(len(self.times)) / self.frames_per_second
+        return bool(np.abs(self.times - even).max() * self.frames_per_second <= 0.5 + 1e-6)
 
 
 def probe(clip: bytes) -> VideoInfo:
@@ -51,30 +82,49 @@ def probe(clip: bytes) -> VideoInfo:
       DecodeError: empty, truncated, corrupt, or of an unknown format.
     """
     if is_image(clip):
-        pixels = _decode_image(clip)
-        return VideoInfo(1, pixels.shape[0], pixels.shape[1], 0.0, _image_codec(clip), 1)
-    with _opened(clip) as (container, stream):
-        packets = list(_packets(container, stream))
-        declared = stream.frames
-        rate = stream.average_rate or stream.guessed_rate
-        codec = stream.codec_context.name
-    frames = sum(not packet.is_discard for packet in packets)
-    if frames == 0:
-        raise DecodeError("has no frames")
-    # A header may count a few packets that an edit list hides, but not a tenth of them.
-    if len(packets) < 0.9 * declared:
-        raise DecodeError(f"truncated: {len(packets)} of {declared} frames are there")
+        return _probe_image(clip)
+    info = _probe_packets(clip)
     first = decode_window(clip, [0])
-    decode_window(clip, [frames - 1])
-    keyframes = sum(packet.is_keyframe for packet in packets)
-    return VideoInfo(frames, first.shape[1], first.shape[2], float(rate or 0), codec, keyframes)
+    decode_window(clip, [info.frames - 1])
+    return dataclasses.replace(info, height=first.shape[1], width=first.shape[2])
+
+
+def inspect(clip: bytes) -> VideoInfo:
+    """As `probe`, from decoding every frame: finds damage in the middle, and frames that packets do not tell.
+
+    Raises:
+      DecodeError: as `probe`, or a frame that is damaged.
+    """
+    if is_image(clip):
+        return _probe_image(clip)
+    info = _probe_packets(clip)
+    with _opened(clip) as (container, stream):
+        packets = _Packets(container, stream, list(_packets(container, stream)))
+        sizes, times, converter = {}, [], PixelConverter(stream.sample_aspect_ratio)
+        for frame in _checked(_frames(stream, packets.packets[packets.first :]), packets.start):
+            if (frame.height, frame.width) not in sizes:
+                sizes[frame.height, frame.width] = converter(frame).shape
+            times.append(frame.pts)
+    if not times:
+        raise DecodeError("has no frames")
+    if len(sizes) > 1:
+        raise DecodeError(f"its frames change size: {sorted(sizes)}")
+    [(height, width, _)] = sizes.values()
+    return dataclasses.replace(
+        info,
+        frames=len(times),
+        height=height,
+        width=width,
+        times=info.times if len(times) == info.frames else np.zeros(0),
+        faithful=not packets.timed or times == packets.times,
+    )
 
 
 def decode_window(clip: bytes, frames: Sequence[int], *, threads: int = 1) -> np.ndarray:
     """Decode some frames of an encoded clip, or an image (whose only frame is 0).
 
     Decoding starts at the last keyframe before the first requested frame and stops after the last one. Frames are
-    numbered in presentation order.
+    numbered in presentation order. A frame that is predicted from a damaged one is as damaged as that.
 
     Args:
       clip: the bytes of a file in any container that FFmpeg reads, or of a png, jpeg, webp or bmp image.
@@ -82,7 +132,7 @@ def decode_window(clip: bytes, frames: Sequence[int], *, threads: int = 1) -> np
       threads: decoding threads; one is best when many clips are decoded in parallel.
 
     Returns:
-      uint8 (len(frames), H, W, 3), RGB, as displayed (after rotation).
+      uint8 (len(frames), H, W, 3), RGB, as displayed (upright, with square pixels).
 
     Raises:
       DecodeError: a corrupt clip, or one without the requested frames.
@@ -94,9 +144,9 @@ def decode_window(clip: bytes, frames: Sequence[int], *, threads: int = 1) -> np
     if is_image(clip):
         if max(frames) > 0:
             raise DecodeError(f"frame {max(frames)} was requested, but this is an image (frame 0 only)")
-        return np.repeat(_decode_image(clip)[None], len(frames), axis=0)
+        return np.repeat(decode_image(clip)[None], len(frames), axis=0)
     wanted = sorted(set(frames))
-    pixels = dict(_decode_sorted(clip, wanted, threads))
+    pixels = _decode_sorted(clip, wanted, threads)
     missing = [frame for frame in wanted if frame not in pixels]
     if missing:
         raise DecodeError(f"frame {missing[0]} cannot be decoded (corrupt, or the file ends early)")
@@ -114,49 +164,49 @@ def probe_file(path: Path) -> VideoInfo:
     """
     with path.open("rb") as file:
         if is_image(file.read(16)):
-            return probe(path.read_bytes())
-    with _opened(path) as (container, stream):
-        declared, codec = stream.frames, stream.codec_context.name
-        rate = stream.average_rate or stream.guessed_rate
-        frames = keyframes = packets = 0
-        for packet in _packets(container, stream):
-            packets, frames, keyframes = packets + 1, frames + (not packet.is_discard), keyframes + packet.is_keyframe
-    if frames == 0:
-        raise DecodeError("has no frames")
-    if packets < 0.9 * declared:
-        raise DecodeError(f"truncated: {packets} of {declared} frames are there")
+            return _probe_image(path.read_bytes())
+    info = _probe_packets(path)
     height, width = next(read_frames(path)).shape[:2]
-    return VideoInfo(frames, height, width, float(rate or 0), codec, keyframes)
+    return dataclasses.replace(info, height=height, width=width)
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a file as displayed, one at a time: uint8 (H, W, 3). Transparency is ignored.
+    """The frames of a file as displayed, one at a time: uint8 (H, W, 3). Transparency of videos is ignored.
 
     Raises:
       DecodeError: a corrupt file, or one whose frames change size.
     """
     with path.open("rb") as file:
         if is_image(file.read(16)):
-            yield _decode_image(path.read_bytes())
+            yield decode_image(path.read_bytes())
             return
-    with _opened(path) as (container, stream):
-        converter, shape = VideoReformatter(), None
-        for frame in _frames(stream, _packets(container, stream)):
-            pixels = _to_pixels(frame, converter)
+    for pixels, _ in timed_frames(path):
+        yield pixels
+
+
+def timed_frames(clip: bytes | Path) -> Iterator[tuple[np.ndarray, float | None]]:
+    """The frames of a video as displayed, uint8 (H, W, 3), each with its time in seconds (None if it has none).
+
+    Raises:
+      DecodeError: a corrupt clip, or one whose frames change size.
+    """
+    with _opened(clip) as (container, stream):
+        timed = container.format.name not in _WITHOUT_TIMES
+        converter, shape = PixelConverter(stream.sample_aspect_ratio), None
+        packets = _from_keyframe(_packets(container, stream))
+        first = next(packets, None)
+        start = first.pts if first is not None and timed else None
+        for frame in _checked(_frames(stream, itertools.chain([first] if first is not None else [], packets)), start):
+            pixels = converter(frame)
             shape = pixels.shape if shape is None else shape
             if pixels.shape != shape:
                 raise DecodeError(f"its frames change size: {sorted({shape, pixels.shape})}")
-            yield pixels
+            yield pixels, frame.time if timed else None
 
 
 def write_frames(path: Path, frames: Iterator[np.ndarray], frames_per_second: float, *, quality: int = 18) -> None:
     """Write a stream of frames, uint8 (H, W, 3), to an mp4 file; see `encode_video`."""
-    _encode(frames, frames_per_second, quality, None, False, "veryfast", str(path))
-
-
-def is_image(clip: bytes) -> bool:
-    """Whether these bytes are a still image."""
-    return clip.startswith(_IMAGE_MAGIC) or (clip[:4] == b"RIFF" and clip[8:12] == b"WEBP")
+    encode_stream(frames, frames_per_second, quality=quality, target=str(path))
 
 
 def encode_video(
@@ -188,46 +238,33 @@ def encode_video(
         raise ValueError(f"frames: expected uint8 (F, H, W, 3), got {frames.dtype} {frames.shape}.")
     if not frames_per_second > 0:
         raise ValueError(f"frames_per_second = {frames_per_second}: must be positive.")
-    return _encode(iter(frames), frames_per_second, quality, keyframe_every, full_color, preset)
+    return encode_stream(
+        iter(frames), frames_per_second, quality=quality, keyframe_every=keyframe_every, full_color=full_color,
+        preset=preset,
+    )  # fmt: skip
 
 
-def transcode(
-    clip: bytes, *, shorter_side: int | None = None, keyframe_every: int | None = None, quality: int = 18
-) -> bytes:
-    """Re-encode a clip as H.264 in mp4, smaller or with other keyframes, with few frames in memory at once.
-
-    Args:
-      clip: encoded clip; a rotated one is stored upright.
-      shorter_side: of the new frames, in pixels; the aspect ratio is kept, rounded to even sizes. Smaller clips keep
-        their size.
-      keyframe_every, quality: as in `encode_video`.
-
-    Raises:
-      DecodeError: as `decode_window`.
-    """
-    info = probe(clip)
-    if info.frames_per_second <= 0:
-        raise DecodeError("has no frame rate")
-    scale = min(1.0, shorter_side / min(info.height, info.width)) if shorter_side else 1.0
-    size = tuple(max(2, round(side * scale / 2) * 2) for side in (info.width, info.height))
-    with _opened(clip) as (container, stream):
-        converter = VideoReformatter()
-        pixels = (_to_pixels(frame, converter) for frame in _frames(stream, _packets(container, stream)))
-        resized = (cv2.resize(p, size, interpolation=cv2.INTER_AREA) if p.shape[1::-1] != size else p for p in pixels)
-        return _encode(resized, info.frames_per_second, quality, keyframe_every, False, "veryfast")
-
-
-def _encode(
-    frames: Iterator[np.ndarray],
+def encode_stream(
+    frames: Iterable[np.ndarray],
     frames_per_second: float,
-    quality: int,
-    keyframe_every: int | None,
-    full_color: bool,
-    preset: str,
+    *,
+    times: Iterable[float] | None = None,
+    quality: int = 18,
+    keyframe_every: int | None = None,
+    full_color: bool = False,
+    preset: str = "veryfast",
     target: str | None = None,
 ) -> bytes:
-    """Write a stream of frames to a file, or to the returned bytes."""
+    """As `encode_video`, of frames that come one by one, to the file `target` or to the returned bytes.
+
+    Args:
+      times: seconds of each frame, increasing from 0; a constant rate if None.
+
+    Raises:
+      DecodeError: no frames.
+    """
     buffer = io.BytesIO()
+    ticks = iter(times) if times is not None else None
     with av.open(target or buffer, mode="w", format="mp4") as container:
         stream = None
         for frame in frames:
@@ -239,6 +276,8 @@ def _encode(
                 every = max(1, round(frames_per_second)) if keyframe_every is None else keyframe_every
                 stream.codec_context.gop_size = every
                 stream.codec_context.thread_count = 1  # more would make the bytes depend on the machine
+                if ticks is not None:
+                    stream.codec_context.time_base = Fraction(1, _TICKS)
                 # No B-frames, so that decoding stops right after the last frame of a window. No scene cuts: x264
                 # detects them wrongly in small frames.
                 stream.options = {
@@ -248,24 +287,19 @@ def _encode(
                     "sc_threshold": "0",
                     **_DETERMINISTIC,
                 }
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if ticks is not None:
+                picture.pts, picture.time_base = round(next(ticks) * _TICKS), Fraction(1, _TICKS)
+            container.mux(stream.encode(picture))
         if stream is None:
             raise DecodeError("has no frames")
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
 
-def encode_image(image: np.ndarray, *, format: str = "png") -> bytes:
-    """Encode one image, uint8 (H, W, 3) RGB, as "png" (exact) or "jpeg"."""
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or image.size == 0:
-        raise ValueError(f"image: expected uint8 (H, W, 3), got {image.dtype} {image.shape}.")
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format=format)
-    return buffer.getvalue()
-
-
 class _opened:
-    """Context manager of a container and its first video stream; converts FFmpeg's errors to `DecodeError`.
+    """Context manager of a container and its first video stream that is no cover picture; converts FFmpeg's errors to
+    `DecodeError`.
 
     A file is read while it is decoded.
     """
@@ -281,15 +315,85 @@ class _opened:
             self.container = av.open(str(self.clip) if isinstance(self.clip, Path) else io.BytesIO(self.clip), mode="r")
         except (av.FFmpegError, UnicodeDecodeError) as error:
             raise DecodeError(f"not a readable video or image ({_reason(error)})") from error
-        if not self.container.streams.video:
+        found = self.container.streams.video
+        videos = [stream for stream in found if not stream.disposition & _COVERS]
+        if not videos:
             self.container.close()
-            raise DecodeError("has no video stream")
-        return self.container, self.container.streams.video[0]
+            raise DecodeError("has no video stream" + (", only a cover picture" if found else ""))
+        return self.container, videos[0]
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.container.close()
         if isinstance(error, av.FFmpegError):
             raise DecodeError(f"cannot be decoded ({_reason(error)})") from error
+
+
+class _Packets:
+    """What packets say about frames.
+
+    Attributes:
+      packets: in decoding order.
+      first: position of the first keyframe: nothing before it can be decoded.
+      start: its presentation time, None without.
+      shown: number of frames that are shown.
+      timed: whether these have distinct presentation times, by which frames are found.
+      times: their sorted presentation times, if `timed`.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]):
+        self.packets = packets
+        self.first = next((number for number, packet in enumerate(packets) if packet.is_keyframe), 0)
+        times = _times_shown(packets[self.first :], stream.codec_context.name)
+        self.shown = len(times)
+        self.timed = container.format.name not in _WITHOUT_TIMES and None not in times and len(set(times)) == len(times)
+        self.times = sorted(times) if self.timed else []
+        self.start = packets[self.first].pts if self.timed and packets else None
+
+    def keyframe_before(self, time: int) -> int:
+        """Position of the last keyframe at or before a time."""
+        starts = [n for n, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None and p.pts <= time]
+        return max(starts, default=self.first)
+
+
+def _times_shown(packets: Sequence[av.Packet], codec: str) -> list[int | None]:
+    """Presentation times of the frames to see, in decoding order; the first packet is a keyframe.
+
+    VP8 has frames that are never shown, from which others are predicted. What is shown before the first keyframe is
+    predicted from frames that are not there.
+    """
+    times = [p.pts for p in packets if not p.is_discard and not (codec == "vp8" and not bytes(p)[0] & 0x10)]
+    start = packets[0].pts if packets else None
+    return [time for time in times if None in (time, start) or time >= start]
+
+
+def _probe_image(clip: bytes) -> VideoInfo:
+    pixels = decode_image(clip)
+    return VideoInfo(1, pixels.shape[0], pixels.shape[1], 0.0, image_codec(clip), 1)
+
+
+def _probe_packets(clip: bytes | Path) -> VideoInfo:
+    """What the packets say; the size is 0."""
+    with _opened(clip) as (container, stream):
+        # AVI counts frames that are repeated without a packet.
+        declared = 0 if container.format.name in _WITHOUT_TIMES else stream.frames
+        base = stream.time_base
+        kept = list(_packets(container, stream))
+        packets = _Packets(container, stream, kept)
+        codec, stated = stream.codec_context.name, float(stream.average_rate or stream.guessed_rate or 0)
+    if packets.shown == 0:
+        raise DecodeError("has no frames")
+    # A header may count a few packets that an edit list hides, but not a tenth of them.
+    if len(kept) < 0.9 * declared:
+        raise DecodeError(f"truncated: {len(kept)} of {declared} frames are there")
+    ticks = packets.times if packets.timed else sorted(p.dts for p in kept if p.dts is not None)
+    seconds = (np.asarray(ticks, np.float64) - ticks[0]) * float(base) if len(ticks) == packets.shown else np.zeros(0)
+    measured = float((len(seconds) - 1) / seconds[-1]) if len(seconds) > 1 and seconds[-1] > 0 else 0.0
+    # The stated rate is exact, if it is one.
+    rate = measured if measured and abs(stated / measured - 1) > 0.005 else stated
+    if rate > _FASTEST:
+        raise DecodeError(f"its {packets.shown} frames are {rate:g} a second: their times are wrong")
+    keyframes = sum(packet.is_keyframe for packet in kept)
+    return VideoInfo(packets.shown, 0, 0, rate, codec, keyframes, seconds)
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
@@ -298,31 +402,53 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> 
             yield packet
 
 
-def _decode_sorted(clip: bytes, wanted: list[int], threads: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (frame number, pixels) of the wanted frames that the clip has."""
+def _from_keyframe(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+    return itertools.dropwhile(lambda packet: not packet.is_keyframe, packets)
+
+
+def _decode_sorted(clip: bytes, wanted: list[int], threads: int) -> dict[int, np.ndarray]:
+    """Pixels of those of the wanted frames that the clip has, by number."""
     with _opened(clip) as (container, stream):
-        packets, complete = _packets_up_to(container, stream, wanted[-1])
-        shown = [packet for packet in packets if not packet.is_discard]
-        if wanted[-1] >= len(shown) and complete:
-            raise DecodeError(f"frame {wanted[-1]} was requested, but it has {len(shown)} frames")
+        found, complete = _packets_up_to(container, stream, wanted[-1])
+        packets = _Packets(container, stream, found)
         stream.codec_context.thread_count = threads
-        converter = VideoReformatter()
-        times = [packet.pts for packet in shown]
-        if None in times or len(set(times)) < len(times):
-            yield from _decode_counting(stream, packets, set(wanted), converter)
-            return
-        order = sorted(times)
-        number_of = {order[number]: number for number in wanted}
-        first, last = order[wanted[0]], order[wanted[-1]]
-        start = 0
-        for position, packet in enumerate(packets):
-            if packet.is_keyframe and packet.pts is not None and packet.pts <= first:
-                start = position
-        for frame in _frames(stream, packets[start:]):
-            if frame.pts in number_of:
-                yield number_of[frame.pts], _to_pixels(frame, converter)
-            if frame.pts is not None and frame.pts >= last:
-                return
+        converter = PixelConverter(stream.sample_aspect_ratio)
+        if not packets.timed:
+            return _decode_from(stream, found[packets.first :], None, {n: n for n in wanted}, converter, counting=True)
+        if wanted[-1] >= packets.shown and complete:
+            raise DecodeError(f"frame {wanted[-1]} was requested, but it has {packets.shown} frames")
+        number_of = {packets.times[number]: number for number in wanted}
+        position = packets.keyframe_before(packets.times[wanted[0]])
+        if position > packets.first:
+            # Some streams mark frames as keyframes from which decoding only recovers slowly (periodic intra refresh).
+            with contextlib.suppress(DecodeError, av.FFmpegError):
+                pixels = _decode_from(stream, found[position:], found[position].pts, number_of, converter)
+                if len(pixels) == len(wanted):
+                    return pixels
+            stream.codec_context.flush_buffers()
+        return _decode_from(stream, found[packets.first :], packets.start, number_of, converter)
+
+
+def _decode_from(
+    stream: av.VideoStream,
+    packets: list[av.Packet],
+    start: int | None,
+    number_of: dict[int, int],
+    converter: PixelConverter,
+    *,
+    counting: bool = False,
+) -> dict[int, np.ndarray]:
+    """Pixels by frame number, of the frames whose places (times, or counts if `counting`) are in `number_of`."""
+    pixels: dict[int, np.ndarray] = {}
+    last, reached = max(number_of), False
+    # What was decoded when the last frame comes, it may be predicted from.
+    needed = itertools.takewhile(lambda _: not reached, packets)
+    for count, frame in enumerate(_checked(_frames(stream, needed), start)):
+        place = count if counting else frame.pts
+        if place in number_of:
+            pixels[number_of[place]] = converter(frame)
+        reached = reached or (place is not None and place >= last)
+    return pixels
 
 
 def _packets_up_to(
@@ -330,25 +456,15 @@ def _packets_up_to(
 ) -> tuple[list[av.Packet], bool]:
     """The packets needed for frames 0..last (and some more), and whether they are all packets of the clip."""
     packets: list[av.Packet] = []
+    codec = stream.codec_context.name
     for packet in _packets(container, stream):
         packets.append(packet)
         if len(packets) > last and len(packets) % _CHECK_EVERY == 0 and packet.dts is not None:
-            shown = [p.pts for p in packets if not p.is_discard and p.pts is not None]
+            times = [time for time in _times_shown(list(_from_keyframe(packets)), codec) if time is not None]
             # Decoding times increase and no frame is shown before it is decoded, so no earlier frame can follow.
-            if len(shown) > last and sorted(shown)[last] < packet.dts:
+            if len(times) > last and sorted(times)[last] < packet.dts:
                 return packets, False
     return packets, True
-
-
-def _decode_counting(
-    stream: av.VideoStream, packets: list[av.Packet], wanted: set[int], converter: VideoReformatter
-) -> Iterator[tuple[int, np.ndarray]]:
-    """For clips without (distinct) timestamps: decode from the start and count."""
-    for number, frame in enumerate(_frames(stream, packets)):
-        if number in wanted:
-            yield number, _to_pixels(frame, converter)
-        if number >= max(wanted):
-            return
 
 
 def _frames(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
@@ -357,26 +473,13 @@ def _frames(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av
     yield from stream.codec_context.decode(None)
 
 
-def _to_pixels(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
-    if frame.is_corrupt:
-        raise DecodeError(f"the frame at {frame.time} s is corrupt")
-    # One converter per clip and one thread: setup takes longer than converting a small frame.
-    pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    # FFmpeg's angle is counterclockwise, like np.rot90's.
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4)) if frame.rotation else pixels
-
-
-def _decode_image(clip: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(clip)) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except _IMAGE_ERRORS as error:
-        raise DecodeError(f"not a readable image ({error})") from error
-
-
-def _image_codec(clip: bytes) -> str:
-    with Image.open(io.BytesIO(clip)) as image:
-        return str(image.format).lower()
+def _checked(frames: Iterable[av.VideoFrame], start: int | None) -> Iterator[av.VideoFrame]:
+    """The frames from a presentation time on; raises for one that is damaged, since others are predicted from it."""
+    for frame in frames:
+        if start is None or frame.pts is None or frame.pts >= start:
+            if frame.is_corrupt:
+                raise DecodeError(f"the frame at {frame.time} s is corrupt")
+            yield frame
 
 
 def _reason(error: Exception) -> str:

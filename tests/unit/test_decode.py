@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jvgen.data.video_files import DecodeError, decode_window, encode_image, encode_video, probe, transcode
+from jvgen.data.transcoding import transcode
+from jvgen.data.video_files import DecodeError, decode_window, encode_image, encode_video, probe
+from jvgen.data.video_pixels import EXACT
 
 FRAMES, HEIGHT, WIDTH = 37, 48, 64
 

@@ -177,7 +177,18 @@ def as_serialized(frames: np.ndarray, start: float) -> bytes:
 
 
 def as_tfrecord(records: list[bytes]) -> bytes:
-    return b"".join(struct.pack("<Q", len(one)) + b"sums" + one + b"sums" for one in records)
+    return b"".join(with_checksum(struct.pack("<Q", len(one))) + with_checksum(one) for one in records)
+
+
+def with_checksum(data: bytes) -> bytes:
+    """As TFRecord does: masked CRC-32C, bit by bit."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
+    register ^= 0xFFFFFFFF
+    return data + struct.pack("<I", ((register >> 15 | register << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from jvgen import storage
-from jvgen.config import Config
+from jvgen.config import Config, ConfigError
 from jvgen.data.store.records import KINDS, Record
 from jvgen.data.store.writer import Writer
 from jvgen.data.video_files import DecodeError
@@ -268,5 +268,10 @@ def _attempt_all(make: Callable[[Any], Any], payloads: Iterable[Any]) -> list[An
 def _attempt(make: Callable[[Any], Any], payload: Any) -> Any:
     try:
         return make(payload)
+    except ConfigError:
+        raise
     except DecodeError as error:
         return _Corrupt(str(error))
+    except Exception as error:
+        # Libraries raise many kinds of errors for damaged files; one file must not end a build.
+        return _Corrupt(f"{type(error).__name__}: {error}")

@@ -5,32 +5,56 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from jvgen import storage
+from jvgen.data.builders.recorded_files import Ambiguous, Names, name_of
 
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 ACCEPTED = (
     "captions.csv or captions.tsv with the columns file,caption; captions.jsonl with "
     '{"file": ..., "caption": "..." or ["...", ...]} on each line; or <clip>.txt beside each clip, one caption per line'
 )
+_SHOWN = 10  # of a list of mistakes
+
+
+class Captions(NamedTuple):
+    """What is known of files besides their pixels.
+
+    Attributes:
+      texts: captions by file; files without captions are left out.
+      columns: by file, the other columns of the table.
+      unreadable: by file, why its text file cannot be read.
+      unmatched: rows of the table that name no file.
+    """
+
+    texts: dict[Path, tuple[str, ...]]
+    columns: dict[Path, dict[str, Any]] = {}
+    unreadable: dict[Path, str] = {}
+    unmatched: int = 0
+
+
+class Row(NamedTuple):
+    """One row of a table: its line, and its cells by column."""
+
+    line: int
+    cells: Mapping[str, Any]
 
 
 def read_captions(
     folder: Path, files: Iterable[Path], table: Path | None = None, *, optional: bool = False
-) -> dict[Path, tuple[str, ...]]:
-    """Captions of media files.
+) -> Captions:
+    """Captions of media files, and the other columns of the table.
 
     Args:
-      folder: file names in a table are relative to it (bare names and names without extension match too).
+      folder: file names in a table are relative to it; see `jvgen.data.builders.recorded_files.Names`.
       files: the media files in the folder.
       table: captions table; by default one of `TABLES` in the folder.
       optional: do not require any captions.
 
-    Returns:
-      Captions by file; files without captions are left out.
-
     Raises:
-      ValueError: no captions, a table that cannot be read, or a table that lists none of the files.
+      ValueError: no captions, a table that cannot be read, names that fit several files, or a table that lists none of
+        the files.
     """
     files = list(files)
     if table is None:
@@ -38,79 +62,137 @@ def read_captions(
     elif not table.is_file():
         raise ValueError(f"captions = {str(table)!r}: no such file. Accepted: {ACCEPTED}.")
     if table is not None:
-        return _from_table(folder, files, _read_table(table), table)
-    found = {}
+        return _from_table(folder, files, _rows(table), table)
+    found, unreadable = {}, {}
     for file in files:
         beside = file.with_suffix(".txt")
         if beside.is_file():
-            lines = [line.strip() for line in storage.read_utf8(beside).splitlines()]
+            try:
+                text = storage.read_utf8(beside)
+            except storage.UnreadableFile as error:
+                unreadable[file] = str(error)
+                continue
+            # str.splitlines would also split at characters that captions may have (U+2028, U+0085).
+            lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
             if any(lines):
                 found[file] = tuple(line for line in lines if line)
-    if not found and not optional:
+    if not found and not unreadable and not optional:
         raise ValueError(
             f"{folder} has no captions. Accepted: {ACCEPTED}. Or declare captions optional (--captions-optional)."
         )
-    return found
+    return Captions(found, unreadable=unreadable)
 
 
-def _read_table(table: Path) -> dict[str, list[str]]:
-    """Captions by file name as written in the table."""
-    rows: dict[str, list[str]] = {}
-    text = storage.read_utf8(table)
+def _rows(table: Path) -> list[Row]:
     if table.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{table}, line {number}: not JSON ({error}).") from error
-            _add(rows, row, table, number)
-        return rows
+        return read_jsonl(table)
     if table.suffix not in (".csv", ".tsv"):
         raise ValueError(f"captions = {str(table)!r}: a .csv, .tsv or .jsonl file. Accepted: {ACCEPTED}.")
-    for number, row in read_csv(table, ("file", "caption"), delimiter="\t" if table.suffix == ".tsv" else ","):
-        _add(rows, row, table, number)
-    return rows
+    return read_csv(table, ("file", "caption"), delimiter="\t" if table.suffix == ".tsv" else ",")
 
 
-def read_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> list[tuple[int, dict[str, str]]]:
-    """Line number and cells by column of every row of a table.
+def read_jsonl(table: Path) -> list[Row]:
+    """The objects of a table with one JSON object per line.
 
     Raises:
-      UnreadableFile: not UTF-8, or not a table.
-      ValueError: it lacks a column.
+      UnreadableFile: not UTF-8.
+      ValueError: a line that is not an object.
     """
-    text = storage.read_utf8(table)
-    with storage.reading(table, "is not a table of text", "Save it again as CSV."):
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        names = reader.fieldnames or ()
-        rows = [(reader.line_num, row) for row in reader]
-    if not set(columns) <= set(names):
-        raise ValueError(f"{table}: its columns are {list(names)}; it needs {' and '.join(columns)}.")
+    rows = []
+    # Strings in JSON may have the characters at which str.splitlines splits besides line feeds.
+    for number, line in enumerate(storage.read_utf8(table).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{table}, line {number}: not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{table}, line {number}: needs a file and a caption, got {row!r}.")
+        rows.append(Row(number, row))
     return rows
 
 
-def _add(rows: dict[str, list[str]], row: object, table: Path, number: int) -> None:
-    if not isinstance(row, Mapping) or not row.get("file") or "caption" not in row:
-        raise ValueError(f"{table}, line {number}: needs a file and a caption, got {row!r}.")
-    captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-    rows.setdefault(str(row["file"]), []).extend(str(c).strip() for c in captions if c and str(c).strip())
+def read_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> list[Row]:
+    """The rows of a table whose first line names the columns.
 
-
-def _from_table(
-    folder: Path, files: list[Path], rows: dict[str, list[str]], table: Path
-) -> dict[Path, tuple[str, ...]]:
-    found = {}
-    for file in files:
-        relative = file.relative_to(folder)
-        names = (relative.as_posix(), relative.with_suffix("").as_posix(), file.name, file.stem)
-        captions = next((rows[name] for name in names if rows.get(name)), None)
-        if captions:
-            found[file] = tuple(captions)
-    if files and not found:
+    Raises:
+      UnreadableFile: not UTF-8, or not a table: a quote that is not closed or followed by text.
+      ValueError: it lacks a column, or rows have more or fewer cells than columns; names the lines.
+    """
+    text = storage.read_utf8(table)
+    rows, wrong = [], []
+    with storage.reading(table, "is not a table of text", "Save it again as CSV, with quotes in cells doubled."):
+        # Cells may have line breaks, so lines are not split before.
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names: list[str] = []
+        line = 1
+        try:
+            for cells in reader:
+                if not names:
+                    names = cells
+                elif cells and len(cells) != len(names):
+                    wrong.append(f"line {line} has {len(cells)} cells")
+                elif cells:
+                    rows.append(Row(line, dict(zip(names, cells, strict=True))))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise csv.Error(f"line {line}: {error}") from error
+    if not set(columns) <= set(names):
+        raise ValueError(f"{table}: its columns are {names}; it needs {' and '.join(columns)}.")
+    if wrong:
+        more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ValueError(
-            f"{table} lists none of the {len(files)} files in {folder}: "
-            f"it has {', '.join(list(rows)[:3]) or 'no rows'}, the folder {', '.join(file.name for file in files[:3])}."
+            f"{table}: {', '.join(wrong[:_SHOWN])}{more}, for {len(names)} columns ({', '.join(names)}). Put "
+            f"cells with {'tabs' if delimiter != ',' else 'commas'} in double quotes."
         )
-    return found
+    return rows
+
+
+def other_columns(rows: Sequence[Row], used: Sequence[str]) -> list[dict[str, Any]]:
+    """The columns of each row besides those that are used, as numbers where all cells of a column are numbers.
+
+    Empty cells are left out.
+    """
+    kept = [{k: v for k, v in row.cells.items() if k not in used and v not in ("", None)} for row in rows]
+    texts = {name for cells in kept for name, value in cells.items() if not _is_number(value)}
+    return [{name: str(value) if name in texts else float(value) for name, value in cells.items()} for cells in kept]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, list | dict) and float(value) == float(value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _from_table(folder: Path, files: list[Path], rows: list[Row], table: Path) -> Captions:
+    by_name = {name_of(file, folder): file for file in files}
+    names = Names(list(by_name))
+    texts: dict[Path, list[str]] = {}
+    columns: dict[Path, dict[str, Any]] = {}
+    unmatched, ambiguous = [], []
+    for row, others in zip(rows, other_columns(rows, ("file", "caption")), strict=True):
+        if not row.cells.get("file") or "caption" not in row.cells:
+            raise ValueError(f"{table}, line {row.line}: needs a file and a caption, got {dict(row.cells)!r}.")
+        try:
+            found = names.find(str(row.cells["file"]))
+        except Ambiguous as error:
+            ambiguous.append(f"line {row.line}: {error}")
+            continue
+        if found is None:
+            unmatched.append(str(row.cells["file"]))
+            continue
+        caption = row.cells["caption"]
+        listed = caption if isinstance(caption, list) else [caption]
+        kept = [str(text).strip() for text in listed if text and str(text).strip()]
+        texts.setdefault(by_name[found], []).extend(kept)
+        columns.setdefault(by_name[found], {}).update(others)
+    if ambiguous:
+        raise ValueError(f"{table}: {len(ambiguous)} rows fit several files:\n  " + "\n  ".join(ambiguous[:_SHOWN]))
+    if files and not texts:
+        raise ValueError(
+            f"{table} lists none of the {len(files)} files in {folder}: it has "
+            f"{', '.join(unmatched[:3]) or 'no rows'}, the folder {', '.join(file.name for file in files[:3])}."
+        )
+    return Captions({f: tuple(t) for f, t in texts.items() if t}, columns, unmatched=len(unmatched))

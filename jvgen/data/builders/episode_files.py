@@ -2,22 +2,23 @@
 
 import dataclasses
 import functools
-import struct
-import zipfile
-import zlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jvgen.data.builders.recorded_files import files_in, name_of
+from jvgen.data.builders.tf_records import tf_records
 from jvgen.data.video_files import DecodeError, decode_window, is_image, probe
 from jvgen.storage import reading
 
-INSTRUCTIONS = ("language_instruction", "natural_language_instruction", "instruction")
 NUMPY, HDF5, SHARDS = (".npz",), (".hdf5", ".h5"), (".tfrecord-", ".array_record-")
 IMAGES = (".jpg", ".jpeg", ".png")
-_LENGTH, _CHECKSUM = 8, 4  # bytes of a TFRecord's header
+_INSTRUCTION = re.compile(r"((natural_)?language_)?instruction(_\d)?")
+_ONCE_A_STEP = ("is_first", "is_last", "is_terminal", "reward", "discount")
+_USED = re.compile(r"actions?(/|$)|reward")
 
 
 class RawEpisode(NamedTuple):
@@ -67,26 +68,35 @@ class EncodedFrames:
         return frames[..., ::-1] if self.swap_red_blue else frames
 
 
-def find_episodes(folder: Path) -> list[Episode]:
-    """All episodes in a folder, searched recursively, sorted by name.
+def find_episodes(folder: Path, *, checksums: bool = True) -> list[Episode]:
+    """All episodes in a folder, searched recursively, sorted by name; `checksums`: check those of TFRecord files.
 
     Raises:
       ValueError: no readable file, or hdf5 files without h5py installed.
     """
     found: list[Episode] = []
-    images: dict[Path, list[Path]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
+    images: dict[tuple[Path, str], list[Path]] = {}
+    folders = set()
+    for path in files_in(folder):
+        name = name_of(path, folder)
+        before = len(found)
         if path.suffix in NUMPY:
             found.append(Episode(name, functools.partial(read_numpy, path)))
         elif path.suffix in HDF5:
             found += _hdf5_episodes(path, name)
         elif any(mark in path.name for mark in SHARDS):
-            found += _shard_episodes(path, name)
+            found += _shard_episodes(path, name, checksums)
         elif path.suffix.lower() in IMAGES and _natural(path.stem)[0] != path.stem:
-            images.setdefault(path.parent, []).append(path)
-    for parent, paths in images.items():
-        found.append(Episode(parent.relative_to(folder).as_posix(), functools.partial(read_frames, tuple(paths))))
+            images.setdefault((path.parent, _natural(path.stem)[0]), []).append(path)
+        if len(found) > before:
+            folders.add(path.parent)
+    for (parent, prefix), paths in images.items():
+        alone = sum(other == parent for other, _ in images) == 1
+        # One picture beside episodes shows one of them.
+        if len(paths) > 1 or (alone and parent not in folders):
+            # Cameras whose pictures are in one folder have different names.
+            name = name_of(parent, folder) if alone else f"{name_of(parent, folder)}/{prefix.rstrip('_-. ')}"
+            found.append(Episode(name, functools.partial(read_frames, tuple(paths))))
     if not found:
         raise ValueError(
             f"{folder} contains no .npz or .hdf5 files, no shards of a TFDS data set and no numbered images."
@@ -95,16 +105,21 @@ def find_episodes(folder: Path) -> list[Episode]:
 
 
 def read_frames(paths: Sequence[Path]) -> RawEpisode:
-    """Frames of numbered images (Something-Something), in the order of their numbers."""
+    """Frames of numbered images (Something-Something), in the order of their numbers, which must be even steps.
+
+    Raises:
+      DecodeError: missing numbers, or an image that cannot be read.
+    """
+    ordered = sorted(paths, key=lambda path: _natural(path.stem))
+    numbers = [_natural(path.stem)[1] for path in ordered]
+    steps = np.diff(numbers)
+    if len(steps) and steps.min() != steps.max():
+        place = int(np.argmax(steps > steps.min()))
+        raise DecodeError(f"no image between {ordered[place].name} and {ordered[place + 1].name}: time would jump")
     try:
-        return RawEpisode(
-            {"image": EncodedFrames(tuple(path.read_bytes() for path in sorted(paths, key=lambda p: _natural(p.stem))))}
-        )
+        return RawEpisode({"image": EncodedFrames(tuple(path.read_bytes() for path in ordered))})
     except OSError as error:
         raise DecodeError(f"cannot be read ({error})") from error
-
-
-_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error)
 
 
 def read_numpy(path: Path) -> RawEpisode:
@@ -114,18 +129,20 @@ def read_numpy(path: Path) -> RawEpisode:
       DecodeError: cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a damaged file open if it opens it.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return RawEpisode({name: file[name] for name in file.files})
-    except (OSError, ValueError, LookupError, EOFError, MemoryError, NotImplementedError, *_BROKEN_ZIP) as error:
-        raise DecodeError(f"cannot be read as npz ({error})") from error
+    except Exception as error:
+        # Damaged archives raise errors of a dozen kinds.
+        raise DecodeError(f"cannot be read as npz ({_reason(error)})") from error
 
 
 # RLDS. A record is one episode: a tf.train.Example whose features "steps/..." have a value for every step. Vectors are
 # flattened, images are encoded one by one.
 
 
-def _shard_episodes(path: Path, name: str) -> Iterator[Episode]:
-    readers = _array_records(path) if ".array_record-" in path.name else _tf_records(path)
+def _shard_episodes(path: Path, name: str, checksums: bool) -> Iterator[Episode]:
+    readers = _array_records(path) if ".array_record-" in path.name else tf_records(path, checksums=checksums)
     for number, read in enumerate(readers):
         yield Episode(f"{name}/{number:06d}", functools.partial(_read_steps, read))
 
@@ -149,29 +166,6 @@ def _array_records(path: Path) -> Iterator[Callable[[], bytes]]:
     return (functools.partial(read, number) for number in range(count))
 
 
-def _tf_records(path: Path) -> Iterator[Callable[[], bytes]]:
-    """Readers of the records: each is stored as a length, its checksum, the bytes, and their checksum."""
-
-    def read(offset: int, length: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(offset)
-            found = file.read(length)
-        if len(found) < length:
-            raise DecodeError("truncated: the file ends within this record")
-        return found
-
-    size, offset = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while offset < size:
-            file.seek(offset)
-            head = file.read(_LENGTH)
-            # An unreadable length gives one truncated record.
-            length = struct.unpack("<Q", head)[0] if len(head) == _LENGTH else size
-            offset += _LENGTH + _CHECKSUM
-            yield functools.partial(read, offset, length)
-            offset += length + _CHECKSUM
-
-
 def _read_steps(read: Callable[[], bytes]) -> RawEpisode:
     # The error that protobuf raises for corrupt bytes is not exported elsewhere.
     from google.protobuf.message import DecodeError as NotAMessage
@@ -181,28 +175,62 @@ def _read_steps(read: Callable[[], bytes]) -> RawEpisode:
         features = tf_example_pb2.Example.FromString(read()).features.feature
     except NotAMessage as error:
         raise DecodeError(f"not an example of TFDS ({error})") from error
-    values = {
-        name.removeprefix("steps/"): getattr(feature, feature.WhichOneof("kind")).value
+    filled = {
+        name: getattr(feature, feature.WhichOneof("kind")).value
         for name, feature in features.items()
-        if name.startswith("steps/") and feature.WhichOneof("kind")
+        if feature.WhichOneof("kind")
     }
-    steps = min((len(value) for value in values.values()), default=0)
-    if not steps:
-        raise DecodeError("has no steps (RLDS)")
+    values = {
+        name.removeprefix("steps/"): value for name, value in filled.items() if name.startswith("steps/") and value
+    }
+    steps = _count_of_steps(values)
     arrays: dict[str, Any] = {}
     captions: list[str] = []
     for name, value in sorted(values.items()):
         short = name.removeprefix("observation/")
-        if not isinstance(value[0], bytes):
-            if len(value) % steps == 0:
-                arrays[short] = np.asarray(value).reshape(steps, -1)
-        elif is_image(value[0]):
-            arrays[short] = EncodedFrames(tuple(value))
-        elif short in INSTRUCTIONS and value[0]:
-            captions.append(value[0].decode(errors="replace"))
-    paths = [feature.bytes_list.value for name, feature in features.items() if name.endswith("metadata/file_path")]
+        if _INSTRUCTION.fullmatch(short):
+            captions.append(_instruction(value, steps))
+        elif isinstance(value[0], bytes):
+            if any(is_image(item) for item in value):
+                empty = next((step for step, item in enumerate(value) if not item), None)
+                if empty is not None or len(value) != steps:
+                    problem = f"has {len(value)} for {steps} steps" if empty is None else f"is empty at step {empty}"
+                    raise DecodeError(f"{name} {problem}")
+                arrays[short] = EncodedFrames(tuple(value))
+        elif len(value) % steps == 0:
+            arrays[short] = np.asarray(value).reshape(steps, -1)
+        elif _USED.match(short):
+            raise DecodeError(f"{name} has {len(value)} numbers for {steps} steps, which do not divide them")
+    if not any(captions):
+        # Of data sets that describe whole episodes.
+        captions = [
+            _instruction(value, 1)
+            for name, value in sorted(filled.items())
+            if not name.startswith("steps/") and _INSTRUCTION.fullmatch(name.rpartition("/")[2]) and value
+        ]
+    paths = [value for name, value in filled.items() if name.endswith("metadata/file_path")]
     recording = paths[0][0].decode(errors="replace") if paths and len(paths[0]) == 1 else ""
+    captions = list(dict.fromkeys(caption for caption in captions if caption))
     return RawEpisode(_join_actions(arrays), tuple(captions), PurePosixPath(recording).stem)
+
+
+def _count_of_steps(values: dict[str, Sequence[Any]]) -> int:
+    """Steps of an episode, by the features that RLDS has once per step."""
+    counted = [len(values[name]) for name in _ONCE_A_STEP if name in values]
+    counted = counted or [len(value) for value in values.values() if any(is_image(v) for v in value[:2])]
+    counted = counted or [len(value) for value in values.values()]
+    if not counted:
+        raise DecodeError("has no steps (RLDS)")
+    return max(counted, key=lambda count: (counted.count(count), -count))
+
+
+def _instruction(value: Sequence[Any], steps: int) -> str:
+    """The instruction of the first step, as text or as the numbers of its bytes (Language-Table)."""
+    if isinstance(value[0], bytes):
+        return value[0].decode(errors="replace").strip()
+    if len(value) % steps or not all(isinstance(item, int) and 0 <= item < 256 for item in value):
+        return ""
+    return bytes(value[: len(value) // steps]).rstrip(b"\0").decode(errors="replace").strip()
 
 
 def _join_actions(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -222,8 +250,8 @@ def _hdf5_episodes(path: Path, name: str) -> list[Episode]:
     try:
         with h5py.File(path, "r") as file:
             groups = sorted(file["data"], key=_natural) if "data" in file and hasattr(file["data"], "keys") else []
-    except OSError:
-        groups = []
+    except Exception:
+        groups = []  # Reading the file will say why.
     if not groups:
         return [Episode(name, functools.partial(read_hdf5, path))]
     return [Episode(f"{name}/{group}", functools.partial(read_hdf5, path, f"data/{group}")) for group in groups]
@@ -241,14 +269,26 @@ def read_hdf5(path: Path, group: str = "/") -> RawEpisode:
         with h5py.File(path, "r") as file:
             if "env" in file and "policy" in file:
                 return _robonet(file)
-            arrays: dict[str, Any] = {}
-            episode = file[group]
-            for prefix, node in (("", episode), ("obs/", episode.get("obs", {}))):
-                names = [name for name in node if isinstance(node[name], h5py.Dataset)]
-                arrays |= {f"{prefix}{name}".removeprefix("obs/"): node[name][()] for name in names}
-            return RawEpisode(arrays)
-    except (OSError, KeyError) as error:
-        raise DecodeError(f"cannot be read as hdf5 ({error})") from error
+            return RawEpisode(_hdf5_arrays(file[group], h5py.Dataset))
+    except DecodeError:
+        raise
+    except Exception as error:
+        # h5py raises RuntimeError and others for damaged files.
+        raise DecodeError(f"cannot be read as hdf5 ({_reason(error)})") from error
+
+
+def _hdf5_arrays(episode: Any, dataset: type) -> dict[str, Any]:
+    """Arrays of an episode and of its observations (robomimic: obs; ALOHA: observations, observations/images)."""
+    arrays: dict[str, Any] = {}
+    for folder in ("", "obs", "observations", "observations/images"):
+        node = episode if not folder else episode.get(folder, {})
+        for name in node:
+            if isinstance(node[name], dataset):
+                values = node[name][()]
+                # ALOHA pads the encoded images of a camera to equal lengths.
+                encoded = folder.endswith("images") and np.ndim(values) == 2 and values.dtype == np.uint8
+                arrays[name] = EncodedFrames(tuple(row.tobytes() for row in values)) if encoded else values
+    return arrays
 
 
 def _robonet(file: Any) -> RawEpisode:
@@ -290,6 +330,10 @@ def _natural(name: str) -> tuple[str, int]:
     """Sort key that puts demo_10 after demo_9."""
     digits = name[len(name.rstrip("0123456789")) :]
     return name[: len(name) - len(digits)], int(digits or 0)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _h5py() -> Any:

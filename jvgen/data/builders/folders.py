@@ -17,8 +17,10 @@ from jvgen.data.builders.build_loop import (
     build_dataset,
 )
 from jvgen.data.builders.captions import read_captions
+from jvgen.data.builders.recorded_files import files_in, name_of, suffixed
 from jvgen.data.store.records import Record
-from jvgen.data.video_files import DecodeError, probe, transcode
+from jvgen.data.transcoding import transcode
+from jvgen.data.video_files import DecodeError, inspect, probe
 from jvgen.storage import recordings
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".gif", ".ts")
@@ -26,11 +28,18 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Media(NamedTuple):
-    """A media file, the id of its record, and its captions."""
+    """A media file, the id of its record, its captions, and why these cannot be read."""
 
     path: Path
     id: str
     captions: tuple[str, ...]
+    problem: str = ""
+
+    def read(self) -> bytes:
+        """Its bytes; raises `DecodeError` if they or its captions cannot be read."""
+        if self.problem:
+            raise DecodeError(self.problem)
+        return self.path.read_bytes()
 
 
 def build_videos(
@@ -117,12 +126,14 @@ def _media(
     folder = recordings(folder)
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    files = suffixed(files_in(folder), suffixes)
     if not files:
         raise ValueError(f"{folder} contains no files ending in {', '.join(suffixes)}.")
     table = recordings(captions) if captions is not None else None
     found = read_captions(folder, files, table, optional=captions_optional)
-    return [Media(path, path.relative_to(folder).as_posix(), found.get(path, ())) for path in files]
+    return [
+        Media(path, name_of(path, folder), found.texts.get(path, ()), found.unreadable.get(path, "")) for path in files
+    ]
 
 
 def build_media(
@@ -144,11 +155,15 @@ def build_media(
 
 
 def video_record(media: Media, kind: str, shorter_side: int | None, keyframe_every: int | None) -> Record:
-    """The record of a video file, re-encoded if a size or a keyframe interval is given."""
-    clip = media.path.read_bytes()
-    if shorter_side is not None or keyframe_every is not None:
+    """The record of a video file, re-encoded if a size or a keyframe interval is given.
+
+    Every frame is decoded. A file whose frames cannot be found by its packets is re-encoded in any case.
+    """
+    clip = media.read()
+    info = None if shorter_side or keyframe_every else inspect(clip)
+    if info is None or not info.faithful:
         clip = transcode(clip, shorter_side=shorter_side, keyframe_every=keyframe_every)
-    info = probe(clip)
+        info = probe(clip)
     if info.frames_per_second <= 0:
         raise DecodeError("has no frame rate")
     return Record(
@@ -158,7 +173,7 @@ def video_record(media: Media, kind: str, shorter_side: int | None, keyframe_eve
 
 
 def _image_record(media: Media) -> Record:
-    clip = media.path.read_bytes()
+    clip = media.read()
     info = probe(clip)
     return Record(
         id=media.id, kind="image", clips=(clip,), captions=media.captions, height=info.height, width=info.width

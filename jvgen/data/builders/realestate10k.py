@@ -1,5 +1,6 @@
 """Builds a data set from RealEstate10K: camera files and videos or frames (Zhou et al. 2018, arXiv 1805.09817)."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -21,8 +22,10 @@ from jvgen.data.builders.build_loop import (
 )
 from jvgen.data.builders.captions import read_captions
 from jvgen.data.builders.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from jvgen.data.builders.recorded_files import files_in, name_of, suffixed
 from jvgen.data.store.records import Record
-from jvgen.data.video_files import DecodeError, decode_window, encode_video, probe, transcode
+from jvgen.data.transcoding import transcode
+from jvgen.data.video_files import DecodeError, decode_window, encode_video, probe
 from jvgen.geometry.camera_file import CameraTrack, read_cameras
 from jvgen.storage import recordings
 
@@ -34,7 +37,8 @@ ACCEPTED = (
 
 class _Clip(NamedTuple):
     cameras: Path
-    media: Path | None
+    id: str
+    media: tuple[Path, ...]  # what may be its video or its frames: exactly one, if it is usable
     captions: tuple[str, ...]
 
 
@@ -76,14 +80,18 @@ def build_realestate10k(
     for name, path in (("cameras", folder), ("media", media_folder)):
         if not path.is_dir():
             raise ValueError(f"{name} = {str(path)!r} is not a folder.")
-    files = sorted(path for path in folder.rglob("*.txt") if path.is_file())
+    files = suffixed(files_in(folder), (".txt",))
     if not files:
         raise ValueError(f"{folder} contains no camera files (ID.txt).")
-    found = {} if captions is None else read_captions(folder, files, recordings(captions))
-    media_files = sorted(path for path in media_folder.rglob("*") if _is_media(path))
-    by_name = {path.stem if path.is_file() else path.name: path for path in media_files}
-    clips = [_Clip(path, _media_of(path, by_name), found.get(path, ())) for path in files]
-    names = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
+    found = {} if captions is None else read_captions(folder, files, recordings(captions)).texts
+    names = [name_of(path.with_suffix(""), folder) for path in files]
+    # Parts of RealEstate10K (train, test) may have files of the same name.
+    stems = collections.Counter(path.stem for path in files)
+    ids = [path.stem if stems[path.stem] == 1 else name for path, name in zip(files, names, strict=True)]
+    by_name = _media_by_name(media_folder)
+    clips = [
+        _Clip(path, id, _media_of(path, by_name), found.get(path, ())) for path, id in zip(files, ids, strict=True)
+    ]
     splits = assign_splits(names, validation)
     jobs = [BuildJob(split, name, clip) for split, name, clip in zip(splits, names, clips, strict=True)]
     filters = filters or FilterConfig()
@@ -100,19 +108,29 @@ def build_realestate10k(
     )  # fmt: skip
 
 
-def _is_media(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix.lower() in VIDEO_SUFFIXES
-    return any(child.suffix.lower() in IMAGE_SUFFIXES for child in path.iterdir())
+def _media_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """Videos by their names without extension, and folders of images by theirs."""
+    found: dict[str, list[Path]] = {}
+    folders = set()
+    for path in files_in(folder):
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            found.setdefault(path.stem, []).append(path)
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.parent not in folders:
+            folders.add(path.parent)
+            found.setdefault(path.parent.name, []).append(path.parent)
+    return {name: tuple(paths) for name, paths in found.items()}
 
 
-def _media_of(cameras: Path, by_name: Mapping[str, Path]) -> Path | None:
+def _media_of(cameras: Path, by_name: Mapping[str, tuple[Path, ...]]) -> tuple[Path, ...]:
     """Video or folder of frames of a camera file: named like the file, or like the video key in its first line."""
     if cameras.stem in by_name:
         return by_name[cameras.stem]
-    with cameras.open(encoding="utf-8-sig", errors="replace") as file:
-        key = re.search(r"(?:v=|youtu\.be/)([\w-]+)", file.readline())
-    return by_name.get(key[1]) if key else None
+    try:
+        with cameras.open(encoding="utf-8-sig", errors="replace") as file:
+            key = re.search(r"(?:v=|youtu\.be/)([\w-]+)", file.readline())
+    except OSError:
+        return ()  # Reading the cameras will say why.
+    return by_name.get(key[1], ()) if key else ()
 
 
 def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -> Record:
@@ -120,8 +138,10 @@ def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -
         track = read_cameras(clip.cameras)
     except ValueError as error:
         raise DecodeError(str(error)) from error
-    if clip.media is None:
+    if not clip.media:
         raise DecodeError(f"has neither a video nor frames; accepted, {ACCEPTED}")
+    if len(clip.media) > 1:
+        raise DecodeError(f"{clip.media[0]} and {clip.media[1]} have its name; keep one")
     seconds = (track.timestamps[-1] - track.timestamps[0]) / 1e6
     if len(track) > 1 and seconds <= 0:
         raise DecodeError("its timestamps do not increase")
@@ -131,7 +151,7 @@ def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -
         encoded = transcode(encoded, shorter_side=shorter_side, keyframe_every=keyframe_every)
     info = probe(encoded)
     return Record(
-        id=clip.cameras.stem, kind="static", clips=(encoded,), captions=clip.captions, frames_per_second=rate,
+        id=clip.id, kind="static", clips=(encoded,), captions=clip.captions, frames_per_second=rate,
         frames=len(track), height=info.height, width=info.width, intrinsics=track.intrinsics.astype(np.float32),
         extrinsics=track.extrinsics.astype(np.float32),
     )  # fmt: skip
@@ -139,25 +159,29 @@ def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -
 
 def _encoded(clip: _Clip, track: CameraTrack, rate: float, keyframe_every: int | None) -> bytes:
     """The encoded clip, with exactly one frame per camera."""
-    if clip.media.is_dir():
-        frames = [_image_at(clip.media, int(time)) for time in track.timestamps]
+    [media] = clip.media
+    if media.is_dir():
+        frames = [_image_at(media, int(time)) for time in track.timestamps]
         if len({frame.shape for frame in frames}) > 1:
-            raise DecodeError(f"the images in {clip.media} differ in size")
+            raise DecodeError(f"the images in {media} differ in size")
         return encode_video(np.stack(frames), rate, keyframe_every=keyframe_every)
-    video = clip.media.read_bytes()
+    video = media.read_bytes()
     info = probe(video)
-    if clip.media.stem == clip.cameras.stem:
+    if media.stem == clip.cameras.stem:
         if info.frames != len(track):
-            raise DecodeError(f"{clip.media.name} has {info.frames} frames for {len(track)} cameras")
+            raise DecodeError(f"{media.name} has {info.frames} frames for {len(track)} cameras")
         return video
     if info.frames_per_second <= 0:
-        raise DecodeError(f"{clip.media.name} has no frame rate")
-    numbers = np.rint(track.timestamps / 1e6 * info.frames_per_second).astype(int)
-    if numbers[-1] >= info.frames:
-        raise DecodeError(
-            f"{clip.media.name} ends at {info.frames / info.frames_per_second:.2f} s, before the last camera at "
-            f"{track.timestamps[-1] / 1e6:.2f} s"
-        )
+        raise DecodeError(f"{media.name} has no frame rate")
+    times = info.times if len(info.times) else np.arange(info.frames) / info.frames_per_second
+    wanted = track.timestamps / 1e6
+    ends = times[-1] + 1 / info.frames_per_second
+    if wanted[-1] >= ends:
+        raise DecodeError(f"{media.name} ends at {ends:.2f} s, before the last camera at {wanted[-1]:.2f} s")
+    after = np.clip(np.searchsorted(times, wanted), 1, max(1, len(times) - 1))
+    before = after - 1
+    nearest = np.where(wanted - times[before] <= times[np.minimum(after, len(times) - 1)] - wanted, before, after)
+    numbers = np.minimum(nearest, len(times) - 1)
     return encode_video(decode_window(video, numbers.tolist()), rate, keyframe_every=keyframe_every)
 
 

@@ -55,6 +55,7 @@ class EpisodeOptions:
       quality: constant rate factor (CRF) of the encoded clips.
       keyframe_every: keyframe interval in frames; short intervals make windows cheap to decode.
       actions: store actions and rewards if the files have them.
+      checksums: check the checksums of TFRecord files; some programs write zeros.
     """
 
     camera: str | None = None
@@ -64,6 +65,7 @@ class EpisodeOptions:
     quality: int = 10
     keyframe_every: int = 8
     actions: bool = True
+    checksums: bool = True
 
     def validate(self) -> None:
         """Raise `ValueError` for invalid values."""
@@ -113,7 +115,7 @@ def build_robot_episodes(
     folder = recordings(folder)
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
-    episodes = find_episodes(folder)
+    episodes = find_episodes(folder, checksums=options.checksums)
     splits = _splits([episode.name for episode in episodes], validation)
     return build_dataset(
         out,

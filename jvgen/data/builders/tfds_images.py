@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from jvgen.data.builders.build_loop import BuildJob, FilterConfig, Progress, Summary, available_cpus, build_dataset
+from jvgen.data.image_files import as_rgb, encode_image
 from jvgen.data.store.records import Record
-from jvgen.data.video_files import DecodeError, encode_image
 
 
 def build_tfds_images(
@@ -96,16 +96,11 @@ class TfdsImages:
         """Pixels uint8 (H, W, 3), captions, and an id.
 
         Raises:
-          DecodeError: pixels that are not uint8 with 1, 3 or 4 channels.
+          DecodeError: pixels that are not uint8 or uint16 with 1 to 4 channels.
         """
         example = self.examples[row]
         pixels = np.asarray(example[self.image_key])
-        if pixels.ndim == 2:
-            pixels = pixels[..., None]
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
-            raise DecodeError(f"its pixels are {pixels.dtype} {pixels.shape}: expected uint8 (H, W, 1, 3 or 4)")
-        pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
-        return np.ascontiguousarray(pixels), self._captions(example), f"{self.name}-{row:08d}"
+        return as_rgb(pixels), self._captions(example), f"{self.name}-{row:08d}"
 
     def _captions(self, example: dict[str, Any]) -> tuple[str, ...]:
         if self.caption_key is None:

@@ -1,11 +1,13 @@
 """Builds a data set from WebVid: a csv table of captions and a folder of videos (Bain et al., arXiv 2104.00650)."""
 
+import collections
 import functools
 from pathlib import Path
 
 from jvgen.data.builders.build_loop import FilterConfig, Progress, Summary
 from jvgen.data.builders.captions import read_csv
 from jvgen.data.builders.folders import VIDEO_SUFFIXES, Media, build_media, video_record
+from jvgen.data.builders.recorded_files import Ambiguous, Names, files_in, name_of, suffixed
 from jvgen.storage import recordings
 
 COLUMNS = ("videoid", "name")
@@ -42,13 +44,13 @@ def build_webvid(
     if not folder.is_dir():
         raise ValueError(f"videos = {str(folder)!r} is not a folder.")
     rows = read_table(recordings(table))
-    by_id = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES}
-    media = [Media(by_id[key], key, (caption,)) for key, caption in rows.items() if key in by_id]
+    files = {name_of(path, folder): path for path in suffixed(files_in(folder), VIDEO_SUFFIXES)}
+    media = _matched(rows, files)
     if not media:
-        shown = ", ".join(path.name for path in list(by_id.values())[:3]) or "no videos"
+        shown = ", ".join(path.name for path in list(files.values())[:3]) or "no videos"
         raise ValueError(
             f"{folder} contains none of the {len(rows)} videos of {table}: expected VIDEOID.mp4, such as "
-            f"{next(iter(rows))}.mp4, at any depth; it has {shown}."
+            f"{next(iter(rows))[1]}.mp4, at any depth; it has {shown}."
         )
     options = {"kind": "dynamic", "shorter_side": shorter_side, "keyframe_every": keyframe_every}
     return build_media(
@@ -59,16 +61,38 @@ def build_webvid(
     )  # fmt: skip
 
 
-def read_table(path: Path) -> dict[str, str]:
-    """Captions by video id.
+def read_table(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Captions by page_dir ("" where the table has none) and video id.
 
     Raises:
       ValueError: no such file, missing columns, or no rows.
     """
     if not path.is_file():
         raise ValueError(f"table = {str(path)!r}: no such file; WebVid's lists are csv files.")
-    table = read_csv(path, COLUMNS)
-    rows = {row["videoid"].strip(): row["name"].strip() for _, row in table if row["videoid"] and row["name"]}
+    rows: dict[tuple[str, str], list[str]] = {}
+    for row in read_csv(path, COLUMNS):
+        key, caption = row.cells["videoid"].strip(), row.cells["name"].strip()
+        if key and caption:
+            rows.setdefault((row.cells.get("page_dir", "").strip(), key), []).append(caption)
     if not rows:
         raise ValueError(f"{path}: has no rows with a videoid and a name.")
-    return rows
+    return {key: tuple(dict.fromkeys(captions)) for key, captions in rows.items()}
+
+
+def _matched(rows: dict[tuple[str, str], tuple[str, ...]], files: dict[str, Path]) -> list[Media]:
+    """The videos that are there. An id that several pages have is told from others by its page_dir."""
+    names = Names(list(files))
+    pages = collections.Counter(key for _, key in rows)
+    media = []
+    for (page, key), captions in rows.items():
+        id = key if pages[key] == 1 else f"{page}/{key}"
+        try:
+            found = names.find(f"{page}/{key}") if page else None
+            # Without the folder of its page, the id must be enough.
+            found = names.find(key) if found is None and pages[key] == 1 else found
+        except Ambiguous as error:
+            media.append(Media(Path(key), id, captions, str(error)))
+            continue
+        if found is not None:
+            media.append(Media(files[found], id, captions))
+    return media

@@ -1,0 +1,88 @@
+"""Finds the files in folders of recordings, and matches the names in tables with them."""
+
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Files of a folder at any depth, sorted by path; links are followed, hidden files and folders left out.
+
+    Links that lead nowhere are listed: reading them is an error that names them.
+    """
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        kept = []
+        for name in folders:
+            path = os.path.join(parent, name)
+            # A link to a folder above would go round for ever.
+            loops = os.path.islink(path) and f"{os.path.realpath(parent)}/".startswith(f"{os.path.realpath(path)}/")
+            if not _hidden(name) and not loops:
+                kept.append(name)
+        folders[:] = kept
+        found += [Path(parent, name) for name in names if not _hidden(name)]
+    return iter(sorted(found))
+
+
+def name_of(path: Path, folder: Path) -> str:
+    """The path relative to a folder, with slashes; bytes that are not UTF-8 as in `caf\\xe9.mp4`."""
+    name = path.relative_to(folder).as_posix()
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class Ambiguous(ValueError):
+    """A name fits several files; the message has some of them."""
+
+
+class Names:
+    """Finds files by the names that people write: path, path without extension, bare name, bare name without extension.
+
+    A looser form is tried where no file has the stricter one, and must fit one file alone. Composed and decomposed
+    letters are the same.
+
+    Args:
+      names: of the files, relative to their folder, with slashes.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self._forms: list[dict[str, list[str]]] = [{}, {}, {}, {}]
+        for name in names:
+            for form, key in zip(self._forms, _forms(name), strict=True):
+                form.setdefault(key, []).append(name)
+
+    def find(self, written: str) -> str | None:
+        """The name of the file, or None.
+
+        Raises:
+          Ambiguous: several files have it.
+        """
+        key = _key(written)
+        for form in self._forms:
+            found = form.get(key, [])
+            if len(found) > 1:
+                raise Ambiguous(f"{written!r} fits {len(found)} files: {', '.join(found[:3])}; write the whole path")
+            if found:
+                return found[0]
+        return None
+
+
+def _forms(name: str) -> tuple[str, str, str, str]:
+    key = _key(name)
+    folder, slash, bare = key.rpartition("/")
+    stem = bare.rsplit(".", 1)[0] if "." in bare[1:] else bare
+    return key, f"{folder}{slash}{stem}", bare, stem
+
+
+def _key(name: str) -> str:
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def suffixed(files: Iterable[Path], suffixes: Sequence[str]) -> list[Path]:
+    """The files whose name ends in one of the suffixes, in any case."""
+    return [path for path in files if path.suffix.lower() in suffixes]

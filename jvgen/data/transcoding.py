@@ -1,0 +1,103 @@
+"""Clips encoded again: smaller, with other keyframes, at another frame rate, cut into parts."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import cv2
+import numpy as np
+
+from jvgen.data.video_files import DecodeError, VideoInfo, encode_stream, probe, timed_frames
+
+# A frame may come this many seconds after the time for which it is taken: WebM's times are whole milliseconds.
+_ROUNDING = 1.5e-3
+
+
+class SlowerThanAsked(DecodeError):
+    """A clip has fewer frames per second than are asked for: frames would repeat."""
+
+
+def transcode(
+    clip: bytes,
+    *,
+    shorter_side: int | None = None,
+    keyframe_every: int | None = None,
+    quality: int = 18,
+    frames_per_second: float | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> bytes:
+    """Re-encode a clip as H.264 in mp4, with few frames in memory at once.
+
+    Args:
+      clip: encoded clip; it is stored upright and with square pixels.
+      shorter_side: of the new frames, in pixels; the aspect ratio is kept, rounded to even sizes. Smaller clips keep
+        their size.
+      keyframe_every, quality: as in `encode_video`.
+      frames_per_second: of the new clip. At each of its times it has the frame that is shown then, by the times of the
+        frames. None keeps all frames, with their own times where the rate varies.
+      start, stop: numbers of the first frame and of the one after the last, of the clip; by default all.
+
+    Raises:
+      SlowerThanAsked: fewer frames per second than `frames_per_second`.
+      DecodeError: as `decode_window`, or no frame rate.
+    """
+    info = probe(clip)
+    if info.frames_per_second <= 0:
+        raise DecodeError("has no frame rate")
+    count = (info.frames if stop is None else stop) - start
+    seconds = _seconds(info)[start : start + count]
+    seconds = seconds - seconds[0]
+    # A frame is also shown for a while; the last one for as long as most.
+    step = float(np.median(np.diff(seconds))) if count > 1 else 1 / info.frames_per_second
+    frames = itertools.islice((pixels for pixels, _ in timed_frames(clip)), start, start + count)
+    size = _even_size(info, shorter_side)
+    resized = (cv2.resize(p, size, interpolation=cv2.INTER_AREA) if p.shape[1::-1] != size else p for p in frames)
+    rate, times = info.frames_per_second, None
+    if frames_per_second is not None:
+        if step > 1.01 / frames_per_second:
+            raise SlowerThanAsked(f"has {1 / step:.4g} frames a second, fewer than {frames_per_second:g}")
+        resized, rate = _repeated(resized, shown_at(seconds, step, frames_per_second)), frames_per_second
+    elif not info.has_constant_rate:
+        times = seconds
+    return encode_stream(resized, rate, times=times, quality=quality, keyframe_every=keyframe_every)
+
+
+def shown_at(seconds: np.ndarray, step: float, frames_per_second: float) -> np.ndarray:
+    """Numbers of the frames that are shown at times 0, 1 / rate, 2 / rate, ... until the end of a clip.
+
+    Args:
+      seconds: float64 (frames,), when each frame begins to be shown, from 0 and increasing.
+      step: seconds for which the last one is shown.
+      frames_per_second: the new rate.
+
+    Returns:
+      int64 (new frames,), not decreasing.
+    """
+    count = max(1, int((seconds[-1] + step + _ROUNDING) * frames_per_second))
+    wanted = np.arange(count) / frames_per_second + _ROUNDING
+    return np.searchsorted(seconds, wanted, side="right") - 1
+
+
+def _seconds(info: VideoInfo) -> np.ndarray:
+    if len(info.times) == info.frames:
+        return info.times
+    return np.arange(info.frames) / info.frames_per_second
+
+
+def _even_size(info: VideoInfo, shorter_side: int | None) -> tuple[int, int]:
+    """Width and height of the new frames."""
+    scale = min(1.0, shorter_side / min(info.height, info.width)) if shorter_side else 1.0
+    width, height = (max(2, round(side * scale / 2) * 2) for side in (info.width, info.height))
+    return width, height
+
+
+def _repeated(frames: Iterable[np.ndarray], numbers: np.ndarray) -> Iterator[np.ndarray]:
+    """The frames with these numbers, which do not decrease."""
+    wanted = iter(numbers.tolist())
+    number = next(wanted, None)
+    for position, frame in enumerate(frames):
+        while number == position:
+            yield frame
+            number = next(wanted, None)
+        if number is None:
+            return
