@@ -256,9 +256,11 @@ def test_real_clips() -> None:
             assert (info.frames, info.height, info.width, info.frames_per_second) == expected[path.name]
         with av.open(str(path)) as container:
             all_frames = {
-                n: f.to_ndarray(format="rgb24")
+                n: f.to_ndarray(format="rgb24", interpolation=EXACT).astype(int)
                 for n, f in enumerate(container.decode(video=0))
                 if n % 24 < 2 or n == info.frames - 1
             }
         for frames in ([0, 1], [24, 25], [0, 24, 48], [info.frames - 1]):
-            np.testing.assert_array_equal(decode_window(clip, frames), np.stack([all_frames[n] for n in frames]))
+            # FFmpeg's own conversion rounds at other places.
+            expected_frames = np.stack([all_frames[n] for n in frames])
+            np.testing.assert_allclose(decode_window(clip, frames).astype(int), expected_frames, atol=3)

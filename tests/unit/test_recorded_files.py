@@ -114,11 +114,11 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 def test_other_columns_of_a_table(tmp_path: Path) -> None:
-    table = 'file,caption,aesthetic,licence\na.mp4,x,5.5,cc0\nb.mp4,y,,"cc-by, 4.0"\nz.mp4,gone,1,cc0\n'
+    table = 'file,caption,aesthetic,license\na.mp4,x,5.5,cc0\nb.mp4,y,,"cc-by, 4.0"\nz.mp4,gone,1,cc0\n'
     folder = folder_of(tmp_path / "in", {"a.mp4": CLIP, "b.mp4": CLIP, "captions.csv": table})
     found = read_captions(folder, [folder / "a.mp4", folder / "b.mp4"])
     assert found.columns == {
-        folder / "a.mp4": {"aesthetic": 5.5, "licence": "cc0"}, folder / "b.mp4": {"licence": "cc-by, 4.0"},
+        folder / "a.mp4": {"aesthetic": 5.5, "license": "cc0"}, folder / "b.mp4": {"license": "cc-by, 4.0"},
     }  # fmt: skip
     assert found.unmatched == 1
     lines = [{"file": "a.mp4", "caption": "x", "score": 2}, {"file": "b.mp4", "caption": "y", "score": "high"}]

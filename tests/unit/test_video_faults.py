@@ -1,4 +1,4 @@
-"""Files as cameras and programs write them: geometry, times, hidden frames, covers and damage, each with its right value."""
+"""Files as cameras and programs write them, with their right values: geometry, times, hidden frames, covers, damage."""
 
 import io
 from fractions import Fraction
