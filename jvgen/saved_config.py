@@ -24,6 +24,7 @@ HOMES = {
     "ByteTextConfig": "jvgen.models.byte_text.config",
     "CVDCheckpointConfig": "jvgen.models.multiview.cvd_checkpoint",
     "CVVAEConfig": "jvgen.models.cv_vae.config",
+    "CaptionConfig": "jvgen.data.stream.captions",
     "CheckpointConfig": "jvgen.training.config",
     "ClipDiscriminatorConfig": "jvgen.models.clip_discriminator.config",
     "ClipNormConfig": "jvgen.models.cv_vae.config",
@@ -79,6 +80,7 @@ HOMES = {
     "VideoTokenizerConfig": "jvgen.tasks.video_tokenizer",
     "VideoVAETaskConfig": "jvgen.tasks.video_vae",
     "WandbConfig": "jvgen.training.config",
+    "WeightStage": "jvgen.data.stream.config",
     "WorldModelConfig": "jvgen.tasks.world_model",
 }
 

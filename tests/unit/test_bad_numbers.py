@@ -24,6 +24,8 @@ SENSIBLE = {
     "0": """
         AdversarialConfig.norm_floor AdversarialConfig.start AdversarialConfig.weight
         AggregationConfig.initial AugmentationConfig.brightness AugmentationConfig.contrast AugmentationConfig.hue
+        CaptionConfig.first_sentence CaptionConfig.sentence_dropout CaptionConfig.weights WeightStage.start_step
+        WeightStage.weight
         AugmentationConfig.saturation BucketConfig.start_step CVVAEConfig.shift_factor CVVAEConfig.tile_overlap
         CheckpointConfig.keep_every ClipDiscriminatorConfig.halvings CompressiveTokenizerConfig.commitment
         DrQV2Config.discount DrQV2Config.noise_end DrQV2Config.noise_start DrQV2Config.pad DrQV2Config.random_steps
@@ -62,7 +64,7 @@ SENSIBLE = {
     "none": """
         ImaginationConfig.rows_at_once ReinforcementConfig.episode_steps
         RecordingConfig.size RecordingConfig.steps
-        BucketConfig.end_step CVVAEConfig.tile_frames CVVAEConfig.tile_size CogVideoXVAEConfig.encode_chunk_frames
+        BucketConfig.end_step BucketConfig.frames_per_second CVVAEConfig.tile_frames CVVAEConfig.tile_size CogVideoXVAEConfig.encode_chunk_frames
         EnhanceConfig.gain FrameTransformerConfig.tokens_per_frame InitFromConfig.step MultiViewDiTConfig.column_scale
         MultiViewDiTConfig.offset_width MultiViewDiTConfig.temporal_patch VideoDiTConfig.column_scale
         OptimizerConfig.clip_norm ScheduleConfig.snr_shift SyncConfig.heads TrainingConfig.hang_seconds
@@ -120,6 +122,9 @@ def fields() -> dict[str, tuple[Config, str]]:
         elif name == "SegmentConfig":
             for field, path in numbers(segment := cls(choice="shuffled", horizon=16)):
                 found.setdefault(field, (segment, path))
+        elif name == "WeightStage":
+            for field, path in numbers(stage := cls(start_step=10, weight=0.5)):
+                found.setdefault(field, (stage, path))
     return found
 
 

@@ -15,7 +15,7 @@ from jvgen.data.store.index_files import draft_index
 from jvgen.data.store.records import KINDS
 from jvgen.data.stream import exclusions, shared_rows
 from jvgen.data.stream.augment import AugmentationConfig
-from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig, WeightStage
 from jvgen.data.stream.plan import Plan
 from jvgen.data.stream.segments import SegmentConfig
 from jvgen.saved_config import from_json
@@ -406,3 +406,64 @@ def test_configs_of_version_0_1_are_read():
     assert from_json(saved) == bucket(start_step=3, end_step=7)
     saved = """{"class": "jvgen.data.config:SourceConfig", "path": "set0", "step": 2}"""
     assert from_json(saved) == SourceConfig(path="set0", frame_stride=2)
+
+
+def staged(*weights, buckets=None, **changes) -> Plan:
+    """Sources whose weights are (start step, weight), ..."""
+    sources = tuple(
+        SourceConfig(
+            path=f"set{i}",
+            weight=stages[0][1] or 1.0,
+            weight_stages=tuple(
+                WeightStage(start_step=step, weight=weight) for step, weight in stages[not not stages[0][1] :]
+            ),
+        )
+        for i, stages in enumerate(weights)
+    )
+    settings = DataConfig(sources=sources, buckets=buckets or (bucket(),), **changes)
+    return Plan(settings, [index_of(20 + 3 * i, seed=i) for i in range(len(sources))], seed=4)
+
+
+def test_weights_of_sources_change_at_their_steps():
+    plan = staged([(0, 1.0)], [(0, 1.0), (40, 3.0), (60, 0.0)], [(0, 0.0), (60, 2.0)])
+    counts = np.stack([np.bincount(plan.at(step).source, minlength=3) for step in range(120)])
+    assert counts[:40].sum(0).tolist() == [120, 120, 0]
+    assert counts[40:60].sum(0).tolist() == [30, 90, 0]
+    assert counts[60:].sum(0).tolist() == [120, 0, 240]
+    # A source goes on where it was: each row once before any row twice, over all stages.
+    rows = [int(row) for step in range(120) for s, row in zip(*(lambda p: (p.source, p.row))(plan.at(step))) if s == 0]
+    for epoch in range(len(rows) // 20):
+        assert sorted(rows[20 * epoch : 20 * epoch + 20]) == list(range(20))
+    assert plan.at(10**12).source.size and plan.substitute(50, 1, 2) is not None
+
+
+def test_stages_of_buckets_and_sources_together():
+    """The number of samples before a step counts the batches of the bucket, not of the run."""
+    buckets = (bucket(end_step=30), bucket(frames=1, batch_size=8, weight=2.0), bucket(frames=5, start_step=30))
+    plan = staged([(0, 1.0)], [(0, 1.0), (10, 0.5), (45, 4.0)], buckets=buckets)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for step in range(200):
+        planned = plan.at(step)
+        shares = {False: (1, 2), True: (2, 3)}[10 <= step < 45] if step < 45 else (1, 5)
+        assert abs(np.sum(planned.source == 0) - planned.bucket.batch_size * shares[0] / shares[1]) < 2
+        for source, row in zip(planned.source.tolist(), planned.row.tolist(), strict=True):
+            seen.setdefault((planned.bucket_index, source), []).append(row)
+    for (_, source), rows in seen.items():
+        size = 20 + 3 * source
+        for epoch in range(len(rows) // size):
+            assert len(set(rows[size * epoch : size * (epoch + 1)])) == size
+
+
+def test_a_weight_at_all_steps_is_the_weight():
+    plain, same_weights = staged([(0, 3.0)], [(0, 1.0)]), staged([(0, 3.0)], [(0, 1.0), (7, 1.0)])
+    assert plain.digest != same_weights.digest
+    assert all(np.array_equal(plain.at(step).source, same_weights.at(step).source) for step in range(7))
+
+
+def test_stages_without_a_source_and_out_of_order():
+    with pytest.raises(ValueError, match=r"buckets.0 .* all sources that fit it have weight 0 from its batch 5 on"):
+        staged([(0, 1.0), (5, 0.0)])
+    with pytest.raises(ValueError, match=r"weight_stages begin at steps \[5, 5\]: each must begin after"):
+        SourceConfig(
+            path="x", weight_stages=(WeightStage(start_step=5, weight=1), WeightStage(start_step=5, weight=2))
+        ).validate()

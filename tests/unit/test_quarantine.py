@@ -1,5 +1,6 @@
 """Quarantine: complete lines, an enforced budget, and record names in the error."""
 
+import dataclasses
 import json
 import pickle
 import threading
@@ -20,7 +21,8 @@ def test_each_failure_is_a_line(tmp_path):
     quarantine.failed(failure(4))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert lines[0] == {
-        "step": 17, "slot": 1, "source": "clips [train]", "row": 3, "id": "clip-3", "error": "truncated"
+        "step": 17, "slot": 1, "source": "clips [train]", "row": 3, "id": "clip-3", "error": "truncated",
+        "data": "",
     }  # fmt: skip
     assert len(lines) == 2
 
@@ -102,3 +104,30 @@ def test_each_process_has_its_own_log(tmp_path):
     log = tmp_path / "quarantine.jsonl"
     assert process_log(log, 0, 1) == log
     assert process_log(log, 3, 8) == tmp_path / "quarantine-00003.jsonl"
+
+
+def test_failures_are_remembered_over_restarts(tmp_path):
+    """Those of all processes count, once, beside the samples that were read; lines of other data sets do not."""
+    log = tmp_path / "quarantine.jsonl"
+    old = failure(0)
+    of_data = [dataclasses.replace(failure(row), data="abc") for row in range(1, 30)]
+    for process in range(2):
+        quarantine = Quarantine(process_log(log, process, 2), 0.1)
+        quarantine.read_before(1000)
+        for one in (old, *of_data[process::2][:8]):
+            quarantine.failed(one)
+    with process_log(log, 0, 2).open("a") as file:
+        file.write('{"step": 17, "slo')
+    (tmp_path / "quarantine_notes.jsonl").write_text("no log")
+    again = Quarantine(log, 0.1)
+    assert again.known == 16
+    again.read_before(200)
+    for one in of_data[:20]:  # 16 of them are known, 4 are new: 20 of 220
+        again.failed(one)
+    assert len(log.read_text().splitlines()) == 4
+    copy = pickle.loads(pickle.dumps(again))
+    assert copy.known == 16 and copy.budget == 0.1
+    with pytest.raises(TooManyFailures, match="23 records could not be decoded in 223 read"):
+        for one in of_data[22:]:
+            again.failed(one)
+    assert Quarantine(tmp_path / "other.jsonl", 0.1).known == 0

@@ -5,12 +5,27 @@ import typing
 from typing import Annotated, ClassVar, Literal
 
 from jvgen.config import Config
+from jvgen.data.stream import where
 from jvgen.data.stream.augment import AugmentationConfig
+from jvgen.data.stream.captions import CaptionConfig
 from jvgen.data.stream.segments import SegmentConfig
 from jvgen.storage.cache import DEFAULT_GIB, FileCache, cache_of
 from jvgen.value_rules import BelowOne, Bounds, Count, Frames, Pixels, Step, Weight, Workers
 
 Kind = Literal["image", "static", "dynamic"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightStage(Config):
+    """A source's weight from a step on.
+
+    Attributes:
+      start_step: first step with this weight.
+      weight: share of the samples of a bucket, relative to the other sources that fit it; 0 for none.
+    """
+
+    start_step: Step
+    weight: Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +41,9 @@ class SourceConfig(Config):
         different frame rates move at similar speeds. Recordings that are too short use the largest stride that fits.
       exclude: leave out the recordings that a list names, such as another data set's test recordings: "robonet_test",
         or a text file of names. A name is a part of a record's id, without its suffix. None leaves out nothing.
+      where: use only records that a condition on the columns of the data set takes, such as "aesthetic > 5 and license
+        in ('cc-by', 'cc0')"; see `jvgen.data.stream.where`. None takes all.
+      weight_stages: other weights from some steps on, in the order of their steps; `weight` holds before the first.
     """
 
     renamed_fields: ClassVar[dict[str, str]] = {"step": "frame_stride"}
@@ -36,6 +54,18 @@ class SourceConfig(Config):
     kinds: tuple[Kind, ...] = ()
     frame_stride: Frames = 1
     exclude: str | None = None
+    where: str | None = None
+    weight_stages: tuple[WeightStage, ...] = ()
+
+    def validate(self) -> None:
+        if self.where is not None:
+            try:
+                where.parse(self.where)
+            except where.FilterError as error:
+                raise ValueError(f"where = {self.where!r}: {error}") from None
+        steps = [stage.start_step for stage in self.weight_stages]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"weight_stages begin at steps {steps}: each must begin after the one before it.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +77,8 @@ class BucketConfig(Config):
       batch_size: global batch size, over all processes.
       views: synchronized cameras per example.
       strides: frame strides to draw from; a clip of F frames spans (F-1)*stride+1 recorded frames.
+      frames_per_second: take frames at this rate instead, by their times in the recording: at any recorded rate, also
+        a variable one. Recordings that are slower do not fit. `strides` must be 1, and strides of sources do not count.
       kinds: record kinds that may fill the bucket.
       weight: share of the steps, relative to the other active buckets.
       segment: draw the frames from a longer window; none for every frame of the window.
@@ -67,6 +99,7 @@ class BucketConfig(Config):
     segment: SegmentConfig | None = None
     start_step: Step = 0
     end_step: Step | None = None
+    frames_per_second: Annotated[float, Bounds(above=0, at_most=1000)] | None = None
 
     @property
     def horizon(self) -> int:
@@ -90,6 +123,11 @@ class BucketConfig(Config):
             )
         if self.segment is not None:
             self.segment.check(self.frames)
+        if self.frames_per_second is not None and (self.strides != (1,) or self.segment is not None):
+            raise ValueError(
+                f"frames_per_second = {self.frames_per_second}, strides = {self.strides}: frames are taken either at a "
+                "rate or at strides; set strides = 1 and segment = none, or frames_per_second = none."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +155,10 @@ class DataConfig(Config):
       on_failed_read: what a read that still fails after retries does, of a bucket or a disk. "stop": end the run, so
         that a restart tries again. "quarantine": use another record and count against `error_budget`; processes that
         read the same rows (`seq` or `tensor` across processes) would then differ.
+      captions: which caption of several is used, and how much of it; none for any of them, whole.
+      licenses: licenses that the run may use, by the column `license` of its data sets; records with another license,
+        or without one, are left out, of evaluation too. Checkpoints keep the list and how many records each has. Empty
+        to allow all.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -134,6 +176,8 @@ class DataConfig(Config):
     cache_folder: str | None = None
     cache_gib: Annotated[float, Bounds(above=0, at_most=1e6, fix="GiB of local disk")] = DEFAULT_GIB
     on_failed_read: Literal["stop", "quarantine"] = "stop"
+    captions: CaptionConfig | None = None
+    licenses: tuple[str, ...] = ()
 
     def validate(self) -> None:
         if not self.sources:
@@ -147,3 +191,12 @@ class DataConfig(Config):
     def cache(self) -> FileCache:
         """The cache of remote shards on this machine."""
         return cache_of(self.cache_folder, self.cache_gib)
+
+
+def weight_at(source: SourceConfig, step: int) -> float:
+    """The weight of a source at a step."""
+    weight = source.weight
+    for stage in source.weight_stages:
+        if stage.start_step <= step:
+            weight = stage.weight
+    return weight

@@ -126,11 +126,13 @@ class Loader:
         if not self._evaluation:
             for source in self._reader.sources:
                 source.read_ahead()
+            self._reader.quarantine.read_before(self.plan.samples_before(start_step))
         return Batches(self._reader, self.config, start_step, _ENDLESS if stop_step is None else stop_step)
 
     def state(self, step: int) -> dict[str, Any]:
-        """The state to checkpoint for resuming at batch `step`: the step and two digests."""
-        return {"step": step, "manifest": self.plan.manifest, "plan": self.plan.digest}
+        """The state to checkpoint for resuming at batch `step`: the step, two digests, and the licenses if the run names some."""
+        licenses = {} if self.plan.licenses is None else {"licenses": self.plan.licenses}
+        return {"step": step, "manifest": self.plan.manifest, "plan": self.plan.digest, **licenses}
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Check that the stream which saved this state had the same batches.
@@ -147,7 +149,7 @@ class Loader:
             )
         if saved["plan"] != self.plan.digest:
             raise ValueError(
-                f"data (buckets, weights, kinds, resize, upscale, flip) or seed: differ from the checkpoint's (plan "
+                "data (buckets, weights, kinds, filters, resize, upscale, flip) or seed: differ from the checkpoint's (plan "
                 f"{self.plan.digest[:12]}, saved {saved['plan'][:12]}), so the same step has another batch. Restore "
                 "the old values, or start a new run from these weights."
             )

@@ -44,6 +44,41 @@ class Interleave:
         return cycle * np.asarray(self.shares, np.int64) + self._before[offset]
 
 
+class StagedInterleave:
+    """Interleaved sequences one after the other: from some positions on, members have other weights.
+
+    A member goes on counting where it was, so a position is still looked up in O(1).
+
+    Args:
+      stages: (first position, weights of the members), by position, the first one from 0 on; weight 0 for members that
+        have no positions of a stage.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]):
+        self._starts = np.array([start for start, _ in stages], np.int64)
+        self._stages: list[tuple[np.ndarray, Interleave, np.ndarray]] = []
+        before = np.zeros(len(stages[0][1]), np.int64)
+        for (start, weights), end in zip(stages, [*(start for start, _ in stages[1:]), None], strict=True):
+            members = np.flatnonzero(np.asarray(weights) > 0)
+            order = Interleave([weights[member] for member in members])
+            self._stages.append((members, order, before.copy()))
+            if end is not None:
+                before[members] += order.before(end - start)
+
+    def at(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Interleave.at`."""
+        position = np.asarray(position, np.int64)
+        member, count = np.empty_like(position), np.empty_like(position)
+        stage = np.searchsorted(self._starts, position, side="right") - 1
+        for number in np.unique(stage).tolist():
+            members, order, before = self._stages[number]
+            here = stage == number
+            local, earlier = order.at(position[here] - self._starts[number])
+            member[here] = members[local]
+            count[here] = before[members[local]] + earlier
+        return member, count
+
+
 def integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
     """The smallest integers in the ratio of the weights; rounded when they would add up to more than `MAX_PERIOD`.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,16 +11,21 @@ from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
 from jvgen.data.stream import counter, exclusions
 from jvgen.data.stream.augment import UNIFORMS, Augmentation
-from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.stream.mixture import Interleave, check_kind_weights, pool_weights
+from jvgen.data.stream.captions import UNIFORMS as CAPTION_UNIFORMS
+from jvgen.data.stream.captions import CaptionDraw, check_caption_names
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig, weight_at
+from jvgen.data.stream.frame_times import offsets
+from jvgen.data.stream.mixture import StagedInterleave, check_kind_weights, pool_weights
 from jvgen.data.stream.pools import FilterStats, Pool, bucket_pools, explain
 from jvgen.data.stream.shared_rows import SharedRows
+from jvgen.data.stream.source_filter import SourceFilter, license_counts, source_filter
 from jvgen.data.stream.stages import BucketSchedule
 
 # Increment with every change that gives the same configuration other batches; old checkpoints then refuse to resume.
 VERSION = 1
 # Fields of a bucket that digests contain under their names of version 0.1.0.
 _DIGEST_NAMES = {"start_step": "begins", "end_step": "ends"}
+_CAPTIONS = 0x63617074696F6E73  # tells the numbers of captions from those of clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,8 @@ class ClipSpec:
       flip: flip the clip horizontally.
       caption: index of the caption; -1 when the record has none.
       frames: frame numbers of a segment; None for the frames from `start` on at `stride`.
+      frames_per_second: take the frames from `start` on at this rate, not at `stride`; None for the stride.
+      caption_draw: draw the caption by these weights; None for the caption of that index.
       augmentation: None to disable.
       seed: seed for random numbers of the task's preprocessing.
     """
@@ -67,6 +74,8 @@ class ClipSpec:
     frames: tuple[int, ...] | None = None
     augmentation: Augmentation | None = None
     seed: int = 0
+    frames_per_second: float | None = None
+    caption_draw: CaptionDraw | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,7 @@ class _Bucket:
 
     index: int
     config: BucketConfig
-    order: Interleave
+    order: StagedInterleave
     sources: np.ndarray
     kinds: tuple[int, ...]
     sizes: np.ndarray
@@ -98,6 +107,7 @@ class Plan:
       buckets: the buckets in use, in the order of the configuration.
       digest: changes when a step may have other rows or other parts of them.
       manifest: digest of the indices of all sources; changes when the records do.
+      licenses: records that the run may use of each license that it allows; None if it allows all.
 
     Raises:
       ValueError: a bucket that cannot be filled or a source that fits no bucket, with the number of rejected records
@@ -111,23 +121,28 @@ class Plan:
         self.seed = 0 if evaluation else seed
         self.evaluation = evaluation
         self._flip = config.flip and not evaluation
+        self._captions = config.captions
+        check_caption_names(config.captions, indices)
         self._augmentation = None if evaluation else config.augmentation
         # Mapped into memory, and opened again by workers.
         self._indices = tuple(indices)
-        found = [bucket_pools(config, bucket, self.sources, indices) for bucket in config.buckets]
+        filters = [
+            source_filter(source, index, config.licenses) for source, index in zip(self.sources, indices, strict=True)
+        ]
+        self.licenses = license_counts(self.sources, indices, filters, config.licenses) if config.licenses else None
+        found = [bucket_pools(config, bucket, self.sources, indices, filters) for bucket in config.buckets]
         self._filter_stats: list[list[FilterStats]] = [stats for _, stats in found]
         self._pools: list[list[Pool]] = [pools for pools, _ in found]
         del found
         self._all_buckets = config.buckets
         self.validate()
-        self._buckets = [
-            self._bucket(index, config) for index, pools in enumerate(self._pools) if pools or not evaluation
-        ]
-        del self._pools  # the rows are in the buckets
-        self.buckets: tuple[BucketConfig, ...] = tuple(bucket.config for bucket in self._buckets)
+        used = [index for index, pools in enumerate(self._pools) if pools or not evaluation]
+        self.buckets: tuple[BucketConfig, ...] = tuple(config.buckets[index] for index in used)
         self._schedule = BucketSchedule(self.buckets, always=evaluation)
+        self._buckets = [self._bucket(place, index, config) for place, index in enumerate(used)]
+        del self._pools  # the rows are in the buckets
         self.manifest = _sha256([index.digest for index in indices])
-        self.digest = self._digest(config)
+        self.digest = self._digest(config, filters)
 
     def validate(self) -> None:
         """Check that every bucket can be filled and every source is used; the constructor calls this.
@@ -172,6 +187,11 @@ class Plan:
         """The shape of a step's batch."""
         return self._buckets[self._schedule.at(step)[0]].config
 
+    def samples_before(self, step: int) -> int:
+        """Number of samples in all batches before a step."""
+        batches = self._schedule.before(step)
+        return sum(number * bucket.batch_size for number, bucket in zip(batches, self.buckets, strict=True))
+
     def substitute(self, step: int, slot: int, attempt: int) -> tuple[int, int] | None:
         """(source, row) of a slot's substitute number `attempt`, for records that cannot be decoded.
 
@@ -208,11 +228,17 @@ class Plan:
             more = UNIFORMS + bucket.frames if self._augmentation or bucket.segment else 0
             uniforms = counter.uniforms(6 + bucket.views + more, self.seed, step, slot, attempt)
             chosen = _choose(views, uniforms[6 : 6 + bucket.views])
-        own_stride = self.sources[source].frame_stride
-        strides = [own_stride * n for n in bucket.strides if (bucket.horizon - 1) * own_stride * n < frames]
-        strides = strides or [(frames - 1) // max(bucket.horizon - 1, 1)]
-        stride = strides[int(uniforms[0] * len(strides))]
-        start = int(uniforms[1] * (frames - (bucket.horizon - 1) * stride))
+        stride, last = 1, 0
+        if bucket.frames_per_second is None:
+            own_stride = self.sources[source].frame_stride
+            strides = [own_stride * n for n in bucket.strides if (bucket.horizon - 1) * own_stride * n < frames]
+            strides = strides or [(frames - 1) // max(bucket.horizon - 1, 1)]
+            stride = strides[int(uniforms[0] * len(strides))]
+            last = (bucket.horizon - 1) * stride
+        elif bucket.frames > 1:
+            rate = float(index.frames_per_second[row])
+            last = int(offsets(rate, bucket.frames_per_second, bucket.frames - 1))
+        start = int(uniforms[1] * (frames - last))
         further = uniforms[6 + bucket.views :]
         augmentation = None
         if self._augmentation is not None and not (has_camera or latent_frames):
@@ -232,7 +258,17 @@ class Plan:
             frames=bucket.segment and bucket.segment.frames(bucket.frames, start, stride, further[UNIFORMS:]),
             augmentation=augmentation,
             seed=0 if self.evaluation else counter.fold(self.seed, step, slot, attempt),
+            frames_per_second=bucket.frames_per_second,
+            caption_draw=self._caption_draw(step, slot, attempt),
         )
+
+    def _caption_draw(self, step: int, slot: int, attempt: int) -> CaptionDraw | None:
+        if self._captions is None:
+            return None
+        if self.evaluation:
+            return CaptionDraw(self._captions)
+        words = counter.fold(_CAPTIONS, self.seed), step, slot, attempt
+        return CaptionDraw(self._captions, tuple(counter.uniforms(CAPTION_UNIFORMS, *words).tolist()))
 
     def records(self, bucket: int) -> dict[tuple[str, str], int]:
         """Number of records that fit bucket number `bucket` of `buckets`, by (source path, kind)."""
@@ -240,16 +276,14 @@ class Plan:
         places = zip(found.sources.tolist(), found.kinds, found.sizes.tolist(), strict=True)
         return {(self.sources[source].path, KINDS[kind]): size for source, kind, size in places}
 
-    def _bucket(self, index: int, config: DataConfig) -> _Bucket:
+    def _bucket(self, place: int, index: int, config: DataConfig) -> _Bucket:
         pools = self._pools[index]
-        members = [(pool.source, pool.kind) for pool in pools]
-        weights = pool_weights(members, [source.weight for source in self.sources], config.kind_weights)
         sizes = np.array([len(pool.rows) for pool in pools], np.int64)
         keys = [counter.fold(self.seed, index, pool.source, pool.kind) for pool in pools]
         return _Bucket(
             index=index,
             config=config.buckets[index],
-            order=Interleave(weights),
+            order=self._order(place, config.buckets[index], pools, config.kind_weights),
             sources=np.array([pool.source for pool in pools], np.int64),
             kinds=tuple(pool.kind for pool in pools),
             sizes=sizes,
@@ -259,6 +293,28 @@ class Plan:
                 None if len(pool.rows) == len(self._indices[pool.source]) else SharedRows(pool.rows) for pool in pools
             ),
         )
+
+    def _order(
+        self, place: int, bucket: BucketConfig, pools: Sequence[Pool], kind_weights: Mapping[str, float]
+    ) -> StagedInterleave:
+        """The order of a bucket's pools, with the weights that their sources have at each step."""
+        members = [(pool.source, pool.kind) for pool in pools]
+        steps = {stage.start_step for source in self.sources for stage in source.weight_stages}
+        stages: list[tuple[int, list[float]]] = []
+        for step in [0] if self.evaluation else sorted({0, *steps}):
+            start = self._schedule.before(step)[place] * bucket.batch_size
+            weights = pool_weights(members, [weight_at(source, step) for source in self.sources], kind_weights)
+            if stages and stages[-1][0] == start:
+                stages.pop()  # without a batch of this bucket
+            stages.append((start, weights))
+        for number, (start, weights) in enumerate(stages):
+            if not any(weights):
+                raise ValueError(
+                    f"buckets.{place} ({bucket.name}): all sources that fit it have weight 0 from its batch "
+                    f"{start // bucket.batch_size} on (weight_stages); give one of them a weight."
+                )
+            assert number == 0 or start > stages[number - 1][0]
+        return StagedInterleave(stages)
 
     def _positions(self, step: int, slots: np.ndarray | None = None) -> tuple[_Bucket, np.ndarray]:
         """The bucket of a step, and the positions of some slots (or all) among all samples of the bucket so far."""
@@ -288,7 +344,7 @@ class Plan:
                 row[members] = table.array[row[members]]
         return pool, row
 
-    def _digest(self, config: DataConfig) -> str:
+    def _digest(self, config: DataConfig, filters: Sequence[SourceFilter]) -> str:
         # Without paths: a data set may be moved. The manifest covers its content.
         sources = [{"weight": source.weight, "kinds": list(source.kinds)} for source in self.sources]
         buckets = [
@@ -300,12 +356,18 @@ class Plan:
         for source, hashed in zip(self.sources, sources, strict=True):
             hashed |= {"step": source.frame_stride} if source.frame_stride != 1 else {}
             hashed |= {"exclude": exclusions.digest(source.exclude)} if source.exclude is not None else {}
+            if source.weight_stages:
+                hashed["weight_stages"] = [dataclasses.asdict(stage) for stage in source.weight_stages]
+        for chosen, hashed in zip(filters, sources, strict=True):
+            hashed |= {"rows": chosen.rows_digest} if chosen.rows_digest is not None else {}
         for hashed in buckets:
-            for name, unused in (("segment", None), ("begins", 0), ("ends", None)):
+            for name, unused in (("segment", None), ("begins", 0), ("ends", None), ("frames_per_second", None)):
                 if hashed[name] == unused:
                     del hashed[name]
         if config.augmentation is not None:
             fields["augmentation"] = dataclasses.asdict(config.augmentation)
+        if config.captions is not None:
+            fields["captions"] = dataclasses.asdict(config.captions)
         return _sha256({"version": VERSION, "seed": self.seed, "sources": sources, "buckets": buckets, **fields})
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.data.stream.exclusions import excluded_rows
+from jvgen.data.stream.frame_times import SLOWEST, offsets
+from jvgen.data.stream.source_filter import SourceFilter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +45,18 @@ class FilterStats:
 
 
 def bucket_pools(
-    config: DataConfig, bucket: BucketConfig, sources: Sequence[SourceConfig], indices: Sequence[Index]
+    config: DataConfig,
+    bucket: BucketConfig,
+    sources: Sequence[SourceConfig],
+    indices: Sequence[Index],
+    filters: Sequence[SourceFilter],
 ) -> tuple[list[Pool], list[FilterStats]]:
     """The pools of a bucket, ordered by source and kind, and the statistics of each source."""
     pools, stats = [], []
-    for number, (source, index) in enumerate(zip(sources, indices, strict=True)):
+    for number, (source, index, chosen) in enumerate(zip(sources, indices, filters, strict=True)):
         accepted = np.ones(len(index), bool)
         rejected = {}
-        for reason, mask in _rules(config, bucket, source, index):
+        for reason, mask in _rules(config, bucket, source, index, chosen):
             count = int(np.count_nonzero(mask & accepted))
             if count:
                 rejected[reason] = count
@@ -78,11 +83,9 @@ def explain(field: str, sources: Sequence[SourceConfig], bucket: BucketConfig, s
 
 
 def _rules(
-    config: DataConfig, bucket: BucketConfig, source: SourceConfig, index: Index
+    config: DataConfig, bucket: BucketConfig, source: SourceConfig, index: Index, chosen: SourceFilter
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(reason, bool per row: rejected), in the order in which they are counted; one mask is in memory at a time."""
-    # A source with its own stride uses a smaller one for recordings that are too short.
-    span = (bucket.horizon - 1) * (min(bucket.strides) if source.frame_stride == 1 else 1) + 1
     yield from (
         (f"of kind {kind}, which {where}", index.kind == code)
         for code, kind in enumerate(KINDS)
@@ -93,18 +96,20 @@ def _rules(
         )
         if excluded
     )
-    if source.exclude is not None:
-        listed = excluded_rows(source.exclude, index)
-        if not listed.any():
-            raise ValueError(
-                f"{source.path} [{source.split}]: exclude = {source.exclude!r} names none of its {len(index)} records "
-                f"(the first is {str(index.id[0]) if len(index) else 'none'!r}). Build the data set again, so that ids "
-                "have the names of recordings, or set exclude = none if it has none of these recordings."
-            )
-        yield f"left out by exclude = {source.exclude!r}", listed
+    yield from chosen.rejected
     cached = index.latent_frames > 0
     compressed = cached & (index.latent_frames != index.frames)
-    yield f"too short (fewer than {span} frames)", index.frames < span
+    rate = bucket.frames_per_second
+    if rate is None:
+        # A source with its own stride uses a smaller one for recordings that are too short.
+        span = (bucket.horizon - 1) * (min(bucket.strides) if source.frame_stride == 1 else 1) + 1
+        yield f"too short (fewer than {span} frames)", index.frames < span
+    elif bucket.frames > 1:
+        yield f"of fewer than {rate:g} frames per second", index.frames_per_second < SLOWEST * rate
+        lasts = offsets(index.frames_per_second, rate, bucket.frames - 1)
+        yield f"too short ({bucket.frames} frames at {rate:g} per second)", index.frames <= lasts
+        other = np.abs(index.frames_per_second - rate) > (1 - SLOWEST) * rate
+        yield f"with temporally compressed latents, at another rate than {rate:g}", compressed & other
     if bucket.views > 1:
         yield f"with fewer than {bucket.views} views", index.views < bucket.views
     if cached.any():

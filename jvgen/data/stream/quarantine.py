@@ -1,8 +1,10 @@
 """Quarantine: records that cannot be decoded are logged, and the run stops when there are too many."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import threading
 import uuid
 from typing import Any
@@ -14,6 +16,7 @@ from jvgen.storage import Path
 # records does not make a bad data set.
 MIN_FAILURES = 5
 _MAX_NAMED = 10
+_PROCESS = re.compile(r"-\d{5}$")  # of the name of a process's log
 
 
 class TooManyFailures(RuntimeError):
@@ -32,6 +35,7 @@ class Failure:
       row: its row in the data set.
       id: its record id.
       error: message of the decoder.
+      data: digest of the data set.
     """
 
     step: int
@@ -40,6 +44,7 @@ class Failure:
     row: int
     id: str
     error: str
+    data: str = ""
 
 
 class Quarantine:
@@ -47,6 +52,10 @@ class Quarantine:
 
     Workers of a process append to the same file, each line in one write, so lines are never interleaved. Each worker
     has its own counts: a data set that exceeds the budget does so in every worker.
+
+    Failures in the logs that a run wrote before it was started again are remembered, of all its processes: they count
+    against the budget, as the samples read before do, and are not logged again. Other windows of such a record are
+    read, as in a run that was not interrupted, so that it resumes with the same batches.
 
     Args:
       log: JSON-lines file, one `Failure` per line; None disables the log.
@@ -59,6 +68,17 @@ class Quarantine:
         self._lock = threading.Lock()
         self._read = 0
         self._failed: dict[tuple[str, int], Failure] = {}
+        self._remembered = {} if log is None else remembered(log)
+
+    @property
+    def known(self) -> int:
+        """Number of records that failed before the run was started again."""
+        return len(self._remembered)
+
+    def read_before(self, samples: int) -> None:
+        """Count the samples that the run read before it was started again."""
+        with self._lock:
+            self._read = max(self._read, samples)
 
     def succeeded(self) -> None:
         """Count a sample that was read."""
@@ -71,26 +91,30 @@ class Quarantine:
         Raises:
           TooManyFailures: the budget is exhausted.
         """
-        if self.log is not None:
+        known = (failure.data, failure.row) in self._remembered
+        if self.log is not None and not known:
             append_line(self.log, dataclasses.asdict(failure))
         with self._lock:
             self._read += 1
+            if known:
+                return
             self._failed[failure.source, failure.row] = failure
+            failed = [*self._remembered.values(), *self._failed.values()]
             allowed = max(MIN_FAILURES, self.budget * self._read) if self.budget else 0
-            if len(self._failed) <= allowed:
+            if len(failed) <= allowed:
                 return
             message = (
-                f"{len(self._failed)} records could not be decoded in {self._read} read; error_budget = {self.budget} "
-                f"allows {int(allowed)}. {describe(list(self._failed.values()))}\nRepair or remove them, or raise "
-                "error_budget."
+                f"{len(failed)} records could not be decoded in {self._read} read; error_budget = {self.budget} "
+                f"allows {int(allowed)}. {describe(failed)}\nRepair or remove them, or raise error_budget."
             )
         raise TooManyFailures(message + (f" All failures are listed in {self.log}." if self.log else ""))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"log": self.log, "budget": self.budget}
+        return {"log": self.log, "budget": self.budget, "remembered": self._remembered, "read": self._read}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__(None, state["budget"])
+        self.log, self._remembered, self._read = state["log"], state["remembered"], state["read"]
 
 
 def describe(failures: list[Failure]) -> str:
@@ -111,6 +135,22 @@ def append_line(path: Path, content: dict[str, Any]) -> None:
         os.write(descriptor, (json.dumps(content) + "\n").encode())
     finally:
         os.close(descriptor)
+
+
+def remembered(log: Path) -> dict[tuple[str, int], Failure]:
+    """The failures in the logs of a run, of all its processes, by digest of the data set and row."""
+    stem = _PROCESS.sub("", log.stem)
+    logs = [path for path in log.parent.glob(f"{stem}*{log.suffix}") if _PROCESS.sub("", path.stem) == stem]
+    found = {}
+    for path in sorted(logs):
+        for text in [storage.read_text(part) for part in (path.iterdir() if path.is_dir() else [path])]:
+            for line in text.splitlines():
+                # Lines of 0.1.0 do not say of which data they are; the last line may have been cut off by a kill.
+                with contextlib.suppress(ValueError, TypeError):
+                    failure = Failure(**json.loads(line))
+                    if failure.data:
+                        found[failure.data, failure.row] = failure
+    return found
 
 
 def process_log(log: Path, process_index: int, process_count: int) -> Path:

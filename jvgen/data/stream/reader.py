@@ -120,6 +120,7 @@ class BatchReader:
             row=row,
             id=str(self.sources[source].index.id[row]),
             error=str(error),
+            data=self.sources[source].index.digest,
         )
 
     def _threads(self) -> ThreadPoolExecutor:

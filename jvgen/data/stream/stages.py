@@ -19,12 +19,14 @@ class _Stage:
       buckets: indices of the active buckets.
       order: the order in which they are used.
       before: batches of each active bucket before the stage.
+      totals: batches of every bucket before the stage.
     """
 
     start: int
     buckets: tuple[int, ...]
     order: Interleave
     before: tuple[int, ...]
+    totals: tuple[int, ...]
 
 
 class BucketSchedule:
@@ -45,7 +47,7 @@ class BucketSchedule:
             if not active:
                 continue
             order = Interleave([buckets[i].weight for i in active])
-            self._stages.append(_Stage(start, active, order, tuple(count[i] for i in active)))
+            self._stages.append(_Stage(start, active, order, tuple(count[i] for i in active), tuple(count)))
             if end is not None:
                 for i, batches in zip(active, order.before(end - start), strict=True):
                     count[i] += int(batches)
@@ -57,6 +59,14 @@ class BucketSchedule:
         stage = self._stages[max(bisect.bisect_right(self._starts, step) - 1, 0)]
         member, before = stage.order.at(np.array(step - stage.start, np.int64))
         return stage.buckets[int(member)], stage.before[int(member)] + int(before)
+
+    def before(self, step: int) -> list[int]:
+        """Number of batches of every bucket before a step."""
+        stage = self._stages[max(bisect.bisect_right(self._starts, step) - 1, 0)]
+        counts = list(stage.totals)
+        for bucket, batches in zip(stage.buckets, stage.order.before(max(0, step - stage.start)), strict=True):
+            counts[bucket] += int(batches)
+        return counts
 
 
 def check_stages(buckets: Sequence[BucketConfig], steps: int) -> None:

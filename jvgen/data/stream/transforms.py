@@ -10,6 +10,7 @@ from einops import reduce
 
 from jvgen.data.store.records import KINDS, Record
 from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.frame_times import frames_at, offsets
 from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.video_files import decode_window
 
@@ -38,20 +39,21 @@ def load_example(record: Record, spec: ClipSpec, bucket: BucketConfig, resize: R
     Raises:
       DecodeError: a clip that cannot be decoded.
     """
-    frames = spec.start + spec.stride * np.arange(bucket.frames)
+    frames = frame_numbers(record, spec, bucket.frames)
     if spec.frames is not None:
         # Frames of a segment are not consecutive: no action leads from one to the next.
-        frames, record = np.asarray(spec.frames), record.replace(actions=np.zeros((0, 0)), rewards=np.zeros(0))
+        record = record.replace(actions=np.zeros((0, 0)), rewards=np.zeros(0))
     assert frames.max() < record.frames, f"record {record.id}: frame {frames.max()} of {record.frames}"
+    rate = spec.frames_per_second if record.frames_per_second else None
     example: dict[str, Any] = {
-        "caption": record.captions[spec.caption] if spec.caption >= 0 else "",
-        "frames_per_second": np.float32(record.frames_per_second / spec.stride),
+        "caption": _caption(record, spec),
+        "frames_per_second": np.float32(record.frames_per_second / spec.stride if rate is None else rate),
         "kind": np.int32(KINDS.index(record.kind)),
         "seed": np.uint64(spec.seed),
         "has_camera": np.bool_(record.has_camera),
         "has_action": np.bool_(record.has_action),
-        "actions": sum_over_stride(record.actions, spec.start, spec.stride, bucket.frames),
-        "rewards": sum_over_stride(record.rewards, spec.start, spec.stride, bucket.frames),
+        "actions": sum_between(record.actions, frames, spec),
+        "rewards": sum_between(record.rewards, frames, spec),
     }
     videos, latents, intrinsics, extrinsics = [], [], [], []
     source_size, size = (record.height, record.width), (bucket.height, bucket.width)
@@ -63,7 +65,7 @@ def load_example(record: Record, spec: ClipSpec, bucket: BucketConfig, resize: R
             videos.append(fit(video, spec, size, resize) if augment is None else augment.apply(video, size))
         if record.latents.size:
             assert spec.frames is None and spec.augmentation is None, "cached latents cannot be segmented or augmented"
-            latents.append(latent_window(record.latents[view], record.frames, spec, bucket.frames))
+            latents.append(latent_window(record.latents[view], record.frames, frames))
         if record.has_camera:
             per_frame, poses = record.cameras(view)
             intrinsics.append(fit_intrinsics(per_frame[frames], spec, source_size, size, resize))
@@ -141,17 +143,48 @@ def sum_over_stride(values: np.ndarray, start: int, stride: int, frames: int) ->
     return reduce(window, "(frames stride) ... -> frames ...", "sum", stride=stride)
 
 
-def latent_window(latents: np.ndarray, recorded: int, spec: ClipSpec, frames: int) -> np.ndarray:
+def latent_window(latents: np.ndarray, recorded: int, frames: np.ndarray) -> np.ndarray:
     """The latent frames of an example, float32, from cached moments (f h w 2z) of `recorded` frames.
 
-    With one latent per frame, those of the selected frames. With temporal compression r (the first latent covers the
-    first frame, each other one r frames), the first (frames - 1) // r + 1 latents.
+    With one latent per frame, those of the given frames. With temporal compression r (the first latent covers the
+    first frame, each other one r frames), the first (F - 1) // r + 1 latents; the F frames must be the first ones.
     """
     if len(latents) == recorded:
-        return latents[spec.start + spec.stride * np.arange(frames)].astype(np.float32)
-    assert (spec.start, spec.stride) == (0, 1), "the plan starts compressed latents at their first frame"
+        return latents[frames].astype(np.float32)
+    assert frames[0] == 0 and frames[-1] == len(frames) - 1, "the plan takes the first frames of compressed latents"
     ratio = (recorded - 1) // max(len(latents) - 1, 1)
-    return latents[: (frames - 1) // ratio + 1].astype(np.float32)
+    return latents[: (len(frames) - 1) // ratio + 1].astype(np.float32)
+
+
+def frame_numbers(record: Record, spec: ClipSpec, count: int) -> np.ndarray:
+    """Recorded frames of an example, int64 (count,)."""
+    if spec.frames is not None:
+        return np.asarray(spec.frames)
+    if spec.frames_per_second is None or not record.frames_per_second:
+        return spec.start + spec.stride * np.arange(count)
+    if record.latents.size and len(record.latents[0]) != record.frames:
+        return np.arange(count)  # compressed in time
+    if record.frame_times.size:
+        return frames_at(record.frame_times, spec.start, spec.frames_per_second, count)
+    return spec.start + offsets(record.frames_per_second, spec.frames_per_second, np.arange(count))
+
+
+def sum_between(values: np.ndarray, frames: np.ndarray, spec: ClipSpec) -> np.ndarray:
+    """Sums of recorded values (T ...) from each frame of an example up to the next one: float32 (F ...).
+
+    The last sum is over as many recorded frames as the one before.
+    """
+    if spec.frames_per_second is None or spec.frames is not None or not values.size:
+        return sum_over_stride(values, spec.start, spec.stride, len(frames))
+    last = frames[-1] + (frames[-1] - frames[-2] if len(frames) > 1 else 1)
+    parts = [values[first:end] for first, end in zip(frames, [*frames[1:], last], strict=True)]
+    return np.stack([part.sum(axis=0, dtype=np.float32) for part in parts]).astype(np.float32)
+
+
+def _caption(record: Record, spec: ClipSpec) -> str:
+    if spec.caption_draw is not None:
+        return spec.caption_draw.draw(record.captions, record.caption_names)
+    return record.captions[spec.caption] if spec.caption >= 0 else ""
 
 
 def _geometry(
