@@ -64,7 +64,8 @@ SENSIBLE = {
     "none": """
         ImaginationConfig.rows_at_once ReinforcementConfig.episode_steps
         RecordingConfig.size RecordingConfig.steps
-        BucketConfig.end_step BucketConfig.frames_per_second CVVAEConfig.tile_frames CVVAEConfig.tile_size CogVideoXVAEConfig.encode_chunk_frames
+        BucketConfig.frames_per_second
+        BucketConfig.end_step CVVAEConfig.tile_frames CVVAEConfig.tile_size CogVideoXVAEConfig.encode_chunk_frames
         EnhanceConfig.gain FrameTransformerConfig.tokens_per_frame InitFromConfig.step MultiViewDiTConfig.column_scale
         MultiViewDiTConfig.offset_width MultiViewDiTConfig.temporal_patch VideoDiTConfig.column_scale
         OptimizerConfig.clip_norm ScheduleConfig.snr_shift SyncConfig.heads TrainingConfig.hang_seconds

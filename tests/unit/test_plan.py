@@ -431,7 +431,8 @@ def test_weights_of_sources_change_at_their_steps():
     assert counts[40:60].sum(0).tolist() == [30, 90, 0]
     assert counts[60:].sum(0).tolist() == [120, 0, 240]
     # A source goes on where it was: each row once before any row twice, over all stages.
-    rows = [int(row) for step in range(120) for s, row in zip(*(lambda p: (p.source, p.row))(plan.at(step))) if s == 0]
+    steps = [plan.at(step) for step in range(120)]
+    rows = [row for planned in steps for row in planned.row[planned.source == 0].tolist()]
     for epoch in range(len(rows) // 20):
         assert sorted(rows[20 * epoch : 20 * epoch + 20]) == list(range(20))
     assert plan.at(10**12).source.size and plan.substitute(50, 1, 2) is not None

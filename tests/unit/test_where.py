@@ -133,10 +133,11 @@ def test_filters_that_do_not_fit_the_columns(where, message):
 @pytest.mark.parametrize(
     "where",
     [
-        "aesthetic >", "aesthetic = 5", "", "aesthetic > 5; import os", "__import__('os').system('true')", "aesthetic.real > 5",
-        "[x for x in (1,)]", "(lambda: 1)() > 0", "aesthetic if 1 else 2", "aesthetic ** 9 ** 9 > 1", "f'{aesthetic}' == 'a'",
-        "5", "'text'", "aesthetic + 1", "b'x' == license", "1j == aesthetic", "..." , "(" * 500 + ")" * 500, "not " * 5000 + "empty",
-        "x" * 20_000, "aesthetic > 5 and (license := 'a')", "aesthetic @ 2 > 1", "license[0] == 'c'", "a\0b > 1",
+        "aesthetic >", "aesthetic = 5", "", "aesthetic > 5; import os", "__import__('os').system('true')",
+        "aesthetic.real > 5", "[x for x in (1,)]", "(lambda: 1)() > 0", "aesthetic if 1 else 2",
+        "aesthetic ** 9 ** 9 > 1", "f'{aesthetic}' == 'a'", "5", "'text'", "aesthetic + 1", "b'x' == license",
+        "1j == aesthetic", "...", "(" * 500 + ")" * 500, "not " * 5000 + "empty", "x" * 20_000,
+        "aesthetic > 5 and (license := 'a')", "aesthetic @ 2 > 1", "license[0] == 'c'", "a\0b > 1",
     ],
 )  # fmt: skip
 def test_what_is_not_a_filter(where):
