@@ -130,7 +130,7 @@ class Loader:
         return Batches(self._reader, self.config, start_step, _ENDLESS if stop_step is None else stop_step)
 
     def state(self, step: int) -> dict[str, Any]:
-        """The state to checkpoint for resuming at batch `step`: the step, digests, and the licenses that are allowed."""
+        """The state to checkpoint for resuming at batch `step`: the step, digests, and licenses that are allowed."""
         licenses = {} if self.plan.licenses is None else {"licenses": self.plan.licenses}
         return {"step": step, "manifest": self.plan.manifest, "plan": self.plan.digest, **licenses}
 
@@ -150,8 +150,8 @@ class Loader:
         if saved["plan"] != self.plan.digest:
             raise ValueError(
                 "data (buckets, weights, kinds, filters, resize, upscale, flip) or seed: differ from the checkpoint's "
-                f"(plan {self.plan.digest[:12]}, saved {saved['plan'][:12]}), so the same step has another batch. Restore "
-                "the old values, or start a new run from these weights."
+                f"(plan {self.plan.digest[:12]}, saved {saved['plan'][:12]}), so the same step has another batch. "
+                "Restore the old values, or start a new run from these weights."
             )
 
     def resume(self, saved: dict[str, Any]) -> None:
