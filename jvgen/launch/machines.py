@@ -17,24 +17,20 @@ class TpuMachine:
     Attributes:
       accelerator: value of the node label `cloud.google.com/gke-tpu-accelerator`.
       machine_type: of Compute Engine, with four chips.
-      accelerator_type: of Cloud TPU VMs, with `{}` for the number in it; none where there are only GKE nodes.
-      counts_cores: whether that number counts TensorCores, two per chip, instead of chips.
       runtime_version: of Cloud TPU VMs.
     """
 
     accelerator: str
     machine_type: str
-    accelerator_type: str | None
-    counts_cores: bool
     runtime_version: str | None
 
 
 TPUS = {
-    "v4": TpuMachine("tpu-v4-podslice", "ct4p-hightpu-4t", "v4-{}", True, "tpu-ubuntu2204-base"),
-    "v5e": TpuMachine("tpu-v5-lite-podslice", "ct5lp-hightpu-4t", "v5litepod-{}", False, "v2-alpha-tpuv5-lite"),
-    "v5p": TpuMachine("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p-{}", True, "v2-alpha-tpuv5"),
-    "v6e": TpuMachine("tpu-v6e-slice", "ct6e-standard-4t", "v6e-{}", False, "v2-alpha-tpuv6e"),
-    "tpu7x": TpuMachine("tpu7x", "tpu7x-standard-4t", None, True, None),
+    "v4": TpuMachine("tpu-v4-podslice", "ct4p-hightpu-4t", "tpu-ubuntu2204-base"),
+    "v5e": TpuMachine("tpu-v5-lite-podslice", "ct5lp-hightpu-4t", "v2-alpha-tpuv5-lite"),
+    "v5p": TpuMachine("tpu-v5p-slice", "ct5p-hightpu-4t", "v2-alpha-tpuv5"),
+    "v6e": TpuMachine("tpu-v6e-slice", "ct6e-standard-4t", "v2-alpha-tpuv6e"),
+    "tpu7x": TpuMachine("tpu7x", "tpu7x-standard-4t", None),
 }
 
 
@@ -136,8 +132,8 @@ def accelerator_type(found: Topology) -> str:
     Raises:
       ConfigError: there are no such VMs, or the name stands for another shape with as many chips.
     """
-    machine = TPUS[found.chip.name]
-    if machine.accelerator_type is None:
+    name = SLICES[found.chip.name].name_of(math.prod(found.shape))
+    if name is None:
         raise ConfigError(f"--topology {found.topology!r}: {found.chip.name} is offered on GKE only; use gke-tpu.")
     chips = math.prod(found.shape)
     usual = _most_compact(chips) if not SLICES[found.chip.name].is_plane else found.shape
@@ -146,7 +142,7 @@ def accelerator_type(found: Topology) -> str:
             f"--topology {found.topology!r}: tpu-vm orders a number of chips and gets "
             f"{'x'.join(map(str, usual))} for {chips}; write that, or use gke-tpu."
         )
-    return machine.accelerator_type.format(chips * 2 if machine.counts_cores else chips)
+    return name
 
 
 def _most_compact(chips: int) -> tuple[int, ...]:

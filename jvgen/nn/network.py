@@ -8,6 +8,8 @@ import jax
 from flax import nnx
 
 Parameters = dict[str, Any]
+# `jax.named_scope` around networks in a step that have no backward pass: compiled programs name what belongs to them.
+FROZEN_SCOPE = "frozen"
 
 
 @dataclasses.dataclass(frozen=True)

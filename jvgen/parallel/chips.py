@@ -1,7 +1,9 @@
-"""Memory and peak FLOP/s of accelerator chips: the denominators of memory reports and of model FLOPs utilization.
+"""Memory, peak FLOP/s and rates of accelerator chips: denominators of memory reports and of model FLOPs utilization.
 
 Peaks are the vendors' dense bfloat16 figures. HBM of TPUs is what XLA's compiler lets a program use (it says so when a
-program does not fit), a little under the nominal size; HBM of GPUs is nominal.
+program does not fit), a little under the nominal size; HBM of GPUs is nominal. Clocks follow from peak and matrix
+units: 128 x 128 up to v5p, 256 x 256 on v6e, 4 per TensorCore (2 on v6e's). Rates of links are what rings reach by
+"How to Scale Your Model" (jax-ml.github.io/scaling-book), a tenth under the data sheets.
 """
 
 import dataclasses
@@ -21,6 +23,10 @@ class Chip:
       hbm_bytes: usable memory of the chip.
       peak_flops: dense bfloat16 FLOP/s of the chip.
       devices: JAX devices that a chip shows by default.
+      bandwidth: between the chip and its memory, bytes/s by the data sheet.
+      clock: of its TensorCores in Hz; 0 if not known.
+      cores: TensorCores of one JAX device.
+      link: bytes/s of one link to a neighbor, one way; 0 where there are none.
     """
 
     name: str
@@ -28,6 +34,15 @@ class Chip:
     hbm_bytes: float
     peak_flops: float
     devices: int = 1
+    bandwidth: float = 0.0
+    clock: float = 0.0
+    cores: int = 1
+    link: float = 0.0
+
+    @property
+    def device_bandwidth(self) -> float:
+        """Bytes/s between one JAX device and its memory."""
+        return self.bandwidth / self.devices
 
     @property
     def device_hbm_bytes(self) -> float:
@@ -41,15 +56,20 @@ class Chip:
 
 
 CHIPS = (
-    Chip("v4", "TPU v4", 30.5 * GIB, 275e12),
-    Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12),
-    Chip("v5p", "TPU v5", 95.73 * GIB, 459e12),
-    Chip("v6e", "TPU v6 lite", 31.24 * GIB, 918e12),
-    Chip("tpu7x", "TPU7x", 2 * 94.74 * GIB, 2307e12, devices=2),
-    Chip("A100-80GB", "NVIDIA A100", 80e9, 312e12),
-    Chip("H100", "NVIDIA H100", 80e9, 989e12),
-    Chip("H200", "NVIDIA H200", 141e9, 989e12),
-    Chip("B200", "NVIDIA B200", 180e9, 2250e12),
+    Chip("v4", "TPU v4", 30.5 * GIB, 275e12, bandwidth=1228e9, clock=1.05e9, cores=2, link=45e9),
+    Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, bandwidth=819e9, clock=1.5e9, link=45e9),
+    Chip("v5p", "TPU v5", 95.73 * GIB, 459e12, bandwidth=2765e9, clock=1.75e9, cores=2, link=90e9),
+    Chip("v6e", "TPU v6 lite", 31.24 * GIB, 918e12, bandwidth=1640e9, clock=1.75e9, link=90e9),
+    Chip("tpu7x", "TPU7x", 2 * 94.74 * GIB, 2307e12, devices=2, bandwidth=7380e9, link=90e9),
+    Chip("A100-80GB", "NVIDIA A100", 80e9, 312e12, bandwidth=2039e9),
+    Chip("A100-40GB", "NVIDIA A100-SXM4-40GB", 40e9, 312e12, bandwidth=1555e9),
+    Chip("A100-40GB-PCIe", "NVIDIA A100-PCIE-40GB", 40e9, 312e12, bandwidth=1555e9),
+    Chip("H100", "NVIDIA H100", 80e9, 989e12, bandwidth=3350e9),
+    Chip("H100-PCIe", "NVIDIA H100 PCIe", 80e9, 756e12, bandwidth=2000e9),
+    Chip("H100-NVL", "NVIDIA H100 NVL", 94e9, 835e12, bandwidth=3900e9),
+    Chip("H200", "NVIDIA H200", 141e9, 989e12, bandwidth=4800e9),
+    Chip("H200-NVL", "NVIDIA H200 NVL", 141e9, 835e12, bandwidth=4800e9),
+    Chip("B200", "NVIDIA B200", 180e9, 2250e12, bandwidth=8000e9),
 )
 
 

@@ -4,6 +4,7 @@
   know the number of processes before it connects.
 * The client of the coordinator: its key-value store and barriers work before and without a backend.
   `jax.experimental.multihost_utils` needs devices.
+* The text of a Pallas kernel in a compiled program, which has its grid.
 
 `tests/processes/test_processes.py` uses all of it in both sets of versions.
 """
@@ -45,15 +46,29 @@ def check_distributed_state() -> None:
             raise RuntimeError(_missing(f"jax._src.distributed.global_state.{name}"))
 
 
-def _internal(module: str, name: str) -> Any:
+def mosaic_text(body: bytes) -> str:
+    """A serialized Mosaic module (the body of a `tpu_custom_call`) as MLIR text.
+
+    Raises:
+      RuntimeError: this release of JAX has what reads it elsewhere.
+    """
+    what = "estimates of kernels"
+    ir, tpu = _internal("jax._src.lib.mlir", "ir", what), _internal("jax._src.lib", "tpu", what)
+    with _internal("jax._src.interpreters.mlir", "make_ir_context", what)() as context:
+        tpu.register_dialect(context)
+        context.allow_unregistered_dialects = True
+        return str(ir.Module.parse(body))
+
+
+def _internal(module: str, name: str, what: str = "runs of several processes") -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(_missing(f"{module}.{name}")) from error
+        raise RuntimeError(_missing(f"{module}.{name}", what)) from error
 
 
-def _missing(name: str) -> str:
+def _missing(name: str, what: str = "runs of several processes") -> str:
     return (
-        f"JAX {metadata.version('jax')} has no {name}, which runs of several processes need: install a release of JAX "
-        "that docs/versions.md lists."
+        f"JAX {metadata.version('jax')} has no {name}, which {what} need: install a release of JAX that "
+        "docs/versions.md lists."
     )

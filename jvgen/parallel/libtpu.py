@@ -1,8 +1,12 @@
 """The package libtpu on machines without a TPU, where it is there for its compiler: no search for TPUs, no messages."""
 
+import contextlib
 import glob
 import importlib.util
-from collections.abc import MutableMapping
+import os
+import re
+import tempfile
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 # For a process that compiles only. Without these libtpu looks for TPUs and for other users of them, and prints on
@@ -54,3 +58,34 @@ def silence_without_tpu(environment: MutableMapping[str, str], root: str = "/") 
     if is_installed() and not tpu_may_be_attached(root):
         for name, value in WITHOUT_TPU.items():
             environment.setdefault(name, value)
+
+
+# What libtpu reads once, when it is loaded.
+_ARGUMENTS = "LIBTPU_INIT_ARGS"
+# The final bundles of every kernel, and how they use the units of the cores.
+_PASSES = "(final_bundles|final_hlo-static-per-bundle-utilization)"
+
+
+@contextlib.contextmanager
+def writing_bundles() -> Iterator[None]:
+    """Let libtpu write the instructions of what it compiles, which `bundles_folder` then names, until the end.
+
+    Only in a process that has not loaded libtpu yet: there is no way to tell it later.
+    """
+    before = os.environ.get(_ARGUMENTS)
+    with tempfile.TemporaryDirectory(prefix="jvgen_bundles_") as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_PASSES}"
+        os.environ[_ARGUMENTS] = f"{before or ''} {flags}".strip()
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_ARGUMENTS]
+            else:
+                os.environ[_ARGUMENTS] = before
+
+
+def bundles_folder() -> str | None:
+    """Where libtpu writes the instructions of what it compiles; None if it was not told to."""
+    folders = re.findall(r"--xla_jf_dump_to=(\S+)", os.environ.get(_ARGUMENTS, ""))
+    return folders[-1] if folders else None

@@ -17,10 +17,18 @@ class SliceShapes:
     Attributes:
       shapes: all shapes of a plane; the shapes below one cube of 4x4x4 of a 3-D torus.
       max_cubes: most cubes of 4x4x4 in a slice of a 3-D torus; 0 for a plane.
+      cloud_name: what Cloud TPU calls a slice, with `{}` for the number in it; none where a slice has no such name.
+      counts_cores: whether that number counts TensorCores, two per chip, instead of chips.
     """
 
     shapes: tuple[str, ...]
     max_cubes: int = 0
+    cloud_name: str | None = None
+    counts_cores: bool = False
+
+    def name_of(self, chips: int) -> str | None:
+        """What Cloud TPU calls a slice of so many chips: "v5p-256" for 128 chips of v5p."""
+        return self.cloud_name and self.cloud_name.format(chips * 2 if self.counts_cores else chips)
 
     @property
     def is_plane(self) -> bool:
@@ -43,10 +51,10 @@ class SliceShapes:
 _PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 SLICES = {
-    "v4": SliceShapes(SMALL_TORUS, max_cubes=64),
-    "v5e": SliceShapes(_PLANE),
-    "v5p": SliceShapes(SMALL_TORUS, max_cubes=140),
-    "v6e": SliceShapes(_PLANE),
+    "v4": SliceShapes(SMALL_TORUS, 64, "v4-{}", counts_cores=True),
+    "v5e": SliceShapes(_PLANE, 0, "v5litepod-{}"),
+    "v5p": SliceShapes(SMALL_TORUS, 140, "v5p-{}", counts_cores=True),
+    "v6e": SliceShapes(_PLANE, 0, "v6e-{}"),
     "tpu7x": SliceShapes(SMALL_TORUS, max_cubes=144),
 }
 EXAMPLES = "v5e:16x16, v5p:4x4x8, v6e:16x16 or tpu7x:4x4x4"
@@ -122,6 +130,23 @@ def pod_named(topology: str, slices: int = 1) -> Pod:
     if slices < 1:
         raise ConfigError(f"slices = {slices}: a run needs at least one slice.")
     return Pod(chip, shape, slices)
+
+
+def slice_of(topology: str) -> str:
+    """A slice with its chips and its name in Cloud TPU: "v5p:4x4x8 has 128 chips (Cloud TPU v5p-256)"."""
+    pod = pod_named(topology)
+    name = SLICES[pod.chip.name].name_of(pod.chips)
+    return f"{pod.topology} has {pod.chips} chips" + (f" (Cloud TPU {name})" if name else "")
+
+
+def wraps(generation: str, shape: tuple[int, ...], axis: int) -> bool:
+    """Whether the chips along one axis of a slice are a ring: whole cubes of a 3-D torus, 16 chips of a plane."""
+    shapes = SLICES.get(generation)
+    if shapes is None:
+        return False
+    if shapes.is_plane:
+        return shape[axis] == 16
+    return all(size % 4 == 0 for size in shape)
 
 
 def check_shape(chip: Chip, shape: tuple[int, ...], written: str) -> None:

@@ -12,14 +12,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.nn.kernel_report import KernelReport, collecting
+from jvgen.parallel import libtpu
+from jvgen.parallel.chips import chip_of
 from jvgen.parallel.mesh import describe as describe_mesh
-from jvgen.preflight import collectives, topology
-from jvgen.preflight.collectives import Collective
+from jvgen.preflight import collectives, hlo, kernel_cycles, program_cost, topology
 from jvgen.preflight.estimate import lower_bound, reading
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
+from jvgen.preflight.time_estimate import TimeEstimate, estimate
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
-from jvgen.training.telemetry.throughput import step_flops
+from jvgen.training.telemetry.throughput import step_flops, trained_flops
 
 
 def _ignore(report: CompileReport) -> None:
@@ -67,7 +69,8 @@ def compile_ahead(
 def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | None = None) -> BucketReport:
     """Compile the step of one batch shape for the devices of the program's mesh, with this peak in FLOP/s each."""
     start = time.perf_counter()
-    memory, problem, found = None, "", ()
+    memory, problem, found, time_found = None, "", (), None
+    flops, read = step_flops(program.task, bucket), reading(program, bucket, peak_flops)
     with collecting(KernelReport()) as kernels:
         lowered = program.lower(bucket)
     try:
@@ -79,27 +82,49 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
         problem = re.sub(r"\s+", " ", str(error))[:600]
     else:
         memory = Memory.of(compiled)
-        found = _collectives(compiled)
+        module = _module(compiled)
+        found = None if module is None else tuple(collectives.merged(collectives.read(module)))
+        time_found = None if module is None else _time(program, module, flops)
+        if time_found is not None and not time_found.without_cycles:
+            read = dataclasses.replace(read, seconds=time_found.seconds.likely, basis="estimated")
     return BucketReport(
         bucket=bucket,
         memory=memory,
         lower_bound=lower_bound(program, bucket),
-        reading=reading(program, bucket, peak_flops),
-        flops=step_flops(program.task, bucket),
+        reading=read,
+        flops=flops,
         collectives=found,
         seconds=time.perf_counter() - start,
         problem=problem,
         kernels=tuple(kernels.lines),
+        time=time_found,
     )
 
 
-def _collectives(compiled: jax.stages.Compiled) -> tuple[Collective, ...] | None:
-    """The collectives of a compiled program; None where XLA cannot write it as text (SparseCore operations, tpu7x)."""
+def _time(program: Program, module: hlo.Module, flops: dict[str, float]) -> TimeEstimate | None:
+    """The time of a step from its compiled program; None for devices whose rates are not known."""
+    mesh = program.sharding.mesh
+    chip = chip_of(mesh.devices.flat[0])
+    if chip is None or not chip.clock:
+        return None
+    folder = libtpu.bundles_folder()
+    trained, devices = sum(trained_flops(program.task, flops).values()), mesh.size
+    return estimate(
+        program_cost.operations(module),
+        {} if folder is None else kernel_cycles.read(module, folder),
+        chip,
+        mesh,
+        useful_flops=trained / devices,
+        frozen_flops=(sum(flops.values()) - trained) / devices,
+    )
+
+
+def _module(compiled: jax.stages.Compiled) -> hlo.Module | None:
+    """A compiled program; None where XLA cannot write it as text (SparseCore operations, tpu7x)."""
     try:
-        text = compiled.as_text()
+        return hlo.parse(compiled.as_text())
     except jax.errors.JaxRuntimeError:
         return None
-    return tuple(collectives.merged(collectives.read(text)))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from jvgen.parallel.pods import CHIPS_PER_HOST
 from jvgen.preflight import topology
 from jvgen.preflight.ahead_of_time import compile_bucket
 from jvgen.preflight.check import Inspection, inspect_run, kernels
-from jvgen.preflight.estimate import ASSUMED_MFU, amount, lower_bound, reading, replicated, step_seconds
+from jvgen.preflight.estimate import ASSUMED_BASIS, amount, lower_bound, reading, replicated, step_seconds
 from jvgen.storage import Path, absolute, is_remote
 from jvgen.training.checkpoint.initial import saved_steps
 from jvgen.training.config import CheckpointConfig
@@ -252,6 +252,8 @@ def _compiled(program: Program, bucket: BucketConfig, target: _Devices) -> Row:
         return Row("compiled", False, f"{bucket.name}: does not fit: {report.problem}")
     total, hbm = report.memory.total, target.hbm_bytes
     text = f"{bucket.name}: {amount(total)} per device, compiled in {report.seconds:.0f} s"
+    if report.time is not None and not report.time.without_cycles:
+        text += f", estimated {report.time.seconds.likely:.3g} s/step"
     if hbm is None:
         return Row("compiled", True, text)
     return Row("compiled", total <= hbm, f"{text}: {total / hbm:.0%} of {hbm / GIB:.2f} GiB")
@@ -310,7 +312,7 @@ def _time(program: Program, target: _Devices) -> Row:
             return Row("time", True, "unknown: the FLOPs of the step or the peak of these devices are not known")
         total += steps * seconds
     steps = program.experiment.training.steps
-    text = f"{steps} steps take about {_duration(total)} at {ASSUMED_MFU:.0%} MFU ({total / steps:.3g} s/step)"
+    text = f"{steps} steps take about {_duration(total)} {ASSUMED_BASIS} ({total / steps:.3g} s/step)"
     return Row("time", True, f"{text}, without evaluation, saves and restarts")
 
 

@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jvgen.data.stream.config import BucketConfig
+from jvgen.parallel.pods import slice_of
 from jvgen.preflight.collectives import Collective
-from jvgen.preflight.estimate import ASSUMED_MFU, Estimate, Reading
+from jvgen.preflight.estimate import Estimate, Reading
+from jvgen.preflight.time_estimate import TimeEstimate
+from jvgen.preflight.time_report import print_estimate
 
 GIB = 2**30
 MIB = 2**20
@@ -68,6 +71,8 @@ class BucketReport:
       seconds: time to trace and compile.
       problem: the compiler's message if it does not fit.
       kernels: which kernel each kind of attention call takes, and why.
+      time: how long the step takes, by part; None for devices other than TPUs, and if the program does not fit or
+        cannot be read.
     """
 
     bucket: BucketConfig
@@ -79,6 +84,7 @@ class BucketReport:
     seconds: float
     problem: str = ""
     kernels: tuple[str, ...] = ()
+    time: TimeEstimate | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +110,23 @@ class CompileReport:
     buckets: tuple[BucketReport, ...]
 
     @property
+    def slice(self) -> str:
+        """Topology of one slice."""
+        return self.topology.rpartition(" ")[2]
+
+    def times(self) -> str:
+        """The estimated times alone, as text."""
+        console = Console(file=io.StringIO(), width=140, highlight=False)
+        console.print(f"{self.mesh}, topology {self.topology}", markup=False)
+        for report in self.buckets:
+            console.print(f"\n{report.bucket.name}, batch size {report.bucket.batch_size}", markup=False)
+            if report.time is None:
+                console.print(f"no estimate: {report.problem or 'the compiled program cannot be read'}", markup=False)
+            else:
+                print_estimate(console, report.time, self.slice)
+        return console.file.getvalue().rstrip()
+
+    @property
     def fits(self) -> bool:
         """Whether the step of every batch shape fits into the memory of a device."""
         return all(b.memory is not None and b.memory.total <= self.hbm_bytes for b in self.buckets)
@@ -114,11 +137,18 @@ class CompileReport:
         for entry, bucket in zip(document["buckets"], self.buckets, strict=True):
             entry["total_bytes"] = None if bucket.memory is None else bucket.memory.total
             entry["lower_bound_bytes"] = bucket.lower_bound.total
+            if bucket.time is not None:
+                entry["time"] |= {
+                    "seconds": dataclasses.asdict(bucket.time.seconds),
+                    "utilization": bucket.time.utilization,
+                }
         return json.dumps(document, indent=1)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140, highlight=False)
-        console.print(f"{self.mesh}, topology {self.topology}, {self.hbm_bytes / GIB:.2f} GiB HBM/device")
+        console.print(
+            f"{self.mesh}, topology {self.topology}, {self.hbm_bytes / GIB:.2f} GiB HBM/device; {slice_of(self.slice)}"
+        )
         console.print(self.precision, markup=False)
         console.print(f"{self.processes} processes (hosts) of {self.devices // self.processes} devices")
         for report in self.buckets:
@@ -140,9 +170,10 @@ class CompileReport:
             at_peak = per_device / self.peak_flops
             console.print(
                 f"{per_device / 1e12:.1f} TFLOP/device/step: {at_peak:.3f} s/step at the peak of "
-                f"{self.peak_flops / 1e12:.0f} TFLOP/s, {at_peak / ASSUMED_MFU:.3f} s/step at {ASSUMED_MFU:.0%} MFU; "
-                "recomputation by remat is not counted"
+                f"{self.peak_flops / 1e12:.0f} TFLOP/s; padding and recomputation by remat are not counted"
             )
+        if report.time is not None:
+            print_estimate(console, report.time, self.slice)
         console.print(str(report.reading))
         if report.collectives is None:
             console.print("collectives: not known, this compiler cannot write the compiled program as text")

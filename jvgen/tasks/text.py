@@ -1,5 +1,6 @@
 """Captions to embeddings: one interface to the two text encoders that a task can be conditioned on."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, ClassVar, Literal
@@ -20,7 +21,7 @@ from jvgen.models.t5 import flops as t5_flops
 from jvgen.models.t5 import tokenizer as t5_tokenizer
 from jvgen.models.t5.config import T5Config
 from jvgen.models.t5.model import T5Encoder
-from jvgen.nn.network import Network, Parameters
+from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.storage import as_path
 from jvgen.tasks.task import activation_dtype
 from jvgen.value_rules import Width
@@ -121,5 +122,6 @@ class TextEncoder:
 
     def embed(self, parameters: Parameters, tokens: jax.Array) -> jax.Array:
         """Embeddings `B L C` of token ids `B L`; rows of -1 give zeros."""
-        embeddings = self.network.apply(parameters, jnp.maximum(tokens, 0), dtype=activation_dtype(parameters))
+        with jax.named_scope(FROZEN_SCOPE) if self.frozen else contextlib.nullcontext():
+            embeddings = self.network.apply(parameters, jnp.maximum(tokens, 0), dtype=activation_dtype(parameters))
         return jnp.where(tokens[..., None] < 0, jnp.zeros((), embeddings.dtype), embeddings)

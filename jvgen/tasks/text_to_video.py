@@ -30,7 +30,7 @@ from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
 from jvgen.models.video_dit.flops import forward_flops
 from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn.embeddings import token_grid
-from jvgen.nn.network import Network, Parameters
+from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.layer_analysis import analyze_layers
@@ -193,7 +193,8 @@ class TextToVideo(Task):
 
     def encode(self, frozen: Parameters, video: jax.Array) -> jax.Array:
         """Posterior moments `B F H W 2C` of uint8 clips."""
-        return self.coder.encode(frozen["vae"], video)
+        with jax.named_scope(FROZEN_SCOPE):
+            return self.coder.encode(frozen["vae"], video)
 
     def decode(self, frozen: Parameters, latents: jax.Array) -> Clips:
         """Clips of normalized latents `B F H W C`."""

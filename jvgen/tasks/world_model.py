@@ -28,7 +28,7 @@ from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
 from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.models.ivideogpt.world import Prediction, World
-from jvgen.nn.network import Network, Parameters
+from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.parallel import axes
 from jvgen.storage import as_path
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
@@ -225,11 +225,12 @@ class WorldModelTask(Task):
         config, batch = self.config, self._ordered(batch)
         video = unit_from_uint8(batch["video"])
         layout = config.tokenizer.layout(video.shape[1])
-        tokens = layout.flatten(
-            *self.frozen_networks["tokenizer"].apply(
-                frozen["tokenizer"], video.astype(activation_dtype(frozen["tokenizer"])), method="tokenize"
+        with jax.named_scope(FROZEN_SCOPE):
+            tokens = layout.flatten(
+                *self.frozen_networks["tokenizer"].apply(
+                    frozen["tokenizer"], video.astype(activation_dtype(frozen["tokenizer"])), method="tokenize"
+                )
             )
-        )
         actions, rewards = (batch.get(name) for name in ("actions", "rewards"))
         # The action that leads to each future frame, and its reward. The released code learns the reward of the action
         # after the frame, and uses the prediction as that of the action before it.

@@ -312,6 +312,7 @@ class _Loop:
         session, bucket = self.session, pending.batch.bucket
         records = "\n".join(self._record_ids(pending.batch))
         devices = session.program.sharding.mesh.size
+        flops = throughput.trained_flops(session.program.task, session.flops[bucket])
         return {
             "step": pending.step,
             **values,
@@ -321,7 +322,7 @@ class _Loop:
             "seconds": seconds,
             "data_wait": min(1.0, pending.wait_seconds / seconds),
             "frames_per_second": bucket.batch_size * bucket.views * bucket.frames / seconds,
-            "mfu": throughput.utilization(session.flops[bucket], seconds, devices, session.peak_flops),
+            "mfu": throughput.utilization(flops, seconds, devices, session.peak_flops),
             "save_stall": self.save_stall,
             "host_rss_mib": throughput.host_rss_mib(),
             "storage_retries": storage.count_of_retries(),

@@ -57,7 +57,7 @@ def test_a_valid_run_on_a_described_pod_is_green(data, tmp_path):
     assert "of 15.75 GiB" in rows(page, "memory")[0]
     assert "below sharding.replicate_below" in rows(page, "replicated")[0]
     assert "2 kept and one more" in rows(page, "checkpoints")[0] and "GiB are free" in rows(page, "checkpoints")[0]
-    assert rows(page, "time")[0].startswith("6 steps take about 0 seconds at 40% MFU")
+    assert rows(page, "time")[0].startswith("6 steps take about 0 seconds assuming 30% MFU")
     assert str(page).startswith("toy on 2 x v5e:4x4") and str(page).endswith("all green")
 
 

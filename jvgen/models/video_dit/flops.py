@@ -9,7 +9,7 @@ from jvgen.nn.embeddings import token_grid
 def forward_flops(config: VideoDiTConfig, shape: tuple[int, int, int], text: int | None = None) -> dict[str, float]:
     """FLOPs of all matrix products for one clip; a backward pass takes twice as many.
 
-    Norms, softmax and other elementwise operations are not counted (about 1%). Padding is counted.
+    Norms, softmax and other elementwise operations are not counted (about 1%). Padding is not counted.
 
     Args:
       config: of the network.
@@ -22,7 +22,7 @@ def forward_flops(config: VideoDiTConfig, shape: tuple[int, int, int], text: int
     """
     text = config.text_length if text is None else text
     video = math.prod(token_grid(shape, config.patch_shape))
-    rows = math.ceil((text + video) / config.token_multiple) * config.token_multiple
+    rows = text + video
     width, condition = config.width, config.condition_width
     pixels = math.prod(config.patch_shape)
     timestep = 2 * condition * (width + condition)

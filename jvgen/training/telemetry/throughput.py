@@ -14,7 +14,7 @@ from jvgen.tasks.task import Task
 
 FORMULA = (
     "MFU = FLOPs of the step / (seconds x devices x bfloat16 peak per device), counting forward and backward passes of "
-    "trained networks and forward passes of frozen ones in the step, without recomputation"
+    "trained networks, without padding, recomputation and frozen networks"
 )
 
 
@@ -33,8 +33,14 @@ def step_flops(task: Task, bucket: BucketConfig) -> dict[str, float]:
     }
 
 
+def trained_flops(task: Task, flops: Mapping[str, float]) -> dict[str, float]:
+    """Of `step_flops`, the components of networks that are trained: what utilization counts."""
+    frozen = set(task.frozen_networks)
+    return {part: count for part, count in flops.items() if part.split("/")[0] not in frozen}
+
+
 def utilization(flops: Mapping[str, float], seconds: float, devices: int, peak: float | None) -> float | None:
-    """Model FLOPs utilization, a fraction; None if peak or FLOPs are unknown."""
+    """Model FLOPs utilization, a fraction, of FLOPs by component; None if peak or FLOPs are unknown."""
     total = sum(flops.values())
     return total / (seconds * devices * peak) if peak and total and seconds > 0 else None
 

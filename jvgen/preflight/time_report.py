@@ -1,0 +1,74 @@
+"""An estimate of a step's time as text: the step, where its time goes, what is sent, what was assumed."""
+
+from rich.console import Console
+from rich.table import Table
+
+from jvgen.parallel.pods import slice_of
+from jvgen.preflight.time_estimate import ASSUMED, UNKNOWN, Seconds, TimeEstimate
+
+GIB = 2**30
+
+
+def print_estimate(console: Console, found: TimeEstimate, topology: str) -> None:
+    """Print the estimate of one batch shape's step."""
+    times, (least, likely, most) = found.seconds, found.utilization
+    incomplete = "more than " if found.without_cycles else ""
+    utilization = f"{likely:.1%} ({least:.1%} to {most:.1%})"
+    console.print(f"estimate: {incomplete}{_range(times)} s per step, MFU {utilization}; not measured", markup=False)
+    console.print(_units(found, topology), markup=False)
+    if found.without_cycles:
+        console.print(
+            f"not in it: kernels {', '.join(found.without_cycles)}, whose instructions libtpu has not written "
+            "(`jvgen estimate` and `jvgen compile` ask for them before libtpu is loaded)",
+            markup=False,
+        )
+    console.print(_parts_table(found))
+    if found.traffic:
+        console.print(_traffic_table(found))
+    console.print(f"assumed: {ASSUMED}", markup=False)
+    console.print(f"not known: {UNKNOWN}", markup=False)
+
+
+def _units(found: TimeEstimate, topology: str) -> str:
+    chip, seconds = found.chip, found.seconds.likely
+    device = found.useful_flops / seconds if seconds else 0.0
+    cores = f"{chip.cores} TensorCores" if chip.cores > 1 else "one TensorCore"
+    per = f"a device is a chip of {cores}" if chip.devices == 1 else f"a chip is {chip.devices} devices of {cores}"
+    return (
+        f"useful: {found.useful_flops / 1e12:.1f} TFLOP per device and step, {device / 1e12:.0f} TFLOP/s per device, "
+        f"{device * chip.devices / 1e12:.0f} of {chip.peak_flops / 1e12:.0f} per chip; padding, recomputation and "
+        f"frozen networks ({found.frozen_flops / 1e12:.1f} TFLOP) are not counted; {per}; {slice_of(topology)}"
+    )
+
+
+def _range(times: Seconds) -> str:
+    return f"{times.likely:.3g} ({times.least:.3g} to {times.most:.3g})"
+
+
+def _parts_table(found: TimeEstimate) -> Table:
+    table = Table("part", "ms/step", "share", "least", "most", title="where the time goes", title_justify="left")
+    total = found.seconds
+    for name, times in found.parts.items():
+        if times.most >= 1e-4 * total.most:
+            table.add_row(name, *_cells(times, total.likely))
+    table.add_row("step", *_cells(total, total.likely))
+    return table
+
+
+def _cells(times: Seconds, total: float) -> tuple[str, ...]:
+    share = times.likely / total if total else 0.0
+    return f"{times.likely * 1e3:.1f}", f"{share:.1%}", f"{times.least * 1e3:.1f}", f"{times.most * 1e3:.1f}"
+
+
+def _traffic_table(found: TimeEstimate) -> Table:
+    columns = ("collective", "over", "ops/step", "GiB/step", "GB/s", "ms/step", "hidden ms")
+    table = Table(*columns, title="collectives per device, by mesh axis", title_justify="left")
+    longest = found.traffic[0].seconds.likely
+    for one in found.traffic:
+        if one.seconds.likely < 0.005 * longest:
+            continue
+        where = one.axes + (" (between slices)" if one.network else "") + (", frozen networks" if one.frozen else "")
+        milliseconds, rate = f"{one.seconds.likely * 1e3:.1f}", f"{one.rate / 1e9:.0f}"
+        sizes = str(one.count), f"{one.bytes / GIB:.2f}", rate, milliseconds
+        table.add_row(one.kind, where, *sizes, f"{one.hidden * 1e3:.1f}")
+    return table

@@ -1,0 +1,141 @@
+"""What a compiled program does: FLOPs, bytes and collectives of a small one for TPUs, against counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jvgen.nn.network import FROZEN_SCOPE
+from jvgen.parallel.mesh import MeshConfig
+from jvgen.preflight import hlo, program_cost, time_estimate, topology
+from jvgen.preflight.program_cost import Kind, Phase
+
+LAYERS, ROWS, WIDTH, DEVICES = 3, 4096, 512, 4
+# One product of all rows of a device with one matrix.
+PRODUCT = 2 * ROWS // DEVICES * WIDTH * WIDTH
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Mesh, module and operations of: a frozen product, then recomputed layers in a loop, weights split over fsdp."""
+    if not topology.has_compiler():
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+    pod, mesh = topology.describe_for(MeshConfig(fsdp=DEVICES), "v5e:2x2")
+    rows, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("fsdp", None), (None, None, "fsdp")))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def loss(weights, frozen, x):
+        with jax.named_scope(FROZEN_SCOPE):
+            x = jnp.tanh(jnp.dot(x, frozen))
+
+        @jax.checkpoint
+        def layer(x, weight):
+            weight = jax.lax.with_sharding_constraint(weight, whole)
+            return x + jax.nn.gelu(jnp.dot(x, weight)), None
+
+        x = jax.lax.with_sharding_constraint(jax.lax.scan(layer, x, weights)[0], rows)
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    def step(weights, frozen, x):
+        return weights - jax.grad(loss)(weights, frozen, x)
+
+    def array(*shape, place):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+
+    arguments = (
+        array(LAYERS, WIDTH, WIDTH, place=split),
+        array(WIDTH, WIDTH, place=whole),
+        array(ROWS, WIDTH, place=rows),
+    )
+    text = jax.jit(step, out_shardings=split).lower(*arguments).compile().as_text()
+    module = hlo.parse(text)
+    return pod, mesh, module, program_cost.operations(module)
+
+
+def test_flops_by_part_of_the_step(compiled):
+    *_, operations = compiled
+    flops = {phase: 0.0 for phase in Phase}
+    for one in operations:
+        flops[one.phase] += one.times * one.flops
+    assert flops[Phase.FROZEN] == PRODUCT
+    assert flops[Phase.FORWARD] == LAYERS * PRODUCT == flops[Phase.REMAT]
+    assert flops[Phase.BACKWARD] == 2 * LAYERS * PRODUCT  # of the layer's input and of the weight
+    assert flops[Phase.UPDATE] == 0
+
+
+def test_weights_are_gathered_and_gradients_scattered_in_every_layer(compiled):
+    _, mesh, _, operations = compiled
+    weight = 2 * WIDTH * WIDTH
+    gathers = [one for one in operations if one.sent and one.sent.kind == "all-gather"]
+    assert sum(one.times * one.sent.bytes for one in gathers) == 2 * LAYERS * weight  # forward and recomputed
+    assert {one.sent.group for one in gathers} == {(0, 1, 2, 3)}
+    reduced = [one for one in operations if one.sent and one.sent.kind in ("reduce-scatter", "all-reduce")]
+    assert sum(one.times * one.sent.bytes for one in reduced if one.sent.bytes > 4) == LAYERS * weight
+
+
+def test_bytes_are_those_of_slices_and_not_of_stacks(compiled):
+    """A layer reads its activations and one weight; all layers' weights and saved inputs are there in the loop."""
+    *_, operations = compiled
+    activation, weight = 2 * ROWS // DEVICES * WIDTH, 2 * WIDTH * WIDTH
+    assert max(one.bytes for one in operations) <= 4 * activation + 4 * weight
+    total = sum(one.times * one.bytes for one in operations if one.kind is not Kind.TRANSFER)
+    assert total <= LAYERS * (12 * activation + 12 * weight) + 8 * activation
+
+
+def test_time_of_the_step(compiled):
+    pod, mesh, _, operations = compiled
+    found = time_estimate.estimate(
+        operations, {}, pod.chip, mesh, useful_flops=3 * LAYERS * PRODUCT, frozen_flops=PRODUCT
+    )
+    products = sum(times.least for name, times in found.parts.items() if name.startswith("matrix"))
+    assert products >= 4 * LAYERS * PRODUCT / (time_estimate.PEAK_SHARE * pod.chip.peak_flops)
+    assert found.parts[Phase.FROZEN.value].least >= PRODUCT / pod.chip.peak_flops
+    (gathers,) = (one for one in found.traffic if one.kind == "all-gather")
+    assert gathers.axes == "fsdp" and not gathers.network and 0 <= gathers.hidden <= gathers.seconds.likely
+    seconds, (least, likely, most) = found.seconds, found.utilization
+    assert 0 < seconds.least < seconds.likely < seconds.most and 0 < least < likely < most < 1
+    assert likely == pytest.approx(3 * LAYERS * PRODUCT / (seconds.likely * 197e12))
+    assert found.program_flops == 5 * LAYERS * PRODUCT - LAYERS * PRODUCT + PRODUCT
+
+
+@pytest.mark.parametrize(
+    "operation, operands, attributes, flops",
+    [
+        ("dot", ("bf16[8,16]", "bf16[16,32]"), "lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 8 * 32 * 16),
+        ("convolution", ("bf16[8,16]", "bf16[16,32]"), "dim_labels=bf_io->bf", 2 * 8 * 32 * 16),
+        # 3 taps over 6 positions with padding: 2 + 4 * 3 + 2 meet input.
+        ("convolution", ("bf16[2,6,4]", "bf16[3,4,5]"), "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",
+         2 * 2 * 5 * 4 * 16),
+        # A batched product, as XLA writes it: 4 taps on a diagonal, one of which meets input for each output.
+        ("convolution", ("bf16[4,8,16]", "bf16[4,16,32]"),
+         "window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf", 2 * 4 * 8 * 32 * 16),
+    ],
+)  # fmt: skip
+def test_flops_of_products(operation, operands, attributes, flops):
+    result = {"bf16[8,16]": "bf16[8,32]", "bf16[2,6,4]": "bf16[2,6,5]", "bf16[4,8,16]": "bf16[4,8,32]"}[operands[0]]
+    text = f"""HloModule m
+
+ENTRY %main.1 (a: x) -> x {{
+  %a = {operands[0]}{{1,0}} parameter(0)
+  %b = {operands[1]}{{1,0}} parameter(1)
+  ROOT %c = {result}{{1,0}} {operation}(%a, %b), {attributes}
+}}
+"""
+    module = hlo.parse(text)
+    assert program_cost.product_flops(module, module.computations["main.1"]["c"]) == flops
+
+
+@pytest.mark.parametrize(
+    "source, phase",
+    [
+        ("jit(step)/jvp()/while/body/closed_call/dot_general", Phase.FORWARD),
+        ("jit(step)/jvp(frozen)/while/body/dot_general", Phase.FROZEN),
+        ("jit(step)/frozen/encoder/dot_general", Phase.FROZEN),
+        ("jit(step)/transpose(jvp())/checkpoint/rematted_computation/dot_general", Phase.REMAT),
+        ("jit(step)/transpose(jvp())/checkpoint/dot_general", Phase.BACKWARD),
+        ("jit(step)/add", Phase.UPDATE),
+        ("", Phase.UPDATE),
+    ],
+)
+def test_parts_of_a_step_by_name(source, phase):
+    assert program_cost.phase(source) is phase
