@@ -15,9 +15,10 @@ def add_commands(commands) -> None:
     parser = add_command(
         commands, "compile", "compile the training step for a TPU pod that this machine does not have",
         "jvgen compile configs/cogvideox_2b.py --topology v5p:4x4x8",
-        details="Prints memory per device against HBM, FLOPs by component, estimated time by part, what a process reads "
-        "and the largest collectives for every batch shape; exits with status 1 if one does not fit. A large network of "
-        "3-D convolutions can take the TPU compiler half an hour per batch shape. Needs the `tpu` extra, and no TPU.",
+        details="Prints memory per device against HBM, FLOPs by component, the estimated time by part, what a process "
+        "reads and the largest collectives for every batch shape; exits with status 1 if one does not fit. A large "
+        "network of 3-D convolutions can take the TPU compiler half an hour per batch shape. Needs the `tpu` extra, "
+        "and no TPU.",
         handler=run_compile,
     )  # fmt: skip
     _add_arguments(parser)

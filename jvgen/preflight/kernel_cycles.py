@@ -68,7 +68,7 @@ class Kernel:
 
 
 def read(module: Module, folder: str | Path) -> dict[str, Kernel]:
-    """The kernels of a compiled program, by the name of their instruction; those without files in `folder` are left out.
+    """The kernels of a compiled program, by the name of their instruction, without those that have no files.
 
     Args:
       module: the program.

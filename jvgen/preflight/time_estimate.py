@@ -7,8 +7,8 @@ Nothing is fitted to a measured time. What bounds each part:
 * copies and elementwise operations: bytes of main memory at 85% of the data sheet's bandwidth, at worst at half of it.
   XLA's estimated cycles are 2.5 to 5.8 times the time of these bytes (sum, GELU, transpose, sum of rows on v5p and
   v6e), so they are divided by these, for operations in VMEM;
-* collectives: bytes over links of the torus, as one ring; at best along all axes that the group spans, at worst along an
-  open line; a microsecond a hop. What is hidden behind other operations between start and end does not count.
+* collectives: bytes over links of the torus, as one ring; at best along all axes that the group spans, at worst along
+  an open line; a microsecond a hop. What is hidden behind other operations does not count.
 """
 
 import dataclasses

@@ -40,8 +40,8 @@ def subparsers(parser: argparse.ArgumentParser):
 
 PARSERS = {parser.prog: parser for parser in subparsers(cli.build_parser())}
 COMMANDS = (
-    "demo data config check compile estimate launch train sample evaluate analyze play plan encode decode export import "
-    "verify lpips"
+    "demo data config check compile estimate launch train sample evaluate analyze play plan encode decode export "
+    "import verify lpips"
 ).split()
 
 
