@@ -74,14 +74,20 @@ def read(module: Module, folder: str | Path) -> dict[str, Kernel]:
       module: the program.
       folder: where libtpu has written its files, see `jvgen.parallel.libtpu.dumping`.
     """
-    found = {}
+    calls = {}
     for inside in module.computations.values():
         for one in inside.values():
             call = _CALL.search(one.rest) if one.operation == "custom-call" else None
-            files = _files(folder, one.name) if call else None
-            if files is not None:
-                bundles = count(*files, copies=2 if "tokamax" in one.source else 1)
-                found[one.name] = Kernel(one.name, bundles, grid(base64.b64decode(call.group(1))))
+            if call is not None:
+                calls[one.name] = (one, call.group(1))
+    # libtpu compiles a kernel once that is called in several places, and writes it under the name of one of them.
+    by_code = {(one.result, body): files for one, body in calls.values() if (files := _files(folder, one.name))}
+    found = {}
+    for name, (one, body) in calls.items():
+        files = by_code.get((one.result, body))
+        if files is not None:
+            bundles = count(*files, copies=2 if "tokamax" in one.source else 1)
+            found[name] = Kernel(name, bundles, grid(base64.b64decode(body)))
     return found
 
 
@@ -115,14 +121,11 @@ def count(bundles_file: str, usage_file: str, copies: int = 1) -> Bundles:
       bundles_file, usage_file: of libtpu: final bundles, and the use of every unit by bundle.
       copies: copies of the body, with and without mask, of which one runs in each step.
     """
-    usage = [
-        [int(word) for word in line.split()]
-        for line in open(usage_file)
-        if re.fullmatch(r"\s*(\d+\s+){10}\d+\s*", line)
-    ]
+    counted = (line.split() for line in Path(usage_file).read_text().splitlines())
+    usage = [[int(word) for word in words] for words in counted if len(words) == len(UNITS) and words[0].isdigit()]
     slots, usage = usage[0], usage[1:]
     begun, regions, address = {}, [], 0
-    for line in open(bundles_file):
+    for line in Path(bundles_file).read_text().splitlines():
         if number := _ADDRESS.match(line):
             address = int(number.group(1), 0)
         for kind, name in re.findall(r"(Start|End) region (\d+)", line):

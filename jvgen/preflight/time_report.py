@@ -57,7 +57,11 @@ def _parts_table(found: TimeEstimate) -> Table:
 
 def _cells(times: Seconds, total: float) -> tuple[str, ...]:
     share = times.likely / total if total else 0.0
-    return f"{times.likely * 1e3:.1f}", f"{share:.1%}", f"{times.least * 1e3:.1f}", f"{times.most * 1e3:.1f}"
+    return _milliseconds(times.likely), f"{share:.1%}", _milliseconds(times.least), _milliseconds(times.most)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds >= 1e-3 or not seconds else f"{seconds * 1e3:.2g}"
 
 
 def _traffic_table(found: TimeEstimate) -> Table:
@@ -68,7 +72,7 @@ def _traffic_table(found: TimeEstimate) -> Table:
         if one.seconds.likely < 0.005 * longest:
             continue
         where = one.axes + (" (between slices)" if one.network else "") + (", frozen networks" if one.frozen else "")
-        milliseconds, rate = f"{one.seconds.likely * 1e3:.1f}", f"{one.rate / 1e9:.0f}"
+        milliseconds, rate = _milliseconds(one.seconds.likely), f"{one.rate / 1e9:.0f}"
         sizes = str(one.count), f"{one.bytes / GIB:.2f}", rate, milliseconds
-        table.add_row(one.kind, where, *sizes, f"{one.hidden * 1e3:.1f}")
+        table.add_row(one.kind, where, *sizes, _milliseconds(one.hidden))
     return table

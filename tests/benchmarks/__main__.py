@@ -28,6 +28,7 @@ ON_REQUEST = {
     "repvideo_tpu": "repvideo_tpu",
     "epipolar_tpu": "epipolar_tpu",
     "splash_tpu": "splash_tpu",
+    "wan_tpu": "wan_tpu",
     "cv_vae_memory": "cv_vae_memory",
 }
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from typing import Any
 
+from jvgen.preflight import kernel_cycles
 from tests.benchmarks.machine import Settings
 from tests.benchmarks.report import Result
 
@@ -61,30 +62,10 @@ def _compiled(chip: str, kind: str, folder: str) -> dict[str, Any]:
 
 
 def _bundles(folder: str, pattern: str, copies: int) -> int:
-    """Bundles of one grid step: the loop's body with the matrix products, and what is outside of all regions.
-
-    tokamax has two copies of the body, with and without mask; the one without runs for all but the last block of keys.
-    """
+    """Bundles of one grid step. tokamax has two copies of the body, of which the one without mask runs for most."""
     file = next(f for f in glob.glob(f"{folder}/*{pattern}*final_bundles.txt") if "schedule-analysis" not in f)
     usage = glob.glob(re.sub(r"-\d\d-final_bundles.txt$", "", file) + "*utilization.txt")[0]
-    lines = (line.split() for line in open(usage))
-    products = [int(words[0]) for words in lines if len(words) == 11 and words[0].isdigit()][1:]
-    begun, regions, address = {}, [], 0
-    for line in open(file):
-        if number := re.match(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:", line):
-            address = int(number.group(1), 0)
-        for kind, name in re.findall(r"(Start|End) region (\d+)", line):
-            if kind == "Start":
-                begun[name] = address
-            elif name in begun:
-                regions.append((begun.pop(name), address))
-    regions = [(first, last) for first, last in regions if last - first >= 100]
-    wanted = 0.9 * sum(products) / copies
-    first, last = min((r for r in regions if sum(products[r[0] : r[1] + 1]) > wanted), key=lambda r: r[1] - r[0])
-    # Regions beside the body run at the first or last step of a row only.
-    beside = [r for r in regions if r[1] < first or r[0] > last]
-    outer = [r for r in beside if not any(o != r and o[0] <= r[0] and r[1] <= o[1] for o in beside)]
-    return len(products) - sum(end - start for start, end in outer)
+    return kernel_cycles.count(file, usage, copies).step
 
 
 def _compile(chip: str, kind: str) -> None:
