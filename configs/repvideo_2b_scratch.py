@@ -2,8 +2,8 @@
 
 Should reach: nothing published. CogVideoX-2B was trained for 750,000 steps in such stages (arXiv 2408.06072, table
 7); what RepVideo's gates add from the start is not known.
-Chips: 256 of v5e (`v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e; each batch is about one clip of 17,776 tokens
-per 4 chips.
+Chips: 256 of v5e (`v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16x16`); each batch is about one
+clip of 17,776 tokens per 4 chips.
 Memory: not compiled; that of `cogvideox_2b.py` plus 2%.
 Time: 1.0, 0.7 and 1.3 s per step for images, short and long clips on v5p:4x4x8 (estimated at 30% MFU, not measured).
 Data: latents of CogVideoX's VAE at 256x384 and 480x720, two data sets of `jvgen data build latents`, and T5 v1.1 XXL.

@@ -27,7 +27,7 @@ class SliceShapes:
     counts_cores: bool = False
 
     def name_of(self, chips: int) -> str | None:
-        """What Cloud TPU calls a slice of so many chips: "v5p-256" for 128 chips of v5p."""
+        """What Cloud TPU calls a slice of so many chips: "v5p-256" for 128 chips (v5p:4x4x8)."""
         return self.cloud_name and self.cloud_name.format(chips * 2 if self.counts_cores else chips)
 
     @property

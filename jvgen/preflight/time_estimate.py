@@ -27,7 +27,7 @@ from jvgen.preflight.kernel_cycles import Kernel
 from jvgen.preflight.program_cost import Kind, Operation, Phase, Sent
 
 # Shares of the published rates that are reached at best.
-PEAK_SHARE, BANDWIDTH_SHARE, LEAST_BANDWIDTH_SHARE = 0.95, 0.85, 0.5
+PEAK_SHARE, BANDWIDTH_SHARE, SLOW_BANDWIDTH_SHARE = 0.95, 0.85, 0.5
 # XLA's estimate of operations that memory bounds, against the time of their bytes: between these.
 CYCLES_OVER_BYTES = (2.5, 5.8)
 HOP = 1e-6  # seconds until a message is at the neighbor
@@ -37,7 +37,7 @@ NETWORK = 6.25e9
 _SMALL_PRODUCT = 0.2
 ASSUMED = (
     f"copies and elementwise operations at {BANDWIDTH_SHARE:.0%} of the memory's bandwidth (at least "
-    f"{LEAST_BANDWIDTH_SHARE:.0%}), products between {PEAK_SHARE:.0%} of the peak and XLA's estimate, kernels by their "
+    f"{SLOW_BANDWIDTH_SHARE:.0%}), products between {PEAK_SHARE:.0%} of the peak and XLA's estimate, kernels by their "
     "bundles, collectives as one ring over the links of the torus"
 )
 UNKNOWN = (
@@ -183,7 +183,7 @@ def estimate(
 def _seconds(one: Operation, kernels: Mapping[str, Kernel], chip: Chip, links: "Links") -> Seconds:
     """Of one execution, as if nothing ran beside it."""
     bandwidth = chip.device_bandwidth
-    memory, slow = one.bytes / bandwidth / BANDWIDTH_SHARE, one.bytes / bandwidth / LEAST_BANDWIDTH_SHARE
+    memory, slow = one.bytes / bandwidth / BANDWIDTH_SHARE, one.bytes / bandwidth / SLOW_BANDWIDTH_SHARE
     if one.sent is not None:
         return links.seconds(one.sent)
     if one.kind is Kind.KERNEL:
