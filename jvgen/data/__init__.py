@@ -9,6 +9,7 @@ The names below are usable as `jvgen.data.NAME`; each is imported when it is fir
 from jvgen.lazy_names import lazy_names
 
 _MODULES = {
+    "aspect_buckets": "data.stream.aspect_buckets",
     "BucketConfig": "data.stream.config",
     "captions_of": "data.scenes.labels",
     "ClipSpec": "data.stream.plan",

@@ -26,6 +26,7 @@ from jvgen.storage import Path, absolute, is_remote
 from jvgen.training.checkpoint.initial import saved_steps
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.balance import TOLERANCE, step_costs
 from jvgen.training.program import Program
 from jvgen.training.state import size_of
 from jvgen.training.telemetry.throughput import peak_flops
@@ -123,6 +124,8 @@ def examine(
         rows += [_open_files(found.loader)]
     if program is not None:
         rows += [_checkpoints(program, workdir), _time(program, target)]
+        if len(set(experiment.data.buckets)) > 1:
+            rows.append(_balance(program))
     where = "attached devices" if topology_name is None else f"{f'{slices} x ' * (slices > 1)}{topology_name}"
     return Page(f"{experiment.name} on {where}", tuple(rows))
 
@@ -314,6 +317,17 @@ def _time(program: Program, target: _Devices) -> Row:
     steps = program.experiment.training.steps
     text = f"{steps} steps take about {_duration(total)} {ASSUMED_BASIS} ({total / steps:.3g} s/step)"
     return Row("time", True, f"{text}, without evaluation, saves and restarts")
+
+
+def _balance(program: Program) -> Row:
+    costs = step_costs(program.task, tuple(dict.fromkeys(program.experiment.data.buckets)))
+    if not costs:
+        return Row("step times", True, "unknown: the FLOPs of the step are not known")
+    relative = [cost.relative for cost in costs]
+    text = f"{min(relative):.2f} to {max(relative):.2f} of their mean by FLOPs: {'; '.join(map(str, costs))}"
+    if max(relative) - 1 > TOLERANCE or 1 - min(relative) > TOLERANCE:
+        text += "; `balanced_buckets` chooses batch sizes by which they are alike"
+    return Row("step times", True, text)
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -389,6 +390,10 @@ class MultiView(TextToVideo):
         )  # fmt: skip
         made = self.decode(frozen, generated)
         return {**shown, "sample": Clips(made.pixels, finite._replace(pixels=made.finite).all())}
+
+    def sequence_length(self, bucket: BucketConfig) -> int:
+        shape = self.config.latent_shape(view_batches.clip_frames(bucket), bucket.height, bucket.width)
+        return view_batches.views_of(bucket) * math.prod(token_grid(shape, self.config.denoiser.patch_shape))
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         views, size = view_batches.views_of(bucket), (view_batches.clip_frames(bucket), bucket.height, bucket.width)

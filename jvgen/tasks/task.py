@@ -379,6 +379,10 @@ class Task(abc.ABC):
         """Additional text files of an export by relative path (a scheduler's configuration, for instance)."""
         return {}
 
+    def sequence_length(self, bucket: BucketConfig) -> int:
+        """Tokens of one example in the network that is trained; 0 for networks without a sequence of tokens."""
+        return 0
+
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         """Forward FLOPs of one example in a training step, by component; the backward pass counts twice as many.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -343,6 +344,10 @@ class TextToVideo(Task):
             schedulers.Scheduler(config.schedule, config.objective.target, config.sampler)
         )
         return {"scheduler/scheduler_config.json": json.dumps(scheduler, indent=2) + "\n"} if scheduler else {}
+
+    def sequence_length(self, bucket: BucketConfig) -> int:
+        shape = self.config.latent_shape(bucket.frames, bucket.height, bucket.width)
+        return math.prod(token_grid(shape, self.config.denoiser.patch_shape))
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         shape = self.config.latent_shape(bucket.frames, bucket.height, bucket.width)

@@ -79,6 +79,8 @@ class BucketConfig(Config):
       strides: frame strides to draw from; a clip of F frames spans (F-1)*stride+1 recorded frames.
       frames_per_second: take frames at this rate instead, by their times in the recording: at any recorded rate, also
         a variable one. Recordings that are slower do not fit. `strides` must be 1, and strides of sources do not count.
+      aspects: take only records whose width over height is at least the first number and below the second; none for
+        all. `jvgen.data.aspect_buckets` sets them.
       kinds: record kinds that may fill the bucket.
       weight: share of the steps, relative to the other active buckets.
       segment: draw the frames from a longer window; none for every frame of the window.
@@ -100,6 +102,7 @@ class BucketConfig(Config):
     start_step: Step = 0
     end_step: Step | None = None
     frames_per_second: Annotated[float, Bounds(above=0, at_most=1000)] | None = None
+    aspects: tuple[Annotated[float, Bounds(at_least=0)], Annotated[float, Bounds(above=0)]] | None = None
 
     @property
     def horizon(self) -> int:
@@ -123,6 +126,8 @@ class BucketConfig(Config):
             )
         if self.segment is not None:
             self.segment.check(self.frames)
+        if self.aspects is not None and self.aspects[0] >= self.aspects[1]:
+            raise ValueError(f"aspects = {self.aspects}: from a ratio up to a larger one, such as 1.0,1.5.")
         if self.frames_per_second is not None and (self.strides != (1,) or self.segment is not None):
             raise ValueError(
                 f"frames_per_second = {self.frames_per_second}, strides = {self.strides}: frames are taken either at a "

@@ -25,6 +25,8 @@ from jvgen.data.stream.stages import BucketSchedule
 VERSION = 1
 # Fields of a bucket that digests contain under their names of version 0.1.0.
 _DIGEST_NAMES = {"start_step": "begins", "end_step": "ends"}
+# Fields of a bucket that 0.1.0 or earlier versions did not have, and what they are when they are not used.
+_UNUSED = {"segment": None, "begins": 0, "ends": None, "frames_per_second": None, "aspects": None}
 _CAPTIONS = 0x63617074696F6E73  # tells the numbers of captions from those of clips
 
 
@@ -361,7 +363,7 @@ class Plan:
         for chosen, hashed in zip(filters, sources, strict=True):
             hashed |= {"rows": chosen.rows_digest} if chosen.rows_digest is not None else {}
         for hashed in buckets:
-            for name, unused in (("segment", None), ("begins", 0), ("ends", None), ("frames_per_second", None)):
+            for name, unused in _UNUSED.items():
                 if hashed[name] == unused:
                     del hashed[name]
         if config.augmentation is not None:

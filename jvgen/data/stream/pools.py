@@ -116,6 +116,10 @@ def _rules(
         other_size = (index.height != bucket.height) | (index.width != bucket.width)
         yield "with cached latents of another size, which cannot be cropped", cached & other_size
         yield "with cached latents, of which no segment can be cut", cached & (bucket.segment is not None)
+    if bucket.aspects is not None:
+        ratio = index.width / index.height
+        outside = (ratio < bucket.aspects[0]) | (ratio >= bucket.aspects[1])
+        yield f"with another aspect ratio than {bucket.aspects[0]:.3g}..{bucket.aspects[1]:.3g}", outside
     if not config.upscale:
         small = (index.height < bucket.height) | (index.width < bucket.width)
         yield f"smaller than {bucket.height}x{bucket.width} (upscale = True takes them)", small

@@ -1,0 +1,113 @@
+"""Buckets of many sizes from one line: each record goes to those of its own aspect, and all steps take as long."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jvgen.config import ConfigError
+from jvgen.data import aspect_buckets
+from jvgen.data.store.index import Index
+from jvgen.data.store.records import Record
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.plan import Plan
+from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.tasks.image_vae import ImageVAETaskConfig
+from jvgen.tasks.text_to_video import TextToVideoConfig
+from jvgen.training.optimization import balance
+from jvgen.training.optimization.balance import balanced_buckets, step_costs
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_text_to_video import CONFIG  # noqa: E402
+
+
+def test_sizes():
+    buckets = aspect_buckets(
+        resolutions=(256,), aspects=("16:9", "1:1", "9:16"), frames=(1, 17), frames_per_second=8.0, weight=3.0
+    )
+    assert {(b.height, b.width) for b in buckets} == {(192, 336), (256, 256), (336, 192)}
+    assert all(abs(b.height * b.width / 256**2 - 1) < 0.05 for b in buckets)
+    assert [b.frames for b in buckets] == [1, 17] * 3 and {b.weight for b in buckets} == {0.5}
+    assert {b.frames_per_second for b in buckets} == {8.0}
+    borders = sorted({b.aspects for b in buckets})
+    assert borders[0][0] == 0 and borders[1] == pytest.approx((0.75, 1.3333), abs=1e-3)
+    assert all(low[1] == high[0] for low, high in zip(borders, borders[1:], strict=False))
+    many = aspect_buckets(resolutions=(256, 480, 720), multiple=32, frames=(1,))
+    assert all(b.height % 32 == b.width % 32 == 0 for b in many) and len(many) == 15
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aspects": ("16/9",)}, "aspect '16/9': width to height, such as '16:9'"),
+        ({"aspects": ("16:0",)}, "aspect '16:0'"),
+        ({"aspects": ()}, "at least one of resolutions, aspects"),
+        ({"aspects": ("16:9", "15:9"), "multiple": 64}, "two of the aspects 16:9, 15:9 have the size 192x320"),
+    ],
+)
+def test_bad_aspects(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        aspect_buckets(**{"resolutions": (256,), "frames": (1,), **changes})
+
+
+def test_records_go_to_their_own_aspect():
+    sizes = [(720, 1280), (1280, 720), (512, 512), (500, 640), (544, 960), (600, 500)]
+    records = [
+        Record(id=f"{h}x{w}", kind="image", clips=(b"x",), height=h, width=w) for h, w in sizes for _ in range(2)
+    ]
+    index = Index.of((record.replace(id=f"{record.id}-{n}"), n) for n, record in enumerate(records))
+    buckets = aspect_buckets(resolutions=(256,), aspects=("16:9", "1:1", "9:16"), frames=(1,))
+    plan = Plan(DataConfig(sources=(SourceConfig(path="x"),), buckets=buckets), [index], seed=0)
+    seen: dict[str, set[str]] = {}
+    for step in range(60):
+        planned = plan.at(step)
+        seen.setdefault(planned.bucket.name, set()).update(index.id[int(row)].split("-")[0] for row in planned.row)
+    assert seen == {
+        "1x1x192x336": {"720x1280", "544x960"},
+        "1x1x336x192": {"1280x720"},
+        "1x1x256x256": {"512x512", "600x500", "500x640"},
+    }
+    wide = DataConfig(sources=(SourceConfig(path="x"),), buckets=(buckets[0].replace(aspects=(5.0, 6.0)),))
+    with pytest.raises(ValueError, match=r"another aspect ratio than 5\.\.6"):
+        Plan(wide, [index], seed=0)
+    with pytest.raises(ValueError, match="from a ratio up to a larger one"):
+        buckets[0].replace(aspects=(2.0, 1.0)).validate()
+
+
+@pytest.fixture(scope="module")
+def task() -> TextToVideoConfig:
+    return CONFIG
+
+
+BUCKETS = tuple(
+    BucketConfig(frames=frames, height=height, width=width, batch_size=1)
+    for frames in (1, 5)
+    for height, width in ((32, 32), (16, 64), (32, 64))
+)
+
+
+def test_all_steps_take_about_the_same_time(task):
+    buckets = balanced_buckets(task, BUCKETS, tokens_per_step=20_000, multiple_of=8)
+    built = task.build()
+    costs = step_costs(built, buckets)
+    assert all(bucket.batch_size % 8 == 0 for bucket in buckets)
+    assert all(abs(cost.relative - 1) <= balance.TOLERANCE for cost in costs)
+    assert np.mean([cost.relative for cost in costs]) == pytest.approx(1)
+    longest = max(costs, key=lambda cost: built.sequence_length(cost.bucket))
+    assert abs(longest.tokens / 20_000 - 1) < 0.1
+    assert "1x5x32x64 (batch" in str(longest) and "tokens): " in str(longest)
+
+
+def test_steps_that_cannot_be_alike(task):
+    buckets = (*BUCKETS, BUCKETS[-1].replace(width=48))
+    message = r"more than 10% from their mean:\n(.|\n)*1x5x32x48: batch 128(.|\n)*Use tokens_per_step = "
+    with pytest.raises(ConfigError, match=message) as error:
+        balanced_buckets(task, buckets, tokens_per_step=100, multiple_of=64)
+    enough = int(str(error.value).split("Use tokens_per_step = ")[1].split(" ")[0].replace(",", ""))
+    assert balanced_buckets(task, buckets, tokens_per_step=enough, multiple_of=64)
+
+
+def test_networks_without_tokens():
+    with pytest.raises(ConfigError, match="ImageVAETaskConfig does not say how many tokens"):
+        balanced_buckets(ImageVAETaskConfig(network=ImageVAEConfig.tiny()), BUCKETS[:1], tokens_per_step=100)
