@@ -23,10 +23,10 @@ from jvgen.preflight.ahead_of_time import compile_bucket
 from jvgen.preflight.check import Inspection, inspect_run, kernels
 from jvgen.preflight.estimate import ASSUMED_BASIS, amount, lower_bound, reading, replicated, step_seconds
 from jvgen.storage import Path, absolute, is_remote
+from jvgen.training.balance import TOLERANCE, step_costs
 from jvgen.training.checkpoint.initial import saved_steps
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.experiment import Experiment
-from jvgen.training.optimization.balance import TOLERANCE, step_costs
 from jvgen.training.program import Program
 from jvgen.training.state import size_of
 from jvgen.training.telemetry.throughput import peak_flops

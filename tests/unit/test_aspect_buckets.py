@@ -15,8 +15,8 @@ from jvgen.data.stream.plan import Plan
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.optimization import balance
-from jvgen.training.optimization.balance import balanced_buckets, step_costs
+from jvgen.training import balance
+from jvgen.training.balance import balanced_buckets, step_costs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_text_to_video import CONFIG  # noqa: E402
