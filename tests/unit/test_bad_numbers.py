@@ -72,7 +72,8 @@ SENSIBLE = {
         TrainingConfig.peak_flops TrainingConfig.profile_steps VideoDiTConfig.offset_width VideoDiTConfig.temporal_patch
     """,
     "1,2": """
-        AugmentationConfig.crop_area AugmentationConfig.crop_ratio BucketConfig.aspects BucketConfig.strides CVDCheckpointConfig.channels
+        AugmentationConfig.crop_area AugmentationConfig.crop_ratio BucketConfig.aspects
+        BucketConfig.strides CVDCheckpointConfig.channels
         CVVAEConfig.time_levels_down CVVAEConfig.time_levels_up EnhanceConfig.layers
         PlannerConfig.standard_deviation SceneConfig.objects
         TrainingConfig.profile_steps
