@@ -36,7 +36,7 @@ HOMES = {
     "EmaConfig": "jvgen.training.optimization.ema",
     "EnhanceConfig": "jvgen.models.video_dit.enhance",
     "Experiment": "jvgen.training.experiment",
-    "FilterConfig": "jvgen.data.builders.build_loop",
+    "FilterConfig": "jvgen.data.builders.jobs",
     "FrameTransformerConfig": "jvgen.models.ivideogpt.config",
     "GuidanceConfig": "jvgen.diffusion.guidance",
     "HomographyConfig": "jvgen.data.stream.pairs",

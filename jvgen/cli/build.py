@@ -5,7 +5,7 @@ import json
 
 from jvgen.cli.arguments import Handler, add_command, add_set_argument, frame_size, number
 from jvgen.terminal import progress_bar
-from jvgen.value_rules import Count, CountOrZero, Fraction, Frames, Pixels, Records, Seed, Workers
+from jvgen.value_rules import Count, CountOrZero, Fraction, FrameRate, Frames, Pixels, Records, Seed, Workers
 
 
 def add_builders(origins) -> None:
@@ -26,7 +26,43 @@ def add_builder(origins, name: str, summary: str, example: str, handler: Handler
     parser = add_command(origins, name, summary, command, details=details, handler=handler)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the new data set")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that exists in that folder")
+    parser.add_argument(
+        "--append", action="store_true", help="add what is new to the data set in that folder, which keeps what it has"
+    )
+    parser.add_argument(
+        "--part", type=part, default=(1, 1), metavar="I/N",
+        help="build only the I-th of N parts, into DIR.part-I-of-N; `jvgen data merge` makes a data set of all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--restart", action="store_true", help="remove what an unfinished build has left instead of going on with it"
+    )
+    parser.add_argument(
+        "--engine", choices=["local", "ray"], default="local",
+        help="where records are made: on this machine, or on the machines of a Ray cluster, which see the same paths",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray-address", metavar="HOST:PORT", help="the Ray cluster; if omitted, the one that this machine belongs to"
+    )
     return parser
+
+
+def part(text: str) -> tuple[int, int]:
+    """`I/N` as numbers, for argparse."""
+    number_of, separator, of = text.partition("/")
+    if not (separator and number_of.isdecimal() and of.isdecimal() and 1 <= int(number_of) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with 1 <= I <= N, for example 3/64")
+    return int(number_of), int(of)
+
+
+def execution_of(parsed: argparse.Namespace):
+    """The `Execution` of the arguments that all builders have."""
+    from jvgen.data.builders.build_loop import Execution
+
+    number_of, of = parsed.part
+    return Execution(
+        part=number_of, parts=of, engine=parsed.engine, address=parsed.ray_address, restart=parsed.restart,
+        append=parsed.append,
+    )  # fmt: skip
 
 
 def add_captions(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +114,17 @@ def add_transcoding(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_resampling(parser: argparse.ArgumentParser) -> None:
+    """Add `--fps` and `--scenes`."""
+    parser.add_argument(
+        "--fps", type=number(FrameRate), metavar="RATE",
+        help="resample clips to this many frames per second, by the times of their frames; slower clips are left out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scenes", choices=["keep", "cut"], default="keep", help="cut: split videos at cuts into a record per scene"
+    )
+
+
 # Scenes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +154,7 @@ def run_scenes(parsed: argparse.Namespace) -> int:
     with progress_bar("rendering", "scenes") as report:
         summary = build_scenes(
             parsed.out, config, train=parsed.train, validation=parsed.validation, seed=parsed.seed,
-            workers=parsed.workers, overwrite=parsed.overwrite, progress=report,
+            workers=parsed.workers, overwrite=parsed.overwrite, progress=report, execution=execution_of(parsed),
         )  # fmt: skip
     print(summary)
     return 0
@@ -148,7 +195,7 @@ def run_environment(parsed: argparse.Namespace) -> int:
     with progress_bar("recording", "episodes") as report:
         summary = record_environment(
             parsed.env, parsed.out, config, train=parsed.train, validation=parsed.validation, seed=parsed.seed,
-            workers=parsed.workers, overwrite=parsed.overwrite, progress=report,
+            workers=parsed.workers, overwrite=parsed.overwrite, progress=report, execution=execution_of(parsed),
         )  # fmt: skip
     print(summary)
     return 0
@@ -186,6 +233,7 @@ def _add_media(origins, name: str, summary: str) -> None:
         )  # fmt: skip
         add_min_frames(parser)
         add_transcoding(parser)
+        add_resampling(parser)
 
 
 def run_media(parsed: argparse.Namespace) -> int:
@@ -203,13 +251,14 @@ def run_media(parsed: argparse.Namespace) -> int:
     shared = {
         "captions": parsed.captions, "captions_optional": parsed.captions_optional, "filters": filters,
         "validation": parsed.validation_fraction, "error_budget": parsed.error_budget,
-        "workers": parsed.workers, "overwrite": parsed.overwrite,
+        "workers": parsed.workers, "overwrite": parsed.overwrite, "execution": execution_of(parsed),
     }  # fmt: skip
     with progress_bar(f"reading {parsed.origin}", "files") as report:
         if videos:
             summary = build_videos(
                 parsed.folder, parsed.out, kind=parsed.kind, shorter_side=parsed.shorter_side,
-                keyframe_every=parsed.keyframe_interval, progress=report, **shared,
+                keyframe_every=parsed.keyframe_interval, frames_per_second=parsed.fps, scenes=parsed.scenes,
+                progress=report, **shared,
             )  # fmt: skip
         else:
             summary = build_images(parsed.folder, parsed.out, progress=report, **shared)
@@ -260,6 +309,7 @@ def run_latents(parsed: argparse.Namespace) -> int:
             parsed.source, parsed.out, encoder, encoder_digest=content_digest(parsed.vae), height=height,
             width=width, frames=parsed.frames, stride=parsed.stride, group=encoder.frames_per_latent,
             keep_clips=parsed.keep_clips, overwrite=parsed.overwrite, progress=report,
+            execution=execution_of(parsed),
         )  # fmt: skip
     statistics = encoder.statistics()
     print(summary)

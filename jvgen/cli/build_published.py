@@ -7,9 +7,11 @@ from jvgen.cli.build import (
     add_builder,
     add_error_budget,
     add_min_frames,
+    add_resampling,
     add_transcoding,
     add_validation_fraction,
     add_workers,
+    execution_of,
 )
 from jvgen.terminal import progress_bar
 from jvgen.value_rules import Count, FrameRate, Quality, Records
@@ -81,7 +83,7 @@ def run_robot_episodes(parsed: argparse.Namespace) -> int:
         summary = build_robot_episodes(
             parsed.folder, parsed.out, options, validation=parsed.validation_fraction, min_frames=parsed.min_frames,
             error_budget=parsed.error_budget, workers=parsed.workers, overwrite=parsed.overwrite,
-            progress=report,
+            progress=report, execution=execution_of(parsed),
         )  # fmt: skip
     print(summary)
     return 0
@@ -112,6 +114,7 @@ def _add_webvid(origins) -> None:
     parser.add_argument("table", metavar="TABLE", help=".csv table with the columns videoid and name (the caption)")
     parser.add_argument("--videos", required=True, metavar="DIR", help="folder with VIDEOID.mp4 files, at any depth")
     _add_clip_arguments(parser, error_budget=0.0)
+    add_resampling(parser)
 
 
 def _add_clip_arguments(parser: argparse.ArgumentParser, error_budget: float) -> None:
@@ -129,6 +132,7 @@ def _clip_settings(parsed: argparse.Namespace) -> dict:
         "shorter_side": parsed.shorter_side, "keyframe_every": parsed.keyframe_interval,
         "filters": FilterConfig(min_frames=parsed.min_frames), "validation": parsed.validation_fraction,
         "error_budget": parsed.error_budget, "workers": parsed.workers, "overwrite": parsed.overwrite,
+        "execution": execution_of(parsed),
     }  # fmt: skip
 
 
@@ -150,7 +154,10 @@ def run_webvid(parsed: argparse.Namespace) -> int:
     from jvgen.data.builders.webvid import build_webvid
 
     with progress_bar("reading videos", "files") as report:
-        summary = build_webvid(parsed.table, parsed.videos, parsed.out, progress=report, **_clip_settings(parsed))
+        summary = build_webvid(
+            parsed.table, parsed.videos, parsed.out, frames_per_second=parsed.fps, scenes=parsed.scenes,
+            progress=report, **_clip_settings(parsed),
+        )  # fmt: skip
     print(summary)
     return 0
 
@@ -183,7 +190,7 @@ def run_tfds(parsed: argparse.Namespace) -> int:
         summary = build_tfds_images(
             parsed.name, parsed.out, train_split=parsed.train_split, validation_split=parsed.validation_split,
             image_key=parsed.image_key, caption_key=parsed.caption_key, data_dir=parsed.data_dir, limit=parsed.limit,
-            overwrite=parsed.overwrite, progress=report,
+            overwrite=parsed.overwrite, progress=report, execution=execution_of(parsed),
         )  # fmt: skip
     print(summary)
     return 0

@@ -1,7 +1,7 @@
 """Clips encoded again: smaller, with other keyframes, at another frame rate, cut into parts."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -23,8 +23,6 @@ def transcode(
     keyframe_every: int | None = None,
     quality: int = 18,
     frames_per_second: float | None = None,
-    start: int = 0,
-    stop: int | None = None,
 ) -> bytes:
     """Re-encode a clip as H.264 in mp4, with few frames in memory at once.
 
@@ -35,31 +33,54 @@ def transcode(
       keyframe_every, quality: as in `encode_video`.
       frames_per_second: of the new clip. At each of its times it has the frame that is shown then, by the times of the
         frames. None keeps all frames, with their own times where the rate varies.
-      start, stop: numbers of the first frame and of the one after the last, of the clip; by default all.
 
     Raises:
       SlowerThanAsked: fewer frames per second than `frames_per_second`.
       DecodeError: as `decode_window`, or no frame rate.
     """
+    [whole] = transcode_parts(
+        clip, [], shorter_side=shorter_side, keyframe_every=keyframe_every, quality=quality,
+        frames_per_second=frames_per_second,
+    )  # fmt: skip
+    return whole
+
+
+def transcode_parts(
+    clip: bytes,
+    cuts: Sequence[int],
+    *,
+    shorter_side: int | None = None,
+    keyframe_every: int | None = None,
+    quality: int = 18,
+    frames_per_second: float | None = None,
+) -> list[bytes]:
+    """As `transcode`, in several clips that begin at frame 0 and at each of `cuts`, which increase."""
     info = probe(clip)
     if info.frames_per_second <= 0:
         raise DecodeError("has no frame rate")
-    count = (info.frames if stop is None else stop) - start
-    seconds = _seconds(info)[start : start + count]
-    seconds = seconds - seconds[0]
-    # A frame is also shown for a while; the last one for as long as most.
-    step = float(np.median(np.diff(seconds))) if count > 1 else 1 / info.frames_per_second
-    frames = itertools.islice((pixels for pixels, _ in timed_frames(clip)), start, start + count)
+    frames = (pixels for pixels, _ in timed_frames(clip))
     size = _even_size(info, shorter_side)
     resized = (cv2.resize(p, size, interpolation=cv2.INTER_AREA) if p.shape[1::-1] != size else p for p in frames)
-    rate, times = info.frames_per_second, None
-    if frames_per_second is not None:
-        if step > 1.01 / frames_per_second:
-            raise SlowerThanAsked(f"has {1 / step:.4g} frames a second, fewer than {frames_per_second:g}")
-        resized, rate = _repeated(resized, shown_at(seconds, step, frames_per_second)), frames_per_second
-    elif not info.has_constant_rate:
-        times = seconds
-    return encode_stream(resized, rate, times=times, quality=quality, keyframe_every=keyframe_every)
+    seconds = _seconds(info)
+    # A frame is also shown for a while; the last one for as long as most.
+    step = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 1 / info.frames_per_second
+    if frames_per_second is not None and step > 1.01 / frames_per_second:
+        raise SlowerThanAsked(f"has {1 / step:.4g} frames a second, fewer than {frames_per_second:g}")
+    parts = []
+    for start, stop in itertools.pairwise([0, *cuts, info.frames]):
+        shown = seconds[start:stop] - seconds[start]
+        mine = itertools.islice(resized, stop - start)
+        chosen: Iterable[np.ndarray] = mine
+        rate, times = info.frames_per_second, None
+        if frames_per_second is not None:
+            until = step if stop == info.frames else seconds[stop] - seconds[stop - 1]
+            chosen, rate = _repeated(mine, shown_at(shown, until, frames_per_second)), frames_per_second
+        elif not info.has_constant_rate:
+            times = shown
+        parts.append(encode_stream(chosen, rate, times=times, quality=quality, keyframe_every=keyframe_every))
+        for _ in mine:
+            pass  # frames at the end that the new rate leaves out
+    return parts
 
 
 def shown_at(seconds: np.ndarray, step: float, frames_per_second: float) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jvgen.config import Config, ConfigError
 from jvgen.control.environments import open_environment
-from jvgen.data.builders.build_loop import BuildJob, Progress, Summary, build_dataset
+from jvgen.data.builders.build_loop import BuildJob, Execution, Progress, Summary, build_dataset
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import encode_video
 from jvgen.storage import Path
@@ -48,6 +48,7 @@ def record_environment(
     workers: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Record episodes; episode i is a function of (seed, i) alone.
 
@@ -58,7 +59,7 @@ def record_environment(
       train, validation: episodes of each split.
       seed: of all episodes.
       workers: processes, each with an environment of its own.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
+      overwrite, progress, execution: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
       ConfigError: no such environment, or one without an expert.
@@ -93,6 +94,7 @@ def record_environment(
         processes=workers > 1,
         overwrite=overwrite,
         progress=progress,
+        execution=execution,
     )
 
 

@@ -226,7 +226,7 @@ def test_corrupt_shards_are_reported(rlds, tmp_path):
     shard = rlds / "toy-train.tfrecord-00000-of-00001"
     shard.write_bytes(shard.read_bytes()[:-300])
     (rlds / "toy-val.tfrecord-00000-of-00001").write_bytes(as_tfrecord([b"not an example"]))
-    with pytest.raises(BuildError, match="2 of 4 files(.|\n)*truncated: the file ends within(.|\n)*not an example"):
+    with pytest.raises(BuildError, match="2 of 4 files(.|\n)*not an example(.|\n)*truncated: the file ends within"):
         build_robot_episodes(rlds, tmp_path / "data", workers=1)
     shard.write_bytes(as_tfrecord([b""]))
     with pytest.raises(DecodeError, match="has no steps"):

@@ -1,79 +1,104 @@
-"""The loop behind every build: make records in parallel, filter and write them in order, and log the rejected ones."""
+"""Builds data sets: jobs in parallel, here or on an engine, in units that survive kills and that parts are made of."""
 
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
-import hashlib
-import itertools
 import json
-import multiprocessing
-import os
+import re
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path as LocalPath
+from typing import Any, Literal
 
 from jvgen import storage
-from jvgen.config import Config, ConfigError
-from jvgen.data.store.records import KINDS, Record
-from jvgen.data.store.writer import Writer
-from jvgen.data.video_files import DecodeError
-from jvgen.storage import Path
-from jvgen.value_rules import CountOrZero
+from jvgen.data.builders.build_folder import (
+    BuildInfo,
+    checked_parts,
+    finished,
+    identity_of,
+    is_worth_keeping,
+    linked,
+    local_or_raise,
+    of_part,
+    opened,
+    part_folder,
+    remove,
+)
+from jvgen.data.builders.jobs import (
+    BuildError,
+    BuildJob,
+    FilterConfig,
+    Made,
+    Rejected,
+    assign_splits,
+    available_cpus,
+)
+from jvgen.data.builders.units import Done, Unit, Work, forget, jobs_per_unit, units_of, write_unit
+from jvgen.data.builders.workers import in_order
+from jvgen.data.store import dataset_info
+from jvgen.data.store.publish import append, publish
+from jvgen.data.store.records import Record
+from jvgen.data.store.shard_writer import rows_path
+from jvgen.data.store.sources import read_metadata
+from jvgen.data.store.writer import SHARD_BYTES
+from jvgen.storage import Path, absolute, is_remote, remove_tree, upload_folder
+
+__all__ = [
+    "BuildError",
+    "BuildJob",
+    "FEW_JOBS",
+    "Execution",
+    "FilterConfig",
+    "Made",
+    "Progress",
+    "Rejected",
+    "Summary",
+    "append_parts",
+    "assign_splits",
+    "available_cpus",
+    "build_dataset",
+    "merge_parts",
+]
 
 Progress = Callable[[int, int], None]
-_CHUNKS_IN_FLIGHT = 4  # per worker
-_CHUNK = 8  # jobs sent to a process at once
-_REJECTED_LOG = "refused.jsonl"  # beside the data set
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FilterConfig(Config):
-    """Which records a build keeps. Evaluated at build time, so that training never skips a record.
-
-    Attributes:
-      min_frames: reject shorter clips (does not apply to images).
-      min_height, min_width: reject smaller records, in pixels.
-      caption_required: reject records without a caption.
-      kinds: keep only these kinds; empty for all.
-    """
-
-    min_frames: CountOrZero = 1
-    min_height: CountOrZero = 1
-    min_width: CountOrZero = 1
-    caption_required: bool = False
-    kinds: tuple[str, ...] = ()
-
-    def validate(self) -> None:
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
-        if unknown:
-            raise ValueError(f"kinds = {self.kinds}: each one of {', '.join(KINDS)}.")
-
-    def rejects(self, record: Record) -> str | None:
-        """Why a record is rejected, or None."""
-        if self.kinds and record.kind not in self.kinds:
-            return f"kind {record.kind} is not one of {', '.join(self.kinds)}"
-        if record.kind != "image" and record.frames < self.min_frames:
-            return f"{record.frames} frames, fewer than {self.min_frames}"
-        if record.height < self.min_height or record.width < self.min_width:
-            return f"{record.width}x{record.height}, smaller than {self.min_width}x{self.min_height}"
-        if self.caption_required and not record.captions:
-            return "has no caption"
-        return None
+REJECTED_LOG = "refused.jsonl"  # beside the data set
+_SHOWN = 10  # rows of a table of reasons
+# Fewer jobs are done before processes have started.
+FEW_JOBS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Rejected:
-    """An input that did not become a record.
+class Execution:
+    """Where and how a build runs; its records do not depend on it.
 
     Attributes:
-      name: name of its job.
-      reason: why it was rejected.
-      corrupt: whether it could not be read, rather than being filtered out.
+      part, parts: build only this part, from 1, of so many; `merge_parts` makes a data set of all.
+      engine: "local", or "ray": units are made on the machines of a Ray cluster, which see `out` and the recordings
+        under the same paths.
+      address: of the Ray cluster; None for the one that this machine belongs to, or else one on this machine.
+      restart: throw away what an earlier build left unfinished.
+      append: add to the data set at `out`; jobs whose names are ids of its records are left out.
+      jobs_per_unit: jobs that are finished, or lost in a crash, together; by the sizes of the files if None.
     """
 
-    name: str
-    reason: str
-    corrupt: bool
+    part: int = 1
+    parts: int = 1
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    restart: bool = False
+    append: bool = False
+    jobs_per_unit: int | None = None
+
+    def validate(self) -> None:
+        """Raise `ValueError` for invalid values."""
+        if not 1 <= self.part <= self.parts:
+            raise ValueError(f"part = {self.part}/{self.parts}: from 1/{self.parts} to {self.parts}/{self.parts}.")
+        if self.append and self.parts > 1:
+            raise ValueError("append, part: build the parts, then add them with `jvgen data append`.")
+        if self.jobs_per_unit is not None and self.jobs_per_unit < 1:
+            raise ValueError(f"jobs_per_unit = {self.jobs_per_unit}: at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +106,15 @@ class Summary:
     """Result of a build.
 
     Attributes:
-      out: folder of the data set.
+      out: folder of the data set, or of the part.
       counts: number of records by split and kind.
       rejected: inputs that were left out, and why.
-      digests: index digest of each split.
+      digests: index digest of each split; empty for a part.
       bytes: size on disk.
       seconds: wall time.
+      jobs: number of inputs.
+      notes: how often something was done that was not asked for, such as encoding a file again.
+      warnings: what training may stumble over.
     """
 
     out: Path
@@ -95,6 +123,9 @@ class Summary:
     digests: dict[str, str]
     bytes: int
     seconds: float
+    jobs: int = 0
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def records(self) -> int:
@@ -105,24 +136,14 @@ class Summary:
         lines = [f"{self.out}: {self.records} records, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s"]
         for split, kinds in self.counts.items():
             parts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-            lines.append(f"  {split}: {parts} (digest {self.digests[split][:12]})")
+            digest = f" (digest {self.digests[split][:12]})" if split in self.digests else ""
+            lines.append(f"  {split}: {parts}{digest}")
+        lines += [f"  {note}: {count}" for note, count in sorted(self.notes.items())]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         if self.rejected:
-            lines.append(f"  rejected: {len(self.rejected)} (listed in {_REJECTED_LOG})")
-            lines += [f"    {item.name}: {item.reason}" for item in self.rejected[:10]]
+            lines.append(f"  rejected: {len(self.rejected)} of {self.jobs} (listed in {REJECTED_LOG})")
+            lines += [f"  {row}" for row in _table(self.rejected)]
         return "\n".join(lines)
-
-
-class BuildError(ValueError):
-    """Too many files are corrupt, or none can be used; the message lists all of them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildJob:
-    """One record to make: its split, a name for messages, and the input of `make`."""
-
-    split: str
-    name: str
-    payload: Any
 
 
 def build_dataset(
@@ -136,18 +157,22 @@ def build_dataset(
     filters: FilterConfig | None = None,
     error_budget: float = 0.0,
     overwrite: bool = False,
-    shard_bytes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
     processes: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
-    """Make the record of every job and write the records in order.
+    """Make the records of every job and write them in order.
+
+    What is finished stays in a hidden folder beside `out` (in `TMPDIR` for a data set in a bucket) until the data set
+    is complete: a build that was killed, or that failed, goes on there when it is run again.
 
     Args:
       out: folder of the data set.
-      jobs: the records to make.
-      make: maps the payload of a job to its record; raises `DecodeError` for corrupt input. With `processes` it must be
-        picklable.
+      jobs: what to make records of.
+      make: maps the payload of a job to its record, or to `Made`; raises `DecodeError` for corrupt input. With
+        `processes` or an engine it must be picklable.
       description: one line for `dataset_info.json`.
       metadata: JSON values for `jvgen.json`.
       finish: maps the result of `make` to the record, in the calling thread (for work on an accelerator).
@@ -158,120 +183,305 @@ def build_dataset(
       workers: records made in parallel.
       processes: use processes rather than threads.
       progress: called with (done, total).
+      execution: parts, engine, appending.
 
     Raises:
       BuildError: more corrupt inputs than the budget allows, or no record left. No data set is written.
-      ValueError: `out` exists and may not be replaced.
+      ValueError: `out` exists and may not be replaced; another unfinished build is in the way.
     """
     began = time.perf_counter()
+    execution = execution or Execution()
+    execution.validate()
     filters = filters or FilterConfig()
     filters.validate()
-    rejected: list[Rejected] = []
-    counts: dict[str, collections.Counter] = {}
-    sizes = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-    with Writer(out, description=description, metadata=metadata, overwrite=overwrite, **sizes) as writer:
-        made = _in_order(make, [job.payload for job in jobs], workers, processes)
-        for done, (job, outcome) in enumerate(zip(jobs, made, strict=True), 1):
-            if isinstance(outcome, _Corrupt):
-                rejected.append(Rejected(job.name, outcome.reason, corrupt=True))
-            else:
-                record = finish(outcome) if finish is not None else outcome
-                reason = filters.rejects(record)
-                if reason is None:
-                    writer.add(job.split, record)
-                    counts.setdefault(job.split, collections.Counter())[record.kind] += 1
-                else:
-                    rejected.append(Rejected(job.name, reason, corrupt=False))
-            if progress is not None:
-                progress(done, len(jobs))
-        _check_budget(rejected, len(jobs), error_budget, written=bool(counts))
-        if rejected:
-            rows = [{"name": item.name, "reason": item.reason, "damaged": item.corrupt} for item in rejected]
-            writer.attach(_REJECTED_LOG, "".join(json.dumps(row) + "\n" for row in rows))
-    return Summary(
-        out=writer.out,
-        counts={split: dict(kinds) for split, kinds in counts.items()},
-        rejected=tuple(rejected),
-        digests=writer.digests,
-        bytes=sum(storage.size(path) for path in writer.out.iterdir()),
-        seconds=time.perf_counter() - began,
+    target = absolute(out)
+    if execution.append:
+        jobs = _new_jobs(target, jobs)
+    elif execution.parts == 1:
+        _check_out(target, overwrite)
+    size = execution.jobs_per_unit or jobs_per_unit(jobs)
+    identity = identity_of(jobs, metadata, size)
+    units = units_of(jobs, size)
+    info = BuildInfo(
+        identity, description, metadata, execution.part, execution.parts, len(units), len(jobs), size, error_budget
     )
+    folder = _build_folder(target, execution)
+    work = Work(make, filters, shard_bytes)
+    mine = of_part(units, execution.part, execution.parts)
+    with opened(folder, info, restart=execution.restart) as done:
+        _retry_corrupt(folder, done, error_budget)
+        done = finished(folder, info)
+        report = _Report(progress, sum(len(unit.jobs) for unit in mine), sum(unit.jobs for unit in done))
+        numbers = {unit.number for unit in done}
+        missing = [unit for unit in mine if unit.number not in numbers]
+        if execution.engine == "ray":
+            from jvgen.data.builders.ray_engine import make_units
+
+            if finish is not None:
+                raise ValueError("engine = 'ray': this builder works on this machine's accelerator; use parts.")
+            for made in make_units(folder, missing, work, execution.address):
+                report.add(made.jobs)
+        else:
+            _make_here(folder, missing, work, finish, workers, processes, report)
+        done = finished(folder, info)
+        if execution.parts > 1:
+            size_on_disk = sum(path.stat().st_size for path in folder.iterdir())
+            return _summary(folder, done, {}, size_on_disk, began)
+        return _complete(target, info, [(folder, unit) for unit in done], error_budget, overwrite, execution, began)
 
 
-def assign_splits(names: Sequence[str], validation: float) -> list[str]:
-    """Assign names to "train" and "validation" by their hash.
+def merge_parts(
+    parts: Sequence[str | LocalPath],
+    out: str | LocalPath,
+    *,
+    error_budget: float | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Make a data set of the parts of a build: the same files as a build without parts makes.
 
-    When names are added or removed, all but a few of the others keep their split. Of two or more names at least one is
-    for validation, unless the fraction is 0.
+    The parts are removed when the data set is there.
+
+    Args:
+      parts: their folders, in any order.
+      out: folder of the data set.
+      error_budget: fraction of all jobs that may be corrupt; that of the build if None.
+      overwrite: replace a data set at `out`.
 
     Raises:
-      ValueError: a fraction that leaves nothing to train on.
+      ValueError: parts of different builds, a part twice, missing or not finished, or `out` exists. Nothing is changed.
+      BuildError: more corrupt inputs than the budget allows.
     """
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation = {validation}: the fraction of records held out, from 0 up to 1.")
-    wanted = max(1, round(validation * len(names))) if validation and len(names) > 1 else 0
-    order = sorted(range(len(names)), key=lambda i: hashlib.blake2b(names[i].encode()).digest())
-    held_out = set(order[: min(wanted, len(names) - 1)])
-    return ["validation" if i in held_out else "train" for i in range(len(names))]
+    began = time.perf_counter()
+    target = absolute(out)
+    _check_out(target, overwrite)
+    info, units = checked_parts([LocalPath(absolute(part)) for part in parts])
+    budget = info.error_budget if error_budget is None else error_budget
+    return _complete(target, info, units, budget, overwrite, Execution(), began)
 
 
-def available_cpus() -> int:
-    """Number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def append_parts(
+    out: str | LocalPath, parts: Sequence[str | LocalPath], *, error_budget: float | None = None
+) -> Summary:
+    """Add the parts of a build to a data set; arguments and errors as in `merge_parts`.
+
+    Raises:
+      ValueError: also for records that the data set has.
+    """
+    began = time.perf_counter()
+    target = local_or_raise(absolute(out))
+    info, units = checked_parts([LocalPath(absolute(part)) for part in parts])
+    budget = info.error_budget if error_budget is None else error_budget
+    return _complete(target, info, units, budget, False, Execution(append=True), began)
 
 
-def _check_budget(rejected: list[Rejected], total: int, budget: float, *, written: bool) -> None:
+def _make_here(
+    folder: LocalPath,
+    units: Sequence[Unit],
+    work: Work,
+    finish: Callable[[Any], Record] | None,
+    workers: int,
+    processes: bool,
+    report: "_Report",
+) -> None:
+    """Make units with this machine's threads or processes, which begin the next one while one is written."""
+    payloads = (job.payload for unit in units for job in unit.jobs)
+    results = in_order(work.make, payloads, workers, processes)
+    with contextlib.closing(results):
+        for unit in units:
+            mine = (next(results) for _ in unit.jobs)
+            write_unit(folder, unit, work, mine, finish, lambda: report.add(1))
+
+
+def _complete(
+    out: Path,
+    info: BuildInfo,
+    units: Sequence[tuple[LocalPath, Done]],
+    budget: float,
+    overwrite: bool,
+    execution: Execution,
+    began: float,
+) -> Summary:
+    """Publish finished units, and remove the folders that they were in."""
+    done = [unit for _, unit in units]
+    folders = list(dict.fromkeys(folder for folder, _ in units))
+    _check_budget(done, info.jobs, budget, folders)
+    staging = _staging(out)
+    remove(staging)
+    (staging / "shards").mkdir(parents=True)
+    try:
+        shards: dict[str, list[LocalPath]] = {}
+        for folder, unit in units:
+            for name in unit.files:
+                shards.setdefault(unit.split, []).append(linked(folder / name, staging / "shards"))
+                linked(rows_path(folder / name), staging / "shards")
+        log = "".join(json.dumps(_row(item)) + "\n" for unit in done for item in unit.rejected)
+        if execution.append:
+            indices = _append(LocalPath(out), info, shards, log)
+        else:
+            data = staging / "data"
+            indices = publish(data, shards, description=info.description, metadata=info.metadata,
+                              name=dataset_info.identifier(out.name))  # fmt: skip
+            if log:
+                (data / REJECTED_LOG).write_text(log)
+            _move(data, out, overwrite)
+    finally:
+        remove(staging)
+    for folder in folders:
+        remove(folder)
+    size = sum(storage.size(path) for path in out.iterdir() if path.is_file())
+    return _summary(out, done, {split: index.digest for split, index in indices.items()}, size, began)
+
+
+def _append(out: LocalPath, info: BuildInfo, shards: dict[str, list[LocalPath]], log: str) -> dict[str, Any]:
+    metadata = read_metadata(out)
+    added = {"origin": info.metadata.get("origin"), "options": info.metadata.get("options", {})}
+    indices = append(out, shards, metadata={**metadata, "appended": [*metadata.get("appended", []), added]})
+    if log:
+        with (out / REJECTED_LOG).open("a") as file:
+            file.write(log)
+    return indices
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise ValueError(f"out = {str(out)!r} is a file; use a folder that does not exist yet.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / dataset_info.NAME).is_file():
+        raise ValueError(f"out = {str(out)!r} contains something other than a data set; use another folder.")
+    if not overwrite:
+        raise ValueError(f"out = {str(out)!r} already contains a data set; pass --overwrite, or use another folder.")
+
+
+def _move(data: LocalPath, out: Path, overwrite: bool) -> None:
+    _check_out(out, overwrite)
+    if is_remote(out):
+        remove_tree(out)
+        upload_folder(data, out, last=(dataset_info.NAME,))
+        return
+    replaced = None
+    if out.exists():
+        replaced = out.parent / f".{out.name}.replaced"
+        remove(replaced)
+        out.rename(replaced)
+    data.rename(out)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _build_folder(out: Path, execution: Execution) -> LocalPath:
+    if execution.parts > 1:
+        return part_folder(local_or_raise(out), execution.part, execution.parts)
+    if execution.append:
+        return local_or_raise(out).parent / f".{out.name}.appending"
+    return _beside(out) / f".{out.name}.building"
+
+
+def _staging(out: Path) -> LocalPath:
+    return _beside(out) / f".{out.name}.publishing"
+
+
+def _beside(out: Path) -> LocalPath:
+    return LocalPath(tempfile.gettempdir()) if is_remote(out) else LocalPath(out.parent)
+
+
+def _new_jobs(out: Path, jobs: Sequence[BuildJob]) -> list[BuildJob]:
+    from jvgen.data.store.index_files import load_index
+
+    folder = local_or_raise(out)
+    if not (folder / dataset_info.NAME).is_file():
+        raise ValueError(f"out = {str(out)!r} is no data set to append to; build it first.")
+    known: set[str] = set()
+    for split in dataset_info.read(folder):
+        for id in load_index(folder, split).id:
+            # Records of one file are FILE/0000, FILE/0001 ...
+            known.update((id, id.rpartition("/")[0]))
+    new = [job for job in jobs if job.name not in known]
+    if not new:
+        raise ValueError(f"out = {str(out)!r} has all {len(jobs)} records already; there is nothing to append.")
+    return new
+
+
+def _retry_corrupt(folder: LocalPath, done: Sequence[Done], budget: float) -> None:
+    """Forget units with files that could not be read, if they were too many: they may have been repaired since."""
+    if sum(unit.corrupt() for unit in done) > budget * sum(unit.jobs for unit in done):
+        for unit in done:
+            if unit.corrupt():
+                forget(folder, unit.number)
+
+
+def _check_budget(done: Sequence[Done], total: int, budget: float, folders: Sequence[LocalPath]) -> None:
+    rejected = [item for unit in done for item in unit.rejected]
+    written = any(unit.kinds for unit in done)
     corrupt = [item for item in rejected if item.corrupt]
     lines = "".join(f"\n  {item.name}: {item.reason}" for item in (corrupt if written else rejected))
+    kept = "nothing was written"
+    if is_worth_keeping(done):
+        kept = f"no data set was written; what is finished is kept in {', '.join(map(str, folders))}"
     if len(corrupt) > budget * total:
         raise BuildError(
             f"{len(corrupt)} of {total} files cannot be used, more than the budget of {budget:.1%} "
-            f"(error_budget); nothing was written:{lines}"
+            f"(error_budget); {kept}:{lines}"
         )
     if not written:
+        for folder in folders:
+            remove(folder)
         raise BuildError(f"none of {total} files can be used; nothing was written:{lines}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Corrupt:
-    reason: str
+def _summary(out: Path, done: Sequence[Done], digests: dict[str, str], size: int, began: float) -> Summary:
+    counts: dict[str, collections.Counter] = {}
+    widths, notes = collections.Counter(), collections.Counter()
+    for unit in done:
+        if unit.kinds:
+            counts.setdefault(unit.split, collections.Counter()).update(unit.kinds)
+        widths.update(unit.action_widths)
+        notes.update(unit.notes)
+    warnings = []
+    if len(widths) > 1:
+        listed = ", ".join(f"{width} in {count} records" for width, count in sorted(widths.items()))
+        warnings.append(f"numbers per action: {listed}; such records cannot be in one batch (--action-width)")
+    return Summary(
+        out=out,
+        counts={split: dict(kinds) for split, kinds in counts.items()},
+        rejected=tuple(item for unit in done for item in unit.rejected),
+        digests=digests,
+        bytes=size,
+        seconds=time.perf_counter() - began,
+        jobs=sum(unit.jobs for unit in done),
+        notes=dict(notes),
+        warnings=tuple(warnings),
+    )
 
 
-def _in_order(make: Callable[[Any], Any], payloads: list[Any], workers: int, processes: bool) -> Iterator[Any]:
-    """The results of `make` (or `_Corrupt`), in order, with a bounded number of results in memory."""
-    if workers <= 1:
-        for payload in payloads:
-            yield _attempt(make, payload)
-        return
-    size = _CHUNK if processes else 1
-    chunks = (payloads[start : start + size] for start in range(0, len(payloads), size))
-    with _pool(workers, processes) as pool:
-        pending = collections.deque(
-            pool.submit(_attempt_all, make, c) for c in itertools.islice(chunks, _CHUNKS_IN_FLIGHT * workers)
-        )
-        while pending:
-            yield from pending.popleft().result()
-            pending.extend(pool.submit(_attempt_all, make, c) for c in itertools.islice(chunks, 1))
+def _row(item: Rejected) -> dict[str, Any]:
+    return {"name": item.name, "reason": item.reason, "damaged": item.corrupt}
 
 
-def _pool(workers: int, processes: bool) -> concurrent.futures.Executor:
-    if not processes:
-        return concurrent.futures.ThreadPoolExecutor(workers)
-    # A fork would copy locks held by threads of imported libraries.
-    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+def _table(rejected: Sequence[Rejected]) -> Iterator[str]:
+    """Reasons by how often they occur; those that differ in numbers and names alone are one."""
+    groups: dict[str, list[Rejected]] = {}
+    for item in rejected:
+        kind = re.sub(r"\S*[/\d]\S*|'[^']*'", "_", item.reason.replace(item.name, "_"))
+        groups.setdefault(kind, []).append(item)
+    rows = sorted(groups.values(), key=len, reverse=True)
+    yield "  count  reason"
+    for items in rows[:_SHOWN]:
+        examples = ", ".join(item.name for item in items[:3]) + (", ..." if len(items) > 3 else "")
+        yield f"  {len(items):5d}  {items[0].reason[:160]}  [{examples}]"
+    if len(rows) > _SHOWN:
+        yield f"  {sum(map(len, rows[_SHOWN:])):5d}  for {len(rows) - _SHOWN} other reasons"
 
 
-def _attempt_all(make: Callable[[Any], Any], payloads: Iterable[Any]) -> list[Any]:
-    return [_attempt(make, payload) for payload in payloads]
+class _Report:
+    """Counts jobs for the progress display; what was finished before is reported first."""
 
+    def __init__(self, progress: Progress | None, total: int, before: int):
+        self._progress, self._total, self._done = progress, total, before
+        if progress is not None and before:
+            progress(before, total)
 
-def _attempt(make: Callable[[Any], Any], payload: Any) -> Any:
-    try:
-        return make(payload)
-    except ConfigError:
-        raise
-    except DecodeError as error:
-        return _Corrupt(str(error))
-    except Exception as error:
-        # Libraries raise many kinds of errors for damaged files; one file must not end a build.
-        return _Corrupt(f"{type(error).__name__}: {error}")
+    def add(self, jobs: int) -> None:
+        self._done += jobs
+        if self._progress is not None:
+            self._progress(self._done, self._total)

@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jvgen import storage
 from jvgen.data.builders.recorded_files import Ambiguous, Names, name_of
+from jvgen.data.store.index import COLUMNS
 
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 ACCEPTED = (
@@ -152,11 +154,23 @@ def read_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> list[
 def other_columns(rows: Sequence[Row], used: Sequence[str]) -> list[dict[str, Any]]:
     """The columns of each row besides those that are used, as numbers where all cells of a column are numbers.
 
-    Empty cells are left out.
+    Names get lower-case letters, digits and underscores. Empty cells, and texts too long for a column, are left out.
     """
-    kept = [{k: v for k, v in row.cells.items() if k not in used and v not in ("", None)} for row in rows]
+    kept = [{_column_name(k): v for k, v in row.cells.items() if k not in used and v not in ("", None)} for row in rows]
     texts = {name for cells in kept for name, value in cells.items() if not _is_number(value)}
-    return [{name: str(value) if name in texts else float(value) for name, value in cells.items()} for cells in kept]
+    return [
+        {
+            name: str(value) if name in texts else float(value)
+            for name, value in cells.items()
+            if name not in texts or len(str(value)) <= MAX_TEXT
+        }
+        for cells in kept
+    ]
+
+
+def _column_name(written: str) -> str:
+    name = re.sub(r"[^a-z0-9]+", "_", str(written).lower()).strip("_")
+    return name if name[:1].isalpha() and name not in COLUMNS else f"table_{name}"
 
 
 def _is_number(value: Any) -> bool:

@@ -150,20 +150,23 @@ def _shard_episodes(path: Path, name: str, checksums: bool) -> Iterator[Episode]
 def _array_records(path: Path) -> Iterator[Callable[[], bytes]]:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    def read(number: int) -> bytes:
-        reader = ArrayRecordReader(str(path))
-        try:
-            return reader.read([number])[0]
-        except (IndexError, RuntimeError) as error:
-            raise DecodeError(f"cannot be read as ArrayRecord ({error})") from error
-        finally:
-            reader.close()
-
     with reading(path, "cannot be read as ArrayRecord"):
         reader = ArrayRecordReader(str(path))
         count = reader.num_records()
         reader.close()
-    return (functools.partial(read, number) for number in range(count))
+    return (functools.partial(_read_array_record, path, number) for number in range(count))
+
+
+def _read_array_record(path: Path, number: int) -> bytes:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(path))
+    try:
+        return reader.read([number])[0]
+    except (IndexError, RuntimeError) as error:
+        raise DecodeError(f"cannot be read as ArrayRecord ({error})") from error
+    finally:
+        reader.close()
 
 
 def _read_steps(read: Callable[[], bytes]) -> RawEpisode:

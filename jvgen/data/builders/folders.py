@@ -3,13 +3,18 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from jvgen.data.builders.build_loop import (
+    FEW_JOBS,
     BuildJob,
+    Execution,
     FilterConfig,
+    Made,
     Progress,
     Summary,
     assign_splits,
@@ -18,22 +23,66 @@ from jvgen.data.builders.build_loop import (
 )
 from jvgen.data.builders.captions import read_captions
 from jvgen.data.builders.recorded_files import files_in, name_of, suffixed
+from jvgen.data.cuts import find_cuts
 from jvgen.data.store.records import Record
-from jvgen.data.transcoding import transcode
-from jvgen.data.video_files import DecodeError, inspect, probe
+from jvgen.data.transcoding import SlowerThanAsked, transcode, transcode_parts
+from jvgen.data.video_files import DecodeError, inspect, probe, timed_frames
 from jvgen.storage import recordings
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".gif", ".ts")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
+@dataclasses.dataclass(frozen=True)
+class ClipOptions:
+    """How video files are stored; as they are by default.
+
+    Attributes:
+      shorter_side: downscale larger clips to this many pixels.
+      keyframe_every: keyframe interval in frames; one second by default.
+      frames_per_second: resample to this rate by the times of the frames; clips with fewer are left out.
+      scenes: "keep", or "cut": a record per scene.
+    """
+
+    shorter_side: int | None = None
+    keyframe_every: int | None = None
+    frames_per_second: float | None = None
+    scenes: Literal["keep", "cut"] = "keep"
+
+    @property
+    def encodes(self) -> bool:
+        """Whether files are re-encoded."""
+        return any(value is not None for value in self.encoding().values())
+
+    def encoding(self) -> dict[str, Any]:
+        """Arguments of `transcode`."""
+        return {
+            "shorter_side": self.shorter_side, "keyframe_every": self.keyframe_every,
+            "frames_per_second": self.frames_per_second,
+        }  # fmt: skip
+
+    def stored(self) -> dict[str, Any]:
+        """The options in `jvgen.json`."""
+        new = {"frames_per_second": self.frames_per_second, "scenes": None if self.scenes == "keep" else self.scenes}
+        old = {"shorter_side": self.shorter_side, "keyframe_every": self.keyframe_every}
+        return old | {name: value for name, value in new.items() if value is not None}
+
+    def validate(self) -> None:
+        """Raise `ValueError` for invalid values."""
+        if self.scenes not in ("keep", "cut"):
+            raise ValueError(f"scenes = {self.scenes!r}: keep or cut.")
+        if self.frames_per_second is not None and not self.frames_per_second > 0:
+            raise ValueError(f"frames_per_second = {self.frames_per_second}: must be positive.")
+
+
 class Media(NamedTuple):
-    """A media file, the id of its record, its captions, and why these cannot be read."""
+    """A media file, the id of its record, its captions, why these cannot be read, and columns of its table."""
 
     path: Path
     id: str
     captions: tuple[str, ...]
     problem: str = ""
+    columns: Mapping[str, float | str] = {}
 
     def read(self) -> bytes:
         """Its bytes; raises `DecodeError` if they or its captions cannot be read."""
@@ -51,12 +100,15 @@ def build_videos(
     kind: str = "dynamic",
     shorter_side: int | None = None,
     keyframe_every: int | None = None,
+    frames_per_second: float | None = None,
+    scenes: Literal["keep", "cut"] = "keep",
     filters: FilterConfig | None = None,
     validation: float = 0.05,
     error_budget: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Build a data set from a folder of video files, searched recursively, with captions from the same folder.
 
@@ -71,11 +123,13 @@ def build_videos(
       kind: "dynamic", or "static" for clips of still scenes.
       shorter_side: downscale larger clips to this many pixels.
       keyframe_every: keyframe interval of re-encoded clips, in frames; one second by default.
+      frames_per_second: resample clips to this rate, by the times of their frames; slower ones are left out.
+      scenes: "cut" splits videos at cuts: records are ID/0000, ID/0001 ..., with the captions of the video.
       filters: which clips to keep.
       validation: fraction of the clips held out.
       error_budget: fraction of the files that may be corrupt.
       workers: files read in parallel; by default one per CPU.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
+      overwrite, progress, execution: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
       BuildError: more corrupt files than the budget allows; lists them.
@@ -88,12 +142,14 @@ def build_videos(
     if keyframe_every is not None and keyframe_every < 1:
         raise ValueError(f"keyframe_every = {keyframe_every}: at least 1 frame.")
     media = _media(folder, VIDEO_SUFFIXES, captions, captions_optional)
-    options = {"kind": kind, "shorter_side": shorter_side, "keyframe_every": keyframe_every}
+    stored = ClipOptions(shorter_side, keyframe_every, frames_per_second, scenes)
+    stored.validate()
     return build_media(
-        media, functools.partial(video_record, **options), out,
-        description="Video clips from a folder.", origin="videos", folder=folder, options=options,
+        media, functools.partial(video_records, kind=kind, options=stored), out,
+        description="Video clips from a folder.", origin="videos", folder=folder,
+        options={"kind": kind, **stored.stored()},
         captions_optional=captions_optional, filters=filters, validation=validation, error_budget=error_budget,
-        workers=workers, overwrite=overwrite, progress=progress,
+        workers=workers, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
 
 
@@ -109,6 +165,7 @@ def build_images(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Build a data set from a folder of png, jpeg, webp or bmp images; arguments and errors as in `build_videos`."""
     media = _media(folder, IMAGE_SUFFIXES, captions, captions_optional)
@@ -116,7 +173,7 @@ def build_images(
         media, _image_record, out,
         description="Images from a folder.", origin="images", folder=folder, options={},
         captions_optional=captions_optional, filters=filters, validation=validation, error_budget=error_budget,
-        workers=workers, overwrite=overwrite, progress=progress,
+        workers=workers, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
 
 
@@ -132,12 +189,16 @@ def _media(
     table = recordings(captions) if captions is not None else None
     found = read_captions(folder, files, table, optional=captions_optional)
     return [
-        Media(path, name_of(path, folder), found.texts.get(path, ()), found.unreadable.get(path, "")) for path in files
-    ]
+        Media(
+            path, name_of(path, folder), found.texts.get(path, ()), found.unreadable.get(path, ""),
+            found.columns.get(path, {}),
+        )
+        for path in files
+    ]  # fmt: skip
 
 
 def build_media(
-    media: list[Media], make: Callable[[Media], Record], out: str | Path, *, description: str, origin: str,
+    media: list[Media], make: Callable[[Media], Any], out: str | Path, *, description: str, origin: str,
     folder: str | Path, options: dict[str, Any], captions_optional: bool, filters: FilterConfig | None,
     validation: float, workers: int | None, **rest: Any,
 ) -> Summary:  # fmt: skip
@@ -148,33 +209,56 @@ def build_media(
     kept = {"folder": str(folder), "validation": validation, **options, "filters": dataclasses.asdict(filters)}
     splits = assign_splits([item.id for item in media], validation)
     return build_dataset(
-        out, [BuildJob(split, item.id, item) for split, item in zip(splits, media, strict=True)], make,
+        out, [_job(split, item) for split, item in zip(splits, media, strict=True)], make,
         description=description, metadata={"origin": origin, "options": json.loads(json.dumps(kept))},
-        filters=filters, workers=available_cpus() if workers is None else workers, **rest,
+        filters=filters, workers=available_cpus() if workers is None else workers,
+        processes=len(media) >= FEW_JOBS, **rest,
     )  # fmt: skip
 
 
-def video_record(media: Media, kind: str, shorter_side: int | None, keyframe_every: int | None) -> Record:
-    """The record of a video file, re-encoded if a size or a keyframe interval is given.
+def _job(split: str, media: Media) -> BuildJob:
+    state = json.dumps([media.captions, media.columns, media.problem])
+    return BuildJob(split, media.id, media, state, media.path)
 
-    Every frame is decoded. A file whose frames cannot be found by its packets is re-encoded in any case.
+
+def video_records(media: Media, kind: str, options: ClipOptions) -> Made:
+    """The records of a video file: one, or one per scene. Every frame is decoded.
+
+    A file whose frames cannot be found by its packets is re-encoded in any case.
     """
     clip = media.read()
-    info = None if shorter_side or keyframe_every else inspect(clip)
-    if info is None or not info.faithful:
-        clip = transcode(clip, shorter_side=shorter_side, keyframe_every=keyframe_every)
-        info = probe(clip)
-    if info.frames_per_second <= 0:
-        raise DecodeError("has no frame rate")
-    return Record(
-        id=media.id, kind=kind, clips=(clip,), captions=media.captions, frames_per_second=info.frames_per_second,
-        frames=info.frames, height=info.height, width=info.width,
-    )  # fmt: skip
+    notes: list[str] = []
+    cuts = find_cuts(pixels for pixels, _ in timed_frames(clip)) if options.scenes == "cut" else []
+    try:
+        if cuts or options.encodes:
+            clips = transcode_parts(clip, cuts, **options.encoding())
+        elif inspect(clip).faithful:
+            clips = [clip]
+        else:
+            clips, notes = [transcode(clip)], ["encoded again, since its packets do not tell its frames"]
+    except SlowerThanAsked as error:
+        return Made((), rejected=str(error))
+    found = []
+    for number, part in enumerate(clips):
+        info = probe(part)
+        if info.frames_per_second <= 0:
+            raise DecodeError("has no frame rate")
+        varies = not info.has_constant_rate
+        found.append(
+            Record(
+                id=f"{media.id}/{number:04d}" if cuts else media.id, kind=kind, clips=(part,), captions=media.captions,
+                frames_per_second=info.frames_per_second, frames=info.frames, height=info.height, width=info.width,
+                frame_times=info.times if varies else np.zeros(0), columns=media.columns,
+            )
+        )  # fmt: skip
+        notes += ["with a variable frame rate"] if varies else []
+    return Made(tuple(found), tuple(notes))
 
 
 def _image_record(media: Media) -> Record:
     clip = media.read()
     info = probe(clip)
     return Record(
-        id=media.id, kind="image", clips=(clip,), captions=media.captions, height=info.height, width=info.width
-    )
+        id=media.id, kind="image", clips=(clip,), captions=media.captions, height=info.height, width=info.width,
+        columns=media.columns,
+    )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jvgen.data.builders.build_loop import BuildJob, Progress, Summary, available_cpus, build_dataset
+from jvgen.data.builders.build_loop import BuildJob, Execution, Progress, Summary, available_cpus, build_dataset
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import Source, find_dataset, open_source, splits
 from jvgen.data.stream.plan import ClipSpec
@@ -34,6 +34,7 @@ def build_latents(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Encode every record of a data set once and store the moments, so that training never runs the VAE.
 
@@ -51,7 +52,7 @@ def build_latents(
       group: frames per latent frame; a clip is cut to its first frame and a multiple of `group` frames after it.
       keep_clips: also store the resized clips.
       workers: threads that read and decode ahead of the encoder; by default one per CPU.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
+      overwrite, progress, execution: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
       BuildError: records that cannot be decoded.
@@ -80,6 +81,7 @@ def build_latents(
             "source_digests": {split: s.index.digest for split, s in sources.items()},
         },
         workers=available_cpus() if workers is None else workers, overwrite=overwrite, progress=progress,
+        execution=execution,
     )  # fmt: skip
 
 

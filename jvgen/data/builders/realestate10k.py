@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jvgen.data.builders.build_loop import (
+    FEW_JOBS,
     BuildJob,
+    Execution,
     FilterConfig,
     Progress,
     Summary,
@@ -56,6 +58,7 @@ def build_realestate10k(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Build a data set of clips of static scenes with a camera for every frame.
 
@@ -70,7 +73,7 @@ def build_realestate10k(
       validation: fraction of the clips held out.
       error_budget: fraction of the clips that may be missing or corrupt.
       workers: clips read in parallel; by default one per CPU.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
+      overwrite, progress, execution: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
       BuildError: more unusable clips than the budget allows, or no usable one.
@@ -93,7 +96,10 @@ def build_realestate10k(
         _Clip(path, id, _media_of(path, by_name), found.get(path, ())) for path, id in zip(files, ids, strict=True)
     ]
     splits = assign_splits(names, validation)
-    jobs = [BuildJob(split, name, clip) for split, name, clip in zip(splits, names, clips, strict=True)]
+    jobs = [
+        BuildJob(split, name, clip, json.dumps(clip.captions), next(iter(clip.media), None))
+        for split, name, clip in zip(splits, names, clips, strict=True)
+    ]
     filters = filters or FilterConfig()
     options = {
         "cameras": str(folder), "media": str(media_folder), "shorter_side": shorter_side,
@@ -104,7 +110,8 @@ def build_realestate10k(
         description="Clips of still scenes with their cameras, from RealEstate10K.",
         metadata={"origin": "realestate10k", "options": json.loads(json.dumps(options))},
         filters=filters, error_budget=error_budget, workers=available_cpus() if workers is None else workers,
-        overwrite=overwrite, progress=progress,
+        processes=len(jobs) >= FEW_JOBS,
+        overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
 
 

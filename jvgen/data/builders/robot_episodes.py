@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from jvgen.data.builders.build_loop import (
+    FEW_JOBS,
     BuildJob,
+    Execution,
     FilterConfig,
     Progress,
     Summary,
@@ -92,6 +94,7 @@ def build_robot_episodes(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Build a data set from npz or hdf5 files, a TFDS data set of episodes (RLDS, Open X-Embodiment), or images.
 
@@ -104,7 +107,7 @@ def build_robot_episodes(
       min_frames: reject shorter episodes.
       error_budget: fraction of the files that may be corrupt.
       workers: files read in parallel; by default one per CPU.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
+      overwrite, progress, execution: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
       BuildError: more corrupt files than the budget allows; lists them.
@@ -126,8 +129,10 @@ def build_robot_episodes(
         filters=FilterConfig(min_frames=min_frames),
         error_budget=error_budget,
         workers=available_cpus() if workers is None else workers,
+        processes=len(episodes) >= FEW_JOBS,
         overwrite=overwrite,
         progress=progress,
+        execution=execution,
     )
 
 

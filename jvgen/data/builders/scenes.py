@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from jvgen.data.builders.build_loop import BuildJob, Progress, Summary, available_cpus, build_dataset
+from jvgen.data.builders.build_loop import BuildJob, Execution, Progress, Summary, available_cpus, build_dataset
 from jvgen.data.scenes.scenes import SceneConfig, scene_record
 
 
@@ -18,6 +18,7 @@ def build_scenes(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Render procedural scenes (`jvgen.data.scenes.scenes`).
 
@@ -27,7 +28,7 @@ def build_scenes(
       train, validation: number of scenes in each split.
       seed: seed of the scenes.
       workers: number of processes; by default one per CPU, or none besides this one for few scenes.
-      overwrite, progress: as in `jvgen.data.builders.build_loop.build_dataset`.
+      overwrite, progress, execution: as in `jvgen.data.builders.build_loop.build_dataset`.
 
     Raises:
       ValueError: an invalid configuration, or `out` exists and may not be replaced.
@@ -53,4 +54,5 @@ def build_scenes(
         processes=True,
         overwrite=overwrite,
         progress=progress,
+        execution=execution,
     )

@@ -24,42 +24,45 @@ def tf_records(path: Path, *, checksums: bool = True) -> Iterator[Callable[[], b
       checksums: check them; some programs write zeros.
     """
 
-    def wrong(stored: bytes, content: bytes) -> bool:
-        return checksums and struct.unpack("<I", stored)[0] != _masked(crc32c(content))
-
-    def read(offset: int, length: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(offset)
-            found = file.read(length)
-            checksum = file.read(_CHECKSUM)
-        if len(found) < length or len(checksum) < _CHECKSUM:
-            raise DecodeError("truncated: the file ends within this record")
-        if wrong(checksum, found):
-            raise DecodeError("its checksum is wrong: the record is damaged")
-        return found
-
-    def fail(reason: str) -> bytes:
-        raise DecodeError(reason)
-
     size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
         if file.read(2) == b"\x1f\x8b":
-            yield functools.partial(fail, "compressed with gzip: decompress it first")
+            yield functools.partial(_fail, "compressed with gzip: decompress it first")
             return
         while offset < size:
             file.seek(offset)
             head, checksum = file.read(_LENGTH), file.read(_CHECKSUM)
             if len(checksum) < _CHECKSUM:
-                yield functools.partial(fail, "truncated: the file ends within the length of this record")
+                yield functools.partial(_fail, "truncated: the file ends within the length of this record")
                 return
             length = struct.unpack("<Q", head)[0]
-            if wrong(checksum, head) or length > size:
+            if (checksums and _is_wrong(checksum, head)) or length > size:
                 reason = "the checksum of its length is wrong" if checksums else f"its length is {length}"
-                yield functools.partial(fail, f"{reason}: no record from here on can be read")
+                yield functools.partial(_fail, f"{reason}: no record from here on can be read")
                 return
             offset += _LENGTH + _CHECKSUM
-            yield functools.partial(read, offset, length)
+            yield functools.partial(_read, path, offset, length, checksums)
             offset += length + _CHECKSUM
+
+
+def _read(path: Path, offset: int, length: int, checksums: bool) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        found = file.read(length)
+        checksum = file.read(_CHECKSUM)
+    if len(found) < length or len(checksum) < _CHECKSUM:
+        raise DecodeError("truncated: the file ends within this record")
+    if checksums and _is_wrong(checksum, found):
+        raise DecodeError("its checksum is wrong: the record is damaged")
+    return found
+
+
+def _fail(reason: str) -> bytes:
+    raise DecodeError(reason)
+
+
+def _is_wrong(stored: bytes, content: bytes) -> bool:
+    return struct.unpack("<I", stored)[0] != _masked(crc32c(content))
 
 
 def crc32c(data: bytes) -> int:

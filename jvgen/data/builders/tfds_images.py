@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from jvgen.data.builders.build_loop import BuildJob, FilterConfig, Progress, Summary, available_cpus, build_dataset
+from jvgen.data.builders.build_loop import (
+    BuildJob,
+    Execution,
+    FilterConfig,
+    Progress,
+    Summary,
+    available_cpus,
+    build_dataset,
+)
 from jvgen.data.image_files import as_rgb, encode_image
 from jvgen.data.store.records import Record
 
@@ -26,6 +34,7 @@ def build_tfds_images(
     filters: FilterConfig | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Build a data set of png images from an image data set of TFDS, read through `tfds.data_source`.
 
@@ -38,7 +47,7 @@ def build_tfds_images(
       caption_template: caption of a class label, with {} for its name.
       data_dir: directory of TFDS data sets.
       limit: maximum number of images per split.
-      filters, overwrite, progress: as in `build_videos`.
+      filters, overwrite, progress, execution: as in `build_videos`.
 
     Raises:
       ValueError: no such data set or feature, or one that must be prepared first, which needs TensorFlow.
@@ -65,7 +74,7 @@ def build_tfds_images(
         out, jobs, make,
         description=f"Images of the TFDS data set {name}.",
         metadata={"origin": "tfds", "options": {"name": str(name), **wanted, "limit": limit}},
-        filters=filters, workers=available_cpus(), overwrite=overwrite, progress=progress,
+        filters=filters, workers=available_cpus(), overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
 
 

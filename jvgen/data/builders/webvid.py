@@ -3,10 +3,11 @@
 import collections
 import functools
 from pathlib import Path
+from typing import Literal
 
-from jvgen.data.builders.build_loop import FilterConfig, Progress, Summary
+from jvgen.data.builders.build_loop import Execution, FilterConfig, Progress, Summary
 from jvgen.data.builders.captions import read_csv
-from jvgen.data.builders.folders import VIDEO_SUFFIXES, Media, build_media, video_record
+from jvgen.data.builders.folders import VIDEO_SUFFIXES, ClipOptions, Media, build_media, video_records
 from jvgen.data.builders.recorded_files import Ambiguous, Names, files_in, name_of, suffixed
 from jvgen.storage import recordings
 
@@ -20,12 +21,15 @@ def build_webvid(
     *,
     shorter_side: int | None = None,
     keyframe_every: int | None = None,
+    frames_per_second: float | None = None,
+    scenes: Literal["keep", "cut"] = "keep",
     filters: FilterConfig | None = None,
     validation: float = 0.05,
     error_budget: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Summary:
     """Build a data set of the videos in a table that have been downloaded, as dynamic clips with captions.
 
@@ -33,8 +37,8 @@ def build_webvid(
       table: csv with the columns videoid and name (the caption).
       videos: folder with VIDEOID.mp4 at any depth, such as PAGE_DIR/VIDEOID.mp4.
       out: folder of the data set.
-      shorter_side, keyframe_every, filters, validation, error_budget, workers, overwrite, progress: as in
-        `jvgen.data.builders.folders.build_videos`.
+      shorter_side, keyframe_every, frames_per_second, scenes, filters, validation, error_budget, workers, overwrite,
+        progress, execution: as in `jvgen.data.builders.folders.build_videos`.
 
     Raises:
       BuildError: more corrupt files than the budget allows.
@@ -52,12 +56,14 @@ def build_webvid(
             f"{folder} contains none of the {len(rows)} videos of {table}: expected VIDEOID.mp4, such as "
             f"{next(iter(rows))[1]}.mp4, at any depth; it has {shown}."
         )
-    options = {"kind": "dynamic", "shorter_side": shorter_side, "keyframe_every": keyframe_every}
+    stored = ClipOptions(shorter_side, keyframe_every, frames_per_second, scenes)
+    stored.validate()
     return build_media(
-        media, functools.partial(video_record, **options), out,
-        description="Moving clips with captions, from WebVid.", origin="webvid", folder=folder, options=options,
+        media, functools.partial(video_records, kind="dynamic", options=stored), out,
+        description="Moving clips with captions, from WebVid.", origin="webvid", folder=folder,
+        options={"kind": "dynamic", **stored.stored()},
         captions_optional=False, filters=filters, validation=validation, error_budget=error_budget, workers=workers,
-        overwrite=overwrite, progress=progress,
+        overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
 
 
