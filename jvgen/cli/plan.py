@@ -24,6 +24,10 @@ def add_commands(commands) -> None:
         help="run directory of a world model, or a folder with exported tokenizer/ and transformer/; none with --with",
     )  # fmt: skip
     add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--allow-other-data", action="store_true",
+        help="plan even where the run was trained on recordings of another camera, look or action scale",
+    )  # fmt: skip
     parser.add_argument("--greedy", action="store_true", help="predict the most likely tokens instead of sampled ones")
     parser.add_argument(
         "--frames", type=number(Frames), metavar="N",
@@ -71,6 +75,7 @@ def run_plan(parsed: argparse.Namespace) -> int:
     from jvgen.control.environments import open_environment
     from jvgen.control.planning import vp2_cem, vp2_mppi
     from jvgen.runs.planning import cost_for, plan_episodes, read_goal, write_outcome
+    from jvgen.runs.world_data import check_trained_on
     from jvgen.runs.world_models import load_world_model
 
     if (parsed.way == "model") != (parsed.model is not None):
@@ -90,6 +95,11 @@ def run_plan(parsed: argparse.Namespace) -> int:
         )
     size = None if world is None else world.tokenizer.resolution
     environment = open_environment(parsed.env, steps=parsed.steps, size=size)
+    if parsed.way == "model" and not parsed.allow_other_data:
+        try:
+            check_trained_on(parsed.model, environment)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (--allow-other-data plans all the same.)") from error
     goal = None if parsed.goal is None else read_goal(parsed.goal)
     if goal is None and parsed.cost != "reward" and parsed.way != "random" and not hasattr(environment, "goal_image"):
         raise ConfigError(f"--env {parsed.env}: has no goal image of its own: give --goal FILE, or --cost reward.")

@@ -1,7 +1,7 @@
 """The embedded scenes as an environment: actions push a body over the ground to a marked goal. Needs no simulator."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,10 +95,8 @@ class SceneEnvironment(gymnasium.Env):
         metadata = read_metadata(folder)
         if metadata.get("origin") != "scenes":
             raise ValueError(f"{folder}: not a data set of `jvgen data build scenes`.")
-        settings = dict(metadata["options"])
-        seed, kinds = settings.pop("seed"), settings.pop("kinds")
-        scenes = decode({"class": "SceneConfig", "kinds": {"mapping": kinds}, **settings})
-        if not scenes.driven or not kinds.get("dynamic"):
+        scenes, seed = scenes_of(metadata)
+        if not scenes.driven or not scenes.kinds.get("dynamic"):
             raise ValueError(
                 f"{folder}: none of its scenes is driven: nothing to act in. Build it with --set driven=1."
             )
@@ -159,3 +157,10 @@ class SceneEnvironment(gymnasium.Env):
         setting = self._set()
         center = place @ setting.axes + np.array([0.0, 0.0, setting.body.radius])
         return self._renderer.frame([dataclasses.replace(setting.body, center=center), *setting.static])
+
+
+def scenes_of(metadata: Mapping[str, Any]) -> tuple[SceneConfig, int]:
+    """Appearance and seed of a data set of scenes, from its metadata."""
+    settings = dict(metadata["options"])
+    seed, kinds = settings.pop("seed"), settings.pop("kinds")
+    return decode({"class": "SceneConfig", "kinds": {"mapping": kinds}, **settings}), seed

@@ -80,7 +80,7 @@ def plan_episodes(
 
     Raises:
       ConfigError: world and environment do not fit: size of frames, components of actions; a simulator that cannot go
-        back to a state.
+        back to a state; a cost that needs rewards with a world that predicts none.
     """
     space = environment.action_space
     low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
@@ -95,6 +95,7 @@ def plan_episodes(
             policy = RandomPolicy(low, high, own)
         else:
             cost = cost_of(target)
+            check_rewards(cost, world if way == "model" else None)
             if planner is None:
                 model = (
                     ImaginedWorld(world, low=low, high=high, rows_at_once=rows_at_once, devices=jax.local_devices())
@@ -153,6 +154,15 @@ def check_fit(environment: Any, world: WorldModel | None, goal: np.ndarray | Non
             )
     if goal is not None and goal.shape != size:
         raise ConfigError(f"goal image {goal.shape}: the environment's frames are {size}; crop and resize it first.")
+
+
+def check_rewards(cost: Cost, world: WorldModel | None) -> None:
+    """Raise `ConfigError` for a cost that needs rewards with a world that was trained without."""
+    if cost.needs_rewards and world is not None and not world.transformer.reward:
+        raise ConfigError(
+            f"cost {cost.name!r}: this world model predicts no rewards: it was trained with task.transformer.reward = "
+            "false. Plan toward a goal image (--cost pixels), or train it on recordings with rewards."
+        )
 
 
 def read_goal(path: Path) -> np.ndarray:

@@ -130,13 +130,17 @@ def fit(
     )
     transformer.check_tokenizer(tokenizer, frames)
     network = Network.of(lambda rngs: FrameTransformer(transformer, rngs=rngs))
-    optimizer = make_optimizer(experiment.optimizer, network.axes, steps)
+    optimizer = make_optimizer(experiment.optimizer, {"transformer": network.axes}, steps)
     led = layout.action_frames
 
     def loss(parameters: Any, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
         ids, actions, rewards = batch
         terms = loss_terms(
-            network.bind(parameters), ids, layout, actions=actions[:, led], rewards=symlog(rewards[:, led])
+            network.bind(parameters["transformer"]),
+            ids,
+            layout,
+            actions=actions[:, led],
+            rewards=symlog(rewards[:, led]),
         )
         return terms.cross_entropy + terms.reward, terms
 
@@ -147,7 +151,7 @@ def fit(
         updates, state = optimizer.update(gradients, state, parameters, optimizer.learning_rate(number))
         return jax.tree.map(jnp.add, parameters, updates), state, terms
 
-    parameters = jax.jit(network.init)(jax.random.key(seed))
+    parameters = {"transformer": jax.jit(network.init)(jax.random.key(seed))}
     state, rng, began, terms = optimizer.init(parameters), np.random.default_rng(seed), time.perf_counter(), None
     order = np.concatenate([rng.permutation(len(train.ids)) for _ in range(1 + 8 * steps // len(train.ids))])
     for number in range(steps):
@@ -160,7 +164,11 @@ def fit(
                 f"{float(terms.accuracy):.3f} reward {float(terms.reward):.4f} {time.perf_counter() - began:.0f} s",
                 flush=True,
             )
-    return transformer, parameters, {"cross_entropy": float(terms.cross_entropy), "accuracy": float(terms.accuracy)}
+    return (
+        transformer,
+        parameters["transformer"],
+        {"cross_entropy": float(terms.cross_entropy), "accuracy": float(terms.accuracy)},
+    )
 
 
 def evaluate(world: WorldModel, held_out: Windows, folder: Path) -> dict[str, Any]:
