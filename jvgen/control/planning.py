@@ -240,8 +240,8 @@ class Planner:
         # Candidates are compared under the same draws of the model in every iteration.
         model_key = jax.random.fold_in(key, _MODEL)
 
-        def iterate(carry: tuple, number: Any) -> tuple[tuple, tuple]:
-            mean, deviation, best, best_cost = carry
+        def iterate(carry: tuple, number: Any) -> tuple[tuple, jax.Array]:
+            mean, deviation, best, best_cost, *_ = carry
             noise_key = jax.random.fold_in(jax.random.fold_in(key, _NOISE), number)
             candidates = draw(config, mean, deviation, low, high, noise_key)
             frames, rewards = model.predict(weights[0], start, candidates, model_key, self.cost.frames)
@@ -251,21 +251,17 @@ class Planner:
             better = costs[first] < best_cost
             best = jnp.where(better, candidates[first], best)
             best_cost = jnp.where(better, costs[first], best_cost)
-            return (mean, deviation, best, best_cost), (candidates, costs)
+            return (mean, deviation, best, best_cost, candidates, costs), jnp.nanmin(costs)
 
-        def narrow(carry: tuple, number: Any) -> tuple[tuple, jax.Array]:
-            """An iteration of which the lowest cost is kept, and no candidates."""
-            carry, (_, costs) = iterate(carry, number)
-            return carry, jnp.nanmin(costs)
-
-        carry, earlier = (mean, deviation, mean, jnp.float32(jnp.inf)), config.iterations - 1
+        candidates, costs = jnp.zeros((config.samples, *self.shape)), jnp.zeros(config.samples)
+        carry, numbers = (mean, deviation, mean, jnp.float32(jnp.inf), candidates, costs), range(config.iterations)
         if model.traceable:
-            carry, lowest = jax.lax.scan(narrow, carry, jnp.arange(earlier))
+            # One copy of the model in the program, however many iterations: it is most of what is compiled.
+            carry, lowest = jax.lax.scan(iterate, carry, jnp.arange(config.iterations))
         else:
-            lowest = np.zeros(earlier, np.float32)
-            for number in range(earlier):
-                carry, lowest[number] = narrow(carry, number)
-        carry, (candidates, costs) = iterate(carry, earlier)
-        mean, deviation, best, _ = carry
+            lowest = np.zeros(config.iterations, np.float32)
+            for number in numbers:
+                carry, lowest[number] = iterate(carry, number)
+        mean, deviation, best, _, candidates, costs = carry
         actions = mean if config.result == "mean" else best
-        return Plan(actions, candidates, costs, jnp.append(lowest, jnp.nanmin(costs)), deviation)
+        return Plan(actions, candidates, costs, jnp.asarray(lowest), deviation)

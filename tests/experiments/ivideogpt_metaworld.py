@@ -38,7 +38,7 @@ from jvgen.evaluation.reconstruction import peak_signal_to_noise, structural_sim
 from jvgen.runs.inference import open_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SIDE, FRAMES, STRIDE = 32, 8, 8
+SIDE, FRAMES, STRIDE, CODES = 32, 8, 8, 512
 MOVED = 0.08  # a pixel moves where some channel is this far from the last frame of the context
 
 
@@ -116,19 +116,24 @@ def train(workdir: Path, metaworld: Path, scale: Scale) -> None:
         return export / name / config
 
     slow = {"data.buckets.0.strides": STRIDE}
-    few = {"data.buckets.0.batch_size": 4}
+    # Robots look more varied than the one cube of the configs.
+    few = {"data.buckets.0.segment.horizon": FRAMES, "task.network.context_codes": CODES,
+           "task.network.future_codes": CODES}  # fmt: skip
     first = run("scenes_tokenizer", "tokenizer", scenes, scale.tokenizer[0], **few)
     # Dead codes are moved to where the robots need them; those in use keep what they mean to a transformer.
     tokenizer = run(
         "metaworld_tokenizer", "tokenizer", episodes, scale.tokenizer[1], weights=first,
         **few, **{"data.buckets.0.strides": f"1,{STRIDE // 2},{STRIDE}"},
     )  # fmt: skip
-    knows = {"task.tokenizer_weights": first}
+    many = {"data.buckets.0.frames": FRAMES, "task.tokenizer.context_codes": CODES,
+            "task.tokenizer.future_codes": CODES, "task.transformer.vocabulary": 2 * CODES + 2}  # fmt: skip
+    knows = {"task.tokenizer_weights": first, **many}
     transformer = run("scenes_transformer", "transformer", scenes, scale.transformer[0], **knows)
     for name, width in (("with_actions", 4), ("without_actions", 0)):
         run(
             name, "transformer", episodes, scale.transformer[1], weights=transformer,
-            **{"task.tokenizer_weights": tokenizer, "task.transformer.action_width": width, **slow},
+            **{"task.tokenizer_weights": tokenizer, "task.transformer.action_width": width,
+               "task.transformer.action_everywhere": "true" if width else "false", **many, **slow},
         )  # fmt: skip
 
 
