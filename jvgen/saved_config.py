@@ -45,6 +45,7 @@ HOMES = {
     "ImageVAETaskConfig": "jvgen.tasks.image_vae",
     "InitFromConfig": "jvgen.training.config",
     "LRStage": "jvgen.training.optimization.optimizer",
+    "LoraConfig": "jvgen.nn.lora",
     "MeshConfig": "jvgen.parallel.mesh",
     "MultiViewConfig": "jvgen.tasks.multiview",
     "MultiViewDiTConfig": "jvgen.models.multiview.config",

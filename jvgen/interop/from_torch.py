@@ -123,7 +123,7 @@ def _without_config(path: Path, folder: Path) -> ValueError:
     adapters = [file for stem in _ADAPTER_FILES for file in sorted(folder.glob(f"{stem}*"))]
     for file in [path] if path.is_file() else adapters:
         # It says what is wrong with this file, if something is.
-        _refuse_adapter(_open_file(file), file)
+        _refuse_adapter(open_file(file), file)
     inside = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG}"))
     hint = "It describes the network of the weights: name a folder that `save_pretrained` or `jvgen export` wrote."
     if inside:
@@ -196,14 +196,20 @@ def open_weights(path: Path, form: Format) -> Mapping[str, np.ndarray]:
       WeightError: a LoRA adapter.
     """
     file = path if path.is_file() else weights_file(path, form)
-    tensors = _open_file(file)
+    tensors = open_file(file)
     # Networks of ours may have adapters of their own.
     if form.library != "jvgen":
         _refuse_adapter(tensors, file)
     return tensors
 
 
-def _open_file(path: Path) -> Mapping[str, np.ndarray]:
+def open_file(path: Path) -> Mapping[str, np.ndarray]:
+    """The tensors of a file of any kind by name, each read on access.
+
+    Raises:
+      ValueError: an unknown kind of file.
+      UnreadableFile: a corrupt file.
+    """
     if is_index(path.name):
         return Shards(path)
     if path.suffix == ".safetensors":
@@ -219,9 +225,8 @@ def _refuse_adapter(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     if adapters:
         raise WeightError(
             f"{path} is a LoRA adapter ({len(adapters)} of its {len(tensors)} tensors are like {adapters[0]}), which "
-            "changes the weights of a network and does not hold them. Merge it first, for example with diffusers: "
-            "pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.save_pretrained(FOLDER); "
-            "then import that folder."
+            "changes the weights of a network and does not hold them. Sample with it by `jvgen sample --weights DIR "
+            "--lora FILE`, or train it further: `jvgen import FILE --config` of a run with task.lora."
         )
 
 
@@ -244,7 +249,7 @@ class Shards(Mapping[str, np.ndarray]):
                 raise ValueError(f"{index} names the shard {shard!r}, which does not exist. Get the file again.")
             if is_index(shard):
                 raise ValueError(f"{index} names the shard {shard!r}, which is an index itself. Get the file again.")
-            self._files[shard] = _open_file(index.parent / shard)
+            self._files[shard] = open_file(index.parent / shard)
         self._places: dict[str, str] = {}
         for shard, file in self._files.items():
             for name in file:

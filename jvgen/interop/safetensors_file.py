@@ -99,7 +99,9 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             header = json.loads(text)
         if not isinstance(header, dict):
             raise self._bad("its header is not a JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        # Texts by name, from whatever wrote the file.
+        self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
         if not header:
             raise self._bad("it holds no tensors")
         for name, entry in header.items():

@@ -21,6 +21,9 @@ class Linear(nnx.Module):
       kernel_init: initializer of the kernel; default normal with standard deviation 0.02.
     """
 
+    # What `jvgen.nn.lora.attach` puts beside the kernel: adds to the output, given the inputs.
+    lora: Callable[[jax.Array], jax.Array] | None = None
+
     def __init__(
         self,
         features_in: int,
@@ -37,6 +40,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32), logical_axes=(axes[1],)) if bias else None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        output = self._product(inputs)
+        return output if self.lora is None else output + self.lora(inputs)
+
+    def _product(self, inputs: jax.Array) -> jax.Array:
         partitioner = current()
         leading = inputs.shape[:-1]
         if partitioner is None or partitioner.mesh.size == 1:

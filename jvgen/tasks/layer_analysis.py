@@ -1,6 +1,6 @@
 """Statistics of a video DiT by layer on noisy held-out clips: similarity of neighboring frames, and attention."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from einops import rearrange
 from jvgen.diffusion.objective import draw_noise
 from jvgen.diffusion.schedule import Schedule
 from jvgen.evaluation.layer_metrics import attention_between, frame_similarity
-from jvgen.models.video_dit.model import TokenLayout
+from jvgen.models.video_dit.model import TokenLayout, VideoDiT
 from jvgen.models.video_dit.probe import LayerActivations, probe_layers
 from jvgen.nn.frame_diagonal import mean_diagonal
-from jvgen.nn.network import Network, Parameters
+from jvgen.nn.network import Parameters
 from jvgen.tasks.task import Batch, activation_dtype
 
 # Maximum resolution of an attention map.
@@ -23,8 +23,9 @@ MAX_CELLS = 64
 class Denoising(Protocol):
     """The parts of a text-to-video task that the analysis uses."""
 
-    networks: dict[str, Network]
     schedule: Schedule
+
+    def bound_denoiser(self, parameters: Parameters) -> VideoDiT: ...
 
     def clean_latents(self, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array: ...
 
@@ -47,8 +48,9 @@ def analyze_layers(
     timesteps = jnp.full((clean.shape[0],), timestep, jnp.float32)
     noisy = task.schedule.add_noise(clean, draw_noise(key, clean.shape, batch["slot"]), timesteps)
     text = task.text_embeddings(parameters, frozen, batch["tokens"])
-    dtype = activation_dtype(parameters["denoiser"])
-    model: Any = task.networks["denoiser"].bind(parameters["denoiser"])
+    weights = {**frozen, **parameters}
+    dtype = activation_dtype(weights["denoiser"])
+    model = task.bound_denoiser(weights)
     layout = model.layout(noisy.shape[1:4], text.shape[1])
     context = model.context(timesteps, layout)
     tokens = model.embed(noisy.astype(dtype), text.astype(dtype), layout)

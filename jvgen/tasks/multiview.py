@@ -26,15 +26,12 @@ from jvgen.diffusion.objective import (
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.finite import Clips, Finite, rows_are_finite
 from jvgen.geometry.cameras import Cameras
-from jvgen.interop.architecture import check_architecture
-from jvgen.interop.digest import content_digest
-from jvgen.interop.from_torch import import_folder
 from jvgen.models.multiview.config import MultiViewDiTConfig
 from jvgen.models.multiview.flops import forward_flops
-from jvgen.models.multiview.lora import merge_lora
-from jvgen.models.multiview.model import MultiViewDiT, MultiViewModules
+from jvgen.models.multiview.model import MultiViewDiT, MultiViewModules, attention_factors
 from jvgen.models.multiview.view_conditioning import ViewConditioning, camera_conditioning, homography_conditioning
-from jvgen.models.video_dit.model import AttentionScale, VideoDiT
+from jvgen.models.video_dit.model import AttentionScale
+from jvgen.nn import lora
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network, Parameters
 from jvgen.tasks import view_batches
@@ -58,9 +55,7 @@ class MultiViewConfig(TextToVideoConfig):
     (7 : 3 in the paper). Rays and the LoRA adapter are active for views with cameras, not for warped copies.
 
     Attributes:
-      denoiser: the transformer and its multi-view modules.
-      denoiser_weights: exported or published folder of a single-view transformer, which is frozen; None to train it.
-      text_encoder_weights: exported folder of a byte encoder, which is frozen; None to train it.
+      denoiser: the transformer and its multi-view modules; denoiser_weights are those of the single-view transformer.
       homography: strength of the warp of copies.
       one_timestep: all views of an example share one timestep; the released training draws one per view.
       pairing: how views are paired in sampling.
@@ -68,8 +63,6 @@ class MultiViewConfig(TextToVideoConfig):
     """
 
     denoiser: MultiViewDiTConfig
-    denoiser_weights: str | None = None
-    text_encoder_weights: str | None = None
     homography: HomographyConfig = HomographyConfig()
     one_timestep: bool = False
     pairing: PairingConfig = PairingConfig()
@@ -96,14 +89,12 @@ class MultiViewConfig(TextToVideoConfig):
     def frames_of(self, bucket: BucketConfig) -> int:
         return view_batches.clip_frames(bucket)
 
-    def check_weights(self) -> None:
-        super().check_weights()
-        for folder, config, field in (
-            (self.denoiser_weights, self.denoiser.plain, "denoiser_weights"),
-            (self.text_encoder_weights, self.text.encoder, "text_encoder_weights"),
-        ):
-            if folder is not None:
-                check_architecture(folder, config, f"task.{field}")
+    def check_trained(self) -> None:
+        if self.lora is not None:
+            raise ValueError(
+                "lora: this task trains modules between the blocks, and has a LoRA of its own for their attention; set "
+                "denoiser.adapter_rank and leave lora none."
+            )
 
     def build(self) -> "MultiView":
         return MultiView(self)
@@ -116,26 +107,8 @@ class MultiView(TextToVideo):
         super().__init__(config)
         self.config: MultiViewConfig = config
         self.multi_view_network = Network.of(lambda rngs: MultiViewDiT(config.denoiser, rngs=rngs))
-        self.networks["denoiser"] = Network.of(lambda rngs: VideoDiT(config.denoiser.plain, rngs=rngs))
         self.networks["views"] = Network.of(lambda rngs: MultiViewModules(config.denoiser, rngs=rngs))
-        self.network_configs["denoiser"] = config.denoiser.plain
         self.network_configs["views"] = config.denoiser
-        self._folders = {
-            name: folder
-            for name, folder in (("denoiser", config.denoiser_weights), ("text_encoder", config.text_encoder_weights))
-            if folder is not None
-        }
-        for name in self._folders:
-            if name in self.networks:
-                self.frozen_networks[name] = self.networks.pop(name)
-                del self.network_configs[name]
-
-    def load_frozen(self) -> Parameters:
-        return super().load_frozen() | {name: import_folder(folder)[1] for name, folder in self._folders.items()}
-
-    def frozen_digest(self) -> str:
-        digests = [content_digest(folder) for folder in self._folders.values()]
-        return "+".join([super().frozen_digest(), *digests])
 
     # Batches.
 
@@ -246,9 +219,6 @@ class MultiView(TextToVideo):
             frames_per_latent=self.config.temporal_compression, pixels_per_latent=self.config.spatial_compression,
         )  # fmt: skip
 
-    def text_embeddings(self, parameters: Parameters, frozen: Parameters, tokens: jax.Array) -> jax.Array:
-        return self.text.embed({**frozen, **parameters}["text_encoder"], tokens)
-
     def denoise(
         self,
         parameters: Parameters,
@@ -266,15 +236,18 @@ class MultiView(TextToVideo):
           views: conditioning on views, see `MultiViewDiT`.
           adapter: scale of the LoRA adapter.
         """
-        denoiser = parameters["denoiser"]
+        denoiser, factors = parameters["denoiser"], None
         if self.config.denoiser.adapter_rank and adapter:
-            denoiser = merge_lora(denoiser, parameters["views"]["adapter"], float(adapter))
+            factors = attention_factors(parameters["views"]["adapter"])
         dtype = activation_dtype(denoiser)
-        return self.multi_view_network.apply(
+        return lora.apply(
+            self.multi_view_network,
             {**denoiser, "views": parameters["views"]},
+            factors,
             noisy.astype(dtype),
             text.astype(dtype),
             timesteps,
+            scale=float(adapter),
             views=views,
             attention_scale=attention_scale,
         )
@@ -284,11 +257,6 @@ class MultiView(TextToVideo):
         return rearrange(clips, "(b v) ... -> b v ...", b=len(batch["slot"]))
 
     # Sampling.
-
-    def generate_latents(
-        self, parameters: Parameters, frozen: Parameters, *args: Any, **kwargs: Any
-    ) -> tuple[jax.Array, Finite]:
-        return super().generate_latents({**frozen, **parameters}, frozen, *args, **kwargs)
 
     def generate_views(
         self,

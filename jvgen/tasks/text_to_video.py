@@ -30,6 +30,7 @@ from jvgen.models.image_vae import posterior
 from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
 from jvgen.models.video_dit.flops import forward_flops
 from jvgen.models.video_dit.model import AttentionScale, VideoDiT
+from jvgen.nn import lora
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.parallel import axes
@@ -46,17 +47,19 @@ POSTERIOR_KEY = 17
 START_KEY = 18
 SAMPLER_KEY = 19
 VALIDATION_KEY = 21
+LORA_KEY = 22
 
 
 class TextToVideo(Task):
-    """See `TextToVideoConfig`. Trains "denoiser" and, unless it is frozen, "text_encoder"."""
+    """See `TextToVideoConfig`. Trains "denoiser" and "text_encoder" unless they are frozen, or "lora" instead."""
 
     def __init__(self, config: TextToVideoFields):
         self.config = config
         self.schedule = config.schedule.build()
         self.text = TextEncoder(config.text)
-        self.networks = {"denoiser": Network.of(lambda rngs: VideoDiT(config.denoiser, rngs=rngs))}
-        self.network_configs = {"denoiser": config.denoiser}
+        self.denoiser_network = Network.of(lambda rngs: VideoDiT(config.denoiser.plain, rngs=rngs))
+        self.networks = {"denoiser": self.denoiser_network}
+        self.network_configs = {"denoiser": config.denoiser.plain}
         self.frozen_networks = {}
         place = self.frozen_networks if self.text.frozen else self.networks
         place["text_encoder"] = self.text.network
@@ -65,6 +68,19 @@ class TextToVideo(Task):
         if config.vae is not None:
             self.coder = ClipVAE(config.vae)
             self.frozen_networks["vae"] = self.coder.network
+        self._folders = {
+            name: folder
+            for name, folder in (("denoiser", config.denoiser_weights), ("text_encoder", config.text_encoder_weights))
+            if folder is not None
+        }
+        for name in tuple(self.networks) if config.lora is not None else self._folders:
+            if name in self.networks:
+                self.frozen_networks[name] = self.networks.pop(name)
+                del self.network_configs[name]
+        if config.lora is not None:
+            frozen = [name for name in self.frozen_networks if name != "denoiser"]
+            layers = lora.targets(config.lora, {"denoiser": self.denoiser_network}, frozen)
+            self.networks["lora"] = Network.of(lambda rngs: lora.Factors(layers, rank=config.lora.rank, rngs=rngs))
 
     def load_frozen(self) -> Parameters:
         frozen: Parameters = {}
@@ -72,11 +88,12 @@ class TextToVideo(Task):
             frozen["text_encoder"] = self.text.load()
         if self.config.vae is not None:
             frozen["vae"] = import_folder(self.config.vae_weights)[1]
-        return frozen
+        return frozen | {name: import_folder(folder)[1] for name, folder in self._folders.items()}
 
     def frozen_digest(self) -> str:
         folders = [self.config.text.weights if self.text.frozen else None, self.config.vae_weights]
-        return "+".join(content_digest(folder) for folder in folders if folder is not None)
+        digest = "+".join(content_digest(folder) for folder in folders if folder is not None)
+        return "+".join([digest, *(content_digest(folder) for folder in self._folders.values())])
 
     # Batches.
 
@@ -118,7 +135,12 @@ class TextToVideo(Task):
             key, clean.shape[0], config.objective.timesteps, self.schedule, size=size, slots=slots
         )
         text = self.text_embeddings(parameters, frozen, self.drop_captions(batch["tokens"], key, slots))
-        weighted, plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text)
+        dropout_keys = None
+        if config.lora is not None and config.lora.dropout and "step" in batch:
+            dropout_keys = slot_keys(jax.random.fold_in(key, LORA_KEY), slots)
+        weighted, plain = self.sample_errors(
+            parameters, frozen, batch, key, clean, noise, timesteps, text, dropout_keys=dropout_keys
+        )
         bands = loss_by_band(plain, timesteps, config.objective.bands)
         return jnp.mean(weighted), {name: Mean(*pair) for name, pair in bands.items()}
 
@@ -132,10 +154,15 @@ class TextToVideo(Task):
         noise: jax.Array,
         timesteps: jax.Array,
         text: jax.Array,
+        *,
+        dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Weighted and unweighted squared error `B` of the denoiser, float32, of latents with this noise added."""
+        """Weighted and unweighted squared error `B` of the denoiser, float32, of latents with this noise added.
+
+        `dropout_keys` are those of a LoRA, one per sample.
+        """
         noisy = self.schedule.add_noise(clean, noise, timesteps)
-        prediction = self.denoise(parameters, noisy, timesteps, text)
+        prediction = self.denoise({**frozen, **parameters}, noisy, timesteps, text, dropout_keys=dropout_keys)
         return loss_per_sample(prediction, clean, noise, timesteps, self.config.objective, self.schedule)
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
@@ -213,7 +240,7 @@ class TextToVideo(Task):
 
     def text_embeddings(self, parameters: Parameters, frozen: Parameters, tokens: jax.Array) -> jax.Array:
         """Embeddings `B L C` of token ids."""
-        return self.text.embed((frozen if self.text.frozen else parameters)["text_encoder"], tokens)
+        return self.text.embed({**frozen, **parameters}["text_encoder"], tokens)
 
     def denoise(
         self,
@@ -222,12 +249,24 @@ class TextToVideo(Task):
         timesteps: jax.Array,
         text: jax.Array,
         attention_scale: AttentionScale | None = None,
+        *,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """The denoiser's prediction for noisy latents, in the compute dtype of the parameters."""
+        """The denoiser's prediction for noisy latents, in the compute dtype of the parameters.
+
+        `parameters` holds "denoiser" and "lora", trained or not.
+        """
         dtype = activation_dtype(parameters["denoiser"])
-        return self.networks["denoiser"].apply(
-            parameters["denoiser"], noisy.astype(dtype), text.astype(dtype), timesteps, attention_scale=attention_scale
-        )
+        denoiser = self.bound_denoiser(parameters, dropout_keys)
+        return denoiser(noisy.astype(dtype), text.astype(dtype), timesteps, attention_scale=attention_scale)
+
+    def bound_denoiser(self, parameters: Parameters, dropout_keys: jax.Array | None = None) -> VideoDiT:
+        """The denoiser with its parameters, and those of a LoRA beside its layers; for calls in a traced function."""
+        module, config = self.denoiser_network.bind(parameters["denoiser"]), self.config.lora
+        if config is not None:
+            factors = parameters["lora"]["denoiser"]
+            lora.attach(module, factors, config.scale, rate=config.dropout, keys=dropout_keys)
+        return module
 
     def analyze_layers(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array
@@ -284,7 +323,7 @@ class TextToVideo(Task):
 
         def denoise(noisy: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
             hook = None if enhancement is None else enhancement(timesteps)
-            return self.denoise(parameters, noisy, timesteps, text, hook)
+            return self.denoise({**frozen, **parameters}, noisy, timesteps, text, hook)
 
         text_is_finite = rows_are_finite(text)
         if guidance.kind == "none":

@@ -11,10 +11,12 @@ from jvgen.diffusion.sampler import SamplerConfig, check_schedule, coefficients
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
+from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.embeddings import token_grid
+from jvgen.nn.lora import LoraConfig
 from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
 from jvgen.tasks.pixels import check_channels
 from jvgen.tasks.task import SampleRequest, TaskConfig
@@ -44,6 +46,10 @@ class TextToVideoFields(TaskConfig):
       sampler, guidance: defaults for generated clips.
       enhance: Enhance-A-Video's scaling of attention in generated clips; none turns it off.
       visualize_clips: number of clips generated for TensorBoard.
+      lora: train a LoRA of the denoiser, and nothing else; needs denoiser_weights, and text_encoder_weights with a byte
+        encoder. Checkpoints, moments and EMA are of the LoRA alone.
+      denoiser_weights: exported or published folder of the denoiser, which is not trained; none to train it.
+      text_encoder_weights: exported folder of a byte encoder, which is not trained; none to train it.
     """
 
     denoiser: VideoDiTConfig
@@ -64,8 +70,12 @@ class TextToVideoFields(TaskConfig):
     enhance: EnhanceConfig | None = None
     visualize_clips: CountOrZero = 4
     validation_timesteps: Annotated[int, Bounds(at_least=0, at_most=1000)] = 10
+    lora: LoraConfig | None = None
+    denoiser_weights: str | None = None
+    text_encoder_weights: str | None = None
 
     def validate(self) -> None:
+        self.check_trained()
         check_text_to_video(self.denoiser, "denoiser")
         self.objective.check_schedule(self.schedule)
         check_schedule(self.sampler, self.schedule)
@@ -155,8 +165,25 @@ class TextToVideoFields(TaskConfig):
             raise ValueError(f"views = {bucket.views}: this task supports one view per clip; set views = 1.")
         self.latent_shape(bucket.frames, bucket.height, bucket.width)
 
+    def check_trained(self) -> None:
+        """Raise `ValueError` if nothing of the denoiser would be trained."""
+        if self.lora is None and self.denoiser_weights is not None:
+            raise ValueError(
+                f"denoiser_weights = {self.denoiser_weights!r} with lora = none: nothing of the denoiser would be "
+                "trained. Set lora; or leave denoiser_weights none, and make a run that starts with these weights by "
+                "`jvgen import`."
+            )
+
     def check_weights(self) -> None:
         self.text.check_files()
+        for field, folder, config in (
+            ("denoiser_weights", self.denoiser_weights, self.denoiser.plain),
+            ("text_encoder_weights", self.text_encoder_weights, self.text.encoder),
+        ):
+            if folder is not None:
+                check_architecture(folder, config, f"task.{field}")
+            elif self.lora is not None and (field == "denoiser_weights" or isinstance(config, ByteTextConfig)):
+                raise ValueError(f"task.{field} = none: a LoRA leaves this network as it is; name its exported folder.")
         if self.vae is None:
             return
         if self.vae_weights is None:

@@ -204,5 +204,5 @@ def test_lora_adapters_are_named(kind, tmp_path):
         "import FILE --config": lambda: import_folder(file, config),
     }
     for read in readers.values():
-        with pytest.raises(ValueError, match="is a LoRA adapter .* Merge it first, .*fuse_lora"):
+        with pytest.raises(ValueError, match="is a LoRA adapter .* --lora FILE"):
             read()

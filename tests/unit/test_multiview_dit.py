@@ -15,7 +15,6 @@ from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.models.multiview.flops import forward_flops
-from jvgen.models.multiview.lora import merge_lora
 from jvgen.models.multiview.model import MultiViewDiT, MultiViewModules
 from jvgen.models.multiview.synchronization import SyncMode, ViewLayout
 from jvgen.models.multiview.view_conditioning import (
@@ -291,17 +290,3 @@ def test_modules_are_exported_and_imported(tmp_path):
     assert found == config
     assert flatten(back).keys() == flatten(parameters).keys()
     assert all(np.array_equal(flatten(back)[path], value) for path, value in flatten(parameters).items())
-
-
-def test_lora_adds_a_low_rank_product():
-    config = TINY.replace(adapter_rank=2)
-    parameters, inputs = random_parameters(network_of(config)), inputs_of(1)
-    own = {name: value for name, value in parameters.items() if name != "views"}
-    adapter = parameters["views"]["adapter"]
-    apply = jax.jit(Network.of(lambda rngs: VideoDiT(config.plain, rngs=rngs)).apply)
-    made = apply(merge_lora(own, adapter, 0.5), *inputs)
-    assert np.abs(made - apply(own, *inputs)).max() > 1e-3
-    np.testing.assert_array_equal(apply(merge_lora(own, adapter, 0.0), *inputs), apply(own, *inputs))
-    kernel = own["blocks"]["layers"]["attention"]["query"]["kernel"]
-    added = merge_lora(own, adapter)["blocks"]["layers"]["attention"]["query"]["kernel"] - kernel
-    np.testing.assert_array_equal(np.linalg.matrix_rank(np.asarray(added), tol=1e-4), 2)

@@ -10,6 +10,7 @@ from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.parallel.axes import EMBED, LAYERS, MLP, VOCABULARY
 from jvgen.training.optimization import moments, optimizer, parameter_paths
+from jvgen.training.optimization.muon import Matrices, Muon
 from jvgen.training.optimization.optimizer import OptimizerConfig, make_optimizer
 
 AXES = {
@@ -160,9 +161,9 @@ def test_multipliers_scale_the_learning_rate_and_the_first_match_counts():
         )
 
 
-@pytest.mark.parametrize("field", ["frozen", "multipliers", "muon_exclude"])
+@pytest.mark.parametrize("field", ["frozen", "multipliers", "muon_exclude", "muon_blocks"])
 def test_a_pattern_without_effect_is_a_mistake(field):
-    value = {"net/bloks": 0.5} if field == "multipliers" else ("net/bloks",)
+    value = {"multipliers": {"net/bloks": 0.5}, "muon_blocks": {"net/bloks": 2}}.get(field, ("net/bloks",))
     with pytest.raises(ConfigError, match="net/bloks.*matches no parameter"):
         make_optimizer(OptimizerConfig(**{field: value}), AXES, 100)
 
@@ -209,6 +210,43 @@ def test_muon_directions_are_orthogonal_with_the_stated_size():
         singular = np.linalg.svd(step, compute_uv=False)
         # Five Newton-Schulz iterations leave singular values around one, from a spread of condition 5 and more.
         assert singular.min() > 0.6 and singular.max() < 1.3, (path, singular)
+
+
+def test_muon_is_optax_muon():
+    """Momentum, its look-ahead and the iterations, over several steps."""
+    tree = {"net": {"out": random_tree(0)["net"]["out"]}}
+    numbers = {"net": {"out": {"kernel": optax.contrib.MuonDimensionNumbers()}}}
+    reference = optax.contrib.scale_by_muon(beta=0.95, ns_steps=5, weight_dimension_numbers=numbers)
+    ours = Muon({"net/out/kernel": Matrices((EMBED, MLP))}, momentum=0.95, iterations=5, rms=0.2)
+    update = jax.jit(ours.update)
+    state, expected_state = ours.init(tree), reference.init(tree)
+    for number in range(3):
+        gradient = {"net": {"out": random_tree(number + 1)["net"]["out"]}}
+        with jax.numpy_dtype_promotion("standard"):
+            expected, expected_state = jax.jit(reference.update)(gradient, expected_state)
+        found, state = update(gradient, state)
+        scaled = expected["net"]["out"]["kernel"] * 0.2 * np.sqrt(8)
+        np.testing.assert_allclose(found["net"]["out"]["kernel"], scaled, atol=2e-6)
+    assert parameter_paths.name_leaves(state).keys() == parameter_paths.name_leaves(expected_state).keys()
+
+
+def test_muon_blocks_are_orthogonalized_apart():
+    """A kernel of two blocks of output features is updated as two kernels are."""
+    config = OptimizerConfig(kind="muon", weight_decay=0.0, muon_blocks={"net/(blocks|out)": 2})
+    start, (updated, _) = nested.flatten(random_tree(0)), run(config, 1)
+    alone = make_optimizer(config.replace(muon_blocks={}), {"kernel": (EMBED, MLP)}, 100)
+    update = jax.jit(alone.update)
+    for block in (slice(0, 3), slice(3, 6)):
+        kernel = {"kernel": start["net/out/kernel"][:, block]}
+        gradient = {"kernel": random_tree(1)["net"]["out"]["kernel"][:, block]}
+        expected, _ = update(gradient, alone.init(kernel), kernel, jnp.float32(0.1))
+        moved = updated["net/out/kernel"][:, block] - start["net/out/kernel"][:, block]
+        np.testing.assert_allclose(moved, expected["kernel"], atol=1e-6)
+    whole, _ = run(config.replace(muon_blocks={}), 1)
+    assert not np.allclose(updated["net/blocks/kernel"], whole["net/blocks/kernel"], atol=1e-3)
+    np.testing.assert_array_equal(updated["net/conv/kernel"], whole["net/conv/kernel"])
+    with pytest.raises(ConfigError, match="net/out/kernel has 6 output features, which 4 blocks do not divide"):
+        run(config.replace(muon_blocks={"net/out": 4}), 1)
 
 
 def test_muon_exclude_leaves_a_kernel_to_adamw():

@@ -11,23 +11,27 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jvgen.models.multiview.config import MultiViewDiTConfig
-from jvgen.models.multiview.lora import AttentionLoRA
 from jvgen.models.multiview.synchronization import CrossViewSynchronization, Kernels
 from jvgen.models.multiview.view_conditioning import ViewConditioning
 from jvgen.models.video_dit.aggregation import RunningSum
 from jvgen.models.video_dit.model import TOKENS, AttentionScale, Block, BlockContext, TokenLayout, VideoDiT
 from jvgen.nn.embeddings import PatchEmbedding
+from jvgen.nn.lora import Factors
+from jvgen.nn.network import Parameters
 from jvgen.nn.stacked import LAYER_INPUT, Stacked, checkpointed
+from jvgen.parallel import axes
 from jvgen.parallel.axes import constrain
 
 RAY_CHANNELS = 6
+# The layers of a block's attention that have a LoRA in `MultiViewModules`, in the order of their random keys.
+ADAPTED = ("query", "key", "value", "output")
 
 
 class MultiViewModules(nnx.Module):
     """The modules that several views add to a `VideoDiT`: all that is trained when the transformer is frozen.
 
     As configured: `sync` (a `CrossViewSynchronization` after each group of blocks), `rays` (a patch embedding) and
-    `adapter` (an `AttentionLoRA`).
+    `adapter` (`jvgen.nn.lora.Factors` for the attention of all blocks).
     """
 
     def __init__(self, config: MultiViewDiTConfig, *, rngs: nnx.Rngs):
@@ -55,14 +59,16 @@ class MultiViewModules(nnx.Module):
                 rngs=rngs,
             )
         if config.adapter_rank:
-            self.adapter = AttentionLoRA(config.layers, config.width, rank=config.adapter_rank, rngs=rngs)
+            kernel = jax.ShapeDtypeStruct((config.layers, config.width, config.width), jnp.float32)
+            layers = {name: (kernel, (axes.LAYERS, axes.EMBED, axes.EMBED)) for name in ADAPTED}
+            self.adapter = Factors(layers, rank=config.adapter_rank, rngs=rngs)
 
 
 class MultiViewDiT(VideoDiT):
     """A `VideoDiT` that denoises several views of a scene jointly.
 
     The added modules are initialized to add zeros: at first V views equal V separate clips. Its parameters are those of
-    `VideoDiT` and, as "views", those of `MultiViewModules`; a LoRA is merged before the call (`merge_lora`).
+    `VideoDiT` and, as "views", those of `MultiViewModules`, whose LoRA `jvgen.nn.lora.apply` puts beside the attention.
     """
 
     def __init__(self, config: MultiViewDiTConfig, *, rngs: nnx.Rngs):
@@ -171,6 +177,11 @@ class MultiViewDiT(VideoDiT):
             return RunningSum(hidden, carry.total + change), None
 
         return step
+
+
+def attention_factors(adapter: Parameters) -> Parameters:
+    """The parameters of `MultiViewModules.adapter` at the paths of the transformer's layers."""
+    return {"blocks": {"layers": {"attention": adapter}}}
 
 
 def _video(x: jax.Array, layout: TokenLayout) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jvgen.models.multiview.config import MultiViewDiTConfig
 from jvgen.models.multiview.cvd_checkpoint import CVDCheckpointConfig
-from jvgen.models.multiview.lora import MATRICES
+from jvgen.models.multiview.model import ADAPTED
 from jvgen.models.multiview.pose_encoder import PoseEncoderConfig
 from jvgen.models.weight_map import CONV2D, IDENTITY, LAYER, LINEAR, Entry, Transform, WeightMap, fused
 from jvgen.saved_config import from_json, to_json
@@ -22,7 +22,7 @@ def weight_map(config: MultiViewDiTConfig) -> WeightMap:
     if config.rays:
         entries += _layer("rays/projection", "rays.projection")
     if config.adapter_rank:
-        for name in MATRICES:
+        for name in ADAPTED:
             for part in ("down", "up"):
                 entries.append(Entry(f"adapter/{name}/{part}", f"adapter.{LAYER}.{name}_lora.{part}.weight", LINEAR))
     return WeightMap(tuple(entries))

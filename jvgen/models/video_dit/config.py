@@ -120,6 +120,11 @@ class VideoDiTConfig(Config):
     attention: AttentionKernel = AttentionKernel.AUTO
 
     @property
+    def plain(self) -> "VideoDiTConfig":
+        """Configuration of the transformer alone, as published weights have it: this one."""
+        return self
+
+    @property
     def width(self) -> int:
         """Channels of a token."""
         return self.heads * self.head_width

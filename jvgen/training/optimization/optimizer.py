@@ -1,14 +1,12 @@
 """Optimizers: AdamW, or Muon for matrices with AdamW for the rest; learning-rate schedules, weight decay, freezing."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jvgen import nested
 from jvgen.config import Config, ConfigError
@@ -16,7 +14,8 @@ from jvgen.nn.network import Parameters
 from jvgen.parallel.axes import LAYERS, VOCABULARY, Axes
 from jvgen.training.optimization import moments, parameter_paths
 from jvgen.training.optimization.moments import FirstMoment, SecondMoment
-from jvgen.value_rules import BelowOne, Bounds, Epsilon, Fraction, Pattern, Positive, Step
+from jvgen.training.optimization.muon import Matrices, Muon
+from jvgen.value_rules import BelowOne, Bounds, Count, Epsilon, Fraction, Pattern, Positive, Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,10 @@ class OptimizerConfig(Config):
       muon_momentum, muon_iterations: momentum and Newton-Schulz iterations.
       muon_rms: root mean square of an orthogonalized update, as Adam's is (Liu et al. 2025, arXiv 2502.16982, §2.2).
       muon_exclude: patterns of kernels that AdamW updates under "muon" (first and last layers, heads).
+      muon_blocks: pattern -> number of equal blocks of output features that are matrices of their own, in kernels that
+        hold several side by side; the first that matches counts. For shifts, scales and gates of a video DiT:
+        {".*_modulation/vectors/projection": 6, ".*/output_modulation": 2}. Queries, keys, values, and the halves of a
+        gated feed-forward layer are kernels of their own anyway.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -86,6 +89,7 @@ class OptimizerConfig(Config):
     muon_iterations: Annotated[int, Bounds(at_least=1, at_most=100)] = 5
     muon_rms: Positive = 0.2
     muon_exclude: tuple[Pattern, ...] = ()
+    muon_blocks: dict[Pattern, Count] = dataclasses.field(default_factory=dict)
 
     def validate(self) -> None:
         starts = [stage.start_step for stage in self.stages]
@@ -128,7 +132,7 @@ def make_optimizer(config: OptimizerConfig, axes: Parameters, steps: int, parame
     Raises:
       ConfigError: a `frozen` or `multipliers` pattern that matches no parameter, or nothing left to train.
     """
-    for field in ("frozen", "multipliers", "muon_exclude"):
+    for field in ("frozen", "multipliers", "muon_exclude", "muon_blocks"):
         for pattern in parameter_paths.unmatched(tuple(getattr(config, field)), axes):
             paths = list(nested.flatten(axes))
             raise ConfigError(
@@ -157,11 +161,12 @@ def make_optimizer(config: OptimizerConfig, axes: Parameters, steps: int, parame
         first=config.first_moment,
         second=config.second_moment,
     )
-    muon = optax.contrib.scale_by_muon(
-        beta=config.muon_momentum,
-        ns_steps=config.muon_iterations,
-        mu_dtype=None if config.first_moment == "float32" else config.first_moment,
-        weight_dimension_numbers=functools.partial(nested.map_with_path, lambda path, _: _matrix(trained_axes[path])),
+    muon = Muon(
+        matrices={path: Matrices(trained_axes[path], _blocks(config, path)) for path in sorted(orthogonalized)},
+        momentum=config.muon_momentum,
+        iterations=config.muon_iterations,
+        rms=config.muon_rms,
+        dtype=config.first_moment,
     )
 
     def init(tree: Parameters) -> Any:
@@ -177,9 +182,6 @@ def make_optimizer(config: OptimizerConfig, axes: Parameters, steps: int, parame
             muon_updates, muon_state = muon.update(matrices, state["muon"]) if orthogonalized else ({}, None)
         state = {**state, "adam": adam_state}
         if orthogonalized:
-            muon_updates = nested.map_with_path(
-                lambda path, u: u * _muon_scale(config, u.shape, trained_axes[path]), muon_updates
-            )
             updates, state = nested.merge(updates, muon_updates), {**state, "muon": muon_state}
         values = nested.flatten(tree)
 
@@ -254,29 +256,18 @@ def clip(gradients: Parameters, norm: jax.Array, limit: float | None) -> Paramet
     return jax.tree.map(lambda gradient: gradient * factor, gradients)
 
 
-def _matrix_axes(names: Axes) -> tuple[int, ...]:
-    return tuple(index for index, name in enumerate(names) if name != LAYERS)
-
-
 def _is_matrix(config: OptimizerConfig, path: str, names: Axes) -> bool:
     """Whether Muon applies: kernels of linear layers and convolutions, stacked or not, but no embeddings."""
     return (
         path.endswith("kernel")
-        and len(_matrix_axes(names)) >= 2
+        and len(names) - (LAYERS in names) >= 2
         and VOCABULARY not in names
         and not parameter_paths.matches(config.muon_exclude, path)
     )
 
 
-def _matrix(names: Axes) -> optax.contrib.MuonDimensionNumbers:
-    """Input axes (and the window of a convolution) against output features; stacked layers are separate matrices."""
-    *inputs, output = _matrix_axes(names)
-    return optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(inputs), output_axis=(output,))
-
-
-def _muon_scale(config: OptimizerConfig, shape: tuple[int, ...], names: Axes) -> float:
-    *inputs, output = _matrix_axes(names)
-    return config.muon_rms * math.sqrt(max(math.prod(shape[index] for index in inputs), shape[output]))
+def _blocks(config: OptimizerConfig, path: str) -> int:
+    return next((n for pattern, n in config.muon_blocks.items() if parameter_paths.matches(pattern, path)), 1)
 
 
 def _decays(config: OptimizerConfig, path: str, names: Axes) -> bool:

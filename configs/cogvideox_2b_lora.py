@@ -1,0 +1,36 @@
+"""A LoRA of CogVideoX-2B, fine-tuned on clips of one's own: 49 frames of 480x720, rank 128, as its authors fine-tune it.
+
+Should reach: what the clips have in common, a style or a subject, after a few thousand steps; the published weights
+are the start.
+Chips: 8 of v5e (`--topology v5e:2x4`).
+Memory: see docs/recipes.md.
+Time: not known; a step has two thirds of the FLOPs of one that trains all weights (estimated).
+Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --out data/latents_480x720`, the
+published pipeline in weights/CogVideoX-2b, and a local folder of T5 v1.1 XXL.
+
+The run's checkpoints hold the LoRA alone. `jvgen export RUN` writes it as `pytorch_lora_weights.safetensors`.
+"""
+
+from pathlib import Path
+
+from jvgen import config
+from jvgen.nn.lora import LoraConfig
+from jvgen.parallel.mesh import MeshConfig
+from jvgen.training.experiment import Experiment
+
+
+def experiment() -> Experiment:
+    made = config.load(Path(__file__).with_name("cogvideox_2b.py"))
+    (bucket,) = made.data.buckets
+    return made.replace(
+        name="cogvideox_2b_lora",
+        task=made.task.replace(
+            lora=LoraConfig(rank=128, alpha=64.0), denoiser_weights="weights/CogVideoX-2b/transformer"
+        ),
+        data=made.data.replace(buckets=(bucket.replace(batch_size=8),)),
+        optimizer=made.optimizer.replace(learning_rate=1e-3, warmup_steps=200),
+        training=made.training.replace(steps=4000, evaluate_every=500),
+        ema=made.ema.replace(decays=(0.999,)),
+        checkpoint=made.checkpoint.replace(every=500, keep_every=0),
+        mesh=MeshConfig(fsdp=-1, seq=4),
+    )

@@ -1,0 +1,258 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): two narrow matrices beside the kernel of a linear layer.
+
+The network itself is unchanged. Its factors are parameters of their own, which are put beside the layers of the network
+when it runs (`attach`), or added to its kernels (`merge`). For the layer at "blocks/layers/attention/query" they are
+"blocks/layers/attention/query/down" and ".../up", with a leading axis of layers where the kernel has one.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jvgen import nested
+from jvgen.config import Config, ConfigError
+from jvgen.nn.dropout import dropout, folded
+from jvgen.nn.linear import Linear
+from jvgen.nn.network import Network, Parameters
+from jvgen.parallel import axes
+from jvgen.parallel.axes import LAYERS, Axes
+from jvgen.precision import product_precision
+from jvgen.value_rules import BelowOne, Count, Pattern, Positive
+
+DOWN, UP = "down", "up"
+# How many paths a message lists.
+MAX_LISTED = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(Config):
+    """Which linear layers get a LoRA, and of what size. Nothing else of the network is trained.
+
+    Attributes:
+      rank: width between the two factors.
+      alpha: the update is alpha / rank times the product of the factors; none for alpha = rank.
+      targets: patterns of linear layers by path, matched from the start: "denoiser/blocks/layers/attention/query".
+      dropout: share of the layers' inputs that is set to zero on the way to the factors, in training.
+    """
+
+    rank: Count = 64
+    alpha: Positive | None = None
+    targets: tuple[Pattern, ...] = (r"denoiser/blocks/layers/attention/(query|key|value|output)$",)
+    dropout: BelowOne = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Factor on the product of the factors."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+class Lora(nnx.Module):
+    """The two factors of an update of one matrix (or of one in each layer of a stack), which is zero at first.
+
+    Args:
+      features_in, features_out: of the linear layer.
+      rank: width between the factors.
+      axes: logical names of the kernel's axes, without that of layers.
+      layers: number of stacked layers; None for a single one.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        rank: int,
+        axes: Axes,
+        layers: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        stack, names = ((), ()) if layers is None else ((layers,), (LAYERS,))
+        down = nnx.initializers.normal(1.0 / rank)(rngs.params(), (*stack, features_in, rank), jnp.float32)
+        self.down = nnx.Param(down, logical_axes=(*names, axes[0], None))
+        self.up = nnx.Param(jnp.zeros((*stack, rank, features_out), jnp.float32), logical_axes=(*names, None, axes[1]))
+
+
+class Factors(nnx.Module):
+    """A `Lora` for each of some layers, at the layers' own paths.
+
+    Args:
+      layers: path of each layer -> its kernel (anything with `.shape`) and the logical names of the kernel's axes.
+      rank: of all.
+    """
+
+    def __init__(self, layers: Mapping[str, tuple[jax.ShapeDtypeStruct, Axes]], *, rank: int, rngs: nnx.Rngs):
+        for path, (kernel, names) in layers.items():
+            node = self
+            *parents, name = path.split("/")
+            for part in parents:
+                if not hasattr(node, part):
+                    setattr(node, part, _Branch())
+                node = getattr(node, part)
+            count = kernel.shape[0] if LAYERS in names else None
+            lora = Lora(*kernel.shape[-2:], rank=rank, axes=names[-2:], layers=count, rngs=rngs)
+            setattr(node, name, lora)
+
+
+class _Branch(nnx.Module):
+    """A part of a path."""
+
+
+class _Attached(nnx.Module):
+    """Factors beside a layer, in the network that runs; `Linear` adds what it returns."""
+
+    def __init__(self, down: jax.Array, up: jax.Array, names: tuple[Axes, Axes], keys: jax.Array | None, rate: float):
+        self.down, self.up = nnx.Param(down, logical_axes=names[0]), nnx.Param(up, logical_axes=names[1])
+        self.rate = rate
+        stack = names[0][:-2]
+        self.keys = None if keys is None else nnx.Variable(keys, logical_axes=(*stack, axes.BATCH, None))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if self.keys is not None:
+            inputs = dropout(inputs, jax.random.wrap_key_data(self.keys[...]), self.rate)
+        for factor in (self.down, self.up):
+            kernel = factor[...].astype(inputs.dtype)
+            inputs = jnp.matmul(inputs, kernel, precision=product_precision(inputs.dtype))
+        return inputs
+
+
+def linear_layers(network: Network) -> dict[str, tuple[jax.ShapeDtypeStruct, Axes]]:
+    """The linear layers of a network: path -> kernel and the logical names of its axes."""
+    module = nnx.merge(network.graph, network.state)
+    shapes, names = nested.flatten(network.shapes), nested.flatten(network.axes)
+    found = {}
+    for path, node in nnx.iter_graph(module):
+        if isinstance(node, Linear):
+            name = "/".join(str(part) for part in path)
+            found[name] = (shapes[f"{name}/kernel"], names[f"{name}/kernel"])
+    return dict(sorted(found.items()))
+
+
+def targets(
+    config: LoraConfig, networks: Mapping[str, Network], frozen: Sequence[str] = (), field: str = "task.lora"
+) -> dict[str, tuple[jax.ShapeDtypeStruct, Axes]]:
+    """The layers that a config chooses: path with the name of the network -> kernel and names of its axes.
+
+    Args:
+      networks: by name, those that may get a LoRA.
+      frozen: names of networks that may not.
+      field: where the config is, for messages.
+
+    Raises:
+      ConfigError: a pattern that chooses no layer, or layers of a frozen network.
+    """
+    layers = {
+        f"{name}/{path}": found for name, network in networks.items() for path, found in linear_layers(network).items()
+    }
+    chosen: dict[str, tuple[jax.ShapeDtypeStruct, Axes]] = {}
+    for pattern in config.targets:
+        matching = {path: found for path, found in layers.items() if re.match(pattern, path)}
+        if not matching:
+            name = re.match(r"\w*", pattern)[0]
+            if name in frozen:
+                raise ConfigError(
+                    f"{field}.targets: {pattern!r} is in {name}, which stays as it is in this task; layers with a LoRA "
+                    f"are those of {', '.join(networks)}."
+                )
+            near = difflib.get_close_matches(pattern, layers, n=MAX_LISTED, cutoff=0.0)
+            raise ConfigError(
+                f"{field}.targets: {pattern!r} matches no linear layer (it is matched from the start of the path). The "
+                f"nearest are {', '.join(near)}."
+            )
+        chosen |= matching
+    if not chosen:
+        raise ConfigError(f"{field}.targets is empty: name linear layers, such as {', '.join(list(layers)[:3])}.")
+    return dict(sorted(chosen.items()))
+
+
+def pairs(factors: Parameters) -> dict[str, Parameters]:
+    """Path of each layer -> its {"down": ..., "up": ...}."""
+    flat = nested.flatten(factors)
+    paths = sorted({path.rpartition("/")[0] for path in flat})
+    return {path: {part: flat[f"{path}/{part}"] for part in (DOWN, UP)} for path in paths}
+
+
+def attach(
+    module: nnx.Module,
+    factors: Parameters,
+    scale: float = 1.0,
+    *,
+    rate: float = 0.0,
+    keys: jax.Array | None = None,
+) -> None:
+    """Put factors beside the linear layers of a network that is about to run (`Network.bind`).
+
+    Gradients of the factors take no products with the size of a kernel.
+
+    Args:
+      factors: as `Factors` has them; layers may differ in rank.
+      scale: factor on the updates.
+      rate, keys: dropout of the layers' inputs, with one key per sample, `B`; no dropout without keys.
+    """
+    for number, (path, pair) in enumerate(pairs(factors).items()):
+        layer = module
+        for part in path.split("/"):
+            layer = layer[int(part)] if part.isdecimal() else getattr(layer, part)
+        assert isinstance(layer, Linear), f"{path} is no linear layer"
+        names = layer.kernel.get_metadata()["logical_axes"]
+        stack, (rows, columns) = names[:-2], names[-2:]
+        own = folded(keys, number)
+        if own is not None and stack:
+            own = jax.vmap(lambda layer, keys=own: folded(keys, layer))(jnp.arange(pair[DOWN].shape[0]))
+        layer.lora = _Attached(
+            pair[DOWN],
+            pair[UP] * jnp.asarray(scale, pair[UP].dtype),
+            ((*stack, rows, None), (*stack, None, columns)),
+            None if own is None else jax.random.key_data(own),
+            rate,
+        )
+
+
+def apply(
+    network: Network,
+    parameters: Parameters,
+    factors: Parameters | None,
+    *args: Any,
+    scale: float = 1.0,
+    rate: float = 0.0,
+    keys: jax.Array | None = None,
+    **options: Any,
+) -> Any:
+    """`Network.apply` with factors beside some layers, see `attach`; without factors the network alone."""
+    module = network.bind(parameters)
+    if factors is not None:
+        attach(module, factors, scale, rate=rate, keys=keys)
+    return module(*args, **options)
+
+
+def merge(parameters: Parameters, factors: Parameters, scale: float = 1.0) -> Parameters:
+    """Parameters of a network with `scale` times the updates added to its kernels, in float32 and rounded once."""
+    flat = nested.flatten(parameters)
+    for path, pair in pairs(factors).items():
+        kernel = flat[f"{path}/kernel"]
+        down, up = (pair[part].astype(jnp.float32) for part in (DOWN, UP))
+        update = jnp.einsum("...ir,...ro->...io", down, up, precision=product_precision(down.dtype))
+        flat[f"{path}/kernel"] = (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
+    return nested.unflatten(flat)
+
+
+def combined(adapters: Sequence[tuple[Parameters, float]]) -> Parameters:
+    """Several adapters with a scale each as one of scale 1: its updates are the sum of theirs."""
+    together: dict[str, dict[str, list[jax.Array]]] = {}
+    for factors, scale in adapters:
+        for path, pair in pairs(factors).items():
+            lists = together.setdefault(path, {DOWN: [], UP: []})
+            lists[DOWN].append(pair[DOWN])
+            lists[UP].append(pair[UP] * jnp.asarray(scale, pair[UP].dtype))
+    return nested.unflatten(
+        {
+            f"{path}/{part}": jnp.concatenate(lists[part], axis=-1 if part == DOWN else -2)
+            for path, lists in together.items()
+            for part in (DOWN, UP)
+        }
+    )
