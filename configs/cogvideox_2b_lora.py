@@ -1,4 +1,4 @@
-"""A LoRA of CogVideoX-2B, fine-tuned on clips of one's own: 49 frames of 480x720, rank 128, as its authors fine-tune it.
+"""A LoRA of CogVideoX-2B, fine-tuned on clips of one's own: 49 frames of 480x720, rank 128 beside the attention.
 
 Should reach: what the clips have in common, a style or a subject, after a few thousand steps; the published weights
 are the start.
@@ -28,7 +28,7 @@ def experiment() -> Experiment:
             lora=LoraConfig(rank=128, alpha=64.0), denoiser_weights="weights/CogVideoX-2b/transformer"
         ),
         data=made.data.replace(buckets=(bucket.replace(batch_size=8),)),
-        optimizer=made.optimizer.replace(learning_rate=1e-3, warmup_steps=200),
+        optimizer=made.optimizer.replace(learning_rate=2e-5, warmup_steps=100, schedule="constant"),
         training=made.training.replace(steps=4000, evaluate_every=500),
         ema=made.ema.replace(decays=(0.999,)),
         checkpoint=made.checkpoint.replace(every=500, keep_every=0),

@@ -166,6 +166,16 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
             help="names of files in a folder: 0000_00_a_red_ball.mp4, or 'a red ball-0.mp4', which is the default for "
             "JSON prompts",
         ),
+        group.add_argument(
+            "--lora", action="append", default=[], metavar="FILE[:SCALE]",
+            help="LoRA adapter of the denoiser in diffusers' or SAT's format, and the strength of its update, 1 if "
+            "omitted (repeatable)",
+        ),
+        group.add_argument(
+            "--lora-apart", action="store_true",
+            help="keep the adapters beside the weights, which rounds less in bfloat16 and takes longer; otherwise they "
+            "are merged into the weights",
+        ),
         add_variant_argument(group),
         group.add_argument(
             "--devices", type=number(Count), metavar="N", help="number of this machine's devices to use; all if omitted"
@@ -235,12 +245,31 @@ def _sample_weights(parsed: argparse.Namespace, prompts: list[str]) -> None:
         seed=parsed.seed, batch=1 if parsed.batch_size is None else parsed.batch_size, noise=parsed.noise,
         dtype=parsed.dtype, in_tiles=parsed.tiles, frames_per_second=parsed.fps, devices=parsed.devices,
         enhance=enhance_config(parsed), variant=parsed.variant,
+        loras=tuple(lora_argument(text) for text in parsed.lora), lora_apart=parsed.lora_apart,
     )  # fmt: skip
     listed = parsed.prompts is not None and parsed.prompts.suffix == ".json"
     naming = parsed.naming or ("vbench" if listed else "numbered")
     if naming == "vbench":
         prompts = list(dict.fromkeys(prompts))
     sample_published(parsed.weights, prompts, parsed.out, request, count=parsed.clips_per_prompt, naming=naming)
+
+
+def lora_argument(text: str):
+    """File and scale of `--lora FILE[:SCALE]`.
+
+    Raises:
+      ValueError: a scale that is no finite number.
+    """
+    file, separator, scale = text.rpartition(":")
+    # A bucket's address has a colon too.
+    if not separator or scale.startswith("//"):
+        return path(text), 1.0
+    if path(text).exists():
+        return path(text), 1.0
+    try:
+        return path(file), number(Scale)(scale)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"--lora {text}: {scale!r} is no scale: {error}") from error
 
 
 def enhance_config(parsed: argparse.Namespace):

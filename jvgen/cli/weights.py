@@ -31,7 +31,8 @@ def _add_export(commands) -> None:
         "jvgen export runs/x/checkpoints/20000 --to exported",
         details="A text-to-video run becomes a whole pipeline, with its frozen VAE and T5 and the tokenizer, for "
         "CogVideoXPipeline.from_pretrained and `jvgen sample --weights`; where diffusers has no such pipeline, the "
-        "reasons are printed and the trained networks are written, as of all other runs.",
+        "reasons are printed and the trained networks are written, as of all other runs. A run that trains a LoRA "
+        "becomes pytorch_lora_weights.safetensors, for load_lora_weights and `jvgen sample --weights DIR --lora FILE`.",
         handler=run_export,
     )  # fmt: skip
     add_run_arguments(parser)
@@ -46,6 +47,10 @@ def _add_export(commands) -> None:
         "--layout", choices=["folders", "sat"], default="folders",
         help="folders: one subfolder per network; sat: the denoiser alone as one file, with the parameter names of "
         "SwissArmyTransformer, in which CogVideoX and RepVideo were trained",
+    )  # fmt: skip
+    parser.add_argument(
+        "--merge-lora", action="store_true",
+        help="of a run that trains a LoRA: write the whole denoiser with the LoRA merged into it, not the LoRA alone",
     )  # fmt: skip
 
 
@@ -121,7 +126,7 @@ def run_export(parsed: argparse.Namespace) -> int:
 
     export_run(
         parsed.run, parsed.to, ema=parsed.ema, step=parsed.step, dtype=parsed.dtype, layout=parsed.layout,
-        network=parsed.network,
+        network=parsed.network, merge_lora=parsed.merge_lora,
     )  # fmt: skip
     return 0
 

@@ -20,6 +20,7 @@ from jvgen.value_rules import Bounds
 # Purposes folded into the key of a step: new ones get new numbers, old numbers never change.
 TIMESTEP_KEY = 0
 NOISE_KEY = 1
+OFFSET_KEY = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class TimestepConfig(Config):
     A number u in [0, 1) is drawn, shifted to s u / (1 + (s - 1) u) by the shift s, and scaled to 0..1000.
 
     Attributes:
+      draws: "independent" for every sample, or "stratified" over the global batch: of N = 2^k samples there is one u in
+        each of N equal intervals (with other numbers at most two), so that the loss of a step varies less. CogVideoX's
+        "explicit uniform sampling" does so by ranks. The u of one sample has the same distribution in both.
       kind: distribution of u: "uniform", or "logit_normal" = sigmoid(mean + std z) (Esser et al. 2024, eq. 19).
       mean, std: of the normal distribution in "logit_normal".
       shift: s at the base size; 1 for none.
@@ -39,6 +43,7 @@ class TimestepConfig(Config):
         for "resolution_and_duration".
     """
 
+    draws: Literal["independent", "stratified"] = "independent"
     kind: Literal["uniform", "logit_normal"] = "uniform"
     mean: Annotated[float, Bounds(at_least=-100, at_most=100)] = 0.0
     std: Annotated[float, Bounds(above=0, at_most=100, fix="for example 1.0")] = 1.0
@@ -124,6 +129,7 @@ def draw_timesteps(
     *,
     size: tuple[int, int, int] | None = None,
     slots: Int[Array, "B"] | None = None,
+    places: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B"]:
     """Random raw timesteps, float32: whole numbers for discrete schedules.
 
@@ -134,20 +140,40 @@ def draw_timesteps(
       schedule: discrete schedules round down to 0..999.
       size: frames, height and width of the clip in tokens (latent patches); required if the shift depends on it.
       slots: indices in the global batch; default 0..B-1.
+      places: of the samples among all of the global batch, without gaps, for stratified draws; default `slots`.
     """
     if size is None and config.shift_by != "nothing":
         raise ValueError(f"shift_by = {config.shift_by!r}: give `size`, the clip's frames, height and width in tokens.")
     shift = config.shift_of(*(size or (1, 1, 1)))
-    keys = slot_keys(jax.random.fold_in(key, TIMESTEP_KEY), jnp.arange(batch_size) if slots is None else slots)
-    if config.kind == "uniform":
+    slots = jnp.arange(batch_size) if slots is None else slots
+    if config.draws == "stratified":
+        offset = jax.random.uniform(jax.random.fold_in(key, OFFSET_KEY), (), jnp.float32)
+        fraction = (_bit_reversed(slots if places is None else places) + offset) % 1.0
+        if config.kind == "logit_normal":
+            normal = jax.scipy.special.ndtri(jnp.clip(fraction, 1e-6, 1.0 - 1e-6))
+            fraction = jax.nn.sigmoid(config.mean + config.std * normal)
+    elif config.kind == "uniform":
+        keys = slot_keys(jax.random.fold_in(key, TIMESTEP_KEY), slots)
         fraction = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(keys)
     else:
+        keys = slot_keys(jax.random.fold_in(key, TIMESTEP_KEY), slots)
         normal = jax.vmap(lambda k: jax.random.normal(k, (), jnp.float32))(keys)
         fraction = jax.nn.sigmoid(config.mean + config.std * normal)
     fraction = shift * fraction / (1.0 + (shift - 1.0) * fraction)
     if schedule.config.continuous:
         return fraction * TIMESTEPS
     return jnp.clip(jnp.floor(fraction * TIMESTEPS), 0.0, TIMESTEPS - 1.0)
+
+
+def _bit_reversed(numbers: Int[Array, "B"]) -> Float[Array, "B"]:
+    """van der Corput's sequence in base 2: the first 2^k numbers give the multiples of 2^-k below 1, each once.
+
+    A number's place depends on nothing else, so that no sample has to know how many there are.
+    """
+    numbers, found = numbers.astype(jnp.uint32), jnp.zeros(numbers.shape, jnp.float32)
+    for bit in range(24):
+        found = found + ((numbers >> bit) & 1).astype(jnp.float32) * 2.0 ** -(bit + 1)
+    return found
 
 
 def validation_timesteps(count: int, schedule: Schedule) -> np.ndarray:

@@ -32,12 +32,13 @@ FILE_NAMES: dict[Layout, str] = {"diffusers": "pytorch_lora_weights.safetensors"
 # Of names in diffusers' files; files of peft have another one.
 PREFIX, PEFT_PREFIX = "transformer.", "base_model.model."
 SAT_PREFIX = "model.diffusion_model."
-# Layer of a block's attention -> the module that has it in SAT, and its number among the pairs of matrices there.
+# Path of a layer -> the module of a block's attention that has it in SAT, and its number among the pairs there.
 SAT_LAYERS = {
-    "query": ("query_key_value", 0), "key": ("query_key_value", 1), "value": ("query_key_value", 2),
-    "output": ("dense", 0),
-}  # fmt: skip
-ATTENTION = "blocks/layers/attention/"
+    "blocks/layers/attention/query": ("query_key_value", 0),
+    "blocks/layers/attention/key": ("query_key_value", 1),
+    "blocks/layers/attention/value": ("query_key_value", 2),
+    "blocks/layers/attention/output": ("dense", 0),
+}
 METADATA = "lora_adapter_metadata"
 # What SAT's LoraMixin has unless it is told otherwise; its files do not say.
 SAT_ALPHA = 1.0
@@ -106,11 +107,7 @@ def read_lora(path: str | Path, config: VideoDiTConfig) -> LoraFile:
         for name in (entry.theirs, *entry.aliases)
         if any(name.replace(LAYER, str(layer)) in found for layer in range(config.layers))
     }
-    ranks = {
-        array.shape[0]
-        for name, array in found.items()
-        if name.endswith((".lora_A.weight", ".0", ".1", ".2")) and (".lora_A." in name or ".matrix_A." in name)
-    }
+    ranks = {array.shape[0] for name, array in found.items() if ".lora_A." in name or ".matrix_A." in name}
     if not paths or not ranks:
         raise WeightError(
             f"{file} is no LoRA adapter of a CogVideoX transformer: it has tensors such as "
@@ -168,7 +165,7 @@ def write_lora(
     if path.exists():
         raise ExportError(f"{path} exists; give another name or remove it.")
     layers = pairs(factors)
-    others = [name for name in layers if layout == "sat" and name.removeprefix(ATTENTION) not in SAT_LAYERS]
+    others = [name for name in layers if layout == "sat" and name not in SAT_LAYERS]
     if others:
         raise ExportError(f"--layout sat: SAT has a LoRA for attention only, and this run one for {', '.join(others)}.")
     rank = next(iter(layers.values()))[DOWN].shape[-1]
@@ -205,9 +202,9 @@ def _table(config: VideoDiTConfig, layers: Collection[str], layout: Layout) -> W
             aliases = ("", PEFT_PREFIX)
             prefix = PREFIX
         else:
-            if name.removeprefix(ATTENTION) not in SAT_LAYERS:
+            if name not in SAT_LAYERS:
                 continue
-            module, number = SAT_LAYERS[name.removeprefix(ATTENTION)]
+            module, number = SAT_LAYERS[name]
             down, up = LINEAR, LINEAR
             stem = f"transformer.layers.{LAYER}.attention.{module}.matrix"
             theirs = {part: f"{stem}_{letter}.{number}" for part, letter in ((DOWN, "A"), (UP, "B"))}

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jvgen import nested
 from jvgen.config import Config, ConfigError
@@ -231,14 +232,18 @@ def apply(
 
 
 def merge(parameters: Parameters, factors: Parameters, scale: float = 1.0) -> Parameters:
-    """Parameters of a network with `scale` times the updates added to its kernels, in float32 and rounded once."""
+    """Parameters of a network with `scale` times the updates added to its kernels."""
     flat = nested.flatten(parameters)
     for path, pair in pairs(factors).items():
-        kernel = flat[f"{path}/kernel"]
-        down, up = (pair[part].astype(jnp.float32) for part in (DOWN, UP))
-        update = jnp.einsum("...ir,...ro->...io", down, up, precision=product_precision(down.dtype))
-        flat[f"{path}/kernel"] = (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
+        flat[f"{path}/kernel"] = merged_kernel(flat[f"{path}/kernel"], pair[DOWN], pair[UP], scale)
     return nested.unflatten(flat)
+
+
+def merged_kernel(kernel: jax.Array, down: ArrayLike, up: ArrayLike, scale: float = 1.0) -> jax.Array:
+    """One kernel (or stack) with its update, added in float32 and rounded once."""
+    down, up = (jnp.asarray(factor, jnp.float32) for factor in (down, up))
+    update = jnp.einsum("...ir,...ro->...io", down, up, precision=product_precision(down.dtype))
+    return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
 
 
 def combined(adapters: Sequence[tuple[Parameters, float]]) -> Parameters:

@@ -1,10 +1,12 @@
 """Between runs and PyTorch folders: export a run, start one from published weights, describe a folder."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jvgen import __version__
 from jvgen.config import Config, ConfigError, dump
@@ -12,16 +14,19 @@ from jvgen.interop.architecture import differences
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder, read_config, with_variant
 from jvgen.interop.inflate import inflate_folder
+from jvgen.interop.lora_file import FILE_NAMES, Layout, is_lora, read_lora, write_lora
 from jvgen.interop.sat_file import export_sat
-from jvgen.interop.to_torch import Weights, export_networks
+from jvgen.interop.to_torch import ExportError, Weights, export_networks
 from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.nn import lora
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device, single_device_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.runs import pipeline_export
-from jvgen.storage import Path, as_path, resolved, size
+from jvgen.storage import Path, as_path, resolved, size, write_text
 from jvgen.tasks.pipeline_folder import DENOISER, adopt_pipeline, is_pipeline, pipeline_weights, read_pipeline
-from jvgen.tasks.task import Task
+from jvgen.tasks.task import Task, TaskConfig
+from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig
 from jvgen.tasks.text_to_video_config import check_text_to_video
 from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
 from jvgen.training.checkpoint.reader import CheckpointReader
@@ -39,6 +44,7 @@ def export_run(
     overwrite: bool = False,
     layout: Literal["folders", "sat"] = "folders",
     network: str | None = None,
+    merge_lora: bool = False,
 ) -> Path:
     """Export the run in a folder, see `export`.
 
@@ -55,7 +61,7 @@ def export_run(
     about = {"experiment": experiment.name, "step": trained, "ema": str(ema or "best")}
     return export(
         task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout, network=network,
-        trained_with=frozen_digest(run, trained),
+        trained_with=frozen_digest(run, trained), merge_lora=merge_lora,
     )  # fmt: skip
 
 
@@ -70,9 +76,11 @@ def export(
     layout: Literal["folders", "sat"] = "folders",
     network: str | None = None,
     trained_with: str | None = None,
+    merge_lora: bool = False,
 ) -> Path:
     """Write a text-to-video run as a pipeline that diffusers and `jvgen sample --weights` load, with the run's frozen
-    VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own.
+    VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own. Of a run that trains
+    a LoRA, write the LoRA alone, as diffusers loads it.
 
     Where diffusers has no pipeline for a text-to-video run (see `jvgen.runs.pipeline_export.obstacles`), its trained
     networks are written, and the reasons printed.
@@ -88,16 +96,23 @@ def export(
         RepVideo were trained with (`jvgen.interop.sat_file`).
       network: write this trained network alone.
       trained_with: content hash of the frozen weights that the run was trained with, to be compared; None for any.
+      merge_lora: write the denoiser with its LoRA merged into it, as that of a run without one.
 
     Raises:
-      ConfigError: no such network.
+      ConfigError: no such network, or frozen weights that are not those which the LoRA was trained with.
       ExportError, NotFinite: see `jvgen.interop.to_torch.export_networks`.
     """
+    record = {"jvgen": __version__, **about, "dtype": dtype}
+    if isinstance(task, TextToVideo) and trains_lora(task.config):
+        if not merge_lora:
+            return _export_lora(task, parameters, as_path(folder), record, dtype, layout, overwrite)
+        task, parameters = _with_merged_lora(task, parameters, trained_with)
+    elif merge_lora:
+        raise ConfigError("--merge-lora: the run trains no LoRA; leave it out.")
     if network is not None and network not in task.network_configs:
         raise ConfigError(f"--network {network}: the run trains {', '.join(sorted(task.network_configs))}.")
     if layout == "sat":
         return _export_sat(task, parameters, as_path(folder), dtype)
-    record = {"jvgen": __version__, **about, "dtype": dtype}
     configs = {name: config for name, config in task.network_configs.items() if network in (None, name)}
     weights: Mapping[str, Weights] = {name: parameters[name] for name in configs}
     files: Mapping[str, str | Path] = task.exported_files()
@@ -117,6 +132,53 @@ def export(
     if reasons:
         print("no whole pipeline was written, only the trained networks:\n" + "\n".join(f"  {r}" for r in reasons))
     return written
+
+
+def trains_lora(config: TaskConfig) -> bool:
+    """Whether a run of the task trains a LoRA and no network."""
+    return isinstance(config, TextToVideoConfig) and config.lora is not None
+
+
+def _export_lora(
+    task: Task,
+    parameters: Parameters,
+    folder: Path,
+    record: Mapping[str, Any],
+    dtype: str,
+    layout: Literal["folders", "sat"],
+    overwrite: bool,
+) -> Path:
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ExportError(f"{folder} exists and is not empty; give another folder or remove it.")
+    names: Layout = "sat" if layout == "sat" else "diffusers"
+    file = folder / FILE_NAMES[names]
+    if file.exists():
+        file.unlink()
+    write_lora(
+        file, task.config.denoiser, parameters["lora"]["denoiser"], task.config.lora.scale, layout=names, dtype=dtype
+    )
+    weights = {"denoiser_weights": task.config.denoiser_weights}
+    write_text(folder / "jvgen_run.json", json.dumps({**record, **weights}, indent=2) + "\n")
+    print(f"{file}: {size(file) / 1e6:.1f} MB, the LoRA of {task.config.denoiser_weights}")
+    return folder
+
+
+def _with_merged_lora(task: Task, parameters: Parameters, trained_with: str | None) -> tuple[Task, Parameters]:
+    """The task of a run that trained the whole denoiser, and its parameters: those of its file, and the LoRA's."""
+    if trained_with and task.frozen_digest() != trained_with:
+        raise ConfigError(
+            f"task.denoiser_weights = {task.config.denoiser_weights!r}: one of the run's frozen networks is not that "
+            "which it was trained with (another content hash)."
+        )
+    config = task.config
+    denoiser = import_folder(config.denoiser_weights, config.denoiser)[1]
+    with jax.default_device(host_device()):
+        merged = lora.merge(jax.tree.map(jnp.asarray, denoiser), parameters["lora"]["denoiser"], config.lora.scale)
+    found = {"denoiser": merged}
+    if config.text_encoder_weights is not None:
+        found["text_encoder"] = import_folder(config.text_encoder_weights)[1]
+    whole = config.replace(lora=None, denoiser_weights=None, text_encoder_weights=None)
+    return whole.build(), found
 
 
 def frozen_digest(run: Path, step: int) -> str:
@@ -168,6 +230,9 @@ def import_run(
       WeightError: the tensors do not fit; all are listed.
     """
     check_new_run(workdir)
+    if trains_lora(experiment.task) or is_lora(weights):
+        _import_lora(weights, experiment, workdir)
+        return
     if is_pipeline(weights):
         experiment = experiment.replace(task=adopt_pipeline(experiment.task, resolved(weights), variant))
         weights = pipeline_weights(weights, variant)[DENOISER]
@@ -203,6 +268,35 @@ def import_run(
     write_first_checkpoint(experiment, workdir, {network: parameters})
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     print(f"{workdir}: step 0 with {count:,} parameters from {weights} as {network!r}; train with `jvgen train`")
+
+
+def _import_lora(weights: Path, experiment: Experiment, workdir: Path) -> None:
+    """A run at step 0 with the LoRA of a file."""
+    if not trains_lora(experiment.task):
+        raise ConfigError(f"{weights} is a LoRA, and {experiment.name} trains none: set task.lora.")
+    if weights.is_dir() and not is_lora(weights):
+        raise ConfigError(
+            f"{experiment.name} trains a LoRA alone, and {weights} holds none: name weights of the denoiser in "
+            "task.denoiser_weights, and start with `jvgen train`."
+        )
+    experiment.task.check_weights()
+    task = experiment.task.build()
+    wanted, config = task.networks["lora"].shapes["denoiser"], experiment.task.lora
+    found = read_lora(weights, experiment.task.denoiser)
+    if found.rank != config.rank:
+        raise ConfigError(f"task.lora.rank = {config.rank}, but {weights} has rank {found.rank}: make them equal.")
+    if not math.isclose(found.scale, config.scale, rel_tol=1e-6):
+        raise ConfigError(
+            f"task.lora.alpha / task.lora.rank = {config.scale:g}, but {weights} was trained with "
+            f"{found.alpha:g} / {found.rank} = {found.scale:g}: set task.lora.alpha={found.alpha:g}."
+        )
+    here, there = lora.pairs(wanted).keys(), lora.pairs(found.factors).keys()
+    if here != there:
+        lines = [f"  {path}: in the file, not in task.lora.targets" for path in sorted(there - here)]
+        lines += [f"  {path}: in task.lora.targets, not in the file" for path in sorted(here - there)]
+        raise ConfigError("\n".join([f"{weights} is a LoRA of other layers than the run's:", *lines]))
+    write_first_checkpoint(experiment, workdir, {"lora": {"denoiser": found.factors}})
+    print(f"{workdir}: step 0 with the LoRA of {len(there)} layers from {weights}; train with `jvgen train`")
 
 
 def _identify(weights: Path, configs: Mapping[str, Config], network: str | None) -> tuple[str, Config]:

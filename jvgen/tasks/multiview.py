@@ -147,7 +147,8 @@ class MultiView(TextToVideo):
         if config.one_timestep:
             timesteps = jnp.repeat(draw_timesteps(key, len(slots), slots=slots, **drawn), views)
         else:
-            timesteps = draw_timesteps(key, clean.shape[0], slots=rows["slot"], **drawn)
+            places = jnp.ravel(slots[:, None] * views + jnp.arange(views))
+            timesteps = draw_timesteps(key, clean.shape[0], slots=rows["slot"], places=places, **drawn)
         text = self.text_embeddings(parameters, frozen, self.drop_captions(batch["tokens"], key, slots))
         weighted, plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text)
         adapter = float(_has_cameras(batch))

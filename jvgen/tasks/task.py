@@ -228,12 +228,15 @@ class Task(abc.ABC):
       network_configs: the configuration of each trained network, by the same names, for export.
       frozen_networks: networks that are not trained (a VAE, a text encoder), kept out of checkpoints and optimizers.
       float32_networks: names of frozen networks that stay float32 for any compute dtype.
+      backward_passes: FLOPs of the backward pass of trained networks, in forward passes: 2, or 1 where kernels have no
+        gradients (a LoRA).
     """
 
     networks: dict[str, Network]
     network_configs: dict[str, Config]
     frozen_networks: dict[str, Network]
     float32_networks: frozenset[str] = frozenset()
+    backward_passes: int = 2
 
     def init(self, key: jax.Array) -> Parameters:
         """Random float32 parameters of all trained networks."""

@@ -32,6 +32,7 @@ from jvgen.models.video_dit.flops import forward_flops
 from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn import lora
 from jvgen.nn.embeddings import token_grid
+from jvgen.nn.lora import LoraConfig
 from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.parallel import axes
 from jvgen.tasks.clip_vae import ClipVAE
@@ -78,6 +79,7 @@ class TextToVideo(Task):
                 self.frozen_networks[name] = self.networks.pop(name)
                 del self.network_configs[name]
         if config.lora is not None:
+            self.backward_passes = 1
             frozen = [name for name in self.frozen_networks if name != "denoiser"]
             layers = lora.targets(config.lora, {"denoiser": self.denoiser_network}, frozen)
             self.networks["lora"] = Network.of(lambda rngs: lora.Factors(layers, rank=config.lora.rank, rngs=rngs))
@@ -262,8 +264,10 @@ class TextToVideo(Task):
 
     def bound_denoiser(self, parameters: Parameters, dropout_keys: jax.Array | None = None) -> VideoDiT:
         """The denoiser with its parameters, and those of a LoRA beside its layers; for calls in a traced function."""
-        module, config = self.denoiser_network.bind(parameters["denoiser"]), self.config.lora
-        if config is not None:
+        module = self.denoiser_network.bind(parameters["denoiser"])
+        if "lora" in parameters:
+            # Adapters of other runs, in sampling, have their scales in them.
+            config = self.config.lora or LoraConfig()
             factors = parameters["lora"]["denoiser"]
             lora.attach(module, factors, config.scale, rate=config.dropout, keys=dropout_keys)
         return module

@@ -39,7 +39,7 @@ SENSIBLE = {
         ImaginationConfig.fit_steps ImaginationConfig.perceptual_weight ImaginationConfig.real_ratio
         ImaginationConfig.reward_weight ReinforcementConfig.demonstrations ReinforcementConfig.failure_budget
         ImageVAETaskConfig.frames_per_clip ImageVAETaskConfig.kl_weight ImageVAETaskConfig.perceptual_weight
-        InitFromConfig.step LRStage.start_step LRStage.warmup_steps MultiViewConfig.adapter_scale
+        InitFromConfig.step LoraConfig.dropout LRStage.start_step LRStage.warmup_steps MultiViewConfig.adapter_scale
         MultiViewConfig.caption_dropout MultiViewConfig.latent_shift MultiViewConfig.validation_timesteps
         MultiViewConfig.visualize_clips TextToVideoConfig.validation_timesteps
         MultiViewDiTConfig.adapter_rank OptimizerConfig.beta1 OptimizerConfig.beta2 OptimizerConfig.decay_fraction
@@ -62,6 +62,7 @@ SENSIBLE = {
         MultiViewConfig.latent_shift TextToVideoConfig.latent_shift TimestepConfig.mean
     """,
     "none": """
+        LoraConfig.alpha
         ImaginationConfig.rows_at_once ReinforcementConfig.episode_steps
         RecordingConfig.size RecordingConfig.steps
         BucketConfig.aspects BucketConfig.frames_per_second

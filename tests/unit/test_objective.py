@@ -66,6 +66,32 @@ def test_uniform_timesteps_are_whole_and_cover_the_grid(key):
     assert np.abs(counts - 2000).max() < 200
 
 
+def test_stratified_timesteps_fill_every_interval_once(key):
+    """In every step, in any order of slots and any split into microbatches; a slot by itself is uniform over steps."""
+    config = UNIFORM.replace(draws="stratified")
+    drawn = np.asarray(draw_timesteps(key, 64, config, FLOW)) / 1000
+    np.testing.assert_array_equal(np.sort(np.floor(drawn * 64)), np.arange(64))
+    parts = [draw_timesteps(key, 16, config, FLOW, slots=jnp.arange(start, 64, 4)) for start in range(4)]
+    np.testing.assert_array_equal(np.stack(parts, axis=1).ravel() / np.float32(1000), drawn)
+    counts = np.bincount(np.floor(np.asarray(draw_timesteps(key, 48, config, FLOW)) * 0.048).astype(int), minlength=48)
+    assert counts.max() <= 2 and counts.sum() == 48
+    steps = jax.vmap(lambda key: draw_timesteps(key, 8, config, COGVIDEOX))(jax.random.split(key, 4000))
+    for slot in np.asarray(steps).T:
+        assert np.array_equal(slot, np.floor(slot)) and slot.min() >= 0 and slot.max() <= 999
+        np.testing.assert_allclose(np.quantile(slot, [0.1, 0.5, 0.9]), [100, 500, 900], atol=30)
+    variance = np.var(np.mean(np.asarray(steps), axis=1))
+    alone = jax.vmap(lambda key: draw_timesteps(key, 8, UNIFORM, COGVIDEOX))(jax.random.split(key, 4000))
+    assert variance < np.var(np.mean(np.asarray(alone), axis=1)) / 5
+
+
+def test_stratified_logit_normal_has_the_stated_quantiles(key):
+    config = TimestepConfig(kind="logit_normal", mean=0.5, std=0.8, draws="stratified")
+    drawn = np.asarray(draw_timesteps(key, 1024, config, FLOW)) / 1000
+    assert np.median(drawn) == pytest.approx(1 / (1 + np.exp(-0.5)), abs=2e-3)
+    assert np.quantile(drawn, 0.8413) == pytest.approx(1 / (1 + np.exp(-1.3)), abs=2e-3)
+    assert np.isfinite(drawn).all() and drawn.min() > 0 and drawn.max() < 1
+
+
 def test_logit_normal_and_shift_have_the_stated_quantiles(key):
     config = TimestepConfig(kind="logit_normal", mean=0.5, std=0.8)
     drawn = np.asarray(draw_timesteps(key, 20000, config, FLOW)) / 1000

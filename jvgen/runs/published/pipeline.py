@@ -18,8 +18,11 @@ from jvgen.diffusion.objective import slot_normal
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.finite import Finite, clips_of
 from jvgen.interop.from_torch import check_weights
+from jvgen.interop.lora_file import read_lora
 from jvgen.models.cogvideox_vae.tiling import Tiling
 from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.nn import lora
+from jvgen.nn.network import Parameters
 from jvgen.runs.clip_folder import Clip, Naming, is_one_file, note_clips, plan_clips, write_clip
 from jvgen.runs.faults import Faults
 from jvgen.runs.generation import clip_name
@@ -59,6 +62,8 @@ class PublishedRequest:
       devices: how many of this machine's to use; all if None.
       enhance: scaling of attention across frames.
       variant: of the pipeline's files, such as "fp16".
+      loras: adapters of the denoiser, each with a factor on its update.
+      lora_apart: keep them beside the weights instead of merging them into these.
     """
 
     frames: int | None = None
@@ -80,6 +85,8 @@ class PublishedRequest:
     devices: int | None = None
     enhance: EnhanceConfig | None = None
     variant: str | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    lora_apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,7 @@ class Prepared:
       latents: frames, height, width and channels that are sampled.
       noise: see `read_noise`; None to draw it.
       dtype: see `PublishedRequest`.
+      adapter: all LoRA adapters of the request as one, with their scales in it; None without any.
     """
 
     config: TextToVideoConfig
@@ -102,6 +110,7 @@ class Prepared:
     latents: tuple[int, int, int, int]
     noise: np.ndarray | None
     dtype: str
+    adapter: Parameters | None = None
 
 
 def sample_published(
@@ -190,7 +199,12 @@ def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
     sampler, strength = config.sampling(clip)
     latents = (*config.sampled_shape(clip.frames, height, width), config.denoiser.out_channels)
     noise = None if request.noise is None else read_noise(request.noise, latents, clips)
-    return Prepared(config, clip, sampler, strength, latents, noise, request.dtype or default_dtype())
+    if request.lora_apart and not request.loras:
+        raise ValueError("--lora-apart: needs --lora FILE.")
+    adapters = [(read_lora(file, config.denoiser), scale) for file, scale in request.loras]
+    adapter = lora.combined([(found.factors, found.scale * scale) for found, scale in adapters]) if adapters else None
+    dtype = request.dtype or default_dtype()
+    return Prepared(config, clip, sampler, strength, latents, noise, dtype, adapter)
 
 
 def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> dict[str, Any]:
@@ -207,6 +221,7 @@ def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> d
         "noise": None if noise is None else hashlib.sha256(np.ascontiguousarray(noise)).hexdigest(),
         # Folders of clips that were made without this field are gone on with.
         **({} if request.variant is None else {"variant": request.variant}),
+        **({"lora": [[str(resolved(f)), s] for f, s in request.loras]} if request.loras else {}),
     }  # fmt: skip
 
 
@@ -232,7 +247,10 @@ def _make(
     encoded = time.perf_counter()
     scale = task.enhancement(request.enhance, prepared.sampler, prepared.guidance)
     network = pipeline_weights(weights, request.variant)[DENOISER]
-    denoiser = Denoiser(task, network, placement, prepared.sampler, prepared.guidance, scale)
+    denoiser = Denoiser(
+        task, network, placement, prepared.sampler, prepared.guidance, scale, prepared.adapter,
+        apart=request.lora_apart,
+    )  # fmt: skip
     decoder = Decoder(task, placement, in_tiles=request.in_tiles)
     rate = request.frames_per_second or frames_per_second(prepared.config)
     loaded = time.perf_counter()

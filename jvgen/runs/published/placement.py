@@ -11,6 +11,7 @@ import numpy as np
 
 from jvgen import nested
 from jvgen.interop.from_torch import import_folder
+from jvgen.nn import lora
 from jvgen.nn.compute_dtype import compute_shapes
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel import axes
@@ -64,6 +65,21 @@ class Placement:
             return jax.block_until_ready(jax.device_put(array, places[path]))
 
         return import_folder(folder, shapes=shapes, place=place)[1]
+
+    def replicate(self, factors: Parameters) -> Parameters:
+        """LoRA factors in the dtype of matrices, whole on each device."""
+        return jax.tree.map(
+            lambda leaf: jax.device_put(np.asarray(leaf).astype(self.dtype), self.sharding.replicated), factors
+        )
+
+    def merge(self, parameters: Parameters, factors: Parameters) -> Parameters:
+        """A network's parameters with a LoRA merged into them, one stack of kernels at a time, in their place."""
+        flat = nested.flatten(parameters)
+        for path, pair in lora.pairs(factors).items():
+            kernel = flat.pop(f"{path}/kernel")
+            merged = jax.jit(lora.merged_kernel, donate_argnums=0, out_shardings=kernel.sharding)
+            flat[f"{path}/kernel"] = jax.block_until_ready(merged(kernel, pair[lora.DOWN], pair[lora.UP]))
+        return nested.unflatten(flat)
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`jax.jit` of a function that is traced with activations placed by the sharding."""

@@ -77,6 +77,8 @@ class Denoiser:
       placement: where it is loaded to.
       sampler, guidance: how clips are made.
       attention_scale: see `ScaleOfStep`; None for none.
+      adapter: LoRA factors for its layers, with their scales in them; None for none.
+      apart: keep them beside the weights, instead of merging them into these.
     """
 
     def __init__(
@@ -87,6 +89,9 @@ class Denoiser:
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
         attention_scale: ScaleOfStep | None = None,
+        adapter: Parameters | None = None,
+        *,
+        apart: bool = False,
     ):
         self._task, self._placement, self._sampler, self._guidance = task, placement, sampler, guidance
         self._attention_scale = attention_scale
@@ -94,6 +99,10 @@ class Denoiser:
         rows = jax.tree.map(np.asarray, table_rows(table))
         self._rows = [{name: column[step] for name, column in rows.items()} for step in range(sampler.steps)]
         self._parameters = {"denoiser": placement.load(weights)}
+        if adapter is not None and apart:
+            self._parameters["lora"] = {"denoiser": placement.replicate(adapter)}
+        elif adapter is not None:
+            self._parameters["denoiser"] = placement.merge(self._parameters["denoiser"], adapter)
         self._step = placement.jit(self._advance)
 
     def __call__(self, batch: Batch, key: jax.Array) -> Iterator[tuple[jax.Array, np.ndarray]]:

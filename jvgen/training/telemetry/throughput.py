@@ -28,7 +28,7 @@ def step_flops(task: Task, bucket: BucketConfig) -> dict[str, float]:
     """FLOPs of one training step by component: forward and backward pass, for frozen networks forward only."""
     frozen = set(task.frozen_networks)
     return {
-        part: flops * bucket.batch_size * (1 if part.split("/")[0] in frozen else 3)
+        part: flops * bucket.batch_size * (1 if part.split("/")[0] in frozen else 1 + task.backward_passes)
         for part, flops in task.flops(bucket).items()
     }
 

@@ -1,0 +1,169 @@
+"""The text-to-video task with a LoRA: what is trained and saved, its start, its mistakes; files to runs and back."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvgen import nested
+from jvgen.config import ConfigError, validate_tree
+from jvgen.data.stream.config import DataConfig, SourceConfig
+from jvgen.interop.lora_file import read_lora, write_lora
+from jvgen.interop.to_torch import ExportError, export_network
+from jvgen.nn.lora import LoraConfig
+from jvgen.nn.network import Network
+from jvgen.parallel.mesh import single_device_mesh
+from jvgen.runs.exporting import export_run, import_run
+from jvgen.training.config import PrecisionConfig, TrainingConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.program import Program
+from jvgen.training.state import size_of
+from jvgen.training.telemetry.throughput import step_flops
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_text_to_video import BUCKET, CONFIG, random_frozen  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
+LORA = LoraConfig(rank=2, alpha=1.0)
+
+
+def random_parameters(network: Network) -> dict:
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: 0.5 * rng.standard_normal(leaf.shape, np.float32), network.shapes)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {name: random_parameters(network) for name, network in CONFIG.build().networks.items()}
+
+
+@pytest.fixture(scope="module")
+def config(weights, tmp_path_factory):
+    folder, task = tmp_path_factory.mktemp("weights"), CONFIG.build()
+    for name, parameters in weights.items():
+        export_network(task.network_configs[name], parameters, folder / name)
+    export_network(CONFIG.vae, random_frozen()["vae"], folder / "vae")
+    return CONFIG.replace(
+        lora=LORA, denoiser_weights=str(folder / "denoiser"), text_encoder_weights=str(folder / "text_encoder"),
+        vae_weights=str(folder / "vae"), validation_timesteps=2,
+    )  # fmt: skip
+
+
+def experiment_of(config) -> Experiment:
+    return Experiment(
+        name="tiny", task=config, data=DataConfig(sources=(SourceConfig(path="none"),), buckets=(BUCKET,)),
+        training=TrainingConfig(steps=2, precision=PrecisionConfig(compute_dtype="float32")),
+    )  # fmt: skip
+
+
+def batch_of(task) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    arrays = {"slot": np.arange(BUCKET.batch_size, dtype=np.int32)}
+    for name, spec in task.fields(BUCKET).items():
+        shape = (BUCKET.batch_size, *spec.shape)
+        floating = spec.dtype == np.float32
+        arrays[name] = rng.standard_normal(shape, np.float32) if floating else rng.integers(0, 200, shape, spec.dtype)
+    return {name: jnp.asarray(value) for name, value in arrays.items()}
+
+
+def test_a_step_trains_the_lora_alone(config, weights):
+    """At first the loss is that of the weights; then only the factors move, and only they are saved and averaged."""
+    program = Program.build(experiment_of(config), single_device_mesh())
+    state = program.init()
+    task, batch = program.task, batch_of(program.task)
+    assert set(task.networks) == set(state.parameters) == {"lora"} and not task.network_configs
+    layers = ("key", "output", "query", "value")
+    saved = {name for name in state.saved() if name.startswith(("parameters/", "ema/"))}
+    paths = {f"lora/denoiser/blocks/layers/attention/{layer}/{part}" for layer in layers for part in ("down", "up")}
+    assert saved == {f"{part}{path}" for part in ("parameters/", "ema/0.9999/") for path in paths}
+    # The kernels have no gradients.
+    passes = {
+        part: step_flops(task, BUCKET)[part] / flops / BUCKET.batch_size for part, flops in task.flops(BUCKET).items()
+    }
+    assert passes == {part: 1.0 if part == "text_encoder" else 2.0 for part in passes}
+    assert size_of(state.parameters)[0] < size_of(state.frozen["denoiser"])[0]
+    for path, value in nested.flatten(weights["denoiser"]).items():
+        np.testing.assert_array_equal(nested.flatten(state.frozen["denoiser"])[path], value)
+    full = CONFIG.replace(vae_weights=config.vae_weights).build()
+    frozen = {"vae": state.frozen["vae"]}
+    expected = jax.jit(full.loss)(weights, frozen, batch, jax.random.key(5))[0]
+    found = jax.jit(task.loss)(state.parameters, state.frozen, batch, jax.random.key(5))[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    before = jax.tree.map(np.asarray, state.parameters)
+    after, metrics = jax.jit(program.step(BUCKET))(state, batch)
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0
+    moved = {path: not np.array_equal(leaf, nested.flatten(after.parameters)[path])
+             for path, leaf in nested.flatten(before).items()}  # fmt: skip
+    # The gradient of the first factor is zero as long as the second is; weight decay moves it.
+    assert all(moved[path] for path in moved if path.endswith("up"))
+
+
+def test_dropout_is_for_training(config):
+    task = config.replace(lora=LORA.replace(dropout=0.5)).build()
+    parameters = {"lora": jax.tree.map(jnp.asarray, random_parameters(task.networks["lora"]))}
+    batch, frozen = batch_of(task), jax.tree.map(jnp.asarray, task.load_frozen())
+    loss = jax.jit(lambda batch, key: task.loss(parameters, frozen, batch, key)[0])
+    training = {**batch, "step": jnp.zeros(BUCKET.batch_size, jnp.int32)}
+    key = jax.random.key(0)
+    assert loss(training, key) != pytest.approx(float(loss(batch, key)), rel=1e-4)
+    halves = [{name: value[rows] for name, value in training.items()} for rows in (slice(0, 2), slice(2, 4))]
+    assert np.mean([loss(half, key) for half in halves]) == pytest.approx(float(loss(training, key)), rel=1e-5)
+
+
+def test_files_become_runs_and_runs_files(config, tmp_path):
+    task = config.build()
+    factors = random_parameters(task.networks["lora"])["denoiser"]
+    write_lora(tmp_path / "given.safetensors", config.denoiser, factors, 1.0)
+    experiment = experiment_of(config.replace(lora=LORA.replace(alpha=None)))
+    import_run(tmp_path / "given.safetensors", experiment, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "exported")
+    back = read_lora(tmp_path / "exported", config.denoiser).factors
+    for path, leaf in nested.flatten(back).items():
+        np.testing.assert_array_equal(leaf, nested.flatten(factors)[path], err_msg=path)
+    with pytest.raises(ExportError, match="exists and is not empty"):
+        export_run(tmp_path / "run", tmp_path / "exported")
+    export_run(tmp_path / "run", tmp_path / "sat", layout="sat")
+    assert read_lora(tmp_path / "sat" / "lora_sat.safetensors", config.denoiser).alpha == 1.0
+    for change, message in (
+        ({"rank": 3}, "lora.rank = 3, but .* has rank 2"),
+        ({"alpha": 1.0}, r"= 0.5, but .* 2 / 2 = 1: set task.lora.alpha=2"),
+        ({"targets": ("denoiser/blocks/layers/attention/query",)}, "key: in the file, not in task.lora.targets"),
+    ):
+        other = experiment_of(config.replace(lora=LORA.replace(**{"alpha": None, **change})))
+        with pytest.raises(ConfigError, match=message):
+            import_run(tmp_path / "given.safetensors", other, tmp_path / "other")
+    plain = experiment_of(CONFIG.replace(vae_weights=config.vae_weights))
+    with pytest.raises(ConfigError, match="is a LoRA, and tiny trains none"):
+        import_run(tmp_path / "given.safetensors", plain, tmp_path / "other")
+    with pytest.raises(ConfigError, match="trains a LoRA alone"):
+        import_run(Path(config.denoiser_weights), experiment, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": None}, "nothing of the denoiser would be trained"),
+        ({"lora": LoraConfig(rank=0)}, "rank"),
+        ({"lora": LoraConfig(alpha=0.0)}, "alpha"),
+    ],
+)
+def test_mistakes_of_a_config(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        validate_tree(config.replace(**change))
+
+
+def test_mistakes_of_files_and_targets(config):
+    for field in ("denoiser_weights", "text_encoder_weights"):
+        with pytest.raises(ValueError, match=f"task.{field} = none: a LoRA leaves this network as it is"):
+            config.replace(**{field: None}).check_weights()
+    with pytest.raises(ValueError, match="holds another network(.|\n)*layers: 1 in the weights, 2 in the run"):
+        config.replace(denoiser=config.denoiser.replace(layers=2)).check_weights()
+    with pytest.raises(ConfigError, match="is in text_encoder, which stays as it is"):
+        config.replace(lora=LoraConfig(targets=("text_encoder/",))).build()
+    digest = config.build().frozen_digest()
+    assert len(digest.split("+")) == 3
+    assert config.replace(denoiser_weights=config.text_encoder_weights).build().frozen_digest() != digest
