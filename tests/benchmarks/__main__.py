@@ -19,6 +19,7 @@ BENCHMARKS = {
     "checkpoint": "checkpoint_stall",
     "memory": "step_memory",
     "world_rollout": "world_rollout",
+    "imagination": "imagination",
     "repvideo": "repvideo",
     "epipolar": "epipolar",
 }

@@ -19,7 +19,7 @@ from jvgen import (
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh  # noqa: E402
 from jvgen.preflight import collectives  # noqa: E402
-from jvgen.tasks.task import Objective  # noqa: E402
+from jvgen.tasks.task import Objective, OwnUpdate  # noqa: E402
 from jvgen.training import state  # noqa: E402
 from jvgen.training.checkpoint import digest  # noqa: E402
 from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
@@ -281,6 +281,54 @@ def test_a_skipped_step_makes_no_changes_after_the_update_either():
     current, metrics = compiled(current, program.shard_batch(loader.at(2).arrays, shape))
     assert to_host(metrics)["skipped"] == 0
     assert np.min(current.parameters["model"]["out"]["bias"]) > 40
+
+
+class SelfTaught(toys.GameTask):
+    """The critic changes itself, from step 2 on: its value, and the loss of a step, is the number of its updates."""
+
+    def __init__(self, poisoned: int = -1):
+        super().__init__()
+        self.poisoned = poisoned
+
+    def objectives(self):
+        generator, _ = super().objectives()
+        generator = dataclasses.replace(generator, update_schedule=(0, 3), every_step_before=2)
+        own = OwnUpdate(lambda parameters: {"count": jnp.zeros(())}, self.count)
+        return generator, Objective("critic", "critic/", own=own, start_step=2)
+
+    def count(self, parameters, state, batch, key):
+        count = state["count"] + 1
+        loss = jnp.where(batch["step"][0] == self.poisoned, jnp.nan, count)
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, count), parameters), {"count": count}, {"loss": loss}
+
+
+def test_an_objective_may_update_itself_and_start_later():
+    experiment = toys.experiment().replace(
+        task=toys.GameConfig(), optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
+    )
+    compiled, states = {}, {}
+    arrays = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
+    shape = experiment.data.buckets[0]
+    for name, poisoned in (("good", -1), ("poisoned", 4)):
+        program = Program.build(experiment, single_device_mesh(), SelfTaught(poisoned))
+        step = program.lower(shape).compile(compiler_options={"xla_backend_optimization_level": 0})
+        current, rows, values = program.init(), [], []
+        for _ in range(7):
+            current, metrics = step(current, program.shard_batch(arrays, shape))
+            rows.append(to_host(metrics))
+            values.append(float(current.parameters["critic"]["value"][0]))
+        compiled[name], states[name] = rows, values
+    assert states["good"] == [2, 2, 1, 2, 3, 4, 5]
+    losses = [row.get("critic/loss") for row in compiled["good"]]
+    assert losses[2:] == [1, 2, 3, 4, 5] and not any(np.isfinite(loss or np.nan) for loss in losses[:2])
+    # The generator: in every step before the second, then in every third.
+    trained = [np.isfinite(row.get("generator/loss") or np.nan) for row in compiled["good"]]
+    assert trained == [True, True, False, True, False, False, True]
+    # Of a step whose loss is not finite nothing stays.
+    assert states["poisoned"] == [2, 2, 1, 2, 2, 3, 4] and compiled["poisoned"][4]["skipped"] == 1
+    with pytest.raises(ConfigError, match=r"'critic' is not an objective of this task with an optimizer"):
+        changed = experiment.replace(optimizers={"critic": OptimizerConfig()})
+        Program.build(changed, single_device_mesh(), SelfTaught())
 
 
 def test_frozen_parameters_get_no_gradient_and_do_not_change():

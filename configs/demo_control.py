@@ -1,0 +1,89 @@
+"""Reinforcement learning on the embedded scenes: a body is pushed to a marked goal, at 32x32 pixels, on a CPU.
+
+    jvgen train configs/demo_control.py:alone --workdir runs/control/alone
+
+Variants: DrQ-v2 "alone"; also in a world model that starts "from_scratch"; or from a "pretrained" one. The best policy
+is known: straight to the goal, a return of 1 less what is left of the way, success in every episode.
+
+Should reach: see docs/control.md, which has curves of all three.
+Chips: a CPU with 2 cores.
+Memory: 2 GiB of the process (measured).
+Time: minutes (measured; docs/control.md).
+Data: `jvgen data build scenes --out runs/control/scenes --seed 1 --train 8 --validation 8 --set frames=16 --set
+height=32 --set width=32 --set driven=1.0 --set kinds.image=0 --set kinds.static=0 --set objects=1,1 --set colors=red
+--set shapes=cube --set background=plain`. For "pretrained" a world model of other scenes of this kind, exported to
+`runs/control/world`: `python -m tests.experiments.world_model_ablation` writes one.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from jvgen import config
+from jvgen.control.drq_v2 import DrQV2Config
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.losses.perceptual import PerceptualConfig
+from jvgen.reinforcement.config import ImaginationConfig, ReinforcementConfig
+from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
+
+SCENES = "runs/control/scenes"
+FIT_STEPS, AGENT_STEPS = 150, 900
+
+
+def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone") -> Experiment:
+    imagination = None
+    if variant != "alone":
+        demo = config.load(Path(__file__).with_name("demo_ivideogpt_transformer.py")).task
+        tokenizer = demo.tokenizer.replace(context_codes=128, future_codes=128)
+        imagination = ImaginationConfig(
+            tokenizer=tokenizer,
+            # Otherwise a transformer this small loses count of the ids (jvgen/models/ivideogpt/README.md).
+            transformer=demo.transformer.replace(
+                vocabulary=tokenizer.vocabulary, max_positions=265, tokens_per_frame=(64, 16), action_everywhere=True
+            ),
+            pretrained="runs/control/world" if variant == "pretrained" else None,
+            perceptual=PerceptualConfig(kind="laplacian", levels=3),
+            perceptual_weight=0.25,
+            fit_steps=FIT_STEPS,
+            transformer_every=4,
+            tokenizer_every=16,
+            horizon=8,
+            first_rollouts=64,
+            rollouts=16,
+            rollouts_every=30,
+        )
+    fit = 0 if imagination is None else FIT_STEPS
+    return Experiment(
+        name=f"demo_control_{variant}",
+        task=ReinforcementConfig(
+            agent=DrQV2Config(
+                channels=16, hidden=256, learning_rate=5e-4, batch_size=64, discount=0.9, noise_steps=900,
+                random_steps=150, pad=2,
+            ),
+            imagination=imagination,
+            resolution=32,
+            action_width=2,
+            episode_steps=15,
+            replay_capacity=20_000,
+            replay_reserve=20_000,
+            evaluation_episodes=16,
+        ),
+        data=DataConfig(
+            sources=(SourceConfig(path=SCENES),),
+            evaluation_sources=(SourceConfig(path=SCENES),),
+            buckets=(BucketConfig(frames=8, height=32, width=32, batch_size=8),),
+        ),
+        # Of the world model; the agent has its own.
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, weight_decay=0.0),
+        ema=EmaConfig(decays=()),
+        training=TrainingConfig(
+            steps=fit + AGENT_STEPS,
+            precision=PrecisionConfig(compute_dtype="float32"),
+            log_every=50,
+            evaluate_every=150,
+            visualize_every=fit + AGENT_STEPS,
+        ),
+        checkpoint=CheckpointConfig(every=300),
+    )  # fmt: skip

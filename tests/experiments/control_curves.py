@@ -1,0 +1,133 @@
+"""Success by environment steps on the scenes: DrQ-v2 alone, and in a world model from scratch or pretrained.
+
+    python -m tests.experiments.control_curves --scenes DATA --world FOLDER --workdir runs/control
+
+DATA is a data set of driven scenes (see `configs/demo_control.py`), FOLDER a world model of others of this kind, a run
+or an export. Every way is trained with every seed, through `jvgen.training.loop.train`; runs that are finished are not
+trained again. Writes `curves.png` (every seed a line), `curves.md` (means over seeds) and `curves.json`.
+
+With `--faults` also the three faults of the released code, one at a time, in the world model from scratch.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvgen import config
+from jvgen.config import override
+from jvgen.evaluation.plots import COLORS, GRAY, STYLE
+from jvgen.reinforcement.config import ReleasedFaults
+from jvgen.storage import as_path
+from jvgen.training.experiment import Experiment
+from jvgen.training.loop import train
+from jvgen.training.telemetry.json_lines import read_rows
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo_control.py"
+WAYS = {"alone": "alone", "from scratch": "from_scratch", "pretrained": "pretrained"}
+FAULTS = [field.name for field in dataclasses.fields(ReleasedFaults)]
+
+
+def experiment_of(way: str, seed: int, given: argparse.Namespace) -> Experiment:
+    """The run of one way and seed."""
+    fault = way if way in FAULTS else None
+    experiment = config.load(f"{CONFIG}:{'from_scratch' if fault else WAYS[way]}")
+    source = experiment.data.sources[0].replace(path=str(given.scenes))
+    experiment = experiment.replace(
+        seed=seed, data=experiment.data.replace(sources=(source,), evaluation_sources=(source,))
+    )
+    imagination = experiment.task.imagination
+    if fault:
+        imagination = imagination.replace(released=ReleasedFaults(**{fault: True}))
+    elif way == "pretrained":
+        imagination = imagination.replace(pretrained=str(given.world))
+    experiment = experiment.replace(task=experiment.task.replace(imagination=imagination))
+    if given.steps is not None:
+        steps = experiment.task.fit_steps + given.steps
+        experiment = experiment.replace(training=experiment.training.replace(steps=steps, visualize_every=steps))
+    return override(experiment, given.assignments)
+
+
+def run(way: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train, unless it is finished; returns the rows of its evaluations."""
+    folder = given.workdir / f"{way.replace(' ', '_')}_{seed}"
+    experiment = experiment_of(way, seed, given)
+    rows = read_rows(folder / "evaluation.jsonl") if folder.exists() else []
+    if not any(row["step"] == experiment.training.steps for row in rows):
+        status = train(experiment, as_path(folder))
+        assert status == 0, f"{folder}: ended with {status}"
+        rows = read_rows(folder / "evaluation.jsonl")
+    return rows
+
+
+def picture(curves: dict[str, dict[int, list[dict[str, Any]]]], path: Path) -> None:
+    """Two panels, success and return; a color for each way, thin lines for seeds and a thick one for their mean."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(dict(STYLE)):
+        figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+        for place, name in enumerate(("success", "return")):
+            axes = figure.add_subplot(1, 2, place + 1, xlabel="environment steps", ylabel=name)
+            axes.grid(color=GRAY, alpha=0.25, linewidth=0.7)
+            for color, (way, seeds) in zip(COLORS, curves.items(), strict=False):
+                for rows in seeds.values():
+                    steps = [row["environment_steps"] for row in rows]
+                    axes.plot(steps, [row[name] for row in rows], color=color, linewidth=0.7, alpha=0.4)
+                steps, values = mean(seeds, name)
+                axes.plot(steps, values, color=color, linewidth=2.0, label=way)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.savefig(path, dpi=160, facecolor="white")
+
+
+def mean(seeds: dict[int, list[dict[str, Any]]], name: str) -> tuple[list[int], np.ndarray]:
+    """Environment steps, and the mean over seeds of a number at them."""
+    rows = list(seeds.values())
+    count = min(len(one) for one in rows)
+    steps = [row["environment_steps"] for row in rows[0][:count]]
+    return steps, np.mean([[row[name] for row in one[:count]] for one in rows], axis=0)
+
+
+def table(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
+    """Success of each way at each evaluation: mean over seeds, and the seeds' own."""
+    rows = []
+    for way, seeds in curves.items():
+        steps, _ = mean(seeds, "success")
+        for place, step in enumerate(steps):
+            success = [seeds[seed][place]["success"] for seed in sorted(seeds)]
+            returns = [seeds[seed][place]["return"] for seed in sorted(seeds)]
+            each = ", ".join(f"{value:.2f}" for value in success)
+            rows.append(f"| {way} | {step} | {np.mean(success):.2f} ({each}) | {np.mean(returns):.2f} |")
+    return "\n".join(["| way | environment steps | success, mean (seeds) | return |", "|---|---|---|---|", *rows])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is missing and write the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=Path, required=True, metavar="DATA")
+    parser.add_argument("--world", type=Path, metavar="FOLDER", help="pretrained world model; without it two ways")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--steps", type=int, metavar="N", help="actions in training, instead of the config's")
+    parser.add_argument("--faults", action="store_true", help="also the faults of the released code")
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="PATH=VALUE")
+    given = parser.parse_args(arguments)
+    ways = [way for way in WAYS if way != "pretrained" or given.world is not None]
+    curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    # Seed by seed: what there is so far compares all ways.
+    for seed in range(given.seeds):
+        for way in [*ways, *(FAULTS if given.faults else [])]:
+            curves.setdefault(way, {})[seed] = run(way, seed, given)
+            (given.workdir / "curves.json").write_text(json.dumps(curves, indent=1))
+            (given.workdir / "curves.md").write_text(table(curves) + "\n")
+            picture(curves, given.workdir / "curves.png")
+    print(table(curves))
+
+
+if __name__ == "__main__":
+    main()
