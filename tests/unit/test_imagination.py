@@ -1,5 +1,7 @@
 """Imagined sequences: the same as stepping world and policy by hand, in parts and on several devices, from any seed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jvgen.control.imagination import Imagination, check_finite
 from jvgen.control.world_model import row_keys, to_pixels
 from jvgen.finite import NotFinite
+from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import Sharding
 from tests.unit.test_world_model import TRANSFORMER, world_of
@@ -91,6 +94,23 @@ def test_the_released_scale_of_pixels(world, starts):
 
     made = Imagination(world.world, looks, steps=1, pixels_scaled_twice=True)(world.weights, None, starts, 0)
     assert shown[0] == jnp.float32 and np.max(made.actions) <= 1 / 256
+
+
+def test_dropout_as_in_the_released_rollouts(starts):
+    """Greedy rollouts do not depend on the key, unless dropout is on."""
+    world = world_of(sampling=SamplingConfig(greedy=True))
+
+    def still(parameters, frames, keys):
+        return jnp.full((frames.shape[0], 2), 0.3)
+
+    def rewards(dropout: bool, *seeds: int) -> list[np.ndarray]:
+        imagine = Imagination(dataclasses.replace(world.world, dropout=dropout), still, steps=2)
+        return [np.asarray(imagine(world.weights, None, starts[:2], seed).rewards) for seed in seeds]
+
+    (one, other), (first, second) = rewards(False, 0, 1), rewards(True, 0, 1)
+    np.testing.assert_array_equal(one, other)
+    assert np.all(first != one) and np.all(first != second)
+    np.testing.assert_array_equal(first, rewards(True, 0)[0])
 
 
 def test_bad_input(world, starts):

@@ -86,6 +86,49 @@ def test_a_killed_run_draws_what_it_would_have_drawn(tmp_path) -> None:
     assert resumed.rows_added == saved + 5 and len(resumed) == 20
 
 
+def test_segments_equal_brute_force(tmp_path) -> None:
+    """Each frame with the action taken at it and its reward, which are those of the next row; none at the end."""
+    ring = ReplayRing(tmp_path, SPEC, capacity=30, reserve=40)
+    episodes = fill(ring, [4, 2, 6, 3])
+    drawn = ring.draw_segments(500, np.random.default_rng(0), 4)
+    rows = {int(rows[t][0].flat[0]): (rows, t) for rows in episodes for t in range(len(rows))}
+    starts = set()
+    for frames, actions, rewards in zip(*drawn, strict=True):
+        episode, t = rows[int(frames[0].flat[0])]
+        starts.add(int(frames[0].flat[0]))
+        for place in range(4):
+            np.testing.assert_array_equal(frames[place], episode[t + place][0])
+            after = episode[t + place + 1] if t + place + 1 < len(episode) else (None, np.zeros(2), 0.0)
+            np.testing.assert_array_equal(actions[place], after[1])
+            assert rewards[place] == after[2]
+    assert starts == {0, 1, 8, 9, 10, 11, 15}
+    stacks = ring.draw_stacks(200, np.random.default_rng(0), 3)
+    for stack in stacks[:, :, 0, 0, 0]:
+        episode, t = rows[int(stack[-1])]
+        assert stack.tolist() == [int(episode[max(0, t - back)][0].flat[0]) for back in (2, 1, 0)]
+    assert len({int(stack[-1].flat[0]) for stack in stacks}) == 19
+
+
+def test_episodes_with_a_history(tmp_path) -> None:
+    """The first stack shows frames before the episode, from which no transition starts."""
+    ring = ReplayRing(tmp_path, SPEC, capacity=30, reserve=40, history=2)
+    images = [np.full(SPEC.frame, number, np.uint8) for number in range(12)]
+    for first in (0, 6):
+        ring.begin(images[first + 2], history=images[first : first + 2])
+        for number in range(first + 3, first + 6):
+            ring.add(images[number], np.full(2, number, np.float32), float(number))
+    drawn = ring.draw(200, np.random.default_rng(0), steps=2, discount=0.5, stack=3)
+    seen = {
+        tuple(frames[0, 0]): (reward, tuple(after[0, 0])) for frames, _, reward, _, after in zip(*drawn, strict=True)
+    }
+    assert seen == {
+        (0, 1, 2): (3 + 0.5 * 4, (2, 3, 4)), (1, 2, 3): (4 + 0.5 * 5, (3, 4, 5)),
+        (6, 7, 8): (9 + 0.5 * 10, (8, 9, 10)), (7, 8, 9): (10 + 0.5 * 11, (9, 10, 11)),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="0 frames before the first one: this replay keeps 2"):
+        ring.begin(images[0])
+
+
 def test_bad_input(tmp_path) -> None:
     ring = ReplayRing(tmp_path, SPEC, capacity=4, reserve=3)
     frame, action = np.zeros(SPEC.frame, np.uint8), np.zeros(2, np.float32)
