@@ -125,7 +125,7 @@ class Experience:
             )
 
     def resume(self, saved: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         if saved:
             self._document = dict(saved)
             for ring, name in zip(self._rings(), ("real", "imagined"), strict=False):

@@ -205,7 +205,7 @@ def test_an_episode_goes_on_where_it_was_left(tmp_path):
         np.testing.assert_array_equal(again.last_frame, frame)
         np.testing.assert_array_equal(again.observation, observation)
         assert again.step(np.float32([7, 0])) is None and again.failures == 1
-        # The episode began again: nothing of it was taken yet.
+        # The episode was restarted: nothing of it was taken yet.
         assert again.actions == []
         made = [again.step(np.float32([number, 0])) for number in range(6)]
         assert made[:5] == [None] * 5 and made[5].rewards.tolist() == [0, 1, 2, 3, 4, 5] and made[5].failures == 1

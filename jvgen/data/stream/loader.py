@@ -155,7 +155,7 @@ class Loader:
             )
 
     def resume(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state. Nothing to do: batches are functions of the step."""
+        """Continue from a checkpoint's state. Nothing to do: batches are functions of the step."""
 
 
 class Batches(Iterator[LoadedBatch]):
