@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jvgen import storage
 from jvgen.data.builders.recorded_files import Ambiguous, Names, name_of
 from jvgen.data.store.index import COLUMNS
+from jvgen.data.store.records import MAX_TEXT
 
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 ACCEPTED = (
