@@ -26,6 +26,7 @@ BENCHMARKS = {
 # Takes minutes and runs only when named.
 ON_REQUEST = {
     "data_index": "data_index",
+    "data_build": "data_build",
     "memory_tpu": "step_memory_tpu",
     "repvideo_tpu": "repvideo_tpu",
     "epipolar_tpu": "epipolar_tpu",

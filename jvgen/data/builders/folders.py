@@ -141,7 +141,7 @@ def build_videos(
         raise ValueError(f"shorter_side = {shorter_side}: at least 2 pixels.")
     if keyframe_every is not None and keyframe_every < 1:
         raise ValueError(f"keyframe_every = {keyframe_every}: at least 1 frame.")
-    media = _media(folder, VIDEO_SUFFIXES, captions, captions_optional)
+    media = find_media(folder, VIDEO_SUFFIXES, captions, captions_optional)
     stored = ClipOptions(shorter_side, keyframe_every, frames_per_second, scenes)
     stored.validate()
     return build_media(
@@ -168,7 +168,7 @@ def build_images(
     execution: Execution | None = None,
 ) -> Summary:
     """Build a data set from a folder of png, jpeg, webp or bmp images; arguments and errors as in `build_videos`."""
-    media = _media(folder, IMAGE_SUFFIXES, captions, captions_optional)
+    media = find_media(folder, IMAGE_SUFFIXES, captions, captions_optional)
     return build_media(
         media, _image_record, out,
         description="Images from a folder.", origin="images", folder=folder, options={},
@@ -177,9 +177,13 @@ def build_images(
     )  # fmt: skip
 
 
-def _media(
-    folder: str | Path, suffixes: Sequence[str], captions: str | Path | None, captions_optional: bool
+def find_media(
+    folder: str | Path,
+    suffixes: Sequence[str] = VIDEO_SUFFIXES,
+    captions: str | Path | None = None,
+    captions_optional: bool = False,
 ) -> list[Media]:
+    """The files of a folder with their captions; errors as in `build_videos`."""
     folder = recordings(folder)
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
@@ -200,7 +204,7 @@ def _media(
 def build_media(
     media: list[Media], make: Callable[[Media], Any], out: str | Path, *, description: str, origin: str,
     folder: str | Path, options: dict[str, Any], captions_optional: bool, filters: FilterConfig | None,
-    validation: float, workers: int | None, **rest: Any,
+    validation: float, workers: int | None, processes: bool | None = None, **rest: Any,
 ) -> Summary:  # fmt: skip
     """Make the record of each file with `make`, then split, filter and write; other arguments as in `build_videos`."""
     filters = filters or FilterConfig()
@@ -212,7 +216,7 @@ def build_media(
         out, [_job(split, item) for split, item in zip(splits, media, strict=True)], make,
         description=description, metadata={"origin": origin, "options": json.loads(json.dumps(kept))},
         filters=filters, workers=available_cpus() if workers is None else workers,
-        processes=len(media) >= FEW_JOBS, **rest,
+        processes=len(media) >= FEW_JOBS if processes is None else processes, **rest,
     )  # fmt: skip
 
 
