@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jvgen.nn import quantized
 from jvgen.parallel.axes import Axes, current
 from jvgen.precision import product_precision
 
@@ -51,7 +52,12 @@ class Linear(nnx.Module):
             # On a mesh the axes stay separate, because each may be sharded.
             inputs = inputs.reshape(-1, inputs.shape[-1])
         kernel = self.kernel[...].astype(inputs.dtype)
-        output = jnp.matmul(inputs, kernel, precision=product_precision(inputs.dtype))
+        about = self.kernel.get_metadata()
+        kind = quantized.kind_for(about["logical_axes"], frozen=about.get("frozen", False))
+        if kind == "none":
+            output = jnp.matmul(inputs, kernel, precision=product_precision(inputs.dtype))
+        else:
+            output = quantized.product(inputs, kernel, kind)
         if self.bias is not None:
             output = output + self.bias[...].astype(inputs.dtype)
         return output.reshape(*leading, output.shape[-1])

@@ -118,7 +118,7 @@ def inspect_run(
             if experiment.init_from.run is not None and not (workdir is not None and saved_steps(workdir)):
                 problems["weights"] += _attempt(lambda: init_from.check(program))[1]
             if not any(problems[area] for area in ("config", "mesh", "division")):
-                problems["division"] += _splits(program)
+                problems["division"] += undivided(program)
     return Inspection({area: list(dict.fromkeys(found)) for area, found in problems.items()}, program, loader)
 
 
@@ -206,7 +206,7 @@ class ShardingRecorder(Sharding):
         return place
 
 
-def _splits(program: Program) -> Iterator[str]:
+def undivided(program: Program) -> Iterator[str]:
     """What `seq` and `tensor` cannot split, found by tracing the loss.
 
     The largest array of each logical name has to be split. Smaller ones (the tokens of a text encoder), and names that

@@ -37,11 +37,15 @@ class PrecisionConfig(Config):
         Ampere. CPUs multiply float32 at every level. Cameras and codebooks stay at "highest".
       float32_networks: networks (trained or frozen, by name: "vae", "tokenizer") that compute in float32 whatever
         compute_dtype is, beside those for which the task decides so.
+      quantized: products of the linear layers of trained transformer blocks in 8 bits, forward and backward ("int8";
+        "fp8": e4m3, gradients e5m2), by the package qwix (extra `quantized`); attention stays as it is. Evaluation
+        and samples are not quantized.
     """
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     float32_networks: tuple[str, ...] = ()
+    quantized: Literal["none", "int8", "fp8"] = "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

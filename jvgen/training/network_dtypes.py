@@ -51,4 +51,6 @@ def describe_precision(task: Task, precision: PrecisionConfig) -> str:
     exact = float32_networks(task, precision)
     if exact and precision.compute_dtype != "float32":
         line += f"; float32 networks: {', '.join(exact)}"
+    if precision.quantized != "none":
+        line += f"; linear layers of blocks in {precision.quantized}"
     return line

@@ -10,6 +10,7 @@ from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvgen import nested
+from jvgen.nn import quantized
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import DATA
@@ -173,7 +174,11 @@ def make_train_step(
 
     def partitioned_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Around the forward and the backward pass, which are traced in here.
-        with axes.partitioned(sharding), float32_products(precision.matmul_precision):
+        with (
+            axes.partitioned(sharding),
+            float32_products(precision.matmul_precision),
+            quantized.products(precision.quantized),
+        ):
             return step(state, batch)
 
     return partitioned_step

@@ -1,0 +1,115 @@
+"""The search over meshes, rematerialization and batch sizes: which candidates there are, their order, and the best."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny_text_to_video  # noqa: E402
+
+from jvgen.config import ConfigError  # noqa: E402
+from jvgen.data.stream.config import DataConfig, SourceConfig  # noqa: E402
+from jvgen.nn.stacked import Remat  # noqa: E402
+from jvgen.parallel.mesh import single_device_mesh  # noqa: E402
+from jvgen.preflight import search, topology  # noqa: E402
+from jvgen.training.config import TrainingConfig  # noqa: E402
+from jvgen.training.experiment import Experiment  # noqa: E402
+from jvgen.training.program import Program  # noqa: E402
+
+needs_libtpu = pytest.mark.skipif(not topology.has_compiler(), reason="needs libtpu, the TPU compiler")
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    task = tiny_text_to_video.CONFIG
+    task = task.replace(
+        latents="data", vae_weights=None, denoiser=task.denoiser.replace(layers=LAYERS, token_multiple=8)
+    )
+    bucket = tiny_text_to_video.BUCKET.replace(batch_size=8)
+    data = DataConfig(sources=(SourceConfig(path="nowhere"),), buckets=(bucket,))
+    return Experiment(name="tiny", task=task, data=data, training=TrainingConfig(steps=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    likely: float
+
+    @property
+    def seconds(self):
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    total: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    memory: Memory | None
+    time: Time | None
+    problem: str = ""
+
+
+def test_stored_bytes_are_those_of_the_policy(experiment):
+    (bucket,) = experiment.data.buckets
+    program = Program.build(experiment, single_device_mesh())
+    stored = {}
+    for remat in (Remat.FULL, Remat.SAVE_ATTENTION, Remat.NONE):
+        task = experiment.task.replace(denoiser=experiment.task.denoiser.replace(remat=remat))
+        program = Program.build(experiment.replace(task=task), single_device_mesh())
+        stored[remat] = search.stored_bytes(program, bucket)
+    rows, width = 3 * 2 * 2 + 6, experiment.task.denoiser.width
+    rows += -rows % 8
+    layer = bucket.batch_size * rows * width * jnp.dtype(jnp.bfloat16).itemsize
+    # Outside of the blocks there are the inputs of the embeddings and of the head.
+    assert LAYERS * layer <= stored[Remat.FULL] < stored[Remat.SAVE_ATTENTION] < stored[Remat.NONE]
+    assert stored[Remat.SAVE_ATTENTION] - stored[Remat.FULL] >= LAYERS * layer
+
+
+@needs_libtpu
+def test_candidates_divide_devices_examples_and_tokens_and_come_least_recomputation_first(experiment):
+    found = list(search.candidates(experiment, "v5e:2x2", 1, (2, 8)))
+    assert {(one.mesh["fsdp"], one.mesh["seq"], one.batch_size) for one in found} == {
+        (4, 1, 8), (2, 2, 8), (2, 2, 2), (1, 4, 8), (1, 4, 2),
+    }  # fmt: skip
+    remats = [one.remat for one in found]
+    assert remats == sorted(remats, key=search.REMATS.index) and set(remats) == set(search.REMATS)
+    assert found[0].mesh["seq"] == 1 and found[0].experiment.task.denoiser.remat is Remat.NONE
+    assert found[0].settings == (
+        "mesh.data=1 mesh.fsdp=4 mesh.seq=1 mesh.tensor=1 task.denoiser.remat=none data.buckets.0.batch_size=8"
+    )
+    by_remat = {one.remat: one.estimated for one in found if (one.mesh["seq"], one.batch_size) == (1, 8)}
+    assert by_remat[Remat.NONE] > by_remat[Remat.SAVE_ATTENTION] > by_remat[Remat.FULL] > 0
+
+
+@needs_libtpu
+def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
+    compiled = []
+
+    def fake(candidate, topology_name, slices):
+        compiled.append(candidate)
+        memory, seconds = 1e9, 1.0 * candidate.batch_size / candidate.mesh["seq"] ** 0.5
+        if candidate.mesh["seq"] == 4:
+            memory = 1e12
+        return search.Found(candidate, Report(Memory(memory), Time(seconds)))
+
+    monkeypatch.setattr(search, "_compiled", fake)
+    report = search.search(experiment, "v5e:2x2", batch_sizes=(2, 8), compilations=4)
+    assert len(compiled) == 4 and report.too_large == 0
+    assert report.best.candidate.mesh["seq"] == 2 and report.best.candidate.remat is Remat.NONE
+    # Then slower ones, what does not fit, and what was not compiled.
+    assert [one.candidate.mesh["seq"] for one in report.found[:4]] == [2, 2, 1, 4]
+    text = str(report)
+    assert "does not fit" in text and "not compiled" in text and f"best: {report.best.candidate.settings}" in text
+
+
+@needs_libtpu
+def test_nothing_that_fits_is_an_error_with_the_smallest(experiment, monkeypatch):
+    monkeypatch.setattr(search, "FILLED", 1e-9)
+    with pytest.raises(ConfigError, match=r"none of \d+ candidates fits by arithmetic.*use more devices"):
+        search.search(experiment, "v5e:2x2")
