@@ -4,7 +4,17 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from jvgen.cli.arguments import add_command, add_config_arguments, add_pod_arguments, check_output, experiment_of, path
+from jvgen.cli.arguments import (
+    add_command,
+    add_config_arguments,
+    add_pod_arguments,
+    check_output,
+    experiment_of,
+    number,
+    path,
+)
+from jvgen.config import ConfigError
+from jvgen.value_rules import Count
 
 if TYPE_CHECKING:
     from jvgen.preflight.report import CompileReport
@@ -22,6 +32,21 @@ def add_commands(commands) -> None:
         handler=run_compile,
     )  # fmt: skip
     _add_arguments(parser)
+    group = parser.add_argument_group(
+        "options for a search",
+        "Instead of the configured one, tries meshes (fsdp x seq), rematerialization and batch sizes of the first batch "
+        "shape: what fits by arithmetic, likely the fastest first, is compiled, and the fastest per example by the "
+        "estimate of `jvgen estimate` is printed first, with the assignments for --set.",
+    )
+    group.add_argument("--search", action="store_true", help="search instead of compiling the configured step")
+    group.add_argument(
+        "--batch-sizes", type=number(Count), nargs="+", default=[], metavar="N",
+        help="global batch sizes to try; that of the config by default",
+    )  # fmt: skip
+    group.add_argument(
+        "--compilations", type=number(Count), default=6, metavar="N",
+        help="how many candidates are compiled (default 6); one can take half an hour",
+    )  # fmt: skip
     parser = add_command(
         commands, "estimate", "estimate how long a training step takes on a TPU pod, and where the time goes",
         "jvgen estimate configs/repvideo_2b.py --topology v5p:4x4x4",
@@ -44,7 +69,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compile(parsed: argparse.Namespace) -> int:
-    """Compile every batch shape and print the report; 1 if one does not fit."""
+    """Compile every batch shape, or search, and print the report; 1 if one does not fit, or if none does."""
+    if parsed.search:
+        return _search(parsed)
+    if parsed.batch_sizes:
+        raise ConfigError("--batch-sizes: only with --search.")
     report = _compile(parsed)
     print(report)
     return 0 if report.fits else 1
@@ -55,6 +84,28 @@ def run_estimate(parsed: argparse.Namespace) -> int:
     report = _compile(parsed)
     print(report.times())
     return 0 if report.fits else 1
+
+
+def _search(parsed: argparse.Namespace) -> int:
+    from jvgen.parallel import libtpu
+    from jvgen.preflight.check import with_buckets
+    from jvgen.preflight.search import Found, search
+
+    experiment = with_buckets(experiment_of(parsed), parsed.buckets)
+    if parsed.json:
+        raise ConfigError("--json: not with --search; compile the candidate that it names.")
+
+    def log(found: Found) -> None:
+        took = "" if found.report is None else f" in {found.report.seconds:.0f} s"
+        print(f"compiled {found.candidate.settings}{took}", file=sys.stderr, flush=True)
+
+    with libtpu.writing_bundles():
+        report = search(
+            experiment, parsed.topology, slices=parsed.slices, batch_sizes=parsed.batch_sizes,
+            compilations=parsed.compilations, on_found=log,
+        )  # fmt: skip
+    print(report)
+    return 0 if report.best is not None else 1
 
 
 def _compile(parsed: argparse.Namespace) -> "CompileReport":
