@@ -34,8 +34,8 @@ def add_commands(commands) -> None:
     _add_arguments(parser)
     group = parser.add_argument_group(
         "options for a search",
-        "Instead of the configured one, tries meshes (fsdp x seq), rematerialization and batch sizes of the first batch "
-        "shape: what fits by arithmetic, likely the fastest first, is compiled, and the fastest per example by the "
+        "Instead of the configured step, tries meshes (fsdp x seq), rematerialization and batch sizes of the first "
+        "batch shape. What fits by arithmetic, likely the fastest first, is compiled; the fastest per example by the "
         "estimate of `jvgen estimate` is printed first, with the assignments for --set.",
     )
     group.add_argument("--search", action="store_true", help="search instead of compiling the configured step")
