@@ -117,8 +117,8 @@ def train(workdir: Path, metaworld: Path, scale: Scale) -> None:
 
     slow = {"data.buckets.0.strides": STRIDE}
     # Robots look more varied than the one cube of the configs.
-    few = {"data.buckets.0.batch_size": 4, "data.buckets.0.segment.horizon": FRAMES, "task.network.context_codes": CODES,
-           "task.network.future_codes": CODES}  # fmt: skip
+    few = {"data.buckets.0.batch_size": 4, "data.buckets.0.segment.horizon": FRAMES,
+           "task.network.context_codes": CODES, "task.network.future_codes": CODES}  # fmt: skip
     first = run("scenes_tokenizer", "tokenizer", scenes, scale.tokenizer[0], **few)
     # Dead codes are moved to where the robots need them; those in use keep what they mean to a transformer.
     tokenizer = run(
