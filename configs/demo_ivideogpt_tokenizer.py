@@ -7,7 +7,8 @@ Memory: not measured.
 Time: 19 minutes on two cores with twenty other processes (measured), five of them compilation and start.
 Data: `jvgen data build scenes --out runs/world/scenes --train 600 --validation 32 --set frames=16 --set height=32
 --set width=32 --set driven=1.0 --set kinds.image=0 --set kinds.static=0 --set wander=0 --set background=plain
---set colors=red --set shapes=cube`, then `jvgen export`. With all colors, shapes and cameras, 800 steps of 8 clips gave every body one hue.
+--set colors=red --set shapes=cube`, then `jvgen export`.
+With all colors, shapes and cameras, 800 steps of 8 clips gave every body one hue.
 """
 
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
