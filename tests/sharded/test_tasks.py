@@ -14,6 +14,7 @@ from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.nn.lora import LoraConfig
 from jvgen.nn.stacked import Remat
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import MeshConfig, make_mesh
@@ -24,6 +25,7 @@ from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
+from jvgen.training.step import STEP
 
 VIDEO = TextToVideoConfig(
     denoiser=VideoDiTConfig(
@@ -41,7 +43,11 @@ IMAGE = ImageVAETaskConfig(
     ),
     perceptual=PerceptualConfig(kind="laplacian", levels=2),
 )
+LORA = VIDEO.replace(
+    lora=LoraConfig(rank=4, dropout=0.5, targets=("denoiser/",)), denoiser_weights="w", text_encoder_weights="w"
+)
 TASKS = {
+    "lora": (LORA, BucketConfig(frames=5, height=64, width=64, batch_size=8)),
     "video": (VIDEO, BucketConfig(frames=5, height=64, width=64, batch_size=8)),
     "image": (IMAGE, BucketConfig(frames=1, height=16, width=16, batch_size=8)),
 }
@@ -77,19 +83,25 @@ def loss_and_gradient(name: str, mesh: dict[str, int]):
         return (np.arange(np.prod(shape.shape)).reshape(shape.shape) * 7 % 250).astype(shape.dtype)
 
     # Away from the start, where zeros in the last layers hide most gradients.
-    leaves, structure = jax.tree.flatten(program.abstract.parameters)
-    parameters = structure.unflatten([0.1 * draw(leaf) for leaf in leaves])
-    parameters = jax.device_put(parameters, program.shardings.parameters)
+    parameters, frozen = (
+        jax.device_put(jax.tree.map(lambda leaf: 0.1 * draw(leaf), tree), places)
+        for tree, places in (
+            (program.abstract.parameters, program.shardings.parameters),
+            (program.abstract.frozen, program.shardings.frozen),
+        )
+    )
     abstract = program.abstract_batch(bucket)
     arrays = {field: draw(abstract[field]) for field in sorted(abstract)} | {"slot": np.arange(8, dtype=np.int32)}
     batch = {field: jax.device_put(value, abstract[field].sharding) for field, value in arrays.items()}
 
-    def loss(parameters, batch):
+    batch[STEP] = jnp.zeros(8, jnp.int32)
+
+    def loss(parameters, frozen, batch):
         with axes.partitioned(program.sharding):
-            return program.task.loss(parameters, {}, batch, jax.random.key(3))[0]
+            return program.task.loss(parameters, frozen, batch, jax.random.key(3))[0]
 
     places = (program.sharding.replicated, program.shardings.parameters)
-    return jax.jit(jax.value_and_grad(loss), out_shardings=places)(parameters, batch)
+    return jax.jit(jax.value_and_grad(loss), out_shardings=places)(parameters, frozen, batch)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +109,7 @@ def on_one_device():
     return functools.cache(lambda name: loss_and_gradient(name, ONE))
 
 
-CASES = [("video", "fsdp-seq-tensor"), ("image", "fsdp-seq-tensor")] + [
+CASES = [("video", "fsdp-seq-tensor"), ("image", "fsdp-seq-tensor"), ("lora", "fsdp-seq-tensor")] + [
     pytest.param(name, mesh, marks=pytest.mark.slow)
     for name, mesh in [("video", m) for m in list(MESHES)[1:]] + [("image", "data-fsdp"), ("image", "tensor")]
 ]

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 
 from jvgen import nested
+from jvgen.cli.sample import lora_argument
 from jvgen.config import ConfigError, validate_tree
 from jvgen.data.stream.config import DataConfig, SourceConfig
+from jvgen.interop.from_torch import import_folder
 from jvgen.interop.lora_file import read_lora, write_lora
 from jvgen.interop.to_torch import ExportError, export_network
+from jvgen.nn import lora
 from jvgen.nn.lora import LoraConfig
 from jvgen.nn.network import Network
 from jvgen.parallel.mesh import single_device_mesh
 from jvgen.runs.exporting import export_run, import_run
+from jvgen.runs.published.placement import Placement
 from jvgen.training.config import PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
@@ -126,6 +130,11 @@ def test_files_become_runs_and_runs_files(config, tmp_path):
         np.testing.assert_array_equal(leaf, nested.flatten(factors)[path], err_msg=path)
     with pytest.raises(ExportError, match="exists and is not empty"):
         export_run(tmp_path / "run", tmp_path / "exported")
+    export_run(tmp_path / "run", tmp_path / "whole", merge_lora=True)
+    base, merged = (import_folder(folder)[1] for folder in (config.denoiser_weights, tmp_path / "whole" / "denoiser"))
+    expected = nested.flatten(lora.merge(jax.tree.map(jnp.asarray, base), factors))
+    for path, leaf in nested.flatten(merged).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-6, err_msg=path)
     export_run(tmp_path / "run", tmp_path / "sat", layout="sat")
     assert read_lora(tmp_path / "sat" / "lora_sat.safetensors", config.denoiser).alpha == 1.0
     for change, message in (
@@ -141,6 +150,34 @@ def test_files_become_runs_and_runs_files(config, tmp_path):
         import_run(tmp_path / "given.safetensors", plain, tmp_path / "other")
     with pytest.raises(ConfigError, match="trains a LoRA alone"):
         import_run(Path(config.denoiser_weights), experiment, tmp_path / "other")
+
+
+def test_adapters_in_sampling_are_merged_or_apart(weights):
+    """With other ranks than a run's, on the devices; the prediction is the same."""
+    task, placement = CONFIG.build(), Placement.of(1, jnp.float32, jax.devices()[:1])
+    network = task.denoiser_network
+    layers = lora.targets(LoraConfig(targets=("denoiser/blocks/",)), {"denoiser": network})
+    shapes = Network.of(lambda rngs: lora.Factors(layers, rank=3, rngs=rngs))
+    factors = random_parameters(shapes)["denoiser"]
+    adapter = lora.combined([(factors, 0.5), (factors, -0.2)])
+    parameters = jax.tree.map(jnp.asarray, weights["denoiser"])
+    noisy, text = jax.random.normal(jax.random.key(0), (1, 3, 4, 4, 4)), jnp.ones((1, 6, 8))
+    denoise = jax.jit(lambda parameters: task.denoise(parameters, noisy, jnp.array([500.0]), text))
+    alone = denoise({"denoiser": parameters})
+    apart = denoise({"denoiser": parameters, "lora": {"denoiser": placement.replicate(adapter)}})
+    merged = denoise({"denoiser": placement.merge(parameters, adapter)})
+    np.testing.assert_allclose(apart, merged, atol=2e-5)
+    assert np.abs(apart - alone).max() > 1e-2
+
+
+def test_the_scale_of_an_adapter_on_the_command_line(tmp_path):
+    (tmp_path / "a:b.safetensors").touch()
+    assert lora_argument(f"{tmp_path}/x.safetensors:0.8") == (tmp_path / "x.safetensors", 0.8)
+    assert lora_argument(f"{tmp_path}/x.safetensors") == (tmp_path / "x.safetensors", 1.0)
+    assert lora_argument(f"{tmp_path}/a:b.safetensors") == (tmp_path / "a:b.safetensors", 1.0)
+    for scale in ("much", "nan", "1e9"):
+        with pytest.raises(ValueError, match=f"--lora .*{scale!r} is no scale"):
+            lora_argument(f"{tmp_path}/x.safetensors:{scale}")
 
 
 @pytest.mark.parametrize(
