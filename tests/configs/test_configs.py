@@ -58,6 +58,7 @@ TOY_SIZE, TOY_FRAMES = 32, 5
 SLOW = {
     "cogvideox_2b", "cv_vae_causal", "cv_vae_sd21", "cv_vae_sd3", "cvd_2b", "demo_cv_vae", "demo_image_latents",
     "demo_control_from_scratch", "demo_control_pretrained", "demo_ivideogpt_tokenizer", "demo_multiview",
+    "cogvideox_2b_lora",
     "image_vae_sd", "repvideo_2b", "repvideo_2b_scratch",
 }  # fmt: skip
 SLOW |= {name for name in CONFIGS if name.startswith(("ivideogpt_", "mbrl_metaworld_"))}
@@ -213,10 +214,16 @@ def fake_examples(task: Task, bucket: BucketConfig) -> dict[str, np.ndarray]:
 
 
 def with_random_frozen(task: Task) -> Task:
-    """The task with random parameters, instead of those of files that are not here."""
-    task.load_frozen = lambda: {
-        name: jax.tree.map(np.asarray, jax.jit(network.init)(jax.random.key(7)))
-        for name, network in task.frozen_networks.items()
-    }
+    """The task with random parameters in its frozen networks, instead of those of files that are not here.
+
+    Away from their start, where zeros in the last layers hide the gradients of a LoRA.
+    """
+    rng = np.random.default_rng(7)
+
+    def drawn(network) -> dict:
+        start = jax.jit(network.init)(jax.random.key(7))
+        return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.02 * rng.standard_normal(leaf.shape, np.float32), start)
+
+    task.load_frozen = lambda: {name: drawn(network) for name, network in task.frozen_networks.items()}
     task.initial_parameters = dict
     return task
