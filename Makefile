@@ -30,7 +30,7 @@ LATEST_TESTS = $(addprefix tests/,unit/test_attention.py unit/test_epipolar_atte
 	unit/test_rules.py unit/test_step.py unit/test_checkpoint.py unit/test_loader.py unit/test_interop.py \
 	sharded/test_transformer.py processes/test_processes.py resume/test_saved_runs.py)
 
-.PHONY: help setup setup-test demo test test-latest test-slow test-faults test-launch bench lint clean
+.PHONY: help setup setup-test demo test test-latest test-slow test-faults test-launch bench aot lint clean
 
 help:
 	@echo "make demo       build the embedded data, train two VAEs and a video DiT, resume, sample, export, report (CPU, minutes)"
@@ -40,6 +40,7 @@ help:
 	@echo "make test-faults  kill, stop and damage tiny real runs; prints a table of what came of it"
 	@echo "make test-launch  launch files, also under a real Slurm in a container of its own (root) and with several processes"
 	@echo "make bench      timings against PyTorch"
+	@echo "make aot        compile every config for pods on its slices (hours), and write docs/pods.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +82,10 @@ test-launch: setup-test
 
 bench: setup-test
 	$(BIN)/python -m tests.benchmarks
+
+# `make aot AOT="--only repvideo --again"`: some of them, also what the table has.
+aot: setup-test
+	$(BIN)/python -m tests.pods $(AOT)
 
 lint: setup-test
 	$(BIN)/ruff check jvgen tests configs

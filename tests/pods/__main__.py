@@ -1,0 +1,61 @@
+"""The command of `make aot`: compile what the table does not have yet, one batch shape at a time in its own process."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+from jvgen.training.experiment import load_experiment
+from tests.pods.runs import PAGE, RESULTS, ROOT, RUNS, PodRun, page, results, row_of
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile and write; 1 if a program could not be compiled."""
+    parser = argparse.ArgumentParser(prog="python -m tests.pods", description="Compile every config for pods.")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="runs whose name has this text")
+    parser.add_argument("--again", action="store_true", help="also what the table has")
+    parser.add_argument("--page", action="store_true", help="write the page only")
+    chosen = parser.parse_args(arguments)
+    failed = 0
+    for run in RUNS if not chosen.page else ():
+        if chosen.only and not any(text in run.name for text in chosen.only):
+            continue
+        for bucket in load_experiment(ROOT / run.config, ()).data.buckets:
+            if bucket.name in results().get(run.name, {}) and not chosen.again:
+                continue
+            print(f"{run.name} {bucket.name}", flush=True)
+            failed += not _compile(run, bucket.name)
+    PAGE.write_text(page(results()))
+    return int(failed > 0)
+
+
+def _compile(run: PodRun, bucket: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "jvgen.cli", "compile", run.config, "--topology", run.topology]
+        command += ["--bucket", bucket, "--json", str(out)]
+        # A described pod needs no other backend, and no search for TPUs.
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
+        if not out.exists():
+            print(f"failed with status {done.returncode}", flush=True)
+            return False
+        report = json.loads(out.read_text())
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+    about = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "versions": versions}
+    found = results()
+    for entry in report["buckets"]:
+        found.setdefault(run.name, {})[bucket] = row_of(report, entry, about)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
