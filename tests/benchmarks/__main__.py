@@ -32,6 +32,7 @@ ON_REQUEST = {
     "epipolar_tpu": "epipolar_tpu",
     "splash_tpu": "splash_tpu",
     "wan_tpu": "wan_tpu",
+    "growth": "growth",
     "cv_vae_memory": "cv_vae_memory",
 }
 
