@@ -65,6 +65,18 @@ def test_variables_are_set_only_where_no_tpu_can_be(tmp_path, monkeypatch, envir
     assert changed == environment
 
 
+@pytest.mark.parametrize("before", [None, "--xla_enable_async_all_gather=true"])
+def test_bundles_are_written_to_a_folder_that_lasts_as_long_as_it_is_needed(monkeypatch, before):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", before)
+    assert libtpu.bundles_folder() is None
+    with libtpu.writing_bundles():
+        folder = libtpu.bundles_folder()
+        assert Path(folder).is_dir() and os.environ["LIBTPU_INIT_ARGS"].startswith(before or "--xla_jf_dump_to")
+    assert os.environ.get("LIBTPU_INIT_ARGS") == before and not Path(folder).exists()
+
+
 @pytest.mark.skipif(not libtpu.is_installed(), reason="libtpu is not installed")
 @pytest.mark.skipif(libtpu.tpu_may_be_attached(), reason="this machine may have a TPU")
 def test_a_command_that_starts_jax_prints_nothing_about_tpus():

@@ -48,6 +48,9 @@ def test_chips():
     assert chip_of("TPU v5 lite").name == "v5e" and chip_of("TPU v5").name == "v5p" and chip_of("TPU v5p").name == "v5p"
     assert chip_of("TPU7x").device_peak_flops == 1153.5e12
     assert chip_of("NVIDIA H200").peak_flops == 989e12 and chip_of("NVIDIA H100 80GB HBM3").hbm_bytes == 80e9
+    # Cards of one name with other peaks or memory.
+    assert chip_of("NVIDIA H100 PCIe").peak_flops == 756e12 and chip_of("NVIDIA H100 80GB HBM3").peak_flops == 989e12
+    assert chip_of("NVIDIA H100 NVL").hbm_bytes == 94e9 and chip_of("NVIDIA A100-SXM4-40GB").hbm_bytes == 40e9
     assert chip_of(jax.devices()[0]) is None
     with pytest.raises(ValueError, match="'v9' is not known; the table has v4, v5e"):
         chip_named("v9")

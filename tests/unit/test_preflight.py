@@ -1,5 +1,6 @@
 """Preflight: checks, the lower bound on memory, collectives of a compiled program, compilation for described pods."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jvgen import config
+from jvgen.cli import main as cli
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
@@ -16,7 +18,7 @@ from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn.stacked import Remat
-from jvgen.parallel.chips import chip_of
+from jvgen.parallel.chips import chip_named, chip_of
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.preflight import ahead_of_time, collectives, topology
@@ -35,6 +37,7 @@ from jvgen.preflight.estimate import (
     step_seconds,
 )
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
+from jvgen.preflight.time_estimate import Seconds, TimeEstimate, Traffic
 from jvgen.tasks import text_to_video_config
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
@@ -276,6 +279,35 @@ def test_report():
     assert f"3 MiB decoded: 2 MiB/s at 1.5 s/step ({ASSUMED_BASIS})" in str(report)
     document = json.loads(report.to_json())
     assert document["fits"] is True and document["buckets"][0]["total_bytes"] == 9.5 * 2**30
+
+
+def estimated(**changes) -> TimeEstimate:
+    parts = {"kernel splash_mha_fwd": Seconds(0.4, 0.5, 0.7), "frozen networks": Seconds(0.1, 0.1, 0.1)}
+    sent = Traffic("all-gather", "fsdp", False, True, 24, 2.0 * 2**30, Seconds(0.1, 0.2, 0.3), 0.05)
+    values = {
+        "parts": parts, "traffic": (sent,), "cycles": {"splash_mha_fwd.1": 7}, "without_cycles": (),
+        "useful_flops": 98.5e12, "frozen_flops": 2e12, "program_flops": 1e12, "chip": chip_named("v5e"),
+    }  # fmt: skip
+    return TimeEstimate(**values | changes)
+
+
+def test_report_of_the_time(monkeypatch, capsys):
+    report = report_of()
+    (bucket,) = report.buckets
+    report = dataclasses.replace(report, buckets=(dataclasses.replace(bucket, time=estimated()),))
+    for text in (str(report), report.times()):
+        assert "estimate: 0.6 (0.5 to 0.8) s per step, MFU 83.3% (62.5% to 100.0%); not measured" in text
+        assert "164 TFLOP/s per device, 164 of 197 per chip" in text and "frozen networks (2.0 TFLOP)" in text
+        assert "fsdp, frozen networks" in text and "v5e:2x2 has 4 chips (Cloud TPU v5litepod-4)" in text
+        assert "40% MFU" not in text
+    document = json.loads(report.to_json())
+    assert document["buckets"][0]["time"]["seconds"] == {"least": 0.5, "likely": 0.6, "most": pytest.approx(0.8)}
+    incomplete = dataclasses.replace(bucket, time=estimated(without_cycles=("splash.1",)))
+    assert "estimate: more than 0.6" in dataclasses.replace(report, buckets=(incomplete,)).times()
+    monkeypatch.setattr(ahead_of_time, "compile_ahead", lambda *args, **options: report)
+    monkeypatch.setattr("jvgen.cli.compile.experiment_of", lambda parsed: toys.experiment())
+    assert cli.main(["estimate", "config.py", "--topology", "v5e:2x2"]) == 0
+    assert capsys.readouterr().out.strip() == report.times()
 
 
 def test_missing_compiler(monkeypatch):

@@ -170,6 +170,16 @@ def test_renamed_fields_of_saved_configs(saved, expected):
     assert saved_config.decode(saved) == expected
 
 
+def test_utilization_counts_neither_padding_nor_frozen_networks():
+    """512 rows are computed of the few that the clip has; T5 or the autoencoder only run forward."""
+    task = CONFIG.replace(latents="pixels").build()
+    padded = CONFIG.replace(latents="pixels", denoiser=CONFIG.denoiser.replace(token_multiple=512)).build()
+    flops = throughput.step_flops(task, BUCKET)
+    assert throughput.step_flops(padded, BUCKET) == flops
+    trained = throughput.trained_flops(task, flops)
+    assert set(flops) - set(trained) == {"vae"} and all(trained[name] == flops[name] for name in trained)
+
+
 @pytest.mark.parametrize("latents", ["pixels", "data"])
 def test_flops_of_a_step_count_frozen_networks_once(latents):
     """The autoencoder runs forward only, and not at all on cached latents; the byte encoder is trained."""
