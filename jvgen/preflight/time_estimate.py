@@ -41,7 +41,8 @@ ASSUMED = (
     "bundles, collectives as one ring over the links of the torus"
 )
 UNKNOWN = (
-    "waiting for memory inside kernels, gaps between operations, contention of links, clock under load, input and host"
+    "waiting for memory inside kernels, gaps between operations, contention of links, clock under load, input and "
+    "host: seconds are a lower bound, ratios of two estimates say more"
 )
 
 
