@@ -13,7 +13,7 @@ from jvgen.cli.arguments import (
     number,
     path,
 )
-from jvgen.value_rules import Count, FrameRate, Frames, Scale, Seed
+from jvgen.value_rules import Count, Epsilon, FrameRate, Frames, Scale, Seed
 
 # How the flag's choices are named in requests.
 UNCONDITIONAL = {"empty-caption": "empty", "zeros": "zeros"}
@@ -25,6 +25,7 @@ def add_commands(commands) -> None:
         commands, "sample", "generate clips from prompts, with a trained run or with published weights",
         'jvgen sample runs/demo/text_to_video --prompt "a red ball moves to the left" --out clips',
         'jvgen sample --weights CogVideoX-2b --prompt "a red ball rolls" --frames 49 --size 480x720 --out clip.mp4',
+        'jvgen sample --weights CogVideoX-5b-I2V --image first.png --prompt "a red ball rolls" --out clip.mp4',
         details="Takes exactly one of RUN and --weights. Clips that exist in --out are kept and not generated again.",
     )  # fmt: skip
     run_only = add_run_arguments(parser, optional=True)
@@ -42,6 +43,27 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=path, metavar="FILE", help="file with one prompt per line, or VBench's JSON file of prompts"
     )
+    parser.add_argument(
+        "--image", type=path, action="append", default=[], metavar="FILE",
+        help="first frame of the clips, for an image-to-video network (repeatable: one per prompt or, with --cameras, "
+        "one per view)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--last-image", type=path, action="append", default=[], metavar="FILE",
+        help="last frame of the clips, for a network that takes both (repeatable, as --image)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--video", type=path, metavar="FILE", help="change this clip: sampling starts from it with part of the noise"
+    )
+    parser.add_argument(
+        "--strength", type=number(Epsilon), metavar="X",
+        help="how much of --video is changed, above 0 and up to 1; 0.8 if omitted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fit", choices=["crop", "pad"],
+        help="what is done with an --image or --video of another aspect ratio: cut around the center, or add black "
+        "bars; refused if omitted",
+    )  # fmt: skip
     parser.add_argument(
         "--clips-per-prompt", type=number(Count), default=1, metavar="N", help="clips to generate per prompt"
     )
@@ -212,11 +234,12 @@ def run_sample(
 def _sample_run(parsed: argparse.Namespace, prompts: list[str]) -> None:
     from jvgen.runs.sampling import sample_run
 
+    given = given_files(parsed)
     sample_run(
         parsed.run, prompts, parsed.out, ema=parsed.ema, step=parsed.step, count=parsed.clips_per_prompt,
         frames=parsed.frames, size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
         batch=8 if parsed.batch_size is None else parsed.batch_size, untrained=parsed.untrained,
-        enhance=enhance_config(parsed), vae=parsed.vae,
+        enhance=enhance_config(parsed), vae=parsed.vae, given=given,
     )  # fmt: skip
 
 
@@ -231,7 +254,7 @@ def _sample_views(parsed: argparse.Namespace, prompts: list[str]) -> None:
         parsed.run, prompts, parsed.out, cameras=parsed.cameras, views=parsed.views, distance=parsed.camera_distance,
         shared_world_frame=parsed.shared_world_frame, ema=parsed.ema, step=parsed.step, count=parsed.clips_per_prompt,
         frames=parsed.frames, size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
-        batch=parsed.batch_size, untrained=parsed.untrained,
+        batch=parsed.batch_size, untrained=parsed.untrained, given=given_files(parsed),
     )  # fmt: skip
 
 
@@ -244,7 +267,7 @@ def _sample_weights(parsed: argparse.Namespace, prompts: list[str]) -> None:
         negative_prompt=parsed.negative_prompt, null=UNCONDITIONAL[parsed.unconditional],
         seed=parsed.seed, batch=1 if parsed.batch_size is None else parsed.batch_size, noise=parsed.noise,
         dtype=parsed.dtype, in_tiles=parsed.tiles, frames_per_second=parsed.fps, devices=parsed.devices,
-        enhance=enhance_config(parsed), variant=parsed.variant,
+        enhance=enhance_config(parsed), variant=parsed.variant, given=given_files(parsed),
         loras=tuple(lora_argument(text) for text in parsed.lora), lora_apart=parsed.lora_apart,
     )  # fmt: skip
     listed = parsed.prompts is not None and parsed.prompts.suffix == ".json"
@@ -270,6 +293,13 @@ def lora_argument(text: str):
         return path(file), number(Scale)(scale)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"--lora {text}: {scale!r} is no scale: {error}") from error
+
+
+def given_files(parsed: argparse.Namespace):
+    """The `GivenFiles` that `--image`, `--last-image`, `--video`, `--strength` and `--fit` name."""
+    from jvgen.runs.given_files import GivenFiles
+
+    return GivenFiles(tuple(parsed.image), tuple(parsed.last_image), parsed.video, parsed.strength, parsed.fit)
 
 
 def enhance_config(parsed: argparse.Namespace):

@@ -30,9 +30,10 @@ def _add_export(commands) -> None:
         "jvgen export runs/demo/text_to_video --ema 0.999 --to exported",
         "jvgen export runs/x/checkpoints/20000 --to exported",
         details="A text-to-video run becomes a whole pipeline, with its frozen VAE and T5 and the tokenizer, for "
-        "CogVideoXPipeline.from_pretrained and `jvgen sample --weights`; where diffusers has no such pipeline, the "
-        "reasons are printed and the trained networks are written, as of all other runs. A run that trains a LoRA "
-        "becomes pytorch_lora_weights.safetensors, for load_lora_weights and `jvgen sample --weights DIR --lora FILE`.",
+        "CogVideoXPipeline.from_pretrained and `jvgen sample --weights`, one of image to video for "
+        "CogVideoXImageToVideoPipeline; where diffusers has no such pipeline, the reasons are printed and the trained "
+        "networks are written, as of all other runs. A run that trains a LoRA becomes "
+        "pytorch_lora_weights.safetensors, for load_lora_weights and `jvgen sample --weights DIR --lora FILE`.",
         handler=run_export,
     )  # fmt: skip
     add_run_arguments(parser)
@@ -80,6 +81,11 @@ def _add_import(commands) -> None:
     parser.add_argument(
         "--init-gates", action="store_true",
         help="initialize a RepVideo run from CogVideoX weights: its gates, which those lack, start as the config says",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init-condition", action="store_true",
+        help="initialize an image-to-video run from text-to-video weights: the channels of given frames, which those "
+        "lack, start at zero",
     )  # fmt: skip
     parser.add_argument(
         "--allow-partial", action="store_true",
@@ -142,7 +148,8 @@ def run_import(parsed: argparse.Namespace) -> int:
         raise ValueError("--to also needs --config: the config of the run that takes the weights.")
     import_run(
         parsed.weights, experiment_of(parsed), parsed.to, network=parsed.network, inflate=parsed.inflate,
-        init_gates=parsed.init_gates, allow_partial=parsed.allow_partial, variant=parsed.variant,
+        init_gates=parsed.init_gates, init_condition=parsed.init_condition, allow_partial=parsed.allow_partial,
+        variant=parsed.variant,
     )  # fmt: skip
     return 0
 

@@ -176,10 +176,36 @@ def check_schedule(config: SamplerConfig, schedule: ScheduleConfig) -> None:
         raise ValueError(f"sampler 'euler': needs rectified_flow, not {schedule.kind!r}; choose 'ddim'.")
 
 
+def first_step(steps: int, strength: float) -> int:
+    """The step that a sampler of `steps` steps begins with for a clip that is changed by `strength` in 0..1.
+
+    The last `int(steps * strength)` steps run, as in diffusers: 1 is all of them, from pure noise.
+
+    Raises:
+      ValueError: a strength outside of 0..1, or one that leaves no step.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength = {strength}: must be above 0 and at most 1; 1 starts from pure noise.")
+    left = int(steps * strength)
+    if not left:
+        raise ValueError(
+            f"strength = {strength} of {steps} steps leaves none: take at least {1 / steps:.3g}, or more steps."
+        )
+    return steps - left
+
+
 def coefficients(
-    config: SamplerConfig, schedule: Schedule, prediction: Prediction, guidance: GuidanceConfig | None = None
+    config: SamplerConfig,
+    schedule: Schedule,
+    prediction: Prediction,
+    guidance: GuidanceConfig | None = None,
+    *,
+    first: int = 0,
 ) -> Coefficients:
     """The table of a sampler.
+
+    Args:
+      first: index of the first step that runs, see `first_step`; the table has the steps from there on.
 
     Raises:
       ValueError: a sampler that does not support the schedule, or a prediction that does not determine the clean
@@ -187,7 +213,7 @@ def coefficients(
     """
     config.validate()
     check_schedule(config, schedule.config)
-    levels = grid(config, schedule)
+    levels = Grid(*(None if column is None else column[first:] for column in grid(config, schedule)))
     if prediction == "epsilon" and (levels.alpha <= 0).any():
         raise ValueError("prediction 'epsilon': the first timestep is pure noise; train 'v' or drop zero_terminal.")
     scales = guidance_scales(guidance or GuidanceConfig(kind="none"), levels.timesteps)
@@ -201,6 +227,20 @@ def coefficients(
     table = Coefficients(levels.timesteps, scales, *clean_factors(*read, prediction), *factors)
     assert all(np.isfinite(column).all() for column in table), f"sampler table with infinities: {config}"
     return table
+
+
+def partly_noised(
+    clean: Float[Array, "B ..."],
+    noise: Float[Array, "B ..."],
+    *,
+    sampler: SamplerConfig,
+    schedule: Schedule,
+    first: int,
+) -> Float[Array, "B ..."]:
+    """Clean samples with noise as at the start of step `first` of a sampler, float32."""
+    levels = grid(sampler, schedule)
+    alpha, sigma = np.float32(levels.alpha[first]), np.float32(levels.sigma[first])
+    return alpha * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
 def _ddim_factors(levels: Grid, eta: float) -> tuple[np.ndarray, ...]:
@@ -299,11 +339,15 @@ def trajectory(
     key: Key[Array, ""] | None = None,
     slots: Int[Array, "B"] | None = None,
     keep: bool = False,
+    first: int = 0,
 ) -> Trajectory:
-    """As `sample`, with the number of finite steps; with `keep` also the result of every step, `S B ...`."""
+    """As `sample`, with the number of finite steps; with `keep` also the result of every step, `S B ...`.
+
+    With `first`, `noise` is the input of that step (`partly_noised`), and the steps before it are left out.
+    """
     if sampler.needs_key and key is None:
         raise ValueError(f"sampler {sampler.kind!r} with eta = {sampler.eta} adds noise: give `key`.")
-    rows = table_rows(coefficients(sampler, schedule, prediction, guidance))
+    rows = table_rows(coefficients(sampler, schedule, prediction, guidance, first=first))
 
     def step(carry: tuple[Array, Array], row: dict[str, Array]) -> tuple[tuple[Array, Array], Array | None]:
         fresh = step_noise(key, row["step"], noise.shape, slots) if sampler.needs_key else None

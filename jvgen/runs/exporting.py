@@ -17,6 +17,7 @@ from jvgen.interop.inflate import inflate_folder
 from jvgen.interop.lora_file import FILE_NAMES, Layout, is_lora, read_lora, write_lora
 from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import ExportError, Weights, export_networks
+from jvgen.models.video_dit import conditioned_start
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn import lora
 from jvgen.nn.network import Parameters
@@ -24,10 +25,11 @@ from jvgen.parallel.mesh import host_device, single_device_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.runs import pipeline_export
 from jvgen.storage import Path, as_path, resolved, size, write_text
+from jvgen.tasks.given_frames import check_condition
 from jvgen.tasks.pipeline_folder import DENOISER, adopt_pipeline, is_pipeline, pipeline_weights, read_pipeline
 from jvgen.tasks.task import Task, TaskConfig
 from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig
-from jvgen.tasks.text_to_video_config import check_text_to_video
+from jvgen.tasks.text_to_video_config import TextToVideoFields
 from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
 from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.checkpoint.restore import load_for_inference
@@ -208,6 +210,7 @@ def import_run(
     network: str | None = None,
     inflate: bool = False,
     init_gates: bool = False,
+    init_condition: bool = False,
     allow_partial: bool = False,
     variant: str | None = None,
 ) -> None:
@@ -222,6 +225,8 @@ def import_run(
       inflate: the weights are of an image autoencoder, and initialize the task's video autoencoder.
       allow_partial: the weights may lack parameters of the network and hold others (iVideoGPT: context frames, heads).
       init_gates: the weights are CogVideoX's and the run is RepVideo's: its gates are initialized as configured.
+      init_condition: the weights are of a text-to-video network and the run is of image to video: its additional
+        channels, positions and offsets start without effect.
       variant: of the files in the folder, such as "fp16".
 
     Raises:
@@ -248,9 +253,12 @@ def import_run(
     else:
         if init_gates:
             configs = {name: _without_gates(config) for name, config in configs.items()}
+        if init_condition:
+            _check_begins_condition(experiment.task)
+            configs = {name: _without_condition(config) for name, config in configs.items()}
         network, found = _identify(weights, configs, network)
-        if isinstance(found, VideoDiTConfig):
-            check_text_to_video(found, str(weights))
+        if isinstance(found, VideoDiTConfig) and not init_condition:
+            _check_condition(found, experiment.task, str(weights))
         lines = differences(found, configs[network])
         if lines and not (allow_partial and _names_its_architecture(weights)):
             hint = "\nTo start a RepVideo run from CogVideoX's weights, pass --init-gates." * _lacks_gates(lines)
@@ -265,6 +273,10 @@ def import_run(
         _, parameters = import_folder(weights, config, place=None if lines else lambda path, array: to_host(array))
         if lines:
             parameters = format_of(found).adapt_parameters(parameters, found, configs[network])
+        if init_condition:
+            built = experiment.task.build()
+            shapes = built.networks[network].shapes
+            parameters = conditioned_start.begin(parameters, built.network_configs[network], shapes)
     write_first_checkpoint(experiment, workdir, {network: parameters})
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     print(f"{workdir}: step 0 with {count:,} parameters from {weights} as {network!r}; train with `jvgen train`")
@@ -322,6 +334,29 @@ def _identify(weights: Path, configs: Mapping[str, Config], network: str | None)
 
 def _names_its_architecture(weights: Path) -> bool:
     return not weights.is_file() or (weights.parent / "config.json").is_file()
+
+
+def _check_condition(found: VideoDiTConfig, task: TaskConfig, weights: str) -> None:
+    if not isinstance(task, TextToVideoFields):
+        return
+    try:
+        check_condition(task.condition, found, weights)
+    except ValueError as error:
+        begins = task.condition != "none" and found == conditioned_start.without_condition(found)
+        hint = " To start image to video from text-to-video weights, pass --init-condition." * begins
+        raise ConfigError(f"{error}{hint}") from error
+
+
+def _check_begins_condition(task: TaskConfig) -> None:
+    if not isinstance(task, TextToVideoFields) or task.condition == "none":
+        raise ConfigError(
+            "--init-condition: the run's task has no condition; set task.condition = first_frame and "
+            "task.denoiser.in_channels to twice its out_channels, or leave the flag out."
+        )
+
+
+def _without_condition(config: Config) -> Config:
+    return conditioned_start.without_condition(config) if isinstance(config, VideoDiTConfig) else config
 
 
 def _without_gates(config: Config) -> Config:

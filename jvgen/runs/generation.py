@@ -10,6 +10,7 @@ import numpy as np
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.network import Parameters
 from jvgen.runs.faults import Faults
+from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun
 from jvgen.tasks.task import Generated, SampleRequest, Task
 from jvgen.terminal import progress
@@ -29,6 +30,9 @@ def sample_request(
     steps: int | None = None,
     guidance: float | None = None,
     enhance: EnhanceConfig | None = None,
+    *,
+    given: GivenFiles = NOTHING,
+    given_frames: int | None = None,
 ) -> SampleRequest:
     """What to generate, with the run's own values for what is None; checked by the task.
 
@@ -36,6 +40,8 @@ def sample_request(
       experiment: its largest bucket gives frames and size.
       frames, size: frames, and (height, width), of a clip.
       steps, guidance, enhance: of the sampler.
+      given: files that clips are made from; a video's length is that of the clips unless `frames` is given.
+      given_frames: images that each clip is made from, where they are no files.
 
     Raises:
       ValueError: a request that the task cannot serve.
@@ -43,8 +49,10 @@ def sample_request(
     task = experiment.task
     largest = max(experiment.data.buckets, key=lambda bucket: (task.frames_of(bucket), bucket.height * bucket.width))
     height, width = (largest.height, largest.width) if size is None else size
-    frames = task.frames_of(largest) if frames is None else frames
-    request = SampleRequest(frames, height, width, steps, guidance, enhance)
+    if frames is None:
+        frames = given.size_of_video() or task.frames_of(largest)
+    images = given.frames if given_frames is None else given_frames
+    request = SampleRequest(frames, height, width, steps, guidance, enhance, images, given.strength_of_video)
     task.check_request(request)
     return request
 

@@ -12,6 +12,7 @@ from jvgen.geometry.cameras import Cameras
 from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
 from jvgen.runs.inference import LoadedRun
 from jvgen.runs.view_sampling import fitting_batch
+from jvgen.tasks.given_frames import GivenPixels, of_clip
 from jvgen.tasks.task import SampleRequest, Task
 from jvgen.training.state import EVALUATE, key_for
 
@@ -27,11 +28,13 @@ class HeldOut:
       clips: uint8 `N F H W 3`, or `N V F H W 3`; decoded from cached latents where the data set has no pixels.
       captions: one per clip or set of views.
       cameras: `N V F 4` and `N V F 3 4`; None for single clips.
+      given: frames that clips are conditioned on, as recorded, uint8 `N K H W 3` or `N V K H W 3`; None without such.
     """
 
     clips: np.ndarray
     captions: tuple[str, ...]
     cameras: Cameras | None
+    given: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -79,6 +82,8 @@ def read_held_out(loaded: LoadedRun, loader: Loader, count: int) -> HeldOut:
     clips: list[np.ndarray] = []
     captions: list[str] = []
     cameras: list[Cameras] = []
+    given: list[np.ndarray] = []
+    condition = getattr(loaded.experiment.task, "condition", "none")
     seen: set[str] = set()
     # Records start again when all were read.
     with loader.batches(0, None) as stream:
@@ -94,12 +99,16 @@ def read_held_out(loaded: LoadedRun, loader: Loader, count: int) -> HeldOut:
             for row in new[: count - len(clips)]:
                 clips.append(pixels[row])
                 captions.append(bytes(batch.arrays[CAPTION][row]).rstrip(b"\0").decode(errors="ignore"))
+                if condition != "none":
+                    frames = batch.arrays.get("given")
+                    clip = pixels[row]
+                    given.append(of_clip(clip, condition, clip.ndim - 4) if frames is None else frames[row])
                 if views:
                     cameras.append(Cameras(*(batch.arrays[name][row] for name in ("intrinsics", "extrinsics"))))
             if len(clips) >= count or len(new) < len(batch.record_ids):
                 break
     joined = Cameras(*(np.stack(parts) for parts in zip(*cameras, strict=True))) if cameras else None
-    return HeldOut(np.stack(clips), tuple(captions), joined)
+    return HeldOut(np.stack(clips), tuple(captions), joined, np.stack(given) if given else None)
 
 
 def _pixels(loaded: LoadedRun, arrays: dict[str, np.ndarray], bucket: Any, step: int) -> np.ndarray:
@@ -120,8 +129,10 @@ def generate_clips(loaded: LoadedRun, held_out: HeldOut, options: SamplingOption
     batch = batch_for_devices(options.batch, len(wanted), loaded.devices)
     made = generate_in_batches(
         loaded,
-        lambda task, parameters, frozen, tokens, slots: task.generate(parameters, frozen, tokens, slots, key, request),
-        held_out.captions, wanted, batch,
+        lambda task, parameters, frozen, tokens, slots, given=None: task.generate(
+            parameters, frozen, tokens, slots, key, request, given
+        ),
+        held_out.captions, wanted, batch, conditions=_given(held_out),
     )  # fmt: skip
     return _in_order(made)
 
@@ -140,13 +151,18 @@ def generate_views(loaded: LoadedRun, held_out: HeldOut, options: SamplingOption
     batch = -(-min(options.batch, len(wanted)) // least) * least
     made = generate_in_batches(
         loaded,
-        lambda task, parameters, frozen, tokens, slots, cameras: task.generate_views(
-            parameters, frozen, tokens, cameras, slots, key, request
+        lambda task, parameters, frozen, tokens, slots, more: task.generate_views(
+            parameters, frozen, tokens, more[0], slots, key, request, more[1]
         ),
-        held_out.captions, wanted, batch, conditions=both,
+        held_out.captions, wanted, batch, conditions=(both, _given(held_out, copies=2)),
     )  # fmt: skip
     found = _in_order(made)
     return found[:count], found[count:]
+
+
+def _given(held_out: HeldOut, copies: int = 1) -> GivenPixels | None:
+    """What clips are made from beside captions, `copies` times one after another."""
+    return None if held_out.given is None else GivenPixels(frames=np.concatenate([held_out.given] * copies))
 
 
 def _in_order(made: Any) -> np.ndarray:
@@ -155,4 +171,7 @@ def _in_order(made: Any) -> np.ndarray:
 
 def _request(loaded: LoadedRun, held_out: HeldOut, options: SamplingOptions) -> SampleRequest:
     frames, *size = held_out.size
-    return sample_request(loaded.experiment, frames, tuple(size), options.steps, options.guidance)
+    return sample_request(
+        loaded.experiment, frames, tuple(size), options.steps, options.guidance,
+        given_frames=getattr(loaded.experiment.task, "given_frames", 0),
+    )  # fmt: skip

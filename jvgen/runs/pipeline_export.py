@@ -18,6 +18,7 @@ from jvgen.nn.network import Parameters
 from jvgen.storage import Path, as_path, local_copy, read_json_object
 from jvgen.tasks.pipeline_folder import (
     DENOISER,
+    IMAGE_PIPELINE,
     INDEX,
     PIPELINE,
     SCHEDULER_FILE,
@@ -116,7 +117,8 @@ def parts(
         "scheduler": ["diffusers", scheduler["_class_name"]],
         TOKENIZER: ["transformers", _tokenizer_class(tokenizer)],
     }
-    index = {"_class_name": PIPELINE, "_diffusers_version": DIFFUSERS_VERSION, **dict(sorted(classes.items()))}
+    name = PIPELINE if config.condition == "none" else IMAGE_PIPELINE
+    index = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **dict(sorted(classes.items()))}
     files: dict[str, str | Path] = {f"{TOKENIZER}/{name}": path for name, path in tokenizer.items()}
     files |= {
         name: json.dumps(value, indent=2) + "\n" for name, value in {SCHEDULER_FILE: scheduler, INDEX: index}.items()
@@ -131,6 +133,11 @@ def notes(config: TextToVideoConfig) -> list[str]:
         found.append(
             f"diffusers' pipeline pads captions to {PIPELINE_TEXT_LENGTH} tokens: call it with "
             f"max_sequence_length={config.text.length}"
+        )
+    if config.condition == "first_and_last":
+        found.append(
+            "the run was trained with the first and the last frame, of which diffusers' pipeline takes the first; "
+            "`jvgen sample --weights` takes both (--image, --last-image)"
         )
     if config.text.unconditional == "zeros":
         found.append(

@@ -63,8 +63,8 @@ class Run(LoadedRun):
 
         Args:
           prompts: a text or several.
-          options: `count`, `frames`, `size`, `steps`, `guidance`, `enhance`, `seed`, `batch`, `vae`, see
-            `jvgen.runs.sampling.sample_run`.
+          options: `count`, `frames`, `size`, `steps`, `guidance`, `enhance`, `seed`, `batch`, `vae`, `given` (images
+            or a video, `jvgen.runs.given_files.GivenFiles`), see `jvgen.runs.sampling.sample_run`.
 
         Raises:
           ValueError: a request that the run cannot serve.

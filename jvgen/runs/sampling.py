@@ -13,6 +13,7 @@ from jvgen.autoencoding.decoder_swap import DecoderSwap
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.runs.clip_folder import is_one_file, note_clips, plan_clips, write_clip
 from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
+from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.storage import Path
 from jvgen.tasks.task import SampleRequest
@@ -38,6 +39,7 @@ def sample_run(
     batch: int = 8,
     untrained: bool = False,
     vae: Path | None = None,
+    given: GivenFiles = NOTHING,
 ) -> list[Path]:
     """Generate `count` clips per prompt as files.
 
@@ -53,6 +55,7 @@ def sample_run(
       batch: clips per batch.
       vae: exported folder of another VAE to decode with, which shares the run's latents. A video VAE in place of an
         image VAE makes 4(n - 1) + 1 frames of n; an image VAE in place of a video VAE makes n.
+      given: images or a video that clips are made from.
 
     Returns:
       The files, in order.
@@ -63,7 +66,8 @@ def sample_run(
       NotFinite: clips that hold NaN or infinity; the others are written, see `jvgen.runs.faults`.
     """
     experiment = read_experiment(run)
-    request = sample_request(experiment, frames, size, steps, guidance, enhance)
+    request = sample_request(experiment, frames, size, steps, guidance, enhance, given=given)
+    _check_given(given, len(prompts), vae)
     clips = plan_clips(prompts, count, out, frames=request.frames, batch=batch)
     if out.suffix == ".npy":
         raise ValueError(f"--out {out}: clips of a run are 8-bit pixels; name an .mp4 or .png file, or a folder.")
@@ -71,6 +75,7 @@ def sample_run(
         "seed": seed, "ema": ema or "best", "untrained": untrained, "steps": steps, "guidance": guidance,
         "frames": request.frames, "height": request.height, "width": request.width,
     }  # fmt: skip
+    asked |= given.digests()
     if vae is not None:
         asked["vae"] = str(vae)
     if enhance is not None:
@@ -85,7 +90,7 @@ def sample_run(
     if todo:
         began = time.perf_counter()
         wanted = [(clip.prompt, clip.slot) for clip in todo]
-        for index, pixels in _generate(loaded, prompts, wanted, request, seed, batch, swap):
+        for index, pixels in _generate(loaded, prompts, wanted, request, seed, batch, swap, given):
             write_clip(todo[index].path, pixels, FRAMES_PER_SECOND)
         took = time.perf_counter() - began
         print(f"{len(todo)} clips in {took:.1f} s ({took / len(todo):.2f} s/clip, compilation included) in {out}")
@@ -108,6 +113,7 @@ def sample_arrays(
     seed: int = 0,
     batch: int = 8,
     vae: Path | None = None,
+    given: GivenFiles = NOTHING,
 ) -> np.ndarray:
     """Generate `count` clips per prompt: uint8 `P C F H W 3` for P prompts and C clips of each.
 
@@ -117,10 +123,11 @@ def sample_arrays(
       ValueError: a request that the run cannot serve.
       NotFinite: clips that hold NaN or infinity.
     """
-    request = sample_request(loaded.experiment, frames, size, steps, guidance, enhance)
+    request = sample_request(loaded.experiment, frames, size, steps, guidance, enhance, given=given)
+    _check_given(given, len(prompts), vae)
     swap = None if vae is None else DecoderSwap(vae, loaded.experiment.task)
     wanted = [(prompt, slot_of(prompt, index)) for prompt in range(len(prompts)) for index in range(count)]
-    clips = [pixels for _, pixels in _generate(loaded, prompts, wanted, request, seed, batch, swap)]
+    clips = [pixels for _, pixels in _generate(loaded, prompts, wanted, request, seed, batch, swap, given)]
     return rearrange(np.stack(clips), "(p c) f h w x -> p c f h w x", c=count)
 
 
@@ -132,16 +139,24 @@ def _generate(
     seed: int,
     batch: int,
     swap: DecoderSwap | None,
+    given: GivenFiles,
 ) -> Iterator[tuple[int, np.ndarray]]:
     task, frozen, key = loaded.task, loaded.frozen, jax.random.key(seed)
     if swap is not None:
         weights = jax.device_put(swap.load(), loaded.program.sharding.replicated)
         task, frozen = swap.apply_to(task), {**frozen, "vae": weights}
     batch = batch_for_devices(batch, len(wanted), loaded.devices)
+    pixels = given.read(request.frames, (request.height, request.width), [prompt for prompt, _ in wanted])
     return generate_in_batches(
         loaded,
-        lambda task, parameters, frozen, tokens, slots: task.generate(
-            parameters, frozen, tokens, slots, key, request
+        lambda task, parameters, frozen, tokens, slots, given=None: task.generate(
+            parameters, frozen, tokens, slots, key, request, given
         ),
-        prompts, wanted, batch, task=task, frozen=frozen,
+        prompts, wanted, batch, task=task, frozen=frozen, conditions=pixels,
     )  # fmt: skip
+
+
+def _check_given(given: GivenFiles, prompts: int, vae: Path | None) -> None:
+    given.check_count(prompts, "prompts")
+    if vae is not None and (given.images or given.video):
+        raise ValueError("--vae: not valid with --image or --video, which are encoded with the run's own VAE.")

@@ -15,9 +15,11 @@ from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, relative, resized_and_cropped, share_a_center
 from jvgen.runs.clip_folder import Clip, note_clips, plan_clips, write_clip
 from jvgen.runs.generation import generate_in_batches, sample_request, slot_of
+from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.runs.sampling import FRAMES_PER_SECOND
 from jvgen.storage import Path, as_path, write_bytes
+from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.experiment import Experiment
 
@@ -43,6 +45,7 @@ def sample_views(
     seed: int = 0,
     batch: int | None = None,
     untrained: bool = False,
+    given: GivenFiles = NOTHING,
 ) -> list[Path]:
     """Generate `count` sets of views per prompt as files.
 
@@ -58,6 +61,7 @@ def sample_views(
       frames, size, steps, guidance: see `jvgen.runs.sampling.sample_run`.
       seed: set i of prompt p depends on (seed, p, i) only.
       batch: sets per batch; by default the fewest whose clips divide over the devices.
+      given: images that the views are made from: one for each view, in order, or one for all.
 
     Returns:
       The folders, in order.
@@ -70,9 +74,10 @@ def sample_views(
     """
     experiment = read_experiment(run)
     check_views(experiment)
-    request = sample_request(experiment, frames, size, steps, guidance)
+    request = sample_request(experiment, frames, size, steps, guidance, given=given)
     chosen = read_views(cameras, views, request, distance=distance, shared_world_frame=shared_world_frame)
     number = chosen.intrinsics.shape[0]
+    _check_given(given, number)
     for one, other in pairs_without_baseline(chosen):
         print(
             f"views {one} and {other} have no baseline: their camera centers coincide in every frame, so "
@@ -89,14 +94,14 @@ def sample_views(
     asked = {
         "cameras": list(cameras), "views": number, "distance": distance, "one_world": shared_world_frame, "seed": seed,
         "ema": ema or "best", "untrained": untrained, "steps": steps, "guidance": guidance, "frames": request.frames,
-        "height": request.height, "width": request.width, "step": loaded.step,
+        "height": request.height, "width": request.width, "step": loaded.step, **given.digests(),
     }  # fmt: skip
     note_clips(out, [{"file": one.path.name, "prompt": prompts[one.prompt], **asked} for one in sets])
     todo = [one for one in sets if not (one.path / "grid.mp4").exists()]
     if todo:
         began = time.perf_counter()
         wanted = [(one.prompt, one.slot) for one in todo]
-        for index, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch):
+        for index, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch, given):
             write_views(todo[index].path, videos, chosen)
         took = time.perf_counter() - began
         print(f"{len(todo)} sets of {number} views in {took:.1f} s, compilation included, in {out}")
@@ -120,6 +125,7 @@ def sample_view_arrays(
     guidance: float | None = None,
     seed: int = 0,
     batch: int | None = None,
+    given: GivenFiles = NOTHING,
 ) -> tuple[np.ndarray, Cameras]:
     """Generate `count` sets of views per prompt.
 
@@ -133,12 +139,19 @@ def sample_view_arrays(
       NotFinite: views that hold NaN or infinity.
     """
     check_views(loaded.experiment)
-    request = sample_request(loaded.experiment, frames, size, steps, guidance)
+    request = sample_request(loaded.experiment, frames, size, steps, guidance, given=given)
     chosen = read_views(cameras, views, request, distance=distance, shared_world_frame=shared_world_frame)
+    _check_given(given, chosen.intrinsics.shape[0])
     batch = fitting_batch(batch, chosen.intrinsics.shape[0], loaded.devices)
     wanted = [(prompt, slot_of(prompt, index)) for prompt in range(len(prompts)) for index in range(count)]
-    sets = [videos for _, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch)]
+    sets = [videos for _, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch, given)]
     return rearrange(np.stack(sets), "(p c) v f h w x -> p c v f h w x", c=count), chosen
+
+
+def _check_given(given: GivenFiles, views: int) -> None:
+    given.check_count(views, "views")
+    if given.video is not None:
+        raise ValueError("--video: not valid with --cameras; views are made from text or from --image.")
 
 
 def check_views(experiment: Experiment) -> None:
@@ -227,15 +240,20 @@ def _generate(
     request: SampleRequest,
     seed: int,
     batch: int,
+    given: GivenFiles,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    key = jax.random.key(seed)
+    key, views = jax.random.key(seed), cameras.intrinsics.shape[0]
+    pixels = given.read(request.frames, (request.height, request.width), range(views))
+    if pixels is not None:
+        # The same images for every set.
+        pixels = GivenPixels(np.broadcast_to(pixels.frames, (len(wanted), *pixels.frames.shape)))
     repeated = Cameras(*(jnp.asarray(np.broadcast_to(part, (batch, *part.shape)), jnp.float32) for part in cameras))
     return generate_in_batches(
         loaded,
-        lambda task, parameters, frozen, tokens, slots: task.generate_views(
-            parameters, frozen, tokens, repeated, slots, key, request
+        lambda task, parameters, frozen, tokens, slots, given=None: task.generate_views(
+            parameters, frozen, tokens, repeated, slots, key, request, given
         ),
-        prompts, wanted, batch,
+        prompts, wanted, batch, conditions=pixels,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from jvgen.models.video_dit.model import TokenLayout, VideoDiT
 from jvgen.models.video_dit.probe import LayerActivations, probe_layers
 from jvgen.nn.frame_diagonal import mean_diagonal
 from jvgen.nn.network import Parameters
+from jvgen.tasks.given_latents import GivenLatents
 from jvgen.tasks.task import Batch, activation_dtype
 
 # Maximum resolution of an attention map.
@@ -24,12 +25,17 @@ class Denoising(Protocol):
     """The parts of a text-to-video task that the analysis uses."""
 
     schedule: Schedule
+    given: GivenLatents
 
     def bound_denoiser(self, parameters: Parameters) -> VideoDiT: ...
 
     def clean_latents(self, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array: ...
 
     def text_embeddings(self, parameters: Parameters, frozen: Parameters, tokens: jax.Array) -> jax.Array: ...
+
+    def with_given(self, noisy: jax.Array, given: jax.Array | None) -> jax.Array: ...
+
+    def offsets(self, timesteps: jax.Array) -> jax.Array | None: ...
 
 
 def analyze_layers(
@@ -44,7 +50,8 @@ def analyze_layers(
       "attention_of_rows" `G K K` (segments of the sequence in order) and "intensity" `G N` (attention across frames per
       head, as Enhance-A-Video measures it).
     """
-    clean = task.clean_latents(frozen, batch, key)
+    clean = task.given.padded(task.clean_latents(frozen, batch, key))
+    given = task.given.condition(frozen, task.given.batch_frames(batch), key, batch["slot"], clean.shape[1])
     timesteps = jnp.full((clean.shape[0],), timestep, jnp.float32)
     noisy = task.schedule.add_noise(clean, draw_noise(key, clean.shape, batch["slot"]), timesteps)
     text = task.text_embeddings(parameters, frozen, batch["tokens"])
@@ -52,8 +59,8 @@ def analyze_layers(
     dtype = activation_dtype(weights["denoiser"])
     model = task.bound_denoiser(weights)
     layout = model.layout(noisy.shape[1:4], text.shape[1])
-    context = model.context(timesteps, layout)
-    tokens = model.embed(noisy.astype(dtype), text.astype(dtype), layout)
+    context = model.context(timesteps, layout, offsets=task.offsets(timesteps))
+    tokens = model.embed(task.with_given(noisy, given).astype(dtype), text.astype(dtype), layout)
     return probe_layers(model, tokens, context, _measure)[1]
 
 

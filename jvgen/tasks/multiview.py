@@ -35,6 +35,7 @@ from jvgen.nn import lora
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network, Parameters
 from jvgen.tasks import view_batches
+from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.task import ArraySpec, Batch, Generated, Mean, Metrics, SampleRequest, activation_dtype
 from jvgen.tasks.text_to_video import SAMPLER_KEY, START_KEY, TextToVideo, TextToVideoConfig
 from jvgen.tasks.view_batches import ViewKind
@@ -80,7 +81,7 @@ class MultiViewConfig(TextToVideoConfig):
                 f"kinds = ('static',): latents of {self.temporal_compression} frames each cannot be reversed; set "
                 "task.latents = 'pixels'."
             )
-        self.latent_shape(frames, bucket.height, bucket.width)
+        self.denoised_shape(frames, bucket.height, bucket.width)
 
     @property
     def supports_views(self) -> bool:
@@ -118,8 +119,9 @@ class MultiView(TextToVideo):
         tokens = ArraySpec((config.text.length,), np.dtype(np.int32), (None,))
         channels = 2 * config.denoiser.out_channels
         return view_batches.fields(
-            bucket, latent, channels=channels, from_pixels=config.latents == "pixels", tokens=tokens
-        )
+            bucket, latent, channels=channels, from_pixels=config.latents == "pixels", tokens=tokens,
+            given=config.given_frames,
+        )  # fmt: skip
 
     def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         config = self.config
@@ -129,6 +131,7 @@ class MultiView(TextToVideo):
             from_pixels=config.latents == "pixels",
             spatial=config.spatial_compression,
             temporal=config.temporal_compression,
+            condition=config.condition,
         )
         return {**arrays, "tokens": self.text.tokenize(example["caption"])}
 
@@ -140,7 +143,8 @@ class MultiView(TextToVideo):
         config, slots = self.config, batch["slot"]
         rows = self.rows(batch)
         views = rows["slot"].shape[0] // slots.shape[0]
-        clean = self.clean_latents(frozen, rows, key)
+        clean = self.given.padded(self.clean_latents(frozen, rows, key))
+        given = self.given.training_condition(frozen, rows, key, clean.shape[1])
         noise = draw_noise(key, clean.shape, rows["slot"])
         size = token_grid(clean.shape[1:4], config.denoiser.patch_shape)
         drawn = {"config": config.objective.timesteps, "schedule": self.schedule, "size": size}
@@ -150,7 +154,7 @@ class MultiView(TextToVideo):
             places = jnp.ravel(slots[:, None] * views + jnp.arange(views))
             timesteps = draw_timesteps(key, clean.shape[0], slots=rows["slot"], places=places, **drawn)
         text = self.text_embeddings(parameters, frozen, self.drop_captions(batch["tokens"], key, slots))
-        weighted, plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text)
+        weighted, plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text, given)
         adapter = float(_has_cameras(batch))
         metrics = {name: Mean(*pair) for name, pair in loss_by_band(plain, timesteps, config.objective.bands).items()}
         for kind, share in (("cameras", adapter), ("warped", 1.0 - adapter)):
@@ -167,6 +171,7 @@ class MultiView(TextToVideo):
         noise: jax.Array,
         timesteps: jax.Array,
         text: jax.Array,
+        given: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """See `TextToVideo.sample_errors`; one row per view, but one per example in the text."""
         rows, config = self.rows(batch), self.config
@@ -174,11 +179,11 @@ class MultiView(TextToVideo):
         text = repeat(text, "b l c -> (b v) l c", v=len(clean) // len(text))
         conditioning = self.view_conditioning(batch, clean.shape, key)
         weights, adapter = {**frozen, **parameters}, float(_has_cameras(batch))
-        prediction = self.denoise(weights, noisy, timesteps, text, views=conditioning, adapter=adapter)
+        prediction = self.denoise(weights, noisy, timesteps, text, given=given, views=conditioning, adapter=adapter)
         if "valid" in rows:
             # Pixels outside a warped copy have zero error, but count in the mean, as released.
             target = self.schedule.target(clean, noise, timesteps, config.objective.target)
-            valid = rows["valid"][..., None] > 0
+            valid = self.given.padded(rows["valid"])[..., None] > 0
             prediction = jnp.where(valid, prediction, target.astype(prediction.dtype))
         return loss_per_sample(prediction, clean, noise, timesteps, config.objective, self.schedule)
 
@@ -187,7 +192,7 @@ class MultiView(TextToVideo):
         views = next(batch[name] for name in ("video", "latents") if name in batch).shape[1]
         rows = {
             name: rearrange(batch[name], "b v ... -> (b v) ...")
-            for name in ("video", "latents", "valid")
+            for name in ("video", "latents", "valid", "given")
             if name in batch
         }
         return {**rows, "slot": view_slots(batch["slot"], views)}
@@ -204,10 +209,12 @@ class MultiView(TextToVideo):
         keys = slot_keys(jax.random.fold_in(key, NORMALS_KEY), batch["slot"])
         if not _has_cameras(batch):
             return homography_conditioning(
-                self.config.denoiser, batch["homographies"], keys, latents,
+                self.config.denoiser, self.given.padded(batch["homographies"]), keys, latents,
                 pixels_per_latent=self.config.spatial_compression,
             )  # fmt: skip
         cameras = Cameras(batch["intrinsics"], batch["extrinsics"])
+        missing = latents[1] - self.config.clip_frames(cameras.intrinsics.shape[2])
+        cameras = _repeat_first(cameras, missing * self.config.temporal_compression)
         views = cameras.intrinsics.shape[1]
         partner = jnp.arange(views - 1, -1, -1) if views == 2 else (jnp.arange(views) + 1) % views
         return self._camera_conditioning(cameras, partner, keys, latents)
@@ -228,12 +235,14 @@ class MultiView(TextToVideo):
         text: jax.Array,
         attention_scale: AttentionScale | None = None,
         *,
+        given: jax.Array | None = None,
         views: ViewConditioning | None = None,
         adapter: float = 0.0,
     ) -> jax.Array:
         """The prediction for noisy latents; `parameters` holds "denoiser" and "views", trained or not.
 
         Args:
+          given: what `GivenLatents.condition` returns, one row per view.
           views: conditioning on views, see `MultiViewDiT`.
           adapter: scale of the LoRA adapter.
         """
@@ -245,11 +254,12 @@ class MultiView(TextToVideo):
             self.multi_view_network,
             {**denoiser, "views": parameters["views"]},
             factors,
-            noisy.astype(dtype),
+            self.with_given(noisy, given).astype(dtype),
             text.astype(dtype),
             timesteps,
             scale=float(adapter),
             views=views,
+            offsets=self.offsets(timesteps),
             attention_scale=attention_scale,
         )
 
@@ -268,17 +278,19 @@ class MultiView(TextToVideo):
         slots: jax.Array,
         key: jax.Array,
         request: SampleRequest,
+        given: GivenPixels | None = None,
     ) -> Generated:
         """New clips of several views, uint8 `B V F H W 3`; example i depends on the key and `slots[i]` only.
 
         Args:
           tokens: `B L`, one caption per example.
           cameras: `B V F 4` and `B V F 3 4`, one per frame of each view.
+          given: frames `B V K H W 3` that each view is conditioned on.
         """
         sampler, guidance = self.config.sampling(request)
         size = (request.frames, request.height, request.width)
         latents, finite = self.generate_view_latents(
-            parameters, frozen, tokens, cameras, slots, key, size=size, sampler=sampler, guidance=guidance
+            parameters, frozen, tokens, cameras, slots, key, size=size, sampler=sampler, guidance=guidance, given=given
         )
         clips, examples = self.decode(frozen, latents), tokens.shape[0]
         by_view = functools.partial(rearrange, pattern="(b v) ... -> b v ...", b=examples)
@@ -302,16 +314,19 @@ class MultiView(TextToVideo):
         size: tuple[int, int, int],
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
+        given: GivenPixels | None = None,
     ) -> tuple[jax.Array, Finite]:
         """Normalized latents `(B V) F H W C` of new clips, see `generate_views`, and how far they are finite."""
         config, parameters = self.config, {**frozen, **parameters}
         views, kept = cameras.intrinsics.shape[1], config.clip_frames(size[0])
-        latent = config.sampled_shape(*size)
+        latent = config.denoised_shape(*size)
         cameras = _repeat_first(cameras, (latent[0] - kept) * config.temporal_compression)
         shape = (tokens.shape[0] * views, *latent, config.denoiser.out_channels)
         text = repeat(self.text_embeddings(parameters, frozen, tokens), "b l c -> (b v) l c", v=views)
         empty = self.text_embeddings(parameters, frozen, self.text.unconditional_tokens()[None])
-        guide = guidance.kind != "none"
+        guide, rows = guidance.kind != "none", view_slots(slots, views)
+        frames = None if given is None or given.frames is None else rearrange(given.frames, "b v ... -> (b v) ...")
+        condition = self.given.condition(frozen, frames, key, rows, latent[0])
 
         def pair(
             noisy: jax.Array, timesteps: jax.Array, scale: jax.Array, partner: jax.Array, key: jax.Array
@@ -320,17 +335,19 @@ class MultiView(TextToVideo):
                 cameras, partner, slot_keys(key, slots), shape, copies=2 if guide else 1
             )
 
-            def denoise(noisy: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
+            def denoise(
+                noisy: jax.Array, timesteps: jax.Array, inputs: tuple[jax.Array, jax.Array | None]
+            ) -> jax.Array:
                 return self.denoise(
-                    parameters, noisy, timesteps, text, views=conditioning, adapter=config.adapter_scale
-                )
+                    parameters, noisy, timesteps, inputs[0], given=inputs[1], views=conditioning,
+                    adapter=config.adapter_scale,
+                )  # fmt: skip
 
             if not guide:
-                return unguided(denoise, text)(noisy, timesteps, scale)
-            unconditional = jnp.broadcast_to(empty, text.shape)
-            return guided(denoise, text, unconditional, rescale=guidance.rescale)(noisy, timesteps, scale)
+                return unguided(denoise, (text, condition))(noisy, timesteps, scale)
+            without = (jnp.broadcast_to(empty, text.shape), condition)
+            return guided(denoise, (text, condition), without, rescale=guidance.rescale)(noisy, timesteps, scale)
 
-        rows = view_slots(slots, views)
         text_is_finite = rows_are_finite(text) & rows_are_finite(empty) if guide else rows_are_finite(text)
         made = collaborative.trajectory(
             pair, slot_normal(jax.random.fold_in(key, START_KEY), shape, rows), views=views, schedule=self.schedule,
@@ -356,21 +373,30 @@ class MultiView(TextToVideo):
         generated, finite = self.generate_view_latents(
             parameters, frozen, part["tokens"], Cameras(part["intrinsics"], part["extrinsics"]), part["slot"], key,
             size=(frames, height, width), sampler=config.sampler, guidance=config.guidance,
+            given=GivenPixels(frames=self._view_frames(part)),
         )  # fmt: skip
         made = self.decode(frozen, generated)
         return {**shown, "sample": Clips(made.pixels, finite._replace(pixels=made.finite).all())}
 
     def sequence_length(self, bucket: BucketConfig) -> int:
-        shape = self.config.latent_shape(view_batches.clip_frames(bucket), bucket.height, bucket.width)
+        shape = self.config.denoised_shape(view_batches.clip_frames(bucket), bucket.height, bucket.width)
         return view_batches.views_of(bucket) * math.prod(token_grid(shape, self.config.denoiser.patch_shape))
+
+    def _view_frames(self, batch: Batch) -> jax.Array | None:
+        """Frames `B V K H W 3` that the views of a batch are conditioned on; None without a condition."""
+        frames = self.given.batch_frames(self.rows(batch))
+        return None if frames is None else rearrange(frames, "(b v) ... -> b v ...", b=len(batch["slot"]))
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
         views, size = view_batches.views_of(bucket), (view_batches.clip_frames(bucket), bucket.height, bucket.width)
-        parts = forward_flops(self.config.denoiser, self.config.latent_shape(*size), views, self.config.text.length)
+        parts = forward_flops(self.config.denoiser, self.config.denoised_shape(*size), views, self.config.text.length)
         parts = {name: views * value for name, value in parts.items()}
         parts["text_encoder"] = self.text.flops()
         if "video" in self.fields(bucket):
             parts["vae"] = views * self.coder.encode_flops(*size)
+        if self.config.given_frames:
+            given = views * self.config.given_frames * self.coder.encode_flops(1, *size[1:])
+            parts["vae"] = parts.get("vae", 0.0) + given
         return parts
 
 

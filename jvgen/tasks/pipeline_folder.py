@@ -15,13 +15,16 @@ from jvgen.models.t5 import tokenizer
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.storage import Path, read_json_object
+from jvgen.tasks.given_frames import Condition, check_condition
 from jvgen.tasks.task import SampleRequest, TaskConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.tasks.text_to_video_config import check_text_to_video
 
 INDEX = "model_index.json"
 PIPELINE = "CogVideoXPipeline"
+IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
+# Classes in diffusers that hold these networks, and whether their denoiser takes the latents of an image.
+PIPELINES = {PIPELINE: False, "CogVideoXVideoToVideoPipeline": False, IMAGE_PIPELINE: True}
 DENOISER, VAE, TEXT_ENCODER, TOKENIZER = "transformer", "vae", "text_encoder", "tokenizer"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 NETWORKS = {DENOISER: VideoDiTConfig, VAE: CogVideoXVAEConfig, TEXT_ENCODER: T5Config}
@@ -69,7 +72,7 @@ def read_pipeline(folder: Path, variant: str | None = None) -> TextToVideoConfig
 
     Args:
       folder: with `transformer`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, as saved by `save_pretrained` of
-        `CogVideoXPipeline` in diffusers.
+        `CogVideoXPipeline` or `CogVideoXImageToVideoPipeline` in diffusers.
       variant: of the weights, see `pipeline_weights`.
 
     Raises:
@@ -87,7 +90,9 @@ def read_pipeline(folder: Path, variant: str | None = None) -> TextToVideoConfig
             )
     denoiser, vae, encoder = found.values()
     paths = pipeline_weights(folder, variant)
-    check_text_to_video(denoiser, str(folder / DENOISER))
+    condition: Condition = "none" if denoiser.in_channels == denoiser.out_channels else "first_frame"
+    _check_class(folder, condition)
+    check_condition(condition, denoiser, str(folder / DENOISER))
     scheduler = schedulers.from_diffusers(read_json_object(folder / SCHEDULER_FILE), str(folder / SCHEDULER_FILE))
     tokenizer.load(folder / TOKENIZER)
     config = TextToVideoConfig(
@@ -103,6 +108,7 @@ def read_pipeline(folder: Path, variant: str | None = None) -> TextToVideoConfig
         latent_scale=vae.scaling_factor,
         spatial_compression=vae.downsampling,
         temporal_compression=vae.temporal_downsampling,
+        condition=condition,
         schedule=scheduler.schedule,
         objective=ObjectiveConfig(target=scheduler.prediction),
         sampler=scheduler.sampler,
@@ -166,13 +172,23 @@ def frames_per_second(config: TextToVideoConfig) -> int:
     return FRAMES_PER_SECOND if config.denoiser.temporal_patch is None else FRAMES_PER_SECOND_1_5
 
 
+def _check_class(folder: Path, condition: Condition) -> None:
+    kind = read_json_object(folder / INDEX).get("_class_name") if (folder / INDEX).is_file() else None
+    if kind is not None and PIPELINES[kind] != (condition != "none"):
+        held = "takes the latents of an image" if condition != "none" else "takes no image"
+        raise ValueError(
+            f"{folder / INDEX}: the pipeline is a {kind}, but its transformer {held}; one of them is of another "
+            "pipeline."
+        )
+
+
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"weights {str(folder)!r}: no such folder; give a local folder of a CogVideoX pipeline.")
     if (folder / INDEX).is_file():
         kind = read_json_object(folder / INDEX).get("_class_name")
-        if kind is not None and kind != PIPELINE:
-            raise ValueError(f"{folder / INDEX}: the pipeline is a {kind}; only {PIPELINE} is supported.")
+        if kind is not None and kind not in PIPELINES:
+            raise ValueError(f"{folder / INDEX}: the pipeline is a {kind}; supported are {', '.join(PIPELINES)}.")
     wanted = [*(f"{name}/config.json" for name in NETWORKS), TOKENIZER, SCHEDULER_FILE]
     missing = [name for name in wanted if not (folder / name).exists()]
     if missing and not is_pipeline(folder):

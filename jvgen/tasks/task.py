@@ -13,10 +13,12 @@ from jvgen.config import Config
 from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.finite import Clips, Finite
 from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.nn.adaptation import Adaptation
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.axes import Axes
 from jvgen.parallel.rules import Sharding
 from jvgen.storage import Path
+from jvgen.tasks.given_frames import GivenPixels
 
 # Arrays by name. Always has "slot": int32 (B,), the index of each example in the global batch, for random draws;
 # in training also "step": int32 (B,), the index of the step, for losses that change with it.
@@ -76,6 +78,8 @@ class SampleRequest:
       steps: sampler steps.
       guidance: scale of classifier-free guidance.
       enhance: Enhance-A-Video's scaling of attention.
+      given_frames: number of images that each clip (or each of its views) is made from.
+      strength: how much of a given video is changed, above 0 and up to 1; None without one.
     """
 
     frames: int
@@ -84,6 +88,8 @@ class SampleRequest:
     steps: int | None = None
     guidance: float | None = None
     enhance: EnhanceConfig | None = None
+    given_frames: int = 0
+    strength: float | None = None
 
 
 class Generated(NamedTuple):
@@ -252,6 +258,10 @@ class Task(abc.ABC):
         """Logical axes of every frozen parameter."""
         return {name: network.axes for name, network in sorted(self.frozen_networks.items())}
 
+    def adapted_parameters(self) -> Mapping[str, Adaptation]:
+        """How parameters begin, by path, that a run which this one starts from has in another shape, or not at all."""
+        return {}
+
     def load_frozen(self) -> Parameters:
         """Parameters of `frozen_networks` from the files that the configuration names, as numpy arrays."""
         return {}
@@ -353,8 +363,13 @@ class Task(abc.ABC):
         slots: jax.Array,
         key: jax.Array,
         request: SampleRequest,
+        given: GivenPixels | None = None,
     ) -> Generated:
-        """New clips, uint8 `B F H W 3`; clip i depends on the key and on `slots[i]` only. Traced under jit."""
+        """New clips, uint8 `B F H W 3`; clip i depends on the key and on `slots[i]` only. Traced under jit.
+
+        Args:
+          given: images or a video, as the request says; None for clips from captions alone.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} generates nothing: its configuration's check_request() says so."
         )
@@ -368,6 +383,7 @@ class Task(abc.ABC):
         slots: jax.Array,
         key: jax.Array,
         request: SampleRequest,
+        given: GivenPixels | None = None,
     ) -> Generated:
         """New views of scenes, uint8 `B V F H W 3`; traced under jit.
 
@@ -375,6 +391,7 @@ class Task(abc.ABC):
 
         Args:
           cameras: `jvgen.geometry.cameras.Cameras`, one per frame and view: `B V F 4` and `B V F 3 4`.
+          given: see `generate`.
         """
         raise NotImplementedError(f"{type(self).__name__} generates single clips, not several views.")
 

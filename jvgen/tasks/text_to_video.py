@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,16 +26,20 @@ from jvgen.finite import Clips, Finite, rows_are_finite
 from jvgen.interop import schedulers
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
-from jvgen.models.image_vae import posterior
+from jvgen.models.video_dit import conditioned_start
 from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
 from jvgen.models.video_dit.flops import forward_flops
 from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn import lora
+from jvgen.nn.adaptation import Adaptation
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.lora import LoraConfig
 from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.parallel import axes
+from jvgen.tasks import given_frames
 from jvgen.tasks.clip_vae import ClipVAE
+from jvgen.tasks.given_frames import GivenPixels
+from jvgen.tasks.given_latents import GivenLatents
 from jvgen.tasks.layer_analysis import analyze_layers
 from jvgen.tasks.pixels import to_clips, unit_from_signed
 from jvgen.tasks.task import ArraySpec, Batch, Generated, Mean, Metrics, SampleRequest, Task, activation_dtype
@@ -69,6 +73,7 @@ class TextToVideo(Task):
         if config.vae is not None:
             self.coder = ClipVAE(config.vae)
             self.frozen_networks["vae"] = self.coder.network
+        self.given = GivenLatents(config, self.schedule, None if config.vae is None else self.coder)
         self._folders = {
             name: folder
             for name, folder in (("denoiser", config.denoiser_weights), ("text_encoder", config.text_encoder_weights))
@@ -83,6 +88,12 @@ class TextToVideo(Task):
             frozen = [name for name in self.frozen_networks if name != "denoiser"]
             layers = lora.targets(config.lora, {"denoiser": self.denoiser_network}, frozen)
             self.networks["lora"] = Network.of(lambda rngs: lora.Factors(layers, rank=config.lora.rank, rngs=rngs))
+
+    def adapted_parameters(self) -> Mapping[str, Adaptation]:
+        if self.config.condition == "none":
+            return {}
+        found = conditioned_start.adaptations(self.config.denoiser)
+        return {f"denoiser/{path}": adaptation for path, adaptation in found.items()}
 
     def load_frozen(self) -> Parameters:
         frozen: Parameters = {}
@@ -102,12 +113,17 @@ class TextToVideo(Task):
     def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:
         frames, height, width = self.config.latent_shape(bucket.frames, bucket.height, bucket.width)
         tokens = ArraySpec((self.config.text.length,), np.dtype(np.int32), (None,))
-        if self.config.latents == "data":
-            channels = 2 * self.config.denoiser.out_channels
-            shape, names = (frames, height, width, channels), (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
-            return {"latents": ArraySpec(shape, np.dtype(np.float32), names), "tokens": tokens}
-        shape, names = (bucket.frames, bucket.height, bucket.width, 3), (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
-        return {"video": ArraySpec(shape, np.dtype(np.uint8), names), "tokens": tokens}
+        names = (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
+
+        def pixels(frames: int) -> ArraySpec:
+            return ArraySpec((frames, bucket.height, bucket.width, 3), np.dtype(np.uint8), names)
+
+        if self.config.latents == "pixels":
+            return {"video": pixels(bucket.frames), "tokens": tokens}
+        shape = (frames, height, width, 2 * self.config.denoiser.out_channels)
+        found = {"latents": ArraySpec(shape, np.dtype(np.float32), names), "tokens": tokens}
+        given = self.config.given_frames
+        return {**found, "given": pixels(given)} if given else found
 
     def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         tokens = self.text.tokenize(example["caption"])
@@ -122,7 +138,10 @@ class TextToVideo(Task):
                 "task.latents = 'data', but the data set holds pixels: cache latents with `jvgen data build latents`, "
                 "or set task.latents = 'pixels'."
             )
-        return {"latents": example["latents"], "tokens": tokens}
+        if not self.config.given_frames:
+            return {"latents": example["latents"], "tokens": tokens}
+        given = given_frames.of_clip(given_frames.require_pixels(example), self.config.condition, axis=0)
+        return {"latents": example["latents"], "given": given, "tokens": tokens}
 
     # Loss.
 
@@ -130,7 +149,8 @@ class TextToVideo(Task):
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         config, slots = self.config, batch["slot"]
-        clean = self.clean_latents(frozen, batch, key)
+        clean = self.given.padded(self.clean_latents(frozen, batch, key))
+        given = self.given.training_condition(frozen, batch, key, clean.shape[1])
         noise = draw_noise(key, clean.shape, slots)
         size = token_grid(clean.shape[1:4], config.denoiser.patch_shape)
         timesteps = draw_timesteps(
@@ -141,7 +161,7 @@ class TextToVideo(Task):
         if config.lora is not None and config.lora.dropout and "step" in batch:
             dropout_keys = slot_keys(jax.random.fold_in(key, LORA_KEY), slots)
         weighted, plain = self.sample_errors(
-            parameters, frozen, batch, key, clean, noise, timesteps, text, dropout_keys=dropout_keys
+            parameters, frozen, batch, key, clean, noise, timesteps, text, given, dropout_keys=dropout_keys
         )
         bands = loss_by_band(plain, timesteps, config.objective.bands)
         return jnp.mean(weighted), {name: Mean(*pair) for name, pair in bands.items()}
@@ -156,15 +176,17 @@ class TextToVideo(Task):
         noise: jax.Array,
         timesteps: jax.Array,
         text: jax.Array,
+        given: jax.Array | None = None,
         *,
         dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Weighted and unweighted squared error `B` of the denoiser, float32, of latents with this noise added.
 
-        `dropout_keys` are those of a LoRA, one per sample.
+        `given` is what `GivenLatents.condition` returns; `dropout_keys` are those of a LoRA, one per sample.
         """
         noisy = self.schedule.add_noise(clean, noise, timesteps)
-        prediction = self.denoise({**frozen, **parameters}, noisy, timesteps, text, dropout_keys=dropout_keys)
+        weights = {**frozen, **parameters}
+        prediction = self.denoise(weights, noisy, timesteps, text, given=given, dropout_keys=dropout_keys)
         return loss_per_sample(prediction, clean, noise, timesteps, self.config.objective, self.schedule)
 
     def evaluate(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Metrics:
@@ -181,7 +203,9 @@ class TextToVideo(Task):
         if not config.validation_timesteps:
             return {}
         rows = self.rows(batch)
-        clean = self.clean_latents(frozen, rows, key, sampled=False)
+        clean = self.given.padded(self.clean_latents(frozen, rows, key, sampled=False))
+        frames = self.given.batch_frames(rows)
+        given = self.given.condition(frozen, frames, key, rows["slot"], clean.shape[1], sampled=False)
         text = self.text_embeddings(parameters, frozen, batch["tokens"])
         fixed = validation_timesteps(config.validation_timesteps, self.schedule)
 
@@ -189,7 +213,7 @@ class TextToVideo(Task):
             own = jax.random.fold_in(jax.random.fold_in(key, VALIDATION_KEY), timestep.astype(jnp.int32))
             noise = draw_noise(own, clean.shape, rows["slot"])
             timesteps = jnp.full(len(clean), timestep)
-            plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text)[1]
+            plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text, given)[1]
             return jnp.sum(plain)
 
         # One timestep after the other: the memory of one forward pass.
@@ -214,12 +238,8 @@ class TextToVideo(Task):
             moments = batch["latents"]
         else:
             moments = self.encode(frozen, batch["video"])
-        moments = moments.astype(jnp.float32)
-        latents = posterior.mode(moments)
-        if self.config.sample_posterior if sampled is None else sampled:
-            noise = slot_normal(jax.random.fold_in(key, POSTERIOR_KEY), latents.shape, batch["slot"])
-            latents = posterior.sample(moments, noise)
-        return (latents - self.config.latent_shift) * self.config.latent_scale
+        latents = self.given.drawn(moments, jax.random.fold_in(key, POSTERIOR_KEY), batch["slot"], sampled)
+        return self.given.normalized(latents)
 
     def encode(self, frozen: Parameters, video: jax.Array) -> jax.Array:
         """Posterior moments `B F H W 2C` of uint8 clips."""
@@ -252,15 +272,18 @@ class TextToVideo(Task):
         text: jax.Array,
         attention_scale: AttentionScale | None = None,
         *,
+        given: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """The denoiser's prediction for noisy latents, in the compute dtype of the parameters.
 
-        `parameters` holds "denoiser" and "lora", trained or not.
+        `parameters` holds "denoiser" and "lora", trained or not; `given` is what `GivenLatents.condition` returns.
         """
         dtype = activation_dtype(parameters["denoiser"])
         denoiser = self.bound_denoiser(parameters, dropout_keys)
-        return denoiser(noisy.astype(dtype), text.astype(dtype), timesteps, attention_scale=attention_scale)
+        noisy = self.with_given(noisy, given).astype(dtype)
+        offsets = self.offsets(timesteps)
+        return denoiser(noisy, text.astype(dtype), timesteps, offsets=offsets, attention_scale=attention_scale)
 
     def bound_denoiser(self, parameters: Parameters, dropout_keys: jax.Array | None = None) -> VideoDiT:
         """The denoiser with its parameters, and those of a LoRA beside its layers; for calls in a traced function."""
@@ -271,6 +294,14 @@ class TextToVideo(Task):
             factors = parameters["lora"]["denoiser"]
             lora.attach(module, factors, config.scale, rate=config.dropout, keys=dropout_keys)
         return module
+
+    def with_given(self, noisy: jax.Array, given: jax.Array | None) -> jax.Array:
+        """The denoiser's input: noisy latents and, for image to video, those of the given frames, along channels."""
+        return noisy if given is None else jnp.concatenate([noisy, given.astype(noisy.dtype)], axis=-1)
+
+    def offsets(self, timesteps: jax.Array) -> jax.Array | None:
+        """The offset of each clip, for a denoiser that embeds one."""
+        return None if self.config.denoiser.offset_width is None else jnp.full_like(timesteps, given_frames.OFFSET)
 
     def analyze_layers(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array
@@ -294,12 +325,13 @@ class TextToVideo(Task):
         slots: jax.Array,
         key: jax.Array,
         request: SampleRequest,
+        given: GivenPixels | None = None,
     ) -> Generated:
         sampler, guidance = self.config.sampling(request)
         size = (request.frames, request.height, request.width)
         latents, finite = self.generate_latents(
             parameters, frozen, tokens, slots, key, size=size, sampler=sampler, guidance=guidance,
-            enhance=request.enhance or self.config.enhance,
+            enhance=request.enhance or self.config.enhance, given=given, strength=request.strength,
         )  # fmt: skip
         clips = self.decode(frozen, latents)
         return Generated(clips.pixels, finite._replace(pixels=clips.finite))
@@ -316,30 +348,37 @@ class TextToVideo(Task):
         sampler: SamplerConfig,
         guidance: GuidanceConfig,
         enhance: EnhanceConfig | None = None,
+        given: GivenPixels | None = None,
+        strength: float | None = None,
     ) -> tuple[jax.Array, Finite]:
         """Normalized latents `B F H W C` of new clips, see `generate`, and how far they are finite.
 
-        `size` is that of the clips: frames, height and width in pixels.
+        `size` is that of the clips: frames, height and width in pixels; `strength` that of a given video.
         """
-        shape = (tokens.shape[0], *self.config.sampled_shape(*size), self.config.denoiser.out_channels)
+        given = given or GivenPixels()
+        shape = (tokens.shape[0], *self.config.denoised_shape(*size), self.config.denoiser.out_channels)
         text = self.text_embeddings(parameters, frozen, tokens)
         enhancement = self.enhancement(enhance, sampler, guidance)
+        condition = self.given.condition(frozen, given.frames, key, slots, shape[1])
 
-        def denoise(noisy: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
+        def denoise(noisy: jax.Array, timesteps: jax.Array, inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
             hook = None if enhancement is None else enhancement(timesteps)
-            return self.denoise({**frozen, **parameters}, noisy, timesteps, text, hook)
+            return self.denoise({**frozen, **parameters}, noisy, timesteps, inputs[0], hook, given=inputs[1])
 
         text_is_finite = rows_are_finite(text)
         if guidance.kind == "none":
-            step = unguided(denoise, text)
+            step = unguided(denoise, (text, condition))
         else:
             empty = self.text_embeddings(parameters, frozen, self.text.unconditional_tokens()[None])
             text_is_finite &= rows_are_finite(empty)
-            step = guided(denoise, text, jnp.broadcast_to(empty, text.shape), rescale=guidance.rescale)
-        start = slot_normal(jax.random.fold_in(key, START_KEY), shape, slots)
+            without = (jnp.broadcast_to(empty, text.shape), condition)
+            step = guided(denoise, (text, condition), without, rescale=guidance.rescale)
+        noise = slot_normal(jax.random.fold_in(key, START_KEY), shape, slots)
+        moments = None if given.video is None else self.encode(frozen, given.video)
+        start, first = self.given.start(moments, noise, key, slots, sampler, strength)
         made = trajectory(
             step, start, schedule=self.schedule, sampler=sampler, prediction=self.config.objective.target,
-            guidance=guidance, key=jax.random.fold_in(key, SAMPLER_KEY), slots=slots,
+            guidance=guidance, key=jax.random.fold_in(key, SAMPLER_KEY), slots=slots, first=first,
         )  # fmt: skip
         latents = made.result[:, -self.config.clip_frames(size[0]) :]
         return latents, Finite(text_is_finite, made.finite_steps, jnp.ones_like(text_is_finite), jnp.int32(made.steps))
@@ -378,7 +417,8 @@ class TextToVideo(Task):
             height * self.config.spatial_compression,
             width * self.config.spatial_compression,
         )
-        made = self.generate(parameters, frozen, some["tokens"], some["slot"], key, SampleRequest(*size))
+        given = GivenPixels(frames=self.given.batch_frames(some))
+        made = self.generate(parameters, frozen, some["tokens"], some["slot"], key, SampleRequest(*size), given)
         return {"data": self.decode(frozen, real), "sample": Clips(made.pixels, made.finite.all())}
 
     def exported_files(self) -> dict[str, str]:
@@ -389,15 +429,18 @@ class TextToVideo(Task):
         return {"scheduler/scheduler_config.json": json.dumps(scheduler, indent=2) + "\n"} if scheduler else {}
 
     def sequence_length(self, bucket: BucketConfig) -> int:
-        shape = self.config.latent_shape(bucket.frames, bucket.height, bucket.width)
+        shape = self.config.denoised_shape(bucket.frames, bucket.height, bucket.width)
         return math.prod(token_grid(shape, self.config.denoiser.patch_shape))
 
     def flops(self, bucket: BucketConfig) -> dict[str, float]:
-        shape = self.config.latent_shape(bucket.frames, bucket.height, bucket.width)
+        shape = self.config.denoised_shape(bucket.frames, bucket.height, bucket.width)
         parts = forward_flops(self.config.denoiser, shape, self.config.text.length)
         parts["text_encoder"] = self.text.flops()
         if self.config.latents == "pixels":
             parts["vae"] = self.coder.encode_flops(bucket.frames, bucket.height, bucket.width)
+        if self.config.given_frames:
+            given = self.config.given_frames * self.coder.encode_flops(1, bucket.height, bucket.width)
+            parts["vae"] = parts.get("vae", 0.0) + given
         return parts
 
 

@@ -7,7 +7,7 @@ from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.source_checks import check_one_encoder, check_pixels
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
-from jvgen.diffusion.sampler import SamplerConfig, check_schedule, coefficients
+from jvgen.diffusion.sampler import SamplerConfig, check_schedule, coefficients, first_step
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
@@ -18,6 +18,7 @@ from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.lora import LoraConfig
 from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
+from jvgen.tasks.given_frames import PLACES, Condition, check_condition, check_given
 from jvgen.tasks.pixels import check_channels
 from jvgen.tasks.task import SampleRequest, TaskConfig
 from jvgen.tasks.text import TextConfig
@@ -26,7 +27,7 @@ from jvgen.value_rules import BelowOne, Bounds, Count, CountOrZero
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextToVideoFields(TaskConfig):
-    """A denoiser of latent clips, conditioned on captions.
+    """A denoiser of latent clips, conditioned on captions and, for image to video, on frames of the clip.
 
     Attributes:
       denoiser: the trained network.
@@ -42,6 +43,13 @@ class TextToVideoFields(TaskConfig):
         clip, each with fixed noise, from posterior means and without caption dropout; 0 for none. Each costs a
         forward pass.
       caption_dropout: fraction of captions replaced by the unconditional embedding, for classifier-free guidance.
+      condition: frames of the clip that are given: none, the first one, or the first and the last. Each is encoded for
+        itself, and its latents are further input channels of the denoiser at its place, with zeros elsewhere. Needs
+        the VAE, and pixels in the data set also with `latents` = "data" (`jvgen data build latents --keep-clips`).
+      condition_dropout: fraction of clips trained with zeros in place of the given frames; 0.05 as released.
+      condition_noise_mean, condition_noise_std: in training, noise is added to given frames in [-1, 1]; these are the
+        mean and the standard deviation of the logarithm of its standard deviation, -3 and 0.5 as released. A mean of
+        none adds no noise.
       schedule, objective: noise levels, prediction target, timesteps and loss weights.
       sampler, guidance: defaults for generated clips.
       enhance: Enhance-A-Video's scaling of attention in generated clips; none turns it off.
@@ -63,6 +71,10 @@ class TextToVideoFields(TaskConfig):
     temporal_compression: Count = 4
     sample_posterior: bool = True
     caption_dropout: BelowOne = 0.1
+    condition: Condition = "none"
+    condition_dropout: BelowOne = 0.05
+    condition_noise_mean: Annotated[float, Bounds(at_least=-20, at_most=2, fix="none adds no noise")] | None = -3.0
+    condition_noise_std: Annotated[float, Bounds(at_least=0, at_most=10)] = 0.5
     schedule: ScheduleConfig = ScheduleConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sampler: SamplerConfig = SamplerConfig()
@@ -76,7 +88,7 @@ class TextToVideoFields(TaskConfig):
 
     def validate(self) -> None:
         self.check_trained()
-        check_text_to_video(self.denoiser, "denoiser")
+        check_condition(self.condition, self.denoiser, "denoiser")
         self.objective.check_schedule(self.schedule)
         check_schedule(self.sampler, self.schedule)
         if self.text.width != self.denoiser.text_width:
@@ -89,11 +101,9 @@ class TextToVideoFields(TaskConfig):
             )
         if self.latents == "pixels" and self.vae is None:
             raise ValueError("latents = 'pixels' needs vae (and vae_weights): pixels are encoded in the step.")
-        if self.denoiser.in_channels != self.denoiser.out_channels:
+        if self.condition != "none" and self.vae is None:
             raise ValueError(
-                f"denoiser.in_channels = {self.denoiser.in_channels} but denoiser.out_channels = "
-                f"{self.denoiser.out_channels}: this task denoises latents alone, without those of a given frame; make "
-                "them equal."
+                f"condition = {self.condition!r} needs vae (and vae_weights): given frames are encoded in the step."
             )
         if self.vae is not None:
             check_channels("vae.channels", self.vae.channels)
@@ -115,22 +125,31 @@ class TextToVideoFields(TaskConfig):
         if self.enhance is not None:
             self.enhance.check_layers(self.denoiser.layers)
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Latent frames, height and width of a clip in pixels.
+    @property
+    def given_frames(self) -> int:
+        """Frames that a clip is conditioned on."""
+        return len(PLACES[self.condition])
+
+    @property
+    def inverts_given_scale(self) -> bool:
+        """Whether latents of given frames are divided by `latent_scale`, as CogVideoX1.5-5B-I2V was trained."""
+        return bool(getattr(self.vae, "invert_scale_latents", False))
+
+    def denoised_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """As `latent_shape`, with extra latent frames up to a multiple of the temporal patch: what the denoiser sees.
+
+        As CogVideoX1.5 does, the first latent frame is repeated in front in training, and after sampling the first
+        ones are dropped.
 
         Raises:
-          ValueError: a size that the VAE or the patches do not divide.
+          ValueError: a size that the VAE or the patches do not divide, or too short for two given frames.
         """
-        shape = self._clip_shape(frames, height, width)
-        token_grid(shape, self.denoiser.patch_shape)
-        return shape
-
-    def sampled_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """As `latent_shape`, with extra latent frames up to a multiple of the temporal patch.
-
-        The first latent frames are dropped after sampling, as CogVideoX1.5 does.
-        """
-        shape = self._clip_shape(frames, height, width)
+        shape = self.latent_shape(frames, height, width)
+        if self.given_frames > 1 and shape[0] < 2:
+            raise ValueError(
+                f"frames = {frames}: condition = {self.condition!r} needs at least two latent frames; take "
+                f"{self.temporal_compression + 1} or more."
+            )
         shape = (shape[0] + -shape[0] % (self.denoiser.temporal_patch or 1), *shape[1:])
         token_grid(shape, self.denoiser.patch_shape)
         return shape
@@ -139,13 +158,19 @@ class TextToVideoFields(TaskConfig):
         """Latent frames of a clip of `frames` frames."""
         return (frames - 1) // self.temporal_compression + 1
 
-    def _clip_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, height and width of a clip in pixels.
+
+        Raises:
+          ValueError: a size that the VAE or the patches do not divide.
+        """
         if isinstance(self.vae, CogVideoXVAEConfig):
             self.vae.check_clip(frames, height, width)
         if (frames - 1) % self.temporal_compression:
+            nearest = frames - (frames - 1) % self.temporal_compression
             raise ValueError(
                 f"frames = {frames}: with temporal_compression = {self.temporal_compression} a clip has "
-                f"{self.temporal_compression}n + 1 frames; take {frames - (frames - 1) % self.temporal_compression}."
+                f"{self.temporal_compression}n + 1 frames; take {nearest} or {nearest + self.temporal_compression}."
             )
         step = self.spatial_compression * self.denoiser.patch
         for name, size in (("height", height), ("width", width)):
@@ -163,7 +188,7 @@ class TextToVideoFields(TaskConfig):
     def check_bucket(self, bucket: BucketConfig) -> None:
         if bucket.views != 1:
             raise ValueError(f"views = {bucket.views}: this task supports one view per clip; set views = 1.")
-        self.latent_shape(bucket.frames, bucket.height, bucket.width)
+        self.denoised_shape(bucket.frames, bucket.height, bucket.width)
 
     def check_trained(self) -> None:
         """Raise `ValueError` if nothing of the denoiser would be trained."""
@@ -205,8 +230,16 @@ class TextToVideoFields(TaskConfig):
         if self.vae is None:
             raise ValueError("task.vae = none: clips cannot be decoded; set task.vae and task.vae_weights.")
         BucketConfig(frames=request.frames, height=request.height, width=request.width, batch_size=1).validate()
-        self.sampled_shape(request.frames, request.height, request.width)
-        self.sampling(request)
+        self.denoised_shape(request.frames, request.height, request.width)
+        check_given(self.condition, request.given_frames)
+        if request.strength is not None and self.condition != "none":
+            raise ValueError(
+                f"--video: these weights make clips from images (condition = {self.condition!r}); give weights of a "
+                "text-to-video network, or --image without --video."
+            )
+        sampler, _ = self.sampling(request)
+        if request.strength is not None:
+            first_step(sampler.steps, request.strength)
         if request.enhance is not None:
             request.enhance.validate()
             request.enhance.check_layers(self.denoiser.layers)
@@ -225,13 +258,3 @@ class TextToVideoFields(TaskConfig):
             guidance = guidance.replace(kind=kind, scale=request.guidance)
         coefficients(sampler, self.schedule.build(), self.objective.target, guidance)
         return sampler, guidance
-
-
-def check_text_to_video(denoiser: VideoDiTConfig, where: str) -> None:
-    """Raise `ValueError`, which starts with `where`, for a denoiser that takes more than the noisy latents."""
-    if denoiser.in_channels != denoiser.out_channels:
-        raise ValueError(
-            f"{where}: in_channels = {denoiser.in_channels}, out_channels = {denoiser.out_channels}: an image-to-video "
-            "network, which takes the latents of an image beside the noise and is not supported. For text to video "
-            "both must be equal."
-        )

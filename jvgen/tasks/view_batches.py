@@ -10,6 +10,7 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.pairs import HomographyConfig, folded, latent_valid, warped_pair
 from jvgen.geometry.cameras import of_latent_frames
 from jvgen.parallel import axes
+from jvgen.tasks.given_frames import Condition, of_clip, require_pixels
 from jvgen.tasks.task import ArraySpec
 
 
@@ -58,7 +59,13 @@ def views_of(bucket: BucketConfig) -> int:
 
 
 def fields(
-    bucket: BucketConfig, latent: tuple[int, int, int], *, channels: int, from_pixels: bool, tokens: ArraySpec
+    bucket: BucketConfig,
+    latent: tuple[int, int, int],
+    *,
+    channels: int,
+    from_pixels: bool,
+    tokens: ArraySpec,
+    given: int = 0,
 ) -> dict[str, ArraySpec]:
     """The arrays of an example of a bucket.
 
@@ -68,6 +75,7 @@ def fields(
       channels: of cached posterior moments.
       from_pixels: clips are stored as pixels, not as cached moments.
       tokens: the array of the caption's tokens.
+      given: frames that each view is conditioned on, stored beside cached moments.
     """
     kind, views, frames = kind_of(bucket), views_of(bucket), clip_frames(bucket)
     places = (axes.VIEWS, axes.FRAMES, axes.HEIGHT, axes.WIDTH)
@@ -77,6 +85,9 @@ def fields(
         found["video"] = ArraySpec(shape, np.dtype(np.uint8), (*places, None))
     else:
         found["latents"] = ArraySpec((views, *latent, channels), np.dtype(np.float32), (*places, None))
+        if given:
+            shape = (views, given, bucket.height, bucket.width, 3)
+            found["given"] = ArraySpec(shape, np.dtype(np.uint8), (*places, None))
     if kind is ViewKind.WARPED:
         found["homographies"] = ArraySpec((latent[0], 3, 3), np.dtype(np.float32), (axes.FRAMES, None, None))
         found["valid"] = ArraySpec((views, *latent), np.dtype(np.uint8), places)
@@ -87,7 +98,13 @@ def fields(
 
 
 def prepare(
-    example: dict[str, Any], homography: HomographyConfig, *, from_pixels: bool, spatial: int, temporal: int
+    example: dict[str, Any],
+    homography: HomographyConfig,
+    *,
+    from_pixels: bool,
+    spatial: int,
+    temporal: int,
+    condition: Condition = "none",
 ) -> dict[str, np.ndarray]:
     """The arrays of `fields` except the caption, from an example of `jvgen.data.stream.transforms.load_example`.
 
@@ -96,6 +113,7 @@ def prepare(
       homography: strength of the warp of copies.
       from_pixels: see `fields`.
       spatial, temporal: pixels and frames per latent.
+      condition: frames that each view is conditioned on.
 
     Raises:
       ValueError: an example without cameras, or without the array that is needed.
@@ -115,7 +133,11 @@ def prepare(
     if not example["has_camera"]:
         raise ValueError("an example of several views has no cameras; its data set needs cameras.")
     names = (clip, "intrinsics", "extrinsics")
-    return {name: example[name] if several else folded(example[name]) for name in names}
+    found = {name: example[name] if several else folded(example[name]) for name in names}
+    if condition == "none" or from_pixels:
+        return found
+    video = require_pixels(example)
+    return {**found, "given": of_clip(video if several else folded(video), condition, axis=1)}
 
 
 def _require(example: dict[str, Any], name: str, why: str) -> None:

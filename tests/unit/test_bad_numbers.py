@@ -48,6 +48,8 @@ SENSIBLE = {
         PlannerConfig.minimum_deviation RestartConfig.decay RestartConfig.every
         SamplerConfig.eta SamplerConfig.steps_offset SamplingConfig.top_k SceneConfig.driven SceneConfig.kinds
         SceneConfig.quality SceneConfig.wander ShardingConfig.replicate_below SharedLatentsConfig.decoder_weight
+        MultiViewConfig.condition_dropout MultiViewConfig.condition_noise_mean MultiViewConfig.condition_noise_std
+        TextToVideoConfig.condition_dropout TextToVideoConfig.condition_noise_mean TextToVideoConfig.condition_noise_std
         SharedLatentsConfig.encoder_weight TextToVideoConfig.caption_dropout TextToVideoConfig.latent_shift
         TextToVideoConfig.visualize_clips TimestepConfig.mean TrainingConfig.evaluate_every TrainingConfig.hang_seconds
         TrainingConfig.max_consecutive_skips TrainingConfig.max_skips TrainingConfig.spike_patience
@@ -60,6 +62,7 @@ SENSIBLE = {
         AggregationConfig.initial CVVAEConfig.shift_factor EnhanceConfig.layers EnhanceConfig.temperature
         GuidanceConfig.scale ImageVAEConfig.shift_factor MeshConfig.fsdp MultiViewConfig.adapter_scale
         MultiViewConfig.latent_shift TextToVideoConfig.latent_shift TimestepConfig.mean
+        MultiViewConfig.condition_noise_mean TextToVideoConfig.condition_noise_mean
     """,
     "none": """
         LoraConfig.alpha
@@ -71,6 +74,7 @@ SENSIBLE = {
         MultiViewDiTConfig.offset_width MultiViewDiTConfig.temporal_patch VideoDiTConfig.column_scale
         OptimizerConfig.clip_norm ScheduleConfig.snr_shift SyncConfig.heads TrainingConfig.hang_seconds
         TrainingConfig.peak_flops TrainingConfig.profile_steps VideoDiTConfig.offset_width VideoDiTConfig.temporal_patch
+        MultiViewConfig.condition_noise_mean TextToVideoConfig.condition_noise_mean
     """,
     "1,2": """
         AugmentationConfig.crop_area AugmentationConfig.crop_ratio BucketConfig.aspects

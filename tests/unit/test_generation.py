@@ -100,7 +100,7 @@ def test_a_pipeline_is_read_as_a_task(whole):
     assert (request.frames, request.height, request.width) == (5, 8, 12) and frames_per_second(config) == 8
     pairs = config.replace(denoiser=config.denoiser.replace(temporal_patch=2))
     assert default_request(pairs).frames == 81 and frames_per_second(pairs) == 16
-    assert pairs.sampled_shape(5, 8, 12) == (4, 4, 6) and pairs.clip_frames(5) == 3
+    assert pairs.denoised_shape(5, 8, 12) == (4, 4, 6) and pairs.clip_frames(5) == 3
     assert is_pipeline(whole) and not is_pipeline(whole / "vae")
 
 
@@ -128,8 +128,12 @@ BAD_FOLDERS = {
     ),
     "no tokenizer file": (lambda p: (p / "tokenizer" / "tokenizer.json").unlink(), "tokenizer.json or spiece.model"),
     "other pipeline": (
+        lambda p: edit(p / "model_index.json", _class_name="StableDiffusionPipeline"),
+        "is a StableDiffusionPipeline; supported are CogVideoXPipeline",
+    ),
+    "no image to video": (
         lambda p: edit(p / "model_index.json", _class_name="CogVideoXImageToVideoPipeline"),
-        "is a CogVideoXImageToVideoPipeline; only CogVideoXPipeline",
+        "is a CogVideoXImageToVideoPipeline, but its transformer takes no image",
     ),
     "exported VAE": (lambda p: keep(p, "vae", "model_index.json"), "is not a pipeline: it holds the networks vae."),
     "exported denoiser": (
@@ -156,7 +160,12 @@ BAD_FOLDERS = {
         "holds a T5Config; a CogVideoXPipeline has a CogVideoXVAEConfig there",
     ),
     "image to video": (
-        lambda p: edit(p / "transformer" / "config.json", in_channels=8), "an image-to-video network"
+        lambda p: edit(p / "transformer" / "config.json", in_channels=8),
+        "make clips from images (condition = 'first_frame'), none are given: give --image FILE",
+    ),
+    "channels of nothing": (
+        lambda p: (edit(p / "transformer" / "config.json", in_channels=6), (p / "model_index.json").unlink()),
+        "no channels for the given frames",
     ),
     "other text width": (
         lambda p: edit(p / "transformer" / "config.json", text_embed_dim=10),

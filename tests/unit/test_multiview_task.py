@@ -20,6 +20,7 @@ from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.saved_config import from_json, to_json
+from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.multiview import MultiViewConfig, view_slots
 from jvgen.tasks.task import SampleRequest
 from jvgen.tasks.text import TextConfig
@@ -322,3 +323,36 @@ def test_the_configuration():
         assert all(value > 0 for value in task.flops(bucket).values())
     with pytest.raises(ConfigError, match="sync.band = -1.0"):
         validate_tree(CONFIG.replace(denoiser=CONFIG.denoiser.replace(sync=SyncConfig(every=1, groups=4, band=-1.0))))
+
+
+# Given frames --------------------------------------------------------------------------------------------------------
+
+
+def test_every_view_has_a_first_frame_of_its_own(parameters, frozen):
+    wide = CONFIG.denoiser.replace(in_channels=8)
+    config = CONFIG.replace(condition="first_frame", denoiser=wide, condition_dropout=0.0, sample_posterior=False)
+    validate_tree(config)
+    task = config.build()
+    rng = np.random.default_rng(1)
+    kernel = 0.3 * rng.standard_normal((2 * 2 * 8, 16)).astype(np.float32)
+    bias = parameters["denoiser"]["patch_embedding"]["projection"]["bias"]
+    embedding = {"projection": {"kernel": jnp.asarray(kernel), "bias": bias}}
+    weights = {**parameters, "denoiser": {**parameters["denoiser"], "patch_embedding": embedding}}
+    for bucket in (FOLDED, RECORDED):
+        batch = batch_of(task, bucket)
+        assert batch["given"].shape == (4, 2, 1, 8, 8, 3)
+        example = example_of(bucket)
+        first = example["video"][:, :1] if bucket.views > 1 else np.stack([example["video"][[2]]] * 2)
+        np.testing.assert_array_equal(batch["given"][0], first)
+    run = jax.jit(lambda batch: task.loss(weights, frozen, batch, jax.random.key(0))[0])
+    assert np.isfinite(run(batch)) and run(batch) != run({**batch, "given": 255 - batch["given"]})
+
+    cameras = Cameras(batch["intrinsics"], batch["extrinsics"])
+    request = SampleRequest(3, 8, 8, given_frames=1)
+    config.check_request(request)
+    sample = jax.jit(lambda frames: task.generate_views(
+        weights, frozen, batch["tokens"], cameras, batch["slot"], jax.random.key(0), request, GivenPixels(frames=frames)
+    ).pixels)  # fmt: skip
+    one = sample(batch["given"])
+    other = sample(batch["given"].at[:, 1].set(255 - batch["given"][:, 1]))
+    assert one.shape == (4, 2, 3, 8, 8, 3) and np.any(one[:, 1] != other[:, 1])

@@ -1,11 +1,14 @@
-"""What a user gives to sampling besides weights: noise, files of prompts, names of clips; what is refused and how."""
+"""What a user gives to sampling besides weights: noise, prompts, images, names of clips; what is refused and how."""
 
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from jvgen.data.video_files import encode_video
 from jvgen.runs.clip_folder import plan_clips
+from jvgen.runs.given_files import GivenFiles
 from jvgen.runs.noise import read_noise
 from jvgen.runs.prompts import read_prompts
 
@@ -95,3 +98,76 @@ def test_names_of_clips(tmp_path):
     for prompt in ("either/or", "a" * 300):
         with pytest.raises(ValueError, match="use --naming numbered"):
             plan_clips([prompt], 1, tmp_path, frames=9, batch=1, naming="vbench")
+
+
+# Images and videos that clips are made from.
+
+
+def picture(path, height, width, color=(200, 10, 60)):
+    rows = np.linspace(0, 1, height)[:, None, None] * np.array(color)
+    Image.fromarray(np.broadcast_to(rows, (height, width, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+def test_images_of_the_same_shape_are_resized_as_diffusers_does(tmp_path):
+    path = picture(tmp_path / "a.png", 24, 48)
+    given = GivenFiles(images=(path,)).read(9, (8, 16), rows=[0, 3])
+    wanted = np.asarray(Image.open(path).resize((16, 8), Image.Resampling.LANCZOS))
+    assert given.frames.shape == (2, 1, 8, 16, 3) and given.video is None
+    np.testing.assert_array_equal(given.frames[1, 0], wanted)
+    # Within two percent nobody sees it.
+    assert GivenFiles(images=(picture(tmp_path / "b.png", 49, 97),)).read(9, (8, 16), rows=[0]).frames.shape[2] == 8
+
+
+def test_an_image_of_another_shape_is_cropped_or_padded_if_that_is_said(tmp_path):
+    path = picture(tmp_path / "tall.png", 40, 20)
+    with pytest.raises(ValueError, match="is 40x20 pixels, the clips are 8x16.*--fit crop .*or --fit pad"):
+        GivenFiles(images=(path,)).read(9, (8, 16), rows=[0])
+    crop, pad = (GivenFiles(images=(path,), fit=fit).read(9, (8, 16), [0]).frames[0, 0] for fit in ("crop", "pad"))
+    # The middle of the picture fills the clip, or all of it lies between black bars.
+    assert crop[0, :, 0].min() > 60 and crop[-1, :, 0].max() < 140
+    assert not pad[:, :6].any() and not pad[:, 10:].any() and pad[-1, 7, 0] > 180
+
+
+def test_images_for_prompts_and_last_frames(tmp_path):
+    one, two = (picture(tmp_path / f"{n}.png", 8, 16, (n, n, n)) for n in (100, 250))
+    given = GivenFiles(images=(one, two), last_images=(two, one)).read(9, (8, 16), rows=[1, 0, 1])
+    assert given.frames.shape == (3, 2, 8, 16, 3)
+    assert given.frames[:, :, -1, 0, 0].tolist() == [[250, 100], [100, 250], [250, 100]]
+    assert GivenFiles(images=(one,)).digests() != GivenFiles(images=(two,)).digests()
+    assert GivenFiles().digests() == {} and GivenFiles().read(9, (8, 16), [0]) is None
+
+
+def test_a_video_gives_its_first_frames(tmp_path):
+    frames = np.broadcast_to(np.arange(0, 180, 20, dtype=np.uint8)[:, None, None, None], (9, 16, 32, 3))
+    (tmp_path / "in.mp4").write_bytes(encode_video(frames, 8.0))
+    files = GivenFiles(video=tmp_path / "in.mp4")
+    assert (files.size_of_video(), files.strength_of_video) == (9, 0.8)
+    clip = files.read(5, (8, 16), rows=[0, 1]).video
+    assert clip.shape == (2, 5, 8, 16, 3)
+    assert np.abs(clip[0].mean(axis=(1, 2, 3)) - np.arange(0, 100, 20)).max() < 8
+    with pytest.raises(ValueError, match="has 9 frames, the clip 17; give --frames 9 or fewer"):
+        files.read(17, (8, 16), rows=[0])
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"last_images": ("a",)}, "--last-image is given 1 times, --image 0 times"),
+        ({"strength": 0.5}, "--strength 0.5: .* give --video FILE"),
+        ({"images": ("a",), "video": "b"}, "--image and --video: .* leave one out"),
+        ({"fit": "crop"}, "--fit crop: .* give one of them"),
+    ],
+)
+def test_flags_that_do_not_go_together(files, said):
+    with pytest.raises(ValueError, match=said):
+        GivenFiles(**files)
+
+
+def test_files_that_are_no_images(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for path, said in ((tmp_path / "none.png", "no such file"), (tmp_path / "text.png", "not a png, jpeg")):
+        with pytest.raises(ValueError, match=f"--image .*{said}"):
+            GivenFiles(images=(path,)).read(9, (8, 16), [0])
+    with pytest.raises(ValueError, match="given 2 times for 3 prompts: give one for all, or one for each"):
+        GivenFiles(images=(tmp_path, tmp_path)).check_count(3, "prompts")

@@ -15,7 +15,7 @@ import numpy as np
 
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import slot_normal
-from jvgen.diffusion.sampler import SamplerConfig
+from jvgen.diffusion.sampler import SamplerConfig, first_step
 from jvgen.finite import Finite, clips_of
 from jvgen.interop.from_torch import check_weights
 from jvgen.interop.lora_file import read_lora
@@ -26,11 +26,13 @@ from jvgen.nn.network import Parameters
 from jvgen.runs.clip_folder import Clip, Naming, is_one_file, note_clips, plan_clips, write_clip
 from jvgen.runs.faults import Faults
 from jvgen.runs.generation import clip_name
+from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.noise import read_noise
 from jvgen.runs.published.placement import Placement, default_dtype
-from jvgen.runs.published.stages import Batch, Decoder, Denoiser, encode_captions
+from jvgen.runs.published.stages import Batch, Decoder, Denoiser, GivenMoments, encode_captions, encode_given
 from jvgen.saved_config import to_json
 from jvgen.storage import Path, local_copy, resolved
+from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.pipeline_folder import DENOISER, default_request, frames_per_second, pipeline_weights, read_pipeline
 from jvgen.tasks.pixels import to_clips
 from jvgen.tasks.task import SampleRequest
@@ -64,6 +66,7 @@ class PublishedRequest:
       variant: of the pipeline's files, such as "fp16".
       loras: adapters of the denoiser, each with a factor on its update.
       lora_apart: keep them beside the weights instead of merging them into these.
+      given: images or a video that clips are made from.
     """
 
     frames: int | None = None
@@ -87,6 +90,7 @@ class PublishedRequest:
     variant: str | None = None
     loras: tuple[tuple[Path, float], ...] = ()
     lora_apart: bool = False
+    given: GivenFiles = NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Prepared:
       noise: see `read_noise`; None to draw it.
       dtype: see `PublishedRequest`.
       adapter: all LoRA adapters of the request as one, with their scales in it; None without any.
+      given: pixels of the images, one row for all prompts or one per prompt, or of the video; None for none.
     """
 
     config: TextToVideoConfig
@@ -111,6 +116,12 @@ class Prepared:
     noise: np.ndarray | None
     dtype: str
     adapter: Parameters | None = None
+    given: GivenPixels | None = None
+
+    @property
+    def first(self) -> int:
+        """The sampler's first step: a given video begins later than pure noise."""
+        return 0 if self.clip.strength is None else first_step(self.sampler.steps, self.clip.strength)
 
 
 def sample_published(
@@ -141,6 +152,7 @@ def sample_published(
       NotFinite: clips that hold NaN or infinity; the others are written, see `jvgen.runs.faults`.
     """
     given, weights = weights, local_copy(weights)
+    request.given.check_count(len(prompts), "prompts")
     prepared = prepare(weights, len(prompts) * count, request)
     clip = prepared.clip
     clips = plan_clips(prompts, count, out, frames=clip.frames, batch=request.batch, naming=naming)
@@ -174,6 +186,9 @@ def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
     if request.devices is not None and not 1 <= request.devices <= available:
         raise ValueError(f"--devices {request.devices}: this machine has {available}.")
     config = read_pipeline(weights, request.variant)
+    if config.condition != "none" and request.given.last_images:
+        # Which frames the network was trained with is in no file.
+        config = config.replace(condition="first_and_last")
     asked = {"kind": request.sampler, "spacing": request.spacing}
     asked = {name: value for name, value in asked.items() if value is not None}
     if request.levels == "sat":
@@ -185,26 +200,29 @@ def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
     height, width = (made_for.height, made_for.width) if request.size is None else request.size
     guidance = config.guidance.scale if request.guidance is None else request.guidance
     clip = SampleRequest(
-        frames=made_for.frames if request.frames is None else request.frames,
+        frames=request.frames or request.given.size_of_video() or made_for.frames,
         height=height,
         width=width,
         steps=request.steps,
         # As diffusers has it: what is not more than 1 is a single pass.
         guidance=guidance if guidance > 1 else 1.0,
         enhance=request.enhance,
+        given_frames=request.given.frames,
+        strength=request.given.strength_of_video,
     )
     config.check_request(clip)
     if request.in_tiles:
         Tiling.decoding(config.vae)
     sampler, strength = config.sampling(clip)
-    latents = (*config.sampled_shape(clip.frames, height, width), config.denoiser.out_channels)
+    latents = (*config.denoised_shape(clip.frames, height, width), config.denoiser.out_channels)
     noise = None if request.noise is None else read_noise(request.noise, latents, clips)
     if request.lora_apart and not request.loras:
         raise ValueError("--lora-apart: needs --lora FILE.")
     adapters = [(read_lora(file, config.denoiser), scale) for file, scale in request.loras]
     adapter = lora.combined([(found.factors, found.scale * scale) for found, scale in adapters]) if adapters else None
     dtype = request.dtype or default_dtype()
-    return Prepared(config, clip, sampler, strength, latents, noise, dtype, adapter)
+    given = request.given.read(clip.frames, (height, width), range(max(len(request.given.images), 1)))
+    return Prepared(config, clip, sampler, strength, latents, noise, dtype, adapter, given)
 
 
 def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> dict[str, Any]:
@@ -222,6 +240,7 @@ def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> d
         # Folders of clips that were made without this field are gone on with.
         **({} if request.variant is None else {"variant": request.variant}),
         **({"lora": [[str(resolved(f)), s] for f, s in request.loras]} if request.loras else {}),
+        **request.given.digests(),
     }  # fmt: skip
 
 
@@ -244,17 +263,19 @@ def _make(
     empty = embeddings[request.negative_prompt]
     if request.null == "zeros":
         empty = np.zeros_like(empty)
+    moments = encode_given(task, prepared.given, placement)
     encoded = time.perf_counter()
     scale = task.enhancement(request.enhance, prepared.sampler, prepared.guidance)
     network = pipeline_weights(weights, request.variant)[DENOISER]
     denoiser = Denoiser(
         task, network, placement, prepared.sampler, prepared.guidance, scale, prepared.adapter,
-        apart=request.lora_apart,
+        apart=request.lora_apart, first=prepared.first,
     )  # fmt: skip
     decoder = Decoder(task, placement, in_tiles=request.in_tiles)
     rate = request.frames_per_second or frames_per_second(prepared.config)
     loaded = time.perf_counter()
-    steps, total = [], -(-len(todo) // batch) * prepared.sampler.steps
+    steps_of_clip = prepared.sampler.steps - prepared.first
+    steps, total = [], -(-len(todo) // batch) * steps_of_clip
     faults = Faults(prepared.dtype, "--dtype")
     decoding = 0.0
     with progress_bar("sampling", unit="steps") as report:
@@ -262,7 +283,7 @@ def _make(
             chosen = todo[begin : begin + batch]
             # The last batch is filled up with repeats, so that every batch has the shape that was compiled.
             filled = [chosen[index % len(chosen)] for index in range(batch)]
-            inputs = _inputs(filled, prompts, embeddings, empty, prepared, request)
+            inputs = _inputs(filled, prompts, embeddings, empty, prepared, request, task, moments)
             before, finite_steps = time.perf_counter(), np.zeros(batch, np.int32)
             for reached, finite in denoiser(inputs, jax.random.key(request.seed)):
                 latents, finite_steps = reached, finite_steps + finite
@@ -272,7 +293,7 @@ def _make(
                 report(len(steps), total)
                 if not finite.any():
                     break
-            finite = Finite(np.ones(batch, bool), finite_steps, np.ones(batch, bool), np.int32(prepared.sampler.steps))
+            finite = Finite(np.ones(batch, bool), finite_steps, np.ones(batch, bool), np.int32(steps_of_clip))
             if finite.all().any():
                 latents = latents[:, -prepared.config.clip_frames(prepared.clip.frames) :]
                 finite, frames = _decode(decoder, latents, finite, as_floats=chosen[0][1].path.suffix == ".npy")
@@ -299,6 +320,8 @@ def _inputs(
     empty: np.ndarray,
     prepared: Prepared,
     request: PublishedRequest,
+    task: TextToVideo,
+    moments: GivenMoments,
 ) -> Batch:
     slots = np.array([clip.slot for _, clip in filled], np.int32)
     if prepared.noise is None:
@@ -307,7 +330,17 @@ def _inputs(
     else:
         start = jnp.asarray(prepared.noise[[number for number, _ in filled]])
     text = np.stack([embeddings[prompts[clip.prompt]] for _, clip in filled])
-    return Batch(text=text, empty=np.stack([empty] * len(filled)), start=start, slots=slots)
+    key, condition, video = jax.random.key(request.seed), None, None
+    if moments.frames is not None:
+        rows = [clip.prompt if len(moments.frames) > 1 else 0 for _, clip in filled]
+        given = jnp.asarray(moments.frames[rows])
+        condition = task.given.condition_of_moments(given, key, jnp.asarray(slots), prepared.latents[0])
+    if moments.video is not None:
+        video = jnp.broadcast_to(jnp.asarray(moments.video), (len(filled), *moments.video.shape))
+    start, _ = task.given.start(video, start, key, jnp.asarray(slots), prepared.sampler, prepared.clip.strength)
+    return Batch(
+        text=text, empty=np.stack([empty] * len(filled)), start=start, slots=slots, condition=condition
+    )  # fmt: skip
 
 
 def _decode(decoder: Decoder, latents: jax.Array, finite: Finite, *, as_floats: bool) -> tuple[Finite, np.ndarray]:

@@ -16,6 +16,8 @@ from jvgen.models.video_dit.model import AttentionScale
 from jvgen.nn.network import Parameters
 from jvgen.runs.published.placement import Placement
 from jvgen.storage import Path
+from jvgen.tasks.given_frames import GivenPixels
+from jvgen.tasks.pixels import from_uint8
 from jvgen.tasks.text_to_video import SAMPLER_KEY, TextToVideo
 
 # Captions encoded together.
@@ -52,20 +54,65 @@ def encode_captions(task: TextToVideo, captions: Sequence[str], placement: Place
 
 
 @dataclasses.dataclass(frozen=True)
+class GivenMoments:
+    """Posterior moments of what clips are made from, in the host's memory; None for what is not given.
+
+    Attributes:
+      frames: of given frames, `S K H W 2C`, one row for all prompts or one per prompt.
+      video: of a given clip, `F H W 2C`.
+    """
+
+    frames: np.ndarray | None = None
+    video: np.ndarray | None = None
+
+
+def encode_given(task: TextToVideo, given: GivenPixels | None, placement: Placement) -> GivenMoments:
+    """Encode given images or a video; the autoencoder is on the devices only meanwhile.
+
+    Args:
+      given: frames `S K H W 3`, or one video `1 F H W 3`; None for nothing.
+
+    Raises:
+      NotFinite: moments with NaN or infinity.
+    """
+    if given is None:
+        return GivenMoments()
+    parameters, network = placement.load(task.config.vae_weights), task.coder.network
+    encode = placement.jit(lambda p, x, cache: network.apply(p, x, cache, method="encode_chunk"))
+
+    def moments(clip: np.ndarray) -> np.ndarray:
+        pixels = from_uint8(jnp.asarray(clip)[None], placement.dtype)
+        pieces = stream_chunks(
+            lambda frames, cache: encode(parameters, frames, cache), pixels, task.config.vae.encode_chunk_frames
+        )
+        made = np.concatenate([np.asarray(piece[0], np.float32) for piece in pieces])
+        if not np.isfinite(made).all():
+            raise not_finite("latents of the given frames", "VAE", placement.dtype, "--dtype")
+        return made
+
+    if given.video is not None:
+        return GivenMoments(video=moments(given.video[0]))
+    # Each frame for itself.
+    return GivenMoments(frames=np.stack([np.stack([moments(frame[None])[0] for frame in one]) for one in given.frames]))
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Clips that are denoised together.
 
     Attributes:
       text: embeddings of the captions, `B L C`.
       empty: embeddings of what guidance leads away from, `B L C`.
-      start: standard normal noise that sampling starts from, `B F H W C` float32.
+      start: what sampling starts from, `B F H W C` float32: standard normal noise, or a video with noise.
       slots: numbers of the clips among all, int32 `B`: their noise depends on them and not on the batch.
+      condition: latents of given frames, see `jvgen.tasks.given_latents.GivenLatents.condition`.
     """
 
     text: np.ndarray
     empty: np.ndarray
     start: jax.Array
     slots: np.ndarray
+    condition: jax.Array | None = None
 
 
 class Denoiser:
@@ -79,6 +126,7 @@ class Denoiser:
       attention_scale: see `ScaleOfStep`; None for none.
       adapter: LoRA factors for its layers, with their scales in them; None for none.
       apart: keep them beside the weights, instead of merging them into these.
+      first: the sampler's step that batches start with.
     """
 
     def __init__(
@@ -92,12 +140,13 @@ class Denoiser:
         adapter: Parameters | None = None,
         *,
         apart: bool = False,
+        first: int = 0,
     ):
         self._task, self._placement, self._sampler, self._guidance = task, placement, sampler, guidance
         self._attention_scale = attention_scale
-        table = coefficients(sampler, task.schedule, task.config.objective.target, guidance)
+        table = coefficients(sampler, task.schedule, task.config.objective.target, guidance, first=first)
         rows = jax.tree.map(np.asarray, table_rows(table))
-        self._rows = [{name: column[step] for name, column in rows.items()} for step in range(sampler.steps)]
+        self._rows = [{name: column[step] for name, column in rows.items()} for step in range(sampler.steps - first)]
         self._parameters = {"denoiser": placement.load(weights)}
         if adapter is not None and apart:
             self._parameters["lora"] = {"denoiser": placement.replicate(adapter)}
@@ -111,7 +160,7 @@ class Denoiser:
         Each step is waited for.
         """
         place = self._placement.sharding.batch(batch.start)
-        given = jax.device_put((batch.text, batch.empty, batch.slots, key))
+        given = jax.device_put((batch.text, batch.empty, batch.slots, key, batch.condition))
         noisy, previous = batch.start, jnp.zeros_like(batch.start)
         for row in self._rows:
             # Placed in the same way at every step, so that the step is compiled once.
@@ -129,15 +178,16 @@ class Denoiser:
         empty: jax.Array,
         slots: jax.Array,
         key: jax.Array,
+        condition: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def denoise(noisy: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
+        def denoise(noisy: jax.Array, timesteps: jax.Array, inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
             scale = None if self._attention_scale is None else self._attention_scale(timesteps)
-            return self._task.denoise(parameters, noisy, timesteps, text, attention_scale=scale)
+            return self._task.denoise(parameters, noisy, timesteps, inputs[0], attention_scale=scale, given=inputs[1])
 
         if self._guidance.kind == "none":
-            predict = unguided(denoise, text)
+            predict = unguided(denoise, (text, condition))
         else:
-            predict = guided(denoise, text, empty, rescale=self._guidance.rescale)
+            predict = guided(denoise, (text, condition), (empty, condition), rescale=self._guidance.rescale)
         fresh = None
         if self._sampler.needs_key:
             fresh = step_noise(jax.random.fold_in(key, SAMPLER_KEY), row["step"], noisy.shape, slots)

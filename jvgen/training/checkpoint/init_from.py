@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jvgen import storage
 from jvgen.config import ConfigError
+from jvgen.nn.adaptation import Adaptation
 from jvgen.parallel import processes
 from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.reader import CheckpointError, CheckpointReader
@@ -33,10 +34,12 @@ class _Plan:
     Attributes:
       sources: name of an array of the new state -> name of the array in the checkpoint.
       random: parameters that stay randomly initialized although the pattern selects them.
+      adapted: how arrays are made that the other run has in another shape, or not at all; by name.
     """
 
     sources: dict[str, str]
     random: tuple[str, ...]
+    adapted: dict[str, Adaptation]
 
 
 def check(program: Program) -> None:
@@ -64,9 +67,8 @@ def init_from(program: Program, workdir: storage.Path, log: Callable[[str], None
     try:
         plan = _plan(program, checkpoints)
         wanted = program.abstract_state().saved()
-        restored = checkpoints.restore(
-            {source: wanted[name] for name, source in plan.sources.items()}, step=config.step, partial=True
-        )
+        there = {source: _there(wanted[name], plan.adapted.get(name)) for name, source in plan.sources.items()}
+        restored = checkpoints.restore(there, step=config.step, partial=True)
     finally:
         checkpoints.close()
     assert restored is not None, "the plan was made of a checkpoint"
@@ -74,6 +76,10 @@ def init_from(program: Program, workdir: storage.Path, log: Callable[[str], None
     arrays = fresh.saved()
     taken = {name: restored.arrays[source] for name, source in plan.sources.items()}
     arrays |= taken
+    for name, adaptation in plan.adapted.items():
+        if adaptation.make is not None:
+            arrays[name] = jax.jit(adaptation.make, out_shardings=wanted[name].sharding)(arrays[name])
+            taken[name] = arrays[name]
     for name in arrays:
         if name.startswith(EMA) and name not in taken:
             # A copy: one buffer must not be donated twice.
@@ -120,29 +126,47 @@ def _plan(program: Program, checkpoints: CheckpointReader) -> _Plan:
         )
     sources: dict[str, str] = {}
     misfits: dict[str, str] = {}
+    adapted: dict[str, Adaptation] = {}
+    adaptations = program.task.adapted_parameters()
     for path in selected:
         # Parameters that were not trained have no EMA.
         averaged = f"{EMA}{decay}/{path}"
         source = averaged if averaged in saved else PARAMETERS + path
         problem = _misfit(wanted[PARAMETERS + path], saved.get(source))
-        if problem is None:
+        adaptation = None if problem is None else adaptations.get(path)
+        if adaptation is not None and _fits(saved.get(source), adaptation):
+            adapted[PARAMETERS + path] = adaptation
+        if problem is None or (PARAMETERS + path in adapted and adaptation.source is not None):
             sources[PARAMETERS + path] = source
-        else:
+        elif PARAMETERS + path not in adapted:
             misfits[path] = problem
     if misfits and (not config.allow_partial or not sources):
         raise ConfigError(
             _refusal(config.run, step, misfits, "init_from.allow_partial=true initializes these randomly")
         )
     if config.keep_optimizer:
-        optimizer, misfits_of_optimizer = _optimizer_sources(wanted, saved, {*paths} - {*_taken(sources)})
+        kept = {*_taken(sources)} - {*_taken(adapted)}
+        optimizer, misfits_of_optimizer = _optimizer_sources(wanted, saved, {*paths} - kept)
         if misfits_of_optimizer:
             fix = "init_from.keep_optimizer=false starts with a new optimizer state"
             raise ConfigError(_refusal(config.run, step, misfits_of_optimizer, fix))
         sources |= optimizer
-    return _Plan(sources, tuple(misfits))
+    return _Plan(sources, tuple(misfits), adapted)
 
 
-def _taken(sources: Mapping[str, str]) -> list[str]:
+def _there(want: jax.ShapeDtypeStruct, adaptation: Adaptation | None) -> jax.ShapeDtypeStruct:
+    """What an array is in the other run."""
+    if adaptation is None:
+        return want
+    return jax.ShapeDtypeStruct(adaptation.source, want.dtype, sharding=want.sharding)
+
+
+def _fits(saved: Mapping[str, Any] | None, adaptation: Adaptation) -> bool:
+    """Whether a saved array is what a parameter is adapted from."""
+    return (None if saved is None else tuple(saved["shape"])) == adaptation.source
+
+
+def _taken(sources: Mapping[str, Any]) -> list[str]:
     return [name.removeprefix(PARAMETERS) for name in sources]
 
 

@@ -1,0 +1,73 @@
+"""CogVideoX1.5-5B and its image-to-video form, fine-tuned: 81 frames of 768x1360 at 16 frames/s.
+
+    jvgen import weights/CogVideoX1.5-5B/transformer --config configs/cogvideox1_5_5b.py:VARIANT --to RUN
+
+text_to_video and image_to_video continue the published networks (the latter CogVideoX1.5-5B-I2V's transformer, or, with
+--init-condition, that of text to video: at first the given frame has no effect). repvideo and repvideo_image_to_video
+are RepVideo's gates in them (arXiv 2501.08994): pass --init-gates.
+
+Should reach: the published models, adapted to the clips; of RepVideo from this network nothing is published.
+Chips: 64 of v5p (`v5p:4x4x4`), two clips per 8 chips.
+Memory: 1.3 GiB of train state per device (by arithmetic); the step is not compiled for the pod.
+Time: 8.2 s per step on v5p:4x4x4 (estimated at 30% MFU, not measured).
+Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX1.5-5B/vae --size 768x1360 --keep-clips --out
+data/latents_768x1360` (text to video needs no --keep-clips), and a local folder of T5 v1.1 XXL.
+
+Differs from the released fine-tuning, see `docs/recipes.md`: batch, steps, timesteps that are not stratified.
+Its 21 latent frames are padded to 22, the first repeated in front, as published. Other lengths and sizes:
+`--set data.buckets.0.frames=161`, heights and widths that are multiples of 16.
+"""
+
+from typing import Literal
+
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.diffusion.guidance import GuidanceConfig
+from jvgen.diffusion.objective import ObjectiveConfig
+from jvgen.diffusion.sampler import SamplerConfig
+from jvgen.models.video_dit.config import AggregationConfig, cogvideox1_5_5b, cogvideox1_5_5b_image_to_video
+from jvgen.nn.stacked import Remat
+from jvgen.parallel.mesh import MeshConfig
+from jvgen.tasks.cogvideox import cogvideox_5b_recipe, first_frame_recipe
+from jvgen.tasks.text_to_video import TextToVideoConfig
+from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.ema import EmaConfig
+from jvgen.training.optimization.optimizer import OptimizerConfig
+
+Variant = Literal["text_to_video", "image_to_video", "repvideo", "repvideo_image_to_video"]
+DATA = "data/latents_768x1360"
+
+
+def experiment(variant: Variant = "text_to_video") -> Experiment:
+    of_image = variant.endswith("image_to_video")
+    network = cogvideox1_5_5b_image_to_video() if of_image else cogvideox1_5_5b()
+    if variant.startswith("repvideo"):
+        network = network.replace(aggregation=AggregationConfig(), output_norm_epsilon=1e-6)
+    return Experiment(
+        name=f"cogvideox1_5_5b_{variant}",
+        task=TextToVideoConfig(
+            # 21 latent frames padded to 22, so 45,104 tokens, padded to 45,568: what seq = 8 and blocks of 128 divide.
+            denoiser=network.replace(token_multiple=512, remat=Remat.FULL),
+            latents="data",
+            objective=ObjectiveConfig(target="v", bands=10),
+            # What the authors sample these networks with.
+            sampler=SamplerConfig(kind="dpm_solver_sde", steps=50),
+            guidance=GuidanceConfig(kind="dynamic", scale=6.0),
+            **(first_frame_recipe("weights/CogVideoX1.5-5B-I2V/vae", invert_scale=True) if of_image else {}),
+            **cogvideox_5b_recipe(text_length=224),
+        ),
+        data=DataConfig(
+            sources=(SourceConfig(path=DATA),),
+            evaluation_sources=(SourceConfig(path=DATA, split="validation"),),
+            buckets=(BucketConfig(frames=81, height=768, width=1360, batch_size=16),),
+            threads=16,
+        ),
+        # CogVideoX's released fine-tuning.
+        optimizer=OptimizerConfig(
+            learning_rate=1e-5, warmup_steps=100, schedule="constant", weight_decay=1e-4, beta2=0.95, clip_norm=0.1
+        ),
+        training=TrainingConfig(steps=20_000, log_every=20, evaluate_every=1000),
+        ema=EmaConfig(decays=(0.9999,)),
+        checkpoint=CheckpointConfig(every=500, keep_last=2, keep_every=5000),
+        mesh=MeshConfig(fsdp=-1, seq=8),
+    )
