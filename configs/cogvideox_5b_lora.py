@@ -1,0 +1,47 @@
+"""LoRAs of CogVideoX-5B, 1.5-5B and their image-to-video forms, fine-tuned on clips of one's own, at their own sizes.
+
+    jvgen train configs/cogvideox_5b_lora.py:VARIANT --workdir runs/lora
+
+Should reach: what the clips have in common, a style or a subject, after a few thousand steps.
+Chips: 8 of v5e, one clip per 4 chips; of 1.5, 16 of v5p, one clip per 8 chips.
+Memory: not compiled yet.
+Time: not known; a step has two thirds of the FLOPs of one that trains all weights (estimated).
+Data: that of `cogvideox_5b.py` or `cogvideox1_5_5b.py`, and the published pipeline, such as weights/CogVideoX-5b.
+
+The run's checkpoints hold the LoRA alone. `jvgen export RUN` writes it as `pytorch_lora_weights.safetensors`.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from jvgen import config
+from jvgen.nn.lora import LoraConfig
+from jvgen.parallel.mesh import MeshConfig
+from jvgen.training.experiment import Experiment
+
+Variant = Literal["text_to_video", "image_to_video", "text_to_video_1_5", "image_to_video_1_5"]
+# Config of the whole network, its published pipeline, devices that share a clip.
+BASES = {
+    "text_to_video": ("cogvideox_5b.py:text_to_video", "CogVideoX-5b", 4),
+    "image_to_video": ("cogvideox_5b.py:image_to_video", "CogVideoX-5b-I2V", 4),
+    "text_to_video_1_5": ("cogvideox1_5_5b.py:text_to_video", "CogVideoX1.5-5B", 8),
+    "image_to_video_1_5": ("cogvideox1_5_5b.py:image_to_video", "CogVideoX1.5-5B-I2V", 8),
+}
+
+
+def experiment(variant: Variant = "text_to_video") -> Experiment:
+    base, pipeline, devices = BASES[variant]
+    made = config.load(f"{Path(__file__).parent}/{base}")
+    (bucket,) = made.data.buckets
+    return made.replace(
+        name=f"cogvideox_5b_lora_{variant}",
+        task=made.task.replace(
+            lora=LoraConfig(rank=128, alpha=64.0), denoiser_weights=f"weights/{pipeline}/transformer"
+        ),
+        data=made.data.replace(buckets=(bucket.replace(batch_size=8),)),
+        optimizer=made.optimizer.replace(learning_rate=2e-5, clip_norm=1.0),
+        training=made.training.replace(steps=4000, evaluate_every=500, accumulation=4),
+        ema=made.ema.replace(decays=(0.999,)),
+        checkpoint=made.checkpoint.replace(every=500, keep_every=0),
+        mesh=MeshConfig(fsdp=-1, seq=devices),
+    )
