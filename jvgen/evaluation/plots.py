@@ -159,6 +159,65 @@ def heat_maps(
     return figure
 
 
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How often values occur: numbers in bins, or labels.
+
+    Attributes:
+      name: above its panel.
+      edges: borders of the bins, one more than counts; empty for labels.
+      labels: one per count; empty for numbers.
+      counts: of each bin or label.
+    """
+
+    name: str
+    edges: Sequence[float]
+    labels: Sequence[str]
+    counts: Sequence[int]
+
+
+def histograms(panels: Sequence[Histogram], *, title: str = "", columns: int = 3) -> "Figure":
+    """A panel for each histogram: bins as steps, labels as horizontal bars with their share.
+
+    Raises:
+      ValueError: no panels, or one with another number of edges or labels than its counts need.
+    """
+    if not panels:
+        raise ValueError("no histograms: give at least one.")
+    for one in panels:
+        if len(one.edges) != len(one.counts) + 1 if one.edges else len(one.labels) != len(one.counts):
+            raise ValueError(f"{one.name}: {len(one.counts)} counts, {len(one.edges)} edges, {len(one.labels)} labels.")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context(dict(STYLE)):
+        figure = Figure(figsize=(4.0 * columns, 2.6 * rows + 0.5), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for number, (axes, one) in enumerate(zip(grid.flat, panels, strict=False)):
+            axes.set_title(one.name)
+            color, total = COLORS[number % len(COLORS)], max(sum(one.counts), 1)
+            if not one.counts:
+                axes.text(0.5, 0.5, "no values", color=GRAY, ha="center", va="center", transform=axes.transAxes)
+                axes.set(xticks=[], yticks=[])
+            elif one.edges:
+                axes.stairs(one.counts, one.edges, fill=True, color=color)
+                axes.set_ylim(bottom=0)
+            else:
+                places = np.arange(len(one.labels))
+                axes.barh(places, one.counts, color=color)
+                axes.set_yticks(places, [label if len(label) <= 24 else f"{label[:23]}…" for label in one.labels])
+                axes.set_xlim(0, 1.18 * max(one.counts))
+                axes.invert_yaxis()
+                for place, count in enumerate(one.counts):
+                    axes.text(count, place, f" {count / total:.1%}", va="center", color=GRAY, fontsize=8.5)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        figure.suptitle(title, fontsize=STYLE["font.size"] + 1.5)
+    return figure
+
+
 def save_plot(figure: "Figure", path: str | Path) -> tuple[Path, Path]:
     """Write a figure as `path` with the endings .png and .svg; returns both paths."""
     png, svg = (as_path(path).with_suffix(ending) for ending in (".png", ".svg"))

@@ -228,6 +228,31 @@ def load_rows(path: Path) -> tuple[Index, dict[str, Any]]:
     return index, document
 
 
+def checksums_are_of_content(index: Index) -> bool:
+    """Whether the checksums of an opened index are of fields of records, not of their bytes in the shard (0.1.0)."""
+    if index.opened is None or index.opened[0] is not _mapped_again:
+        return False
+    return _description(index.opened[1][0])["checksums"] == "content"
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays to a file, completely or not at all."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    storage.write_bytes(path, content.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote; raises `CorruptIndex`."""
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except StorageError:
+        raise
+    except _READ_ERRORS as error:
+        raise CorruptIndex(f"{path}: cannot be read ({error}). Remove it.") from error
+
+
 class _Writers:
     """The column files of a folder while they are written, a piece of the rows after the other."""
 

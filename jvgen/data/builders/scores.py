@@ -1,0 +1,219 @@
+"""Scores of clips for data sets that have none: motion, sharpness and near-duplicates, as columns of the index."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import shutil
+from collections.abc import Iterator, Sequence
+
+import cv2
+import numpy as np
+
+from jvgen.data.store.index import Column
+from jvgen.data.store.index_files import read_arrays, set_columns, write_arrays
+from jvgen.data.store.records import Record
+from jvgen.data.store.shards import CorruptShard
+from jvgen.data.store.sources import Source, open_source
+from jvgen.data.store.strings import Text
+from jvgen.data.video_files import DecodeError, decode_window
+from jvgen.storage import Path, as_path, is_remote
+from jvgen.terminal import Report
+
+SCORES = ("motion", "sharpness", "duplicates")
+DUPLICATE_OF = "duplicate_of"
+_FLOW_SIDE, _SHARPNESS_SIDE = 128, 256  # shorter side at which flow and sharpness are measured, in pixels
+_PAIRS = 6  # pairs of neighboring frames of which the flow is measured
+_HASHED = (1 / 6, 1 / 2, 5 / 6)  # parts of a clip whose frames are hashed
+_BITS = 64  # of the hash of a frame
+_BAND = 16  # bits; hashes that differ in fewer bits than there are bands have a band in common
+# Clips are near-duplicates if their hashes differ in at most this many bits, as re-encoded and resized copies do.
+MOST_BITS = len(_HASHED) * _BITS // _BAND - 1
+_CHUNK = 256  # records that are scored, and kept on disk, at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What `score` did.
+
+    Attributes:
+      columns: that were written.
+      records: of the split.
+      unreadable: ids of records that could not be decoded, whose scores are missing.
+      duplicates: records that are near-duplicates of an earlier one.
+    """
+
+    columns: tuple[str, ...]
+    records: int
+    unreadable: tuple[str, ...]
+    duplicates: int
+
+
+def score(
+    folder: str | Path,
+    split: str = "train",
+    scores: Sequence[str] = SCORES,
+    workers: int = 1,
+    progress: Report | None = None,
+) -> Scored:
+    """Compute scores of all records of a split and write them to its index; the digest does not change.
+
+    Columns:
+
+    * `motion`: mean length of the optical flow (DIS) between neighboring frames, in shorter sides of the frame per
+      second; missing for images.
+    * `sharpness`: variance of the Laplacian of gray frames whose shorter side is 256 pixels, the median of three.
+    * `duplicate_of`: id of the first record of which this one is a near-duplicate by perceptual hashes of three frames;
+      missing for the others, so that `duplicate_of is None` takes one of each kind.
+
+    Of several views the first is scored. A call that is killed goes on where it was.
+
+    Args:
+      workers: processes.
+      progress: called with (done, total).
+
+    Raises:
+      ValueError: an unknown score, a data set in a bucket or of 0.1.0.
+    """
+    unknown = [name for name in scores if name not in SCORES]
+    if unknown or not scores:
+        raise ValueError(f"scores = {tuple(scores)}: some of {', '.join(SCORES)}.")
+    if is_remote(as_path(folder)):
+        raise ValueError(f"{folder}: scores are written to local data sets; copy it, and upload its index files.")
+    source = open_source(folder, split)
+    index = source.index
+    kept = as_path(source.folder) / f"index-{split}" / f".scores-{index.digest[:12]}"
+    kept.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(index), _CHUNK)
+    missing = [start for start in starts if not _file(kept, start).is_file()]
+    done = len(starts) - len(missing)
+    for start, arrays in _in_processes(source, missing, workers):
+        write_arrays(_file(kept, start), arrays)
+        done += 1
+        if progress is not None:
+            progress(min(done * _CHUNK, len(index)), len(index))
+    parts = [read_arrays(_file(kept, start)) for start in starts]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns: dict[str, Column] = {name: joined[name] for name in ("motion", "sharpness") if name in scores}
+    duplicates = 0
+    if "duplicates" in scores:
+        first = near_duplicates(joined["hash"], joined["readable"])
+        duplicates = int(np.count_nonzero(first >= 0))
+        columns[DUPLICATE_OF] = Text.of("" if row < 0 else index.id[row] for row in first.tolist())
+    set_columns(source.folder, split, columns)
+    shutil.rmtree(kept)
+    unreadable = tuple(index.id[row] for row in np.flatnonzero(~joined["readable"]).tolist())
+    return Scored(tuple(columns), len(index), unreadable, duplicates)
+
+
+def motion(frames: Sequence[np.ndarray], seconds: float) -> float:
+    """Mean length of the flow of pairs of frames `seconds` apart: frames (2 n) of uint8 (H, W, 3); NaN without any."""
+    grays = [_gray(frame, _FLOW_SIDE) for frame in frames]
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    lengths = [
+        float(np.linalg.norm(flow.calc(one, other, None), axis=-1).mean())
+        for one, other in zip(grays[::2], grays[1::2], strict=True)
+    ]
+    return float(np.mean(lengths)) / (_FLOW_SIDE * seconds) if lengths else float("nan")
+
+
+def sharpness(frames: Sequence[np.ndarray]) -> float:
+    """Median variance of the Laplacian of frames, uint8 (H, W, 3)."""
+    return float(np.median([cv2.Laplacian(_gray(f, _SHARPNESS_SIDE), cv2.CV_64F).var() for f in frames]))
+
+
+def perceptual_hash(frame: np.ndarray) -> int:
+    """64 bits: which low frequencies of a frame, uint8 (H, W, 3), are above their median."""
+    small = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
+    low = cv2.dct(small.astype(np.float32))[:9, :9].reshape(-1)[1 : _BITS + 1]
+    return int("".join("01"[bit] for bit in (low > np.median(low)).tolist()), 2)
+
+
+def near_duplicates(hashes: np.ndarray, readable: np.ndarray) -> np.ndarray:
+    """For every record the first one of which it is a near-duplicate, -1 for none; int64 (n,).
+
+    Records of a chain of near-duplicates all have the first of the chain.
+
+    Args:
+      hashes: uint64 (n, frames).
+      readable: bool (n,); the others have no duplicates.
+    """
+    first = np.arange(len(hashes))
+    bands = hashes.view(np.uint16).reshape(len(hashes), -1)
+    rows = np.flatnonzero(readable)
+    for band in range(bands.shape[1]):
+        order = rows[np.argsort(bands[rows, band], kind="stable")]
+        values = bands[order, band]
+        borders = np.flatnonzero(np.diff(values)) + 1
+        for group in np.split(order, borders):
+            while len(group) > 1:
+                near = np.bitwise_count(hashes[group[1:]] ^ hashes[group[0]]).sum(1) <= MOST_BITS
+                first[group[1:][near]] = np.minimum(first[group[1:][near]], group[0])
+                group = group[1:][~near]
+    while True:
+        earlier = first[first]
+        if np.array_equal(earlier, first):
+            break
+        first = earlier
+    return np.where(first == np.arange(len(hashes)), -1, first)
+
+
+def _in_processes(source: Source, starts: list[int], workers: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    if workers <= 1:
+        yield from ((start, _scored(str(source.folder), source.split, start)) for start in starts)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pending = {pool.submit(_scored, str(source.folder), source.split, start): start for start in starts}
+        for future in concurrent.futures.as_completed(pending):
+            yield pending[future], future.result()
+
+
+def _scored(folder: str, split: str, start: int) -> dict[str, np.ndarray]:
+    source = _source(folder, split)
+    rows = range(start, min(start + _CHUNK, len(source)))
+    scored = [_of_record(source, row) for row in rows]
+    return {
+        "motion": np.array([one[0] for one in scored], np.float64),
+        "sharpness": np.array([one[1] for one in scored], np.float64),
+        "hash": np.array([one[2] for one in scored], np.uint64).reshape(len(scored), len(_HASHED)),
+        "readable": np.array([one[3] for one in scored], bool),
+    }
+
+
+def _of_record(source: Source, row: int) -> tuple[float, float, list[int], bool]:
+    try:
+        record = source.read(row)
+        if not record.clips:
+            raise DecodeError("has cached latents and no pixels")
+        return (*_scores(record), True)
+    except (DecodeError, CorruptShard):
+        return float("nan"), float("nan"), [0] * len(_HASHED), False
+
+
+def _scores(record: Record) -> tuple[float, float, list[int]]:
+    """Motion, sharpness and hashes, with the frames decoded once."""
+    places = [min(int(part * record.frames), record.frames - 1) for part in _HASHED]
+    moves = record.frames > 1 and record.frames_per_second > 0
+    pairs = np.unique(np.linspace(0, record.frames - 2, _PAIRS).astype(int)).tolist() if moves else []
+    wanted = sorted({*places, *pairs, *(frame + 1 for frame in pairs)})
+    frames = dict(zip(wanted, decode_window(record.clips[0], wanted), strict=True))
+    moved = motion([frames[n] for pair in pairs for n in (pair, pair + 1)], 1 / max(record.frames_per_second, 1e-6))
+    shown = [frames[place] for place in places]
+    return moved, sharpness(shown), [perceptual_hash(frame) for frame in shown]
+
+
+def _gray(frame: np.ndarray, side: int) -> np.ndarray:
+    gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    scale = side / min(gray.shape)
+    size = max(1, round(gray.shape[1] * scale)), max(1, round(gray.shape[0] * scale))
+    return cv2.resize(gray, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+@functools.lru_cache(maxsize=1)
+def _source(folder: str, split: str) -> Source:
+    return open_source(folder, split)
+
+
+def _file(folder: Path, start: int) -> Path:
+    return folder / f"{start:010d}.npz"
