@@ -11,7 +11,7 @@ from PIL import Image
 
 from jvgen.cli.main import main
 from jvgen.data.builders import scores
-from jvgen.data.builders.scores import MOST_BITS, near_duplicates, perceptual_hash, score
+from jvgen.data.builders.scores import MAX_BITS, near_duplicates, perceptual_hash, score
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import open_source
 from jvgen.data.store.statistics import distributions, of_numbers, of_texts
@@ -120,7 +120,7 @@ def test_near_duplicates_are_found_as_by_comparing_all() -> None:
     root = np.arange(300)
     for row in range(300):
         for other in range(row):
-            if readable[row] and readable[other] and np.bitwise_count(hashes[row] ^ hashes[other]).sum() <= MOST_BITS:
+            if readable[row] and readable[other] and np.bitwise_count(hashes[row] ^ hashes[other]).sum() <= MAX_BITS:
                 root[row] = min(root[row], root[other])
     found = near_duplicates(hashes, readable)
     assert np.mean((found >= 0) == (root != np.arange(300))) > 0.99

@@ -28,7 +28,7 @@ _HASHED = (1 / 6, 1 / 2, 5 / 6)  # parts of a clip whose frames are hashed
 _BITS = 64  # of the hash of a frame
 _BAND = 16  # bits; hashes that differ in fewer bits than there are bands have a band in common
 # Clips are near-duplicates if their hashes differ in at most this many bits, as re-encoded and resized copies do.
-MOST_BITS = len(_HASHED) * _BITS // _BAND - 1
+MAX_BITS = len(_HASHED) * _BITS // _BAND - 1
 _CHUNK = 256  # records that are scored, and kept on disk, at a time
 
 
@@ -147,7 +147,7 @@ def near_duplicates(hashes: np.ndarray, readable: np.ndarray) -> np.ndarray:
         borders = np.flatnonzero(np.diff(values)) + 1
         for group in np.split(order, borders):
             while len(group) > 1:
-                near = np.bitwise_count(hashes[group[1:]] ^ hashes[group[0]]).sum(1) <= MOST_BITS
+                near = np.bitwise_count(hashes[group[1:]] ^ hashes[group[0]]).sum(1) <= MAX_BITS
                 first[group[1:][near]] = np.minimum(first[group[1:][near]], group[0])
                 group = group[1:][~near]
     while True:

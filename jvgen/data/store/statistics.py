@@ -10,7 +10,7 @@ from jvgen.data.store.records import KINDS
 from jvgen.data.store.strings import Strings, Text
 
 BINS = 40
-MOST_VALUES = 12  # of a text column that are shown
+MAX_VALUES = 12  # of a text column that are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def of_texts(name: str, column: Text) -> Distribution:
     """Counts of texts; those beyond the most frequent ones are counted together."""
     counts = column.counts()
     missing = counts.pop("", 0)
-    shown = dict(list(counts.items())[:MOST_VALUES])
+    shown = dict(list(counts.items())[:MAX_VALUES])
     others = sum(counts.values()) - sum(shown.values())
     if others:
         shown[f"{len(counts) - len(shown)} others"] = others
