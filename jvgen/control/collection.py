@@ -61,7 +61,6 @@ class EnvironmentSpec:
       low, high: bounds of an action, one number per component; None if its actions are not a box of one dimension.
       actions: its action space, as text.
       action_repeat: simulator steps per action.
-      camera: what frames are seen through, where the environment has a name for it.
       has_expert: it has `expert_action()`.
     """
 
@@ -71,7 +70,6 @@ class EnvironmentSpec:
     high: tuple[float, ...] | None
     actions: str
     action_repeat: int
-    camera: str | None
     has_expert: bool
 
 
@@ -363,7 +361,6 @@ def _described(environment: Any) -> EnvironmentSpec:
         high=tuple(map(float, bounds[1])) if box else None,
         actions=str(space),
         action_repeat=int(getattr(environment, "action_repeat", 1)),
-        camera=getattr(environment, "camera", None),
         has_expert=hasattr(environment, "expert_action"),
     )
 

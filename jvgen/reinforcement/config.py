@@ -203,7 +203,7 @@ class ReinforcementConfig(TaskConfig):
 
     def check_data(self, data: DataConfig) -> None:
         """Start the environment once in a process of its own, and compare it with the configuration."""
-        from jvgen.reinforcement.experience import check_data, described
+        from jvgen.reinforcement.experience import check_data, described, environment_maker
 
         check_data(data)
         spec = described(self, data.sources[0])
@@ -212,7 +212,7 @@ class ReinforcementConfig(TaskConfig):
             from jvgen.reinforcement.pretrained import check_trained_on
 
             if not self.imagination.accept_other_data:
-                check_trained_on(self.imagination.pretrained, data.sources[0].path, spec)
+                check_trained_on(self.imagination.pretrained, environment_maker(self, data, "train")())
 
     def check_environment(self, name: str, spec: EnvironmentSpec) -> None:
         """Raise `ConfigError` for an environment in which this agent cannot act."""

@@ -7,9 +7,7 @@ import numpy as np
 
 from jvgen import nested
 from jvgen.config import Config, ConfigError
-from jvgen.control.collection import EnvironmentSpec
-from jvgen.control.environments import METAWORLD
-from jvgen.data.store.sources import read_metadata
+from jvgen.control.world_data import unlike
 from jvgen.interop.from_torch import import_folder
 from jvgen.nn.network import Parameters
 from jvgen.reinforcement.config import ImaginationConfig
@@ -86,64 +84,19 @@ def trained_experiment(folder: Path) -> Experiment:
     return experiment
 
 
-def check_trained_on(model: str | Path, name: str, spec: EnvironmentSpec) -> bool:
-    """Compare the recordings that a world model was trained on with an environment.
+def check_trained_on(model: str | Path, environment: Any) -> None:
+    """Raise `ConfigError` where a run was trained on recordings that are not of this environment.
 
-    Only runs whose data sets are still there, and are recordings of environments (`jvgen data build environment`), say
-    what they are of.
-
-    Args:
-      model: run directory or export.
-      name: of the environment, as `jvgen.control.environments.open_environment` takes it.
-      spec: what it shows and takes.
-
-    Returns:
-      Whether anything could be compared.
-
-    Raises:
-      ConfigError: recordings through another camera, of other frames, or with actions of another scale.
+    Exports do not say what they were trained on: nothing is compared.
     """
     folder = as_path(model)
     if not (split_checkpoint(folder)[0] / "checkpoints").is_dir():
-        return False
-    experiment, compared = trained_experiment(folder), False
-    for source in experiment.data.sources:
-        try:
-            metadata = read_metadata(source.path)
-        except (OSError, ValueError):
-            continue
-        if metadata.get("origin") == "environment":
-            compared = True
-            _check_recorded(f"{model} was trained on {source.path}", metadata, name, spec)
-    return compared
-
-
-def _check_recorded(what: str, metadata: dict[str, Any], name: str, spec: EnvironmentSpec) -> None:
-    recorded = metadata["options"]["name"]
-    about = metadata.get("environment", {})
-    fix = "Use a model of this environment's recordings; to use it anyway, set imagination.accept_other_data = true."
-    camera = about.get("camera", _camera(recorded))
-    if camera is not None and spec.camera is not None and camera != spec.camera:
-        raise ConfigError(f"{what}, seen through camera {camera}, but {name} is seen through {spec.camera}. {fix}")
-    for bound in ("low", "high"):
-        found, own = about.get(bound), getattr(spec, bound)
-        if found is not None and own is not None and not np.array_equal(np.float32(found), np.float32(own)):
-            raise ConfigError(
-                f"{what}, whose actions have the bounds {bound} = {found}, but those of {name} are {list(own)}: the "
-                f"same numbers would mean other actions. {fix}"
-            )
-    repeat = about.get("action_repeat")
-    if repeat is not None and repeat != spec.action_repeat:
+        return
+    fault = unlike(trained_experiment(folder).data, environment)
+    if fault is not None:
         raise ConfigError(
-            f"{what}, where an action is taken {repeat} times, but in {name} {spec.action_repeat} times: the same "
-            f"action would do more or less. {fix}"
+            f"imagination.pretrained = {folder}: {fault} (imagination.accept_other_data=true accepts it.)"
         )
-
-
-def _camera(name: str) -> str | None:
-    """Of an environment's name, for recordings that do not say it."""
-    kind, _, rest = name.partition(":")
-    return (rest.partition(":")[2] or "corner") if kind == METAWORLD else None
 
 
 def _check_same(name: str, found: Config, wanted: Config, folder: Path) -> None:

@@ -36,6 +36,8 @@ class ReinforcementTask(Task):
     are saved where an optimizer's are.
     """
 
+    program_per_activity = True
+
     def __init__(self, config: ReinforcementConfig):
         self.config, self.world = config, config.imagination
         self.agent = DrQV2(config.agent, (config.resolution, config.resolution, 3), config.action_width)

@@ -79,17 +79,7 @@ def record_environment(
         jobs,
         functools.partial(record_episode, name, config, seed),
         description=f"Episodes of {name}, recorded by jvgen.",
-        metadata={
-            "origin": "environment",
-            "options": {"name": name, "seed": seed, **dataclasses.asdict(config)},
-            # What a world model of these recordings can be used for.
-            "environment": {
-                "camera": getattr(environment, "camera", None),
-                "low": environment.action_space.low.tolist(),
-                "high": environment.action_space.high.tolist(),
-                "action_repeat": getattr(environment, "action_repeat", 1),
-            },
-        },
+        metadata={"origin": "environment", "options": {"name": name, "seed": seed, **dataclasses.asdict(config)}},
         workers=workers,
         processes=workers > 1,
         overwrite=overwrite,

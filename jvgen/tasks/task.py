@@ -172,8 +172,8 @@ class Objective:
         """Whether it is active in every step."""
         return self.update_schedule[1] == 1 and not self.start_step
 
-    def active(self, step: jax.Array) -> jax.Array:
-        """Whether it is active in a step (int32 scalar), a boolean scalar."""
+    def active(self, step: jax.Array | int) -> jax.Array | bool:
+        """Whether it is active in a step (int32 scalar, or a number): a boolean scalar."""
         index, period = self.update_schedule
         return (step >= self.start_step) & ((step % period == index) | (step < self.every_step_before))
 
@@ -233,6 +233,7 @@ class Task(abc.ABC):
       networks: trained networks by name; the parameter tree is `{name: network parameters}`.
       network_configs: the configuration of each trained network, by the same names, for export.
       frozen_networks: networks that are not trained (a VAE, a text encoder), kept out of checkpoints and optimizers.
+      program_per_activity: on CPUs, compile a training step for each set of objectives that are active together.
       float32_networks: names of frozen networks that stay float32 for any compute dtype.
       backward_passes: FLOPs of the backward pass of trained networks, in forward passes: 2, or 1 where kernels have no
         gradients (a LoRA).
@@ -242,6 +243,7 @@ class Task(abc.ABC):
     network_configs: dict[str, Config]
     frozen_networks: dict[str, Network]
     float32_networks: frozenset[str] = frozenset()
+    program_per_activity: bool = False
     backward_passes: int = 2
 
     def init(self, key: jax.Array) -> Parameters:

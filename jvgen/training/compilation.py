@@ -36,6 +36,8 @@ MIN_COMPILE_SECONDS = 0.1
 MAX_THREADS = 16
 # Seconds between two looks at `while_waiting` while programs are compiled.
 POLL_SECONDS = 0.2
+# Steps whose sets of active objectives are looked at (`Program.active_in`).
+LOOK_AHEAD = 5000
 _VERIFIED = "verified"
 
 
@@ -181,8 +183,8 @@ class Programs:
         self._jit = not jax.config.jax_disable_jit
         # Programs share most kinds of calls: each is logged once.
         self._kernels = KernelReport(lambda line: log(f"kernels: {line}"))
-        # Jobs of training steps by the shapes of their batches.
-        self._by_shapes: dict[str, _Job] = {}
+        # Jobs of training steps by the shapes of their batches and the objectives that are active.
+        self._by_shapes: dict[tuple[str, tuple[str, ...] | None], _Job] = {}
         self._evaluations: dict[tuple[str, BucketConfig], _Job] = {}
         self._background: list[_Job] = []
         self._start = time.perf_counter()
@@ -201,7 +203,7 @@ class Programs:
             return
         # Of other steps than those that were started, if the latest checkpoint turned out to be corrupt.
         _start_threads(self._new_jobs(start_step))
-        current = [self._job(bucket) for bucket in self._buckets if _is_active(bucket, start_step)]
+        current = [self._job(bucket, start_step) for bucket in self._buckets if _is_active(bucket, start_step)]
         current = [*dict.fromkeys(current), *self._evaluations.values()]
         for job in current:
             self._result(job)
@@ -217,13 +219,13 @@ class Programs:
             self._log(f"compiling {len(self._background)} steps of later stages while training")
             _start_threads(self._background, 1)
 
-    def step(self, bucket: BucketConfig) -> Step:
+    def step(self, bucket: BucketConfig, step: int) -> Step:
         """The training step of a bucket; waits for it if it is still being compiled.
 
         Raises:
           Exception: what its compilation raised.
         """
-        return self._result(self._job(bucket)) if self._jit else self._program.step(bucket)
+        return self._result(self._job(bucket, step)) if self._jit else self._program.step(bucket)
 
     def evaluation(self, method: str, bucket: BucketConfig) -> Callable[..., Any]:
         """A method of the task ("evaluate", "visualize") for batches of a bucket, see `Program.evaluation`."""
@@ -238,17 +240,25 @@ class Programs:
                 self._log_job(job)
         self._background = [job for job in self._background if not job.logged]
 
-    def _job(self, bucket: BucketConfig) -> _Job:
-        return self._by_shapes[_shapes(self._program, bucket)]
+    def _job(self, bucket: BucketConfig, step: int) -> _Job:
+        key = (_shapes(self._program, bucket), self._program.active_in(step))
+        if key not in self._by_shapes:
+            _start_threads(self._new_jobs(step))
+        return self._by_shapes[key]
 
     def _new_jobs(self, step: int) -> list[_Job]:
         """Jobs for the buckets that are active at a step, without those that exist."""
         new = []
         for bucket in self._buckets:
-            shapes = _shapes(self._program, bucket)
-            if _is_active(bucket, step) and shapes not in self._by_shapes:
-                self._by_shapes[shapes] = _step_job(self._program, bucket, self._flops[bucket])
-                new.append(self._by_shapes[shapes])
+            if not _is_active(bucket, step):
+                continue
+            # The first is that of the step itself; the others are needed soon.
+            sets = dict.fromkeys(self._program.active_in(later) for later in range(step, step + LOOK_AHEAD))
+            for only in sets:
+                key = (_shapes(self._program, bucket), only)
+                if key not in self._by_shapes:
+                    self._by_shapes[key] = _step_job(self._program, bucket, self._flops[bucket], only)
+                    new.append(self._by_shapes[key])
         return new
 
     def _result(self, job: _Job) -> Any:
@@ -280,14 +290,17 @@ def _is_active(bucket: BucketConfig, step: int) -> bool:
     return bucket.start_step <= step and (bucket.end_step is None or bucket.end_step > step)
 
 
-def _step_job(program: Program, bucket: BucketConfig, flops: dict[str, float]) -> _Job:
+def _step_job(program: Program, bucket: BucketConfig, flops: dict[str, float], only: tuple[str, ...] | None) -> _Job:
     def report(job: _Job) -> list[str]:
         return [
             startup.memory_line(bucket, job.compiled, job.seconds, job.cached),
             startup.flops_line(bucket, flops, program.sharding.mesh.size),
         ]
 
-    return _Job(f"the step for {bucket.name} x {bucket.batch_size}", lambda: program.lower(bucket), report)
+    name = f"the step for {bucket.name} x {bucket.batch_size}"
+    if only is None:
+        return _Job(name, lambda: program.lower(bucket), report)
+    return _Job(f"{name} of {' and '.join(only) or 'nothing'}", lambda: program.lower(bucket, only), report)
 
 
 def _evaluation_job(program: Program, method: str, bucket: BucketConfig) -> _Job:

@@ -183,7 +183,7 @@ class _Loop:
         """Dispatch one training step; does not wait for it."""
         sharded = self.session.program.shard_batch(batch.arrays, batch.bucket)
         with self.session.goodput.spending(goodput.COMPILE):
-            step = self.session.programs.step(batch.bucket)
+            step = self.session.programs.step(batch.bucket, batch.step)
         self.state, metrics = step(self.state, sharded)
         return metrics
 

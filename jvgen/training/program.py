@@ -181,8 +181,22 @@ class Program:
             "and give the other devices to mesh.data."
         )
 
-    def step(self, bucket: BucketConfig) -> Step:
-        """The training step of a bucket, `(state, batch) -> (state, metrics)`: pure, and not compiled yet."""
+    def active_in(self, step: int) -> tuple[str, ...] | None:
+        """Names of the objectives that a step updates, if each set of them has a program; None if one does for all.
+
+        On CPUs convolutions are fifty times slower inside a conditional.
+        """
+        cpu = self.sharding.mesh.devices.flat[0].platform == "cpu"
+        if not (cpu and self.task.program_per_activity) or self.experiment.training.spike_sigma:
+            return None
+        return tuple(objective.name for objective in self.task.objectives() if objective.active(step))
+
+    def step(self, bucket: BucketConfig, only: tuple[str, ...] | None = None) -> Step:
+        """The training step of a bucket, `(state, batch) -> (state, metrics)`: pure, and not compiled yet.
+
+        Args:
+          only: see `active_in`.
+        """
         experiment = self.experiment
         optimizers = (experiment.optimizer, *experiment.optimizers.values())
         step = make_train_step(
@@ -193,6 +207,7 @@ class Program:
             self.sharding,
             bucket=health.bucket_key(bucket),
             stage_starts=health.stage_starts(experiment.data.buckets, optimizers),
+            only=only,
         )
         return self._with_transfers(step) if self.sharding.config.host_offload else step
 
@@ -208,9 +223,10 @@ class Program:
 
         return transferring
 
-    def lower(self, bucket: BucketConfig) -> jax.stages.Lowered:
+    def lower(self, bucket: BucketConfig, only: tuple[str, ...] | None = None) -> jax.stages.Lowered:
         """The training step for one batch shape, lowered for the devices of the mesh, with the state donated."""
-        jitted = jax.jit(self.step(bucket), out_shardings=(self.shardings, self.sharding.replicated), donate_argnums=0)
+        step, shardings = self.step(bucket, only), (self.shardings, self.sharding.replicated)
+        jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
         return jitted.lower(self.abstract_state(), self.abstract_batch(bucket))
 
     def external_inputs(self) -> tuple[jax.Array, Parameters]:

@@ -1,7 +1,7 @@
 """The training step of every task: a pure function (state, batch) -> (state, metrics)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ def make_train_step(
     *,
     bucket: str | None = None,
     stage_starts: Sequence[int] = (),
+    only: Collection[str] | None = None,
 ) -> Step:
     """Build the training step of a task.
 
@@ -53,6 +54,8 @@ def make_train_step(
       sharding: constrains activations and gradients while the step is traced; None for one device.
       bucket: key of the bucket that the step is for, see `health.bucket_key`; needed by the spike guard.
       stage_starts: steps at which the statistics of the spike guard start again.
+      only: names of the objectives that are active in the steps that this is for, known in advance; the others are left
+        out. None: the step decides.
 
     Returns:
       A pure function to trace under `jax.jit` with the state donated. Its metrics: those of the task, and "loss",
@@ -78,6 +81,8 @@ def make_train_step(
         batch = {**batch, STEP: jnp.full_like(batch["slot"], state.step)}
         for index, group in enumerate(groups):
             first, names = group[0], [objective.name for objective in group]
+            if only is not None and first.name not in only:
+                continue
             trainable = [optimizers[name].trainable for name in names]
             trained, rest = nested.split(state.parameters, lambda path, t=trainable: any(f(path) for f in t))
             group_key = jax.random.fold_in(key, index)
@@ -95,7 +100,7 @@ def make_train_step(
             def compute_gradient(trained: Parameters, loss: Any = loss) -> Any:
                 return accumulate(loss, trained, batch, training.accumulation, sharding, parameter_axes)
 
-            if first.always_active:
+            if only is not None or first.always_active:
                 (value, extra), gradient = compute_gradient(trained)
             else:
                 active = first.active(state.step)
@@ -113,11 +118,17 @@ def make_train_step(
         changed: dict[str, tuple[Parameters, Any]] = {}
         for index, objective in enumerate(own, len(groups)):
             name = objective.name
+            if only is not None and name not in only:
+                continue
             trained, _ = nested.split(state.parameters, optimizers[name].trainable)
-            new, moments, extra = _own_update(objective, trained, state.optimizer[name], state.step, batch, key, index)
+            own_key = jax.random.fold_in(key, index)
+            decided = only is not None or objective.always_active
+            new, moments, extra = _own_update(
+                objective, trained, state.optimizer[name], batch, own_key, None if decided else state.step
+            )
             changed[name] = (new, moments)
             losses[name], norms[name] = extra["loss"], jnp.zeros((), jnp.float32)
-            if not objective.always_active:
+            if not decided:
                 activity[name] = (objective.active(state.step), objective.update_schedule[1])
                 extra = _only_if_active(extra, activity[name][0])
             prefix = f"{name}/" if len(objectives) > 1 else ""
@@ -133,6 +144,9 @@ def make_train_step(
             if name in changed:
                 new, moments[name] = changed[name]
                 parameters = nested.merge(parameters, new)
+                continue
+            if only is not None and name not in only:
+                moments[name] = state.optimizer[name]
                 continue
             optimizer = optimizers[name]
             rate = optimizer.learning_rate(state.step)
@@ -201,17 +215,16 @@ def _own_update(
     objective: Objective,
     trained: Parameters,
     moments: Any,
-    step: jax.Array,
     batch: Batch,
     key: jax.Array,
-    index: int,
+    step: jax.Array | None,
 ) -> tuple[Parameters, Any, Metrics]:
-    """Parameters, state and metrics after an objective's own update; at no cost the same ones where it is inactive."""
+    """Parameters, state and metrics after an objective's own update, if it is active in `step`; None: it is."""
 
     def apply(trained: Parameters, moments: Any) -> tuple[Parameters, Any, Metrics]:
-        return objective.own.apply(trained, moments, batch, jax.random.fold_in(key, index))
+        return objective.own.apply(trained, moments, batch, key)
 
-    if objective.always_active:
+    if step is None:
         return apply(trained, moments)
     apply = jax.jit(apply)
     *_, metrics = jax.eval_shape(apply, trained, moments)

@@ -82,6 +82,7 @@ class Held:
         self._program = Program.build(experiment, make_mesh(experiment.mesh, jax.devices()[:1]))
         self.lowered, self.release = [], threading.Event()
         self.sharding, self.abstract_batch = self._program.sharding, self._program.abstract_batch
+        self.active_in = self._program.active_in
 
     def lower(self, bucket):
         self.lowered.append(bucket.frames)
@@ -115,12 +116,12 @@ def test_steps_of_later_stages_are_compiled_while_training_and_past_ones_never()
     past, now, later = experiment.data.buckets
     held, lines = Held(experiment), []
     programs = compiled(held, experiment, 5, lines.append)
-    assert programs.step(now)(jnp.float32(1)) == 3, "training starts while the later step is still being compiled"
+    assert programs.step(now, 0)(jnp.float32(1)) == 3, "training starts while the later step is still being compiled"
     assert 1 not in held.lowered and any("1 steps of later stages" in line for line in lines)
     programs.poll()
     assert not any("x4x" in line for line in lines)
     held.release.set()
-    assert programs.step(later)(jnp.float32(1)) == 5, "waits for it"
+    assert programs.step(later, 0)(jnp.float32(1)) == 5, "waits for it"
     programs.poll()
     assert sum("compiled step for 1x4x1x1" in line for line in lines) == 1
 
@@ -133,7 +134,7 @@ def test_a_later_step_that_fails_is_reported_at_once_and_raised_when_needed():
     programs.poll()
     assert lines[-1] == "ERROR: compiling the step for 1x3x1x1 x 16 failed: RuntimeError: out of memory"
     with pytest.raises(RuntimeError, match="out of memory"):
-        programs.step(experiment.data.buckets[1])
+        programs.step(experiment.data.buckets[1], 0)
     assert len([line for line in lines if "ERROR" in line]) == 1
 
 
@@ -162,7 +163,7 @@ def test_buckets_with_equal_arrays_share_a_step():
     held = Held(experiment)
     programs = compiled(held, experiment, 0, print)
     first, second = experiment.data.buckets
-    assert programs.step(first) is programs.step(second) and held.lowered == [2]
+    assert programs.step(first, 0) is programs.step(second, 0) and held.lowered == [2]
 
 
 def test_the_stage_may_turn_out_to_be_an_earlier_one():
@@ -171,5 +172,5 @@ def test_the_stage_may_turn_out_to_be_an_earlier_one():
     held = Held(experiment)
     programs = Programs(held, experiment.data.buckets, [], 7, dict.fromkeys(experiment.data.buckets, {}), print)
     programs.wait(3)
-    assert programs.step(early)(jnp.float32(1)) == 2 and programs.step(late)(jnp.float32(1)) == 3
+    assert programs.step(early, 0)(jnp.float32(1)) == 2 and programs.step(late, 0)(jnp.float32(1)) == 3
     assert sorted(held.lowered) == [1, 2], "each once"

@@ -27,7 +27,7 @@ from jvgen.tasks.task import ExperienceContext
 from tests import tiny_reinforcement as tiny
 from tests.unit.test_collection import Counting
 
-SPEC = EnvironmentSpec("Scenes", (16, 16, 3), (-1.0, -1.0), (1.0, 1.0), "Box", 2, None, True)
+SPEC = EnvironmentSpec("Scenes", (16, 16, 3), (-1.0, -1.0), (1.0, 1.0), "Box", 2, True)
 
 
 def value_of(frames: np.ndarray) -> np.ndarray:
@@ -243,25 +243,19 @@ def test_environments_that_do_not_fit(changes, message):
     tiny.task().check_environment("scenes", SPEC)
 
 
-@pytest.mark.parametrize(
-    ("about", "message"),
-    [
-        ({"camera": "topview"}, "trained on data, seen through camera topview.*corner.*accept_other_data"),
-        ({"low": [-2.0, -2.0]}, r"bounds low = \[-2.0, -2.0\], but those of"),
-        ({"action_repeat": 4}, "an action is taken 4 times, but in .* 2 times"),
-    ],
-)
-def test_a_world_model_of_other_recordings(about, message):
-    spec = EnvironmentSpec("MetaWorld", (64, 64, 3), (-1.0, -1.0), (1.0, 1.0), "Box", 2, "corner", True)
-    same = {"camera": "corner", "low": [-1.0, -1.0], "high": [1.0, 1.0], "action_repeat": 2}
-    metadata = {"options": {"name": "metaworld:reach-v3"}, "environment": same}
-    what = "run was trained on data"
-    pretrained._check_recorded(what, metadata, "metaworld:reach-v3", spec)
-    with pytest.raises(ConfigError, match=message):
-        pretrained._check_recorded(what, metadata | {"environment": same | about}, "metaworld:reach-v3", spec)
-    # Recordings of earlier versions say only what they were recorded of.
-    with pytest.raises(ConfigError, match="camera corner3"):
-        pretrained._check_recorded(what, {"options": {"name": "metaworld:reach-v3:corner3"}}, "metaworld:x", spec)
+def test_a_world_model_of_other_recordings(tmp_path, monkeypatch):
+    """What is compared is tested in test_world_data.py; here, that a run is refused and an export is not looked at."""
+    environment = types.SimpleNamespace()
+    monkeypatch.setattr(pretrained, "trained_experiment", lambda folder: types.SimpleNamespace(data=None))
+    monkeypatch.setattr(pretrained, "unlike", lambda data, environment: "trained on another camera.")
+    pretrained.check_trained_on(tmp_path, environment)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match="pretrained = .*: trained on another camera. .*accept_other_data"):
+        pretrained.check_trained_on(tmp_path, environment)
+    with pytest.raises(ConfigError, match="neither a run directory nor a folder with exported tokenizer/"):
+        config = tiny.task().imagination.replace(pretrained=str(tmp_path / "nothing"))
+        monkeypatch.undo()
+        pretrained.read_pretrained(config)
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,17 @@ def test_an_objective_may_update_itself_and_start_later():
     # The generator: in every step before the second, then in every third.
     trained = [np.isfinite(row.get("generator/loss") or np.nan) for row in compiled["good"]]
     assert trained == [True, True, False, True, False, False, True]
+    # Programs of steps that are known to update some of them alone do the same.
+    program = Program.build(experiment, single_device_mesh(), SelfTaught())
+    current = program.init()
+    for number, row in enumerate(compiled["good"][:4]):
+        only = tuple(objective.name for objective in program.task.objectives() if objective.active(number))
+        step = program.lower(shape, only).compile(compiler_options={"xla_backend_optimization_level": 0})
+        current, metrics = step(current, program.shard_batch(arrays, shape))
+        assert {name: value for name, value in row.items() if "learning_rate" not in name} == {
+            name: value for name, value in to_host(metrics).items() if "learning_rate" not in name
+        }
+        assert float(current.parameters["critic"]["value"][0]) == states["good"][number]
     # Of a step whose loss is not finite nothing stays.
     assert states["poisoned"] == [2, 2, 1, 2, 2, 3, 4] and compiled["poisoned"][4]["skipped"] == 1
     with pytest.raises(ConfigError, match=r"'critic' is not an objective of this task with an optimizer"):

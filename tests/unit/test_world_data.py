@@ -9,6 +9,7 @@ import pytest
 
 from jvgen.config import ConfigError
 from jvgen.control.scene_environment import SceneEnvironment
+from jvgen.control.world_data import unlike
 from jvgen.data.builders.robot_episodes import EpisodeOptions, build_robot_episodes
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
@@ -16,7 +17,7 @@ from jvgen.data.store.sources import METADATA
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.runs import world_data
 from jvgen.runs.planning import check_rewards
-from jvgen.runs.world_data import check_trained_on, unlike
+from jvgen.runs.world_data import check_trained_on
 from tests.unit.test_world_model import TRANSFORMER
 
 SMALL = SceneConfig(
