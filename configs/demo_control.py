@@ -5,10 +5,10 @@
 Variants: DrQ-v2 "alone"; also in a world model that starts "from_scratch"; or from a "pretrained" one. The best policy
 is known: straight to the goal, a return of 1 less what is left of the way, success in every episode.
 
-Should reach: see docs/control.md, which has curves of all three.
+Should reach: see docs/reinforcement.md.
 Chips: a CPU with 2 cores.
-Memory: 2 GiB of the process (measured).
-Time: minutes (measured; docs/control.md).
+Memory: 1 GiB of the process "alone", 3 GiB with a world model (measured).
+Time: 10 minutes for "alone" on a busy machine (measured); not measured for the others.
 Data: `jvgen data build scenes --out runs/control/scenes --seed 1 --train 8 --validation 8 --set frames=16 --set
 height=32 --set width=32 --set driven=1.0 --set kinds.image=0 --set kinds.static=0 --set objects=1,1 --set colors=red
 --set shapes=cube --set background=plain`. For "pretrained" a world model of other scenes of this kind, exported to
