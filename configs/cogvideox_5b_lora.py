@@ -3,7 +3,7 @@
     jvgen train configs/cogvideox_5b_lora.py:VARIANT --workdir runs/lora
 
 Should reach: what the clips have in common, a style or a subject, after a few thousand steps.
-Chips: 8 of v5e, one clip per 4 chips; of 1.5, 16 of v5p, one clip per 8 chips.
+Chips: 8 of v5e (`v5e:2x4`), one clip per 4 chips; of 1.5, 16 of v5p (`v5p:2x2x4`), one clip per 8 chips.
 Memory: not compiled yet.
 Time: not known; a step has two thirds of the FLOPs of one that trains all weights (estimated).
 Data: that of `cogvideox_5b.py` or `cogvideox1_5_5b.py`, and the published pipeline, such as weights/CogVideoX-5b.
