@@ -42,7 +42,7 @@ ASSUMED = (
 )
 UNKNOWN = (
     "waiting for memory inside kernels, gaps between operations, contention of links, clock under load, input and "
-    "host: seconds are a lower bound, ratios of two estimates say more"
+    "host; ratios of two estimates say more than either"
 )
 
 
