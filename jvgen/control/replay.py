@@ -16,6 +16,8 @@ from jaxtyping import Float, UInt8
 HEADER = "replay.json"
 FORMAT = 1
 TRIES = 8
+# In `places`: a row that was never written.
+NO_EPISODE = -1
 
 
 class Transitions(NamedTuple):
@@ -104,6 +106,7 @@ class ReplayRing:
         # The number of each row's episode, and its place in it, negative in its history.
         self._places = self._map("places", np.int64, (2,), mode)
         if not known:
+            self._places[:] = NO_EPISODE
             # Last: without it the files are no replay.
             file.write_text(json.dumps(header))
         self.rows_added = self._committed = self._committed_before = 0
@@ -181,9 +184,17 @@ class ReplayRing:
         Raises:
           ValueError: the files do not hold them.
         """
-        newest = (rows_added - 1) % self.size
-        if rows_added < 0 or (rows_added and self._places[newest, 0] < 0):
-            raise ValueError(f"rows_added = {rows_added}: not a number that `commit` returned.")
+        newest, oldest = (rows_added - 1) % self.size, max(0, rows_added - self.capacity) % self.size
+        if rows_added < 0 or (rows_added and self._places[newest, 0] == NO_EPISODE):
+            raise ValueError(
+                f"{self.folder}: does not hold the {rows_added} rows of the checkpoint; bring back the folder that "
+                "the run wrote, or start a new run."
+            )
+        if rows_added and tuple(self._places[oldest]) > tuple(self._places[newest]):
+            raise ValueError(
+                f"{self.folder}: some of the {rows_added} rows of the checkpoint were overwritten by later ones; only "
+                "the two latest checkpoints can be resumed from."
+            )
         self.rows_added = self._committed = self._committed_before = rows_added
         self._episode = int(self._places[newest, 0]) if rows_added else -1
 

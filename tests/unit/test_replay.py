@@ -86,6 +86,23 @@ def test_a_killed_run_draws_what_it_would_have_drawn(tmp_path) -> None:
     assert resumed.rows_added == saved + 5 and len(resumed) == 20
 
 
+def test_rows_that_are_not_there_any_more_are_refused(tmp_path) -> None:
+    """A folder that was lost is made anew, and holds nothing; rows of an old checkpoint may have been overwritten."""
+    with pytest.raises(ValueError, match="does not hold the 5 rows"):
+        ReplayRing(tmp_path / "lost", SPEC, capacity=20, reserve=12).rewind(5)
+    ring = ReplayRing(tmp_path / "kept", SPEC, capacity=20, reserve=12)
+    saved = []
+    for number in range(8):
+        fill(ring, [4], 5 * number)
+        saved.append(ring.commit())
+    with pytest.raises(ValueError, match="some of the 25 rows .* were overwritten"):
+        ring.rewind(saved[4])
+    for rows in saved[-2:]:
+        again = ReplayRing(tmp_path / "kept", SPEC, capacity=20, reserve=12)
+        again.rewind(rows)
+        assert again.rows_added == rows
+
+
 def test_segments_equal_brute_force(tmp_path) -> None:
     """Each frame with the action taken at it and its reward, which are those of the next row; none at the end."""
     ring = ReplayRing(tmp_path, SPEC, capacity=30, reserve=40)
