@@ -9,6 +9,7 @@ from jvgen import nested
 from jvgen.config import Config, ConfigError
 from jvgen.control.world_data import unlike
 from jvgen.interop.from_torch import import_folder
+from jvgen.models.ivideogpt.torch_map import TRANSFORMER_FIELDS, adapt_transformer
 from jvgen.nn.network import Parameters
 from jvgen.reinforcement.config import ImaginationConfig
 from jvgen.storage import Path, as_path
@@ -20,14 +21,9 @@ from jvgen.training.experiment import Experiment
 
 # What may differ between the pretrained networks and those of the run: not the shapes of what is taken.
 FREE = {
-    "tokenizer": {"dropout", "commitment", "remat"},
-    "transformer": {
-        "action_width", "reward", "action_reconstruction", "attention_dropout", "max_positions", "remat", "unroll",
-        "action_everywhere",
-    },
-}  # fmt: skip
-# Parts of the transformer that a pretrained one may lack: they are initialized randomly.
-HEADS = ("action", "reward", "action_reconstruction")
+    "tokenizer": frozenset({"dropout", "commitment", "remat"}),
+    "transformer": frozenset(TRANSFORMER_FIELDS) - {"tokens_per_frame"},
+}
 
 
 def read_pretrained(config: ImaginationConfig, *, check_only: bool = False) -> Parameters:
@@ -57,9 +53,11 @@ def read_pretrained(config: ImaginationConfig, *, check_only: bool = False) -> P
         _, _, trained, _ = load_for_inference(folder)
         tokenizer = import_folder(experiment.task.tokenizer_weights)[1]
         parameters = {"tokenizer": tokenizer, "transformer": jax.device_get(trained["transformer"])}
+    # Without heads that the run lacks or has in another shape: those are initialized randomly.
+    transformer = adapt_transformer(parameters["transformer"], found["transformer"][0], config.transformer)
     return {
         "tokenizer": parameters["tokenizer"],
-        "transformer": _without_other_heads(config, parameters["transformer"]),
+        "transformer": nested.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), transformer),
     }
 
 
@@ -102,27 +100,16 @@ def check_trained_on(model: str | Path, environment: Any) -> None:
 def _check_same(name: str, found: Config, wanted: Config, folder: Path) -> None:
     if type(found) is not type(wanted):
         raise ConfigError(f"{folder}: its {name} is a {type(found).__name__}, not that of iVideoGPT.")
+    free = FREE[name]
+    if name == "transformer" and found.action_width == wanted.action_width:
+        # Its action embedding is taken, which says how it is used.
+        free = free - {"action_everywhere"}
     differences = [
         f"{field} = {getattr(found, field)}, the run's is {getattr(wanted, field)}"
         for field in type(wanted).__dataclass_fields__
-        if field not in FREE[name] and getattr(found, field) != getattr(wanted, field)
+        if field not in free and getattr(found, field) != getattr(wanted, field)
     ]
     if differences:
         raise ConfigError(
             f"imagination.pretrained = {folder}: its {name} has {'; '.join(differences)}. Set imagination.{name} so."
         )
-
-
-def _without_other_heads(config: ImaginationConfig, parameters: Parameters) -> Parameters:
-    """The parameters without heads that the run lacks or has in another shape."""
-    heads = {head for head in HEADS if head in parameters}
-    width = config.transformer.action_width
-    for head in ("action", "action_reconstruction"):
-        if head in heads and width not in np.shape(parameters[head]["kernel"]):
-            heads.discard(head)
-    if not config.transformer.reward:
-        heads.discard("reward")
-    if not config.transformer.action_reconstruction:
-        heads.discard("action_reconstruction")
-    kept = {name: tree for name, tree in parameters.items() if name not in HEADS or name in heads}
-    return nested.map_with_path(lambda _, leaf: np.asarray(leaf, np.float32), kept)
