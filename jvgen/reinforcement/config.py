@@ -1,5 +1,6 @@
 """What a run of reinforcement learning is: the agent, the world model it is trained in, the schedule of both."""
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +62,7 @@ class ImaginationConfig(Config):
         `transformer/`, to start from; none starts from random weights. Action and reward heads that it lacks are new.
       accept_other_data: start from it even though its recordings were of another camera or environment.
       perceptual, perceptual_weight: distance in the tokenizer's loss.
-      restart: of the tokenizer's dead codes; the published code never does.
+      restart: of the tokenizer's dead codes, its steps being updates of the tokenizer; the published code never does.
       reward_weight: of the squared error of rewards (in symlog).
       fit_steps: training steps before the agent acts: each updates tokenizer and transformer once.
       transformer_every, tokenizer_every: one update in this many steps of the agent.
@@ -212,7 +213,8 @@ class ReinforcementConfig(TaskConfig):
             from jvgen.reinforcement.pretrained import check_trained_on
 
             if not self.imagination.accept_other_data:
-                check_trained_on(self.imagination.pretrained, environment_maker(self, data, "train")())
+                with contextlib.closing(environment_maker(self, data, "train")()) as environment:
+                    check_trained_on(self.imagination.pretrained, environment)
 
     def check_environment(self, name: str, spec: EnvironmentSpec) -> None:
         """Raise `ConfigError` for an environment in which this agent cannot act."""

@@ -118,10 +118,11 @@ class Experience:
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raise `ValueError` for a checkpoint of a run in another environment."""
-        if saved["manifest"] != self._document["manifest"]:
+        before, now = ((one["manifest"], one["plan"]) for one in (saved, self._document))
+        if before != now:
             raise ValueError(
-                f"data.sources: the checkpoint's run acted in {saved['manifest']}, this one acts in "
-                f"{self._document['manifest']}; use another run directory."
+                f"data.sources: the checkpoint's run acted in {' '.join(before)}, this one acts in {' '.join(now)}; "
+                "use another run directory."
             )
 
     def resume(self, saved: dict[str, Any]) -> None:
@@ -350,8 +351,9 @@ class Experience:
         for first in range(0, len(seeds), size):
             if stop():
                 return None
-            with watching(f"episodes {first + 1} to {first + size} of the evaluation"):
-                episodes += self._evaluation.collect(self._best_actions, seeds[first : first + size])
+            some = seeds[first : first + size]
+            with watching(f"episodes {first + 1} to {first + len(some)} of the evaluation"):
+                episodes += self._evaluation.collect(self._best_actions, some)
         return {
             "return": float(np.mean([episode.rewards.sum() for episode in episodes])),
             "success": float(np.mean([episode.success for episode in episodes])),

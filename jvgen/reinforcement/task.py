@@ -165,17 +165,23 @@ class ReinforcementTask(Task):
     def after_update(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, step: jax.Array
     ) -> Parameters:
-        """Restarts of the tokenizer's dead codes."""
+        """Restarts of the tokenizer's dead codes, `restart.every` of its updates apart."""
         if self.world is None or not self.world.restart.every:
             return parameters
         given = {"video": batch[SHORT_VIDEO], "slot": batch["slot"]}
         # In steps that do not train the tokenizer there are no clips.
         active = next(objective for objective in self.objectives() if objective.name == TOKENIZER).active(step)
+        updates = self.tokenizer_updates(step)
 
         def restarted() -> Parameters:
-            return self.tokenizer.after_update(parameters, frozen, given, key, step)
+            return self.tokenizer.after_update(parameters, frozen, given, key, updates)
 
         return jax.lax.cond(active, restarted, lambda: parameters)
+
+    def tokenizer_updates(self, step: jax.Array) -> jax.Array:
+        """Updates of the tokenizer before a step."""
+        fit, every = self.config.fit_steps, self.world.tokenizer_every
+        return jnp.where(step < fit, step, fit + (jnp.maximum(step - fit, 0) + every - 1) // every)
 
     # The agent.
 

@@ -151,6 +151,11 @@ def _prepare(
     clip_model: Path | None,
 ) -> _Prepared:
     task = experiment.task
+    if task.collects_experience:
+        raise ConfigError(
+            f"{type(task).__name__}: is evaluated in its environment while it trains; see evaluation.jsonl in the run "
+            "directory."
+        )
     if batches < 1:
         raise ConfigError(f"--batches {batches}: average over at least one batch.")
     if sampling.samples < 0 or sampling.batch < 1:

@@ -187,8 +187,9 @@ def test_what_a_checkpoint_holds_is_what_the_next_start_goes_on_from(tmp_path, m
     again.check_state(saved)
     again.resume(saved)
     assert again.real.rows_added == 14 and again.environment_steps == 40 and again.state(9) == saved
-    with pytest.raises(ValueError, match="acted in elsewhere, this one acts in nowhere"):
-        again.check_state(saved | {"manifest": "elsewhere"})
+    for changes, other in (({"manifest": "elsewhere"}, "elsewhere train"), ({"plan": "test"}, "nowhere test")):
+        with pytest.raises(ValueError, match=f"acted in {other}, this one acts in nowhere train"):
+            again.check_state(saved | changes)
 
 
 def test_an_episode_goes_on_where_it_was_left(tmp_path):
@@ -256,6 +257,32 @@ def test_a_world_model_of_other_recordings(tmp_path, monkeypatch):
         config = tiny.task().imagination.replace(pretrained=str(tmp_path / "nothing"))
         monkeypatch.undo()
         pretrained.read_pretrained(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        # The network that has no actions learns them anew, wherever they are used.
+        ({"action_width": 0}, None),
+        ({"action_width": 3, "action_everywhere": True}, None),
+        ({"action_everywhere": True}, "its transformer has action_everywhere = True, the run's is False"),
+        ({"layers": 2}, "its transformer has layers = 2, the run's is 1"),
+    ],
+)
+def test_a_pretrained_transformer_is_used_as_it_was_trained(changes, message, tmp_path):
+    found = tiny.TRANSFORMER.replace(**changes)
+    with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        pretrained._check_same("transformer", found, tiny.TRANSFORMER, tmp_path)
+
+
+def test_restarts_count_updates_of_the_tokenizer():
+    """It is updated in steps 0 and 1, then in every fourth: 2, 6, 10."""
+    task = tiny.task().build()
+    (tokenizer,) = [objective for objective in task.objectives() if objective.name == "tokenizer"]
+    steps = range(20)
+    before = [sum(bool(tokenizer.active(earlier)) for earlier in range(step)) for step in steps]
+    assert [int(task.tokenizer_updates(jnp.int32(step))) for step in steps] == before
 
 
 @pytest.mark.parametrize(
