@@ -72,7 +72,7 @@ def read(module: Module, folder: str | Path) -> dict[str, Kernel]:
 
     Args:
       module: the program.
-      folder: where libtpu has written its files, see `jvgen.parallel.libtpu.dumping`.
+      folder: where libtpu has written its files, see `jvgen.parallel.libtpu.writing_bundles`.
     """
     calls = {}
     for inside in module.computations.values():

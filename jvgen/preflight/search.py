@@ -101,8 +101,11 @@ def search(
       on_found: called after every compilation.
 
     Raises:
-      ConfigError: the topology is unknown, libtpu is missing, or no candidate fits.
+      ConfigError: unknown topology, libtpu is missing, no candidate fits, or another mesh axis than `fsdp` is -1.
     """
+    for axis in ("data", "tensor"):
+        if getattr(experiment.mesh, axis) == -1:
+            raise ConfigError(f"mesh.{axis} = -1: a search gives the remaining devices to fsdp; set mesh.{axis} to 1.")
     pod = topology.describe(topology_name, slices)
     bucket = experiment.data.buckets[0]
     experiment = experiment.replace(data=experiment.data.replace(buckets=(bucket,)))
@@ -183,9 +186,11 @@ def _program(experiment: Experiment, topology_name: str, slices: int) -> Program
 def stored_bytes(program: Program, bucket: BucketConfig) -> int:
     """Bytes over all devices that the traced forward pass of the first objective hands to its backward pass.
 
-    Without parameters and batch. One microbatch is traced as if it were the whole batch.
+    Without parameters and batch; 0 for a task without losses. One microbatch is traced as if it were the whole batch.
     """
-    objective = program.task.objectives()[0]
+    objective = next((one for one in program.task.objectives() if one.loss is not None), None)
+    if objective is None:
+        return 0
     frozen, batch, key = program.abstract.frozen, program.abstract_batch(bucket), program.abstract.key
     batch = {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in batch.items()}
 

@@ -55,6 +55,12 @@ class Report:
     problem: str = ""
 
 
+def test_only_fsdp_takes_the_remaining_devices(experiment):
+    changed = experiment.replace(mesh=experiment.mesh.replace(data=-1, fsdp=1))
+    with pytest.raises(ConfigError, match="mesh.data = -1: .* set mesh.data to 1"):
+        search.search(changed, "v5e:2x4")
+
+
 def test_stored_bytes_are_those_of_the_policy(experiment):
     (bucket,) = experiment.data.buckets
     program = Program.build(experiment, single_device_mesh())
