@@ -249,11 +249,12 @@ class Programs:
     def _new_jobs(self, step: int) -> list[_Job]:
         """Jobs for the buckets that are active at a step, without those that exist."""
         new = []
+        # The first is that of the step itself; the others are needed soon, unless the run ends before.
+        end = max(step + 1, min(step + LOOK_AHEAD, self._program.experiment.training.steps))
+        sets = dict.fromkeys(self._program.active_in(later) for later in range(step, end))
         for bucket in self._buckets:
             if not _is_active(bucket, step):
                 continue
-            # The first is that of the step itself; the others are needed soon.
-            sets = dict.fromkeys(self._program.active_in(later) for later in range(step, step + LOOK_AHEAD))
             for only in sets:
                 key = (_shapes(self._program, bucket), only)
                 if key not in self._by_shapes:

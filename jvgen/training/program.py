@@ -261,6 +261,9 @@ class Program:
         given = nested.flatten(self.task.initial_parameters())
         if not given:
             return fresh
+        shapes = {path: leaf.shape for path, leaf in nested.flatten(fresh.parameters).items()}
+        for path, value in given.items():
+            assert shapes.get(path) == np.shape(value), f"{path}: {np.shape(value)}, the run's is {shapes.get(path)}"
         shardings = nested.flatten(self.shardings.parameters)
 
         def place(path: str, value: jax.Array) -> jax.Array:

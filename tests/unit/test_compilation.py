@@ -79,6 +79,7 @@ class Held:
     """Stands for `Program`: counts what is lowered; the bucket of four frames waits for `release`, that of 3 fails."""
 
     def __init__(self, experiment):
+        self.experiment = experiment
         self._program = Program.build(experiment, make_mesh(experiment.mesh, jax.devices()[:1]))
         self.lowered, self.release = [], threading.Event()
         self.sharding, self.abstract_batch = self._program.sharding, self._program.abstract_batch
