@@ -233,7 +233,8 @@ class Task(abc.ABC):
       networks: trained networks by name; the parameter tree is `{name: network parameters}`.
       network_configs: the configuration of each trained network, by the same names, for export.
       frozen_networks: networks that are not trained (a VAE, a text encoder), kept out of checkpoints and optimizers.
-      program_per_activity: on CPUs, compile a training step for each set of objectives that are active together.
+      program_per_activity: on CPUs, compile a training step for each set of objectives that are active together:
+        convolutions are about fifty times slower there in a branch of one program for all.
       float32_networks: names of frozen networks that stay float32 for any compute dtype.
       backward_passes: FLOPs of the backward pass of trained networks, in forward passes: 2, or 1 where kernels have no
         gradients (a LoRA).
@@ -274,7 +275,7 @@ class Task(abc.ABC):
 
     def experience(self, context: "ExperienceContext") -> Any:
         """The source of batches of a task that acts in an environment while it trains, with the interface of
-        `jvgen.control.experience.Experience`; None for tasks that are trained on data sets."""
+        `jvgen.reinforcement.experience.Experience`; None for tasks that are trained on data sets."""
         return None
 
     def initial_parameters(self) -> Parameters:

@@ -236,7 +236,11 @@ def _own_update(
 
 
 def _if_active(active: jax.Array, compute: Callable[[Parameters], Any], trained: Parameters) -> Any:
-    """`compute(trained)` (loss, metrics and gradient), or zeros that cost nothing."""
+    """`compute(trained)` (loss, metrics and gradient), or zeros that cost nothing.
+
+    On CPUs convolutions in the branch are about fifty times slower than outside of it, so alternating adversarial
+    updates are for TPUs and GPUs; `Task.program_per_activity` avoids the branch.
+    """
     # Traced once: for its shapes, and for the branch.
     compute = jax.jit(compute)
     shapes = jax.eval_shape(compute, trained)
