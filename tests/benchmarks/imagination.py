@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvgen import config
 from jvgen.control.drq_v2 import DrQV2, DrQV2Config
 from jvgen.control.environments import open_environment
 from jvgen.control.imagination import Imagination
@@ -170,7 +171,7 @@ def run(settings: Settings) -> Result:
         rows += more
     return Result(
         title="imagined frames a second, policy in the loop, against one simulator that renders",
-        settings={name: dataclasses.asdict(size) for name, size in sizes.items()},
+        settings={name: dict(config.leaves(size)) for name, size in sizes.items()},
         rows=rows,
         shown=SHOWN,
         samples=samples,

@@ -33,6 +33,10 @@ ROWS = {
         "case", "ours_frames_s", "released_frames_s", "cached_frames_s", "speed_over_released", "speed_over_cached",
         "equal_ids", "equal_ids_cached",
     },
+    "imagination": {
+        "case", "sequences", "at_once", "imagined_frames_s", "simulator", "simulated_frames_s",
+        "imagined_over_simulated", "temporary_mib", "compile_s",
+    },
     "repvideo": {
         "case", "what", "without_s", "with_s", "ratio_of_medians", "middle_half", "without_MiB", "with_MiB",
         "ratio_of_MiB",
