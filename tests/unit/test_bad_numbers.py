@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import importlib
+import itertools
 import re
 import typing
 from pathlib import Path
@@ -46,6 +47,7 @@ SENSIBLE = {
         OptimizerConfig.final_fraction OptimizerConfig.multipliers OptimizerConfig.muon_momentum
         OptimizerConfig.warmup_steps OptimizerConfig.weight_decay PlannerConfig.correlation
         PlannerConfig.minimum_deviation RestartConfig.decay RestartConfig.every
+        SegmentConfig.context
         SamplerConfig.eta SamplerConfig.steps_offset SamplingConfig.top_k SceneConfig.driven SceneConfig.kinds
         SceneConfig.quality SceneConfig.wander ShardingConfig.replicate_below SharedLatentsConfig.decoder_weight
         MultiViewConfig.condition_dropout MultiViewConfig.condition_noise_mean MultiViewConfig.condition_noise_std
@@ -80,11 +82,13 @@ SENSIBLE = {
         AugmentationConfig.crop_area AugmentationConfig.crop_ratio BucketConfig.aspects
         BucketConfig.strides CVDCheckpointConfig.channels
         CVVAEConfig.time_levels_down CVVAEConfig.time_levels_up EnhanceConfig.layers
-        PlannerConfig.standard_deviation SceneConfig.objects
+        FrameTransformerConfig.tokens_per_frame PlannerConfig.standard_deviation SceneConfig.objects
         TrainingConfig.profile_steps
     """,
     "": "CVDCheckpointConfig.channels EmaConfig.decays EnhanceConfig.layers",
 }
+# What a class by itself is made with, where fields have no default.
+REQUIRED = {"SegmentConfig": {"choice": "shuffled", "horizon": 16}, "WeightStage": {"start_step": 10, "weight": 0.5}}
 # Their fields are those of a class that is built in a config file.
 SAME_FIELDS = {"TaskConfig", "TextToVideoFields"}
 
@@ -113,25 +117,22 @@ def numbers(node: object, path: str = ""):
 
 
 @pytest.fixture(scope="module")
-def fields() -> dict[str, tuple[Config, str]]:
-    """For every number of every config class, a shipped config that has it (or a default one), and its dotted path."""
-    found: dict[str, tuple[Config, str]] = {}
+def fields() -> dict[str, list[tuple[Config, str]]]:
+    """For every number of every config class, configs that have it (a shipped one, one by itself), and its path."""
+    found: dict[str, list[tuple[Config, str]]] = {}
     for file in sorted((ROOT / "configs").glob("*.py")):
         for choice in config.variants(file):
             experiment = config.load(choice)
             for name, path in numbers(experiment):
-                found.setdefault(name, (experiment, path))
+                found.setdefault(name, [(experiment, path)])
     for name, home in HOMES.items():
         cls = getattr(importlib.import_module(home), name)
-        if all(not is_required(field) for field in dataclasses.fields(cls)):
-            for field, path in numbers(cls()):
-                found.setdefault(field, (cls(), path))
-        elif name == "SegmentConfig":
-            for field, path in numbers(segment := cls(choice="shuffled", horizon=16)):
-                found.setdefault(field, (segment, path))
-        elif name == "WeightStage":
-            for field, path in numbers(stage := cls(start_step=10, weight=0.5)):
-                found.setdefault(field, (stage, path))
+        made = REQUIRED.get(name, {} if not any(is_required(field) for field in dataclasses.fields(cls)) else None)
+        if made is not None:
+            for field, path in numbers(alone := cls(**made)):
+                # Of its own fields alone: those of a part are tried with its class.
+                if field.startswith(f"{name}."):
+                    found.setdefault(field, []).append((alone, path))
     return found
 
 
@@ -156,20 +157,22 @@ def test_every_number_of_every_config_class_is_tried(fields):
 
 @pytest.mark.parametrize("value", VALUES)
 def test_a_number_that_is_not_sensible_is_refused_by_name(fields, value):
+    """By each config that has it; a sensible one is taken by at least one of them, since other fields may need more."""
     sensible, wrong = set(SENSIBLE.get(value, "").split()), []
-    for name, (whole, path) in fields.items():
-        try:
-            config.validate_tree(config.override(whole, [f"{path}={value}"]))
-        except ConfigError as error:
-            message, (above, _, field) = str(error), path.removesuffix(".image").rpartition(".")
-            named = path in message or (above.rpartition(".")[2] in message and field in message)
-            if name in sensible or not named:
-                wrong.append(f"{name}: {message}")
-        else:
-            if name not in sensible:
-                wrong.append(
-                    f"{name} = {value}: was accepted. Declare a rule in its annotation, or list it in SENSIBLE."
-                )
+    for name, places in fields.items():
+        refused = []
+        for whole, path in places:
+            try:
+                config.validate_tree(config.override(whole, [f"{path}={value}"]))
+            except ConfigError as error:
+                message, (above, _, field) = str(error), path.removesuffix(".image").rpartition(".")
+                refused.append(message)
+                if path not in message and not (above.rpartition(".")[2] in message and field in message):
+                    wrong.append(f"{name}: {message}")
+        if name in sensible and len(refused) == len(places):
+            wrong.append(f"{name}: {refused}")
+        if name not in sensible and len(refused) < len(places):
+            wrong.append(f"{name} = {value}: was accepted. Declare a rule in its annotation, or list it in SENSIBLE.")
     assert not wrong, "\n".join(wrong)
 
 
@@ -179,7 +182,7 @@ def test_a_number_that_is_not_sensible_is_refused_by_name(fields, value):
 )
 def test_every_validate_checks_the_rules_of_its_fields(fields, value, words):
     """Also of configs that Python code made, and where no whole tree is checked."""
-    for whole, path in fields.values():
+    for whole, path in itertools.chain.from_iterable(fields.values()):
         node, (*parts, field) = whole, path.removesuffix(".image").split(".")
         for part in parts:
             node = node[int(part)] if isinstance(node, tuple) else getattr(node, part)

@@ -234,7 +234,9 @@ class FrameTransformerConfig(Config):
                 f"width = {self.width}: must be a multiple of 2 x heads = {2 * self.heads} (rotary positions pair the "
                 "channels of a head)."
             )
-        if self.action_reconstruction and not self.action_width:
-            raise ValueError("action_reconstruction needs actions: set action_width.")
-        if self.action_everywhere and not self.action_width:
-            raise ValueError("action_everywhere needs actions: set action_width.")
+        for name in ("action_reconstruction", "action_everywhere"):
+            if getattr(self, name) and not self.action_width:
+                raise ValueError(
+                    f"action_width = 0, but {name} needs actions: set action_width to the number of their components, "
+                    f"or {name} = false."
+                )
