@@ -99,6 +99,11 @@ class TextToVideoFields(TaskConfig):
             raise ValueError(
                 f"text.length = {self.text.length} is more than denoiser.text_length = {self.denoiser.text_length}."
             )
+        if self.text_encoder_weights is not None and not isinstance(self.text.encoder, ByteTextConfig):
+            raise ValueError(
+                f"text_encoder_weights = {self.text_encoder_weights!r}: it is for a byte encoder; name "
+                "the folder of T5 in text.weights."
+            )
         if self.latents == "pixels" and self.vae is None:
             raise ValueError("latents = 'pixels' needs vae (and vae_weights): pixels are encoded in the step.")
         if self.condition != "none" and self.vae is None:
@@ -142,7 +147,8 @@ class TextToVideoFields(TaskConfig):
         ones are dropped.
 
         Raises:
-          ValueError: a size that the VAE or the patches do not divide, or too short for two given frames.
+          ValueError: a size that the VAE or the patches do not divide, too short for two given frames, or not that of
+            learned positions.
         """
         shape = self.latent_shape(frames, height, width)
         if self.given_frames > 1 and shape[0] < 2:
@@ -151,7 +157,11 @@ class TextToVideoFields(TaskConfig):
                 f"{self.temporal_compression + 1} or more."
             )
         shape = (shape[0] + -shape[0] % (self.denoiser.temporal_patch or 1), *shape[1:])
-        token_grid(shape, self.denoiser.patch_shape)
+        grid = token_grid(shape, self.denoiser.patch_shape)
+        try:
+            self.denoiser.check_grid(grid)
+        except ValueError as error:
+            raise ValueError(f"{frames} frames of {height}x{width} pixels are {error}") from error
         return shape
 
     def clip_frames(self, frames: int) -> int:

@@ -50,6 +50,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilations")
         ({"text": CONFIG.text.replace(length=0)}, ["task.text", "length = 0", "at least 1"]),
         ({"text": CONFIG.text.replace(weights="t5")}, ["byte encoder", "weights"]),
         (
+            {"text": TextConfig(encoder=T5Config(width=8), length=6, weights="t5"), "text_encoder_weights": "other"},
+            ["text_encoder_weights = 'other'", "byte encoder", "text.weights"],
+        ),
+        (
             {"text": CONFIG.text.replace(encoder=ByteTextConfig(width=8, heads=3))},
             ["heads = 3", "width = 8", "divisor"],
         ),

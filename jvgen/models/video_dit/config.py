@@ -139,6 +139,16 @@ class VideoDiTConfig(Config):
         """Rows and columns of tokens of the clip that the network is trained for."""
         return self.sample_height // self.patch, self.sample_width // self.patch
 
+    def check_grid(self, grid: tuple[int, int, int]) -> None:
+        """Raise `ValueError` for a clip of these frames, rows and columns of tokens without learned positions."""
+        if self.positions is not Positions.ROTARY_AND_LEARNED:
+            return
+        if grid[1:] != self.base_grid or grid[0] > self.sample_frames:
+            raise ValueError(
+                f"a grid of {grid} tokens: learned positions are for at most {self.sample_frames} frames of exactly "
+                f"{self.base_grid[0]}x{self.base_grid[1]}; use that resolution, or rotary positions alone."
+            )
+
     def validate(self) -> None:
         if self.column_scale is not None and self.positions is not Positions.SINCOS:
             raise ValueError(

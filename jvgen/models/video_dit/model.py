@@ -283,12 +283,7 @@ class VideoDiT(nnx.Module):
             patches = patches + positions.astype(patches.dtype)
         rows = self.text_projection(text.astype(latents.dtype))
         if config.positions is Positions.ROTARY_AND_LEARNED:
-            if layout.grid[1:] != config.base_grid or layout.grid[0] > config.sample_frames:
-                raise ValueError(
-                    f"a grid of {layout.grid} tokens: learned positions are for at most {config.sample_frames} frames "
-                    f"of exactly {config.base_grid[0]}x{config.base_grid[1]}; use that resolution, or rotary positions "
-                    "alone."
-                )
+            config.check_grid(layout.grid)
             table = self.learned_positions[...].astype(patches.dtype)
             rows = rows + table[: layout.text]
             patches = patches + table[config.text_length : config.text_length + math.prod(layout.grid)]
