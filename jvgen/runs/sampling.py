@@ -16,10 +16,9 @@ from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample
 from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.storage import Path
+from jvgen.tasks.pipeline_folder import frames_per_second
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.telemetry.throughput import peak_memory
-
-FRAMES_PER_SECOND = 8
 
 
 def sample_run(
@@ -91,7 +90,7 @@ def sample_run(
         began = time.perf_counter()
         wanted = [(clip.prompt, clip.slot) for clip in todo]
         for index, pixels in _generate(loaded, prompts, wanted, request, seed, batch, swap, given):
-            write_clip(todo[index].path, pixels, FRAMES_PER_SECOND)
+            write_clip(todo[index].path, pixels, frames_per_second(experiment.task))
         took = time.perf_counter() - began
         print(f"{len(todo)} clips in {took:.1f} s ({took / len(todo):.2f} s/clip, compilation included) in {out}")
         print(f"peak memory: {peak_memory(loaded.program.sharding.mesh.devices.flat[0])}")

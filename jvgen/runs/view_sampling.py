@@ -17,9 +17,9 @@ from jvgen.runs.clip_folder import Clip, note_clips, plan_clips, write_clip
 from jvgen.runs.generation import generate_in_batches, sample_request, slot_of
 from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
-from jvgen.runs.sampling import FRAMES_PER_SECOND
 from jvgen.storage import Path, as_path, write_bytes
 from jvgen.tasks.given_frames import GivenPixels
+from jvgen.tasks.pipeline_folder import FRAMES_PER_SECOND
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.experiment import Experiment
 

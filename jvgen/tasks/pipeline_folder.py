@@ -168,7 +168,7 @@ def default_request(config: TextToVideoConfig) -> SampleRequest:
 
 
 def frames_per_second(config: TextToVideoConfig) -> int:
-    """Frame rate of the clips of a published network."""
+    """Frame rate of a network's clips: twice as high for CogVideoX1.5, which has patches of several frames."""
     return FRAMES_PER_SECOND if config.denoiser.temporal_patch is None else FRAMES_PER_SECOND_1_5
 
 
