@@ -99,8 +99,8 @@ def export_networks(
     texts = dict(files or {})
     if "" not in configs and INDEX not in texts:
         texts[INDEX] = _json({name: [p.format.library, p.format.class_name] for name, p in plans.items()})
-    _check_target(folder, overwrite, sum(plan.nbytes for plan in plans.values()))
-    with _complete_or_absent(folder, overwrite) as partial:
+    check_target(folder, overwrite, sum(plan.nbytes for plan in plans.values()))
+    with complete_or_absent(folder, overwrite) as partial:
         for name, plan in plans.items():
             (partial / name).mkdir(parents=True, exist_ok=True)
             plan.write(partial / name)
@@ -154,7 +154,8 @@ class _Plan:
         write_extra_weights(folder, self.format, self.config, extra, self.dtype)
 
 
-def _check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
+def check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
+    """Raise `ExportError` unless an export of `nbytes` bytes can be written as this folder."""
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is a file; give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -171,7 +172,7 @@ def _check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
+def complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside the target that replaces the target on success and is removed on failure.
 
     For a target in a bucket it is a temporary folder of this machine, uploaded on success: files that say what the

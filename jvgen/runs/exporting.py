@@ -16,7 +16,7 @@ from jvgen.interop.from_torch import import_folder, read_config, with_variant
 from jvgen.interop.inflate import inflate_folder
 from jvgen.interop.lora_file import FILE_NAMES, Layout, is_lora, read_lora, write_lora
 from jvgen.interop.sat_file import export_sat
-from jvgen.interop.to_torch import ExportError, Weights, export_networks
+from jvgen.interop.to_torch import Weights, check_target, complete_or_absent, export_networks
 from jvgen.models.video_dit import conditioned_start
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn import lora
@@ -107,13 +107,22 @@ def export(
     record = {"jvgen": __version__, **about, "dtype": dtype}
     if isinstance(task, TextToVideo) and trains_lora(task.config):
         if not merge_lora:
+            if network is not None:
+                raise ConfigError(
+                    f"--network {network}: the run trains a LoRA alone, and no network; leave the flag out, or add "
+                    "--merge-lora."
+                )
             return _export_lora(task, parameters, as_path(folder), record, dtype, layout, overwrite)
         task, parameters = _with_merged_lora(task, parameters, trained_with)
+        # Compared there: the merged task has no frozen denoiser.
+        trained_with = None
     elif merge_lora:
         raise ConfigError("--merge-lora: the run trains no LoRA; leave it out.")
     if network is not None and network not in task.network_configs:
         raise ConfigError(f"--network {network}: the run trains {', '.join(sorted(task.network_configs))}.")
     if layout == "sat":
+        if network not in (None, "denoiser"):
+            raise ConfigError(f"--network {network} --layout sat: this layout is of the denoiser alone; leave one out.")
         return _export_sat(task, parameters, as_path(folder), dtype)
     configs = {name: config for name, config in task.network_configs.items() if network in (None, name)}
     weights: Mapping[str, Weights] = {name: parameters[name] for name in configs}
@@ -150,18 +159,15 @@ def _export_lora(
     layout: Literal["folders", "sat"],
     overwrite: bool,
 ) -> Path:
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ExportError(f"{folder} exists and is not empty; give another folder or remove it.")
     names: Layout = "sat" if layout == "sat" else "diffusers"
+    factors, config = parameters["lora"]["denoiser"], task.config
+    check_target(folder, overwrite, sum(leaf.nbytes for leaf in jax.tree.leaves(factors)))
+    about = {**record, "denoiser_weights": config.denoiser_weights}
+    with complete_or_absent(folder, overwrite) as partial:
+        write_lora(partial / FILE_NAMES[names], config.denoiser, factors, config.lora.scale, layout=names, dtype=dtype)
+        write_text(partial / "jvgen_run.json", json.dumps(about, indent=2) + "\n")
     file = folder / FILE_NAMES[names]
-    if file.exists():
-        file.unlink()
-    write_lora(
-        file, task.config.denoiser, parameters["lora"]["denoiser"], task.config.lora.scale, layout=names, dtype=dtype
-    )
-    weights = {"denoiser_weights": task.config.denoiser_weights}
-    write_text(folder / "jvgen_run.json", json.dumps({**record, **weights}, indent=2) + "\n")
-    print(f"{file}: {size(file) / 1e6:.1f} MB, the LoRA of {task.config.denoiser_weights}")
+    print(f"{file}: {size(file) / 1e6:.1f} MB, the LoRA of {config.denoiser_weights}")
     return folder
 
 
@@ -236,6 +242,12 @@ def import_run(
     """
     check_new_run(workdir)
     if trains_lora(experiment.task) or is_lora(weights):
+        flags = {
+            "--network": network, "--inflate": inflate, "--init-gates": init_gates, "--init-condition": init_condition,
+            "--allow-partial": allow_partial, "--variant": variant,
+        }  # fmt: skip
+        if given := [flag for flag, value in flags.items() if value]:
+            raise ConfigError(f"{', '.join(given)}: not valid with a LoRA, which is read from one file as it is.")
         _import_lora(weights, experiment, workdir)
         return
     if is_pipeline(weights):
@@ -248,10 +260,17 @@ def import_run(
     if network is not None and network not in configs:
         raise ConfigError(f"--network {network}: the task trains {', '.join(sorted(configs))}.")
     if inflate:
+        others = {"--init-gates": init_gates, "--init-condition": init_condition, "--allow-partial": allow_partial}
+        if given := [flag for flag, value in others.items() if value]:
+            raise ConfigError(f"{', '.join(given)}: not valid with --inflate, which is for autoencoders.")
         network = network or _only_video_autoencoder(configs)
         parameters = inflate_folder(weights, configs[network])
     else:
         if init_gates:
+            if not any(_has_gates(config) for config in configs.values()):
+                raise ConfigError(
+                    "--init-gates: no network of the run has gates; set task.denoiser.aggregation, or leave it out."
+                )
             configs = {name: _without_gates(config) for name, config in configs.items()}
         if init_condition:
             _check_begins_condition(experiment.task)
@@ -359,8 +378,12 @@ def _without_condition(config: Config) -> Config:
     return conditioned_start.without_condition(config) if isinstance(config, VideoDiTConfig) else config
 
 
+def _has_gates(config: Config) -> bool:
+    return getattr(config, "aggregation", None) is not None
+
+
 def _without_gates(config: Config) -> Config:
-    return config.replace(aggregation=None) if getattr(config, "aggregation", None) is not None else config
+    return config.replace(aggregation=None) if _has_gates(config) else config
 
 
 def _lacks_gates(lines: list[str]) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,55 +12,21 @@ import pytest
 from jvgen.data.video_files import decode_window, probe
 from jvgen.interop import schedulers
 from jvgen.interop.digest import DIGESTS_FILE
-from jvgen.interop.formats import format_of
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
-from jvgen.interop.to_torch import export_networks
-from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
-from jvgen.models.t5.config import T5Config
-from jvgen.models.video_dit.config import VideoDiTConfig
-from jvgen.nested import map_with_path
 from jvgen.runs.published.placement import Placement
 from jvgen.tasks.pipeline_folder import default_request, frames_per_second, is_pipeline, read_pipeline
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_pipeline import DENOISER, ENCODER, FIELDS, SCHEDULER, TEXT, VAE, write_pipeline  # noqa: E402
 
-FIELDS = {
-    "layers": 1, "heads": 2, "head_width": 8, "in_channels": 4, "out_channels": 4, "text_width": 8, "text_length": 6,
-    "condition_width": 16, "sample_height": 4, "sample_width": 6, "sample_frames": 3,
-}  # fmt: skip
-TEXT = {"vocabulary": 16, "width": 8, "layers": 1, "heads": 1, "head_width": 8, "hidden": 8}
-DENOISER, ENCODER = VideoDiTConfig(**FIELDS), T5Config(**TEXT)
-VAE = CogVideoXVAEConfig.tiny().replace(
-    block_channels=(4, 4), groups=2, temporal_downsampling=2, sample_height=24, sample_width=20
-)
-SCHEDULER = {
-    "_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-    "snr_shift_scale": 3.0, "timestep_spacing": "trailing",
-}  # fmt: skip
 ASKED = ("--prompt", "a red ball", "--steps", "1", "--devices", "1")
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Path:
     """A pipeline folder as small as they come."""
-    rng = np.random.default_rng(0)
-    configs = {"transformer": DENOISER, "vae": VAE, "text_encoder": ENCODER}
-    parameters = {
-        name: map_with_path(
-            lambda path, leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32),
-            format_of(config).network(config).shapes,
-        )
-        for name, config in configs.items()
-    }
-    folder = tmp_path_factory.mktemp("published") / "pipeline"
-    export_networks(configs, parameters, folder, files={"scheduler/scheduler_config.json": json.dumps(SCHEDULER)})
-    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "ball", "blue"])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    model.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    (folder / "tokenizer").mkdir()
-    model.save(str(folder / "tokenizer" / "tokenizer.json"))
-    return folder
+    return write_pipeline(tmp_path_factory.mktemp("published") / "pipeline")
 
 
 @pytest.fixture

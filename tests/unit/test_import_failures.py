@@ -43,6 +43,26 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"init_gates": True}, "--init-gates: no network of the run has gates"),
+        ({"init_condition": True}, "--init-condition: the run's task has no condition"),
+        (
+            {"inflate": True, "init_gates": True, "allow_partial": True},
+            "--init-gates, --allow-partial: not valid with --inflate",
+        ),
+        ({"network": "vae"}, "--network vae: the task trains denoiser, text_encoder"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(flags, said, tmp_path):
+    weights = export_network(DENOISER, drawn(DENOISER), tmp_path / "weights")
+    experiment = loaded(TEXT_TO_VIDEO, "task.vae_weights=none")
+    experiment = experiment.replace(task=experiment.task.replace(vae=None, latents="data"))
+    with pytest.raises(ConfigError, match=said):
+        import_run(weights, experiment, tmp_path / "run", **flags)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_imports_leave_nothing(name, tmp_path):
     path, changes, said = REFUSED[name]

@@ -324,8 +324,8 @@ def test_dropout_depends_on_the_sequence_alone(network, parameters):
         (TOKENIZER.replace(dropout=1.0), "dropout = 1.0"),
         (TINY.replace(width=20), "width = 20: must be a multiple of 2 x heads = 6"),
         (TINY.replace(action_width=-1), "action_width = -1"),
-        (TINY.replace(action_width=0, action_reconstruction=True), "action_width = 0, but action_reconstruction needs actions"),
-        (TINY.replace(action_width=0, action_everywhere=True), "action_width = 0, but action_everywhere needs actions"),
+        (TINY.replace(action_width=0, action_reconstruction=True), "action_width = 0, but action_reconstruction"),
+        (TINY.replace(action_width=0, action_everywhere=True), "action_width = 0, but action_everywhere"),
         (TINY.replace(attention_dropout=1.0), "attention_dropout = 1.0"),
     ],
 )
