@@ -143,6 +143,9 @@ def adopt_pipeline(task: TaskConfig, folder: Path, variant: str | None = None) -
         "temporal_compression": (task.temporal_compression, found.temporal_compression),
         "objective.target": (task.objective.target, found.objective.target),
     }
+    if task.condition != "none":
+        # Else no latents of given frames are made.
+        asked["vae.invert_scale_latents"] = (task.inverts_given_scale, found.inverts_given_scale)
     lines = [f"task.text.encoder: {line}" for line in differences(found.text.encoder, task.text.encoder)]
     lines += [
         f"task.{name} = {here!r}, the pipeline's is {there!r}" for name, (here, there) in asked.items() if here != there

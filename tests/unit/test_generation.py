@@ -14,7 +14,7 @@ from jvgen.interop import schedulers
 from jvgen.interop.digest import DIGESTS_FILE
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.runs.published.placement import Placement
-from jvgen.tasks.pipeline_folder import default_request, frames_per_second, is_pipeline, read_pipeline
+from jvgen.tasks.pipeline_folder import adopt_pipeline, default_request, frames_per_second, is_pipeline, read_pipeline
 
 pytest.importorskip("tokenizers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -69,6 +69,14 @@ def test_a_pipeline_is_read_as_a_task(whole):
     assert default_request(pairs).frames == 81 and frames_per_second(pairs) == 16
     assert pairs.denoised_shape(5, 8, 12) == (4, 4, 6) and pairs.clip_frames(5) == 3
     assert is_pipeline(whole) and not is_pipeline(whole / "vae")
+
+
+def test_a_pipeline_does_not_change_how_given_frames_are_scaled(whole):
+    wide = read_pipeline(whole).replace(condition="first_frame", denoiser=DENOISER.replace(in_channels=8))
+    assert adopt_pipeline(wide, whole).vae == VAE
+    inverted = VAE.replace(invert_scale_latents=True)
+    with pytest.raises(ValueError, match="task.vae.invert_scale_latents = True, the pipeline's is False"):
+        adopt_pipeline(wide.replace(vae=inverted), whole)
 
 
 @pytest.mark.parametrize("kind", ["ddim", "dpm_solver_sde"])
