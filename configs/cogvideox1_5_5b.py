@@ -11,7 +11,7 @@ Chips: 64 of v5p (`v5p:4x4x4`), two clips per 8 chips.
 Memory: 1.3 GiB of train state per device (by arithmetic); the step is not compiled for the pod.
 Time: 8.2 s per step on v5p:4x4x4 (estimated at 30% MFU, not measured).
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX1.5-5B/vae --size 768x1360 --keep-clips --out
-data/latents_768x1360` (text to video needs no --keep-clips; for image to video name that of weights/CogVideoX1.5-5B-I2V,
+data/latents_768x1360` (text to video needs no --keep-clips; for image to video name that of CogVideoX1.5-5B-I2V,
 whose content hash is compared), and a local folder of T5 v1.1 XXL.
 
 Differs from the released fine-tuning, see `docs/recipes.md`: batch, steps, timesteps that are not stratified.
