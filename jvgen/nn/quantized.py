@@ -44,6 +44,12 @@ def products(kind: Kind) -> Iterator[None]:
         yield
 
 
+def check_installed(kind: Kind) -> None:
+    """Raise `ConfigError` unless `products` of this kind can be made here."""
+    if kind != "none":
+        _qwix()
+
+
 def kind_for(names: Axes, *, frozen: bool) -> Kind:
     """The type of the product with a kernel of these logical axes: that of the context, if it is one of a block.
 

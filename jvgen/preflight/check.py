@@ -15,6 +15,7 @@ from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.source_checks import check_cache
+from jvgen.nn import quantized
 from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
@@ -100,6 +101,7 @@ def inspect_run(
     """
     problems: dict[str, list[str]] = {area: [] for area in ("config", "data", "weights", "mesh", "division")}
     problems["config"] += _buckets(experiment)
+    problems["config"] += _attempt(lambda: quantized.check_installed(experiment.training.precision.quantized))[1]
     loader, problems["data"] = _data(experiment)
     problems["weights"] += _attempt(experiment.task.check_weights)[1]
     task, found = _attempt(experiment.task.build)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
+from jvgen.nn import quantized
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.rows import global_array, rows_by_process
@@ -112,7 +113,9 @@ class Program:
             yield
 
     def check(self) -> None:
-        """Raise `ValueError` for batches that do not divide over the mesh, the accumulation or the networks."""
+        """Raise `ValueError` for batches that do not divide over the mesh, the accumulation or the networks, and for
+        products in 8 bits without the package that makes them."""
+        quantized.check_installed(self.experiment.training.precision.quantized)
         for bucket in self.experiment.data.buckets:
             check_batch(self.experiment, bucket, self.sharding)
             self.experiment.task.check_bucket(bucket)

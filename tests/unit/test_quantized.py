@@ -108,6 +108,9 @@ def test_without_the_package_it_is_an_error_that_says_what_to_do(monkeypatch):
         quantized.products("fp8"),
     ):
         pass
+    with pytest.raises(ConfigError, match=r"qwix 9.9 has no"):
+        quantized.check_installed("int8")
     # No package is needed for none.
+    quantized.check_installed("none")
     with quantized.products("none"):
         pass
