@@ -130,7 +130,7 @@ class OwnUpdate:
     Attributes:
       init: the objective's parameters -> its state, which is saved where an optimizer's is.
       apply: (parameters, state, batch, key) -> (parameters, state, metrics): pure, in float32, with a scalar "loss"
-        among the metrics. A step in which the loss is not finite is skipped.
+        among the metrics. A step in which the loss or the new parameters are not finite is skipped.
     """
 
     init: Callable[[Parameters], Any]

@@ -127,7 +127,9 @@ def make_train_step(
                 objective, trained, state.optimizer[name], batch, own_key, None if decided else state.step
             )
             changed[name] = (new, moments)
-            losses[name], norms[name] = extra["loss"], jnp.zeros((), jnp.float32)
+            # There is no gradient to look at: parameters that are not finite make the step unsound.
+            finite = jnp.isfinite(global_norm(new))
+            losses[name], norms[name] = extra["loss"], jnp.where(finite, 0.0, jnp.nan)
             if not decided:
                 activity[name] = (objective.active(state.step), objective.update_schedule[1])
                 extra = _only_if_active(extra, activity[name][0])

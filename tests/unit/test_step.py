@@ -286,9 +286,9 @@ def test_a_skipped_step_makes_no_changes_after_the_update_either():
 class SelfTaught(toys.GameTask):
     """The critic changes itself, from step 2 on: its value, and the loss of a step, is the number of its updates."""
 
-    def __init__(self, poisoned: int = -1):
+    def __init__(self, poisoned: int = -1, where: str = "loss"):
         super().__init__()
-        self.poisoned = poisoned
+        self.poisoned, self.where = poisoned, where
 
     def objectives(self):
         generator, _ = super().objectives()
@@ -298,8 +298,9 @@ class SelfTaught(toys.GameTask):
 
     def count(self, parameters, state, batch, key):
         count = state["count"] + 1
-        loss = jnp.where(batch["step"][0] == self.poisoned, jnp.nan, count)
-        return jax.tree.map(lambda leaf: jnp.full_like(leaf, count), parameters), {"count": count}, {"loss": loss}
+        poison = jnp.where(batch["step"][0] == self.poisoned, jnp.nan, 0)
+        value, loss = (count + poison if where == self.where else count for where in ("parameters", "loss"))
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), parameters), {"count": count}, {"loss": loss}
 
 
 def test_an_objective_may_update_itself_and_start_later():
@@ -309,8 +310,8 @@ def test_an_objective_may_update_itself_and_start_later():
     compiled, states = {}, {}
     arrays = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
     shape = experiment.data.buckets[0]
-    for name, poisoned in (("good", -1), ("poisoned", 4)):
-        program = Program.build(experiment, single_device_mesh(), SelfTaught(poisoned))
+    for name, poisoned, where in (("good", -1, "loss"), ("poisoned", 4, "loss"), ("diverged", 4, "parameters")):
+        program = Program.build(experiment, single_device_mesh(), SelfTaught(poisoned, where))
         step = program.lower(shape).compile(compiler_options={"xla_backend_optimization_level": 0})
         current, rows, values = program.init(), [], []
         for _ in range(7):
@@ -335,8 +336,9 @@ def test_an_objective_may_update_itself_and_start_later():
             name: value for name, value in to_host(metrics).items() if "learning_rate" not in name
         }
         assert float(current.parameters["critic"]["value"][0]) == states["good"][number]
-    # Of a step whose loss is not finite nothing stays.
-    assert states["poisoned"] == [2, 2, 1, 2, 2, 3, 4] and compiled["poisoned"][4]["skipped"] == 1
+    # Of a step whose loss or whose parameters are not finite nothing stays.
+    for name in ("poisoned", "diverged"):
+        assert states[name] == [2, 2, 1, 2, 2, 3, 4] and compiled[name][4]["skipped"] == 1
     with pytest.raises(ConfigError, match=r"'critic' is not an objective of this task with an optimizer"):
         changed = experiment.replace(optimizers={"critic": OptimizerConfig()})
         Program.build(changed, single_device_mesh(), SelfTaught())
