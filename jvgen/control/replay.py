@@ -162,7 +162,8 @@ class ReplayRing:
         if self.rows_added - self._committed_before >= self.reserve:
             raise ValueError(
                 f"reserve = {self.reserve}: as many rows were added since the last checkpoint but one, and more would "
-                "overwrite rows that a resumed run needs; save more often, or raise reserve."
+                "overwrite rows that a resumed run needs; save more often (checkpoint.every), or start a run with a "
+                "larger reserve."
             )
         row = self.rows_added % self.size
         self._frames[row], self._actions[row] = frame, action

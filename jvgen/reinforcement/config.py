@@ -129,7 +129,7 @@ class ReinforcementConfig(TaskConfig):
       episode_steps: actions per episode; none for the environment's own number.
       demonstrations: episodes of the environment's expert that the replay starts with.
       replay_capacity: rows (frames) of the replay, and of that of imagined sequences.
-      replay_reserve: rows that may be added between two checkpoints, see `jvgen.control.replay`.
+      replay_reserve: rows that may be added since the last checkpoint but one, see `jvgen.control.replay`.
       evaluation_episodes: per evaluation, without exploration, always the same starts.
       environments: processes for demonstrations, first episodes and evaluation; training acts in one more.
       failure_budget: failures of environments in one start of the run (they die, hang, return NaN) before it ends.
@@ -164,9 +164,20 @@ class ReinforcementConfig(TaskConfig):
         return ReinforcementTask(self)
 
     def validate(self) -> None:
+        steps = self.agent.steps
+        if self.episode_steps is not None and self.episode_steps < steps:
+            raise ValueError(
+                f"episode_steps = {self.episode_steps}: no episode holds a transition of agent.steps = {steps}; make "
+                "episodes longer, or transitions shorter."
+            )
         if self.imagination is None:
             return
         world = self.imagination
+        if world.horizon < steps:
+            raise ValueError(
+                f"imagination.horizon = {world.horizon}: no sequence holds a transition of agent.steps = {steps}; "
+                "imagine longer ones, or make transitions shorter."
+            )
         if (world.tokenizer.resolution, world.transformer.action_width) != (self.resolution, self.action_width):
             raise ValueError(
                 f"imagination: frames of {world.tokenizer.resolution} pixels and actions of "
@@ -192,6 +203,11 @@ class ReinforcementConfig(TaskConfig):
             )
         if self.imagination is not None:
             self.imagination.transformer.check_tokenizer(self.imagination.tokenizer, bucket.frames)
+            if self.episode_steps is not None and bucket.frames > self.episode_steps + 1:
+                raise ValueError(
+                    f"clips of {bucket.frames} frames: episodes of task.episode_steps = {self.episode_steps} have "
+                    f"{self.episode_steps + 1}; make clips shorter, or episodes longer."
+                )
 
     def check_weights(self) -> None:
         if self.imagination is None:

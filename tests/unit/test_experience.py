@@ -294,11 +294,20 @@ def test_restarts_count_updates_of_the_tokenizer():
             "predicts no rewards",
         ),
         (lambda c: c.replace(imagination=c.imagination.replace(horizon=60)), "more than transformer.max_positions"),
+        (lambda c: c.replace(imagination=c.imagination.replace(horizon=2)), "horizon = 2: .* agent.steps = 3"),
+        (lambda c: c.replace(episode_steps=2), "episode_steps = 2: .* agent.steps = 3"),
     ],
 )
 def test_configs_that_cannot_be(change, message):
     with pytest.raises(ConfigError, match=message):
         validate_tree(change(tiny.task()))
+
+
+def test_clips_fit_into_episodes():
+    (bucket,) = tiny.data("nowhere").buckets
+    tiny.task(episode_steps=4).check_bucket(bucket)
+    with pytest.raises(ValueError, match="clips of 5 frames: episodes of task.episode_steps = 3 have 4"):
+        tiny.task(episode_steps=3).check_bucket(bucket)
 
 
 def test_batches_that_do_not_divide():
