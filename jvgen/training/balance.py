@@ -4,8 +4,8 @@
     DataConfig(buckets=balanced_buckets(task, buckets, tokens_per_step=1_000_000, multiple_of=64), ...)
 
 Processes wait for each other at every step, and a step's learning counts the same whatever its bucket: batches of few
-tokens would waste both. Attention makes tokens of long clips dearer, so the same number of tokens in every batch is not
-enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step.
+tokens would waste both. Attention makes tokens of long clips cost more, so the same number of tokens in every batch is
+not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step.
 """
 
 import dataclasses
