@@ -185,15 +185,18 @@ class SteppedEnvironment(_Environments):
 
     def begin(self, seed: int, actions: Sequence[np.ndarray] = ()) -> None:
         """Start an episode, and take these actions in it: a simulator that is a function of seed and actions is then
-        in the state in which it was left.
+        in the state in which it was left. One that fails on the way, or ends there, is at the start of its episode.
 
         Raises:
           TooManyEnvironmentFailures: more failures than the budget.
         """
         self._row = _Running(self._workers[0], seed)
         self._attempt(self._row, self._row.begin)
-        for action in actions:
-            self.step(action)
+        for number, action in enumerate(actions, 1):
+            ended = self.step(action) is not None
+            if ended or len(self._row.actions) != number:
+                self._attempt(self._row, self._row.begin)
+                return
 
     @property
     def observation(self) -> UInt8[np.ndarray, "H W C"]:

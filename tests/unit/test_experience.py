@@ -210,6 +210,10 @@ def test_an_episode_goes_on_where_it_was_left(tmp_path):
         assert again.actions == []
         made = [again.step(np.float32([number, 0])) for number in range(6)]
         assert made[:5] == [None] * 5 and made[5].rewards.tolist() == [0, 1, 2, 3, 4, 5] and made[5].failures == 1
+    with SteppedEnvironment(Counting, stack=2) as shorter:
+        # Its episodes have three steps now.
+        shorter.begin(0, [np.zeros(2, np.float32)] * 5)
+        assert shorter.actions == [] and shorter.step(np.float32([1, 0])) is None
     with SteppedEnvironment(functools.partial(Counting, "nan"), failure_budget=0) as broken:
         broken.begin(0)
         broken.step(np.float32([0, 0]))
