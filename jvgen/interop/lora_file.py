@@ -7,6 +7,7 @@ of matrices each.
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -66,10 +67,15 @@ class LoraFile:
         return self.alpha / self.rank
 
 
+def file_of(path: str | Path) -> Path:
+    """The file of an adapter that is named by itself or by its folder; it need not exist."""
+    path = as_path(path)
+    return path / FILE_NAMES["diffusers"] if path.is_dir() else path
+
+
 def is_lora(path: str | Path) -> bool:
     """Whether a path is a file, or a folder with a file, that holds a LoRA adapter in one of the two layouts."""
-    path = as_path(path)
-    file = path / FILE_NAMES["diffusers"] if path.is_dir() else path
+    file = file_of(path)
     if not file.is_file() or file.suffix != ".safetensors":
         return False
     return any(".lora_A." in name or ".matrix_A." in name for name in open_file(file))
@@ -89,8 +95,7 @@ def read_lora(path: str | Path, config: VideoDiTConfig) -> LoraFile:
       WeightError: no adapter, one whose layers differ in rank or alpha, or that of another network: lists the tensors
         that are missing, not expected, or of another shape.
     """
-    path = as_path(path)
-    file = path / FILE_NAMES["diffusers"] if path.is_dir() else path
+    file = file_of(path)
     if not file.is_file():
         raise ValueError(
             f"LoRA {str(path)!r}: no such file; give a .safetensors file, or a folder with {FILE_NAMES['diffusers']}."
@@ -232,6 +237,12 @@ def _alpha(tensors: Mapping[str, np.ndarray], alphas: Mapping[str, float], rank:
         if values.get("use_dora"):
             raise WeightError(f"{file} is a DoRA adapter, which is not supported; give a LoRA adapter.")
         alphas = {**alphas, "": float(values.get("lora_alpha") or rank), **(values.get("alpha_pattern") or {})}
+        if values.get("use_rslora"):
+            # Of rank-stabilized LoRA: its updates are alpha / sqrt(rank) times the products.
+            alphas = {name: alpha * math.sqrt(rank) for name, alpha in alphas.items()}
+    elif alphas and len(alphas) < sum(".lora_A." in name for name in tensors):
+        # Layers without one have the rank.
+        alphas = {**alphas, "": float(rank)}
     found = set(alphas.values()) or {float(rank)}
     if len(found) > 1:
         raise WeightError(f"{file}: layers have the alphas {sorted(found)}; only one alpha for all is supported.")

@@ -1,5 +1,6 @@
 """The text-to-video task with a LoRA: what is trained and saved, its start, its mistakes; files to runs and back."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from jvgen.config import ConfigError, validate_tree
 from jvgen.data.stream.config import DataConfig, SourceConfig
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.lora_file import read_lora, write_lora
+from jvgen.interop.safetensors_file import SafetensorsFile
 from jvgen.interop.to_torch import ExportError, export_network
+from jvgen.models.weight_map import WeightError
 from jvgen.nn import lora
 from jvgen.nn.lora import LoraConfig
 from jvgen.nn.network import Network
@@ -150,6 +153,35 @@ def test_files_become_runs_and_runs_files(config, tmp_path):
         import_run(tmp_path / "given.safetensors", plain, tmp_path / "other")
     with pytest.raises(ConfigError, match="trains a LoRA alone"):
         import_run(Path(config.denoiser_weights), experiment, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("header", "alphas", "found"),
+    [
+        ({}, {}, 2.0),
+        ({"lora_alpha": 3}, {}, 3.0),
+        ({"lora_alpha": 3, "use_rslora": True}, {}, 3.0 * 2**0.5),
+        ({}, {"to_q": 3.0, "to_k": 3.0, "to_v": 3.0, "to_out.0": 3.0}, 3.0),
+        ({}, {"to_q": 3.0}, r"alphas \[2.0, 3.0\]"),
+        ({"lora_alpha": 3, "alpha_pattern": {"to_q": 1}}, {}, r"alphas \[1, 3.0\]"),
+        ({"lora_alpha": 3, "use_dora": True}, {}, "DoRA"),
+    ],
+)
+def test_what_a_file_says_of_its_scale(config, header, alphas, found, tmp_path):
+    """Header of peft, or a tensor for each layer; without either alpha is the rank."""
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    factors = random_parameters(config.build().networks["lora"])["denoiser"]
+    written = SafetensorsFile(write_lora(tmp_path / "plain.safetensors", config.denoiser, factors, 1.0))
+    tensors = {name: written[name] for name in written}
+    stem = "transformer.transformer_blocks.0.attn1"
+    tensors |= {f"{stem}.{layer}.alpha": np.float32([alpha]) for layer, alpha in alphas.items()}
+    values = {f"transformer.{name}": value for name, value in header.items()}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(values)} if header else None)
+    if isinstance(found, str):
+        with pytest.raises(WeightError, match=found):
+            read_lora(tmp_path / "x.safetensors", config.denoiser)
+    else:
+        assert read_lora(tmp_path / "x.safetensors", config.denoiser).scale == pytest.approx(found / 2)
 
 
 def test_adapters_in_sampling_are_merged_or_apart(weights):
