@@ -93,7 +93,8 @@ def note_clips(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         if (out / row["file"]).exists() and known.get(row["file"]) != row:
             old = known.get(row["file"], {})
-            differ = ", ".join(f"{k} = {old[k]!r}, now {row[k]!r}" for k in row if k in old and old[k] != row[k])
+            changed = [name for name in {**old, **row} if old.get(name) != row.get(name)] if old else []
+            differ = ", ".join(f"{name} = {old.get(name)!r}, now {row.get(name)!r}" for name in changed)
             raise ValueError(
                 f"--out {out}: {row['file']} exists and was made with other settings "
                 f"({differ or 'not in the index'}); give another folder, or remove this one."

@@ -44,7 +44,7 @@ def sample_request(
       given_frames: images that each clip is made from, where they are no files.
 
     Raises:
-      ValueError: a request that the task cannot serve.
+      ValueError: a request that the task cannot serve, or files that cannot be read or do not fit.
     """
     task = experiment.task
     largest = max(experiment.data.buckets, key=lambda bucket: (task.frames_of(bucket), bucket.height * bucket.width))
@@ -54,6 +54,8 @@ def sample_request(
     images = given.frames if given_frames is None else given_frames
     request = SampleRequest(frames, height, width, steps, guidance, enhance, images, given.strength_of_video)
     task.check_request(request)
+    # Files that cannot be read or do not fit are told before weights are loaded.
+    given.read(frames, (height, width), (0,))
     return request
 
 

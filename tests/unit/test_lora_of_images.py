@@ -1,5 +1,6 @@
 """A LoRA of an image-to-video network with padded latent frames: a step, files, a merged pipeline, sampled clips."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -109,3 +110,22 @@ def test_files_and_clips(experiment, factors, tmp_path, jvgen):
         clips[name] = np.load(tmp_path / f"{name}.npy")
     assert clips["beside"].shape == (5, 8, 12, 3)
     np.testing.assert_allclose(clips["beside"], clips["merged"], atol=1e-4)
+
+
+def test_a_folder_of_clips_knows_the_content_of_a_lora(experiment, factors, tmp_path, jvgen, monkeypatch):
+    """One that was trained further has the same name."""
+    monkeypatch.setattr(
+        "jvgen.runs.published.pipeline._make", lambda weights, prompts, todo, *more: [c.path.touch() for _, c in todo]
+    )
+    Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(tmp_path / "first.png")
+    folder, file = Path(experiment.task.denoiser_weights).parent, tmp_path / "lora.safetensors"
+    asked = ("sample", "--weights", folder, "--lora", file, "--prompt", "a red ball", "--image", tmp_path / "first.png")
+    asked += ("--frames", "5", "--size", "8x12", "--out", tmp_path / "clips")
+    write_lora(file, IMAGE_TO_VIDEO, factors, 0.5)
+    assert jvgen(*asked).status == 0 and jvgen(*asked).status == 0
+    file.unlink()
+    write_lora(file, IMAGE_TO_VIDEO, factors, 0.6)
+    other = jvgen(*asked)
+    assert other.status == 2 and re.search(r"made with other settings \(lora = .*, now .*\)", other.err), other.err
+    without = jvgen(*(word for word in asked if word not in ("--lora", file)))
+    assert without.status == 2 and "now None" in without.err, without.err

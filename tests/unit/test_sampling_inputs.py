@@ -1,16 +1,25 @@
 """What a user gives to sampling besides weights: noise, prompts, images, names of clips; what is refused and how."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from jvgen.data.stream.config import DataConfig, SourceConfig
 from jvgen.data.video_files import encode_video
 from jvgen.runs.clip_folder import plan_clips
+from jvgen.runs.generation import sample_request
 from jvgen.runs.given_files import GivenFiles
 from jvgen.runs.noise import read_noise
 from jvgen.runs.prompts import read_prompts
+from jvgen.training.config import TrainingConfig
+from jvgen.training.experiment import Experiment
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_text_to_video import BUCKET, CONFIG  # noqa: E402
 
 SHAPE = (3, 4, 6, 4)
 
@@ -171,3 +180,16 @@ def test_files_that_are_no_images(tmp_path):
             GivenFiles(images=(path,)).read(9, (8, 16), [0])
     with pytest.raises(ValueError, match="given 2 times for 3 prompts: give one for all, or one for each"):
         GivenFiles(images=(tmp_path, tmp_path)).check_count(3, "prompts")
+
+
+def test_files_are_read_before_weights(tmp_path):
+    """A request is only made of files that can be read and fit."""
+    task = CONFIG.replace(condition="first_frame", denoiser=CONFIG.denoiser.replace(in_channels=8))
+    data = DataConfig(sources=(SourceConfig(path="none"),), buckets=(BUCKET,))
+    experiment = Experiment(name="x", task=task, data=data, training=TrainingConfig(steps=1))
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.zeros((8, 32, 3), np.uint8)).save(wide)
+    for path, said in ((tmp_path / "none.png", "no such file"), (wide, "another aspect ratio")):
+        with pytest.raises(ValueError, match=f"--image .*{said}"):
+            sample_request(experiment, given=GivenFiles(images=(path,)))
+    assert sample_request(experiment, given=GivenFiles(images=(wide,), fit="crop")).given_frames == 1

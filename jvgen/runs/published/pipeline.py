@@ -17,8 +17,9 @@ from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import slot_normal
 from jvgen.diffusion.sampler import SamplerConfig, first_step
 from jvgen.finite import Finite, clips_of
+from jvgen.interop.digest import file_digest
 from jvgen.interop.from_torch import check_weights
-from jvgen.interop.lora_file import read_lora
+from jvgen.interop.lora_file import file_of, read_lora
 from jvgen.models.cogvideox_vae.tiling import Tiling
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn import lora
@@ -239,9 +240,14 @@ def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> d
         "noise": None if noise is None else hashlib.sha256(np.ascontiguousarray(noise)).hexdigest(),
         # Folders of clips that were made without this field are gone on with.
         **({} if request.variant is None else {"variant": request.variant}),
-        **({"lora": [[str(resolved(f)), s] for f, s in request.loras]} if request.loras else {}),
+        **({"lora": [[*_named(file), scale] for file, scale in request.loras]} if request.loras else {}),
         **request.given.digests(),
     }  # fmt: skip
+
+
+def _named(lora_file: Path) -> tuple[str, str]:
+    """Path and content hash of an adapter: one that is trained further is written under the same name."""
+    return str(resolved(lora_file)), file_digest(local_copy(file_of(lora_file)))
 
 
 def _make(
