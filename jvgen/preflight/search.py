@@ -110,6 +110,14 @@ def search(
     bucket = experiment.data.buckets[0]
     experiment = experiment.replace(data=experiment.data.replace(buckets=(bucket,)))
     every = list(candidates(experiment, topology_name, slices, batch_sizes or (bucket.batch_size,)))
+    if not every:
+        # What is wrong with all of them, if it is the same.
+        _, mesh = topology.describe_for(experiment.mesh.replace(fsdp=-1, seq=1), topology_name, slices)
+        Program.build(experiment, mesh).check()
+        raise ConfigError(
+            f"{bucket.name} on {pod.name}: no mesh of fsdp x seq divides the examples and tokens of a batch; try other "
+            "batch sizes."
+        )
     fitting = [one for one in every if one.estimated <= FILLED * pod.hbm_bytes]
     if not fitting:
         least = min((one.estimated for one in every), default=0.0)

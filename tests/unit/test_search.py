@@ -61,6 +61,14 @@ def test_only_fsdp_takes_the_remaining_devices(experiment):
         search.search(changed, "v5e:2x4")
 
 
+@needs_libtpu
+def test_what_is_wrong_with_every_candidate_is_said(experiment, monkeypatch):
+    monkeypatch.setattr(search, "SEQUENCE_SHARDS", (1,))
+    bucket = experiment.data.buckets[0].replace(batch_size=7)
+    with pytest.raises(ConfigError, match="batch_size = 7 must be a multiple of 8"):
+        search.search(experiment.replace(data=experiment.data.replace(buckets=(bucket,))), "v5e:2x4")
+
+
 def test_stored_bytes_are_those_of_the_policy(experiment):
     (bucket,) = experiment.data.buckets
     program = Program.build(experiment, single_device_mesh())
