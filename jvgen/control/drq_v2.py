@@ -71,9 +71,9 @@ class DrQV2Config(Config):
     updates_per_step: Count = 2
     random_steps: Annotated[int, Bounds(at_least=0)] = 2000
 
-    def noise(self, step: int) -> float:
-        """Standard deviation of exploration at a step of the agent."""
-        share = min(1.0, step / self.noise_steps)
+    def noise(self, step: jax.Array | int) -> jax.Array:
+        """Standard deviation of exploration at a step of the agent, float32."""
+        share = jnp.clip(jnp.asarray(step, jnp.float32) / self.noise_steps, 0.0, 1.0)
         return (1 - share) * self.noise_start + share * self.noise_end
 
 

@@ -220,9 +220,7 @@ class ReinforcementTask(Task):
     def noise(self, step: jax.Array) -> jax.Array:
         """Standard deviation of exploration in a step of training."""
         config = self.config.agent
-        taken = config.random_steps + jnp.maximum(step - self.config.fit_steps, 0)
-        share = jnp.clip(taken.astype(jnp.float32) / config.noise_steps, 0.0, 1.0)
-        return (1 - share) * config.noise_start + share * config.noise_end
+        return config.noise(config.random_steps + jnp.maximum(step - self.config.fit_steps, 0))
 
     def act(
         self, parameters: Parameters, frames: jax.Array, keys: jax.Array, noise: jax.Array, uniform: jax.Array
