@@ -263,6 +263,13 @@ class MultiView(TextToVideo):
             attention_scale=attention_scale,
         )
 
+    def analyze_layers(
+        self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array
+    ) -> dict[str, jax.Array]:
+        raise ValueError(
+            "a run of several views: layers with modules between them are not analyzed; give a run of single clips."
+        )
+
     def recorded_clips(self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> jax.Array:
         clips = super().recorded_clips(parameters, frozen, batch, key)
         return rearrange(clips, "(b v) ... -> b v ...", b=len(batch["slot"]))

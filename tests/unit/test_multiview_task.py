@@ -237,6 +237,11 @@ def test_timesteps_of_a_pair(task, parameters, frozen):
         assert (pairs[:, 0] == pairs[:, 1]).all() == one
 
 
+def test_layers_are_analyzed_of_single_clips(task, parameters, frozen):
+    with pytest.raises(ValueError, match="a run of several views: .* give a run of single clips"):
+        task.analyze_layers(parameters, frozen, batch_of(task, RECORDED), jax.random.key(0), jnp.float32(300))
+
+
 def test_a_frozen_transformer(task, parameters, frozen, loss, tmp_path):
     """Its weights are read from a folder, and only the multi-view modules are trained, saved and exported."""
     names = {"denoiser": CONFIG.denoiser.plain, "text_encoder": CONFIG.text.encoder}
