@@ -3,12 +3,12 @@
 Should reach: what the clips have in common, a style or a subject, after a few thousand steps; the published weights
 are the start.
 Chips: 8 of v5e (`--topology v5e:2x4`).
-Memory: see docs/recipes.md.
+Memory: not compiled yet, see docs/pods.md.
 Time: not known; a step has two thirds of the FLOPs of one that trains all weights (estimated).
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --out data/latents_480x720`, the
 published pipeline in weights/CogVideoX-2b, and a local folder of T5 v1.1 XXL.
 
-The run's checkpoints hold the LoRA alone. `jvgen export RUN` writes it as `pytorch_lora_weights.safetensors`.
+The run's checkpoints hold the LoRA alone. `jvgen export RUN --to DIR` writes it as `pytorch_lora_weights.safetensors`.
 """
 
 from pathlib import Path

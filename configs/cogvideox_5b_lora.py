@@ -4,11 +4,11 @@
 
 Should reach: what the clips have in common, a style or a subject, after a few thousand steps.
 Chips: 8 of v5e (`v5e:2x4`), one clip per 4 chips; of 1.5, 16 of v5p (`v5p:2x2x4`), one clip per 8 chips.
-Memory: not compiled yet.
+Memory: not compiled yet, see docs/pods.md.
 Time: not known; a step has two thirds of the FLOPs of one that trains all weights (estimated).
 Data: that of `cogvideox_5b.py` or `cogvideox1_5_5b.py`, and the published pipeline, such as weights/CogVideoX-5b.
 
-The run's checkpoints hold the LoRA alone. `jvgen export RUN` writes it as `pytorch_lora_weights.safetensors`.
+The run's checkpoints hold the LoRA alone. `jvgen export RUN --to DIR` writes it as `pytorch_lora_weights.safetensors`.
 """
 
 from pathlib import Path

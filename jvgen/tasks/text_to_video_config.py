@@ -226,10 +226,10 @@ class TextToVideoFields(TaskConfig):
         check_architecture(self.vae_weights, self.vae, "task.vae_weights")
 
     def check_data(self, data: DataConfig) -> None:
-        if self.latents == "pixels":
+        if self.latents == "pixels" or self.given_frames:
             for source in (*data.sources, *data.evaluation_sources):
                 check_pixels(source)
-        else:
+        if self.latents == "data":
             check_one_encoder(data, None if self.vae_weights is None else content_digest(self.vae_weights))
 
     @property

@@ -153,6 +153,24 @@ def test_latents_are_those_of_one_encoder_whether_or_not_the_run_names_it(tmp_pa
         config.check_data(data("pixels"))
 
 
+def test_given_frames_need_pixels_beside_cached_latents(tmp_path):
+    """Said before the first batch, not by every record of it."""
+    latents = {"latents": {"encoder": "abc", "format": LATENTS_FORMAT}}
+    kept = {"kind": "dynamic", "latents": np.zeros((1, 1, 4, 4, 8), np.float16), "frames": 1, "height": 8, "width": 8}
+    for name, clips in (("both", (b"0",)), ("latents", ())):
+        with Writer(tmp_path / name, description="test", metadata=latents) as writer:
+            writer.add("train", Record(id="r", clips=clips, **kept))
+    config = CONFIG.replace(vae_weights=None, condition="first_frame", denoiser=CONFIG.denoiser.replace(in_channels=8))
+    for name in ("both", "latents"):
+        made = DataConfig(sources=(SourceConfig(path=str(tmp_path / name)),), buckets=(BUCKET,))
+        CONFIG.replace(vae_weights=None).check_data(made)
+        if name == "both":
+            config.check_data(made)
+            continue
+        with pytest.raises(ValueError, match="cached latents but no pixels.* --keep-clips"):
+            config.check_data(made)
+
+
 # Configs that version 0.1.0 saved.
 
 

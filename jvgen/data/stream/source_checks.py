@@ -63,7 +63,7 @@ def check_pixels(source: SourceConfig) -> None:
         made_from = opened.metadata.get("options", {}).get("source", "the one they were made from")
         raise ValueError(
             f"{source.path} [{source.split}] has cached latents but no pixels, which this run needs; use the data set "
-            f"with the clips ({made_from})."
+            f"with the clips ({made_from}), or build one that has both: `jvgen data build latents --keep-clips`."
         )
 
 
