@@ -98,8 +98,8 @@ def read_lora(path: str | Path, config: VideoDiTConfig) -> LoraFile:
     file = file_of(path)
     if not file.is_file():
         raise ValueError(
-            f"LoRA {str(path)!r}: no such file; give a .safetensors file, or a folder with {FILE_NAMES['diffusers']}, as "
-            "`jvgen export RUN --to DIR` writes of a run."
+            f"LoRA {str(path)!r}: no such file; give a .safetensors file, or a folder with {FILE_NAMES['diffusers']}, "
+            "as `jvgen export RUN --to DIR` writes of a run."
         )
     tensors = open_file(file)
     layout: Layout = "sat" if any(".matrix_A." in name for name in tensors) else "diffusers"
