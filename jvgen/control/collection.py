@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -328,6 +329,8 @@ class _Worker:
 
 def _serve(make: Callable[[], Any], connection: multiprocessing.connection.Connection) -> None:
     """What a process does: one environment, until its connection closes or the environment raises something."""
+    # Ctrl-C goes to every process of a terminal: the run saves with the episode as it is, and ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     environment = None
     # The connection ends by EOFError where the other process stops this one, or is gone.
     with contextlib.suppress(EOFError, BrokenPipeError):

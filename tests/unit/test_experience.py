@@ -2,6 +2,9 @@
 
 import contextlib
 import functools
+import multiprocessing
+import os
+import signal
 import types
 
 import jax
@@ -220,6 +223,14 @@ def test_an_episode_goes_on_where_it_was_left(tmp_path):
         broken.step(np.float32([0, 0]))
         with pytest.raises(TooManyEnvironmentFailures, match="a reward of nan at step 2"):
             broken.step(np.float32([0, 0]))
+
+
+def test_an_interrupt_of_the_terminal_does_not_end_an_episode():
+    with SteppedEnvironment(Counting, stack=2, failure_budget=0) as environment:
+        environment.begin(3)
+        (process,) = [one for one in multiprocessing.active_children() if one.is_alive()]
+        os.kill(process.pid, signal.SIGINT)
+        assert environment.step(np.float32([1, 0])) is None and len(environment.actions) == 1
 
 
 def no_graphics():
