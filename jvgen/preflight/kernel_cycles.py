@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from jvgen.parallel import jax_internals
-from jvgen.preflight.hlo import Instruction, Module
+from jvgen.preflight.hlo import Module
 
 _CALL = re.compile(r'"custom_call_config":\{"body":"([^"]*)"')
 _ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:")
@@ -149,8 +149,3 @@ def count(bundles_file: str, usage_file: str, copies: int = 1) -> Bundles:
 def _use(rows: list[list[int]], slots: list[int]) -> dict[str, float]:
     busy = [sum(column) for column in zip(*rows, strict=True)] or [0] * len(UNITS)
     return {unit: used / (len(rows) or 1) / (have or 1) for unit, used, have in zip(UNITS, busy, slots, strict=True)}
-
-
-def is_kernel(one: Instruction) -> bool:
-    """Whether an instruction calls a Pallas kernel."""
-    return one.operation == "custom-call" and _CALL.search(one.rest) is not None
