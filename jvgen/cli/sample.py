@@ -194,7 +194,7 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
             "omitted (repeatable)",
         ),
         group.add_argument(
-            "--lora-apart", action="store_true",
+            "--lora-unmerged", action="store_true",
             help="keep the adapters beside the weights, which rounds less in bfloat16 and takes longer; otherwise they "
             "are merged into the weights",
         ),
@@ -268,7 +268,7 @@ def _sample_weights(parsed: argparse.Namespace, prompts: list[str]) -> None:
         seed=parsed.seed, batch=1 if parsed.batch_size is None else parsed.batch_size, noise=parsed.noise,
         dtype=parsed.dtype, in_tiles=parsed.tiles, frames_per_second=parsed.fps, devices=parsed.devices,
         enhance=enhance_config(parsed), variant=parsed.variant, given=given_files(parsed),
-        loras=tuple(lora_argument(text) for text in parsed.lora), lora_apart=parsed.lora_apart,
+        loras=tuple(lora_argument(text) for text in parsed.lora), lora_unmerged=parsed.lora_unmerged,
     )  # fmt: skip
     listed = parsed.prompts is not None and parsed.prompts.suffix == ".json"
     naming = parsed.naming or ("vbench" if listed else "numbered")

@@ -102,7 +102,7 @@ def test_files_and_clips(experiment, factors, tmp_path, jvgen):
     asked += ("--frames", "5", "--size", "8x12")
     clips = {}
     for name, words in {
-        "beside": ("--weights", folder, "--lora", tmp_path / "lora"),
+        "beside": ("--weights", folder, "--lora", tmp_path / "lora", "--lora-unmerged"),
         "merged": ("--weights", tmp_path / "whole"),
     }.items():
         done = jvgen("sample", *words, *asked, "--out", tmp_path / f"{name}.npy")

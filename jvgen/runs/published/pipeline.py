@@ -66,7 +66,7 @@ class PublishedRequest:
       enhance: scaling of attention across frames.
       variant: of the pipeline's files, such as "fp16".
       loras: adapters of the denoiser, each with a factor on its update.
-      lora_apart: keep them beside the weights instead of merging them into these.
+      lora_unmerged: keep them beside the weights instead of merging them into these.
       given: images or a video that clips are made from.
     """
 
@@ -90,7 +90,7 @@ class PublishedRequest:
     enhance: EnhanceConfig | None = None
     variant: str | None = None
     loras: tuple[tuple[Path, float], ...] = ()
-    lora_apart: bool = False
+    lora_unmerged: bool = False
     given: GivenFiles = NOTHING
 
 
@@ -217,8 +217,8 @@ def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
     sampler, strength = config.sampling(clip)
     latents = (*config.denoised_shape(clip.frames, height, width), config.denoiser.out_channels)
     noise = None if request.noise is None else read_noise(request.noise, latents, clips)
-    if request.lora_apart and not request.loras:
-        raise ValueError("--lora-apart: needs --lora FILE.")
+    if request.lora_unmerged and not request.loras:
+        raise ValueError("--lora-unmerged: needs --lora FILE.")
     adapters = [(read_lora(file, config.denoiser), scale) for file, scale in request.loras]
     adapter = lora.combined([(found.factors, found.scale * scale) for found, scale in adapters]) if adapters else None
     dtype = request.dtype or default_dtype()
@@ -241,6 +241,7 @@ def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> d
         # Folders of clips that were made without this field are gone on with.
         **({} if request.variant is None else {"variant": request.variant}),
         **({"lora": [[*_named(file), scale] for file, scale in request.loras]} if request.loras else {}),
+        **({"lora_unmerged": True} if request.lora_unmerged else {}),
         **request.given.digests(),
     }  # fmt: skip
 
@@ -275,7 +276,7 @@ def _make(
     network = pipeline_weights(weights, request.variant)[DENOISER]
     denoiser = Denoiser(
         task, network, placement, prepared.sampler, prepared.guidance, scale, prepared.adapter,
-        apart=request.lora_apart, first=prepared.first,
+        unmerged=request.lora_unmerged, first=prepared.first,
     )  # fmt: skip
     decoder = Decoder(task, placement, in_tiles=request.in_tiles)
     rate = request.frames_per_second or frames_per_second(prepared.config)

@@ -125,7 +125,7 @@ class Denoiser:
       sampler, guidance: how clips are made.
       attention_scale: see `ScaleOfStep`; None for none.
       adapter: LoRA factors for its layers, with their scales in them; None for none.
-      apart: keep them beside the weights, instead of merging them into these.
+      unmerged: keep them beside the weights, instead of merging them into these.
       first: the sampler's step that batches start with.
     """
 
@@ -139,7 +139,7 @@ class Denoiser:
         attention_scale: ScaleOfStep | None = None,
         adapter: Parameters | None = None,
         *,
-        apart: bool = False,
+        unmerged: bool = False,
         first: int = 0,
     ):
         self._task, self._placement, self._sampler, self._guidance = task, placement, sampler, guidance
@@ -148,7 +148,7 @@ class Denoiser:
         rows = jax.tree.map(np.asarray, table_rows(table))
         self._rows = [{name: column[step] for name, column in rows.items()} for step in range(sampler.steps - first)]
         self._parameters = {"denoiser": placement.load(weights)}
-        if adapter is not None and apart:
+        if adapter is not None and unmerged:
             self._parameters["lora"] = {"denoiser": placement.replicate(adapter)}
         elif adapter is not None:
             self._parameters["denoiser"] = placement.merge(self._parameters["denoiser"], adapter)
