@@ -5,13 +5,12 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
+import google_crc32c
 
 from jvgen.data.image_files import DecodeError
 
 _LENGTH, _CHECKSUM = 8, 4  # bytes of a record's header
-_POLYNOMIAL = 0x82F63B78  # of CRC-32C (Castagnoli), reflected
-_LANES = 4096  # parts of a buffer that are computed at once
+_GZIP = b"\x1f\x8b"
 
 
 def tf_records(path: Path, *, checksums: bool = True) -> Iterator[Callable[[], bytes]]:
@@ -23,12 +22,8 @@ def tf_records(path: Path, *, checksums: bool = True) -> Iterator[Callable[[], b
       path: of the file.
       checksums: check them; some programs write zeros.
     """
-
     size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            yield functools.partial(_fail, "compressed with gzip: decompress it first")
-            return
         while offset < size:
             file.seek(offset)
             head, checksum = file.read(_LENGTH), file.read(_CHECKSUM)
@@ -38,7 +33,11 @@ def tf_records(path: Path, *, checksums: bool = True) -> Iterator[Callable[[], b
             length = struct.unpack("<Q", head)[0]
             if (checksums and _is_wrong(checksum, head)) or length > size:
                 reason = "the checksum of its length is wrong" if checksums else f"its length is {length}"
-                yield functools.partial(_fail, f"{reason}: no record from here on can be read")
+                reason = f"{reason}: no record from here on can be read"
+                # A length of a record may begin with these bytes, too.
+                if offset == 0 and head.startswith(_GZIP):
+                    reason = "compressed with gzip: decompress it first"
+                yield functools.partial(_fail, reason)
                 return
             offset += _LENGTH + _CHECKSUM
             yield functools.partial(_read, path, offset, length, checksums)
@@ -62,60 +61,9 @@ def _fail(reason: str) -> bytes:
 
 
 def _is_wrong(stored: bytes, content: bytes) -> bool:
-    return struct.unpack("<I", stored)[0] != _masked(crc32c(content))
-
-
-def crc32c(data: bytes) -> int:
-    """The CRC-32C of some bytes."""
-    if not data:
-        return 0
-    state = np.frombuffer(data, np.uint8).copy()
-    # A register of ones at the start is the same as inverted first bytes and zeros, in front of which zeros do nothing.
-    state[:4] ^= 0xFF
-    short = 0xFFFFFFFF >> 8 * len(data) if len(data) < 4 else 0
-    lanes = 1 << max(0, min(_LANES, len(state) // 16).bit_length() - 1)
-    length = -(-len(state) // lanes)
-    padded = np.zeros(lanes * length, np.uint8)
-    padded[lanes * length - len(state) :] = state
-    table, registers = _table(), np.zeros(lanes, np.uint32)
-    for column in padded.reshape(lanes, length).T:
-        registers = table[(registers ^ column) & 0xFF] ^ (registers >> 8)
-    while len(registers) > 1:
-        registers = _apply(_shift_tables(length), registers[::2]) ^ registers[1::2]
-        length *= 2
-    return int(registers[0]) ^ short ^ 0xFFFFFFFF
+    return struct.unpack("<I", stored)[0] != _masked(google_crc32c.value(content))
 
 
 def _masked(checksum: int) -> int:
     """As TFRecord stores it."""
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-@functools.cache
-def _table() -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
-    return table
-
-
-@functools.lru_cache(maxsize=64)
-def _shift_tables(zeros: int) -> np.ndarray:
-    """uint32 (4, 256): what each value of each byte of a register becomes by that many bytes of zero."""
-    if zeros == 1:
-        values = np.arange(256, dtype=np.uint32)
-        registers = np.stack([values << 8 * byte for byte in range(4)])
-        return _table()[registers & 0xFF] ^ (registers >> 8)
-    half = _shift_tables(zeros // 2)
-    doubled = _apply(half, half)
-    return _apply(_shift_tables(1), doubled) if zeros % 2 else doubled
-
-
-def _apply(tables: np.ndarray, registers: np.ndarray) -> np.ndarray:
-    """A linear map of registers, byte by byte."""
-    return (
-        tables[0][registers & 0xFF]
-        ^ tables[1][registers >> 8 & 0xFF]
-        ^ tables[2][registers >> 16 & 0xFF]
-        ^ tables[3][registers >> 24]
-    )
