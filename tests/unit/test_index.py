@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.data.store import index_files
-from jvgen.data.store.index import COLUMNS, Index, RowLists, ShardInfo
-from jvgen.data.store.index_files import CorruptIndex, draft_index, load_index, path_of, set_columns, verify_index
+from jvgen.data.store import array_files, index_files
+from jvgen.data.store.index import COLUMNS, CorruptIndex, Index, RowLists, ShardInfo
+from jvgen.data.store.index_files import draft_index, load_index, path_of, set_columns, verify_index
 from jvgen.data.store.records import Record
 from jvgen.data.store.strings import Strings, Text
 
@@ -197,8 +197,8 @@ def test_rows_of_a_shard(tmp_path: Path) -> None:
     rows = RowLists()
     for n in range(4):
         rows.add(record(n, captions=("a", "b"), caption_names=("short", "long"), columns={"x": n, "y": "t" * n}), n)
-    index_files.save_rows(tmp_path / "rows.npz", rows.index(), bytes=5)
-    loaded, document = index_files.load_rows(tmp_path / "rows.npz")
+    array_files.save_rows(tmp_path / "rows.npz", rows.index(), bytes=5)
+    loaded, document = array_files.load_rows(tmp_path / "rows.npz")
     assert document["bytes"] == 5 and loaded.digest == loaded.computed_digest() == rows.index().digest
     assert loaded.columns["y"].tolist() == ["", "t", "tt", "ttt"] and loaded.columns["x"].tolist() == [0, 1, 2, 3]
     assert loaded.caption_names == {"short": 4, "long": 4}
@@ -206,7 +206,7 @@ def test_rows_of_a_shard(tmp_path: Path) -> None:
     for position in range(0, len(whole), 97):
         (tmp_path / "rows.npz").write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         try:
-            loaded, _ = index_files.load_rows(tmp_path / "rows.npz")
+            loaded, _ = array_files.load_rows(tmp_path / "rows.npz")
         except CorruptIndex as error:
             assert "rows.npz" in str(error)
         else:

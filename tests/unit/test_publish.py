@@ -14,7 +14,8 @@ import pytest
 
 from jvgen.data.store import dataset_info, records
 from jvgen.data.store.example import NotAnExample, parse, serialize
-from jvgen.data.store.index_files import CorruptIndex, load_index, verify_index
+from jvgen.data.store.index import CorruptIndex
+from jvgen.data.store.index_files import load_index, verify_index
 from jvgen.data.store.publish import append, publish, upgrade
 from jvgen.data.store.records import Record, checksum_of
 from jvgen.data.store.shard_writer import ShardWriter, is_complete, read_shard, rows_path

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 import cv2
 import numpy as np
 
+from jvgen.data.store.array_files import read_arrays, write_arrays
 from jvgen.data.store.index import Column
-from jvgen.data.store.index_files import read_arrays, set_columns, write_arrays
+from jvgen.data.store.index_files import set_columns
 from jvgen.data.store.records import Record
 from jvgen.data.store.shards import CorruptShard
 from jvgen.data.store.sources import Source, open_source

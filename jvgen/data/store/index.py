@@ -31,6 +31,10 @@ NUMBERS = tuple(name for name in COLUMNS if name != "id")
 Column = np.ndarray | Text
 
 
+class CorruptIndex(ValueError):
+    """An index file that is damaged, incomplete or of a later version; the message names it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardInfo:
     """One file of a split.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jvgen.data.store import index_files, records
-from jvgen.data.store.index import Index, RowLists
+from jvgen.data.store import array_files, records
+from jvgen.data.store.index import CorruptIndex, Index, RowLists
 from jvgen.data.store.records import Record
 
 _ROWS = ".rows.npz"
@@ -72,7 +72,7 @@ class ShardWriter:
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
         index = self._rows.index()
-        index_files.save_rows(rows_path(self.path), index, bytes=self.bytes, size=size)
+        array_files.save_rows(rows_path(self.path), index, bytes=self.bytes, size=size)
         return WrittenShard(self.path, index, self.bytes)
 
     def abandon(self) -> None:
@@ -106,10 +106,10 @@ def read_shard(path: Path) -> WrittenShard:
       CorruptIndex: its rows are missing or damaged, or its file has another size than when it was written.
     """
     if not is_complete(path):
-        raise index_files.CorruptIndex(f"{path}: not written to its end (no {rows_path(path).name}). Make it again.")
-    index, document = index_files.load_rows(rows_path(path))
+        raise CorruptIndex(f"{path}: not written to its end (no {rows_path(path).name}). Make it again.")
+    index, document = array_files.load_rows(rows_path(path))
     size = path.stat().st_size if path.is_file() else None
     if size != document["size"]:
         found = "missing" if size is None else f"{size} bytes"
-        raise index_files.CorruptIndex(f"{path}: {found}, {document['size']} were written. Make the shard again.")
+        raise CorruptIndex(f"{path}: {found}, {document['size']} were written. Make the shard again.")
     return WrittenShard(path, index, document["bytes"])

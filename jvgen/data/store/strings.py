@@ -26,10 +26,15 @@ class Strings(Sequence[str]):
         """Raises `ValueError` for a string with a zero character."""
         strings = list(strings)
         content = np.frombuffer("".join(f"{string}\0" for string in strings).encode(), np.uint8)
-        starts = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(content == 0) + 1])
-        if len(starts) != len(strings) + 1:
+        made = cls.of_content(content)
+        if len(made) != len(strings):
             raise ValueError(f"{next(s for s in strings if chr(0) in s)!r} has a zero character.")
-        return cls(content, starts)
+        return made
+
+    @classmethod
+    def of_content(cls, content: np.ndarray) -> "Strings":
+        """Of bytes, uint8, in which each string is followed by a zero byte."""
+        return cls(content, np.concatenate([np.zeros(1, np.int64), np.flatnonzero(content == 0) + 1]))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
