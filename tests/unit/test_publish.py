@@ -20,6 +20,7 @@ from jvgen.data.store.publish import append, publish, upgrade
 from jvgen.data.store.records import Record, checksum_of
 from jvgen.data.store.shard_writer import ShardWriter, is_complete, read_shard, rows_path
 from jvgen.data.store.sources import open_source, read_metadata, splits
+from jvgen.data.store.verify import verify
 from jvgen.data.store.writer import Writer
 
 SAVED = Path(__file__).parents[1] / "resume" / "saved_by_0_1_0" / "files.tar.xz"
@@ -64,7 +65,8 @@ def test_the_same_bytes_in_every_process(tmp_path: Path) -> None:
         import sys, numpy as np
         from pathlib import Path
         from jvgen.data.store.records import Record
-        from jvgen.data.store.writer import Writer
+        from jvgen.data.store.verify import verify
+from jvgen.data.store.writer import Writer
         with Writer(sys.argv[1], description="test", metadata={"origin": "test"}, shard_bytes=2000) as writer:
             for n in range(9):
                 columns = {"license": ("cc0", "cc-by")[n % 2], "x": n, "source": "s"}
@@ -211,6 +213,7 @@ def test_data_sets_of_0_1_0(tmp_path: Path) -> None:
     for folder in sorted((tmp_path / "data").iterdir()):
         before = {split: open_source(folder, split) for split in splits(folder)}
         read = {split: [source.read(row) for row in range(len(source))] for split, source in before.items()}
+        assert all(verify(folder, split) == [] for split in before)
         with pytest.raises(ValueError, match="of 0.1.0; run `jvgen data upgrade"):
             append(folder, {}, metadata={})
         upgraded = upgrade(folder)
@@ -225,3 +228,10 @@ def test_data_sets_of_0_1_0(tmp_path: Path) -> None:
         append(folder, {"train": [added]}, metadata=read_metadata(folder))
         assert open_source(folder, "train").read(len(before["train"]) + 1).id == "r101"
         assert open_source(folder, "train").read(0).id == read["train"][0].id
+        # Rows of 0.1.0 have checksums of bytes, those that were appended of fields.
+        assert verify(folder, "train") == []
+        damaged = folder / open_source(folder, "train").shards[0].file
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+        assert len(verify(folder, "train")) >= 1

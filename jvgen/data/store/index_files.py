@@ -68,9 +68,9 @@ def verify_index(index: Index, threads: int = 4) -> None:
         return  # 0.1.0's are verified when they are read.
     path, cache = index.opened[1]
     arrays = [part for parts in _description(path)["arrays"].values() for part in parts.values()]
-    _verify(
-        path, tuple((part["file"], part["offset"], part["bytes"], part["sha256"]) for part in arrays), cache, threads
-    )
+    spans = tuple((part["file"], part["offset"], part["bytes"], part["sha256"]) for part in arrays)
+    stamps = tuple(storage.stamp(path.parent / name) for name in sorted({part["file"] for part in arrays}))
+    _verify(path, spans, stamps, cache, threads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,8 @@ def draft_index(
     Args:
       pieces: indices of consecutive rows; all of them together are never in memory.
       shards: files of the split.
-      checksums: what the column `checksum` is of: the fields of a record, or its bytes in the shard (0.1.0).
+      checksums: what the column `checksum` is of. "content": the fields of a record. "serialized": its bytes in the
+        shard, in rows of 0.1.0; the fields, in rows that were appended since.
 
     Raises:
       ValueError: an id that occurs twice, or a column with numbers in one piece and texts in another.
@@ -168,7 +169,7 @@ def set_columns(folder: LocalPath, split: str, columns: Mapping[str, Column]) ->
 
 
 def checksums_are_of_content(index: Index) -> bool:
-    """Whether the checksums of an opened index are of fields of records, not of their bytes in the shard (0.1.0)."""
+    """Whether all checksums of an opened index are of fields of records, and none of bytes in the shard (0.1.0)."""
     if index.opened is None or index.opened[0] is not _mapped_again:
         return False
     return _description(index.opened[1][0])["checksums"] == "content"
@@ -283,7 +284,15 @@ def _document_digest(description: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _verify(path: Path, arrays: tuple[tuple[str, int, int, str], ...], cache: FileCache | None, threads: int) -> None:
+def _verify(
+    path: Path,
+    arrays: tuple[tuple[str, int, int, str], ...],
+    stamps: tuple[tuple[float, ...], ...],
+    cache: FileCache | None,
+    threads: int,
+) -> None:
+    """`stamps` tell files from others that were at their paths before: a process verifies each once."""
+
     def check(span: tuple[str, int, int, str]) -> None:
         name, offset, size, digest = span
         state, left = hashlib.sha256(), size

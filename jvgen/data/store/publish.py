@@ -10,7 +10,7 @@ import jvgen
 from jvgen import storage
 from jvgen.data.store import dataset_info
 from jvgen.data.store.index import Index, ShardInfo
-from jvgen.data.store.index_files import draft_index, load_index
+from jvgen.data.store.index_files import checksums_are_of_content, draft_index, load_index
 from jvgen.data.store.shard_writer import read_shard, rows_path
 from jvgen.data.store.sources import METADATA
 
@@ -105,7 +105,9 @@ def _add(
             name = dataset_info.shard_name(dataset, split, number)
             files.append(ShardInfo(name, len(shard.index), shard.bytes, shard.index.digest))
             targets[path] = folder / name
-        drafts.append(draft_index(folder, split, _pieces(before, paths), files))
+        of_content = before is None or checksums_are_of_content(before)
+        checksums = "content" if of_content else "serialized"
+        drafts.append(draft_index(folder, split, _pieces(before, paths), files, checksums))
     # The shards stay where they are until the index names them: if this is killed, it can be done again.
     for path, target in targets.items():
         _link(path, target)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jvgen.data.store import dataset_info, records
 from jvgen.data.store.example import NotAnExample
-from jvgen.data.store.index import Index
+from jvgen.data.store.index import Index, ShardInfo
 from jvgen.data.store.index_files import load_index
 from jvgen.data.store.records import Record
 from jvgen.data.store.shards import CorruptShard, Shard, ShardedRecords
@@ -59,6 +59,11 @@ class Source:
     def metadata(self) -> dict[str, Any]:
         """Metadata of the builder (origin, options, digests); see `jvgen.data.store.writer`."""
         return read_metadata(self.folder)
+
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """The files of the split, in order."""
+        return self._split().shards
 
     @property
     def stored(self) -> tuple[int, int]:
