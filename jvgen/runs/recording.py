@@ -73,7 +73,7 @@ def record_environment(
     if config.policy == "expert" and not hasattr(environment, "expert_action"):
         raise ConfigError(f"--env {name}: has no expert_action(); record random actions (policy = random).")
     splits = ["train"] * train + ["validation"] * validation
-    jobs = [BuildJob(split, f"episode {index}", index) for index, split in enumerate(splits)]
+    jobs = [BuildJob(split, episode_id(seed, index), index) for index, split in enumerate(splits)]
     return build_dataset(
         out,
         jobs,
@@ -109,7 +109,7 @@ def record_episode(name: str, config: RecordingConfig, seed: int, index: int) ->
         ended = terminated or truncated or len(actions) == config.steps
     video = np.stack(frames)
     return Record(
-        id=f"episode-{seed}-{index:06d}",
+        id=episode_id(seed, index),
         kind="dynamic",
         clips=(encode_video(video, FRAMES_PER_SECOND, quality=config.quality, full_color=True),),
         frames_per_second=FRAMES_PER_SECOND,
@@ -119,6 +119,11 @@ def record_episode(name: str, config: RecordingConfig, seed: int, index: int) ->
         actions=np.stack([*actions, np.zeros_like(actions[0])]),
         rewards=np.asarray([*rewards, 0.0], np.float32),
     )
+
+
+def episode_id(seed: int, index: int) -> str:
+    """Id of the record of an episode."""
+    return f"episode-{seed}-{index:06d}"
 
 
 @functools.lru_cache(maxsize=1)

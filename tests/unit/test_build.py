@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvgen.data.builders.build_loop import BuildError, FilterConfig, assign_splits
+from jvgen.data.builders.build_loop import BuildError, Execution, FilterConfig, assign_splits
 from jvgen.data.builders.folders import build_images, build_videos
 from jvgen.data.builders.latents import build_latents
 from jvgen.data.builders.scenes import build_scenes
@@ -185,6 +185,19 @@ def test_images(tmp_path: Path) -> None:
     assert (record.kind, record.frames, record.height, record.captions) == ("image", 1, 22, ("noise 2",))
     np.testing.assert_array_equal(decode_window(record.clips[0], [0])[0], pixels)
     assert splits(tmp_path / "set") == {"train": 3}
+
+
+def test_appended_scenes_and_images_are_the_new_ones(tmp_path: Path) -> None:
+    """Names of jobs are ids of records, by which it is known what is there."""
+    append = Execution(append=True)
+    build_scenes(tmp_path / "scenes", SCENES, train=2, validation=0)
+    build_scenes(tmp_path / "scenes", SCENES, train=3, validation=0, execution=append)
+    assert splits(tmp_path / "scenes") == {"train": 3}
+    folder = prepared_tfds_images(tmp_path / "digits" / "1.0.0")
+    build_tfds_images(str(folder), tmp_path / "images", limit=2)
+    build_tfds_images(str(folder), tmp_path / "images", limit=5, execution=append)
+    index = open_source(tmp_path / "images", "train").index
+    assert index.id.tolist() == [f"digits-train-{row:08d}" for row in range(5)]
 
 
 def test_images_of_a_tfds_data_set(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jvgen.data.builders.build_loop import Execution
 from jvgen.data.builders.captions import read_captions
 from jvgen.data.builders.folders import build_videos
 from jvgen.data.builders.realestate10k import build_realestate10k
@@ -160,6 +161,9 @@ def test_realestate10k_frames_by_their_times(tmp_path: Path) -> None:
     assert set(found) == {"train/clip0", "test/clip0"}
     shown = decode_window(found["test/clip0"].clips[0], range(5))[..., 0].mean(axis=(1, 2)) / 4
     assert np.rint(shown).tolist() == [2, 29, 30, 33, 45]
+    write_cameras(tmp_path / "cameras" / "train" / "clip1.txt", track)
+    build_realestate10k(tmp_path / "cameras", media, tmp_path / "out", validation=0, execution=Execution(append=True))
+    assert set(records_of(tmp_path / "out")) == {"train/clip0", "test/clip0", "clip1"}
     folder_of(media, {"copy/KEY.mp4": clip})
     with pytest.raises(ValueError, match="KEY.mp4 and .*KEY.mp4 have its name; keep one"):
         build_realestate10k(tmp_path / "cameras", media, tmp_path / "b")

@@ -58,7 +58,8 @@ class BuildJob:
 
     Attributes:
       split: of its records.
-      name: for messages; unique.
+      name: unique; the id of its record, or the part of the ids of its records before the last slash: by it a build
+        that appends knows what the data set has.
       payload: the input of the build's function; picklable, where processes or machines are used.
       state: what the records depend on besides the name and the options, such as captions: a build that was killed goes
         on only where these are the same.

@@ -97,8 +97,8 @@ def build_realestate10k(
     ]
     splits = assign_splits(names, validation)
     jobs = [
-        BuildJob(split, name, clip, json.dumps(clip.captions), next(iter(clip.media), None))
-        for split, name, clip in zip(splits, names, clips, strict=True)
+        BuildJob(split, clip.id, clip, json.dumps(clip.captions), next(iter(clip.media), None))
+        for split, clip in zip(splits, clips, strict=True)
     ]
     filters = filters or FilterConfig()
     options = {

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 from jvgen.data.builders.build_loop import BuildJob, Execution, Progress, Summary, available_cpus, build_dataset
-from jvgen.data.scenes.scenes import SceneConfig, scene_record
+from jvgen.data.scenes.scenes import SceneConfig, scene_id, scene_record
 
 
 def build_scenes(
@@ -43,7 +43,7 @@ def build_scenes(
     few = (train + validation) * config.frames * config.views < 1500
     workers = (1 if few else available_cpus()) if workers is None else workers
     splits = ["train"] * train + ["validation"] * validation
-    jobs = [BuildJob(split, f"scene {index}", index) for index, split in enumerate(splits)]
+    jobs = [BuildJob(split, scene_id(seed, index), index) for index, split in enumerate(splits)]
     return build_dataset(
         out,
         jobs,

@@ -58,7 +58,7 @@ def build_tfds_images(
         for split, tfds_split in wanted.items()
     }
     jobs = [
-        BuildJob(split, f"{wanted[split]} {row}", (images, row))
+        BuildJob(split, images.id_of(row), (images, row))
         for split, images in sets.items()
         for row in range(min(len(images), limit if limit is not None else len(images)))
     ]
@@ -109,7 +109,11 @@ class TfdsImages:
         """
         example = self.examples[row]
         pixels = np.asarray(example[self.image_key])
-        return as_rgb(pixels), self._captions(example), f"{self.name}-{row:08d}"
+        return as_rgb(pixels), self._captions(example), self.id_of(row)
+
+    def id_of(self, row: int) -> str:
+        """The id of the record of a row."""
+        return f"{self.name}-{row:08d}"
 
     def _captions(self, example: dict[str, Any]) -> tuple[str, ...]:
         if self.caption_key is None:

@@ -190,6 +190,11 @@ def render_scene(config: SceneConfig, seed: int, index: int) -> Scene:
     )
 
 
+def scene_id(seed: int, index: int) -> str:
+    """Id of the record of scene number `index`."""
+    return f"scene-{seed}-{index:08d}"
+
+
 def scene_record(config: SceneConfig, seed: int, index: int) -> Record:
     """Scene number `index` as a record: png for images, H.264 in mp4 for clips."""
     scene = render_scene(config, seed, index)
@@ -202,7 +207,7 @@ def scene_record(config: SceneConfig, seed: int, index: int) -> Record:
             for view in scene.video
         )
     return Record(
-        id=f"scene-{seed}-{index:08d}",
+        id=scene_id(seed, index),
         kind=scene.kind,
         clips=clips,
         captions=scene.captions,
