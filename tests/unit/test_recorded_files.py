@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jvgen.data.builders.build_loop import Execution
-from jvgen.data.builders.captions import read_captions
+from jvgen.data.builders.captions import Row, other_columns, read_captions
 from jvgen.data.builders.folders import build_videos
 from jvgen.data.builders.realestate10k import build_realestate10k
 from jvgen.data.builders.recorded_files import Ambiguous, Names, files_in
@@ -126,6 +126,31 @@ def test_other_columns_of_a_table(tmp_path: Path) -> None:
     folder_of(folder, {"t.jsonl": "".join(json.dumps(line) + "\n" for line in lines)})
     found = read_captions(folder, [folder / "a.mp4", folder / "b.mp4"], folder / "t.jsonl")
     assert [cells["score"] for cells in found.columns.values()] == ["2", "high"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (("1", " -2.5e-1 "), [1.0, -0.25]),
+        (("1", "NaN"), [1.0, None]),
+        (("nan", "en"), ["nan", "en"]),
+        # As numbers these would be 102, 7, or rounded.
+        (("10_2", "3"), ["10_2", "3"]),
+        (("007", "12"), ["007", "12"]),
+        (("12345678901234567", "1"), ["12345678901234567", "1"]),
+        (("9007199254740992", "1"), [2.0**53, 1.0]),
+        (("\u0661", "1"), ["\u0661", "1"]),
+    ],
+)
+def test_cells_that_are_numbers(cells: tuple[str, str], expected: list) -> None:
+    rows = [Row(line, {"file": "a", "x": cell}) for line, cell in enumerate(cells)]
+    assert [row.get("x") for row in other_columns(rows, ("file",))] == expected
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", {"a.mp4": CLIP, "captions.csv": "file,caption,License,license\na.mp4,x,cc0,\n"})
+    with pytest.raises(ValueError, match="captions.csv: columns 'License' and 'license' are both 'license'"):
+        read_captions(folder, [folder / "a.mp4"])
 
 
 def test_webvid_pages(tmp_path: Path) -> None:

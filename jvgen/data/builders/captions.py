@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ ACCEPTED = (
     '{"file": ..., "caption": "..." or ["...", ...]} on each line; or <clip>.txt beside each clip, one caption per line'
 )
 _SHOWN = 10  # of a list of mistakes
+# 007 is a name: as a number it would lose its zeros.
+_NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
 class Captions(NamedTuple):
@@ -155,15 +159,25 @@ def read_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> list[
 def other_columns(rows: Sequence[Row], used: Sequence[str]) -> list[dict[str, Any]]:
     """The columns of each row besides those that are used, as numbers where all cells of a column are numbers.
 
-    Names get lower-case letters, digits and underscores. Empty cells, and texts too long for a column, are left out.
+    Names get lower-case letters, digits and underscores. Empty cells, NaN among numbers, and texts too long for a
+    column, are left out.
+
+    Raises:
+      ValueError: two columns that would have the same name.
     """
-    kept = [{_column_name(k): v for k, v in row.cells.items() if k not in used and v not in ("", None)} for row in rows]
-    texts = {name for cells in kept for name, value in cells.items() if not _is_number(value)}
+    written: dict[str, str] = {}
+    for column in dict.fromkeys(name for row in rows for name in row.cells if name not in used):
+        other = written.setdefault(_column_name(column), column)
+        if other != column:
+            raise ValueError(f"columns {other!r} and {column!r} are both {_column_name(column)!r}: rename one of them.")
+    names = {column: name for name, column in written.items()}
+    kept = [{names[k]: v for k, v in row.cells.items() if k not in used and v not in ("", None)} for row in rows]
+    texts = {name for cells in kept for name, value in cells.items() if _number(value) is None}
     return [
         {
-            name: str(value) if name in texts else float(value)
+            name: str(value) if name in texts else _number(value)
             for name, value in cells.items()
-            if name not in texts or len(str(value)) <= MAX_TEXT
+            if (len(str(value)) <= MAX_TEXT if name in texts else not math.isnan(_number(value)))
         }
         for cells in kept
     ]
@@ -174,11 +188,16 @@ def _column_name(written: str) -> str:
     return name if name[:1].isalpha() and name not in COLUMNS else f"table_{name}"
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return not isinstance(value, list | dict) and float(value) == float(value)
-    except (TypeError, ValueError):
-        return False
+def _number(value: Any) -> float | None:
+    """A cell as a number; None for texts, such as identifiers that Python would read as a number or would round."""
+    if isinstance(value, int | float):
+        return float(value) if isinstance(value, float) or abs(value) <= 2**53 else None
+    written = value.strip().lower() if isinstance(value, str) else ""
+    if written == "nan":
+        return math.nan
+    if not _NUMBER.fullmatch(written) or (_INTEGER.fullmatch(written) and abs(int(written)) > 2**53):
+        return None
+    return float(written)
 
 
 def _from_table(folder: Path, files: list[Path], rows: list[Row], table: Path) -> Captions:
@@ -187,7 +206,11 @@ def _from_table(folder: Path, files: list[Path], rows: list[Row], table: Path) -
     texts: dict[Path, list[str]] = {}
     columns: dict[Path, dict[str, Any]] = {}
     unmatched, ambiguous = [], []
-    for row, others in zip(rows, other_columns(rows, ("file", "caption")), strict=True):
+    try:
+        others_of = other_columns(rows, ("file", "caption"))
+    except ValueError as error:
+        raise ValueError(f"{table}: {error}") from None
+    for row, others in zip(rows, others_of, strict=True):
         if not row.cells.get("file") or "caption" not in row.cells:
             raise ValueError(f"{table}, line {row.line}: needs a file and a caption, got {dict(row.cells)!r}.")
         try:
