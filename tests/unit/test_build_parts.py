@@ -245,6 +245,21 @@ def test_a_file_that_ends_its_process_is_refused_alone() -> None:
     assert "ended the process that read it" in results[5].reason and results[7].reason == "damaged"
 
 
+class EndsItsProcess:
+    """As a function that a spawned process cannot import."""
+
+    def __call__(self, payload: int) -> int:
+        return payload
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (1,)
+
+
+def test_processes_that_cannot_start_are_no_fault_of_files() -> None:
+    with pytest.raises(BuildError, match="end when they start.*__main__"):
+        list(in_order(EndsItsProcess(), range(3), workers=2, processes=True))
+
+
 def test_any_error_of_a_file_is_a_refusal() -> None:
     def fails(payload: object) -> None:
         raise MemoryError("too big")

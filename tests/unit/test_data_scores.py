@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ from PIL import Image
 from jvgen.cli.main import main
 from jvgen.data.builders import scores
 from jvgen.data.builders.scores import MAX_BITS, near_duplicates, perceptual_hash, score
+from jvgen.data.store.index_files import set_columns
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import open_source
 from jvgen.data.store.statistics import distributions, of_numbers, of_texts
@@ -20,6 +22,7 @@ from jvgen.data.store.writer import Writer
 from jvgen.data.video_files import encode_image, encode_video
 
 RATE = 8.0
+SAVED = Path(__file__).parents[1] / "resume" / "saved_by_0_1_0" / "files.tar.xz"
 
 
 def texture(seed: int, blur: float = 0.0) -> np.ndarray:
@@ -93,20 +96,30 @@ def test_a_killed_call_goes_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> N
     columns = dict(open_source(data, "train").index.columns)
     real, calls = scores._scored, []
 
-    def failing(folder: str, split: str, start: int):
-        calls.append(start)
-        if start == 6 and len(calls) < 4:
+    def failing(folder: str, split: str, rows: range):
+        calls.append(rows.start)
+        if rows.start == 6 and len(calls) < 4:
             raise KeyboardInterrupt
-        return real(folder, split, start)
+        return real(folder, split, rows)
 
     monkeypatch.setattr(scores, "_scored", failing)
     with pytest.raises(KeyboardInterrupt):
         score(data)
     assert score(data) == whole and calls == [0, 3, 6, 6]
+    monkeypatch.setattr(scores, "_scored", real)
+    set_columns(data, "train", {name: np.full(8, np.nan) for name in ("motion", "sharpness")})
+    assert score(data, workers=2) == whole, "processes"
     again = open_source(data, "train").index.columns
     assert all(list(again[name]) == pytest.approx(list(columns[name]), nan_ok=True) for name in ("motion", "sharpness"))
     with pytest.raises(ValueError, match="scores = .'aesthetic',.: some of motion, sharpness, duplicates"):
         score(data, scores=("aesthetic",))
+
+
+def test_a_data_set_of_0_1_0_is_refused_before_it_is_scored(tmp_path: Path) -> None:
+    shutil.unpack_archive(SAVED, tmp_path, filter="data")
+    folder = next((tmp_path / "data").iterdir())
+    with pytest.raises(ValueError, match="index is of 0.1.0; run `jvgen data upgrade"):
+        score(folder)
 
 
 def test_near_duplicates_are_found_as_by_comparing_all() -> None:

@@ -1,15 +1,16 @@
 """Scores of clips for data sets that have none: motion, sharpness and near-duplicates, as columns of the index."""
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-import multiprocessing
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
+from jvgen.data.builders.jobs import Corrupt
+from jvgen.data.builders.workers import in_order
 from jvgen.data.store.array_files import read_arrays, write_arrays
 from jvgen.data.store.index import Column
 from jvgen.data.store.index_files import set_columns
@@ -64,8 +65,8 @@ def score(
     * `motion`: mean length of the optical flow (DIS) between neighboring frames, in shorter sides of the frame per
       second; missing for images.
     * `sharpness`: variance of the Laplacian of gray frames whose shorter side is 256 pixels, the median of three.
-    * `duplicate_of`: id of the first record of which this one is a near-duplicate by perceptual hashes of three frames;
-      missing for the others, so that `duplicate_of is None` takes one of each kind.
+    * `duplicate_of`: id of an earlier record of which this one is a near-duplicate by perceptual hashes of three
+      frames; missing for the others, so that `duplicate_of is None` takes one of each kind.
 
     Of several views the first is scored. A call that is killed goes on where it was.
 
@@ -74,7 +75,7 @@ def score(
       progress: called with (done, total).
 
     Raises:
-      ValueError: an unknown score, a data set in a bucket or of 0.1.0.
+      ValueError: an unknown score, a data set in a bucket or of 0.1.0, records that end the process that reads them.
     """
     unknown = [name for name in scores if name not in SCORES]
     if unknown or not scores:
@@ -83,17 +84,26 @@ def score(
         raise ValueError(f"{folder}: scores are written to local data sets; copy it, and upload its index files.")
     source = open_source(folder, split)
     index = source.index
+    if not index.shards:
+        raise ValueError(f"{folder}: its index is of 0.1.0; run `jvgen data upgrade {folder}` first.")
     kept = as_path(source.folder) / f"index-{split}" / f".scores-{index.digest[:12]}"
     kept.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(index), _CHUNK)
-    missing = [start for start in starts if not _file(kept, start).is_file()]
-    done = len(starts) - len(missing)
-    for start, arrays in _in_processes(source, missing, workers):
-        write_arrays(_file(kept, start), arrays)
-        done += 1
-        if progress is not None:
-            progress(min(done * _CHUNK, len(index)), len(index))
-    parts = [read_arrays(_file(kept, start)) for start in starts]
+    chunks = [range(start, min(start + _CHUNK, len(index))) for start in range(0, len(index), _CHUNK)]
+    missing = [rows for rows in chunks if not _file(kept, rows).is_file()]
+    done = len(index) - sum(map(len, missing))
+    scored = in_order(functools.partial(_scored, str(source.folder), split), missing, workers, processes=True)
+    with contextlib.closing(scored):
+        for rows, arrays in zip(missing, scored, strict=True):
+            if isinstance(arrays, Corrupt):
+                raise ValueError(
+                    f"{folder} [{split}]: rows {rows[0]} to {rows[-1]} cannot be scored: {arrays.reason}. What is "
+                    "scored is kept."
+                )
+            write_arrays(_file(kept, rows), arrays)
+            done += len(rows)
+            if progress is not None:
+                progress(done, len(index))
+    parts = [read_arrays(_file(kept, rows)) for rows in chunks]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     columns: dict[str, Column] = {name: joined[name] for name in ("motion", "sharpness") if name in scores}
     duplicates = 0
@@ -131,9 +141,10 @@ def perceptual_hash(frame: np.ndarray) -> int:
 
 
 def near_duplicates(hashes: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """For every record the first one of which it is a near-duplicate, -1 for none; int64 (n,).
+    """For every record an earlier one of which it is a near-duplicate, -1 for none; int64 (n,).
 
-    Records of a chain of near-duplicates all have the first of the chain.
+    The earlier one has none itself. A record that is near another duplicate alone may have the first of that chain, or
+    none.
 
     Args:
       hashes: uint64 (n, frames).
@@ -159,20 +170,8 @@ def near_duplicates(hashes: np.ndarray, readable: np.ndarray) -> np.ndarray:
     return np.where(first == np.arange(len(hashes)), -1, first)
 
 
-def _in_processes(source: Source, starts: list[int], workers: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    if workers <= 1:
-        yield from ((start, _scored(str(source.folder), source.split, start)) for start in starts)
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending = {pool.submit(_scored, str(source.folder), source.split, start): start for start in starts}
-        for future in concurrent.futures.as_completed(pending):
-            yield pending[future], future.result()
-
-
-def _scored(folder: str, split: str, start: int) -> dict[str, np.ndarray]:
+def _scored(folder: str, split: str, rows: range) -> dict[str, np.ndarray]:
     source = _source(folder, split)
-    rows = range(start, min(start + _CHUNK, len(source)))
     scored = [_of_record(source, row) for row in rows]
     return {
         "motion": np.array([one[0] for one in scored], np.float64),
@@ -216,5 +215,5 @@ def _source(folder: str, split: str) -> Source:
     return open_source(folder, split)
 
 
-def _file(folder: Path, start: int) -> Path:
-    return folder / f"{start:010d}.npz"
+def _file(folder: Path, rows: range) -> Path:
+    return folder / f"{rows.start:010d}-{rows.stop:010d}.npz"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from jvgen.data.builders.jobs import Corrupt, attempt
+from jvgen.data.builders.jobs import BuildError, Corrupt, attempt
 
 _CHUNKS_IN_FLIGHT = 4  # per worker
 _CHUNK = 4  # payloads sent to a process at once
@@ -69,16 +69,32 @@ def _in_processes(make: Callable[[Any], Any], payloads: Iterator[Any], workers: 
 
 def _one_by_one(make: Callable[[Any], Any], chunk: list[Any]) -> list[Any]:
     results = []
-    pool = _Pool(make, 1)
-    for payload in chunk:
-        try:
-            results += pool.submit([payload]).result()
-        except BrokenProcessPool:
-            results.append(Corrupt(_DIED))
-            pool.close()
-            pool = _Pool(make, 1)
-    pool.close()
+    pool = _started(make)
+    try:
+        for payload in chunk:
+            try:
+                results += pool.submit([payload]).result()
+            except BrokenProcessPool:
+                results.append(Corrupt(_DIED))
+                pool.close()
+                pool = _started(make)
+    finally:
+        pool.close()
     return results
+
+
+def _started(make: Callable[[Any], Any]) -> "_Pool":
+    """A process that runs: what ends before it has a payload is not the payload's fault."""
+    pool = _Pool(make, 1)
+    try:
+        pool.submit([]).result()
+    except BrokenProcessPool as error:
+        pool.close()
+        raise BuildError(
+            "processes that read files end when they start. A script that builds a data set calls the builder under "
+            "`if __name__ == '__main__':`, since they import it; or use workers = 1."
+        ) from error
+    return pool
 
 
 class _Pool:
