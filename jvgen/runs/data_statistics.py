@@ -81,10 +81,13 @@ def _buckets(experiment: Experiment, source: SourceConfig, index: Index) -> list
     filters = [source_filter(source, index, data.licenses)]
     records: dict[str, int] = {}
     tokens: dict[str, int] = {}
-    for bucket in dict.fromkeys(data.buckets):
+    shapes = [bucket.name for bucket in data.buckets]
+    for number, bucket in enumerate(data.buckets):
+        # Buckets of one shape may differ in rates, aspects or steps.
+        name = bucket.name if shapes.count(bucket.name) == 1 else f"{bucket.name} (buckets.{number})"
         pools, _ = bucket_pools(data, bucket, data.sources, [index], filters)
-        records[bucket.name] = sum(len(pool.rows) for pool in pools)
-        tokens[bucket.name] = records[bucket.name] * task.sequence_length(bucket)
+        records[name] = sum(len(pool.rows) for pool in pools)
+        tokens[name] = records[name] * task.sequence_length(bucket)
     found = [of_counts("records that fit a bucket", records)]
     return found + ([of_counts("tokens of an epoch by bucket", tokens)] if any(tokens.values()) else [])
 

@@ -20,6 +20,8 @@ from jvgen.data.store.statistics import distributions, of_numbers, of_texts
 from jvgen.data.store.strings import Text
 from jvgen.data.store.writer import Writer
 from jvgen.data.video_files import encode_image, encode_video
+from jvgen.runs.data_statistics import data_statistics
+from jvgen.training.experiment import load_experiment
 
 RATE = 8.0
 SAVED = Path(__file__).parents[1] / "resume" / "saved_by_0_1_0" / "files.tar.xz"
@@ -176,6 +178,22 @@ def test_the_commands(
     assert "no column 'licens'. Did you mean license" in capsys.readouterr().err
     assert main(["data", "verify", str(data)]) == 0
     assert "train: 8 of 8 records are what was written" in capsys.readouterr().out
+
+
+def test_records_and_tokens_of_the_buckets_of_a_config(data: Path, capsys: pytest.CaptureFixture) -> None:
+    config = Path(__file__).parents[2] / "configs" / "demo_text_to_video.py"
+    assert main(["data", "stats", str(data), "--config", str(config)]) == 0
+    assert "1x29x32x32" in capsys.readouterr().out
+    experiment = load_experiment(config, [])
+    [bucket] = experiment.data.buckets
+    # Of one shape, at different strides: 12 frames are too few for the second.
+    buckets = bucket.replace(frames=9), bucket.replace(frames=9, strides=(2,)), bucket.replace(frames=5)
+    experiment = experiment.replace(data=experiment.data.replace(buckets=buckets))
+    records, tokens = data_statistics(data, "train", "n < 6", experiment).distributions[-2:]
+    of_name = dict(zip(records.labels, records.counts, strict=True))
+    assert of_name == {"1x9x32x32 (buckets.0)": 3, "1x9x32x32 (buckets.1)": 0, "1x5x32x32": 3}
+    per_record = [experiment.task.build().sequence_length(one) for one in buckets]
+    assert tokens.counts == (3 * per_record[0], 0, 3 * per_record[2])
 
 
 def test_a_damaged_record_is_found(data: Path, capsys: pytest.CaptureFixture) -> None:

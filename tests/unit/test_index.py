@@ -36,6 +36,9 @@ def test_columns() -> None:
     assert index.frames.tolist() == [1, 2, 3, 4] and index.captions.tolist() == [0, 1, 2, 3]
     assert index.has_action.tolist() == [False, True, True, True] and not index.has_camera.any()
     assert index.take(np.array([2, 0])).width.tolist() == [11, 9]
+    assert index.take(np.array([2, 0])).id.tolist() == ["r2", "r0"]
+    assert index.take(np.array([False, True, False, True])).id == Strings.of(["r1", "r3"])
+    assert Strings.of(["a", "é", ""])[[1, -1, 1]].tolist() == ["é", "", "é"] and len(index.id[np.zeros(4, bool)]) == 0
 
 
 @pytest.mark.parametrize("borders", [(), (1,), (2, 2), (1, 2, 3)])

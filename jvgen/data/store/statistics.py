@@ -97,8 +97,9 @@ def _columns(index: Index) -> Iterator[tuple[str, np.ndarray | Text]]:
         yield "duration (s)", numbers(index.frames, clips) / rate
         yield "frames per second", rate
         yield "frames", numbers(index.frames, clips)
-    sizes, codes = np.unique(np.stack([index.width, index.height]), axis=1, return_inverse=True)
-    yield "frame size", _of_codes(codes.reshape(-1), [f"{width}x{height}" for width, height in sizes.T.tolist()])
+    # One number per size: NumPy sorts rows of a matrix ten times slower.
+    sizes, codes = np.unique(index.width.astype(np.int64) << 32 | index.height, return_inverse=True)
+    yield "frame size", _of_codes(codes, [f"{size >> 32}x{size & 0xFFFFFFFF}" for size in sizes.tolist()])
     yield "shorter side (pixels)", numbers(np.minimum(index.height, index.width))
     yield "width / height", numbers(index.width) / numbers(index.height)
     yield "views", numbers(index.views)

@@ -53,8 +53,7 @@ class Strings(Sequence[str]):
             first, last, _ = row.indices(len(self))
             starts = self.starts[first : max(first, last) + 1]
             return Strings(self.content[starts[0] : starts[-1]], starts - starts[0])
-        rows = np.arange(len(self))[row]
-        return Strings.of(self[int(number)] for number in rows)
+        return self._taken(np.arange(len(self))[row])
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), _CHUNK):
@@ -64,6 +63,17 @@ class Strings(Sequence[str]):
         if not isinstance(other, Strings):
             return NotImplemented
         return len(self) == len(other) and np.array_equal(self.content, other.content)
+
+    def _taken(self, rows: np.ndarray) -> "Strings":
+        lengths = self.starts[rows + 1] - self.starts[rows]
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        content = np.empty(starts[-1], np.uint8)
+        for first in range(0, len(rows), _CHUNK):
+            sizes, target = lengths[first : first + _CHUNK], starts[first : first + _CHUNK + 1]
+            moved = self.starts[rows[first : first + _CHUNK]] - target[:-1]
+            places = np.arange(target[0], target[-1]) + np.repeat(moved, sizes)
+            content[target[0] : target[-1]] = self.content[places]
+        return Strings(content, starts)
 
     def tolist(self) -> list[str]:
         """All strings."""

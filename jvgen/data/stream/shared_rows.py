@@ -25,12 +25,14 @@ class SharedRows:
         if array.nbytes < shared_bytes:
             return
         descriptor, path = tempfile.mkstemp(prefix="jvgen-rows-")
-        # A full disk: the array is sent to workers.
-        with contextlib.suppress(OSError), os.fdopen(descriptor, "wb") as file:
-            array.tofile(file)
-            file.flush()
-            self._path = path
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                array.tofile(file)
             self.array = self._mapped(path, array.dtype, len(array))
+        except OSError:  # a full disk: the array is sent to workers
+            _remove(path, os.getpid())
+            return
+        self._path = path
         weakref.finalize(self, _remove, path, os.getpid())
 
     def __len__(self) -> int:
