@@ -134,7 +134,7 @@ def test_a_kill_while_publishing_loses_nothing(videos: Path, whole: dict, tmp_pa
         raise SystemExit("killed")
 
     parts = parts_of(videos, tmp_path / "set")
-    for name in ("publish", "_move"):
+    for name in ("publish", "move_to_out"):
         with monkeypatch.context() as patched:
             patched.setattr(build_loop, name, killed)
             with pytest.raises(SystemExit):
@@ -179,8 +179,17 @@ def test_parts_that_do_not_fit(videos: Path, whole: dict, tmp_path: Path) -> Non
         merge_parts(parts, tmp_path / "set")
     with pytest.raises(ValueError, match="occurs twice"):
         append_parts(tmp_path / "set", parts)
-    # A column file that no index names may be left, as of an append that is killed.
-    assert whole.items() <= contents(tmp_path / "set").items() and all(part.is_dir() for part in parts)
+    assert contents(tmp_path / "set") == whole and all(part.is_dir() for part in parts)
+
+
+def test_one_process_writes_a_data_set(videos: Path, tmp_path: Path) -> None:
+    """Two that append at once would give their shards the same names."""
+    parts = parts_of(videos, tmp_path / "set")
+    (tmp_path / ".set.publishing").mkdir()
+    with build_folder.locked(tmp_path / ".set.publishing", ""):
+        with pytest.raises(ValueError, match="set: another process is writing this data set"):
+            merge_parts(parts, tmp_path / "set")
+    assert merge_parts(parts, tmp_path / "set").records == COUNT - 1
 
 
 def test_another_build_in_the_way(videos: Path, tmp_path: Path, monkeypatch) -> None:
@@ -192,7 +201,7 @@ def test_another_build_in_the_way(videos: Path, tmp_path: Path, monkeypatch) -> 
                      execution=Execution(part=1, parts=2, jobs_per_unit=2))  # fmt: skip
     assert contents(part) == before
     built(videos, tmp_path / "set", part=1, parts=2, restart=True)
-    with build_folder._locked(part), pytest.raises(ValueError, match="another process is building here"):
+    with build_folder.locked(part, ""), pytest.raises(ValueError, match="another process is building here"):
         built(videos, tmp_path / "set", part=1, parts=2)
 
 

@@ -196,6 +196,22 @@ def test_texts() -> None:
     assert text[1:3].tolist() == ["a", ""]
 
 
+def test_two_processes_that_set_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later one does not undo what the other did."""
+    write(tmp_path, index_of())
+    real = index_files.ColumnWriter.append_column
+
+    def meanwhile(*arguments) -> None:
+        monkeypatch.undo()
+        set_columns(tmp_path, "train", {"b": np.arange(4.0)})
+        real(*arguments)
+
+    monkeypatch.setattr(index_files.ColumnWriter, "append_column", meanwhile)
+    with pytest.raises(ValueError, match="another process changed it meanwhile; nothing is written"):
+        set_columns(tmp_path, "train", {"a": np.arange(4.0)})
+    assert list(load_index(tmp_path, "train").columns) == ["b"]
+
+
 def test_rows_of_a_shard(tmp_path: Path) -> None:
     rows = RowLists()
     for n in range(4):

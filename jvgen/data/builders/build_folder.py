@@ -92,7 +92,7 @@ def opened(folder: Path, info: BuildInfo, *, restart: bool = False) -> Iterator[
       ValueError: another build is there that took long, or somebody builds in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, f"{folder}: another process is building here; wait for it, or use another --out."):
         before = read_info(folder)
         done = finished(folder, before) if before is not None else []
         if before is not None and (restart or before.identity != info.identity or before.parts != info.parts):
@@ -201,14 +201,17 @@ def _difference(one: BuildInfo, other: BuildInfo) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, message: str) -> Iterator[None]:
+    """Keep a folder for this process.
+
+    Raises:
+      ValueError: another process has it; with the message.
+    """
     with (folder / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(
-                f"{folder}: another process is building here; wait for it, or use another --out."
-            ) from error
+            raise ValueError(message) from error
         yield
 
 

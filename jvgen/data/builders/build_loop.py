@@ -1,11 +1,7 @@
 """Builds data sets: jobs in parallel, here or on an engine, in units that survive kills and that parts are made of."""
 
-import collections
 import contextlib
 import dataclasses
-import json
-import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +17,7 @@ from jvgen.data.builders.build_folder import (
     is_worth_keeping,
     linked,
     local_or_raise,
+    locked,
     of_part,
     opened,
     part_folder,
@@ -35,15 +32,17 @@ from jvgen.data.builders.jobs import (
     assign_splits,
     available_cpus,
 )
+from jvgen.data.builders.summary import REJECTED_LOG, Summary, log_line, summary_of
 from jvgen.data.builders.units import Done, Unit, Work, forget, jobs_per_unit, units_of, write_unit
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store import dataset_info
+from jvgen.data.store.out_folder import check_out, move_to_out
 from jvgen.data.store.publish import append, publish
 from jvgen.data.store.records import Record
 from jvgen.data.store.shard_writer import rows_path
 from jvgen.data.store.sources import read_metadata
 from jvgen.data.store.writer import SHARD_BYTES
-from jvgen.storage import Path, absolute, is_remote, remove_tree, upload_folder
+from jvgen.storage import Path, absolute, is_remote
 
 __all__ = [
     "BuildError",
@@ -63,8 +62,6 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-REJECTED_LOG = "refused.jsonl"  # beside the data set
-_SHOWN = 10  # rows of a table of reasons
 # Fewer jobs are done before processes have started.
 FEW_JOBS = 64
 
@@ -99,51 +96,6 @@ class Execution:
             raise ValueError("append, part: build the parts, then add them with `jvgen data append`.")
         if self.jobs_per_unit is not None and self.jobs_per_unit < 1:
             raise ValueError(f"jobs_per_unit = {self.jobs_per_unit}: at least 1.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """Result of a build.
-
-    Attributes:
-      out: folder of the data set, or of the part.
-      counts: number of records by split and kind.
-      rejected: inputs that were left out, and why.
-      digests: index digest of each split; empty for a part.
-      bytes: size on disk.
-      seconds: wall time.
-      jobs: number of inputs.
-      notes: how often something was done that was not asked for, such as encoding a file again.
-      warnings: what training may stumble over.
-    """
-
-    out: Path
-    counts: dict[str, dict[str, int]]
-    rejected: tuple[Rejected, ...]
-    digests: dict[str, str]
-    bytes: int
-    seconds: float
-    jobs: int = 0
-    notes: dict[str, int] = dataclasses.field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def records(self) -> int:
-        """Number of records in all splits."""
-        return sum(sum(kinds.values()) for kinds in self.counts.values())
-
-    def __str__(self) -> str:
-        lines = [f"{self.out}: {self.records} records, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s"]
-        for split, kinds in self.counts.items():
-            parts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-            digest = f" (digest {self.digests[split][:12]})" if split in self.digests else ""
-            lines.append(f"  {split}: {parts}{digest}")
-        lines += [f"  {note}: {count}" for note, count in sorted(self.notes.items())]
-        lines += [f"  warning: {warning}" for warning in self.warnings]
-        if self.rejected:
-            lines.append(f"  rejected: {len(self.rejected)} of {self.jobs} (listed in {REJECTED_LOG})")
-            lines += [f"  {row}" for row in _table(self.rejected)]
-        return "\n".join(lines)
 
 
 def build_dataset(
@@ -198,7 +150,7 @@ def build_dataset(
     if execution.append:
         jobs = _new_jobs(target, jobs)
     elif execution.parts == 1:
-        _check_out(target, overwrite)
+        check_out(target, overwrite)
     size = execution.jobs_per_unit or jobs_per_unit(jobs)
     identity = identity_of(jobs, metadata, size)
     units = units_of(jobs, size)
@@ -226,7 +178,7 @@ def build_dataset(
         done = finished(folder, info)
         if execution.parts > 1:
             size_on_disk = sum(path.stat().st_size for path in folder.iterdir())
-            return _summary(folder, done, {}, size_on_disk, began)
+            return summary_of(folder, done, {}, size_on_disk, began)
         return _complete(target, info, [(folder, unit) for unit in done], error_budget, overwrite, execution, began)
 
 
@@ -253,7 +205,7 @@ def merge_parts(
     """
     began = time.perf_counter()
     target = absolute(out)
-    _check_out(target, overwrite)
+    check_out(target, overwrite)
     info, units = checked_parts([LocalPath(absolute(part)) for part in parts])
     budget = info.error_budget if error_budget is None else error_budget
     return _complete(target, info, units, budget, overwrite, Execution(), began)
@@ -305,16 +257,13 @@ def _complete(
     done = [unit for _, unit in units]
     folders = list(dict.fromkeys(folder for folder, _ in units))
     _check_budget(done, info.jobs, budget, folders)
-    staging = _staging(out)
-    remove(staging)
-    (staging / "shards").mkdir(parents=True)
-    try:
+    with _staged(out) as staging:
         shards: dict[str, list[LocalPath]] = {}
         for folder, unit in units:
             for name in unit.files:
                 shards.setdefault(unit.split, []).append(linked(folder / name, staging / "shards"))
                 linked(rows_path(folder / name), staging / "shards")
-        log = "".join(json.dumps(_row(item)) + "\n" for unit in done for item in unit.rejected)
+        log = "".join(log_line(item) for unit in done for item in unit.rejected)
         if execution.append:
             indices = _append(LocalPath(out), info, shards, log)
         else:
@@ -323,13 +272,11 @@ def _complete(
                               name=dataset_info.identifier(out.name))  # fmt: skip
             if log:
                 (data / REJECTED_LOG).write_text(log)
-            _move(data, out, overwrite)
-    finally:
-        remove(staging)
+            move_to_out(data, out, overwrite)
     for folder in folders:
         remove(folder)
     size = sum(storage.size(path) for path in out.iterdir() if path.is_file())
-    return _summary(out, done, {split: index.digest for split, index in indices.items()}, size, began)
+    return summary_of(out, done, {split: index.digest for split, index in indices.items()}, size, began)
 
 
 def _append(out: LocalPath, info: BuildInfo, shards: dict[str, list[LocalPath]], log: str) -> dict[str, Any]:
@@ -342,33 +289,6 @@ def _append(out: LocalPath, info: BuildInfo, shards: dict[str, list[LocalPath]],
     return indices
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.is_file():
-        raise ValueError(f"out = {str(out)!r} is a file; use a folder that does not exist yet.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not (out / dataset_info.NAME).is_file():
-        raise ValueError(f"out = {str(out)!r} contains something other than a data set; use another folder.")
-    if not overwrite:
-        raise ValueError(f"out = {str(out)!r} already contains a data set; pass --overwrite, or use another folder.")
-
-
-def _move(data: LocalPath, out: Path, overwrite: bool) -> None:
-    _check_out(out, overwrite)
-    if is_remote(out):
-        remove_tree(out)
-        upload_folder(data, out, last=(dataset_info.NAME,))
-        return
-    replaced = None
-    if out.exists():
-        replaced = out.parent / f".{out.name}.replaced"
-        remove(replaced)
-        out.rename(replaced)
-    data.rename(out)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _build_folder(out: Path, execution: Execution) -> LocalPath:
     if execution.parts > 1:
         return part_folder(local_or_raise(out), execution.part, execution.parts)
@@ -377,8 +297,19 @@ def _build_folder(out: Path, execution: Execution) -> LocalPath:
     return _beside(out) / f".{out.name}.building"
 
 
-def _staging(out: Path) -> LocalPath:
-    return _beside(out) / f".{out.name}.publishing"
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[LocalPath]:
+    """An empty folder for what becomes the data set, or part of it, while no other process writes there."""
+    folder = _beside(out) / f".{out.name}.publishing"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, f"{out}: another process is writing this data set; wait for it, then run the command again."):
+        for name in ("shards", "data"):
+            remove(folder / name)
+        (folder / "shards").mkdir()
+        try:
+            yield folder
+        finally:
+            remove(folder)
 
 
 def _beside(out: Path) -> LocalPath:
@@ -427,50 +358,6 @@ def _check_budget(done: Sequence[Done], total: int, budget: float, folders: Sequ
         for folder in folders:
             remove(folder)
         raise BuildError(f"none of {total} files can be used; nothing was written:{lines}")
-
-
-def _summary(out: Path, done: Sequence[Done], digests: dict[str, str], size: int, began: float) -> Summary:
-    counts: dict[str, collections.Counter] = {}
-    widths, notes = collections.Counter(), collections.Counter()
-    for unit in done:
-        if unit.kinds:
-            counts.setdefault(unit.split, collections.Counter()).update(unit.kinds)
-        widths.update(unit.action_widths)
-        notes.update(unit.notes)
-    warnings = []
-    if len(widths) > 1:
-        listed = ", ".join(f"{width} in {count} records" for width, count in sorted(widths.items()))
-        warnings.append(f"numbers per action: {listed}; such records cannot be in one batch (--action-width)")
-    return Summary(
-        out=out,
-        counts={split: dict(kinds) for split, kinds in counts.items()},
-        rejected=tuple(item for unit in done for item in unit.rejected),
-        digests=digests,
-        bytes=size,
-        seconds=time.perf_counter() - began,
-        jobs=sum(unit.jobs for unit in done),
-        notes=dict(notes),
-        warnings=tuple(warnings),
-    )
-
-
-def _row(item: Rejected) -> dict[str, Any]:
-    return {"name": item.name, "reason": item.reason, "damaged": item.corrupt}
-
-
-def _table(rejected: Sequence[Rejected]) -> Iterator[str]:
-    """Reasons by how often they occur; those that differ in numbers and names alone are one."""
-    groups: dict[str, list[Rejected]] = {}
-    for item in rejected:
-        kind = re.sub(r"\S*[/\d]\S*|'[^']*'", "_", item.reason.replace(item.name, "_"))
-        groups.setdefault(kind, []).append(item)
-    rows = sorted(groups.values(), key=len, reverse=True)
-    yield "  count  reason"
-    for items in rows[:_SHOWN]:
-        examples = ", ".join(item.name for item in items[:3]) + (", ..." if len(items) > 3 else "")
-        yield f"  {len(items):5d}  {items[0].reason[:160]}  [{examples}]"
-    if len(rows) > _SHOWN:
-        yield f"  {sum(map(len, rows[_SHOWN:])):5d}  for {len(rows) - _SHOWN} other reasons"
 
 
 class _Report:

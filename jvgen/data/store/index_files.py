@@ -129,6 +129,7 @@ def draft_index(
     index = _index(path_of(folder, split), description, None)
     repeated = index.id.first_repeated()
     if repeated is not None:
+        (folder / arrays["id"]["column"]["file"]).unlink()
         first, second = (_shard(shards, row) for row in repeated)
         raise ValueError(
             f"record id {index.id[repeated[0]]!r} occurs twice in split {split!r}, in {first} and in {second}; ids "
@@ -162,6 +163,8 @@ def set_columns(folder: LocalPath, split: str, columns: Mapping[str, Column]) ->
     finally:
         writers.close()
     kinds = {name: "text" if isinstance(column, Text) else "number" for name, column in columns.items()}
+    if _description(path_of(folder, split)) != description:
+        raise ValueError(f"{folder} [{split}]: another process changed it meanwhile; nothing is written. Try again.")
     changed = {"columns": {**description["columns"], **kinds}, "arrays": {**description["arrays"], **arrays}}
     _write_description(path_of(folder, split), {**description, **changed})
     _remove_unused(folder, split)

@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from jvgen.data.store import dataset_info
+from jvgen.data.store.out_folder import check_out, move_to_out
 from jvgen.data.store.publish import publish
 from jvgen.data.store.records import Record
 from jvgen.data.store.shard_writer import ShardWriter
-from jvgen.storage import absolute, is_remote, remove_tree, upload_folder
+from jvgen.storage import absolute, is_remote
 
 SHARD_BYTES = 512 << 20
 
@@ -53,7 +54,7 @@ class Writer:
         self.metadata = dict(metadata or {})
         self.overwrite = overwrite
         self.shard_bytes = shard_bytes
-        self._check_out()
+        check_out(self.out, overwrite)
         parent = Path(tempfile.gettempdir()) if is_remote(self.out) else self.out.parent
         self._partial = parent / f".{self.out.name}.partial-{socket.gethostname()}-{os.getpid()}"
         self._splits: dict[str, _Split] = {}
@@ -96,34 +97,7 @@ class Writer:
         name = dataset_info.identifier(self.out.name)
         indices = publish(self._partial, shards, description=self.description, metadata=self.metadata, name=name)
         self.digests = {split: index.digest for split, index in indices.items()}
-        self._move_to_out()
-
-    def _move_to_out(self) -> None:
-        self._check_out()
-        if is_remote(self.out):
-            remove_tree(self.out)
-            upload_folder(self._partial, self.out, last=("dataset_info.json",))
-            return
-        replaced = None
-        if self.out.exists():
-            replaced = self.out.parent / f"{self._partial.name}.replaced"
-            self.out.rename(replaced)
-        self._partial.rename(self.out)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
-
-    def _check_out(self) -> None:
-        out = self.out
-        if out.is_file():
-            raise ValueError(f"out = {str(out)!r} is a file; use a folder that does not exist yet.")
-        if not out.is_dir() or not any(out.iterdir()):
-            return
-        if not (out / "dataset_info.json").is_file():
-            raise ValueError(f"out = {str(out)!r} contains something other than a data set; use another folder.")
-        if not self.overwrite:
-            raise ValueError(
-                f"out = {str(out)!r} already contains a data set; pass --overwrite, or use another folder."
-            )
+        move_to_out(self._partial, self.out, self.overwrite)
 
     def _remove_dead_builds(self) -> None:
         prefix = f".{self.out.name}.partial-{socket.gethostname()}-"
