@@ -9,7 +9,6 @@ import numpy as np
 from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.finite import not_finite
 from jvgen.interop.from_torch import import_folder, read_config
-from jvgen.models.image_vae import posterior
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nn.network import Network
@@ -18,7 +17,7 @@ from jvgen.tasks.pixels import from_uint8
 
 
 class FrameEncoder:
-    """Calls turn uint8 frames `F H W 3` of a clip into float32 moments `f h w 2z`, and accumulate latent statistics.
+    """Calls turn uint8 frames `F H W 3` of a clip into float32 moments `f h w 2z`.
 
     Args:
       folder: exported folder of an image VAE or a video VAE.
@@ -51,7 +50,6 @@ class FrameEncoder:
                 lambda tree, frames: network.apply(tree, from_uint8(frames), method="encode").astype(jnp.float32)
             )
             self._parameters = jax.device_put(parameters)
-        self._count, self._sum, self._squares = 0, 0.0, 0.0
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         if (len(frames) - 1) % self.frames_per_latent:
@@ -63,10 +61,6 @@ class FrameEncoder:
         moments = np.concatenate(list(chunks))
         if not np.isfinite(moments).all():
             raise not_finite("latents of a clip", f"VAE {self._folder}", np.float32)
-        mean, log_variance = (np.asarray(part, np.float64) for part in posterior.split_moments(jnp.asarray(moments)))
-        self._count += mean.size
-        self._sum += mean.sum()
-        self._squares += (mean**2 + np.exp(log_variance)).sum()
         return moments
 
     def _encode_images(self, frames: np.ndarray) -> Iterator[np.ndarray]:
@@ -75,8 +69,3 @@ class FrameEncoder:
             # Padded to one shape, so that there is one compilation.
             padded = np.concatenate([batch, np.zeros((self._batch - len(batch), *batch.shape[1:]), np.uint8)])
             yield np.asarray(self._encode(self._parameters, padded))[: len(batch)]
-
-    def statistics(self) -> dict[str, float]:
-        """Mean and standard deviation ("deviation") over all elements of sampled latents so far."""
-        mean = self._sum / max(self._count, 1)
-        return {"mean": mean, "deviation": max(self._squares / max(self._count, 1) - mean**2, 0.0) ** 0.5}

@@ -1,7 +1,6 @@
 """`jvgen data build` of scenes, folders of videos or images, and latents; with arguments that all builders share."""
 
 import argparse
-import json
 
 from jvgen.cli.arguments import Handler, add_command, add_set_argument, frame_size, number
 from jvgen.terminal import progress_bar
@@ -273,7 +272,8 @@ def _add_latents(origins) -> None:
     parser = add_builder(
         origins, "latents", "encode another data set as VAE latents, so that training does not run the VAE",
         "data/videos --vae exported/vae --size 256x256 --out data/latents", run_latents,
-        details="Prints the task.latent_shift and task.latent_scale that normalize the latents.",
+        details="Prints the task.latent_shift and task.latent_scale that normalize the latents; of parts, `jvgen data "
+        "merge` does.",
     )  # fmt: skip
     parser.add_argument("source", metavar="DIR", help="data set folder with the clips")
     parser.add_argument(
@@ -300,7 +300,6 @@ def run_latents(parsed: argparse.Namespace) -> int:
     from jvgen.autoencoding.encoding import FrameEncoder
     from jvgen.data.builders.latents import build_latents
     from jvgen.interop.digest import content_digest
-    from jvgen.storage import as_path, write_text
 
     height, width = parsed.size
     encoder = FrameEncoder(parsed.vae, height, width, batch=parsed.batch_size)
@@ -311,13 +310,24 @@ def run_latents(parsed: argparse.Namespace) -> int:
             keep_clips=parsed.keep_clips, overwrite=parsed.overwrite, progress=report,
             execution=execution_of(parsed),
         )  # fmt: skip
-    statistics = encoder.statistics()
     print(summary)
+    if parsed.part[1] == 1:
+        report_latents(parsed.out)
+    return 0
+
+
+def report_latents(folder: str) -> None:
+    """Write the statistics of the latents of a data set and print how they are normalized; nothing for one without."""
+    from jvgen.data.store.sources import read_metadata
+
+    if "latents" not in read_metadata(folder):
+        return
+    from jvgen.autoencoding.latent_statistics import write_latent_statistics
+
+    statistics = write_latent_statistics(folder)
     mean, std = statistics["mean"], statistics["deviation"]
     scale = f"{1 / std:.6g}" if std else "1"
     print(
         f"latents have mean {mean:.4f} and standard deviation {std:.4f}: normalize them in training with "
         f"task.latent_shift={mean:.6g} task.latent_scale={scale}"
     )
-    write_text(as_path(parsed.out) / "latent_statistics.json", json.dumps(statistics, indent=1))
-    return 0

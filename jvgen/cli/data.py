@@ -110,6 +110,7 @@ def run_merge(parsed: argparse.Namespace) -> int:
     from jvgen.data.builders.build_loop import merge_parts
 
     print(merge_parts(parsed.parts, parsed.out, error_budget=parsed.error_budget, overwrite=parsed.overwrite))
+    build.report_latents(parsed.out)
     return 0
 
 
@@ -118,6 +119,7 @@ def run_append(parsed: argparse.Namespace) -> int:
     from jvgen.data.builders.build_loop import append_parts
 
     print(append_parts(parsed.path, parsed.parts, error_budget=parsed.error_budget))
+    build.report_latents(parsed.path)
     return 0
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from jvgen import config as configuration
 from jvgen.autoencoding.encoding import FrameEncoder
+from jvgen.autoencoding.latent_statistics import write_latent_statistics
 from jvgen.data.builders.latents import build_latents
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.labels import COLORS, labels_of
@@ -143,7 +144,7 @@ def build_data(workdir: Path, vae: Path, *, scenes: int, size: int) -> Path:
             frames, latents, encoder, encoder_digest=content_digest(vae), height=size, width=size, frames=None,
             stride=1, keep_clips=True, overwrite=True,
         )  # fmt: skip
-        (latents / "latent_statistics.json").write_text(json.dumps(encoder.statistics()))
+        write_latent_statistics(latents)
     return latents
 
 

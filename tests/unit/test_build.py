@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jvgen.cli.main import main
 from jvgen.data.builders.build_loop import BuildError, Execution, FilterConfig, assign_splits
 from jvgen.data.builders.folders import build_images, build_videos
 from jvgen.data.builders.latents import build_latents
@@ -15,8 +16,10 @@ from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.builders.tfds_images import build_tfds_images
 from jvgen.data.scenes.labels import labels_of
 from jvgen.data.scenes.scenes import SceneConfig, render_scene
+from jvgen.data.store.records import Record
 from jvgen.data.store.show import show
 from jvgen.data.store.sources import open_source, read_metadata, splits
+from jvgen.data.store.writer import Writer
 from jvgen.data.stream.source_checks import check_latents
 from jvgen.data.video_files import decode_window, encode_image, encode_video, probe
 
@@ -278,6 +281,33 @@ def test_latents(tmp_path: Path) -> None:
     # 64 pixels shrink to 51 and lose 19 of them: what was 1 / 1.6 of the height is now 1 of the width.
     np.testing.assert_allclose(after.intrinsics[0, 0], before.intrinsics[0, 0] * 51 / 32, rtol=1e-5)
     assert open_source(tmp_path / "latents", "train").index.latent_frames.tolist() == [3, 3, 3]
+
+
+def test_latents_keep_the_times_of_a_variable_rate(tmp_path: Path) -> None:
+    times = np.array([0, 0.1, 0.3, 0.4, 0.8, 0.9])
+    with Writer(tmp_path / "pixels", description="", metadata={}) as writer:
+        writer.add("train", Record(id="a", kind="dynamic", clips=(clip(6),), frames=6, height=32, width=48,
+                                   frames_per_second=5 / 0.9, frame_times=times, columns={"n": 1}))  # fmt: skip
+    build_latents(tmp_path / "pixels", tmp_path / "latents", encode_blocks, encoder_digest="a", height=32, width=48,
+                  stride=2, frames=2)  # fmt: skip
+    found = open_source(tmp_path / "latents", "train").read(0)
+    assert found.frame_times.tolist() == [0, 0.3] and found.frames == 2 and found.columns == {"n": 1}
+
+
+def test_statistics_of_latents_are_those_of_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """However many parts and calls encoded it."""
+    build_scenes(tmp_path / "pixels", SCENES, train=4, validation=1)
+    for part in (1, 2):
+        build_latents(tmp_path / "pixels", tmp_path / "latents", encode_blocks, encoder_digest="a", height=24, width=32,
+                      execution=Execution(part=part, parts=2, jobs_per_unit=1))  # fmt: skip
+    parts = [str(tmp_path / f"latents.part-{part}-of-2") for part in (1, 2)]
+    assert main(["data", "merge", *parts, "--out", str(tmp_path / "latents")]) == 0
+    found = json.loads((tmp_path / "latents" / "latent_statistics.json").read_text())
+    moments = [record.latents.reshape(-1, 6).astype(float) for _, record in read_all(tmp_path / "latents").values()]
+    mean, log_variance = np.split(np.concatenate(moments), 2, axis=-1)
+    assert found["mean"] == pytest.approx(mean.mean())
+    assert found["deviation"] == pytest.approx(np.sqrt((mean**2 + np.exp(log_variance)).mean() - mean.mean() ** 2))
+    assert f"task.latent_shift={found['mean']:.6g}" in capsys.readouterr().out
 
 
 def test_latents_record_their_encoder(tmp_path: Path) -> None:

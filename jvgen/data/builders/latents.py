@@ -108,6 +108,8 @@ def _selected(
     if record.has_camera:
         changes |= {"intrinsics": np.concatenate(intrinsics), "extrinsics": np.concatenate(extrinsics)}
     changes["frames_per_second"] = record.frames_per_second / stride
+    if record.frame_times.size:
+        changes["frame_times"] = record.frame_times[kept]
     if record.has_action:
         changes["actions"] = sum_over_stride(record.actions, 0, stride, len(kept))
     if record.rewards.size:
