@@ -65,8 +65,7 @@ def test_the_same_bytes_in_every_process(tmp_path: Path) -> None:
         import sys, numpy as np
         from pathlib import Path
         from jvgen.data.store.records import Record
-        from jvgen.data.store.verify import verify
-from jvgen.data.store.writer import Writer
+        from jvgen.data.store.writer import Writer
         with Writer(sys.argv[1], description="test", metadata={"origin": "test"}, shard_bytes=2000) as writer:
             for n in range(9):
                 columns = {"license": ("cc0", "cc-by")[n % 2], "x": n, "source": "s"}

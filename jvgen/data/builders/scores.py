@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from jvgen.data.builders.jobs import Corrupt
+from jvgen.data.builders.near_duplicates import near_duplicates
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store.array_files import read_arrays, write_arrays
 from jvgen.data.store.index import Column
@@ -28,9 +29,6 @@ _FLOW_SIDE, _SHARPNESS_SIDE = 128, 256  # shorter side at which flow and sharpne
 _PAIRS = 6  # pairs of neighboring frames of which the flow is measured
 _HASHED = (1 / 6, 1 / 2, 5 / 6)  # parts of a clip whose frames are hashed
 _BITS = 64  # of the hash of a frame
-_BAND = 16  # bits; hashes that differ in fewer bits than there are bands have a band in common
-# Clips are near-duplicates if their hashes differ in at most this many bits, as re-encoded and resized copies do.
-MAX_BITS = len(_HASHED) * _BITS // _BAND - 1
 _CHUNK = 256  # records that are scored, and kept on disk, at a time
 
 
@@ -65,8 +63,8 @@ def score(
     * `motion`: mean length of the optical flow (DIS) between neighboring frames, in shorter sides of the frame per
       second; missing for images.
     * `sharpness`: variance of the Laplacian of gray frames whose shorter side is 256 pixels, the median of three.
-    * `duplicate_of`: id of an earlier record of which this one is a near-duplicate by perceptual hashes of three
-      frames; missing for the others, so that `duplicate_of is None` takes one of each kind.
+    * `duplicate_of`: id of the first record of which this one is a near-duplicate by perceptual hashes of three frames;
+      missing for the others, so that `duplicate_of is None` takes one of each kind.
 
     Of several views the first is scored. A call that is killed goes on where it was.
 
@@ -138,36 +136,6 @@ def perceptual_hash(frame: np.ndarray) -> int:
     small = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
     low = cv2.dct(small.astype(np.float32))[:9, :9].reshape(-1)[1 : _BITS + 1]
     return int("".join("01"[bit] for bit in (low > np.median(low)).tolist()), 2)
-
-
-def near_duplicates(hashes: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """For every record an earlier one of which it is a near-duplicate, -1 for none; int64 (n,).
-
-    The earlier one has none itself. A record that is near another duplicate alone may have the first of that chain, or
-    none.
-
-    Args:
-      hashes: uint64 (n, frames).
-      readable: bool (n,); the others have no duplicates.
-    """
-    first = np.arange(len(hashes))
-    bands = hashes.view(np.uint16).reshape(len(hashes), -1)
-    rows = np.flatnonzero(readable)
-    for band in range(bands.shape[1]):
-        order = rows[np.argsort(bands[rows, band], kind="stable")]
-        values = bands[order, band]
-        borders = np.flatnonzero(np.diff(values)) + 1
-        for group in np.split(order, borders):
-            while len(group) > 1:
-                near = np.bitwise_count(hashes[group[1:]] ^ hashes[group[0]]).sum(1) <= MAX_BITS
-                first[group[1:][near]] = np.minimum(first[group[1:][near]], group[0])
-                group = group[1:][~near]
-    while True:
-        earlier = first[first]
-        if np.array_equal(earlier, first):
-            break
-        first = earlier
-    return np.where(first == np.arange(len(hashes)), -1, first)
 
 
 def _scored(folder: str, split: str, rows: range) -> dict[str, np.ndarray]:
