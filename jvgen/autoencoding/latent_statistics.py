@@ -9,7 +9,7 @@ from jvgen.data.store.sources import open_source, splits
 from jvgen.models.image_vae.posterior import LOG_VARIANCE_RANGE
 
 NAME = "latent_statistics.json"  # beside the data set
-MOST_RECORDS = 1024
+MAX_RECORDS = 1024
 
 
 def latent_statistics(folder: str | storage.Path) -> dict[str, float]:
@@ -25,7 +25,7 @@ def latent_statistics(folder: str | storage.Path) -> dict[str, float]:
     """
     sources = [open_source(folder, split) for split in splits(folder)]
     borders = np.cumsum([0, *map(len, sources)])
-    chosen = np.linspace(0, borders[-1] - 1, min(borders[-1], MOST_RECORDS)).round().astype(int)
+    chosen = np.linspace(0, borders[-1] - 1, min(borders[-1], MAX_RECORDS)).round().astype(int)
     count, total, squares = 0, 0.0, 0.0
     for number in chosen.tolist():
         split = int(np.searchsorted(borders, number, side="right")) - 1

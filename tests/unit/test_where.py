@@ -138,6 +138,7 @@ def test_filters_that_do_not_fit_the_columns(where, message):
         "aesthetic ** 9 ** 9 > 1", "f'{aesthetic}' == 'a'", "5", "'text'", "aesthetic + 1", "b'x' == license",
         "1j == aesthetic", "...", "(" * 500 + ")" * 500, "not " * 5000 + "empty", "x" * 20_000,
         "aesthetic > 5 and (license := 'a')", "aesthetic @ 2 > 1", "license[0] == 'c'", "a\0b > 1",
+        f"aesthetic > {10**400}",
     ],
 )  # fmt: skip
 def test_what_is_not_a_filter(where):

@@ -160,6 +160,8 @@ def _check(node: ast.expr) -> None:
             parts = elements
         case ast.Name():
             parts = []
+        case ast.Constant(value=int(value)) if abs(value) > 2**53:
+            raise FilterError(f"{str(value)[:20]}...: as a number it would be rounded; numbers end at 2**53.")
         case ast.Constant(value=value) if value is None or isinstance(value, int | float | str):
             parts = []
         case _:
