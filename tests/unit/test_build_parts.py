@@ -53,6 +53,7 @@ def contents(folder: Path) -> dict[str, str]:
 def whole(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("whole") / "set"
     summary = built(videos, out)
+    assert summary.bytes == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert summary.records == COUNT - 1 and [item.name for item in summary.rejected] == ["07.mp4"]
     assert sum(splits(out).values()) == COUNT - 1
     return contents(out)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jvgen.cli import data as data_command
 from jvgen.cli.main import main
 from jvgen.data.builders import scores
 from jvgen.data.builders.near_duplicates import MAX_BITS, near_duplicates
@@ -149,6 +150,19 @@ def test_near_duplicates_are_found_as_by_comparing_all() -> None:
     assert (perceptual_hash(frame) ^ perceptual_hash(texture(8))).bit_count() > 16
 
 
+def test_near_duplicates_among_clips_that_begin_alike() -> None:
+    """Thousands of clips with a black first frame, and thousands that are one still frame."""
+    rng = np.random.default_rng(1)
+    black = rng.integers(0, 2**63, (6000, 3)).astype(np.uint64)
+    black[:, 0] = 0
+    still = np.repeat(rng.integers(0, 2**63, (3000, 1)).astype(np.uint64), 3, axis=1)
+    flipped = np.bitwise_xor.reduce(np.uint64(1) << rng.integers(0, 64, (6000, MAX_BITS)).astype(np.uint64), axis=1)
+    copies = black.copy()
+    copies[:, 2] ^= flipped
+    found = near_duplicates(np.concatenate([black, still, copies, still]), np.ones(18_000, bool))
+    assert found.tolist() == [-1] * 9000 + list(range(6000)) + list(range(6000, 9000))
+
+
 def test_statistics(data: Path) -> None:
     found = {one.name: one for one in distributions(open_source(data, "train").index)}
     assert found["kind"].labels == ("dynamic", "image") and found["kind"].counts == (7, 1)
@@ -166,6 +180,7 @@ def test_the_commands(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "150")
+    assert data_command.SCORES == scores.SCORES
     assert main(["data", "score", str(data), "--scores", "sharpness", "duplicates"]) == 0
     out = capsys.readouterr().out
     assert "8 records have columns sharpness, duplicate_of" in out and "2 are near-duplicates" in out

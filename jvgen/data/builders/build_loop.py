@@ -275,7 +275,7 @@ def _complete(
             move_to_out(data, out, overwrite)
     for folder in folders:
         remove(folder)
-    size = sum(storage.size(path) for path in out.iterdir() if path.is_file())
+    size = sum(storage.size(path) for path in (*out.iterdir(), *out.glob("index-*/*")) if path.is_file())
     return summary_of(out, done, {split: index.digest for split, index in indices.items()}, size, began)
 
 
