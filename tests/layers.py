@@ -19,7 +19,17 @@ LAYERS: list[list[str]] = [
     ["geometry", "kernels", "saved_config"],
     ["storage"],
     ["config", "finite"],
-    ["exit_codes", "field_types", "lazy_names", "nested", "precision", "terminal", "value_rules", "versions"],
+    [
+        "exit_codes",
+        "field_types",
+        "lazy_names",
+        "nested",
+        "precision",
+        "protobuf_wire",
+        "terminal",
+        "value_rules",
+        "versions",
+    ],
 ]
 
 # The same inside two packages. Modules that are not listed are unrestricted.

@@ -4,12 +4,13 @@ Protobuf libraries write the features of an example in an order that differs fro
 sorted by name, so that a record has the same bytes wherever it is written.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-_BYTES, _FLOAT, _INT = 1, 2, 3  # fields of a Feature
-_VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
+from jvgen.protobuf_wire import BYTES, fields, varint
+
+_BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3  # fields of a Feature
 MAX_BYTES = 2**31 - 1  # of a message that protobuf libraries read
 
 Value = Sequence[bytes] | np.ndarray
@@ -38,9 +39,9 @@ def parse(serialized: bytes) -> dict[str, list[memoryview] | np.ndarray]:
     """
     features: dict[str, list[memoryview] | np.ndarray] = {}
     try:
-        for _, message in _fields(memoryview(serialized)):
-            for _, entry in _fields(message):
-                parts = dict(_fields(entry))
+        for _, message in fields(memoryview(serialized)):
+            for _, entry in fields(message):
+                parts = dict(fields(entry))
                 features[bytes(parts[1]).decode()] = _value(parts.get(2, memoryview(b"")))
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise NotAnExample(f"not a serialized example ({error})") from error
@@ -50,69 +51,34 @@ def parse(serialized: bytes) -> dict[str, list[memoryview] | np.ndarray]:
 def _feature(value: Value) -> list[bytes]:
     if isinstance(value, np.ndarray):
         if value.dtype.kind == "f":
-            kind, content = _FLOAT, value.astype("<f4").tobytes()
+            kind, content = _FLOAT_LIST, value.astype("<f4").tobytes()
         else:
-            kind, content = _INT, b"".join(_varint(int(number) % 2**64) for number in value.reshape(-1).tolist())
+            kind, content = _INT64_LIST, b"".join(_varint(int(number) % 2**64) for number in value.reshape(-1).tolist())
         items = [b"\x0a", _varint(len(content)), content] if content else []
     else:
-        kind, items = _BYTES, [part for item in value for part in (b"\x0a", _varint(len(item)), item)]
-    return [_varint(kind << 3 | _DELIMITED), _varint(_length(items)), *items]
+        kind, items = _BYTES_LIST, [part for item in value for part in (b"\x0a", _varint(len(item)), item)]
+    return [_varint(kind << 3 | BYTES), _varint(_length(items)), *items]
 
 
 def _value(feature: memoryview) -> list[memoryview] | np.ndarray:
-    for kind, content in _fields(feature):
-        if kind == _BYTES:
-            return [item for _, item in _fields(content)]
-        if kind == _FLOAT:
+    for kind, content in fields(feature):
+        if kind == _BYTES_LIST:
+            return [item for _, item in fields(content)]
+        if kind == _FLOAT_LIST:
             # A list may be in one piece (packed) or a value at a time.
-            return np.frombuffer(b"".join(item for _, item in _fields(content)), "<f4")
-        if kind == _INT:
+            return np.frombuffer(b"".join(item for _, item in fields(content)), "<f4")
+        if kind == _INT64_LIST:
             numbers = []
-            for _, item in _fields(content):
+            for _, item in fields(content):
                 numbers += [item] if isinstance(item, int) else _varints(item)
             return np.array(numbers, np.uint64).astype(np.int64)
     return []
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """(field number, content) of a message; integers for varints."""
-    position = 0
-    while position < len(message):
-        tag, position = _read_varint(message, position)
-        wire = tag & 7
-        if wire == _VARINT:
-            value, position = _read_varint(message, position)
-            yield tag >> 3, value
-            continue
-        if wire == _DELIMITED:
-            size, position = _read_varint(message, position)
-        elif wire in (_FIXED32, _FIXED64):
-            size = 4 if wire == _FIXED32 else 8
-        else:
-            raise ValueError(f"wire type {wire}")
-        if position + size > len(message):
-            raise ValueError("it ends early")
-        yield tag >> 3, message[position : position + size]
-        position += size
-
-
-def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position += 1
-        if byte < 0x80:
-            return value & (2**64 - 1), position
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number of more than 64 bits")
-
-
 def _varints(content: memoryview) -> list[int]:
     numbers, position = [], 0
     while position < len(content):
-        number, position = _read_varint(content, position)
+        number, position = varint(content, position)
         numbers.append(number)
     return numbers
 
