@@ -306,15 +306,6 @@ def _hbm(shapes: tuple[Shape, ...]) -> float:
     return sum(shape.hbm_bytes for shape in shapes)
 
 
-def totals(found: list[Operation]) -> dict[tuple[Kind, Phase], tuple[float, float]]:
-    """(FLOPs, bytes) of a step by kind and phase."""
-    summed: dict[tuple[Kind, Phase], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for one in found:
-        summed[one.kind, one.phase][0] += one.times * one.flops
-        summed[one.kind, one.phase][1] += one.times * one.bytes
-    return {key: (flops, size) for key, (flops, size) in summed.items()}
-
-
 def by_block(found: list[Operation]) -> Iterator[list[Operation]]:
     """The operations of each straight run, in order."""
     blocks: dict[int, list[Operation]] = defaultdict(list)
