@@ -3,7 +3,7 @@
 Imports nothing of jvgen or JAX: worker processes import this module.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import cv2
@@ -36,8 +36,8 @@ class Clips(torch.utils.data.Dataset):
         return torch.from_numpy(read(self.windows[number]))
 
 
-def read(window: Window) -> np.ndarray:
-    """Seek to the keyframe before the window, decode up to its end, resize and crop."""
+def read(window: Window, interpolation: Any = None) -> np.ndarray:
+    """Seek to the keyframe before the window, decode up to its end, resize and crop; PyAV's default colors if None."""
     last = window.start + window.stride * (window.frames - 1)
     fitted = []
     with av.open(window.path) as container:
@@ -49,7 +49,7 @@ def read(window: Window) -> np.ndarray:
         for frame in container.decode(stream):
             number = round(frame.pts / ticks)
             if number >= window.start and (number - window.start) % window.stride == 0:
-                fitted.append(_fit(frame.to_ndarray(format="rgb24"), window))
+                fitted.append(_fit(frame.to_ndarray(format="rgb24", interpolation=interpolation), window))
             if number >= last:
                 break
     return np.stack(fitted)
