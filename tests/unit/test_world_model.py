@@ -273,3 +273,20 @@ def test_a_goal_stays_in_the_context(frames, actions):
         np.testing.assert_array_equal(state.frames[:, 1], frame)
     refreshed = world.refresh(state)
     np.testing.assert_array_equal(refreshed.frames, state.frames)
+
+
+def test_a_policy_library_trains_in_the_environment(environment):
+    """Stable-Baselines3, where it is installed: rollouts, an update, and an evaluation in the imagined episodes."""
+    stable_baselines3 = pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.env_checker import check_env
+
+    # Its convolutions want at least 36 pixels, and it warns that these frames are smaller.
+    with pytest.warns(UserWarning, match="36x36"):
+        check_env(environment)
+    agent = stable_baselines3.A2C("MlpPolicy", environment, n_steps=5, seed=0, device="cpu")
+    before = [parameter.detach().clone() for parameter in agent.policy.parameters()]
+    agent.learn(10)
+    assert agent.num_timesteps == 10
+    assert any((old != new).any() for old, new in zip(before, agent.policy.parameters(), strict=True))
+    action, _ = agent.predict(environment.reset(seed=0)[0])
+    assert environment.action_space.contains(action)
