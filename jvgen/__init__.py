@@ -1,9 +1,10 @@
 """Pretraining of video generators at pod scale, in JAX.
 
 The names below are the stable interface: `import jvgen` is fast, imports neither JAX nor torch and touches no device;
-each name is loaded when it is first used. So are the namespaces `jvgen.data` (data sets, clips, rendered scenes),
-`jvgen.evaluation` (metrics, plots, contact sheets), `jvgen.geometry` (cameras, camera paths, epipolar lines) and
-`jvgen.models` (networks); what each lists in `__all__` is stable too. Other modules may change between minor versions.
+each name is loaded when it is first used. So are the namespaces `jvgen.control` (environments, planning, imagination),
+`jvgen.data` (data sets, clips, rendered scenes), `jvgen.evaluation` (metrics, plots, contact sheets), `jvgen.geometry`
+(cameras, camera paths, epipolar lines) and `jvgen.models` (networks); what each lists in `__all__` is stable too. Other
+modules may change between minor versions.
 """
 
 from jvgen.lazy_names import lazy_names
@@ -19,6 +20,7 @@ _MODULES = {
     "load_vae": "autoencoding.vae",
     "load_world_model": "runs.world_models",
     "train": "training.loop",
+    "control": "control",
     "data": "data",
     "evaluation": "evaluation",
     "geometry": "geometry",

@@ -17,7 +17,7 @@ import jvgen
 from jvgen.config import ConfigError
 from jvgen.interop.from_torch import import_folder
 
-NAMESPACES = (jvgen.data, jvgen.evaluation, jvgen.geometry, jvgen.models)
+NAMESPACES = (jvgen.control, jvgen.data, jvgen.evaluation, jvgen.geometry, jvgen.models)
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 CHECK = """
@@ -29,12 +29,13 @@ heavy = {"jax", "flax", "torch", "tensorflow", "numpy", "grain"} & set(sys.modul
 assert not heavy, heavy
 assert took < 1, took
 assert {"load_experiment", "train", "load_run", "load_vae", "load_world_model", "WorldModel"} <= set(dir(jvgen))
-assert {"data", "evaluation", "geometry", "models"} <= set(dir(jvgen))
-jvgen.data, jvgen.evaluation, jvgen.geometry, jvgen.models
+assert {"control", "data", "evaluation", "geometry", "models"} <= set(dir(jvgen))
+jvgen.control, jvgen.data, jvgen.evaluation, jvgen.geometry, jvgen.models
 heavy = {"jax", "flax", "torch", "tensorflow", "numpy", "grain"} & set(sys.modules)
 assert not heavy, heavy
 jvgen.load_experiment, jvgen.train, jvgen.load_run, jvgen.load_vae, jvgen.load_world_model, jvgen.models.VideoDiT
 jvgen.data.render_scene, jvgen.evaluation.contact_sheet, jvgen.geometry.epipolar_bias
+jvgen.control.Planner
 assert "torch" not in sys.modules and "tensorflow" not in sys.modules
 import jax
 try:
