@@ -57,6 +57,12 @@ def test_a_lone_file_goes_into_every_shipped_config(label, tmp_path, monkeypatch
     """Everything but the tensors' data: which network they are for, its architecture, names, shapes and dtypes."""
     experiment = config.load(CONFIGS[label])
     task = experiment.task.build()
+    # A LoRA's base is named in the config, and an agent's networks have no files.
+    if getattr(experiment.task, "lora", None) or (
+        experiment.task.collects_experience and not experiment.task.imagination
+    ):
+        assert task.network_configs == {}
+        return
     imported = []
 
     def import_folder(path, network, **options):
