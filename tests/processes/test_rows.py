@@ -135,6 +135,9 @@ def test_two_processes_in_an_order_of_a_torus_train_as_one(one_process, tmp_path
         assert [row["step"] for row in alone] == [row["step"] for row in both] and alone
         for name in ("loss", "input", "high"):
             np.testing.assert_allclose(
-                [row[name] for row in both if name in row], [row[name] for row in alone if name in row], rtol=1e-5
+                [row[name] for row in both if name in row],
+                [row[name] for row in alone if name in row],
+                rtol=1e-5,
+                atol=1e-7,  # sums over devices are rounded in another order
             )
         assert [row.get("records") for row in alone] == [row.get("records") for row in both]

@@ -169,7 +169,9 @@ def test_gray_transparent_and_variable_rate_videos(jvgen, folder, tmp_path):
     assert done.status == 0 and "5 frames of 8x8" in done.out and "1 frames of 8x8" in done.out, done.err
     found = np.stack(list(read_frames(gray)))
     np.testing.assert_array_equal(found, frames_of(5, 8, 8)[..., :1].repeat(3, axis=-1))
-    np.testing.assert_array_equal(next(read_frames(clear)), frames_of(1, 8, 8)[0])
+    # Its pixels are nearly transparent, on white.
+    on_white = 255 - (255.0 - frames_of(1, 8, 8)[0]) * 9 / 255
+    np.testing.assert_allclose(next(read_frames(clear)), on_white, atol=1)
     done = jvgen("decode", tmp_path / "latents" / "clear.npy", "--vae", folder(CAUSAL), "--out", tmp_path / "back")
     assert done.status == 0 and (tmp_path / "back" / "clear.png").is_file(), done.err
 

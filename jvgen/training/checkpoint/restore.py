@@ -53,7 +53,8 @@ def restore_state(
             return init_from(program, checkpoints.folder.parent, log)
         log(f"starting from step 0 with seed {program.experiment.seed}: no checkpoint in {checkpoints.folder}")
         return program.init()
-    loader.resume(restored.data)
+    if loader is not None:
+        loader.resume(restored.data)
     log(f"restored step {restored.step} from {checkpoints.folder}, checksums verified")
     arrays = restored.arrays
     missing = sorted(wanted.keys() - arrays.keys())
