@@ -134,10 +134,9 @@ def test_two_processes_in_an_order_of_a_torus_train_as_one(one_process, tmp_path
         alone, both = (read_rows(run / file) for run in (one, tmp_path / "two"))
         assert [row["step"] for row in alone] == [row["step"] for row in both] and alone
         for name in ("loss", "input", "high"):
+            # "input" is a mean of pixels in [-1, 1], which cancel: it is rounded at their scale, not at its own.
             np.testing.assert_allclose(
-                [row[name] for row in both if name in row],
-                [row[name] for row in alone if name in row],
-                rtol=1e-5,
-                atol=1e-7,  # sums over devices are rounded in another order
-            )
+                [row[name] for row in both if name in row], [row[name] for row in alone if name in row],
+                rtol=1e-5, atol=1e-7 if name == "input" else 0,
+            )  # fmt: skip
         assert [row.get("records") for row in alone] == [row.get("records") for row in both]
