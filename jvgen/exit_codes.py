@@ -86,7 +86,7 @@ def parse_restart_code(text: str, source: str) -> int:
 
 
 def markdown() -> str:
-    """The table of docs/runs.md."""
+    """The table of docs/resume.md."""
     rows = [f"| {row.code} | {row.name} | {'yes' if row.restart else 'no'} | {row.meaning} |" for row in TABLE]
     return "\n".join(["| exit code | name | restart | meaning |", "|---|---|---|---|", *rows])
 

@@ -84,7 +84,7 @@ def test_help_describes_every_argument_and_its_examples_parse(prog, jvgen):
 def documented_commands() -> list[tuple[str, str]]:
     """(file, command) for every line of the documents that is a complete `jvgen` command."""
     found = []
-    for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("jvgen/**/*.md")):
+    for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("jvgen/**/*.md")):
         lines = file.read_text().replace("\\\n", " ").splitlines()
         commands = [part.strip() for line in lines for part in line.partition(" #")[0].split("&&")]
         complete = [c for c in commands if c.startswith("jvgen ") and c.split()[1] in COMMANDS and "..." not in c]

@@ -7,13 +7,13 @@ import pytest
 
 from jvgen import exit_codes
 
-RUNS = Path(__file__).parents[2] / "docs" / "runs.md"
+PAGE = Path(__file__).parents[2] / "docs" / "resume.md"
 
 
 def test_the_documentation_has_the_table():
-    assert exit_codes.markdown() in RUNS.read_text()
+    assert exit_codes.markdown() in PAGE.read_text()
     listed = ", ".join(str(code) for code in exit_codes.NO_RESTART[:-1])
-    assert f"except {listed} and {exit_codes.NO_RESTART[-1]}" in RUNS.read_text()
+    assert f"except {listed} and {exit_codes.NO_RESTART[-1]}" in PAGE.read_text()
 
 
 def test_codes_and_names_are_unique():

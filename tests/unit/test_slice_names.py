@@ -8,7 +8,7 @@ import pytest
 from jvgen.parallel.pods import pod_named, slice_of
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
 TEXTS += sorted((ROOT / "jvgen").rglob("*.md")) + sorted((ROOT / "jvgen").rglob("*.py"))
 _SHAPE = r"(?:v4|v5e|v5p|v6e|tpu7x):\d+x\d+(?:x\d+)?"
 # "128 of v5p (`v5p:4x4x8`)", "64 chips of v5p (`--topology v5p:4x4x4`)".
