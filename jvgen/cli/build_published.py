@@ -1,4 +1,4 @@
-"""`jvgen data build` of data sets in others' formats: robot episodes, RealEstate10K, WebVid, TFDS."""
+"""`jvgen data build` of data sets in others' formats: robot episodes, RealEstate10K, posed images, WebVid, TFDS."""
 
 import argparse
 
@@ -18,9 +18,10 @@ from jvgen.value_rules import Count, FrameRate, Quality, Records
 
 
 def add_builders(origins) -> None:
-    """Add `robot-episodes`, `realestate10k`, `webvid` and `tfds`."""
+    """Add `robot-episodes`, `realestate10k`, `posed`, `webvid` and `tfds`."""
     _add_robot_episodes(origins)
     _add_realestate10k(origins)
+    _add_posed(origins)
     _add_webvid(origins)
     _add_tfds(origins)
 
@@ -106,6 +107,30 @@ def _add_realestate10k(origins) -> None:
     _add_clip_arguments(parser, error_budget=1.0)
 
 
+POSED = ("nerfstudio", "colmap", "co3d", "spatialvid")  # `jvgen.data.builders.posed.FORMATS`, without importing it
+
+
+def _add_posed(origins) -> None:
+    parser = add_builder(
+        origins, "posed", "build from images or videos whose cameras other programs have found",
+        "DL3DV --format nerfstudio --out data/dl3dv", run_posed,
+        details="nerfstudio: SCENE/transforms.json (DL3DV). colmap: SCENE/sparse/0 and SCENE/images (MVImgNet). co3d: "
+        "CATEGORY/frame_annotations.jgz (CO3Dv2). spatialvid: annotations/GROUP/CLIP and videos/GROUP/CLIP.mp4. Images "
+        "of lenses with distortion are undistorted.",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="folder of the data set; scenes may be at any depth")
+    parser.add_argument("--format", choices=POSED, required=True, help="format of the camera files")
+    parser.add_argument(
+        "--captions", metavar="FILE",
+        help=".csv or .jsonl table with the columns file (folder of the scene in DIR) and caption",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fps", type=number(FrameRate), default=10.0, metavar="RATE",
+        help="frame rate to record where the cameras have no times, in frames per second",
+    )  # fmt: skip
+    _add_clip_arguments(parser, error_budget=0.0)
+
+
 def _add_webvid(origins) -> None:
     parser = add_builder(
         origins, "webvid", "build from WebVid: captioned clips listed in a .csv table",
@@ -144,6 +169,20 @@ def run_realestate10k(parsed: argparse.Namespace) -> int:
     with progress_bar("reading clips", "clips") as report:
         summary = build_realestate10k(
             parsed.cameras, parsed.media, parsed.out, captions=parsed.captions, progress=report, **settings
+        )
+    print(summary)
+    return 0
+
+
+def run_posed(parsed: argparse.Namespace) -> int:
+    """Build from images or videos with cameras."""
+    from jvgen.data.builders.posed import PosedOptions, build_posed
+
+    settings = _clip_settings(parsed)
+    options = PosedOptions(settings.pop("shorter_side"), settings.pop("keyframe_every"), parsed.fps)
+    with progress_bar("reading scenes", "scenes") as report:
+        summary = build_posed(
+            parsed.folder, parsed.out, parsed.format, options, captions=parsed.captions, progress=report, **settings
         )
     print(summary)
     return 0

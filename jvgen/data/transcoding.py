@@ -59,8 +59,7 @@ def transcode_parts(
     if info.frames_per_second <= 0:
         raise DecodeError("has no frame rate")
     frames = (pixels for pixels, _ in timed_frames(clip))
-    size = _even_size(info, shorter_side)
-    resized = (cv2.resize(p, size, interpolation=cv2.INTER_AREA) if p.shape[1::-1] != size else p for p in frames)
+    resized = (at_shorter_side(pixels, shorter_side) for pixels in frames)
     seconds = _seconds(info)
     # A frame is also shown for a while; the last one for as long as most.
     step = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 1 / info.frames_per_second
@@ -76,7 +75,7 @@ def transcode_parts(
         rate, times = info.frames_per_second, None
         if frames_per_second is not None:
             until = step if stop == info.frames else seconds[stop] - seconds[stop - 1]
-            chosen, rate = _repeated(mine, shown_at(shown, until, frames_per_second)), frames_per_second
+            chosen, rate = repeated(mine, shown_at(shown, until, frames_per_second)), frames_per_second
         elif not info.has_constant_rate:
             times = shown
         parts.append(encode_stream(chosen, rate, times=times, quality=quality, keyframe_every=keyframe_every))
@@ -107,14 +106,15 @@ def _seconds(info: VideoInfo) -> np.ndarray:
     return np.arange(info.frames) / info.frames_per_second
 
 
-def _even_size(info: VideoInfo, shorter_side: int | None) -> tuple[int, int]:
-    """Width and height of the new frames."""
-    scale = min(1.0, shorter_side / min(info.height, info.width)) if shorter_side else 1.0
-    width, height = (max(2, round(side * scale / 2) * 2) for side in (info.width, info.height))
-    return width, height
+def at_shorter_side(pixels: np.ndarray, shorter_side: int | None) -> np.ndarray:
+    """A frame, uint8 (H, W, 3), downscaled to this many pixels, if it is larger, with even sides in any case."""
+    height, width = pixels.shape[:2]
+    scale = min(1.0, shorter_side / min(height, width)) if shorter_side else 1.0
+    size = tuple(max(2, round(side * scale / 2) * 2) for side in (width, height))
+    return pixels if size == (width, height) else cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
 
 
-def _repeated(frames: Iterable[np.ndarray], numbers: np.ndarray) -> Iterator[np.ndarray]:
+def repeated(frames: Iterable[np.ndarray], numbers: np.ndarray) -> Iterator[np.ndarray]:
     """The frames with these numbers, which do not decrease."""
     wanted = iter(numbers.tolist())
     number = next(wanted, None)

@@ -55,8 +55,8 @@ def _from_420(frame: av.VideoFrame) -> np.ndarray:
     height, width = frame.height, frame.width
     planes = frame.to_ndarray()
     luma = planes[:height]
-    blue, red = (planes[height + part * height // 4 : height + (part + 1) * height // 4] for part in (0, 1))
-    chroma = cv2.merge([part.reshape(height // 2, width // 2) for part in (blue, red)])
+    # Of heights that 4 does not divide, a plane of colors ends within a row of this array.
+    chroma = cv2.merge(list(planes[height:].reshape(2, height // 2, width // 2)))
     chroma = cv2.resize(chroma, (width // 2, height), interpolation=cv2.INTER_LINEAR)
     # Samples of color lie on the even columns. Pairs of bytes are interleaved as one number each, which is fast.
     # Halves are rounded down here, since rows between two rows were rounded up.

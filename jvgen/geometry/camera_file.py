@@ -5,6 +5,7 @@ matrix, row by row (Zhou et al. 2018, arXiv 1805.09817; https://google.github.io
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +16,12 @@ from jvgen.storage import Path, as_path, read_utf8, write_text
 COLUMNS = 19
 # Largest accepted entry of |R R^T - I|; files with nine digits are within 1e-8.
 ROTATION_TOLERANCE = 1e-3
+_HINTS = (
+    "Columns 8 to 19 are the 3x4 matrix [R|t], world to camera, row by row.",
+    "columns 2 and 3 are fx and fy",
+    "Normalize them: divide fx and cx by the width of the image, fy and cy by its height (so that cx, cy are near "
+    "0.5).",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,29 +95,40 @@ def from_rows(rows: np.ndarray, *, source: str = "", name: str = "cameras") -> C
     return track
 
 
-def check(cameras: Cameras, name: str) -> None:
-    """Raise `ValueError` for cameras (F frames, float64) that are not finite, not rotations or not normalized."""
+def check(
+    cameras: Cameras, name: str, *, hints: tuple[str, str, str] = _HINTS, frames: Sequence[str] | None = None
+) -> None:
+    """Raise `ValueError` for cameras (F frames, float64) that are not finite, not rotations or not normalized.
+
+    Args:
+      cameras: what is checked.
+      name: of the file.
+      hints: where its format has matrices, focal lengths, and the sizes by which these are divided.
+      frames: names of the frames in it; their numbers if None.
+    """
     intrinsics, extrinsics = (np.asarray(part, np.float64) for part in cameras)
-    if not (np.isfinite(intrinsics).all() and np.isfinite(extrinsics).all()):
-        raise ValueError(f"{name}: contains numbers that are not finite.")
+
+    def frame(number: int) -> str:
+        return f"frame {number}" if frames is None else frames[number]
+
+    finite = np.isfinite(intrinsics).all(axis=-1) & np.isfinite(extrinsics).all(axis=(-2, -1))
+    if not finite.all():
+        raise ValueError(f"{name}: {frame(int(np.argmin(finite)))} has numbers that are not finite.")
     error = rotations.rotation_error(extrinsics[..., :3])
     if (error > ROTATION_TOLERANCE).any():
         worst = int(np.argmax(error))
         how = f"is not a rotation: R R^T differs from I by {error.flat[worst]:.2g}, more than {ROTATION_TOLERANCE:g}"
         if np.linalg.det(extrinsics.reshape(-1, 3, 4)[worst, :, :3]) <= 0:
             how = "is a mirror image, not a rotation (determinant below 0)"
-        raise ValueError(
-            f"{name}: the matrix of frame {worst} {how}. Columns 8 to 19 are the 3x4 matrix [R|t], world to camera, "
-            "row by row."
-        )
+        raise ValueError(f"{name}: the matrix of {frame(worst)} {how}. {hints[0]}")
     focal = intrinsics[..., :2]
     if (focal <= 0).any():
-        raise ValueError(f"{name}: a focal length is not positive ({focal.min():g}); columns 2 and 3 are fx and fy.")
+        raise ValueError(f"{name}: a focal length is not positive ({focal.min():g}); {hints[1]}.")
     if focal.max() > 20 or np.abs(intrinsics[..., 2:]).max() > 20:
-        worst = intrinsics.reshape(-1, 4)[0]
+        large = np.abs(intrinsics.reshape(-1, 4)).max(axis=-1)
+        worst = intrinsics.reshape(-1, 4)[np.argmax(large)]
         raise ValueError(
-            f"{name}: fx, fy, cx, cy = {', '.join(f'{value:g}' for value in worst)} look like pixels. Normalize "
-            "them: divide fx and cx by the width of the image, fy and cy by its height (so that cx, cy are near 0.5)."
+            f"{name}: fx, fy, cx, cy = {', '.join(f'{value:g}' for value in worst)} look like pixels. {hints[2]}"
         )
 
 

@@ -64,6 +64,7 @@ class BuildJob:
       state: what the records depend on besides the name and the options, such as captions: a build that was killed goes
         on only where these are the same.
       path: the file that is read, if it is one; its size says how many jobs make a shard.
+      size: bytes that are read, where `path` does not say; 0 if unknown.
     """
 
     split: str
@@ -71,6 +72,7 @@ class BuildJob:
     payload: Any
     state: str = ""
     path: Path | None = None
+    size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

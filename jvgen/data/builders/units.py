@@ -101,7 +101,9 @@ def jobs_per_unit(jobs: Sequence[BuildJob]) -> int:
     """A power of two such that the recordings of a unit have about 256 MiB, by the sizes of some files."""
     sizes = []
     for job in jobs[:: -(-len(jobs) // _SAMPLED) or 1]:
-        if job.path is not None:
+        if job.size:
+            sizes.append(job.size)
+        elif job.path is not None:
             with contextlib.suppress(OSError):
                 sizes.append(job.path.stat().st_size)
     if not sizes:
