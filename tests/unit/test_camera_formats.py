@@ -149,7 +149,9 @@ def shown_by_opengl(file: Path, name: str, points: np.ndarray) -> np.ndarray:
 
 
 def shown_by_pytorch3d(file: Path, name: str, points: np.ndarray) -> np.ndarray:
-    [view] = [a["viewpoint"] for a in json.loads(gzip.decompress(file.read_bytes())) if a["image"]["path"].endswith(name)]
+    [view] = [
+        a["viewpoint"] for a in json.loads(gzip.decompress(file.read_bytes())) if a["image"]["path"].endswith(name)
+    ]
     seen = points @ np.array(view["R"]) + view["T"]
     ndc = np.array(view["focal_length"]) * seen[:, :2] / seen[:, 2:] + view["principal_point"]
     half = np.array([WIDTH, HEIGHT]) / 2

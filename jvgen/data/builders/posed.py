@@ -161,7 +161,8 @@ def build_posed(
     }  # fmt: skip
     splits = assign_splits([scene.id for scene in scenes], validation)
     jobs = [
-        BuildJob(split, scene.id, scene, json.dumps(scene.captions)) for split, scene in zip(splits, scenes, strict=True)
+        BuildJob(split, scene.id, scene, json.dumps(scene.captions))
+        for split, scene in zip(splits, scenes, strict=True)
     ]
     execution = execution or Execution()
     if execution.jobs_per_unit is None:

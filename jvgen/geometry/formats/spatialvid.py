@@ -1,8 +1,8 @@
 """SpatialVID's annotations of a clip: cameras of some of its frames.
 
-    poses.npy       (N, 7): translation, then quaternion x, y, z, w; world-to-camera with OpenCV axes
-    intrinsics.npy  (N, 4): fx, fy, cx, cy divided by the width and the height
-    indexes.txt     N lines of two numbers: the row, and the number of its frame in the clip
+poses.npy       (N, 7): translation, then quaternion x, y, z, w; world-to-camera with OpenCV axes
+intrinsics.npy  (N, 4): fx, fy, cx, cy divided by the width and the height
+indexes.txt     N lines of two numbers: the row, and the number of its frame in the clip
 """
 
 from typing import NamedTuple
