@@ -159,16 +159,15 @@ def shown_by_pytorch3d(file: Path, name: str, points: np.ndarray) -> np.ndarray:
 
 
 def test_points_project_where_each_program_puts_them(tmp_path, world, points):
-    file, other, bounds = (
-        nerfstudio(tmp_path / "n", world), co3d(tmp_path / "c", world), co3d(tmp_path / "b", world, "ndc_norm_image_bounds")
-    )  # fmt: skip
+    file, other = nerfstudio(tmp_path / "n", world), co3d(tmp_path / "c", world)
+    bounds, folder = co3d(tmp_path / "b", world, "ndc_norm_image_bounds"), spatialvid(tmp_path / "v", world)
     found = {
         "nerfstudio": (read_nerfstudio(file), lambda f: shown_by_opengl(file, NAMES[f], points)),
         "binary": (read_colmap(colmap_binary(tmp_path / "s", world)), lambda f: shown_by_opencv(world[f], points)),
         "text": (read_colmap(colmap_text(tmp_path / "t", world)), lambda f: shown_by_opencv(world[f], points)),
         "co3d": (read_co3d(other)["12_34_56"], lambda f: shown_by_pytorch3d(other, NAMES[f], points)),
         "bounds": (read_co3d(bounds)["12_34_56"], lambda f: shown_by_pytorch3d(bounds, NAMES[f], points)),
-        "spatialvid": (read_spatialvid(spatialvid(tmp_path / "v", world)).cameras, lambda f: shown_by_opencv(world[f], points)),
+        "spatialvid": (read_spatialvid(folder).cameras, lambda f: shown_by_opencv(world[f], points)),
     }  # fmt: skip
     for name, (read, expected) in found.items():
         if name != "spatialvid":
@@ -255,11 +254,11 @@ def _mirrored(document: dict) -> None:
     (lambda d: d["frames"][0].pop("transform_matrix"), r"transform_matrix has the shape \(\)"),
     (lambda d: d["frames"][0].update(transform_matrix=[[1, 2], [3]]), "transform_matrix is not a matrix of numbers"),
     (lambda d: d["frames"][0]["transform_matrix"].__setitem__(3, [0, 0, 1, 1]), "the last row of transform_matrix"),
-    (lambda d: d["frames"][0]["transform_matrix"][0].__setitem__(3, float("nan")), "images/frame_10.png has numbers that"),
+    (lambda d: d["frames"][0]["transform_matrix"][0].__setitem__(3, float("nan")), "frame_10.png has numbers that"),
     (_mirrored, "the matrix of images/frame_10.png is a mirror image"),
     (lambda d: d["frames"][0]["transform_matrix"][0].__setitem__(0, 3.0), "frame_10.png is not a rotation"),
     (lambda d: d.update(fl_y=-1.0), r"a focal length is not positive .*; fl_x and fl_y"),
-    (lambda d: d.update(w=9, h=6, fl_x=2000), "look like pixels. fl_x, fl_y, cx and cy are in pixels of an image of w x h"),
+    (lambda d: d.update(w=9, h=6, fl_x=2000), "look like pixels. fl_x, fl_y, cx and cy are in pixels"),
     (lambda d: d["frames"].append(d["frames"][0]), "images/frame_10.png occurs twice"),
 ])  # fmt: skip
 def test_wrong_transforms_are_named(tmp_path, world, edit, message):

@@ -13,7 +13,20 @@ from jvgen.data.store.records import Record
 from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window, encode_image, encode_video
 from tests.unit.test_camera_formats import (
-    CX, CY, FRAMES, FX, FY, HEIGHT, NAMES, WIDTH, co3d, colmap_binary, colmap_text, nerfstudio, spatialvid, world,
+    CX,
+    CY,
+    FRAMES,
+    FX,
+    FY,
+    HEIGHT,
+    NAMES,
+    WIDTH,
+    co3d,
+    colmap_binary,
+    colmap_text,
+    nerfstudio,
+    spatialvid,
+    world,
 )  # fmt: skip
 
 __all__ = ["world"]

@@ -1,4 +1,4 @@
-"""Builds data sets of images or videos whose cameras other programs have found: nerfstudio, COLMAP, CO3D, SpatialVID."""
+"""Builds data sets of images or videos whose cameras others have found: nerfstudio, COLMAP, CO3D, SpatialVID."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
