@@ -1,5 +1,6 @@
 """Cycles of Pallas kernels from libtpu's bundles: files written by hand, and the grid of a real kernel."""
 
+import base64
 import re
 
 import jax
@@ -29,12 +30,15 @@ def write(folder, name=NAME, body=400, first=120, outside=30):
     (folder / f"17-{name}-02-final_bundles.txt").write_text("\n".join(lines))
 
 
+def kernel_bodies(function, *arrays) -> list[str]:
+    """The bodies of a function's kernels as the program has them, before XLA compiles it."""
+    text = jax.jit(function).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    return re.findall(r"\\22body\\22: ?\\22([^\\]*)\\22", text)
+
+
 def kernel_body(heads: int, rows: int) -> str:
-    """The body of splash attention's forward kernel as the program has it, before XLA compiles it."""
     array = jax.ShapeDtypeStruct((2, rows, heads, 64), jnp.bfloat16)
-    attend = jax.jit(lambda q, k, v: tpu.attention(q, k, v, scale=1.0))
-    text = attend.trace(array, array, array).lower(lowering_platforms=("tpu",)).as_text()
-    return re.search(r"\\22body\\22: \\22([^\\]*)\\22|\\22body\\22:\\22([^\\]*)\\22", text).group(1)
+    return kernel_bodies(lambda q, k, v: tpu.attention(q, k, v, scale=1.0), array, array, array)[0]
 
 
 def test_bundles_of_a_step_and_of_a_row(tmp_path):
@@ -79,5 +83,22 @@ ENTRY %main.1 (p: bf16[8]) -> bf16[8] {{
     found = kernel_cycles.read(hlo.parse(text), tmp_path)
     assert set(found) == {NAME, "splash.4"}
     query_block, key_block = tpu.blocks(2048, 2048, 64)
-    assert found[NAME].grid.sizes == (2, 3, 2048 // query_block, 2048 // key_block)
-    assert found[NAME].grid.parallel[1] and not any(found[NAME].grid.parallel[2:])
+    # One axis of all heads of both batch entries, which TensorCores share.
+    assert found[NAME].grid.sizes == (6, 1, 2048 // query_block, 2048 // key_block)
+    assert found[NAME].grid.parallel[0] and not any(found[NAME].grid.parallel[2:])
+
+
+@pytest.mark.parametrize("most,kernels", [(tpu.MAX_PARTS_BYTES, 2), (0, 3)], ids=["fused", "separate"])
+def test_tensor_cores_share_the_heads_of_one_clip(monkeypatch, most, kernels):
+    """In the forward kernel and in every backward kernel."""
+    monkeypatch.setattr(tpu, "MAX_PARTS_BYTES", most)
+    array = jax.ShapeDtypeStruct((1, 1024, 6, 64), jnp.bfloat16)
+
+    def passes(q, k, v):
+        output, pull = jax.vjp(lambda *a: tpu.attention(*a, scale=1.0), q, k, v)
+        return output, pull(output)
+
+    bodies = kernel_bodies(passes, array, array, array)
+    grids = [kernel_cycles.grid(base64.b64decode(body)) for body in bodies]
+    assert len(grids) == kernels
+    assert all(grid.sizes[0] == 6 and grid.steps(2) * 2 == grid.steps(1) for grid in grids)

@@ -14,7 +14,7 @@ from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
 from jvgen.config import ConfigError
-from jvgen.kernels.attention.tpu import ValidKeys, blocks, padded, scaled
+from jvgen.kernels.attention.tpu import ValidKeys, blocks, by_head, padded, scaled
 
 TESTED = "0.0.12 (Python 3.11), 0.0.17 (Python 3.12 and later)"
 _FOLDER = "tokamax._src.ops.experimental.tpu.splash_attention"
@@ -89,9 +89,9 @@ def attention(
     kernel = library.make_splash_mha_single_device(mask, config=config)
     if fixed_maximum:
         bound = jax.lax.stop_gradient(_bound(query_HLD, key_HKD))
-        output = jax.vmap(lambda q, k, v, m: kernel(q, k, v, max_logit_value=m))(query_HLD, key_HKD, value_HKD, bound)
+        output = by_head(lambda q, k, v, m: kernel(q, k, v, max_logit_value=m), query_HLD, key_HKD, value_HKD, bound)
     else:
-        output = jax.vmap(kernel)(query_HLD, key_HKD, value_HKD)
+        output = by_head(kernel, query_HLD, key_HKD, value_HKD)
     return rearrange(output[:, :, :query_length], "B N L D -> B L N D")
 
 

@@ -1,6 +1,7 @@
 """Attention for TPUs: the Pallas splash attention of JAX, on the arrays of one device."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def attention(
       residual_name: `checkpoint_name` of the residuals that are expensive to recompute.
       interpret: interpret the kernel, for tests without a TPU.
     """
-    query_length, key_length, heads = query.shape[1], key.shape[1], query.shape[2]
+    query_length, key_length = query.shape[1], key.shape[1]
     query_block, key_block = blocks(query_length, key_length, query.shape[3])
     query_HLD = padded(scaled(query, scale), query_block)
     key_HKD, value_HKD = padded(key, key_block), padded(value, key_block)
@@ -88,13 +89,24 @@ def attention(
     if causal:
         one_head = splash_attention_mask.CausalMask(shape)
     kernel = splash_attention_kernel.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([one_head] * heads),
+        splash_attention_mask.MultiHeadMask([one_head]),
         block_sizes=block_sizes(query_HLD.shape, shape[1], query.dtype, query_block, key_block),
         residual_checkpoint_name=residual_name,
         interpret=interpret,
     )
-    output = jax.vmap(kernel)(query_HLD, key_HKD, value_HKD)
+    output = by_head(kernel, query_HLD, key_HKD, value_HKD)
     return rearrange(output[:, :, :query_length], "B N L D -> B L N D")
+
+
+def by_head(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """A kernel of one head for every head of every batch entry, of arrays `B N ...`; `B N L D`.
+
+    Heads are one axis that the TensorCores of a chip share. Splash's backward kernels have no such axis of their own:
+    all heads in one kernel would run on one of the two TensorCores of v4 and v5p.
+    """
+    batch, heads = arrays[0].shape[:2]
+    flat = [rearrange(array, "B N ... -> (B N) 1 ...") for array in arrays]
+    return rearrange(jax.vmap(kernel)(*flat), "(B N) 1 L D -> B N L D", B=batch, N=heads)
 
 
 def blocks(query_length: int, key_length: int, width: int) -> tuple[int, int]:
