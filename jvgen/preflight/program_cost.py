@@ -49,12 +49,14 @@ class Sent:
       bytes: of the whole array (before a scatter, after a gather), per device.
       group: numbers of the devices that exchange data, in the order of the program's devices; () if not known.
       size: how many these are; 1 if not known.
+      links: links of a device that the compiler's algorithm uses at the same time; 0 if it does not say.
     """
 
     kind: str
     bytes: float
     group: tuple[int, ...]
     size: int
+    links: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +160,15 @@ def _sent(inner: Instruction, outer: Instruction) -> Sent:
     elif kind == "all-reduce" and "reduce-scatter" in outer.called_as("calls"):
         # XLA's TPU backend writes a reduce-scatter as an all-reduce in a fusion that keeps a slice.
         kind = "reduce-scatter"
-    return Sent(kind, total, hlo.first_group(inner), size)
+    return Sent(kind, total, hlo.first_group(inner), size, _links(inner.rest) or _links(outer.rest))
+
+
+def _links(text: str) -> int:
+    """Links that an all-reduce's rings use, which XLA calls colors: each in one direction, or in both."""
+    found = re.search(r'"strategy":"(\w+)","debug":"[^"]*?colors:(\d+)', text)
+    if not found:
+        return 0
+    return int(found.group(2)) * (1 if found.group(1).startswith("UniDirection") else 2)
 
 
 def product_flops(module: Module, one: Instruction) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -92,8 +93,9 @@ def search(
 ) -> "SearchReport":
     """Try meshes, rematerialization and batch sizes of the first batch shape on a described pod.
 
-    Candidates that do not fit by arithmetic are dropped. Of the others those that should be fastest are compiled: less
-    recomputation first, then fewer shards of a sequence. The result has the fastest per example first.
+    Candidates that do not fit by arithmetic are dropped. Of the others those that should be fastest are compiled: each
+    rematerialization and batch size with the fewest shards of a sequence, less recomputation first, then those with
+    more shards, which send more. The result has the fastest per example first.
 
     Args:
       batch_sizes: global ones; those of the config by default.
@@ -125,6 +127,7 @@ def search(
             f"{bucket.name} on {pod.name}: none of {len(every)} candidates fits by arithmetic (the smallest takes "
             f"{least / GIB:.1f} of {pod.hbm_bytes / GIB:.1f} GiB per device); use more devices or a smaller batch."
         )
+    fitting = by_turns(fitting)
     found = []
     for number, candidate in enumerate(fitting):
         one = _compiled(candidate, topology_name, slices) if number < compilations else Found(candidate)
@@ -159,6 +162,17 @@ def candidates(
                 saved = stored[batch_size] / program.sharding.mesh.size / changed.training.accumulation
                 total = lower_bound(program, bucket).total + saved
                 yield Candidate(dict(program.sharding.mesh.shape), remat, batch_size, changed, total)
+
+
+def by_turns(found: Sequence[Candidate]) -> list[Candidate]:
+    """The first of every rematerialization and batch size, then the second ones, and so on."""
+    turns: Counter[tuple] = Counter()
+    order = []
+    for number, one in enumerate(found):
+        kind = (one.remat, one.batch_size)
+        order.append((turns[kind], number, one))
+        turns[kind] += 1
+    return [one for _, _, one in sorted(order, key=lambda entry: entry[:2])]
 
 
 def remat_path(experiment: Experiment) -> str | None:

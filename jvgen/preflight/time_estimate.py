@@ -7,8 +7,10 @@ Nothing is fitted to a measured time. What bounds each part:
 * copies and elementwise operations: bytes of main memory at 85% of the data sheet's bandwidth, at worst at half of it.
   XLA's estimated cycles are 2.5 to 5.8 times the time of these bytes (sum, GELU, transpose, sum of rows on v5p and
   v6e), so they are divided by these, for operations in VMEM;
-* collectives: bytes over links of the torus, as one ring; at best along all axes that the group spans, at worst along
-  an open line; a microsecond a hop. What is hidden behind other operations does not count.
+* collectives: bytes over links of the torus, as many at the same time as the rings of the compiler's algorithm use (it
+  writes that for sums, whose rings run along all axes of a torus that they span), else as one ring; at best along all
+  axes that the group spans, at worst along an open line; a microsecond a hop. What is hidden behind other operations
+  does not count.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ _SMALL_PRODUCT = 0.2
 ASSUMED = (
     f"copies and elementwise operations at {BANDWIDTH_SHARE:.0%} of the memory's bandwidth (at least "
     f"{SLOW_BANDWIDTH_SHARE:.0%}), products between {PEAK_SHARE:.0%} of the peak and XLA's estimate, kernels by their "
-    "bundles, collectives as one ring over the links of the torus"
+    "bundles, collectives over as many links as the compiler's rings use, else two"
 )
 UNKNOWN = (
     "waiting for memory inside kernels, gaps between operations, contention of links, clock under load, input and "
@@ -302,8 +304,10 @@ class Links:
             return Seconds(*[wire / self.chip.link + HOP] * 3)
         # A ring through a block of two axes or more needs no closing links.
         one_ring = 2 * self.chip.link if len(rates) > 1 else rates[0]
+        # Pairs and open lines have fewer links than one ring of the algorithm takes where it can.
+        chosen = max(one_ring, sent.links * self.chip.link) if sent.links > 2 else one_ring
         return Seconds(
-            wire / max(sum(rates), one_ring), wire / one_ring + HOP * count / 2, wire / self.chip.link + HOP * count
+            wire / max(sum(rates), chosen), wire / chosen + HOP * count / 2, wire / self.chip.link + HOP * count
         )
 
     def _rates(self, group: Sequence[int]) -> tuple[list[float], int]:

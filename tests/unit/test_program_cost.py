@@ -139,3 +139,23 @@ ENTRY %main.1 (a: x) -> x {{
 )
 def test_parts_of_a_step_by_name(source, phase):
     assert program_cost.phase(source) is phase
+
+
+@pytest.mark.parametrize(
+    "strategy,links",
+    [
+        ("UniDirectionNDRingStrategy{colors:6 phases:3", 6),
+        ("StrategyND{colors:3 phases:3", 6),
+        ("StrategyRing{colors:1 phases:1", 2),
+    ],
+)
+def test_links_of_a_sum_are_those_of_its_rings(strategy, links):
+    name = strategy.partition("{")[0]
+    module = hlo.parse(
+        "ENTRY %main (a: f32[8]) -> f32[8] {\n  %a = f32[8]{0} parameter(0)\n"
+        "  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add, "
+        'backend_config={"collective_algorithm_config":{"emitter":"RotatedPincerEmitter",'
+        f'"strategy":"{name}","debug":"\\n{strategy} cores:{{4 4 4}}}}"}}}}\n}}\n'
+    )
+    (found,) = program_cost.operations(module)
+    assert found.sent is not None and found.sent.links == links

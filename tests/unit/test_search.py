@@ -108,7 +108,7 @@ def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
     def fake(candidate, topology_name, slices):
         compiled.append(candidate)
         memory, seconds = 1e9, 1.0 * candidate.batch_size / candidate.mesh["seq"] ** 0.5
-        if candidate.mesh["seq"] == 4:
+        if candidate.mesh["seq"] == 1 and candidate.remat is Remat.NONE:
             memory = 1e12
         return search.Found(candidate, Report(Memory(memory), Time(seconds)))
 
@@ -116,8 +116,13 @@ def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
     report = search.search(experiment, "v5e:2x2", batch_sizes=(2, 8), compilations=4)
     assert len(compiled) == 4 and report.too_large == 0
     assert report.best.candidate.mesh["seq"] == 2 and report.best.candidate.remat is Remat.NONE
+    # Of every rematerialization and batch size the one with the fewest shards of a sequence is compiled.
+    assert {(one.remat, one.batch_size, one.mesh["seq"]) for one in compiled} == {
+        (remat, batch_size, seq) for remat in search.REMATS[:2] for batch_size, seq in ((8, 1), (2, 2))
+    }
     # Then slower ones, what does not fit, and what was not compiled.
-    assert [one.candidate.mesh["seq"] for one in report.found[:4]] == [2, 2, 1, 4]
+    assert [one.candidate.mesh["seq"] for one in report.found[:4]] == [2, 2, 1, 1]
+    assert [one.candidate.remat for one in report.found[:4]][2:] == [Remat.SAVE_MATMULS, Remat.NONE]
     text = str(report)
     assert "does not fit" in text and "not compiled" in text and f"best: {report.best.candidate.settings}" in text
 

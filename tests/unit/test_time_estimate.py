@@ -93,6 +93,15 @@ def test_collectives_over_the_torus(group, kind, wire, least, likely):
     assert traffic.axes == {"pair": "seq"}.get(group, group) and traffic.hidden == 0 and not traffic.network
 
 
+def test_a_sum_over_the_torus_uses_the_links_of_its_rings():
+    """Six rings in one direction each, as XLA's compiler says for 64 devices of a 4x4x4 torus."""
+    whole = tuple(range(64))
+    _, alone = seconds_of(operation(Kind.COLLECTIVE, sent=Sent("all-reduce", 9e9, whole, 64)))
+    _, time = seconds_of(operation(Kind.COLLECTIVE, sent=Sent("all-reduce", 9e9, whole, 64, 6)))
+    assert time.likely == pytest.approx(2 * 63 / 64 * 9e9 / 540e9, rel=1e-2) and time.likely < alone.likely / 2
+    assert time.most == alone.most
+
+
 def test_what_leaves_the_slice_goes_over_the_network():
     mesh = torus(2, 2, 1, sizes=(("data", 2), ("fsdp", 4), ("seq", 1)), slices=2)
     found, time = seconds_of(operation(Kind.COLLECTIVE, sent=Sent("all-reduce", 6.25e9, (0, 4), 2)), mesh=mesh)
