@@ -83,6 +83,7 @@ Scale = Annotated[float, Bounds(at_least=-1000, at_most=1000)]
 Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
 BelowOne = Annotated[float, Bounds(at_least=0, below=1)]
 Epsilon = Annotated[float, Bounds(above=0, at_most=1)]
+Seconds = Annotated[float, Bounds(above=0, at_most=10**7)]
 FrameRate = Annotated[float, Bounds(above=0, at_most=1000)]
 Quality = Annotated[int, Bounds(at_least=0, at_most=51)]  # constant rate factor (CRF) of H.264
 Pattern = Annotated[str, RegularExpression()]

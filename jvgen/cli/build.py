@@ -4,7 +4,7 @@ import argparse
 
 from jvgen.cli.arguments import Handler, add_command, add_set_argument, frame_size, number
 from jvgen.terminal import progress_bar
-from jvgen.value_rules import Count, CountOrZero, Fraction, FrameRate, Frames, Pixels, Records, Seed, Workers
+from jvgen.value_rules import Count, CountOrZero, Fraction, FrameRate, Frames, Pixels, Records, Seconds, Seed, Workers
 
 
 def add_builders(origins) -> None:
@@ -36,6 +36,10 @@ def add_builder(origins, name: str, summary: str, example: str, handler: Handler
         "--restart", action="store_true", help="remove what an unfinished build has left instead of going on with it"
     )
     parser.add_argument(
+        "--file-timeout", type=number(Seconds), default=1800.0, metavar="SECONDS",
+        help="give up a file after this time: the library that decodes it hangs",
+    )  # fmt: skip
+    parser.add_argument(
         "--engine", choices=["local", "ray"], default="local",
         help="where records are made: on this machine, or on the machines of a Ray cluster, which see the same paths",
     )  # fmt: skip
@@ -60,7 +64,7 @@ def execution_of(parsed: argparse.Namespace):
     number_of, of = parsed.part
     return Execution(
         part=number_of, parts=of, engine=parsed.engine, address=parsed.ray_address, restart=parsed.restart,
-        append=parsed.append,
+        append=parsed.append, limit=parsed.file_timeout,
     )  # fmt: skip
 
 

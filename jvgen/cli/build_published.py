@@ -1,4 +1,4 @@
-"""`jvgen data build` of data sets in others' formats: robot episodes, RealEstate10K, posed images, WebVid, TFDS."""
+"""`jvgen data build` of data sets in others' formats: robots, posed images, tables, WebDataset, WebVid, TFDS."""
 
 import argparse
 
@@ -18,10 +18,13 @@ from jvgen.value_rules import Count, FrameRate, Quality, Records
 
 
 def add_builders(origins) -> None:
-    """Add `robot-episodes`, `realestate10k`, `posed`, `webvid` and `tfds`."""
+    """Add `robot-episodes`, `lerobot`, `realestate10k`, `posed`, `table`, `webdataset`, `webvid` and `tfds`."""
     _add_robot_episodes(origins)
+    _add_lerobot(origins)
     _add_realestate10k(origins)
     _add_posed(origins)
+    _add_table(origins)
+    _add_webdataset(origins)
     _add_webvid(origins)
     _add_tfds(origins)
 
@@ -37,6 +40,19 @@ def _add_robot_episodes(origins) -> None:
     )  # fmt: skip
     parser.add_argument("folder", metavar="DIR", help="folder with the files, at any depth")
     parser.add_argument(
+        "--no-checksums", action="store_true",
+        help="do not check the checksums of TFRecord files, for programs that write zeros",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fps", type=number(FrameRate), default=10.0, metavar="RATE",
+        help="frame rate to record in the clips' metadata, in frames per second",
+    )  # fmt: skip
+    _add_episode_arguments(parser, "episodes of every folder", "files")
+
+
+def _add_episode_arguments(parser: argparse.ArgumentParser, held_out: str, corrupt: str) -> None:
+    """What robot episodes of all formats have."""
+    parser.add_argument(
         "--camera", metavar="NAME", help="name of the array that holds the frames; needed if files hold several"
     )
     parser.add_argument(
@@ -46,28 +62,19 @@ def _add_robot_episodes(origins) -> None:
         "--action-width", type=number(Count), metavar="N",
         help="components per action: shorter actions are padded with zeros, longer ones cut; as recorded if omitted",
     )  # fmt: skip
-    parser.add_argument(
-        "--no-checksums", action="store_true",
-        help="do not check the checksums of TFRecord files, for programs that write zeros",
-    )  # fmt: skip
     parser.add_argument("--no-actions", action="store_true", help="store no actions and rewards")
-    parser.add_argument(
-        "--fps", type=number(FrameRate), default=10.0, metavar="RATE",
-        help="frame rate to record in the clips' metadata, in frames per second",
-    )  # fmt: skip
     parser.add_argument(
         "--crf", type=number(Quality), default=10, metavar="N",
         help="constant rate factor of x264 for the stored clips, 0 (lossless) to 51 (smallest file)",
     )  # fmt: skip
     add_min_frames(parser, "episodes")
-    add_validation_fraction(parser, "episodes of every folder")
-    add_error_budget(parser, "files")
+    add_validation_fraction(parser, held_out)
+    add_error_budget(parser, corrupt)
     add_workers(parser)
 
 
-def run_robot_episodes(parsed: argparse.Namespace) -> int:
-    """Build from robot episodes."""
-    from jvgen.data.builders.robot_episodes import EpisodeOptions, build_robot_episodes
+def _episode_options(parsed: argparse.Namespace, **others):
+    from jvgen.data.builders.robot_episodes import EpisodeOptions
 
     bounds = None
     if parsed.clip_actions is not None:
@@ -76,21 +83,51 @@ def run_robot_episodes(parsed: argparse.Namespace) -> int:
         except ValueError as error:
             raise ValueError(f"--clip-actions {parsed.clip_actions!r}: expected LOW,HIGH, for example -1,1.") from error
         bounds = (low, high)
-    options = EpisodeOptions(
-        camera=parsed.camera, clip_actions=bounds, action_width=parsed.action_width, frames_per_second=parsed.fps,
-        quality=parsed.crf, actions=not parsed.no_actions, checksums=not parsed.no_checksums,
+    return EpisodeOptions(
+        camera=parsed.camera, clip_actions=bounds, action_width=parsed.action_width, quality=parsed.crf,
+        actions=not parsed.no_actions, **others,
     )  # fmt: skip
+
+
+def _episode_settings(parsed: argparse.Namespace) -> dict:
+    return {
+        "validation": parsed.validation_fraction, "min_frames": parsed.min_frames, "error_budget": parsed.error_budget,
+        "workers": parsed.workers, "overwrite": parsed.overwrite, "execution": execution_of(parsed),
+    }  # fmt: skip
+
+
+def run_robot_episodes(parsed: argparse.Namespace) -> int:
+    """Build from robot episodes."""
+    from jvgen.data.builders.robot_episodes import build_robot_episodes
+
+    options = _episode_options(parsed, frames_per_second=parsed.fps, checksums=not parsed.no_checksums)
     with progress_bar("reading episodes", "files") as report:
-        summary = build_robot_episodes(
-            parsed.folder, parsed.out, options, validation=parsed.validation_fraction, min_frames=parsed.min_frames,
-            error_budget=parsed.error_budget, workers=parsed.workers, overwrite=parsed.overwrite,
-            progress=report, execution=execution_of(parsed),
-        )  # fmt: skip
+        summary = build_robot_episodes(parsed.folder, parsed.out, options, progress=report, **_episode_settings(parsed))
     print(summary)
     return 0
 
 
-# RealEstate10K, WebVid ------------------------------------------------------------------------------------------------
+def _add_lerobot(origins) -> None:
+    parser = add_builder(
+        origins, "lerobot", "build from a LeRobot data set (v3): episodes with frames, actions and rewards",
+        "aloha --camera top --out data/aloha", run_lerobot,
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="folder of the data set, with meta/info.json")
+    _add_episode_arguments(parser, "episodes", "episodes")
+
+
+def run_lerobot(parsed: argparse.Namespace) -> int:
+    """Build from a LeRobot data set."""
+    from jvgen.data.builders.lerobot import build_lerobot
+
+    options = _episode_options(parsed)
+    with progress_bar("reading episodes", "episodes") as report:
+        summary = build_lerobot(parsed.folder, parsed.out, options, progress=report, **_episode_settings(parsed))
+    print(summary)
+    return 0
+
+
+# RealEstate10K, posed images, tables, WebDataset, WebVid -----------------------------------------------------
 
 
 def _add_realestate10k(origins) -> None:
@@ -129,6 +166,53 @@ def _add_posed(origins) -> None:
         help="frame rate to record where the cameras have no times, in frames per second",
     )  # fmt: skip
     _add_clip_arguments(parser, error_budget=0.0)
+
+
+def _add_table(origins) -> None:
+    parser = add_builder(
+        origins, "table", "build from videos and images that a table lists: .csv, .tsv, .jsonl or .parquet",
+        "OpenVid-1M.csv --files videos --out data/openvid", run_table,
+        details="Knows the columns of OpenVid, Koala-36M and Panda-70M. The other columns become columns of the data "
+        "set.",
+    )  # fmt: skip
+    parser.add_argument("table", metavar="TABLE", help="the table, or a folder of tables")
+    parser.add_argument("--files", required=True, metavar="DIR", help="folder with the files, at any depth")
+    parser.add_argument(
+        "--file-column",
+        metavar="NAME",
+        help="column with the path, name, id or URL of the file; by its name if omitted",
+    )
+    parser.add_argument("--caption-column", metavar="NAME", help="column with the caption; by its name if omitted")
+    parser.add_argument(
+        "--times", choices=["cut", "ignore"],
+        help="of a table with times: cut the clips out of whole videos, or ignore them where the files are the clips",
+    )  # fmt: skip
+    parser.add_argument("--captions-optional", action="store_true", help="also include rows without a caption")
+    _add_clip_arguments(parser, error_budget=0.0)
+    add_resampling(parser)
+
+
+def _add_webdataset(origins) -> None:
+    parser = add_builder(
+        origins, "webdataset", "build from videos or images in the tar shards of WebDataset",
+        "shards --out data/videos", run_webdataset,
+        details="Captions are in KEY.txt or KEY.json; numbers and short texts of KEY.json become columns.",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="folder with the .tar files, at any depth")
+    parser.add_argument(
+        "--media",
+        metavar="SUFFIX",
+        help="suffix of the videos or images, such as mp4; needed where samples have several",
+    )
+    parser.add_argument(
+        "--caption-field", default="caption", metavar="NAME", help="field of KEY.json with the caption or captions"
+    )
+    parser.add_argument(
+        "--columns", nargs="+", metavar="NAME", help="fields of KEY.json that become columns; all if omitted"
+    )
+    parser.add_argument("--captions-optional", action="store_true", help="also include samples without a caption")
+    _add_clip_arguments(parser, error_budget=0.0)
+    add_resampling(parser)
 
 
 def _add_webvid(origins) -> None:
@@ -184,6 +268,34 @@ def run_posed(parsed: argparse.Namespace) -> int:
         summary = build_posed(
             parsed.folder, parsed.out, parsed.format, options, captions=parsed.captions, progress=report, **settings
         )
+    print(summary)
+    return 0
+
+
+def run_table(parsed: argparse.Namespace) -> int:
+    """Build from a table."""
+    from jvgen.data.builders.tables import TableColumns, build_table
+
+    columns = TableColumns(parsed.file_column, parsed.caption_column, parsed.times)
+    with progress_bar("reading files", "files") as report:
+        summary = build_table(
+            parsed.table, parsed.files, parsed.out, columns, captions_optional=parsed.captions_optional,
+            frames_per_second=parsed.fps, scenes=parsed.scenes, progress=report, **_clip_settings(parsed),
+        )  # fmt: skip
+    print(summary)
+    return 0
+
+
+def run_webdataset(parsed: argparse.Namespace) -> int:
+    """Build from tar shards."""
+    from jvgen.data.builders.webdataset import build_webdataset
+
+    with progress_bar("reading samples", "samples") as report:
+        summary = build_webdataset(
+            parsed.folder, parsed.out, media=parsed.media, caption_field=parsed.caption_field, columns=parsed.columns,
+            captions_optional=parsed.captions_optional, frames_per_second=parsed.fps, scenes=parsed.scenes,
+            progress=report, **_clip_settings(parsed),
+        )  # fmt: skip
     print(summary)
     return 0
 

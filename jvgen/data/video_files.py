@@ -2,17 +2,25 @@
 
 import contextlib
 import dataclasses
-import io
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
-from av.stream import Disposition
 
 from jvgen.data.image_files import DecodeError, decode_image, encode_image, image_codec, is_image
 from jvgen.data.video_encoding import encode_stream, encode_video, write_frames
+from jvgen.data.video_packets import (
+    WITHOUT_TIMES,
+    Packets,
+    checked,
+    frames_of,
+    from_keyframe,
+    opened,
+    packets_of,
+    times_shown,
+)
 from jvgen.data.video_pixels import PixelConverter
 
 __all__ = [
@@ -32,9 +40,6 @@ __all__ = [
 ]
 
 _CHECK_EVERY = 16  # packets between checks whether enough have been read
-# Containers without presentation times: FFmpeg makes some up, which are those of other frames.
-_WITHOUT_TIMES = ("avi",)
-_COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _FASTEST = 1000.0  # frames per second; more is a time base and no rate
 
 
@@ -94,10 +99,10 @@ def inspect(clip: bytes) -> VideoInfo:
     if is_image(clip):
         return _probe_image(clip)
     info = _probe_packets(clip)
-    with _opened(clip) as (container, stream):
-        packets = _Packets(container, stream, list(_packets(container, stream)))
+    with opened(clip) as (container, stream):
+        packets = Packets(container, stream, list(packets_of(container, stream)))
         sizes, times, converter = {}, [], PixelConverter(stream.sample_aspect_ratio)
-        for frame in _checked(_frames(stream, packets.packets[packets.first :]), packets.start):
+        for frame in checked(frames_of(stream, packets.packets[packets.first :]), packets.start):
             if (frame.height, frame.width) not in sizes:
                 sizes[frame.height, frame.width] = converter(frame).shape
             times.append(frame.pts)
@@ -186,87 +191,18 @@ def timed_frames(clip: bytes | Path) -> Iterator[tuple[np.ndarray, float | None]
     Raises:
       DecodeError: a corrupt clip, or one whose frames change size.
     """
-    with _opened(clip) as (container, stream):
-        timed = container.format.name not in _WITHOUT_TIMES
+    with opened(clip) as (container, stream):
+        timed = container.format.name not in WITHOUT_TIMES
         converter, shape = PixelConverter(stream.sample_aspect_ratio), None
-        packets = _from_keyframe(_packets(container, stream))
+        packets = from_keyframe(packets_of(container, stream))
         first = next(packets, None)
         start = first.pts if first is not None and timed else None
-        for frame in _checked(_frames(stream, itertools.chain([first] if first is not None else [], packets)), start):
+        for frame in checked(frames_of(stream, itertools.chain([first] if first is not None else [], packets)), start):
             pixels = converter(frame)
             shape = pixels.shape if shape is None else shape
             if pixels.shape != shape:
                 raise DecodeError(f"its frames change size: {sorted({shape, pixels.shape})}")
             yield pixels, frame.time if timed else None
-
-
-class _opened:
-    """Context manager of a container and its first video stream that is no cover picture; converts FFmpeg's errors to
-    `DecodeError`.
-
-    A file is read while it is decoded.
-    """
-
-    def __init__(self, clip: bytes | Path):
-        self.clip = clip
-        self.container: av.container.InputContainer | None = None
-
-    def __enter__(self) -> tuple[av.container.InputContainer, av.VideoStream]:
-        if not (self.clip.stat().st_size if isinstance(self.clip, Path) else self.clip):
-            raise DecodeError("the file is empty")
-        try:
-            self.container = av.open(str(self.clip) if isinstance(self.clip, Path) else io.BytesIO(self.clip), mode="r")
-        except (av.FFmpegError, UnicodeDecodeError) as error:
-            raise DecodeError(f"not a readable video or image ({_reason(error)})") from error
-        found = self.container.streams.video
-        videos = [stream for stream in found if not stream.disposition & _COVERS]
-        if not videos:
-            self.container.close()
-            raise DecodeError("has no video stream" + (", only a cover picture" if found else ""))
-        return self.container, videos[0]
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.container.close()
-        if isinstance(error, av.FFmpegError):
-            raise DecodeError(f"cannot be decoded ({_reason(error)})") from error
-
-
-class _Packets:
-    """What packets say about frames.
-
-    Attributes:
-      packets: in decoding order.
-      first: position of the first keyframe: nothing before it can be decoded.
-      start: its presentation time, None without.
-      shown: number of frames that are shown.
-      timed: whether these have distinct presentation times, by which frames are found.
-      times: their sorted presentation times, if `timed`.
-    """
-
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]):
-        self.packets = packets
-        self.first = next((number for number, packet in enumerate(packets) if packet.is_keyframe), 0)
-        times = _times_shown(packets[self.first :], stream.codec_context.name)
-        self.shown = len(times)
-        self.timed = container.format.name not in _WITHOUT_TIMES and None not in times and len(set(times)) == len(times)
-        self.times = sorted(times) if self.timed else []
-        self.start = packets[self.first].pts if self.timed and packets else None
-
-    def keyframe_before(self, time: int) -> int:
-        """Position of the last keyframe at or before a time."""
-        starts = [n for n, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None and p.pts <= time]
-        return max(starts, default=self.first)
-
-
-def _times_shown(packets: Sequence[av.Packet], codec: str) -> list[int | None]:
-    """Presentation times of the frames to see, in decoding order; the first packet is a keyframe.
-
-    VP8 has frames that are never shown, from which others are predicted. What is shown before the first keyframe is
-    predicted from frames that are not there.
-    """
-    times = [p.pts for p in packets if not p.is_discard and not (codec == "vp8" and not bytes(p)[0] & 0x10)]
-    start = packets[0].pts if packets else None
-    return [time for time in times if None in (time, start) or time >= start]
 
 
 def _probe_image(clip: bytes) -> VideoInfo:
@@ -276,12 +212,12 @@ def _probe_image(clip: bytes) -> VideoInfo:
 
 def _probe_packets(clip: bytes | Path) -> VideoInfo:
     """What the packets say; the size is 0."""
-    with _opened(clip) as (container, stream):
+    with opened(clip) as (container, stream):
         # AVI counts frames that are repeated without a packet.
-        declared = 0 if container.format.name in _WITHOUT_TIMES else stream.frames
+        declared = 0 if container.format.name in WITHOUT_TIMES else stream.frames
         base = stream.time_base
-        kept = list(_packets(container, stream))
-        packets = _Packets(container, stream, kept)
+        kept = list(packets_of(container, stream))
+        packets = Packets(container, stream, kept)
         codec, stated = stream.codec_context.name, float(stream.average_rate or stream.guessed_rate or 0)
     if packets.shown == 0:
         raise DecodeError("has no frames")
@@ -299,21 +235,11 @@ def _probe_packets(clip: bytes | Path) -> VideoInfo:
     return VideoInfo(packets.shown, 0, 0, rate, codec, keyframes, seconds)
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    for packet in container.demux(stream):
-        if packet.size:
-            yield packet
-
-
-def _from_keyframe(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
-    return itertools.dropwhile(lambda packet: not packet.is_keyframe, packets)
-
-
 def _decode_sorted(clip: bytes, wanted: list[int], threads: int) -> dict[int, np.ndarray]:
     """Pixels of those of the wanted frames that the clip has, by number."""
-    with _opened(clip) as (container, stream):
+    with opened(clip) as (container, stream):
         found, complete = _packets_up_to(container, stream, wanted[-1])
-        packets = _Packets(container, stream, found)
+        packets = Packets(container, stream, found)
         stream.codec_context.thread_count = threads
         converter = PixelConverter(stream.sample_aspect_ratio)
         if not packets.timed:
@@ -346,7 +272,7 @@ def _decode_from(
     last, reached = max(number_of), False
     # What was decoded when the last frame comes, it may be predicted from.
     needed = itertools.takewhile(lambda _: not reached, packets)
-    for count, frame in enumerate(_checked(_frames(stream, needed), start)):
+    for count, frame in enumerate(checked(frames_of(stream, needed), start)):
         place = count if counting else frame.pts
         if place in number_of:
             pixels[number_of[place]] = converter(frame)
@@ -360,31 +286,11 @@ def _packets_up_to(
     """The packets needed for frames 0..last (and some more), and whether they are all packets of the clip."""
     packets: list[av.Packet] = []
     codec = stream.codec_context.name
-    for packet in _packets(container, stream):
+    for packet in packets_of(container, stream):
         packets.append(packet)
         if len(packets) > last and len(packets) % _CHECK_EVERY == 0 and packet.dts is not None:
-            times = [time for time in _times_shown(list(_from_keyframe(packets)), codec) if time is not None]
+            times = [time for time in times_shown(list(from_keyframe(packets)), codec) if time is not None]
             # Decoding times increase and no frame is shown before it is decoded, so no earlier frame can follow.
             if len(times) > last and sorted(times)[last] < packet.dts:
                 return packets, False
     return packets, True
-
-
-def _frames(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
-    for packet in packets:
-        yield from stream.codec_context.decode(packet)
-    yield from stream.codec_context.decode(None)
-
-
-def _checked(frames: Iterable[av.VideoFrame], start: int | None) -> Iterator[av.VideoFrame]:
-    """The frames from a presentation time on; raises for one that is damaged, since others are predicted from it."""
-    for frame in frames:
-        if start is None or frame.pts is None or frame.pts >= start:
-            if frame.is_corrupt:
-                raise DecodeError(f"the frame at {frame.time} s is corrupt")
-            yield frame
-
-
-def _reason(error: Exception) -> str:
-    """FFmpeg's message without its number and file name."""
-    return str(error).split("] ")[-1].split(": '")[0].rstrip(".")

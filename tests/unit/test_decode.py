@@ -87,9 +87,9 @@ def test_decoding_starts_at_the_keyframe_and_stops_after_the_last_frame(monkeypa
     from jvgen.data import video_files
 
     fed = []
-    original = video_files._frames
+    original = video_files.frames_of
     monkeypatch.setattr(
-        video_files, "_frames", lambda stream, packets: original(stream, (fed.append(p) or p for p in packets))
+        video_files, "frames_of", lambda stream, packets: original(stream, (fed.append(p) or p for p in packets))
     )
     decode_window(CLIPS["mp4"], [8, 9, 10, 11])
     assert 4 <= len(fed) <= 8

@@ -78,6 +78,7 @@ class Execution:
       restart: throw away what an earlier build left unfinished.
       append: add to the data set at `out`; jobs whose names are ids of its records are left out.
       jobs_per_unit: jobs that are finished, or lost in a crash, together; by the sizes of the files if None.
+      limit: seconds after which a file is given up, since its decoder hangs; None to wait for ever.
     """
 
     part: int = 1
@@ -87,6 +88,7 @@ class Execution:
     restart: bool = False
     append: bool = False
     jobs_per_unit: int | None = None
+    limit: float | None = 1800.0
 
     def validate(self) -> None:
         """Raise `ValueError` for invalid values."""
@@ -96,6 +98,8 @@ class Execution:
             raise ValueError("append, part: build the parts, then add them with `jvgen data append`.")
         if self.jobs_per_unit is not None and self.jobs_per_unit < 1:
             raise ValueError(f"jobs_per_unit = {self.jobs_per_unit}: at least 1.")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit = {self.limit}: must be positive, in seconds.")
 
 
 def build_dataset(
@@ -158,7 +162,7 @@ def build_dataset(
         identity, description, metadata, execution.part, execution.parts, len(units), len(jobs), size, error_budget
     )
     folder = _build_folder(target, execution)
-    work = Work(make, filters, shard_bytes)
+    work = Work(make, filters, shard_bytes, execution.limit)
     mine = of_part(units, execution.part, execution.parts)
     with opened(folder, info, restart=execution.restart) as done:
         _retry_corrupt(folder, done, error_budget)
@@ -237,7 +241,7 @@ def _make_here(
 ) -> None:
     """Make units with this machine's threads or processes, which begin the next one while one is written."""
     payloads = (job.payload for unit in units for job in unit.jobs)
-    results = in_order(work.make, payloads, workers, processes)
+    results = in_order(work.make, payloads, workers, processes, work.limit)
     with contextlib.closing(results):
         for unit in units:
             mine = (next(results) for _ in unit.jobs)

@@ -1,13 +1,13 @@
 """Reads captions of media files: one table per folder, or one text file per clip."""
 
+import contextlib
 import csv
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from jvgen import storage
 from jvgen.data.builders.recorded_files import Ambiguous, Names, name_of
@@ -99,52 +99,66 @@ def _rows(table: Path) -> list[Row]:
 
 
 def read_jsonl(table: Path) -> list[Row]:
+    """The rows that `iterate_jsonl` finds."""
+    return list(iterate_jsonl(table))
+
+
+def iterate_jsonl(table: Path) -> Iterator[Row]:
     """The objects of a table with one JSON object per line.
 
     Raises:
       UnreadableFile: not UTF-8.
       ValueError: a line that is not an object.
     """
-    rows = []
-    # Strings in JSON may have the characters at which str.splitlines splits besides line feeds.
-    for number, line in enumerate(storage.read_utf8(table).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{table}, line {number}: not JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{table}, line {number}: needs a file and a caption, got {row!r}.")
-        rows.append(Row(number, row))
-    return rows
+    # Strings in JSON may have the characters at which Python splits lines besides line feeds.
+    with _text(table, newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{table}, line {number}: not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{table}, line {number}: needs a file and a caption, got {row!r}.")
+            yield Row(number, row)
 
 
 def read_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> list[Row]:
+    """The rows that `iterate_csv` finds."""
+    return list(iterate_csv(table, columns, delimiter))
+
+
+def iterate_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[Row]:
     """The rows of a table whose first line names the columns.
 
     Raises:
       UnreadableFile: not UTF-8, or not a table: a quote that is not closed or followed by text.
-      ValueError: it lacks a column, or rows have more or fewer cells than columns; names the lines.
+      ValueError: it lacks a column, or rows have more or fewer cells than columns; names the lines, at the end.
     """
-    text = storage.read_utf8(table)
-    rows, wrong = [], []
-    with storage.reading(table, "is not a table of text", "Save it again as CSV, with quotes in cells doubled."):
-        # Cells may have line breaks, so lines are not split before.
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        names: list[str] = []
+    wrong = []
+    names: list[str] = []
+    # Cells may have line breaks, so lines are not split before.
+    with _text(table, newline="") as lines:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         line = 1
-        try:
-            for cells in reader:
-                if not names:
-                    names = cells
-                elif cells and len(cells) != len(names):
-                    wrong.append(f"line {line} has {len(cells)} cells")
-                elif cells:
-                    rows.append(Row(line, dict(zip(names, cells, strict=True))))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise csv.Error(f"line {line}: {error}") from error
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                fix = "Save it again as CSV, with quotes in cells doubled."
+                raise storage.unreadable(table, "is not a table of text", f"line {line}: {error}", fix) from error
+            if cells is None:
+                break
+            if not names:
+                names = cells
+                if not set(columns) <= set(names):
+                    break
+            elif cells and len(cells) != len(names):
+                wrong.append(f"line {line} has {len(cells)} cells")
+            elif cells:
+                yield Row(line, dict(zip(names, cells, strict=True)))
+            line = reader.line_num + 1
     if not set(columns) <= set(names):
         raise ValueError(f"{table}: its columns are {names}; it needs {' and '.join(columns)}.")
     if wrong:
@@ -153,7 +167,21 @@ def read_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> list[
             f"{table}: {', '.join(wrong[:_SHOWN])}{more}, for {len(names)} columns ({', '.join(names)}). Put "
             f"cells with {'tabs' if delimiter != ',' else 'commas'} in double quotes."
         )
-    return rows
+
+
+@contextlib.contextmanager
+def _text(path: Path, newline: str) -> Iterator[TextIO]:
+    """A text file that may be larger than memory.
+
+    Raises:
+      UnreadableFile: not UTF-8; names the line.
+    """
+    with path.open(encoding="utf-8-sig", newline=newline) as file:
+        try:
+            yield file
+        except UnicodeDecodeError:
+            storage.read_utf8(path)
+            raise
 
 
 def other_columns(rows: Sequence[Row], used: Sequence[str]) -> list[dict[str, Any]]:
@@ -167,9 +195,9 @@ def other_columns(rows: Sequence[Row], used: Sequence[str]) -> list[dict[str, An
     """
     written: dict[str, str] = {}
     for column in dict.fromkeys(name for row in rows for name in row.cells if name not in used):
-        other = written.setdefault(_column_name(column), column)
+        other = written.setdefault(column_name(column), column)
         if other != column:
-            raise ValueError(f"columns {other!r} and {column!r} are both {_column_name(column)!r}: rename one of them.")
+            raise ValueError(f"columns {other!r} and {column!r} are both {column_name(column)!r}: rename one of them.")
     names = {column: name for name, column in written.items()}
     kept = [{names[k]: v for k, v in row.cells.items() if k not in used and v not in ("", None)} for row in rows]
     texts = {name for cells in kept for name, value in cells.items() if _number(value) is None}
@@ -183,7 +211,8 @@ def other_columns(rows: Sequence[Row], used: Sequence[str]) -> list[dict[str, An
     ]
 
 
-def _column_name(written: str) -> str:
+def column_name(written: str) -> str:
+    """The name of a column of a data set: lower-case letters, digits and underscores, and none that every one has."""
     name = re.sub(r"[^a-z0-9]+", "_", str(written).lower()).strip("_")
     return name if name[:1].isalpha() and name not in COLUMNS else f"table_{name}"
 

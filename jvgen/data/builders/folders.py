@@ -25,7 +25,7 @@ from jvgen.data.builders.captions import read_captions
 from jvgen.data.builders.recorded_files import files_in, name_of, suffixed
 from jvgen.data.cuts import find_cuts
 from jvgen.data.store.records import Record
-from jvgen.data.transcoding import SlowerThanAsked, transcode, transcode_parts
+from jvgen.data.transcoding import SlowerThanAsked, cut_out, transcode, transcode_parts
 from jvgen.data.video_files import DecodeError, inspect, probe, timed_frames
 from jvgen.storage import recordings
 
@@ -76,19 +76,42 @@ class ClipOptions:
 
 
 class Media(NamedTuple):
-    """A media file, the id of its record, its captions, why these cannot be read, and columns of its table."""
+    """A media file and what is known of it.
+
+    Attributes:
+      path: of the file.
+      id: of its record.
+      captions: of the record.
+      problem: why these cannot be read.
+      columns: of its table.
+      span: the part of the video that is meant, in seconds from its first frame; None for all of it.
+      content: the bytes, where they are in no file of their own.
+    """
 
     path: Path
     id: str
     captions: tuple[str, ...]
     problem: str = ""
     columns: Mapping[str, float | str] = {}
+    span: tuple[float, float] | None = None
+    content: bytes | None = None
+
+    @property
+    def state(self) -> str:
+        """What the record depends on besides the id."""
+        span = [] if self.span is None else [self.span]
+        return json.dumps([self.captions, self.columns, self.problem, *span])
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 where the size of the file says it."""
+        return 0
 
     def read(self) -> bytes:
         """Its bytes; raises `DecodeError` if they or its captions cannot be read."""
         if self.problem:
             raise DecodeError(self.problem)
-        return self.path.read_bytes()
+        return self.path.read_bytes() if self.content is None else self.content
 
 
 def build_videos(
@@ -202,11 +225,14 @@ def find_media(
 
 
 def build_media(
-    media: list[Media], make: Callable[[Media], Any], out: str | Path, *, description: str, origin: str,
+    media: Sequence[Any], make: Callable[[Any], Any], out: str | Path, *, description: str, origin: str,
     folder: str | Path, options: dict[str, Any], captions_optional: bool, filters: FilterConfig | None,
     validation: float, workers: int | None, processes: bool | None = None, **rest: Any,
 ) -> Summary:  # fmt: skip
-    """Make the record of each file with `make`, then split, filter and write; other arguments as in `build_videos`."""
+    """Make the record of each file with `make`, then split, filter and write; other arguments as in `build_videos`.
+
+    `media` have an `id`, a `path`, a `size` and a `state` as `Media` has.
+    """
     filters = filters or FilterConfig()
     if not captions_optional:
         filters = filters.replace(caption_required=True)
@@ -220,9 +246,15 @@ def build_media(
     )  # fmt: skip
 
 
-def _job(split: str, media: Media) -> BuildJob:
-    state = json.dumps([media.captions, media.columns, media.problem])
-    return BuildJob(split, media.id, media, state, media.path)
+def _job(split: str, media: Any) -> BuildJob:
+    return BuildJob(split, media.id, media, media.state, media.path, media.size)
+
+
+def media_records(media: Media, kind: str, options: ClipOptions) -> Made:
+    """The records of a video, or of an image, as its suffix says."""
+    if media.path.suffix.lower() in IMAGE_SUFFIXES:
+        return Made((_image_record(media),))
+    return video_records(media, kind, options)
 
 
 def video_records(media: Media, kind: str, options: ClipOptions) -> Made:
@@ -230,11 +262,18 @@ def video_records(media: Media, kind: str, options: ClipOptions) -> Made:
 
     A file whose frames cannot be found by its packets is re-encoded in any case.
     """
-    clip = media.read()
     notes: list[str] = []
-    cuts = find_cuts(pixels for pixels, _ in timed_frames(clip)) if options.scenes == "cut" else []
     try:
-        if cuts or options.encodes:
+        if media.span is not None and not media.problem:
+            # A long file is not read whole for a part of it.
+            source = media.path if media.content is None else media.content
+            clip, cuts = cut_out(source, *media.span, **options.encoding()), []
+        else:
+            clip = media.read()
+            cuts = find_cuts(pixels for pixels, _ in timed_frames(clip)) if options.scenes == "cut" else []
+        if media.span is not None:
+            clips = [clip]
+        elif cuts or options.encodes:
             clips = transcode_parts(clip, cuts, **options.encoding())
         elif inspect(clip).faithful:
             clips = [clip]

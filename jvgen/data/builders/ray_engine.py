@@ -73,7 +73,7 @@ def _make(folder: str, unit: Unit, work: Work, apart: bool) -> Done:
     """A unit; `apart`: its files are read in another process, so that one that ends it is found."""
     if not apart:
         return make_unit(Path(folder), unit, work)
-    results = in_order(work.make, (job.payload for job in unit.jobs), 2, processes=True)
+    results = in_order(work.make, (job.payload for job in unit.jobs), 2, processes=True, limit=work.limit)
     return write_unit(Path(folder), unit, work, results)
 
 

@@ -193,16 +193,16 @@ def frames_and_actions(arrays: dict[str, Any], options: EpisodeOptions) -> tuple
     if options.actions:
         recorded = _first(arrays, ACTION_KEYS)
         if options.action_width is not None and recorded is not None:
-            recorded = _fit_width(np.asarray(recorded), arrays.get("gripper"), options.action_width)
-        actions = _by_frame(recorded, len(frames), shifted=stacked, what="actions")
-        rewards = _by_frame(_first(arrays, REWARD_KEYS), len(frames), shifted=stacked, what="rewards")
+            recorded = fit_width(np.asarray(recorded), arrays.get("gripper"), options.action_width)
+        actions = by_frame(recorded, len(frames), shifted=stacked, what="actions")
+        rewards = by_frame(_first(arrays, REWARD_KEYS), len(frames), shifted=stacked, what="rewards")
         rewards = rewards[:, 0] if rewards.size else np.zeros(0, np.float32)
         if options.clip_actions is not None and actions.size:
             actions = np.clip(actions, *options.clip_actions)
     return frames, actions, rewards
 
 
-def _fit_width(actions: np.ndarray, gripper: np.ndarray | None, width: int) -> np.ndarray:
+def fit_width(actions: np.ndarray, gripper: np.ndarray | None, width: int) -> np.ndarray:
     """Actions (T, `width`); see `EpisodeOptions.action_width`."""
     if gripper is not None and actions.shape[1] == width - 1:
         return np.concatenate([actions, gripper], axis=1)
@@ -244,8 +244,12 @@ def _first(arrays: dict[str, Any], names: Sequence[str]) -> np.ndarray | None:
     return next((arrays[name] for name in names if name in arrays), None)
 
 
-def _by_frame(values: np.ndarray | None, frames: int, *, shifted: bool, what: str) -> np.ndarray:
-    """Float32 (T, A): the values of each frame. `shifted`: recorded with the next frame (Meta-World)."""
+def by_frame(values: np.ndarray | None, frames: int, *, shifted: bool, what: str) -> np.ndarray:
+    """Float32 (T, A): the values of each frame. `shifted`: recorded with the next frame (Meta-World).
+
+    Raises:
+      DecodeError: another number of values than of frames (the last may be missing), or one that is not finite.
+    """
     if values is None:
         return np.zeros((0, 0), np.float32)
     values = np.asarray(values, np.float32)

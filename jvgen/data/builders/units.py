@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jvgen.data.builders.jobs import BuildJob, Corrupt, FilterConfig, Rejected, attempt, sorted_out
+from jvgen.data.builders.jobs import BuildJob, Corrupt, FilterConfig, Rejected, sorted_out
+from jvgen.data.builders.workers import in_order
 from jvgen.data.store.records import Record
 from jvgen.data.store.shard_writer import ShardWriter, is_complete, rows_path
 from jvgen.data.store.writer import SHARD_BYTES
@@ -47,11 +48,13 @@ class Work:
       make: maps a payload to a `Record` or `Made`; raises `DecodeError` for corrupt input.
       filters: which records to keep.
       shard_bytes: size at which a unit begins another ArrayRecord file.
+      limit: seconds after which a payload is given up; None for no limit.
     """
 
     make: Callable[[Any], Any]
     filters: FilterConfig
     shard_bytes: int = SHARD_BYTES
+    limit: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,7 @@ def jobs_per_unit(jobs: Sequence[BuildJob]) -> int:
 
 def make_unit(folder: Path, unit: Unit, work: Work) -> Done:
     """Make a unit in this process."""
-    results = (attempt(work.make, job.payload) for job in unit.jobs)
+    results = in_order(work.make, (job.payload for job in unit.jobs), 1, False, work.limit)
     return write_unit(folder, unit, work, results)
 
 

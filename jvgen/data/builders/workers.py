@@ -1,9 +1,15 @@
-"""Calls a function for many payloads, in threads or processes, in order; a process that dies costs its payload only."""
+"""Calls a function for many payloads, in threads or processes, in order. A payload for which a process dies, or that
+does not end in time, costs itself only."""
 
 import collections
 import concurrent.futures
+import faulthandler
 import itertools
 import multiprocessing
+import os
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -13,9 +19,12 @@ from jvgen.data.builders.jobs import BuildError, Corrupt, attempt
 _CHUNKS_IN_FLIGHT = 4  # per worker
 _CHUNK = 4  # payloads sent to a process at once
 _DIED = "ended the process that read it (a crash of a library, or not enough memory)"
+_GIVEN_UP = "given up after {:g} s: reading it takes longer, or hangs"
 
 
-def in_order(make: Callable[[Any], Any], payloads: Iterable[Any], workers: int, processes: bool) -> Iterator[Any]:
+def in_order(
+    make: Callable[[Any], Any], payloads: Iterable[Any], workers: int, processes: bool, limit: float | None = None
+) -> Iterator[Any]:
     """What `attempt` returns for each payload, in order, with a bounded number of results in memory.
 
     Args:
@@ -23,29 +32,94 @@ def in_order(make: Callable[[Any], Any], payloads: Iterable[Any], workers: int, 
       payloads: read as they are needed.
       workers: calls at a time; 1 calls it in this thread.
       processes: use processes rather than threads.
+      limit: seconds after which a payload is given up. A process is ended then; a thread is left to itself, which helps
+        where a library that hangs lets others run meanwhile.
     """
     if processes and workers > 1:
-        yield from _in_processes(make, iter(payloads), workers)
-    elif workers <= 1:
+        yield from _in_processes(make, iter(payloads), workers, limit)
+    elif workers <= 1 and limit is None:
         for payload in payloads:
             yield attempt(make, payload)
     else:
-        payloads = iter(payloads)
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            pending = collections.deque(
-                pool.submit(attempt, make, p) for p in itertools.islice(payloads, _CHUNKS_IN_FLIGHT * workers)
-            )
-            try:
-                while pending:
-                    yield pending.popleft().result()
-                    pending.extend(pool.submit(attempt, make, p) for p in itertools.islice(payloads, 1))
-            finally:
-                for future in pending:
-                    future.cancel()
+        yield from _in_threads(make, iter(payloads), max(1, workers), limit)
 
 
-def _in_processes(make: Callable[[Any], Any], payloads: Iterator[Any], workers: int) -> Iterator[Any]:
-    pool = _Pool(make, workers)
+def _in_threads(
+    make: Callable[[Any], Any], payloads: Iterator[Any], workers: int, limit: float | None
+) -> Iterator[Any]:
+    calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+    threads = [_thread(make, calls) for _ in range(workers)]
+    ahead = _CHUNKS_IN_FLIGHT * workers if workers > 1 else 1
+    pending: collections.deque[_Call] = collections.deque()
+    try:
+        while True:
+            for payload in itertools.islice(payloads, ahead - len(pending)):
+                pending.append(_Call(payload))
+                calls.put(pending[-1])
+            if not pending:
+                return
+            call = pending.popleft()
+            if call.ended_within(limit):
+                yield call.result
+            else:
+                threads.append(_thread(make, calls))  # in place of the one that hangs
+                yield Corrupt(_GIVEN_UP.format(limit))
+    finally:
+        for call in pending:
+            call.abandoned = True
+        for _ in threads:
+            calls.put(None)
+
+
+class _Call:
+    """A payload for a thread, and what became of it."""
+
+    def __init__(self, payload: Any):
+        self.payload = payload
+        self.result: Any = None
+        self.abandoned = False
+        self._began: float | None = None
+        self._ended = threading.Event()
+
+    def run(self, make: Callable[[Any], Any]) -> None:
+        if self.abandoned:
+            return
+        self._began = time.monotonic()
+        try:
+            self.result = attempt(make, self.payload)
+        except BaseException as error:  # raised where it is waited for
+            self.result = error
+        self._ended.set()
+
+    def ended_within(self, limit: float | None) -> bool:
+        """Wait for it; raises what ends the build."""
+        while not self._ended.wait(None if limit is None else self._left(limit)):
+            if self._left(limit) <= 0:
+                return False
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return True
+
+    def _left(self, limit: float) -> float:
+        """Seconds; calls are begun in order, so the one that is waited for has a thread soon."""
+        return limit if self._began is None else max(0.0, limit - (time.monotonic() - self._began))
+
+
+def _thread(make: Callable[[Any], Any], calls: "queue.SimpleQueue[_Call | None]") -> threading.Thread:
+    def run() -> None:
+        while (call := calls.get()) is not None:
+            call.run(make)
+
+    # One that hangs does not keep the process from ending.
+    thread = threading.Thread(target=run, name="build", daemon=True)
+    thread.start()
+    return thread
+
+
+def _in_processes(
+    make: Callable[[Any], Any], payloads: Iterator[Any], workers: int, limit: float | None
+) -> Iterator[Any]:
+    pool = _Pool(make, workers, limit)
     pending: collections.deque[tuple[list[Any], concurrent.futures.Future]] = collections.deque()
     try:
         while True:
@@ -59,33 +133,35 @@ def _in_processes(make: Callable[[Any], Any], payloads: Iterator[Any], workers: 
             except BrokenProcessPool:
                 # Which of the chunks in flight it was is not known. This one is made file by file, the others again.
                 pool.close()
-                results = _one_by_one(make, chunk)
-                pool = _Pool(make, workers)
+                results = _one_by_one(make, chunk, limit)
+                pool = _Pool(make, workers, limit)
                 pending = collections.deque((waiting, pool.submit(waiting)) for waiting, _ in pending)
             yield from results
     finally:
         pool.close()
 
 
-def _one_by_one(make: Callable[[Any], Any], chunk: list[Any]) -> list[Any]:
+def _one_by_one(make: Callable[[Any], Any], chunk: list[Any], limit: float | None) -> list[Any]:
     results = []
-    pool = _started(make)
+    pool = _started(make, limit)
     try:
         for payload in chunk:
+            began = time.monotonic()
             try:
                 results += pool.submit([payload]).result()
             except BrokenProcessPool:
-                results.append(Corrupt(_DIED))
+                late = limit is not None and time.monotonic() - began >= limit
+                results.append(Corrupt(_GIVEN_UP.format(limit) if late else _DIED))
                 pool.close()
-                pool = _started(make)
+                pool = _started(make, limit)
     finally:
         pool.close()
     return results
 
 
-def _started(make: Callable[[Any], Any]) -> "_Pool":
+def _started(make: Callable[[Any], Any], limit: float | None) -> "_Pool":
     """A process that runs: what ends before it has a payload is not the payload's fault."""
-    pool = _Pool(make, 1)
+    pool = _Pool(make, 1, limit)
     try:
         pool.submit([]).result()
     except BrokenProcessPool as error:
@@ -100,11 +176,11 @@ def _started(make: Callable[[Any], Any]) -> "_Pool":
 class _Pool:
     """Processes that have the function."""
 
-    def __init__(self, make: Callable[[Any], Any], workers: int):
+    def __init__(self, make: Callable[[Any], Any], workers: int, limit: float | None):
         # A fork would copy locks held by threads of imported libraries.
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_receive, initargs=(make,)
+            workers, mp_context=context, initializer=_receive, initargs=(make, limit)
         )
 
     def submit(self, chunk: list[Any]) -> concurrent.futures.Future:
@@ -120,12 +196,24 @@ class _Pool:
 
 
 _make: Callable[[Any], Any] | None = None  # of a worker process
+_limit: float | None = None
 
 
-def _receive(make: Callable[[Any], Any]) -> None:
-    global _make
-    _make = make
+def _receive(make: Callable[[Any], Any], limit: float | None) -> None:
+    global _make, _limit
+    _make, _limit = make, limit
 
 
 def _attempt_all(chunk: list[Any]) -> list[Any]:
-    return [attempt(_make, payload) for payload in chunk]
+    if _limit is None:
+        return [attempt(_make, payload) for payload in chunk]
+    results = []
+    with open(os.devnull, "w") as nowhere:
+        for payload in chunk:
+            # It ends the process from a thread of its own, without Python: whatever hangs, and wherever.
+            faulthandler.dump_traceback_later(_limit, exit=True, file=nowhere)
+            try:
+                results.append(attempt(_make, payload))
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+    return results
