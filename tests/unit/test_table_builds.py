@@ -198,7 +198,7 @@ def test_bad_tables_and_rows_are_named(film, tmp_path):
         r"t.csv: has no column 'captoin'. Did you mean caption\?",
         TableColumns(caption="captoin"),
     )
-    raises("colour,shape\nred,x\n", r"none of its columns \(colour, shape\) is called path, file, .* \(--file-column\)")
+    raises("color,shape\nred,x\n", r"none of its columns \(color, shape\) is called path, file, .* \(--file-column\)")
     raises("path,caption\nb.mp4,x\n", "times = 'cut', but it has no column of times", CUT)
     raises("path,caption\nb.mp4,x,y\n", "line 2 has 3 cells, for 2 columns")
     raises("path,caption\n../secret.mp4,x\n", "contains none of the 1 files of .*'../secret.mp4'")
