@@ -1,5 +1,11 @@
 """RepVideo-2B from scratch, in three stages of one run: small images, short clips, then 49 frames of 480x720.
 
+    jvgen train configs/repvideo_2b_scratch.py:heads_128 --workdir runs/scratch
+
+heads_64, the default, has 30 heads of 64 channels, as published; heads_128 and heads_256 have 16 of 128 and 8 of 256,
+a width of 2,048. Attention takes about as many cycles for heads of 128 on v5p and v5e as for 64, and for 256 on v6e, so
+that wide heads do two and four times the work in them.
+
 Should reach: nothing published. CogVideoX-2B was trained for 750,000 steps in such stages (arXiv 2408.06072, table
 7); what RepVideo's gates add from the start is not known.
 Chips: 256 of v5e (`v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16x16`); each batch is about one
@@ -10,6 +16,8 @@ Data: latents of CogVideoX's VAE at 256x384 and 480x720, two data sets of `jvgen
 
 Lower resolutions get less noise: timesteps shift with the number of tokens; the last stage is CogVideoX's recipe.
 """
+
+from typing import Literal
 
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.guidance import GuidanceConfig
@@ -35,13 +43,19 @@ STAGES = (
     Stage(steps=220_000, buckets=(SHORT.replace(weight=0.1), LONG), learning_rate=1e-4, warmup_steps=1000),
 )
 
+Heads = Literal["heads_64", "heads_128", "heads_256"]
+HEADS = {"heads_64": (30, 64), "heads_128": (16, 128), "heads_256": (8, 256)}
 
-def experiment() -> Experiment:
+
+def experiment(variant: Heads = "heads_64") -> Experiment:
+    heads, head_width = HEADS[variant]
     return Experiment(
-        name="repvideo_2b_scratch",
+        name=f"repvideo_2b_scratch_{variant}",
         task=TextToVideoConfig(
             # 17,776 tokens padded to 17,920: what seq = 4 and the kernels' blocks of 128 divide.
-            denoiser=repvideo_2b().replace(token_multiple=512, remat=Remat.SAVE_ATTENTION),
+            denoiser=repvideo_2b().replace(
+                heads=heads, head_width=head_width, token_multiple=512, remat=Remat.SAVE_ATTENTION
+            ),
             latents="data",
             objective=ObjectiveConfig(
                 target="v", bands=10, timesteps=TimestepConfig(shift_by="tokens", base_tokens=13 * 30 * 45)

@@ -61,9 +61,9 @@ SLOW = {
     "cogvideox_2b", "cv_vae_causal", "cv_vae_sd21", "cv_vae_sd3", "cvd_2b", "demo_cv_vae", "demo_image_latents",
     "demo_control_from_scratch", "demo_control_pretrained", "demo_ivideogpt_tokenizer", "demo_multiview",
     "cogvideox_2b_lora",
-    "image_vae_sd", "repvideo_2b", "repvideo_2b_scratch",
+    "image_vae_sd", "repvideo_2b",
 }  # fmt: skip
-SLOW |= {name for name in CONFIGS if name.startswith(("ivideogpt_", "mbrl_metaworld_"))}
+SLOW |= {name for name in CONFIGS if name.startswith(("ivideogpt_", "mbrl_metaworld_", "repvideo_2b_scratch_"))}
 SLOW |= {name for name in CONFIGS if name.startswith(("cogvideox_5b_", "cogvideox1_5_5b_"))}
 HEAVY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONFIGS]
 PER_OBJECTIVE = ("loss", "gradient_norm", "update_norm")
@@ -160,7 +160,7 @@ def test_recipes_say_what_the_configs_have():
             assert f"{field[1]} = {here.strip('`')}" in dump, f"docs/recipes.md: {name}, {field[1]} is not {here}"
             checked += 1
     assert checked >= 40
-    same_recipe = re.compile(r"ivideogpt_(tokenizer|transformer)_|mbrl_metaworld_")
+    same_recipe = re.compile(r"ivideogpt_(tokenizer|transformer)_|mbrl_metaworld_|repvideo_2b_scratch_")
     missing = {name for name in CONFIGS if not name.startswith("demo") and not same_recipe.match(name)} - {
         row[0] for row in rows
     }
