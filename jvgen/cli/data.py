@@ -21,7 +21,8 @@ def add_commands(commands) -> None:
     merge = add_command(
         actions, "merge", "make one data set of the parts that `jvgen data build --part` made",
         "jvgen data merge data/videos.part-* --out data/videos",
-        details="The files are those of a build without parts. The parts are removed when the data set is there.",
+        details="The files are those of a build without parts. The parts are removed when the data set is there. Both "
+        "may be in buckets: 'gs://BUCKET/videos.part-*' is expanded.",
         handler=run_merge,
     )  # fmt: skip
     merge.add_argument("parts", nargs="+", metavar="PART", help="folder of a part")
@@ -109,16 +110,35 @@ def run_merge(parsed: argparse.Namespace) -> int:
     """Merge parts."""
     from jvgen.data.builders.build_loop import merge_parts
 
-    print(merge_parts(parsed.parts, parsed.out, error_budget=parsed.error_budget, overwrite=parsed.overwrite))
+    print(
+        merge_parts(_expanded(parsed.parts), parsed.out, error_budget=parsed.error_budget, overwrite=parsed.overwrite)
+    )
     build.report_latents(parsed.out)
     return 0
+
+
+def _expanded(parts: list[str]) -> list:
+    """Patterns of folders in buckets, which shells do not expand, as the folders."""
+    from jvgen.storage import as_path, is_remote
+
+    found: list = []
+    for part in parts:
+        if is_remote(part) and "*" in part:
+            path = as_path(part)
+            matching = sorted(path.parent.glob(path.name))
+            if not matching:
+                raise ValueError(f"{part}: no folder in the bucket matches.")
+            found += matching
+        else:
+            found.append(part)
+    return found
 
 
 def run_append(parsed: argparse.Namespace) -> int:
     """Append parts."""
     from jvgen.data.builders.build_loop import append_parts
 
-    print(append_parts(parsed.path, parsed.parts, error_budget=parsed.error_budget))
+    print(append_parts(parsed.path, _expanded(parsed.parts), error_budget=parsed.error_budget))
     build.report_latents(parsed.path)
     return 0
 

@@ -18,6 +18,7 @@ from jvgen.storage.file_kinds import (
 from jvgen.storage.files import (
     appending,
     check_run_directory,
+    copy_file,
     is_empty,
     local_copy,
     local_file,
@@ -47,6 +48,7 @@ __all__ = [
     "appending",
     "as_path",
     "check_run_directory",
+    "copy_file",
     "count_of_retries",
     "default_cache",
     "is_empty",

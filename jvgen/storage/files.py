@@ -108,6 +108,26 @@ def upload_folder(folder: pathlib.Path, path: Path, last: tuple[str, ...] = ()) 
         _put(file, path / file.relative_to(folder).as_posix())
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file between any of local disks and buckets; within a bucket nothing passes through this machine.
+
+    Raises:
+      FileNotFoundError: no such file.
+      StorageError: a bucket that cannot be read or written.
+    """
+    if is_remote(source) and is_remote(target):
+        to = str(target).partition("://")[2]
+        _remote(source, "copy", lambda fs, key: fs.cp_file(key, to), RETRIES)
+    elif is_remote(target):
+        _put(pathlib.Path(source), target)
+    elif is_remote(source):
+        with local_file(target) as partial:
+            _remote(source, "read", lambda fs, key: fs.get_file(key, str(partial)), RETRIES)
+    else:
+        with local_file(target) as partial:
+            shutil.copyfile(source, partial)
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder and everything in it; nothing happens if it does not exist."""
     if not is_remote(path):

@@ -67,13 +67,13 @@ def identity_of(jobs: Sequence[BuildJob], metadata: dict[str, Any], jobs_per_uni
     return state.hexdigest()
 
 
-def part_folder(out: Path, part: int, parts: int) -> Path:
+def part_folder(out: storage.Path, part: int, parts: int) -> storage.Path:
     """Where a part of the data set at `out` is built."""
     width = len(str(parts))
     return out.parent / f"{out.name}.part-{part:0{width}d}-of-{parts}"
 
 
-def read_info(folder: Path) -> BuildInfo | None:
+def read_info(folder: storage.Path) -> BuildInfo | None:
     """What is being built in a folder; None if it is not a build."""
     path = folder / DESCRIPTION
     if not path.is_file():
@@ -100,7 +100,7 @@ def opened(folder: Path, info: BuildInfo, *, restart: bool = False) -> Iterator[
             if not restart and seconds > _CHEAP:
                 raise ValueError(
                     f"{folder} holds {len(done)} of {len(before.numbers())} units ({seconds / 3600:.1f} h of work) of "
-                    f"another build: {_difference(before, info)}. Finish it with its own options, or pass --restart to "
+                    f"another build: {difference(before, info)}. Finish it with its own options, or pass --restart to "
                     "remove it."
                 )
             for path in folder.iterdir():
@@ -117,7 +117,7 @@ def opened(folder: Path, info: BuildInfo, *, restart: bool = False) -> Iterator[
             raise
 
 
-def finished(folder: Path, info: BuildInfo) -> list[Done]:
+def finished(folder: storage.Path, info: BuildInfo) -> list[Done]:
     """The units of a build that are done, in order."""
     found = (read_done(folder, number) for number in info.numbers())
     return [unit for unit in found if unit is not None]
@@ -128,19 +128,19 @@ def is_worth_keeping(done: Sequence[Done]) -> bool:
     return sum(unit.seconds for unit in done) > _NOTHING
 
 
-def remove(folder: Path) -> None:
+def remove(folder: storage.Path) -> None:
     """Delete a build."""
-    shutil.rmtree(folder, ignore_errors=True)
+    storage.remove_tree(folder)
 
 
-def checked_parts(folders: Sequence[Path]) -> tuple[BuildInfo, list[tuple[Path, Done]]]:
+def checked_parts(folders: Sequence[storage.Path]) -> tuple[BuildInfo, list[tuple[storage.Path, Done]]]:
     """All units of a build in order, with the folders that they are in.
 
     Raises:
       ValueError: a folder that is not a part, parts of different builds, a part twice, missing or unfinished. The
         message says which; nothing is changed.
     """
-    infos: dict[Path, BuildInfo] = {}
+    infos: dict[storage.Path, BuildInfo] = {}
     for folder in dict.fromkeys(folders):
         info = read_info(folder) if folder.is_dir() else None
         if info is None:
@@ -148,10 +148,10 @@ def checked_parts(folders: Sequence[Path]) -> tuple[BuildInfo, list[tuple[Path, 
         infos[folder] = info
     first_folder, first = next(iter(infos.items()))
     problems = []
-    by_part: dict[int, Path] = {}
+    by_part: dict[int, storage.Path] = {}
     for folder, info in infos.items():
         if info.identity != first.identity or info.parts != first.parts:
-            problems.append(f"{folder} is of another build than {first_folder}: {_difference(first, info)}")
+            problems.append(f"{folder} is of another build than {first_folder}: {difference(first, info)}")
         elif info.part in by_part:
             problems.append(f"{by_part[info.part]} and {folder} are both part {info.part} of {info.parts}")
         else:
@@ -159,7 +159,7 @@ def checked_parts(folders: Sequence[Path]) -> tuple[BuildInfo, list[tuple[Path, 
     missing = [str(number) for number in range(1, first.parts + 1) if number not in by_part]
     if missing and not problems:
         problems.append(f"of {first.parts} parts, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
-    units: list[tuple[Path, Done]] = []
+    units: list[tuple[storage.Path, Done]] = []
     for folder in by_part.values():
         done, wanted = finished(folder, infos[folder]), len(infos[folder].numbers())
         if len(done) < wanted:
@@ -170,9 +170,12 @@ def checked_parts(folders: Sequence[Path]) -> tuple[BuildInfo, list[tuple[Path, 
     return first, sorted(units, key=lambda item: item[1].number)
 
 
-def linked(path: Path, folder: Path) -> Path:
-    """A file with the same content in another folder: a link where the disk is the same, else a copy."""
+def linked(path: storage.Path, folder: Path) -> Path:
+    """A file with the same content in a local folder: a link where the disk is the same, else a copy."""
     target = folder / path.name
+    if storage.is_remote(path):
+        storage.copy_file(path, target)
+        return target
     try:
         target.hardlink_to(path)
     except OSError:
@@ -185,7 +188,7 @@ def of_part(units: Sequence[Unit], part: int, parts: int) -> list[Unit]:
     return list(units[part - 1 :: parts])
 
 
-def _difference(one: BuildInfo, other: BuildInfo) -> str:
+def difference(one: BuildInfo, other: BuildInfo) -> str:
     """How two builds differ, in words."""
     if one.parts != other.parts:
         return f"one has {one.parts} parts, the other {other.parts}"
@@ -213,10 +216,3 @@ def locked(folder: Path, message: str) -> Iterator[None]:
         except OSError as error:
             raise ValueError(message) from error
         yield
-
-
-def local_or_raise(out: Path) -> Path:
-    """The path of a data set that parts are built for, which must be on a disk."""
-    if storage.is_remote(out):
-        raise ValueError(f"{out}: parts are built on local or mounted disks; upload the data set when it is merged.")
-    return Path(out)

@@ -16,7 +16,6 @@ from jvgen.data.builders.build_folder import (
     identity_of,
     is_worth_keeping,
     linked,
-    local_or_raise,
     locked,
     of_part,
     opened,
@@ -32,12 +31,13 @@ from jvgen.data.builders.jobs import (
     assign_splits,
     available_cpus,
 )
+from jvgen.data.builders.remote_part import RemotePart
 from jvgen.data.builders.summary import REJECTED_LOG, Summary, log_line, summary_of
 from jvgen.data.builders.units import Done, Unit, Work, forget, jobs_per_unit, units_of, write_unit
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store import dataset_info
 from jvgen.data.store.out_folder import check_out, move_to_out
-from jvgen.data.store.publish import append, publish
+from jvgen.data.store.publish import append, append_in_bucket, publish, publish_to_bucket
 from jvgen.data.store.records import Record
 from jvgen.data.store.shard_writer import rows_path
 from jvgen.data.store.sources import read_metadata
@@ -161,10 +161,20 @@ def build_dataset(
     info = BuildInfo(
         identity, description, metadata, execution.part, execution.parts, len(units), len(jobs), size, error_budget
     )
+    if execution.engine == "ray" and is_remote(target):
+        raise ValueError(
+            f"engine = 'ray': {target} is in a bucket; build on a disk that all machines see, then copy it."
+        )
     folder = _build_folder(target, execution)
     work = Work(make, filters, shard_bytes, execution.limit)
     mine = of_part(units, execution.part, execution.parts)
     with opened(folder, info, restart=execution.restart) as done:
+        remote = None
+        if execution.parts > 1 and is_remote(target):
+            remote = RemotePart(part_folder(target, execution.part, execution.parts), folder, info)
+            remote.fetch(execution.restart)
+            remote.push_missing(done)
+            done = finished(folder, info)
         _retry_corrupt(folder, done, error_budget)
         done = finished(folder, info)
         report = _Report(progress, sum(len(unit.jobs) for unit in mine), sum(unit.jobs for unit in done))
@@ -178,8 +188,11 @@ def build_dataset(
             for made in make_units(folder, missing, work, execution.address):
                 report.add(made.jobs)
         else:
-            _make_here(folder, missing, work, finish, workers, processes, report)
+            _make_here(folder, missing, work, finish, workers, processes, report, remote)
         done = finished(folder, info)
+        if remote is not None:
+            remove(folder)
+            return summary_of(remote.remote, done, {}, remote.size(), began)
         if execution.parts > 1:
             size_on_disk = sum(path.stat().st_size for path in folder.iterdir())
             return summary_of(folder, done, {}, size_on_disk, began)
@@ -187,8 +200,8 @@ def build_dataset(
 
 
 def merge_parts(
-    parts: Sequence[str | LocalPath],
-    out: str | LocalPath,
+    parts: Sequence[str | Path],
+    out: str | Path,
     *,
     error_budget: float | None = None,
     overwrite: bool = False,
@@ -198,7 +211,7 @@ def merge_parts(
     The parts are removed when the data set is there.
 
     Args:
-      parts: their folders, in any order.
+      parts: their folders, in any order; they and the data set may be in buckets, and shards are copied within these.
       out: folder of the data set.
       error_budget: fraction of all jobs that may be corrupt; that of the build if None.
       overwrite: replace a data set at `out`.
@@ -210,22 +223,20 @@ def merge_parts(
     began = time.perf_counter()
     target = absolute(out)
     check_out(target, overwrite)
-    info, units = checked_parts([LocalPath(absolute(part)) for part in parts])
+    info, units = checked_parts([absolute(part) for part in parts])
     budget = info.error_budget if error_budget is None else error_budget
     return _complete(target, info, units, budget, overwrite, Execution(), began)
 
 
-def append_parts(
-    out: str | LocalPath, parts: Sequence[str | LocalPath], *, error_budget: float | None = None
-) -> Summary:
+def append_parts(out: str | Path, parts: Sequence[str | Path], *, error_budget: float | None = None) -> Summary:
     """Add the parts of a build to a data set; arguments and errors as in `merge_parts`.
 
     Raises:
       ValueError: also for records that the data set has.
     """
     began = time.perf_counter()
-    target = local_or_raise(absolute(out))
-    info, units = checked_parts([LocalPath(absolute(part)) for part in parts])
+    target = absolute(out)
+    info, units = checked_parts([absolute(part) for part in parts])
     budget = info.error_budget if error_budget is None else error_budget
     return _complete(target, info, units, budget, False, Execution(append=True), began)
 
@@ -238,6 +249,7 @@ def _make_here(
     workers: int,
     processes: bool,
     report: "_Report",
+    remote: RemotePart | None,
 ) -> None:
     """Make units with this machine's threads or processes, which begin the next one while one is written."""
     payloads = (job.payload for unit in units for job in unit.jobs)
@@ -245,13 +257,15 @@ def _make_here(
     with contextlib.closing(results):
         for unit in units:
             mine = (next(results) for _ in unit.jobs)
-            write_unit(folder, unit, work, mine, finish, lambda: report.add(1))
+            done = write_unit(folder, unit, work, mine, finish, lambda: report.add(1))
+            if remote is not None:
+                remote.push(done)
 
 
 def _complete(
     out: Path,
     info: BuildInfo,
-    units: Sequence[tuple[LocalPath, Done]],
+    units: Sequence[tuple[Path, Done]],
     budget: float,
     overwrite: bool,
     execution: Execution,
@@ -262,16 +276,26 @@ def _complete(
     folders = list(dict.fromkeys(folder for folder, _ in units))
     _check_budget(done, info.jobs, budget, folders)
     with _staged(out) as staging:
-        shards: dict[str, list[LocalPath]] = {}
+        shards: dict[str, list[Any]] = {}
         for folder, unit in units:
             for name in unit.files:
+                if is_remote(out):
+                    shards.setdefault(unit.split, []).append(folder / name)
+                    continue
                 shards.setdefault(unit.split, []).append(linked(folder / name, staging / "shards"))
                 linked(rows_path(folder / name), staging / "shards")
         log = "".join(log_line(item) for unit in done for item in unit.rejected)
+        data = staging / "data"
         if execution.append:
-            indices = _append(LocalPath(out), info, shards, log)
+            indices = _append(out, info, shards, log, data)
+        elif is_remote(out):
+            check_out(out, overwrite)
+            remove(out)
+            data.mkdir()
+            if log:
+                (data / REJECTED_LOG).write_text(log)
+            indices = publish_to_bucket(out, shards, data, description=info.description, metadata=info.metadata)
         else:
-            data = staging / "data"
             indices = publish(data, shards, description=info.description, metadata=info.metadata,
                               name=dataset_info.identifier(out.name))  # fmt: skip
             if log:
@@ -283,21 +307,27 @@ def _complete(
     return summary_of(out, done, {split: index.digest for split, index in indices.items()}, size, began)
 
 
-def _append(out: LocalPath, info: BuildInfo, shards: dict[str, list[LocalPath]], log: str) -> dict[str, Any]:
+def _append(out: Path, info: BuildInfo, shards: dict[str, list[Any]], log: str, draft: LocalPath) -> dict[str, Any]:
     metadata = read_metadata(out)
     added = {"origin": info.metadata.get("origin"), "options": info.metadata.get("options", {})}
-    indices = append(out, shards, metadata={**metadata, "appended": [*metadata.get("appended", []), added]})
+    metadata = {**metadata, "appended": [*metadata.get("appended", []), added]}
+    if is_remote(out):
+        draft.mkdir()
+        indices = append_in_bucket(out, shards, draft, metadata=metadata)
+    else:
+        indices = append(LocalPath(out), shards, metadata=metadata)
     if log:
-        with (out / REJECTED_LOG).open("a") as file:
+        with storage.appending(out / REJECTED_LOG) as file:
             file.write(log)
     return indices
 
 
 def _build_folder(out: Path, execution: Execution) -> LocalPath:
     if execution.parts > 1:
-        return part_folder(local_or_raise(out), execution.part, execution.parts)
+        folder = part_folder(out, execution.part, execution.parts)
+        return _beside(out) / f".{folder.name}.building" if is_remote(out) else LocalPath(folder)
     if execution.append:
-        return local_or_raise(out).parent / f".{out.name}.appending"
+        return _beside(out) / f".{out.name}.appending"
     return _beside(out) / f".{out.name}.building"
 
 
@@ -323,7 +353,7 @@ def _beside(out: Path) -> LocalPath:
 def _new_jobs(out: Path, jobs: Sequence[BuildJob]) -> list[BuildJob]:
     from jvgen.data.store.index_files import load_index
 
-    folder = local_or_raise(out)
+    folder = out
     if not (folder / dataset_info.NAME).is_file():
         raise ValueError(f"out = {str(out)!r} is no data set to append to; build it first.")
     known: set[str] = set()
@@ -345,7 +375,7 @@ def _retry_corrupt(folder: LocalPath, done: Sequence[Done], budget: float) -> No
                 forget(folder, unit.number)
 
 
-def _check_budget(done: Sequence[Done], total: int, budget: float, folders: Sequence[LocalPath]) -> None:
+def _check_budget(done: Sequence[Done], total: int, budget: float, folders: Sequence[Path]) -> None:
     rejected = [item for unit in done for item in unit.rejected]
     written = any(unit.kinds for unit in done)
     corrupt = [item for item in rejected if item.corrupt]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jvgen import storage
 from jvgen.data.builders.jobs import BuildJob, Corrupt, FilterConfig, Rejected, sorted_out
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store.records import Record
@@ -172,7 +173,7 @@ def write_unit(
 def read_done(folder: Path, number: int) -> Done | None:
     """What became of a unit; None if it is not complete."""
     try:
-        stored = json.loads(_path(folder, number).read_text())
+        stored = json.loads(storage.read_text(unit_path(folder, number)))
     except FileNotFoundError:
         return None
     stored["files"] = tuple(stored["files"])
@@ -183,7 +184,7 @@ def read_done(folder: Path, number: int) -> Done | None:
 
 def forget(folder: Path, number: int) -> None:
     """Make a unit not done."""
-    _path(folder, number).unlink(missing_ok=True)
+    unit_path(folder, number).unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path, done: Iterable[Done]) -> None:
@@ -195,12 +196,13 @@ def remove_unfinished(folder: Path, done: Iterable[Done]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _path(folder: Path, number: int) -> Path:
+def unit_path(folder: Path, number: int) -> Path:
+    """The file that says that a unit is done."""
     return folder / f"unit-{number:06d}.json"
 
 
 def _commit(folder: Path, done: Done) -> None:
-    path = _path(folder, done.number)
+    path = unit_path(folder, done.number)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with draft.open("w") as file:
         file.write(json.dumps(dataclasses.asdict(done)))

@@ -10,7 +10,7 @@ import jvgen
 from jvgen import storage
 from jvgen.data.store import dataset_info
 from jvgen.data.store.index import Index, ShardInfo
-from jvgen.data.store.index_files import checksums_are_of_content, draft_index, load_index
+from jvgen.data.store.index_files import IndexDraft, checksums_are_of_content, draft_index, load_index
 from jvgen.data.store.shard_writer import read_shard, rows_path
 from jvgen.data.store.sources import METADATA
 
@@ -62,14 +62,57 @@ def append(folder: Path, shards: Mapping[str, Sequence[Path]], *, metadata: Mapp
     Raises:
       ValueError: as `publish`; a data set of 0.1.0.
     """
-    splits = dataset_info.read(folder)
-    indices = {split: load_index(folder, split) for split in splits}
-    for split, index in indices.items():
-        if not index.shards:
-            raise ValueError(f"{folder} [{split}]: its index is of 0.1.0; run `jvgen data upgrade {folder}` first.")
+    indices = _indices_to_extend(folder)
     dataset = storage.read_json_object(folder / dataset_info.NAME)["name"]
     indices |= _add(folder, dataset, shards, indices)
     _finish(folder, dataset, dataset_info.description(folder), metadata, indices)
+    return indices
+
+
+def publish_to_bucket(
+    out: storage.Path,
+    shards: Mapping[str, Sequence[storage.Path]],
+    draft: Path,
+    *,
+    description: str,
+    metadata: Mapping[str, Any],
+) -> dict[str, Index]:
+    """As `publish`, into an empty folder of a bucket, with shards on local disks or in buckets, which are copied.
+
+    Args:
+      out: of the data set.
+      shards: as `publish`.
+      draft: an empty local folder, in which everything but the shards is written before it is uploaded.
+      description, metadata: as `publish`.
+    """
+    dataset = dataset_info.identifier(out.name)
+    indices = _add_to_bucket(out, draft, dataset, shards, {})
+    _finish(draft, dataset, description, metadata, indices)
+    _upload(draft, out)
+    return indices
+
+
+def append_in_bucket(
+    out: storage.Path,
+    shards: Mapping[str, Sequence[storage.Path]],
+    draft: Path,
+    *,
+    metadata: Mapping[str, Any],
+) -> dict[str, Index]:
+    """As `append`, to a data set in a bucket, of which the index is read; arguments as in `publish_to_bucket`.
+
+    Each split is committed by writing one file. Nobody else may write the data set meanwhile.
+    """
+    indices = _indices_to_extend(out)
+    dataset = storage.read_json_object(out / dataset_info.NAME)["name"]
+    indices |= _add_to_bucket(out, draft, dataset, shards, indices)
+    _finish(draft, dataset, dataset_info.description(out), metadata, indices)
+    _upload(draft, out)
+    for split in shards:
+        used = {path.name for path in (draft / f"index-{split}").iterdir()}
+        for path in (out / f"index-{split}").iterdir():
+            if path.name not in used:
+                path.unlink()
     return indices
 
 
@@ -93,10 +136,57 @@ def upgrade(folder: Path) -> dict[str, Index]:
     return indices
 
 
+def _indices_to_extend(folder: storage.Path) -> dict[str, Index]:
+    indices = {split: load_index(folder, split) for split in dataset_info.read(folder)}
+    for split, index in indices.items():
+        if not index.shards:
+            raise ValueError(f"{folder} [{split}]: its index is of 0.1.0; run `jvgen data upgrade {folder}` first.")
+    return indices
+
+
 def _add(
     folder: Path, dataset: str, shards: Mapping[str, Sequence[Path]], old: Mapping[str, Index]
 ) -> dict[str, Index]:
-    drafts, targets = [], {}
+    drafts, names = _drafts(folder, dataset, shards, old)
+    # The shards stay where they are until the index names them: if this is killed, it can be done again.
+    for path, name in names.items():
+        _link(path, folder / name)
+    indices = {draft.split: draft.commit() for draft in drafts}
+    for path in names:
+        path.unlink(missing_ok=True)
+        rows_path(path).unlink(missing_ok=True)
+    return indices
+
+
+def _add_to_bucket(
+    out: storage.Path,
+    draft: Path,
+    dataset: str,
+    shards: Mapping[str, Sequence[storage.Path]],
+    old: Mapping[str, Index],
+) -> dict[str, Index]:
+    drafts, names = _drafts(draft, dataset, shards, old)
+    for path, name in names.items():
+        storage.copy_file(path, out / name)
+    return {draft.split: draft.commit() for draft in drafts}
+
+
+def _upload(draft: Path, out: storage.Path) -> None:
+    """Columns, then the indices that name them, then the file without which a folder is no data set."""
+
+    def rank(path: Path) -> tuple[bool, bool, str]:
+        return path.name == dataset_info.NAME, path.parent == draft and path.name.startswith("index-"), path.name
+
+    for path in sorted((path for path in draft.rglob("*") if path.is_file()), key=rank):
+        storage.copy_file(path, out / path.relative_to(draft).as_posix())
+
+
+def _drafts(
+    folder: Path, dataset: str, shards: Mapping[str, Sequence[storage.Path]], old: Mapping[str, Index]
+) -> tuple[list[IndexDraft], dict[storage.Path, str]]:
+    """Indices that are not committed, and the names of the shards in the data set."""
+    drafts: list[IndexDraft] = []
+    names: dict[storage.Path, str] = {}
     for split, paths in shards.items():
         before = old.get(split)
         files = list(before.shards) if before is not None else []
@@ -104,21 +194,14 @@ def _add(
             shard = read_shard(path)
             name = dataset_info.shard_name(dataset, split, number)
             files.append(ShardInfo(name, len(shard.index), shard.bytes, shard.index.digest))
-            targets[path] = folder / name
+            names[path] = name
         of_content = before is None or checksums_are_of_content(before)
         checksums = "content" if of_content else "serialized"
         drafts.append(draft_index(folder, split, _pieces(before, paths), files, checksums))
-    # The shards stay where they are until the index names them: if this is killed, it can be done again.
-    for path, target in targets.items():
-        _link(path, target)
-    indices = {draft.split: draft.commit() for draft in drafts}
-    for path in targets:
-        path.unlink(missing_ok=True)
-        rows_path(path).unlink(missing_ok=True)
-    return indices
+    return drafts, names
 
 
-def _pieces(before: Index | None, paths: Sequence[Path]) -> Iterator[Index]:
+def _pieces(before: Index | None, paths: Sequence[storage.Path]) -> Iterator[Index]:
     if before is not None:
         yield before
     for path in paths:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from jvgen import storage
 from jvgen.data.store import array_files, records
 from jvgen.data.store.index import CorruptIndex, Index, RowLists
 from jvgen.data.store.records import Record
@@ -99,8 +100,8 @@ def is_complete(path: Path) -> bool:
     return rows_path(path).is_file()
 
 
-def read_shard(path: Path) -> WrittenShard:
-    """A shard that `ShardWriter` wrote.
+def read_shard(path: storage.Path) -> WrittenShard:
+    """A shard that `ShardWriter` wrote; it may have been copied to a bucket, with its rows.
 
     Raises:
       CorruptIndex: its rows are missing or damaged, or its file has another size than when it was written.
@@ -108,7 +109,7 @@ def read_shard(path: Path) -> WrittenShard:
     if not is_complete(path):
         raise CorruptIndex(f"{path}: not written to its end (no {rows_path(path).name}). Make it again.")
     index, document = array_files.load_rows(rows_path(path))
-    size = path.stat().st_size if path.is_file() else None
+    size = storage.size(path) if path.is_file() else None
     if size != document["size"]:
         found = "missing" if size is None else f"{size} bytes"
         raise CorruptIndex(f"{path}: {found}, {document['size']} were written. Make the shard again.")
