@@ -21,6 +21,7 @@ BIN = $(VENV)/bin
 PINS = $(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 READY = $(VENV)/.ready-$(PINS)
 READY_TO_TEST = $(VENV)/.ready-to-test-$(PINS)
+READY_FOR_DOCS = $(VENV)/.ready-for-docs-$(PINS)
 JOBSET_CRD ?= build/jobset_crd.yaml
 JOBSET_CRD_URL = https://raw.githubusercontent.com/kubernetes-sigs/jobset/v0.10.1/charts/jobset/crds/jobset.x-k8s.io_jobsets.yaml
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
@@ -30,7 +31,7 @@ LATEST_TESTS = $(addprefix tests/,unit/test_attention.py unit/test_epipolar_atte
 	unit/test_rules.py unit/test_step.py unit/test_checkpoint.py unit/test_loader.py unit/test_interop.py \
 	sharded/test_transformer.py processes/test_processes.py resume/test_saved_runs.py)
 
-.PHONY: help setup setup-test demo test test-latest test-slow test-faults test-launch bench aot lint clean
+.PHONY: help setup setup-test demo test test-latest test-slow test-faults test-launch bench aot docs lint clean
 
 help:
 	@echo "make demo       build the embedded data, train two VAEs and a video DiT, resume, sample, export, report (CPU, minutes)"
@@ -40,6 +41,7 @@ help:
 	@echo "make test-faults  kill, stop and damage tiny real runs; prints a table of what came of it"
 	@echo "make test-launch  launch files, also under a real Slurm in a container of its own (root) and with several processes"
 	@echo "make bench      timings against PyTorch"
+	@echo "make docs       the documentation as a site, in build/site/html"
 	@echo "make aot        compile every config for pods on its slices (hours), and write docs/pods.md"
 
 $(BIN)/python:
@@ -52,6 +54,10 @@ $(READY): $(BIN)/python
 # torch, diffusers and transformers are what tests compare with; libtpu is XLA's compiler for TPUs.
 $(READY_TO_TEST): $(READY)
 	$(INSTALL) -e ".[test,torch,tpu]"
+	@touch $@
+
+$(READY_FOR_DOCS): $(READY)
+	$(INSTALL) -e ".[docs]"
 	@touch $@
 
 setup: $(READY)
@@ -87,9 +93,13 @@ bench: setup-test
 aot: setup-test
 	$(BIN)/python -m tests.pods $(AOT)
 
+# Offline, with warnings as errors; `make docs DOCS=--external` also lists links to other sites that do not answer.
+docs: $(READY_FOR_DOCS)
+	$(BIN)/python -m docs.site --out build/site $(DOCS)
+
 lint: setup-test
-	$(BIN)/ruff check jvgen tests configs
-	$(BIN)/ruff format --check jvgen tests configs
+	$(BIN)/ruff check jvgen tests configs docs
+	$(BIN)/ruff format --check jvgen tests configs docs
 
 clean:
 	rm -rf .venv .venv-3.* build dist *.egg-info
