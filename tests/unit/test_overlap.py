@@ -1,4 +1,4 @@
-"""Which transfers XLA's TPU compiler runs beside products, read in the schedule of small compiled programs.
+"""How XLA's TPU compiler sends, and what it runs beside products, read in the schedule of small compiled programs.
 
 What this says decides how the step is written: an all-gather of the next layer's parameters ahead of time would hide
 nothing on v5p. If a test fails with a new libtpu, that is news.
@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jvgen.parallel.mesh import FSDP, MeshConfig
-from jvgen.preflight import topology
+from jvgen.parallel.mesh import FSDP, SEQ, MeshConfig
+from jvgen.preflight import hlo, program_cost, topology
 from jvgen.preflight.ahead_of_time import without_cache
 
 pytestmark = pytest.mark.skipif(not topology.has_compiler(), reason="needs libtpu, the TPU compiler")
@@ -89,3 +89,22 @@ def test_hops_between_neighbors_are_hidden_on_v5p():
         flying += {"collective-permute-start": 1, "collective-permute-done": -1}.get(kind, 0)
         covered += kind == "fusion" and "kind=kOutput" in rest and flying > 0
     assert covered >= 2
+
+
+@pytest.mark.parametrize("stages,kinds", [((), [("all-reduce", 6)]), ((FSDP,), [("all-gather", 0)] * 2)])
+def test_a_gather_over_a_whole_torus_is_a_sum_over_six_links(stages, kinds):
+    """It sends twice the bytes of a gather, over three times the links of one ring; in two stages it is two gathers."""
+    _, mesh = topology.describe_for(MeshConfig(seq=4), "v5p:4x4x4")
+    width, rows = 1920, NamedSharding(mesh, P(FSDP))
+
+    def run(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        for axis in (*stages, None):
+            kernel = jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, P(axis)))
+        return jnp.tanh(jnp.dot(x, kernel, precision="default"))
+
+    x, kernel = jax.ShapeDtypeStruct((16, 256, width), jnp.bfloat16), jax.ShapeDtypeStruct((width, width), jnp.bfloat16)
+    places = rows, NamedSharding(mesh, P((FSDP, SEQ)))
+    with without_cache():
+        text = jax.jit(run, in_shardings=places, out_shardings=rows).lower(x, kernel).compile().as_text()
+    sent = [one.sent for one in program_cost.operations(hlo.parse(text)) if one.sent is not None]
+    assert [(one.kind, one.links) for one in sent] == kinds
