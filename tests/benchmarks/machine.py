@@ -54,8 +54,8 @@ def describe(cores: int) -> dict[str, object]:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
         "niceness": os.nice(0),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.pythonversion(),
+        "versions": {name: version(name) for name in PACKAGES},
     }
 
 
@@ -68,7 +68,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

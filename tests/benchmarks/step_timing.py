@@ -143,15 +143,20 @@ class OurStep:
 
 
 class TorchStep:
-    """Their training step: forward, backward, clipping, AdamW in its fastest form; a call makes one step."""
+    """Their training step: forward, backward, clipping, AdamW in its fastest form; a call makes one step.
 
-    def __init__(self, case: Case, parameters: Parameters, threads: int, compiled: bool = False):
+    Args:
+      parameters: ours, to start from; None for the module's own.
+    """
+
+    def __init__(self, case: Case, parameters: Parameters | None, threads: int, compiled: bool = False):
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.module = case.module()
-        state = {name: torch.from_numpy(np.array(array)) for name, array in case.weights.to_torch(parameters)}
-        self.module.load_state_dict(state, strict=True)
-        self.module.to(self.device).train()
+        with self.device:
+            self.module = case.module().train()
+        if parameters is not None:
+            state = {name: torch.from_numpy(np.array(array)) for name, array in case.weights.to_torch(parameters)}
+            self.module.load_state_dict(state, strict=True)
         self.batch = {name: torch.from_numpy(np.array(array)).to(self.device) for name, array in case.arrays.items()}
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY, fused=True
