@@ -260,6 +260,9 @@ class Sharding:
 
     def fsdp_all_gather(self, parameters: Any, axes_tree: Any, *, frozen: bool = False) -> Any:
         """All-gather parameters from storage to compute sharding; their gradients are reduce-scattered to storage."""
+        if self.mesh.size == 1:
+            # Constraints would make them other arrays, of which a scan over layers keeps a copy for its backward pass.
+            return parameters
         stored = self.frozen_of if frozen else self.storage_of
         return _map_axes(
             lambda names, leaf: _all_gather(self.activation(names, leaf.shape), stored(names, leaf.shape), leaf),

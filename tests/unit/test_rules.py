@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jvgen.parallel import axes
 from jvgen.parallel.axes import BATCH, CONV_IN, CONV_OUT, EMBED, HEADS, LAYERS, LENGTH, MLP
-from jvgen.parallel.mesh import MeshConfig, make_mesh
+from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh
 from jvgen.parallel.rules import STORAGE as STORAGE_RULES
 from jvgen.parallel.rules import Sharding, ShardingConfig
 
@@ -37,6 +37,14 @@ STORAGE = [
     ((EMBED, HEADS), (7, 5), P(None, None)),
     ((), (), P()),
 ]
+
+
+def test_on_one_device_parameters_stay_the_same_arrays():
+    """Constraints would make them others, of which a scan over layers keeps a copy of each for its backward pass."""
+    one = Sharding(single_device_mesh(), ShardingConfig())
+    parameters = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}
+    gathered = one.fsdp_all_gather(parameters, {"kernel": (EMBED, MLP), "bias": (MLP,)})
+    assert all(gathered[name] is array for name, array in parameters.items())
 
 
 @pytest.mark.parametrize("names,shape,spec", STORAGE)
