@@ -31,10 +31,12 @@ LATEST_TESTS = $(addprefix tests/,unit/test_attention.py unit/test_epipolar_atte
 	unit/test_rules.py unit/test_step.py unit/test_checkpoint.py unit/test_loader.py unit/test_interop.py \
 	sharded/test_transformer.py processes/test_processes.py resume/test_saved_runs.py)
 
-.PHONY: help setup setup-test demo test test-latest test-slow test-faults test-launch bench aot docs lint clean
+.PHONY: help setup setup-test demo demo-world demo-views test test-latest test-slow test-faults test-launch bench aot docs lint clean
 
 help:
 	@echo "make demo       build the embedded data, train two VAEs and a video DiT, resume, sample, export, report (CPU, minutes)"
+	@echo "make demo-world a world model: trained, played, planned in, report (CPU, minutes)"
+	@echo "make demo-views two cameras on one generated scene: trained, sampled, measured, report (CPU, minutes)"
 	@echo "make test       the whole test suite, except what is marked slow"
 	@echo "make test-latest  a fast part of it on Python 3.12 or newer, with the newest JAX (constraints-latest.txt)"
 	@echo "make test-slow  the checks that take longer (pod-sized compilations, long resume runs)"
@@ -67,10 +69,22 @@ setup-test: $(READY_TO_TEST)
 demo: setup
 	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo --workdir runs/demo
 
+demo-world: setup
+	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo world --workdir runs/demo_world
+
+demo-views: setup
+	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo views --workdir runs/demo_views
+
 test: setup-test
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
-test-latest: setup-test
+test-lademo-world: setup
+	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo world --workdir runs/demo_world
+
+demo-views: setup
+	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo views --workdir runs/demo_views
+
+test: setup-test
 	$(BIN)/python -m pytest $(LATEST_TESTS) -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
 # With LLVM's optimizations, as users compile; `make test` leaves them out (tests/conftest.py).

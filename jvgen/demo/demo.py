@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 
 from jvgen.demo.report import write_report
-from jvgen.demo.stages import Stages
+from jvgen.demo.stages import Stages, check_configs
 
 # Eight latent frames of the video VAE: one for the first frame, then one per four frames.
 FRAMES, SIZE = 29, 32
@@ -20,8 +20,29 @@ SCENES = (
     f"frames={FRAMES}", f"height={SIZE}", f"width={SIZE}", "background=plain", "wander=0.0", "shapes=ball,cube",
     "colors=red,yellow,green,blue,purple,cyan",
 )  # fmt: skip
-TRAIN_SCENES, HELD_OUT_SCENES = 900, 64
+TRAIN_SCENES, HELD_OUT_SCENES = 700, 64
 CLIPS_PER_PROMPT = 2
+# What each stage shows, and about how many seconds it takes on two cores that do nothing else.
+ABOUT = {
+    "data": ("renders captioned scenes and writes them as a TFDS data set", 10),
+    "data_show": ("writes some of its clips as pictures, with their captions", 2),
+    "train_image_vae": ("trains an image VAE; killed after its first checkpoint, then resumed from it", 125),
+    "evaluate_image_vae": ("measures reconstructions of held-out frames", 8),
+    "export_image_vae": ("writes the image VAE as a folder that diffusers loads", 4),
+    "inflate": ("makes a video VAE of the image VAE's weights, which shares its latents", 6),
+    "train_video_vae": ("trains the video VAE on clips, against the frozen image decoder", 45),
+    "export_video_vae": ("writes the video VAE as a folder", 5),
+    "evaluate_video_vae": ("measures both VAEs' decoders on held-out clips, also each on the other's latents", 18),
+    "latents": ("encodes all clips once, for the diffusion model", 22),
+    "train_text_to_video": ("trains the video DiT on the latents; stopped by SIGTERM, saved, and resumed", 195),
+    "evaluate_text_to_video": ("measures its loss on held-out clips by noise level", 8),
+    "sample": ("samples clips from captions and decodes them with the video VAE", 24),
+    "sample_swapped": ("the same latents, decoded by the image VAE frame by frame", 21),
+    "sample_untrained": ("the same captions with untrained weights, to compare with", 13),
+    "export_text_to_video": ("writes the DiT as a folder of weights", 5),
+    "verify_image_vae": ("loads the exported VAE with diffusers' own class and compares the outputs", 9),
+    "verify_denoiser": ("loads the exported DiT with diffusers' own class and compares the outputs", 8),
+}
 
 
 def demo(workdir: Path, configs: Path) -> int:
@@ -35,14 +56,9 @@ def demo(workdir: Path, configs: Path) -> int:
       ValueError: the config files do not exist.
       DemoFailed: a stage failed; its output is in `workdir/logs`.
     """
-    for name in ("demo_image_vae.py", "demo_cv_vae.py", "demo_text_to_video.py"):
-        if not (configs / name).is_file():
-            raise ValueError(
-                f"{configs / name}: no such file; run the demo in a checkout, or name its folder of configs with "
-                "--configs."
-            )
+    check_configs(*(configs / f"demo_{name}.py" for name in ("image_vae", "cv_vae", "text_to_video")))
     workdir.mkdir(parents=True, exist_ok=True)
-    stages = Stages(workdir)
+    stages = Stages(workdir, ABOUT)
     scenes, latents = workdir / "scenes", workdir / "latents"
     image_run, vae_run, run = workdir / "image_vae", workdir / "video_vae", workdir / "text_to_video"
     export = workdir / "export"

@@ -1,7 +1,6 @@
 """The demo's report: what was trained, its clips and curves, how they were measured, and the commands."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jvgen import __version__
 from jvgen.data.scenes.labels import COLORS, labels_of
 from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window, probe
+from jvgen.demo.stages import add_stages, rows_of, subtitle
 from jvgen.evaluation.motion import motion_score
 from jvgen.evaluation.report import Report
 from jvgen.finite import Clips, not_finite
@@ -57,9 +56,11 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
 
     report = Report(
         "jvgen demo",
-        f"An image VAE, a video VAE that shares its latents and a text-to-video diffusion transformer, trained from "
-        f"scratch on {os.cpu_count()} CPU cores in {sum(seconds.values()) / 60:.1f} minutes. jvgen {__version__}, "
-        f"jax {jax.__version__}.",
+        subtitle(
+            "An image VAE, a video VAE that shares its latents and a text-to-video diffusion transformer, trained from "
+            "scratch",
+            parts,
+        ),
     )
     report.section("Clips from captions")
     good = scores["sampled"]
@@ -163,7 +164,7 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
         report.image(
             _pairs(pairs["data"], pairs["reconstruction"]), "Held-out frames above, reconstructions below.", scale=4
         )
-    rows = _rows(workdir / "image_vae")
+    rows = rows_of(workdir / "image_vae")
     report.plot(rows, {"loss": "loss"}, logarithmic=True, smoothing=0.9, caption="Training loss of the VAE.")
     report.plot(rows, {"psnr": "PSNR (dB)"}, smoothing=0.9, caption="PSNR on training batches.")
 
@@ -194,12 +195,12 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
         caption="The image VAE encodes every fourth frame; the video decoder, never trained on its latents, adds the "
         "frames in between.",
     )
-    curve = _rows(workdir / "video_vae")
+    curve = rows_of(workdir / "video_vae")
     report.plot(curve, {"loss": "loss"}, smoothing=0.9, caption="Training loss of the video VAE.")
     report.plot(curve, {"psnr": "PSNR (dB)"}, smoothing=0.9, caption="PSNR on training batches.")
 
     report.section("The video transformer")
-    rows = _rows(workdir / "text_to_video")
+    rows = rows_of(workdir / "text_to_video")
     bands = [name for name in (rows[-1] if rows else {}) if name.startswith("loss_t")]
     report.plot(
         rows, {"loss": "loss"}, smoothing=0.95, caption="Training loss: mean squared error of the predicted velocity."
@@ -247,9 +248,7 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
             "untrained weights": "the same network, sampler and captions with random weights",
         }
     )
-    report.section("Commands")
-    report.table([[part["name"], round(part["seconds"], 1)] for part in parts], ["part", "seconds"])
-    report.code(*[part["command"] for part in parts if "interrupted_by" not in part])
+    add_stages(report, parts)
     return report.write(workdir / "report.html")
 
 
@@ -329,10 +328,6 @@ def _swap(sampled: Sequence[np.ndarray], swapped: Sequence[np.ndarray]) -> dict[
 def _score(clips: Sequence[np.ndarray], prompts: Sequence[str], palette: Mapping[str, tuple]) -> dict[str, float]:
     labels = [labels_of(prompt) for prompt in prompts]
     return motion_score(clips, [(label.color, label.direction) for label in labels], palette, DIRECTIONS)
-
-
-def _rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def _visualized(folder: Path) -> dict[str, list[np.ndarray]]:

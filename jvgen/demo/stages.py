@@ -2,16 +2,21 @@
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from jvgen import exit_codes
+import jax
+
+from jvgen import __version__, exit_codes
+from jvgen.evaluation.report import Report
 
 # One compilation cache for all stages, so that a resumed run does not compile again.
 CACHE = "compilation_cache"
@@ -24,13 +29,19 @@ class DemoFailed(RuntimeError):
 
 
 class Stages:
-    """Runs stages and records each one: name, command, seconds, exit status, and the signal that interrupted it."""
+    """Runs stages and records each one: name, command, seconds, exit status, and the signal that interrupted it.
 
-    def __init__(self, workdir: Path):
+    Args:
+      workdir: keeps the records and the stages' output.
+      about: by name of a stage, what it shows and about how many seconds it takes; printed before it runs.
+    """
+
+    def __init__(self, workdir: Path, about: Mapping[str, tuple[str, int]] | None = None):
         self._workdir = workdir
         self._logs = workdir / "logs"
         self._logs.mkdir(exist_ok=True)
         self._path = workdir / "stages.json"
+        self._about = about or {}
         self.records: list[dict] = json.loads(self._path.read_text()) if self._path.exists() else []
 
     def run(self, name: str, arguments: Sequence[object]) -> None:
@@ -49,10 +60,10 @@ class Stages:
         if "--to" in arguments and (self._logs / f"{name}.log").exists():
             # `export` and `import` refuse to write to a folder that is not empty.
             shutil.rmtree(arguments[arguments.index("--to") + 1], ignore_errors=True)
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), _processor_seconds()
         self._announce(name, arguments)
         status = self._start(name, arguments).wait()
-        self._record(name, arguments, start, status)
+        self._record(name, arguments, start, processor, status)
         if status != 0:
             raise DemoFailed(f"stage {name} exited with status {status}:\n{self._tail(name)}")
 
@@ -69,7 +80,7 @@ class Stages:
         """
         first = f"{name}_interrupted"
         if not self._is_complete(first) and not self._is_complete(name):
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), _processor_seconds()
             self._announce(first, arguments)
             process = self._start(first, arguments)
             while process.poll() is None and not _checkpoints(run):
@@ -78,7 +89,7 @@ class Stages:
                 print(f"[{first}] sending {by.name}")
                 process.send_signal(by)
             status = process.wait()
-            self._record(first, arguments, start, status, interrupted_by=by.name)
+            self._record(first, arguments, start, processor, status, interrupted_by=by.name)
             expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}[by]
             if status not in (expected, 0):
                 raise DemoFailed(f"stage {first} exited with status {status}, not {expected}:\n{self._tail(first)}")
@@ -90,12 +101,15 @@ class Stages:
         )
 
     def _announce(self, name: str, arguments: Sequence[object]) -> None:
+        shows, seconds = self._about.get(name.removesuffix("_interrupted"), ("", 0))
+        if shows:
+            print(f"[{name}] {shows} (all of it about {seconds} s on two idle cores)", flush=True)
         print(f"[{name}] {command_line(arguments)}", flush=True)
 
     def _start(self, name: str, arguments: Sequence[object]) -> subprocess.Popen:
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str((self._workdir / CACHE).absolute()),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
             "PYTHONUNBUFFERED": "1",
             # Keeps glibc from returning every step's memory to the system: saves a tenth of the step time.
             "MALLOC_MMAP_MAX_": "0",
@@ -105,9 +119,14 @@ class Stages:
         with (self._logs / f"{name}.log").open("w") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
-    def _record(self, name: str, arguments: Sequence[object], start: float, status: int, **more: object) -> None:
+    def _record(
+        self, name: str, arguments: Sequence[object], start: float, processor: float, status: int, **more: object
+    ) -> None:
         seconds = time.perf_counter() - start
-        record = {"name": name, "command": command_line(arguments), "seconds": seconds, "status": status}
+        record = {
+            "name": name, "command": command_line(arguments), "seconds": seconds,
+            "processor_seconds": _processor_seconds() - processor, "status": status,
+        }  # fmt: skip
         self.records.append(record | more)
         self._path.write_text(json.dumps(self.records, indent=1))
         print(f"[{name}] {seconds:.1f} s", flush=True)
@@ -116,9 +135,45 @@ class Stages:
         return "\n".join((self._logs / f"{name}.log").read_text(errors="replace").splitlines()[-25:])
 
 
+def check_configs(*files: Path) -> None:
+    """Raise ValueError for a config file that is not there."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: no such file; run the demo in a checkout, or name its folder of configs with --configs."
+            )
+
+
+def subtitle(made: str, parts: Sequence[Mapping[str, Any]]) -> str:
+    """The line below a report's title: what was made, on what and in how long."""
+    minutes = sum(part["seconds"] for part in parts) / 60
+    return f"{made} on {os.cpu_count()} CPU cores in {minutes:.1f} minutes. jvgen {__version__}, jax {jax.__version__}."
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """What a run logged, one row per step that did."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def add_stages(report: Report, parts: Sequence[Mapping[str, Any]]) -> None:
+    """The report's last section: seconds of all stages, and their commands."""
+    report.section("Commands")
+    report.table(
+        [[part["name"], round(part["seconds"], 1), round(part.get("processor_seconds", 0.0), 1)] for part in parts],
+        ["part", "seconds", "of processor time"],
+    )
+    report.code(*[part["command"] for part in parts if "interrupted_by" not in part])
+
+
 def command_line(arguments: Sequence[object]) -> str:
     """The command as a user types it."""
     return "jvgen " + shlex.join(str(argument) for argument in arguments)
+
+
+def _processor_seconds() -> float:
+    """Processor time of all stages so far that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -12,8 +12,9 @@ import pytest
 
 from jvgen import config
 from jvgen.cli.main import build_parser
-from jvgen.data.scenes.labels import labels_of
-from jvgen.demo import demo
+from jvgen.data.scenes.labels import COLORS, labels_of
+from jvgen.data.video_files import encode_video
+from jvgen.demo import demo, views, views_report, world, world_report
 from jvgen.demo import report as demo_report
 from jvgen.demo.stages import DemoFailed, Stages, command_line
 from jvgen.interop.to_torch import export_network
@@ -123,9 +124,16 @@ def test_prompts_name_every_color_and_direction_of_the_scenes():
 
 
 def test_missing_configs(tmp_path):
-    with pytest.raises(ValueError, match="demo_image_vae.py: no such file.*--configs"):
-        demo.demo(tmp_path / "work", tmp_path)
+    for made, first in ((demo, "image_vae"), (world, "ivideogpt_tokenizer"), (views, "image_vae")):
+        with pytest.raises(ValueError, match=f"demo_{first}.py: no such file.*--configs"):
+            made.demo(tmp_path / "work", tmp_path)
     assert not (tmp_path / "work").exists()
+
+
+def test_a_stage_says_what_it_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Stages, "_start", lambda self, name, words: subprocess.Popen([sys.executable, "-c", ""]))
+    Stages(tmp_path, {"data": ("renders scenes", 10)}).run("data", ["-"])
+    assert "[data] renders scenes (all of it about 10 s on two idle cores)" in capsys.readouterr().out
 
 
 def test_every_command_parses_and_configs_fit_the_scenes(tmp_path, monkeypatch):
@@ -158,6 +166,103 @@ def test_every_command_parses_and_configs_fit_the_scenes(tmp_path, monkeypatch):
     assert task.vae == experiments["train_video_vae"].task.network
     assert parsed["inflate"].to == parsed["train_video_vae"].workdir == parsed["export_video_vae"].run
     assert parsed["sample_swapped"].seed == parsed["sample"].seed
+
+
+@pytest.mark.parametrize("made", [world, views])
+def test_commands_of_the_other_demos_parse(tmp_path, monkeypatch, made):
+    """Every stage is explained, and what it trains is a valid experiment that reads what an earlier stage wrote."""
+    commands: dict[str, list[str]] = {}
+
+    def note(self, name, words, *signal_and_run):
+        commands[name] = [str(word) for word in words]
+        if name == "latents":
+            (tmp_path / "latents").mkdir()
+            (tmp_path / "latents" / "latent_statistics.json").write_text('{"mean": 0.5, "deviation": 4.0}')
+
+    for method in ("run", "interrupt"):
+        monkeypatch.setattr(Stages, method, note)
+    monkeypatch.setattr(made, "write_report", lambda workdir, *rest: workdir / "report.html")
+    assert made.demo(tmp_path, CONFIGS, *[tmp_path / "none"] * (made is views)) == 0
+    assert set(commands) == set(made.ABOUT)
+    parsed = {name: build_parser().parse_args(words) for name, words in commands.items()}
+    experiments = {}
+    for name, words in parsed.items():
+        if name.startswith("train_"):
+            experiments[name] = config.override(config.load(words.config), words.assignments)
+            config.validate_tree(experiments[name])
+    if made is views:
+        task = experiments["train_views"].task
+        assert Path(task.vae_weights) == Path(parsed["latents"].vae) == Path(parsed["export_image_vae"].to) / "vae"
+        assert task.latent_scale == 0.25 and len(parsed["sample"].cameras) == 1
+        assert {labels_of(prompt).color for prompt in views.demo_prompts()} == set(views.COLORS)
+    else:
+        task = experiments["train_world"].task
+        assert Path(task.tokenizer_weights) == Path(parsed["export_tokenizer"].to) / "tokenizer"
+        assert task.tokenizer == experiments["train_tokenizer"].task.network
+        assert [parsed[f"plan_{way}"].way for way in world.WAYS] == list(world.WAYS)
+
+
+def moving_square(right: int, color: tuple[int, int, int] = (230, 30, 30), frames: int = 5) -> np.ndarray:
+    """A square that moves along a row over gray, uint8 `F 32 32 3`."""
+    clip = np.full((frames, 32, 32, 3), 120, np.uint8)
+    for frame in range(frames):
+        clip[frame, 12:18, 12 + right * frame : 18 + right * frame] = color
+    return clip
+
+
+def test_pushes_are_followed_or_not():
+    right, left, still = (world_report.displacement(moving_square(step)) for step in (2, -2, 0))
+    assert right == (8.0, 0.0) and left == (-8.0, 0.0)
+    assert world_report.followed(right, left) and not world_report.followed(right, still)
+    gone = world_report.displacement(np.full((3, 32, 32, 3), 90, np.uint8))
+    assert gone == (None, None) and not world_report.followed(right, gone)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_report_of_a_world_model_shows_failures(tmp_path, works):
+    for way in world.WAYS:
+        folder = tmp_path / "plans" / way
+        folder.mkdir(parents=True)
+        (folder / "episode_000.mp4").write_bytes(encode_video(moving_square(1), 8.0))
+        numbers = {"success": works, "rewards": [0.5, 0.25], "actions": [[0.0, 1.0]] * 2}
+        (folder / "episode_000.json").write_text(json.dumps(numbers))
+        summary = {"episodes": 1, "success": float(works), "return": 0.75, "plans_per_second": 0.5}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "played").mkdir()
+    for number, name in enumerate(world.PUSHES):
+        clip = moving_square((2 if number % 2 else -2) if works else 1)
+        (tmp_path / "played" / f"{name}.mp4").write_bytes(encode_video(clip, 10.0))
+    for run in ("tokenizer", "world"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    metrics = {"psnr": 20.0 if works else 10.0, "ssim": 0.8, "psnr_copying": 15.0, "ssim_copying": 0.7}
+    (tmp_path / "world.json").write_text(json.dumps({"metrics": metrics}))
+    parts = [{"name": "data", "seconds": 1.0, "processor_seconds": 2.0, "command": "jvgen data"}]
+    page = world_report.write_report(tmp_path, parts, world.PUSHES, world.WAYS).read_text()
+    assert page.count("FAILED") == (0 if works else 3 + 1 + 1)
+    assert ("reached, sum of rewards 0.75" in page) and ("1 of 1 episodes" in page) == works
+    assert json.loads((tmp_path / "measurements.json").read_text())["plans"]["model"]["success"] == works
+
+
+def test_the_report_of_two_cameras_shows_failures(tmp_path):
+    prompts, palette = views.demo_prompts()[:2], {name: COLORS[name] for name in views.COLORS}
+    pairs = {"samples": [("red", "red"), ("yellow", "green")], "samples_untrained": [("blue", "cyan")] * 2}
+    for folder, shown in pairs.items():
+        for number, pair in enumerate(shown):
+            place = tmp_path / folder / f"{number:03d}"
+            place.mkdir(parents=True)
+            for view, name in enumerate(pair):
+                color = tuple(int(255 * part) for part in palette[name]) if max(palette[name]) <= 1 else palette[name]
+                clip = moving_square(1, color)
+                (place / f"view_{view}.mp4").write_bytes(encode_video(clip, 8.0))
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    (tmp_path / "views.json").write_text('{"metrics": {"loss": 1.5}}')
+    parts = [{"name": "data", "seconds": 1.0, "command": "jvgen data"}]
+    page = views_report.write_report(tmp_path, parts, prompts, views.COLORS).read_text()
+    found = json.loads((tmp_path / "measurements.json").read_text())["scores"]["trained"]
+    assert found["named_color"] == 0.75 and found["same_color"] == 0.5
+    assert "FAILED: seen are yellow and green" in page and page.count("(FAILED") == 1
 
 
 def test_frames_of_latents_are_held_and_the_decoders_compared():

@@ -1,0 +1,109 @@
+"""`jvgen demo views`: two cameras that film one generated scene, and a report.
+
+An image VAE and a diffusion transformer for pairs of views are trained on scenes with known cameras. Then pairs are
+generated from captions and camera paths, and measured against their cameras, beside the same network untrained. The
+image VAE is taken from `jvgen demo` where that has run.
+"""
+
+import json
+import signal
+from pathlib import Path
+
+from jvgen.demo.stages import Stages, check_configs
+from jvgen.demo.views_report import write_report
+
+SIZE, FRAMES = 32, 15
+COLORS = ("red", "yellow", "green", "blue", "purple", "cyan")
+SCENES = (
+    f"frames={FRAMES}", f"height={SIZE}", f"width={SIZE}", "kinds.image=0", "kinds.static=0.7", "kinds.dynamic=0.3",
+    "background=plain", "wander=0.0", f"colors={','.join(COLORS)}", "shapes=ball,cube",
+)  # fmt: skip
+TRAIN_SCENES, HELD_OUT_SCENES = 600, 64
+VAE_STEPS, STEPS = 200, 200
+CAMERAS, VIEWS = "circle", 2
+# What each stage shows, and about how many seconds it takes on two cores that do nothing else; estimates.
+ABOUT = {
+    "data": ("renders scenes with known cameras, which move around still bodies or watch moving ones", 10),
+    "train_image_vae": ("trains an image VAE; taken from `make demo` where that has run", 85),
+    "export_image_vae": ("writes the image VAE as a folder", 4),
+    "latents": ("encodes all clips once", 20),
+    "train_views": ("trains the transformer for pairs of views; stopped by SIGTERM, and resumed", 270),
+    "evaluate_views": ("generates pairs for held-out cameras and measures how well they agree with them", 60),
+    "sample": ("generates pairs of views from captions and cameras on a circle", 40),
+    "sample_untrained": ("the same captions and cameras with untrained weights, to compare with", 40),
+}
+
+
+def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
+    """Run all stages and write `workdir/report.html`.
+
+    Args:
+      workdir: folder for data, runs, views, the logs of the stages and the report.
+      configs: folder with `demo_image_vae.py` and `demo_multiview.py`.
+      other: folder of the main demo; its image VAE is used if it is there.
+
+    Raises:
+      ValueError: the config files do not exist.
+      DemoFailed: a stage failed; its output is in `workdir/logs`.
+    """
+    vae_config, views_config = configs / "demo_image_vae.py", configs / "demo_multiview.py"
+    check_configs(vae_config, views_config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    stages = Stages(workdir, ABOUT)
+    scenes, latents = workdir / "scenes", workdir / "latents"
+    vae_run, run = workdir / "image_vae", workdir / "views"
+    vae = workdir / "export" / "image_vae" / "vae"
+
+    sets = [word for field in SCENES for word in ("--set", field)]
+    stages.run(
+        "data", ["data", "build", "scenes", "--out", scenes, "--train", TRAIN_SCENES, "--validation", HELD_OUT_SCENES,
+                 "--overwrite", *sets],
+    )  # fmt: skip
+    made = other / "export" / "image_vae" / "vae"
+    if made.is_dir() and not vae.is_dir():
+        print(f"[train_image_vae] skipped: the image VAE of {other} is used")
+        vae = made
+    else:
+        stages.run(
+            "train_image_vae",
+            ["train", vae_config, "--workdir", vae_run, *_data(scenes), "--set", f"training.steps={VAE_STEPS}",
+             "--set", "training.visualize_every=0"],
+        )  # fmt: skip
+        stages.run("export_image_vae", ["export", vae_run, "--to", vae.parent])
+    stages.run(
+        "latents",
+        ["data", "build", "latents", scenes, "--vae", vae, "--size", f"{SIZE}x{SIZE}", "--keep-clips",
+         "--out", latents, "--overwrite"],
+    )  # fmt: skip
+    statistics = json.loads((latents / "latent_statistics.json").read_text())
+    train = [
+        "train", views_config, "--workdir", run, *_data(latents), "--set", f"task.vae_weights={vae}",
+        "--set", f"task.latent_shift={statistics['mean']:.6g}",
+        "--set", f"task.latent_scale={1 / statistics['deviation']:.6g}",
+        "--set", f"training.steps={STEPS}", "--set", "checkpoint.every=60",
+    ]  # fmt: skip
+    stages.interrupt("train_views", train, run, signal.SIGTERM)
+    stages.run(
+        "evaluate_views",
+        ["evaluate", run, "--batches", 2, "--samples", 8, "--out", workdir / "views.json",
+         "--report", workdir / "evaluation.html"],
+    )  # fmt: skip
+    prompts = workdir / "prompts.txt"
+    prompts.write_text("".join(f"{prompt}\n" for prompt in demo_prompts()))
+    sample = ["sample", run, "--prompts", prompts, "--cameras", CAMERAS, "--views", VIEWS, "--seed", 1]
+    stages.run("sample", [*sample, "--out", workdir / "samples"])
+    stages.run("sample_untrained", [*sample, "--untrained", "--out", workdir / "samples_untrained"])
+    print(f"report: {write_report(workdir, stages.records, demo_prompts(), COLORS)}")
+    return 0
+
+
+def demo_prompts() -> list[str]:
+    """One caption of a still scene per color, worded like the training captions."""
+    from jvgen.data.scenes.labels import Labels, captions_of
+
+    shapes = ("ball", "cube")
+    return [captions_of("static", Labels(color=color, shape=shapes[k % 2]))[0] for k, color in enumerate(COLORS)]
+
+
+def _data(folder: Path) -> list[object]:
+    return ["--set", f"data.sources.0.path={folder}", "--set", f"data.evaluation_sources.0.path={folder}"]
