@@ -19,6 +19,7 @@ from jvgen.field_types import field_hints, item_hint, options
 HOMES = {
     "AdversarialConfig": "jvgen.tasks.adversarial",
     "AggregationConfig": "jvgen.models.video_dit.config",
+    "AlignmentConfig": "jvgen.tasks.alignment",
     "AugmentationConfig": "jvgen.data.stream.augment",
     "BucketConfig": "jvgen.data.stream.config",
     "ByteTextConfig": "jvgen.models.byte_text.config",
@@ -32,6 +33,7 @@ HOMES = {
     "CogVideoXVAEConfig": "jvgen.models.cogvideox_vae.config",
     "CompressiveTokenizerConfig": "jvgen.models.ivideogpt.config",
     "DataConfig": "jvgen.data.stream.config",
+    "Dinov2Config": "jvgen.models.dinov2.config",
     "DrQV2Config": "jvgen.control.drq_v2",
     "EmaConfig": "jvgen.training.optimization.ema",
     "EnhanceConfig": "jvgen.models.video_dit.enhance",

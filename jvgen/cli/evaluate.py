@@ -65,7 +65,12 @@ def _add_evaluate(commands) -> None:
     group.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="seed of the generated clips")
     group.add_argument(
         "--clip-model", type=path, metavar="DIR",
-        help="folder with CLIP's config.json, model.safetensors and tokenizer.json; adds the agreement with captions",
+        help="folder with CLIP's config.json, model.safetensors and tokenizer.json; adds the agreement with captions "
+        "and the consistency of backgrounds",
+    )  # fmt: skip
+    group.add_argument(
+        "--dinov2", type=path, metavar="DIR",
+        help="folder of a DINOv2 (transformers' Dinov2Model); adds the consistency of subjects",
     )  # fmt: skip
     group.add_argument("--report", type=path, metavar="FILE", help="HTML file with the measures and some clips")
     group = parser.add_argument_group("options for --vae")
@@ -138,7 +143,8 @@ def run_evaluate(parsed: argparse.Namespace) -> int:
 
     evaluate_run(
         parsed.run, ema=parsed.ema, step=parsed.step, data=parsed.data, batches=parsed.batches, out=parsed.out,
-        untrained=parsed.untrained, i3d=parsed.i3d, clip_model=parsed.clip_model, lpips=parsed.lpips_weights,
+        untrained=parsed.untrained, i3d=parsed.i3d, clip_model=parsed.clip_model,
+        dinov2=parsed.dinov2, lpips=parsed.lpips_weights,
         report=parsed.report,
         sampling=SamplingOptions(
             samples=parsed.samples, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import UInt8
 
-from jvgen.evaluation import i3d
+from jvgen.evaluation import i3d, vbench
 from jvgen.evaluation.camera_pose import (
     THRESHOLDS,
     Matcher,
@@ -37,17 +38,23 @@ def measure_clips(
     *,
     features: Callable[[jax.Array], jax.Array] | None = None,
     clip: Clip | None = None,
+    subjects: Callable[[np.ndarray], np.ndarray] | None = None,
+    frames_per_second: float = vbench.RATE,
 ) -> tuple[dict[str, float], NotMeasured]:
     """Measures of clips that were generated for the captions of recorded ones, and the same measures of the recorded.
 
-    "smoothness" and "adjacent_ssim" of neighboring frames (see `jvgen.evaluation.temporal`), "clip_text" and
-    "clip_frames" (see `Clip.scores`), each after "generated/" or "recorded/"; "fvd" between both.
+    After "generated/" or "recorded/": "temporal_flickering" (1 without any) and "adjacent_ssim" of neighboring frames
+    (see `jvgen.evaluation.temporal`); "dynamic_degree", the share of clips that move, "motion_smoothness" and measures
+    of frames (see `jvgen.evaluation.vbench`); with CLIP "clip_text" and "clip_frames" (see `Clip.scores`) and
+    "background_consistency"; with features of subjects "subject_consistency". "fvd" is between both sides.
 
     Args:
       generated, recorded: equally many.
       captions: one per clip.
       features: of an I3D, see `jvgen.evaluation.i3d.features`.
       clip: CLIP.
+      subjects: frames, uint8 `N H W 3`, to features `N D`; of DINOv2, see `jvgen.runs.frame_features`.
+      frames_per_second: of the clips, for their "dynamic_degree".
 
     Returns:
       The measures by name, and what could not be measured.
@@ -56,18 +63,34 @@ def measure_clips(
     found: dict[str, float] = {}
     missing: NotMeasured = {}
     for side, clips in ((GENERATED, generated), (RECORDED, recorded)):
+        measured = vbench.frame_measures(rearrange(clips, "n f h w c -> (n f) h w c"))
         if frames > 1:
-            found[f"{side}/smoothness"] = _mean(smoothness, clips)
+            measured["temporal_flickering"] = _mean(smoothness, clips)
         if frames > 1 and min(height, width) >= WINDOW:
-            found[f"{side}/adjacent_ssim"] = _mean(adjacent_similarity, clips)
+            measured["adjacent_ssim"] = _mean(adjacent_similarity, clips)
+        if frames > 1 and min(height, width) >= vbench.MIN_SIDE:
+            measured["dynamic_degree"] = float(np.mean([vbench.is_dynamic(one, frames_per_second) for one in clips]))
+        if frames > 2 and min(height, width) >= vbench.MIN_SIDE:
+            measured["motion_smoothness"] = float(np.mean([vbench.motion_smoothness(one) for one in clips]))
         if clip is not None:
-            found |= {f"{side}/{name}": value for name, value in clip.scores(clips, captions).items()}
+            measured |= clip.scores(clips, captions)
+        if clip is not None and frames > 1:
+            measured["background_consistency"] = vbench.consistency(_by_frame(clip.frames, clips))
+        if subjects is not None and frames > 1:
+            measured["subject_consistency"] = vbench.consistency(_by_frame(subjects, clips))
+        found |= {f"{side}/{name}": value for name, value in measured.items()}
     if frames == 1:
-        missing["smoothness, adjacent_ssim"] = "the run's clips have one frame"
-    elif min(height, width) < WINDOW:
-        missing["adjacent_ssim"] = f"frames of {height}x{width} are smaller than SSIM's window of {WINDOW}x{WINDOW}"
+        missing["measures over time"] = "the run's clips have one frame"
+    elif min(height, width) < vbench.MIN_SIDE:
+        missing["adjacent_ssim, dynamic_degree, motion_smoothness"] = (
+            f"frames of {height}x{width} are smaller than {vbench.MIN_SIDE}x{vbench.MIN_SIDE}"
+        )
+    elif frames == 2:
+        missing["motion_smoothness"] = "clips have 2 frames, and none between two others"
     if clip is None:
-        missing["clip_text, clip_frames"] = "give --clip-model DIR"
+        missing["clip_text, clip_frames, background_consistency"] = "give --clip-model DIR"
+    if subjects is None:
+        missing["subject_consistency"] = "give --dinov2 DIR"
     if features is None:
         missing["fvd"] = "give --i3d FILE"
     elif frames < i3d.MIN_FRAMES:
@@ -118,6 +141,12 @@ def measure_same_trajectory(
     """Mean squared error on [0, 1], and its PSNR in dB, of views with one trajectory, which should be equal (CVD)."""
     error = float(np.mean([views_mse(one, other) for one, other in zip(first, second, strict=True)]))
     return {"same_trajectory/mse": error, "same_trajectory/psnr": -10.0 * math.log10(max(error, 1e-10))}
+
+
+def _by_frame(features: Callable[[np.ndarray], np.ndarray], clips: np.ndarray) -> np.ndarray:
+    """Features `N F D` of the frames of clips."""
+    count = clips.shape[1]
+    return rearrange(features(rearrange(clips, "n f h w c -> (n f) h w c")), "(n f) d -> n f d", f=count)
 
 
 def _pose_values(errors: Sequence[PairError]) -> dict[str, float]:

@@ -115,6 +115,7 @@ FORMATS = (
         "T5Encoder",
         read_as=("T5ForConditionalGeneration", "T5Model"),
     ),
+    Format("Dinov2Model", "transformers", "jvgen.models.dinov2", "Dinov2Config", "Dinov2"),
     Format(
         "CompressiveVQModel",
         "paper",

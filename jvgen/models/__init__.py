@@ -25,6 +25,8 @@ _MODULES = {
     "CompressiveTokenizerConfig": "models.ivideogpt.config",
     "CVVAE": "models.cv_vae.model",
     "CVVAEConfig": "models.cv_vae.config",
+    "Dinov2": "models.dinov2.model",
+    "Dinov2Config": "models.dinov2.config",
     "draw_picks": "losses.frame_mapping",
     "EnhanceConfig": "models.video_dit.enhance",
     "factors_with_mean": "models.video_dit.enhance",

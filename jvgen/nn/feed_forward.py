@@ -1,4 +1,4 @@
-"""Feed-forward blocks: two matrices with tanh-GELU between them, and the gated form with three (T5, Llama)."""
+"""Feed-forward blocks: two matrices with GELU between them, and the gated form with three (T5, Llama)."""
 
 import functools
 from collections.abc import Callable
@@ -17,15 +17,25 @@ GELU: Activation = functools.partial(jax.nn.gelu, approximate=True)
 
 
 class FeedForward(nnx.Module):
-    """`output(gelu(hidden(x)))` over `B L D`, GELU by its tanh approximation.
+    """`output(gelu(hidden(x)))` over `B L D`.
 
     Args:
       features: width of input and output.
       hidden: width between the matrices.
+      exact_gelu: GELU itself, not its tanh approximation.
       output_init: initializer of the second matrix.
     """
 
-    def __init__(self, features: int, hidden: int, *, output_init: Initializer = DEFAULT_INIT, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        exact_gelu: bool = False,
+        output_init: Initializer = DEFAULT_INIT,
+        rngs: nnx.Rngs,
+    ):
+        self.exact_gelu = exact_gelu
         self.hidden = Linear(features, hidden, axes=(axes.EMBED, axes.MLP), rngs=rngs)
         self.output = Linear(hidden, features, axes=(axes.MLP, axes.EMBED), kernel_init=output_init, rngs=rngs)
 
@@ -33,7 +43,7 @@ class FeedForward(nnx.Module):
         hidden = constrain(self.hidden(x), axes.BATCH, axes.LENGTH, axes.ACTIVATION_MLP)
 
         def activate(hidden: jax.Array) -> jax.Array:
-            return self.output(jax.nn.gelu(hidden, approximate=True))
+            return self.output(jax.nn.gelu(hidden, approximate=not self.exact_gelu))
 
         # The backward pass recomputes GELU: one of the widest arrays of a block is stored, instead of six.
         return jax.checkpoint(activate, prevent_cse=False)(hidden)

@@ -96,6 +96,7 @@ class Stacked(nnx.Module):
         *,
         remat: Remat = Remat.NONE,
         unroll: bool = False,
+        pause_after: int | None = None,
     ) -> Any:
         """Run `carry = step(layer, carry, per_layer[i])` over the layers and return the last carry.
 
@@ -105,18 +106,27 @@ class Stacked(nnx.Module):
           per_layer: tree of arrays with a leading axis of `count` (flags, gates), or None.
           remat: what is stored for the backward pass.
           unroll: run the layers in a Python loop, for tests and for reading compiled programs.
+          pause_after: a layer whose carry is returned too, as (last carry, that carry). The layers are then two scans.
         """
 
         def body(carry: Any, scanned: Any) -> tuple[Any, None]:
             variables, extra = scanned
             return step(self.layer(variables), carry, extra), None
 
-        body, variables = checkpointed(body, remat, in_scan=not unroll), self.variables()
-        if not unroll:
-            return jax.lax.scan(body, carry, (variables, per_layer))[0]
-        for index in range(self.count):
-            carry, _ = body(carry, jax.tree.map(lambda leaf, i=index: leaf[i], (variables, per_layer)))
-        return carry
+        body, scanned = checkpointed(body, remat, in_scan=not unroll), (self.variables(), per_layer)
+
+        def run(carry: Any, layers: slice) -> Any:
+            part = scanned if layers == slice(None) else jax.tree.map(lambda leaf: leaf[layers], scanned)
+            if not unroll:
+                return jax.lax.scan(body, carry, part)[0]
+            for index in range(self.count)[layers]:
+                carry, _ = body(carry, jax.tree.map(lambda leaf, i=index: leaf[i], scanned))
+            return carry
+
+        if pause_after is None:
+            return run(carry, slice(None))
+        carry = paused = run(carry, slice(0, pause_after + 1))
+        return run(carry, slice(pause_after + 1, None)), paused
 
     def variables(self) -> Any:
         """The stacked variables, a tree for `lax.scan` to slice into layers."""

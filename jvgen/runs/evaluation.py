@@ -27,6 +27,8 @@ from jvgen.evaluation.generated import (
     measure_views,
 )
 from jvgen.evaluation.report import Report
+from jvgen.evaluation.vbench import RATE
+from jvgen.runs.frame_features import subject_features
 from jvgen.runs.held_out import HeldOut, SamplingOptions, generate_clips, generate_views, read_held_out, with_caption
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_lpips
 from jvgen.storage import Path, write_text
@@ -61,6 +63,7 @@ class _Prepared:
     loader: Loader
     features: Callable[[jax.Array], jax.Array] | None
     clip: Clip | None
+    subjects: Callable[[np.ndarray], np.ndarray] | None
 
 
 def evaluate_run(
@@ -76,6 +79,7 @@ def evaluate_run(
     sampling: SamplingOptions = NO_SAMPLES,
     i3d: Path | None = None,
     clip_model: Path | None = None,
+    dinov2: Path | None = None,
     lpips: str | Path | None = None,
 ) -> dict[str, float]:
     """Evaluate the run in a folder, print its metrics and what was not measured, and write both.
@@ -83,7 +87,7 @@ def evaluate_run(
     Args:
       run: run directory.
       ema, step, untrained: which weights, see `jvgen.runs.inference.open_run`.
-      data, batches, sampling, i3d, clip_model: see `evaluate`.
+      data, batches, sampling, i3d, clip_model, dinov2: see `evaluate`.
       out: JSON file to write.
       report: HTML file to write, with generated clips beside recorded ones.
       lpips: LPIPS weights, for the perceptual distance of a run that was trained with another or without.
@@ -93,14 +97,14 @@ def evaluate_run(
       CheckpointError: no such run, or no valid checkpoint.
     """
     # Mistakes are found before weights are read.
-    prepared = _prepare(with_lpips(read_experiment(run), lpips), data, batches, sampling, i3d, clip_model)
+    prepared = _prepare(with_lpips(read_experiment(run), lpips), data, batches, sampling, i3d, clip_model, dinov2)
     loaded = open_run(run, ema, step, untrained, lpips)
     result = _evaluate(loaded, prepared, batches, sampling)
     for name, value in sorted(result.metrics.items()):
         print(f"{name:36s} {value:.6g}")
     for name, reason in result.not_measured.items():
         print(f"{name}: not measured: {reason}")
-    files = {"i3d": i3d, "clip_model": clip_model, "lpips": lpips}
+    files = {"i3d": i3d, "clip_model": clip_model, "dinov2": dinov2, "lpips": lpips}
     document = {
         "run": str(run), "step": loaded.step, "ema": loaded.ema, "batches": batches,
         **_described(loaded.experiment, sampling),
@@ -123,6 +127,7 @@ def evaluate(
     sampling: SamplingOptions = NO_SAMPLES,
     i3d: Path | None = None,
     clip_model: Path | None = None,
+    dinov2: Path | None = None,
 ) -> dict[str, float]:
     """Average the task's metrics over the first batches of held-out data, the same ones every time.
 
@@ -134,11 +139,12 @@ def evaluate(
         measured beside the recorded ones (`jvgen.evaluation.generated`), and how.
       i3d: safetensors file of an I3D network: also the Fréchet video distance of predicted or generated clips.
       clip_model: folder of a CLIP model: also how generated clips agree with their captions.
+      dinov2: folder of a DINOv2: also how consistent the subjects of generated clips are.
 
     Raises:
       ValueError: no data to evaluate on; options that the run's task has no use for; weights of other networks.
     """
-    prepared = _prepare(loaded.experiment, data, batches, sampling, i3d, clip_model)
+    prepared = _prepare(loaded.experiment, data, batches, sampling, i3d, clip_model, dinov2)
     return _evaluate(loaded, prepared, batches, sampling).metrics
 
 
@@ -149,6 +155,7 @@ def _prepare(
     sampling: SamplingOptions,
     i3d: Path | None,
     clip_model: Path | None,
+    dinov2: Path | None = None,
 ) -> _Prepared:
     task = experiment.task
     if task.collects_experience:
@@ -171,11 +178,16 @@ def _prepare(
             else f"{type(task).__name__} makes no clips; for reconstructions export its VAE and give --vae DIR"
         )  # fmt: skip
         raise ConfigError(f"--i3d {i3d}: it measures predicted or generated clips; {need}.")
-    if clip_model is not None and not generates:
-        need = "give --samples N" if task.supports_sampling else f"{type(task).__name__} has no captions; leave it out"
-        raise ConfigError(f"--clip-model {clip_model}: it measures generated clips; {need}.")
+    for flag, folder in (("--clip-model", clip_model), ("--dinov2", dinov2)):
+        if folder is not None and not generates:
+            need = (
+                "give --samples N" if task.supports_sampling
+                else f"{type(task).__name__} makes no clips from captions; leave it out"
+            )  # fmt: skip
+            raise ConfigError(f"{flag} {folder}: it measures generated clips; {need}.")
     features = None if i3d is None else i3d_network.features(i3d)
     clip = None if clip_model is None else Clip(clip_model)
+    subjects = None if dinov2 is None else subject_features(dinov2)
     config = experiment.data
     if data is not None:
         split = "validation" if "validation" in splits(data) else "train"
@@ -185,7 +197,8 @@ def _prepare(
     task.check_data(config.replace(sources=config.evaluation_sources))
     built = task.build()
     preprocess = functools.partial(with_caption, built) if generates else built.preprocess
-    return _Prepared(Loader(config, seed=experiment.seed, preprocess=preprocess, evaluation=True), features, clip)
+    loader = Loader(config, seed=experiment.seed, preprocess=preprocess, evaluation=True)
+    return _Prepared(loader, features, clip, subjects)
 
 
 def _evaluate(loaded: LoadedRun, prepared: _Prepared, batches: int, sampling: SamplingOptions) -> Evaluation:
@@ -226,10 +239,17 @@ def _task_metrics(loaded: LoadedRun, loader: Loader, batches: int, distance: Vid
 
 def _measured_clips(loaded: LoadedRun, held_out: HeldOut, prepared: _Prepared, sampling: SamplingOptions) -> Evaluation:
     made = generate_clips(loaded, held_out, sampling)
-    found, missing = measure_clips(
-        made, held_out.clips, held_out.captions, features=prepared.features, clip=prepared.clip
-    )
+    found, missing = measure_clips(made, held_out.clips, held_out.captions, **_networks(loaded, prepared))
     return Evaluation(found, missing, ({GENERATED: made, RECORDED: held_out.clips}, held_out.captions))
+
+
+def _networks(loaded: LoadedRun, prepared: _Prepared) -> dict[str, Any]:
+    """Further arguments of `measure_clips`."""
+    rate = loaded.experiment.data.buckets[0].frames_per_second
+    return {
+        "features": prepared.features, "clip": prepared.clip, "subjects": prepared.subjects,
+        "frames_per_second": rate or RATE,
+    }  # fmt: skip
 
 
 def _measured_views(loaded: LoadedRun, held_out: HeldOut, prepared: _Prepared, sampling: SamplingOptions) -> Evaluation:
@@ -237,7 +257,7 @@ def _measured_views(loaded: LoadedRun, held_out: HeldOut, prepared: _Prepared, s
     count = made.shape[1]
     single = [rearrange(clips, "n v ... -> (n v) ...") for clips in (made, held_out.clips)]
     captions = tuple(caption for caption in held_out.captions for _ in range(count))
-    found, missing = measure_clips(*single, captions, features=prepared.features, clip=prepared.clip)
+    found, missing = measure_clips(*single, captions, **_networks(loaded, prepared))
     matcher = sift()
     for side, views in ((GENERATED, made), (RECORDED, held_out.clips)):
         found |= measure_views(views, held_out.cameras, side, matcher)

@@ -91,7 +91,7 @@ class Run(LoadedRun):
         """Average the task's metrics over held-out batches.
 
         Args:
-          options: `data`, `batches`, `sampling`, `i3d`, `clip_model`, see `jvgen.runs.evaluation.evaluate`.
+          options: `data`, `batches`, `sampling`, `i3d`, `clip_model`, `dinov2`, see `jvgen.runs.evaluation.evaluate`.
         """
         return evaluate(self, **options)
 

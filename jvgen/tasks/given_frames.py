@@ -83,16 +83,21 @@ def of_clip(video: np.ndarray | jax.Array, condition: Condition, axis: int) -> n
     return video.take(np.asarray(PLACES[condition]), axis=axis)
 
 
-def require_pixels(example: dict[str, Any]) -> np.ndarray:
+def require_pixels(
+    example: dict[str, Any], why: str = "task.condition: the given frames are encoded from"
+) -> np.ndarray:
     """The clip's pixels.
+
+    Args:
+      why: the field that needs them, and what reads them, for the message.
 
     Raises:
       ValueError: an example of cached latents without them.
     """
     if "video" not in example:
         raise ValueError(
-            "task.condition: the given frames are encoded from pixels, but the data set holds cached latents only; "
-            "build it with `jvgen data build latents --keep-clips`, or set task.latents = 'pixels'."
+            f"{why} pixels, but the data set holds cached latents only; build it with `jvgen "
+            "data build latents --keep-clips`, or set task.latents = 'pixels'."
         )
     return example["video"]
 

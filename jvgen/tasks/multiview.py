@@ -35,9 +35,10 @@ from jvgen.nn import lora
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network, Parameters
 from jvgen.tasks import view_batches
+from jvgen.tasks.clip_sampling import SAMPLER_KEY, START_KEY
 from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.task import ArraySpec, Batch, Generated, Mean, Metrics, SampleRequest, activation_dtype
-from jvgen.tasks.text_to_video import SAMPLER_KEY, START_KEY, TextToVideo, TextToVideoConfig
+from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig
 from jvgen.tasks.view_batches import ViewKind
 from jvgen.value_rules import Scale
 
@@ -91,6 +92,8 @@ class MultiViewConfig(TextToVideoConfig):
         return view_batches.clip_frames(bucket)
 
     def check_trained(self) -> None:
+        if self.alignment is not None:
+            raise ValueError("alignment: not supported for several views; leave it none.")
         if self.lora is not None:
             raise ValueError(
                 "lora: this task trains modules between the blocks, and has a LoRA of its own for their attention; set "

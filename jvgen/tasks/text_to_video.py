@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,23 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvgen.data.stream.config import BucketConfig
-from jvgen.diffusion.guidance import GuidanceConfig, guided, unguided
+from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import (
     draw_noise,
     draw_timesteps,
     loss_by_band,
     loss_per_sample,
     slot_keys,
-    slot_normal,
     validation_timesteps,
 )
-from jvgen.diffusion.sampler import SamplerConfig, coefficients, trajectory
-from jvgen.finite import Clips, Finite, rows_are_finite
+from jvgen.diffusion.sampler import SamplerConfig
+from jvgen.finite import Clips, Finite
 from jvgen.interop import schedulers
 from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
 from jvgen.models.video_dit import conditioned_start
-from jvgen.models.video_dit.enhance import EnhanceConfig, Enhancement
+from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.models.video_dit.flops import forward_flops
 from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn import lora
@@ -36,7 +35,9 @@ from jvgen.nn.embeddings import token_grid
 from jvgen.nn.lora import LoraConfig
 from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.parallel import axes
-from jvgen.tasks import given_frames
+from jvgen.tasks import clip_sampling, given_frames
+from jvgen.tasks.alignment import ENCODER, PROJECTION, Alignment
+from jvgen.tasks.clip_sampling import ClipSettings
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.given_latents import GivenLatents
@@ -49,10 +50,12 @@ from jvgen.tasks.text_to_video_config import TextToVideoFields
 # Purposes folded into the key of a step, besides those of jvgen.diffusion.objective; old numbers never change.
 CAPTION_KEY = 16
 POSTERIOR_KEY = 17
-START_KEY = 18
-SAMPLER_KEY = 19
+# 18 and 19 are those of jvgen.tasks.clip_sampling.
 VALIDATION_KEY = 21
 LORA_KEY = 22
+
+# Frames in a batch of cached latents that an image encoder reads, one per latent frame.
+ALIGNED = "aligned"
 
 
 class TextToVideo(Task):
@@ -83,11 +86,17 @@ class TextToVideo(Task):
             if name in self.networks:
                 self.frozen_networks[name] = self.networks.pop(name)
                 del self.network_configs[name]
+        self.alignment = None
+        if config.alignment is not None:
+            self.alignment = Alignment(config.alignment, config.denoiser.width)
+            self.frozen_networks[ENCODER] = self.alignment.encoder
         if config.lora is not None:
             self.backward_passes = 1
             frozen = [name for name in self.frozen_networks if name != "denoiser"]
             layers = lora.targets(config.lora, {"denoiser": self.denoiser_network}, frozen)
             self.networks["lora"] = Network.of(lambda rngs: lora.Factors(layers, rank=config.lora.rank, rngs=rngs))
+        if self.alignment is not None:
+            self.networks[PROJECTION] = self.alignment.projection
 
     def adapted_parameters(self) -> Mapping[str, Adaptation]:
         if self.config.condition == "none":
@@ -101,12 +110,15 @@ class TextToVideo(Task):
             frozen["text_encoder"] = self.text.load()
         if self.config.vae is not None:
             frozen["vae"] = import_folder(self.config.vae_weights)[1]
+        if self.alignment is not None:
+            frozen[ENCODER] = self.alignment.load()
         return frozen | {name: import_folder(folder)[1] for name, folder in self._folders.items()}
 
     def frozen_digest(self) -> str:
         folders = [self.config.text.weights if self.text.frozen else None, self.config.vae_weights]
         digest = "+".join(content_digest(folder) for folder in folders if folder is not None)
-        return "+".join([digest, *(content_digest(folder) for folder in self._folders.values())])
+        others = [*self._folders.values(), *((self.config.alignment.weights,) if self.alignment is not None else ())]
+        return "+".join([digest, *(content_digest(folder) for folder in others)])
 
     # Batches.
 
@@ -122,8 +134,9 @@ class TextToVideo(Task):
             return {"video": pixels(bucket.frames), "tokens": tokens}
         shape = (frames, height, width, 2 * self.config.denoiser.out_channels)
         found = {"latents": ArraySpec(shape, np.dtype(np.float32), names), "tokens": tokens}
-        given = self.config.given_frames
-        return {**found, "given": pixels(given)} if given else found
+        if self.config.given_frames:
+            found["given"] = pixels(self.config.given_frames)
+        return {**found, ALIGNED: pixels(frames)} if self.alignment is not None else found
 
     def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
         tokens = self.text.tokenize(example["caption"])
@@ -138,10 +151,13 @@ class TextToVideo(Task):
                 "task.latents = 'data', but the data set holds pixels: cache latents with `jvgen data build latents`, "
                 "or set task.latents = 'pixels'."
             )
-        if not self.config.given_frames:
-            return {"latents": example["latents"], "tokens": tokens}
-        given = given_frames.of_clip(given_frames.require_pixels(example), self.config.condition, axis=0)
-        return {"latents": example["latents"], "given": given, "tokens": tokens}
+        found = {"latents": example["latents"], "tokens": tokens}
+        if self.config.given_frames:
+            found["given"] = given_frames.of_clip(given_frames.require_pixels(example), self.config.condition, axis=0)
+        if self.alignment is not None:
+            video = given_frames.require_pixels(example, "task.alignment: the image encoder reads")
+            found[ALIGNED] = video[:: self.config.temporal_compression]
+        return found
 
     # Loss.
 
@@ -160,11 +176,27 @@ class TextToVideo(Task):
         dropout_keys = None
         if config.lora is not None and config.lora.dropout and "step" in batch:
             dropout_keys = slot_keys(jax.random.fold_in(key, LORA_KEY), slots)
-        weighted, plain = self.sample_errors(
-            parameters, frozen, batch, key, clean, noise, timesteps, text, given, dropout_keys=dropout_keys
-        )
+        if self.alignment is None or "step" not in batch:
+            weighted, plain = self.sample_errors(
+                parameters, frozen, batch, key, clean, noise, timesteps, text, given, dropout_keys=dropout_keys
+            )
+            aligned, metrics = 0.0, {}
+        else:
+            noisy, weights = self.schedule.add_noise(clean, noise, timesteps), {**frozen, **parameters}
+            prediction, hidden = self.denoise(
+                weights, noisy, timesteps, text, given=given, dropout_keys=dropout_keys,
+                hidden_after=config.alignment.layer,
+            )  # fmt: skip
+            weighted, plain = loss_per_sample(prediction, clean, noise, timesteps, config.objective, self.schedule)
+            aligned, metrics = self.alignment.loss(weights, hidden, self.aligned_frames(batch), size, batch["step"][0])
         bands = loss_by_band(plain, timesteps, config.objective.bands)
-        return jnp.mean(weighted), {name: Mean(*pair) for name, pair in bands.items()}
+        return jnp.mean(weighted) + aligned, {name: Mean(*pair) for name, pair in bands.items()} | metrics
+
+    def aligned_frames(self, batch: Batch) -> jax.Array:
+        """For each frame of tokens the last recorded frame that it stands for, uint8 `B F H W 3`."""
+        patch = self.config.denoiser.temporal_patch or 1
+        frames = batch[ALIGNED] if ALIGNED in batch else batch["video"][:, :: self.config.temporal_compression]
+        return self.given.padded(frames)[:, patch - 1 :: patch]
 
     def sample_errors(
         self,
@@ -274,16 +306,21 @@ class TextToVideo(Task):
         *,
         given: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
+        hidden_after: int | None = None,
+    ) -> Any:
         """The denoiser's prediction for noisy latents, in the compute dtype of the parameters.
 
-        `parameters` holds "denoiser" and "lora", trained or not; `given` is what `GivenLatents.condition` returns.
+        `parameters` holds "denoiser" and "lora", trained or not; `given` is what `GivenLatents.condition` returns. With
+        `hidden_after`, a block, its tokens are returned too, see `VideoDiT`.
         """
         dtype = activation_dtype(parameters["denoiser"])
         denoiser = self.bound_denoiser(parameters, dropout_keys)
         noisy = self.with_given(noisy, given).astype(dtype)
         offsets = self.offsets(timesteps)
-        return denoiser(noisy, text.astype(dtype), timesteps, offsets=offsets, attention_scale=attention_scale)
+        return denoiser(
+            noisy, text.astype(dtype), timesteps, offsets=offsets, attention_scale=attention_scale,
+            hidden_after=hidden_after,
+        )  # fmt: skip
 
     def bound_denoiser(self, parameters: Parameters, dropout_keys: jax.Array | None = None) -> VideoDiT:
         """The denoiser with its parameters, and those of a LoRA beside its layers; for calls in a traced function."""
@@ -351,57 +388,9 @@ class TextToVideo(Task):
         given: GivenPixels | None = None,
         strength: float | None = None,
     ) -> tuple[jax.Array, Finite]:
-        """Normalized latents `B F H W C` of new clips, see `generate`, and how far they are finite.
-
-        `size` is that of the clips: frames, height and width in pixels; `strength` that of a given video.
-        """
-        given = given or GivenPixels()
-        shape = (tokens.shape[0], *self.config.denoised_shape(*size), self.config.denoiser.out_channels)
-        text = self.text_embeddings(parameters, frozen, tokens)
-        enhancement = self.enhancement(enhance, sampler, guidance)
-        condition = self.given.condition(frozen, given.frames, key, slots, shape[1])
-
-        def denoise(noisy: jax.Array, timesteps: jax.Array, inputs: tuple[jax.Array, jax.Array | None]) -> jax.Array:
-            hook = None if enhancement is None else enhancement(timesteps)
-            return self.denoise({**frozen, **parameters}, noisy, timesteps, inputs[0], hook, given=inputs[1])
-
-        text_is_finite = rows_are_finite(text)
-        if guidance.kind == "none":
-            step = unguided(denoise, (text, condition))
-        else:
-            empty = self.text_embeddings(parameters, frozen, self.text.unconditional_tokens()[None])
-            text_is_finite &= rows_are_finite(empty)
-            without = (jnp.broadcast_to(empty, text.shape), condition)
-            step = guided(denoise, (text, condition), without, rescale=guidance.rescale)
-        noise = slot_normal(jax.random.fold_in(key, START_KEY), shape, slots)
-        moments = None if given.video is None else self.encode(frozen, given.video)
-        start, first = self.given.start(moments, noise, key, slots, sampler, strength)
-        made = trajectory(
-            step, start, schedule=self.schedule, sampler=sampler, prediction=self.config.objective.target,
-            guidance=guidance, key=jax.random.fold_in(key, SAMPLER_KEY), slots=slots, first=first,
-        )  # fmt: skip
-        latents = made.result[:, -self.config.clip_frames(size[0]) :]
-        return latents, Finite(text_is_finite, made.finite_steps, jnp.ones_like(text_is_finite), jnp.int32(made.steps))
-
-    def enhancement(
-        self, enhance: EnhanceConfig | None, sampler: SamplerConfig, guidance: GuidanceConfig
-    ) -> Callable[[jax.Array], Enhancement] | None:
-        """Enhance-A-Video's hook as a function of the timesteps `B` of a sampler step; None if it is never active."""
-        if enhance is None:
-            return None
-        strengths = jnp.asarray(enhance.strengths(self.config.denoiser.layers))
-        visited = coefficients(sampler, self.schedule, self.config.objective.target, guidance).timesteps
-        enhanced = [time for step, time in enumerate(visited) if enhance.active_in(step, len(visited))]
-        if not enhanced:
-            return None
-        clip_size = 1 if guidance.kind == "none" else 2
-
-        def at(timesteps: jax.Array) -> Enhancement:
-            # Timesteps fall from step to step.
-            active = (timesteps[0] <= np.float32(enhanced[0])) & (timesteps[0] >= np.float32(enhanced[-1]))
-            return Enhancement(enhance, strengths, None if len(enhanced) == len(visited) else active, clip_size)
-
-        return at
+        """See `jvgen.tasks.clip_sampling.generate_latents`."""
+        how = ClipSettings(size, sampler, guidance, enhance, strength)
+        return clip_sampling.generate_latents(self, {**frozen, **parameters}, tokens, slots, key, how, given)
 
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
@@ -441,6 +430,10 @@ class TextToVideo(Task):
         if self.config.given_frames:
             given = self.config.given_frames * self.coder.encode_flops(1, bucket.height, bucket.width)
             parts["vae"] = parts.get("vae", 0.0) + given
+        if self.alignment is not None:
+            parts |= self.alignment.flops(
+                token_grid(shape, self.config.denoiser.patch_shape), self.config.denoiser.width
+            )
         return parts
 
 

@@ -17,6 +17,7 @@ from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.lora import LoraConfig
+from jvgen.tasks.alignment import AlignmentConfig
 from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
 from jvgen.tasks.given_frames import PLACES, Condition, check_condition, check_given
 from jvgen.tasks.pixels import check_channels
@@ -58,6 +59,8 @@ class TextToVideoFields(TaskConfig):
         encoder. Checkpoints, moments and EMA are of the LoRA alone.
       denoiser_weights: exported or published folder of the denoiser, which is not trained; none to train it.
       text_encoder_weights: exported folder of a byte encoder, which is not trained; none to train it.
+      alignment: also align hidden states with the features of a frozen image encoder; none for the diffusion loss
+        alone. Needs pixels in the data set, as `condition` does.
     """
 
     denoiser: VideoDiTConfig
@@ -85,6 +88,7 @@ class TextToVideoFields(TaskConfig):
     lora: LoraConfig | None = None
     denoiser_weights: str | None = None
     text_encoder_weights: str | None = None
+    alignment: AlignmentConfig | None = None
 
     def validate(self) -> None:
         self.check_trained()
@@ -129,6 +133,8 @@ class TextToVideoFields(TaskConfig):
                 )
         if self.enhance is not None:
             self.enhance.check_layers(self.denoiser.layers)
+        if self.alignment is not None:
+            self.alignment.check_denoiser(self.denoiser)
 
     @property
     def given_frames(self) -> int:
@@ -219,6 +225,8 @@ class TextToVideoFields(TaskConfig):
                 check_architecture(folder, config, f"task.{field}")
             elif self.lora is not None and (field == "denoiser_weights" or isinstance(config, ByteTextConfig)):
                 raise ValueError(f"task.{field} = none: a LoRA leaves this network as it is; name its exported folder.")
+        if self.alignment is not None:
+            self.alignment.check_weights()
         if self.vae is None:
             return
         if self.vae_weights is None:
@@ -226,7 +234,7 @@ class TextToVideoFields(TaskConfig):
         check_architecture(self.vae_weights, self.vae, "task.vae_weights")
 
     def check_data(self, data: DataConfig) -> None:
-        if self.latents == "pixels" or self.given_frames:
+        if self.latents == "pixels" or self.given_frames or self.alignment is not None:
             for source in (*data.sources, *data.evaluation_sources):
                 check_pixels(source)
         if self.latents == "data":

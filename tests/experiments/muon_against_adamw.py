@@ -4,6 +4,8 @@
 
 LATENTS are those of the demo's image VAE (configs/demo_image_latents.py). For each optimizer one seed chooses the
 learning rate, and three seeds are trained with it. Each run adds a JSON line to --out; runs in it are not repeated.
+`--layout 2b` takes CogVideoX-2B's network, 30 layers and all, with a width of 64 instead of 1,920, and its schedule and
+target, in place of four layers of the demo's.
 """
 
 import argparse
@@ -25,11 +27,11 @@ from jvgen.training.program import Program
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = {"denoiser/.*_modulation/vectors/projection": 6, "denoiser/output_modulation": 2}
-# Kind, blocks, learning rates to choose from.
-OPTIMIZERS = {
-    "adamw": ("adamw", {}, (4e-3, 8e-3, 16e-3, 32e-3)),
-    "muon": ("muon", {}, (8e-3, 16e-3, 32e-3, 64e-3)),
-    "muon with blocks": ("muon", BLOCKS, (8e-3, 16e-3, 32e-3, 64e-3)),
+# Kind and blocks of each optimizer; by layout, learning rates to choose from.
+OPTIMIZERS = {"adamw": ("adamw", {}), "muon": ("muon", {}), "muon with blocks": ("muon", BLOCKS)}
+RATES = {
+    "demo": {name: (8e-3, 16e-3, 32e-3, 64e-3) for name in OPTIMIZERS} | {"adamw": (4e-3, 8e-3, 16e-3, 32e-3)},
+    "2b": {"adamw": (2e-3, 4e-3, 8e-3), "muon with blocks": (8e-3, 16e-3, 32e-3)},
 }
 
 
@@ -41,15 +43,23 @@ def main() -> None:
     parser.add_argument("--scale", type=float, required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8, help="clips per step")
+    parser.add_argument("--layout", choices=tuple(RATES), default="demo")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     made = config.load(ROOT / "configs" / "demo_image_latents.py")
-    bucket = made.data.buckets[0].replace(batch_size=8)
+    bucket = made.data.buckets[0].replace(batch_size=asked.batch)
     task = made.task.replace(
         denoiser=made.task.denoiser.replace(layers=4, head_width=32, condition_width=64, text_width=64),
         text=made.task.text.replace(encoder=made.task.text.encoder.replace(width=64, layers=1, heads=2)),
         vae_weights=asked.vae, latent_shift=asked.shift, latent_scale=asked.scale,
     )  # fmt: skip
+    if asked.layout == "2b":
+        published = config.load(ROOT / "configs" / "cogvideox_2b.py").task
+        task = task.replace(
+            denoiser=task.denoiser.replace(layers=published.denoiser.layers),
+            schedule=published.schedule, objective=published.objective, sampler=published.sampler,
+        )  # fmt: skip
     sources = {"sources": made.data.sources, "evaluation_sources": made.data.evaluation_sources}
     sources = {name: tuple(s.replace(path=asked.latents) for s in value) for name, value in sources.items()}
     experiment = made.replace(task=task, data=made.data.replace(buckets=(bucket,), threads=1, **sources))
@@ -70,7 +80,7 @@ def main() -> None:
             print(row, flush=True)
         return known[0]["loss"]
 
-    for name, (_, _, rates) in OPTIMIZERS.items():
+    for name, rates in RATES[asked.layout].items():
         best = min(rates, key=lambda rate, name=name: measured(name, rate, 0))
         losses = [measured(name, best, seed) for seed in range(asked.seeds)]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
@@ -95,7 +105,7 @@ class Runner:
         task, experiment = self.program.task, self.program.experiment
         bucket = experiment.data.buckets[0]
         if name not in self.compiled:
-            kind, blocks, _ = OPTIMIZERS[name]
+            kind, blocks = OPTIMIZERS[name]
             settings = dataclasses.replace(experiment.optimizer, kind=kind, muon_blocks=blocks)
             optimizer = make_optimizer(settings, task.axes(), self.steps)
 

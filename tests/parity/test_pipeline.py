@@ -15,8 +15,8 @@ from jvgen.cli import main as cli
 from jvgen.diffusion.sampler import step_noise
 from jvgen.runs.inference import open_run
 from jvgen.runs.published.placement import Placement
+from jvgen.tasks.clip_sampling import SAMPLER_KEY
 from jvgen.tasks.task import SampleRequest
-from jvgen.tasks.text_to_video import SAMPLER_KEY
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -23,6 +23,7 @@ VALUES = ("nan", "inf", "-inf", "-1", "0", "1e22", "9" * 23, "fast", "none", "1,
 # The values above that mean something. All others are refused, by every field.
 SENSIBLE = {
     "0": """
+        AlignmentConfig.distance AlignmentConfig.layer
         AdversarialConfig.norm_floor AdversarialConfig.start AdversarialConfig.weight
         AggregationConfig.initial AugmentationConfig.brightness AugmentationConfig.contrast AugmentationConfig.hue
         CaptionConfig.first_sentence CaptionConfig.sentence_dropout CaptionConfig.weights WeightStage.start_step
@@ -67,7 +68,7 @@ SENSIBLE = {
         MultiViewConfig.condition_noise_mean TextToVideoConfig.condition_noise_mean
     """,
     "none": """
-        LoraConfig.alpha
+        AlignmentConfig.decay_steps LoraConfig.alpha
         ImaginationConfig.rows_at_once ReinforcementConfig.episode_steps
         RecordingConfig.size RecordingConfig.steps
         BucketConfig.aspects BucketConfig.frames_per_second

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,10 @@ from jvgen.evaluation.distribution import Moments, frechet_distance
 from jvgen.evaluation.generated import measure_clips, measure_same_trajectory, measure_views
 from jvgen.geometry.cameras import Cameras, project
 from jvgen.geometry.paths import default_intrinsics, named_paths
+from jvgen.interop.to_torch import export_network
+from jvgen.models.dinov2.config import Dinov2Config
+from jvgen.models.dinov2.model import Dinov2
+from jvgen.nn.network import Network
 from jvgen.runs.held_out import SamplingOptions, generate_views, read_held_out
 from jvgen.runs.inference import open_run
 from jvgen.training.checkpoint.initial import write_first_checkpoint
@@ -26,6 +31,7 @@ from toy_clip import write_toy_clip  # noqa: E402
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+FROM_CLIP = "clip_text, clip_frames, background_consistency"
 
 
 def clips_of(*shape: int) -> np.ndarray:
@@ -42,12 +48,15 @@ def test_clips_are_measured_beside_recorded_ones():
     found, missing = measure_clips(
         generated, recorded, ["a"] * 3, features=lambda clips: jnp.mean(clips, axis=(2, 3, 4))
     )
-    assert found["generated/smoothness"] == found["generated/adjacent_ssim"] == pytest.approx(1.0, abs=1e-5)
+    assert found["generated/temporal_flickering"] == found["generated/adjacent_ssim"] == pytest.approx(1.0, abs=1e-5)
     step = np.abs(np.diff(recorded.astype(float), axis=1)).mean() / 255
-    assert found["recorded/smoothness"] == pytest.approx(1 - step, abs=1e-5) and found["recorded/adjacent_ssim"] < 0.5
+    assert found["recorded/temporal_flickering"] == pytest.approx(1 - step, abs=1e-5)
+    assert found["recorded/adjacent_ssim"] < 0.5
+    assert (found["generated/motion_smoothness"], found["generated/dynamic_degree"]) == (1.0, 0.0)
+    assert found["generated/sharpness"] > 0 and found["recorded/noise"] > 50
     sides = [Moments.of((side / 255.0).mean(axis=(2, 3, 4))) for side in (recorded, generated)]
     assert found["fvd"] == pytest.approx(frechet_distance(*sides), rel=1e-3) and found["fvd_made_clips"] == 3
-    assert missing == {"clip_text, clip_frames": "give --clip-model DIR"}
+    assert missing == {FROM_CLIP: "give --clip-model DIR", "subject_consistency": "give --dinov2 DIR"}
 
 
 @pytest.mark.parametrize(
@@ -56,8 +65,13 @@ def test_clips_are_measured_beside_recorded_ones():
         ((2, 3, 16, 16), None, {"fvd": "give --i3d FILE"}),
         ((2, 3, 16, 16), jnp.sum, {"fvd": "clips have 3 frames, I3D takes 9 or more"}),
         ((1, 9, 16, 16), jnp.sum, {"fvd": "a covariance needs two clips or more: raise --samples"}),
-        ((2, 3, 8, 16), None, {"adjacent_ssim": "frames of 8x16 are smaller than SSIM's window of 11x11"}),
-        ((2, 1, 16, 16), None, {"smoothness, adjacent_ssim": "the run's clips have one frame"}),
+        (
+            (2, 3, 8, 16),
+            None,
+            {"adjacent_ssim, dynamic_degree, motion_smoothness": "frames of 8x16 are smaller than 12x12"},
+        ),
+        ((2, 2, 16, 16), None, {"motion_smoothness": "clips have 2 frames, and none between two others"}),
+        ((2, 1, 16, 16), None, {"measures over time": "the run's clips have one frame"}),
     ],
 )
 def test_what_cannot_be_measured_says_why(shape, features, expected):
@@ -149,10 +163,12 @@ def test_a_multi_view_run_is_measured(view_run, tmp_path, jvgen):
     assert (found["samples"], found["seed"], found["guidance"], found["sampler_steps"]) == (8, 3, 1.0, 2)
     assert metrics["samples"] == 6 and metrics["generated/frames/pairs"] == 6 * 2 * 2
     assert metrics["generated/views/pairs"] == metrics["recorded/views/pairs"] == 6 * 3
-    wanted = {"smoothness", "adjacent_ssim", "clip_text", "clip_frames", "views/precision", "frames/matching_score"}
+    wanted = {"temporal_flickering", "adjacent_ssim", "clip_text", "clip_frames", "background_consistency"}
+    wanted |= {"dynamic_degree", "motion_smoothness", "sharpness", "views/precision", "frames/matching_score"}
     assert {f"{side}/{name}" for side in ("generated", "recorded") for name in wanted} < set(metrics)
     assert {"same_trajectory/mse", "same_trajectory/psnr", "validation_loss", "loss"} < set(metrics)
-    assert found["not_measured"] == {"fvd": "give --i3d FILE"} and found["weights"] == {"clip_model": str(clip)}
+    assert found["not_measured"] == {"fvd": "give --i3d FILE", "subject_consistency": "give --dinov2 DIR"}
+    assert found["weights"] == {"clip_model": str(clip)}
     assert "fvd: not measured: give --i3d FILE" in done.out
     page = (tmp_path / "report.html").read_text()
     assert "generated/views/precision" in page and "not measured" in page and "image/gif" in page
@@ -189,18 +205,25 @@ def test_a_text_to_video_run_is_measured(tmp_path, scenes, vae_folder, jvgen, mo
     monkeypatch.setattr("jvgen.evaluation.i3d.features", lambda file: lambda clips: jnp.mean(clips, axis=(2, 3, 4)))
     monkeypatch.setattr("jvgen.evaluation.i3d.MIN_FRAMES", 2)
     words = ("evaluate", run, "--batches", 1)
-    done = jvgen(*words, "--samples", 4, "--steps", 1, "--i3d", "i3d.safetensors", "--out", tmp_path / "found.json")
+    encoder = Dinov2Config(width=8, layers=1, heads=2, hidden=16, patch=56, side=224)
+    network = Network.of(lambda rngs: Dinov2(encoder, rngs=rngs))
+    export_network(encoder, jax.jit(network.init)(jax.random.key(0)), tmp_path / "dinov2")
+    options = ("--i3d", "i3d.safetensors", "--dinov2", tmp_path / "dinov2", "--out", tmp_path / "found.json")
+    done = jvgen(*words, "--samples", 4, "--steps", 1, *options)
     assert done.status == 0, done.err
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["metrics"]["fvd_made_clips"] == 4 and found["metrics"]["fvd"] > 0 and found["sampler_steps"] == 1
-    assert found["not_measured"] == {"clip_text, clip_frames": "give --clip-model DIR"}
-    assert found["weights"] == {"i3d": "i3d.safetensors"}
+    assert found["not_measured"] == {FROM_CLIP: "give --clip-model DIR"}
+    assert found["weights"] == {"i3d": "i3d.safetensors", "dinov2": str(tmp_path / "dinov2")}
+    assert 0 < found["metrics"]["generated/subject_consistency"] <= 1
     for more, message in (
         (
             ("--i3d", "i3d.safetensors"),
             "--i3d i3d.safetensors: it measures predicted or generated clips; give --samples",
         ),
         (("--clip-model", tmp_path), "it measures generated clips; give --samples N"),
+        (("--dinov2", tmp_path), "it measures generated clips; give --samples N"),
+        (("--samples", 1, "--dinov2", vae_folder(0)), "holds a network of ImageVAEConfig; give a folder of"),
         (("--lpips-weights", "lpips.safetensors"), "TextToVideoConfig measures no perceptual distance"),
         (("--samples", -1), "must be at least 0"),
     ):

@@ -91,8 +91,9 @@ def run_layers(
     *,
     remat: Remat = Remat.NONE,
     unroll: bool = False,
-) -> Float[Array, "B L D"]:
-    """Run all layers with aggregation.
+    pause_after: int | None = None,
+) -> Any:
+    """Run all layers with aggregation, and return the last tokens.
 
     Args:
       blocks: the layers.
@@ -104,6 +105,7 @@ def run_layers(
       constants: the same, without gradients.
       remat: what the backward pass stores of each layer.
       unroll: run the layers in a Python loop and not in a scan.
+      pause_after: a layer whose output is returned too, see `Stacked.scan`.
     """
 
     def step(block: nnx.Module, carry: RunningSum, of_layer: tuple[jax.Array, Plan]) -> RunningSum:
@@ -112,7 +114,9 @@ def run_layers(
         return carry.add(output, plan.resets)
 
     per_layer = (gates, jax.tree.map(jnp.asarray, plan))
-    return blocks.scan(step, RunningSum.start(tokens), per_layer, remat=remat, unroll=unroll).hidden
+    how = {"remat": remat, "unroll": unroll, "pause_after": pause_after}
+    found = blocks.scan(step, RunningSum.start(tokens), per_layer, **how)
+    return found.hidden if pause_after is None else tuple(carry.hidden for carry in found)
 
 
 class Aggregation(nnx.Module):

@@ -1,6 +1,7 @@
 """The CogVideoX denoiser: text and video rows in one sequence, with joint attention and separate modulation."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -209,7 +210,8 @@ class VideoDiT(nnx.Module):
         *,
         offsets: Float[Array, "B"] | None = None,
         attention_scale: AttentionScale | None = None,
-    ) -> Float[Array, "B F H W Z"]:
+        hidden_after: int | None = None,
+    ) -> Float[Array, "B F H W Z"] | tuple[Float[Array, "B F H W Z"], Float[Array, "B F P D"]]:
         """Denoise.
 
         Args:
@@ -218,6 +220,7 @@ class VideoDiT(nnx.Module):
           timesteps: raw timesteps, 0..999.
           offsets: the "ofs" of 1.5 image to video; required if and only if the config has an offset_width.
           attention_scale: see `AttentionScale`.
+          hidden_after: a block, from 0, whose video tokens by frame and patch are returned too.
 
         Raises:
           ValueError: shapes that the patches do not divide, or that the config does not allow.
@@ -225,7 +228,11 @@ class VideoDiT(nnx.Module):
         layout = self.layout((latents.shape[1], latents.shape[2], latents.shape[3]), text.shape[1])
         context = self.context(timesteps, layout, offsets=offsets, attention_scale=attention_scale)
         x = self.embed(latents, text, layout)
-        return self.head(self.run_blocks(x, context), context)
+        if hidden_after is None:
+            return self.head(self.run_blocks(x, context), context)
+        x, hidden = self.run_blocks(x, context, pause_after=hidden_after)
+        video = rearrange(hidden[:, layout.text : layout.valid], "b (f p) d -> b f p d", f=layout.grid[0])
+        return self.head(x, context), video
 
     def layout(self, shape: tuple[int, int, int], text: int) -> TokenLayout:
         """The rows of a sequence for latents of (frames, height, width) and `text` rows of text."""
@@ -292,8 +299,11 @@ class VideoDiT(nnx.Module):
             x = jnp.pad(x, ((0, 0), (0, layout.padding), (0, 0)))
         return constrain(x, *TOKENS)
 
-    def run_blocks(self, x: Float[Array, "B L D"], context: BlockContext) -> Float[Array, "B L D"]:
-        """Run all blocks. A variant that passes more than tokens from layer to layer overrides this method."""
+    def run_blocks(self, x: Float[Array, "B L D"], context: BlockContext, *, pause_after: int | None = None) -> Any:
+        """Run all blocks, and return the last tokens, or with `pause_after` those after that block too.
+
+        A variant that passes more than tokens from layer to layer overrides this method.
+        """
         how = {"remat": self.config.remat, "unroll": self.config.unroll}
         indices = None if context.attention_scale is None else jnp.arange(self.config.layers)
         if self.config.aggregation is None:
@@ -301,7 +311,7 @@ class VideoDiT(nnx.Module):
             def step(block: Block, carry: jax.Array, index: jax.Array | None) -> jax.Array:
                 return block(checkpoint_name(carry, LAYER_INPUT), dataclasses.replace(context, layer=index))
 
-            return self.blocks.scan(step, x, indices, **how)
+            return self.blocks.scan(step, x, indices, **how, pause_after=pause_after)
 
         def layer(block: Block, index: jax.Array, read: jax.Array, condition: jax.Array, constants: Any) -> jax.Array:
             is_video, query_key_rotation = constants
@@ -309,6 +319,9 @@ class VideoDiT(nnx.Module):
             return block(read, dataclasses.replace(context, **inputs))
 
         run_layers = aggregation_memory.run_layers if self.aggregation.config.memory_saving else aggregation.run_layers
+        if pause_after is not None:
+            assert not self.aggregation.config.memory_saving, "its backward pass is of all layers together"
+            run_layers = functools.partial(aggregation.run_layers, pause_after=pause_after)
         gates, plan = self.aggregation.values(), self.aggregation.plan(self.config.layers)
         constants = (context.is_video, context.rotation)
         return run_layers(self.blocks, layer, gates, plan, x, context.condition, constants, **how)

@@ -33,11 +33,12 @@ from jvgen.runs.published.placement import Placement, default_dtype
 from jvgen.runs.published.stages import Batch, Decoder, Denoiser, GivenMoments, encode_captions, encode_given
 from jvgen.saved_config import to_json
 from jvgen.storage import Path, local_copy, resolved
+from jvgen.tasks.clip_sampling import START_KEY, enhancement_hook
 from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.pipeline_folder import DENOISER, default_request, frames_per_second, pipeline_weights, read_pipeline
 from jvgen.tasks.pixels import to_clips
 from jvgen.tasks.task import SampleRequest
-from jvgen.tasks.text_to_video import START_KEY, TextToVideo, TextToVideoConfig
+from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig
 from jvgen.terminal import progress_bar
 from jvgen.training.telemetry.throughput import peak_memory
 
@@ -272,7 +273,7 @@ def _make(
         empty = np.zeros_like(empty)
     moments = encode_given(task, prepared.given, placement)
     encoded = time.perf_counter()
-    scale = task.enhancement(request.enhance, prepared.sampler, prepared.guidance)
+    scale = enhancement_hook(task.config, task.schedule, request.enhance, prepared.sampler, prepared.guidance)
     network = pipeline_weights(weights, request.variant)[DENOISER]
     denoiser = Denoiser(
         task, network, placement, prepared.sampler, prepared.guidance, scale, prepared.adapter,

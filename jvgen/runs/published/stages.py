@@ -16,9 +16,10 @@ from jvgen.models.video_dit.model import AttentionScale
 from jvgen.nn.network import Parameters
 from jvgen.runs.published.placement import Placement
 from jvgen.storage import Path
+from jvgen.tasks.clip_sampling import SAMPLER_KEY
 from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.pixels import from_uint8
-from jvgen.tasks.text_to_video import SAMPLER_KEY, TextToVideo
+from jvgen.tasks.text_to_video import TextToVideo
 
 # Captions encoded together.
 CAPTIONS = 8

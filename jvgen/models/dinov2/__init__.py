@@ -1,0 +1,1 @@
+"""The DINOv2 image encoder, see the README of this folder."""
