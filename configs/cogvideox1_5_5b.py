@@ -19,56 +19,41 @@ Its 21 latent frames are padded to 22, the first repeated in front, as published
 `--set data.buckets.0.frames=161`, heights and widths that are multiples of 16.
 """
 
+from pathlib import Path
 from typing import Literal
 
-from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
-from jvgen.diffusion.guidance import GuidanceConfig
-from jvgen.diffusion.objective import ObjectiveConfig
-from jvgen.diffusion.sampler import SamplerConfig
-from jvgen.models.video_dit.config import AggregationConfig, cogvideox1_5_5b, cogvideox1_5_5b_image_to_video
-from jvgen.nn.stacked import Remat
+from jvgen import config
+from jvgen.data.stream.config import BucketConfig, SourceConfig
+from jvgen.models.video_dit.config import cogvideox1_5_5b, cogvideox1_5_5b_image_to_video
 from jvgen.parallel.mesh import MeshConfig
-from jvgen.tasks.cogvideox import cogvideox_5b_recipe, first_frame_recipe
-from jvgen.tasks.text_to_video import TextToVideoConfig
-from jvgen.training.config import CheckpointConfig, TrainingConfig
+from jvgen.tasks.cogvideox import first_frame_recipe
 from jvgen.training.experiment import Experiment
-from jvgen.training.optimization.ema import EmaConfig
-from jvgen.training.optimization.optimizer import OptimizerConfig
 
 Variant = Literal["text_to_video", "image_to_video", "repvideo", "repvideo_image_to_video"]
 DATA = "data/latents_768x1360"
 
 
 def experiment(variant: Variant = "text_to_video") -> Experiment:
-    of_image = variant.endswith("image_to_video")
+    made = config.load(f"{Path(__file__).parent}/cogvideox_5b.py:{variant}")
+    base, of_image = made.task.denoiser, variant.endswith("image_to_video")
     network = cogvideox1_5_5b_image_to_video() if of_image else cogvideox1_5_5b()
-    if variant.startswith("repvideo"):
-        network = network.replace(aggregation=AggregationConfig(), output_norm_epsilon=1e-6)
-    return Experiment(
+    return made.replace(
         name=f"cogvideox1_5_5b_{variant}",
-        task=TextToVideoConfig(
+        task=made.task.replace(
             # 21 latent frames padded to 22, so 45,104 tokens, padded to 45,568: what seq = 8 and blocks of 128 divide.
-            denoiser=network.replace(token_multiple=512, remat=Remat.FULL),
-            latents="data",
-            objective=ObjectiveConfig(target="v", bands=10),
-            # What the authors sample these networks with.
-            sampler=SamplerConfig(kind="dpm_solver_sde", steps=50),
-            guidance=GuidanceConfig(kind="dynamic", scale=6.0),
+            denoiser=network.replace(
+                token_multiple=base.token_multiple,
+                remat=base.remat,
+                aggregation=base.aggregation,
+                output_norm_epsilon=base.output_norm_epsilon,
+            ),
+            text=made.task.text.replace(length=network.text_length),
             **(first_frame_recipe("weights/CogVideoX1.5-5B-I2V/vae", invert_scale=True) if of_image else {}),
-            **cogvideox_5b_recipe(text_length=224),
         ),
-        data=DataConfig(
+        data=made.data.replace(
             sources=(SourceConfig(path=DATA),),
             evaluation_sources=(SourceConfig(path=DATA, split="validation"),),
             buckets=(BucketConfig(frames=81, height=768, width=1360, batch_size=16),),
-            threads=16,
         ),
-        # CogVideoX's released fine-tuning.
-        optimizer=OptimizerConfig(
-            learning_rate=1e-5, warmup_steps=100, schedule="constant", weight_decay=1e-4, beta2=0.95, clip_norm=0.1
-        ),
-        training=TrainingConfig(steps=20_000, log_every=20, evaluate_every=1000),
-        ema=EmaConfig(decays=(0.9999,)),
-        checkpoint=CheckpointConfig(every=500, keep_last=2, keep_every=5000),
         mesh=MeshConfig(fsdp=-1, seq=8),
     )

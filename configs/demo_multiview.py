@@ -13,69 +13,42 @@ Data: after `make demo`, whose image VAE it uses:
         --out runs/multiview/latents
 """
 
-from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from pathlib import Path
+
+from jvgen import config
+from jvgen.data.stream.config import BucketConfig
 from jvgen.diffusion.collaborative import PairingConfig
-from jvgen.diffusion.guidance import GuidanceConfig
-from jvgen.diffusion.objective import ObjectiveConfig, TimestepConfig
-from jvgen.diffusion.sampler import SamplerConfig
-from jvgen.diffusion.schedule import ScheduleConfig
-from jvgen.models.byte_text.config import ByteTextConfig
-from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.tasks.multiview import MultiViewConfig
-from jvgen.tasks.text import TextConfig
-from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
-from jvgen.training.optimization.ema import EmaConfig
-from jvgen.training.optimization.optimizer import OptimizerConfig
 
 LATENTS = "runs/multiview/latents"
 
 
 def experiment() -> Experiment:
-    return Experiment(
+    # Of single clips, from the latents of the image VAE.
+    made = config.load(Path(__file__).with_name("demo_image_latents.py"))
+    task, data = made.task, made.data
+    (training,), (held_out,) = data.sources, data.evaluation_sources
+    return made.replace(
         name="demo_multiview",
         task=MultiViewConfig(
-            denoiser=MultiViewDiTConfig(
-                layers=6,
-                heads=2,
-                head_width=64,
-                in_channels=4,
-                out_channels=4,
-                text_width=128,
-                text_length=48,
-                condition_width=128,
-                sample_height=8,
-                sample_width=8,
-                sample_frames=8,
-                spatial_scale=1.0,
-                temporal_compression=1,
-                sync=SyncConfig(every=2, groups=16),
-            ),
-            text=TextConfig(encoder=ByteTextConfig(width=128, layers=2, heads=4), length=48),
-            vae=ImageVAEConfig.tiny(),
-            vae_weights="runs/demo/export/image_vae/vae",
-            spatial_compression=4,
-            temporal_compression=1,
-            schedule=ScheduleConfig(kind="rectified_flow"),
-            objective=ObjectiveConfig(target="velocity", timesteps=TimestepConfig(kind="logit_normal")),
-            sampler=SamplerConfig(kind="euler", steps=25),
-            guidance=GuidanceConfig(kind="constant", scale=2.0),
+            **{
+                **vars(task),
+                "denoiser": MultiViewDiTConfig(**vars(task.denoiser), sync=SyncConfig(every=2, groups=16)),
+                "guidance": task.guidance.replace(scale=2.0),
+            },
             pairing=PairingConfig(),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(path=LATENTS),),
-            evaluation_sources=(SourceConfig(path=LATENTS, split="validation"),),
+        data=data.replace(
+            sources=(training.replace(path=LATENTS),),
+            evaluation_sources=(held_out.replace(path=LATENTS),),
             buckets=(
                 BucketConfig(frames=15, height=32, width=32, batch_size=8, kinds=("static",), weight=0.7),
                 BucketConfig(frames=8, height=32, width=32, batch_size=8, kinds=("dynamic",), weight=0.3),
             ),
-            threads=2,
+            kind_weights={},
         ),
-        optimizer=OptimizerConfig(
-            kind="muon", learning_rate=6e-3, warmup_steps=10, schedule="cosine", weight_decay=0.01
-        ),
-        training=TrainingConfig(steps=600, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
-        ema=EmaConfig(decays=(0.98,)),
-        checkpoint=CheckpointConfig(every=200, keep_last=2),
+        training=made.training.replace(steps=600),
+        checkpoint=made.checkpoint.replace(every=200),
     )
