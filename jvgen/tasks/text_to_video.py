@@ -34,8 +34,7 @@ from jvgen.nn.adaptation import Adaptation
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.lora import LoraConfig
 from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
-from jvgen.parallel import axes
-from jvgen.tasks import clip_sampling, given_frames
+from jvgen.tasks import clip_batches, clip_sampling, given_frames
 from jvgen.tasks.alignment import ENCODER, PROJECTION, Alignment
 from jvgen.tasks.clip_sampling import ClipSettings
 from jvgen.tasks.clip_vae import ClipVAE
@@ -53,9 +52,6 @@ POSTERIOR_KEY = 17
 # 18 and 19 are those of jvgen.tasks.clip_sampling.
 VALIDATION_KEY = 21
 LORA_KEY = 22
-
-# Frames in a batch of cached latents that an image encoder reads, one per latent frame.
-ALIGNED = "aligned"
 
 
 class TextToVideo(Task):
@@ -123,41 +119,10 @@ class TextToVideo(Task):
     # Batches.
 
     def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:
-        frames, height, width = self.config.latent_shape(bucket.frames, bucket.height, bucket.width)
-        tokens = ArraySpec((self.config.text.length,), np.dtype(np.int32), (None,))
-        names = (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
-
-        def pixels(frames: int) -> ArraySpec:
-            return ArraySpec((frames, bucket.height, bucket.width, 3), np.dtype(np.uint8), names)
-
-        if self.config.latents == "pixels":
-            return {"video": pixels(bucket.frames), "tokens": tokens}
-        shape = (frames, height, width, 2 * self.config.denoiser.out_channels)
-        found = {"latents": ArraySpec(shape, np.dtype(np.float32), names), "tokens": tokens}
-        if self.config.given_frames:
-            found["given"] = pixels(self.config.given_frames)
-        return {**found, ALIGNED: pixels(frames)} if self.alignment is not None else found
+        return clip_batches.fields(self.config, bucket)
 
     def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
-        tokens = self.text.tokenize(example["caption"])
-        if self.config.latents == "pixels":
-            if "video" not in example:
-                raise ValueError(
-                    "task.latents = 'pixels', but the data set holds cached latents only: set it to 'data'."
-                )
-            return {"video": example["video"], "tokens": tokens}
-        if "latents" not in example:
-            raise ValueError(
-                "task.latents = 'data', but the data set holds pixels: cache latents with `jvgen data build latents`, "
-                "or set task.latents = 'pixels'."
-            )
-        found = {"latents": example["latents"], "tokens": tokens}
-        if self.config.given_frames:
-            found["given"] = given_frames.of_clip(given_frames.require_pixels(example), self.config.condition, axis=0)
-        if self.alignment is not None:
-            video = given_frames.require_pixels(example, "task.alignment: the image encoder reads")
-            found[ALIGNED] = video[:: self.config.temporal_compression]
-        return found
+        return clip_batches.prepare(self.config, example) | {"tokens": self.text.tokenize(example["caption"])}
 
     # Loss.
 
@@ -195,8 +160,7 @@ class TextToVideo(Task):
     def aligned_frames(self, batch: Batch) -> jax.Array:
         """For each frame of tokens the last recorded frame that it stands for, uint8 `B F H W 3`."""
         patch = self.config.denoiser.temporal_patch or 1
-        frames = batch[ALIGNED] if ALIGNED in batch else batch["video"][:, :: self.config.temporal_compression]
-        return self.given.padded(frames)[:, patch - 1 :: patch]
+        return self.given.padded(clip_batches.latent_pixels(self.config, batch))[:, patch - 1 :: patch]
 
     def sample_errors(
         self,

@@ -46,8 +46,8 @@ def main() -> None:
     crepa = AlignmentConfig(encoder=ENCODER, weights=str(folder), layer=1, hidden=128)
     arms = {
         "none": None,
-        "crepa": crepa,
         "crepa, decaying": crepa.replace(decay_steps=asked.steps // 2),
+        "crepa": crepa,
         "repa": crepa.replace(distance=0),
     }
     settings = dataclasses.replace(made.optimizer, kind="muon", muon_blocks=small_dit.BLOCKS)
