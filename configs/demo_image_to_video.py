@@ -30,4 +30,6 @@ def experiment() -> Experiment:
         data=data.replace(
             sources=(training.replace(path=LATENTS),), evaluation_sources=(held_out.replace(path=LATENTS),)
         ),
+        training=made.training.replace(steps=460),
+        checkpoint=made.checkpoint.replace(every=120),
     )
