@@ -9,9 +9,9 @@ Should reach: see docs/reinforcement.md.
 Chips: a CPU with 2 cores.
 Memory: 1 GiB of the process "alone", 3 GiB with a world model (measured).
 Time: 10 minutes for "alone" on a busy machine (measured); not measured for the others.
-Data: `jvgen data build scenes --out runs/control/scenes --seed 1 --train 8 --validation 8 --set frames=16 --set
+Data: `jvgen data build scenes --out runs/control/scenes --seed 1 --train 64 --validation 16 --set frames=16 --set
 height=32 --set width=32 --set driven=1.0 --set kinds.image=0 --set kinds.static=0 --set objects=1,1 --set colors=red
---set shapes=cube --set background=plain`. For "pretrained" a world model of other scenes of this kind, exported to
+--set shapes=cube --set background=plain --set wander=0`. For "pretrained" a world model of other scenes of this kind, exported to
 `runs/control/world`: `python -m tests.experiments.world_model_ablation` writes one.
 """
 
@@ -29,7 +29,7 @@ from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
 
 SCENES = "runs/control/scenes"
-FIT_STEPS, AGENT_STEPS = 150, 900
+FIT_STEPS, AGENT_STEPS = 75, 600
 
 
 def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone") -> Experiment:
@@ -41,7 +41,8 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
             tokenizer=tokenizer,
             # Otherwise a transformer this small loses count of the ids (jvgen/models/ivideogpt/README.md).
             transformer=demo.transformer.replace(
-                vocabulary=tokenizer.vocabulary, max_positions=265, tokens_per_frame=(64, 16), action_everywhere=True
+                vocabulary=tokenizer.vocabulary, max_positions=265, tokens_per_frame=(64, 16), action_everywhere=True,
+                attention_dropout=0.1,
             ),
             pretrained="runs/control/world" if variant == "pretrained" else None,
             perceptual=PerceptualConfig(kind="laplacian", levels=3),
@@ -59,7 +60,7 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
         name=f"demo_control_{variant}",
         task=ReinforcementConfig(
             agent=DrQV2Config(
-                channels=16, hidden=256, learning_rate=5e-4, batch_size=64, discount=0.9, noise_steps=900,
+                channels=16, hidden=256, learning_rate=5e-4, batch_size=64, discount=0.9, noise_steps=AGENT_STEPS,
                 random_steps=150, pad=2,
             ),
             imagination=imagination,
@@ -68,7 +69,7 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
             episode_steps=15,
             replay_capacity=20_000,
             replay_reserve=20_000,
-            evaluation_episodes=16,
+            evaluation_episodes=32,
         ),
         data=DataConfig(
             sources=(SourceConfig(path=SCENES),),
@@ -81,8 +82,8 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
         training=TrainingConfig(
             steps=fit + AGENT_STEPS,
             precision=PrecisionConfig(compute_dtype="float32"),
-            log_every=50,
-            evaluate_every=150,
+            log_every=75,
+            evaluate_every=75,
             visualize_every=fit + AGENT_STEPS,
         ),
         checkpoint=CheckpointConfig(every=300),

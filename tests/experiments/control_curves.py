@@ -1,12 +1,14 @@
-"""Success by environment steps on the scenes: DrQ-v2 alone, and in a world model from scratch or pretrained.
+"""Success by environment steps: DrQ-v2 alone, and in a world model from scratch or pretrained.
 
-    python -m tests.experiments.control_curves --scenes DATA --world FOLDER --workdir runs/control
+    python -m tests.experiments.control_curves --env DATA --world FOLDER --workdir runs/control
 
-DATA is a data set of driven scenes (see `configs/demo_control.py`), FOLDER a world model of others of this kind, a run
-or an export. Every way is trained with every seed, through `jvgen.training.loop.train`; runs that are finished are not
-trained again. Writes `curves.png` (every seed a line), `curves.md` (means over seeds) and `curves.json`.
+DATA is a data set of driven scenes (see `configs/demo_control.py`), or another environment that `jvgen plan --env`
+takes (with `--set` for its actions and episodes); FOLDER a world model of others of this kind, a run or an export.
+Every way is trained with every seed, through `jvgen.training.loop.train`; runs that are finished are not trained again.
+Writes `curves.png` (every seed a line), `curves.md` (means over seeds) and `curves.json`.
 
-With `--faults` also the three faults of the released code, one at a time, in the world model from scratch.
+With `--faults` also the three faults of the released code, one at a time, in the world model from scratch, after all
+of these, with the first `--fault-seeds` seeds; `faults.png` compares them with it.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def experiment_of(way: str, seed: int, given: argparse.Namespace) -> Experiment:
     """The run of one way and seed."""
     fault = way if way in FAULTS else None
     experiment = config.load(f"{CONFIG}:{'from_scratch' if fault else WAYS[way]}")
-    source = experiment.data.sources[0].replace(path=str(given.scenes))
+    source = experiment.data.sources[0].replace(path=given.env)
     experiment = experiment.replace(
         seed=seed, data=experiment.data.replace(sources=(source,), evaluation_sources=(source,))
     )
@@ -46,10 +48,13 @@ def experiment_of(way: str, seed: int, given: argparse.Namespace) -> Experiment:
     elif way == "pretrained":
         imagination = imagination.replace(pretrained=str(given.world))
     experiment = experiment.replace(task=experiment.task.replace(imagination=imagination))
+    # What is imagined is no part of the agent alone.
+    below = [one for one in given.assignments if imagination is not None or not one.startswith("task.imagination.")]
+    experiment = override(experiment, below)
     if given.steps is not None:
         steps = experiment.task.fit_steps + given.steps
         experiment = experiment.replace(training=experiment.training.replace(steps=steps, visualize_every=steps))
-    return override(experiment, given.assignments)
+    return experiment
 
 
 def run(way: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -109,23 +114,30 @@ def table(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing and write the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=Path, required=True, metavar="DATA")
+    parser.add_argument("--env", "--scenes", required=True, metavar="DATA", help="as `jvgen plan --env`")
     parser.add_argument("--world", type=Path, metavar="FOLDER", help="pretrained world model; without it two ways")
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--ways", default=",".join(WAYS), help="some of them, by comma")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--steps", type=int, metavar="N", help="actions in training, instead of the config's")
     parser.add_argument("--faults", action="store_true", help="also the faults of the released code")
+    parser.add_argument("--fault-seeds", type=int, default=1, metavar="N", help="seeds of each fault")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="PATH=VALUE")
     given = parser.parse_args(arguments)
-    ways = [way for way in WAYS if way != "pretrained" or given.world is not None]
-    curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    ways = [way for way in given.ways.split(",") if way != "pretrained" or given.world is not None]
     # Seed by seed: what there is so far compares all ways.
-    for seed in range(given.seeds):
-        for way in [*ways, *(FAULTS if given.faults else [])]:
-            curves.setdefault(way, {})[seed] = run(way, seed, given)
-            (given.workdir / "curves.json").write_text(json.dumps(curves, indent=1))
-            (given.workdir / "curves.md").write_text(table(curves) + "\n")
-            picture(curves, given.workdir / "curves.png")
+    runs = [(way, seed) for seed in range(given.seeds) for way in ways]
+    runs += [(fault, seed) for seed in range(given.fault_seeds) for fault in FAULTS if given.faults]
+    curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for way, seed in runs:
+        curves.setdefault(way, {})[seed] = run(way, seed, given)
+        (given.workdir / "curves.json").write_text(json.dumps(curves, indent=1))
+        (given.workdir / "curves.md").write_text(table(curves) + "\n")
+        picture({way: of for way, of in curves.items() if way in WAYS}, given.workdir / "curves.png")
+        faults = {fault: of for fault, of in curves.items() if fault in FAULTS}
+        if faults:
+            corrected = {seed: curves["from scratch"][seed] for seed in range(given.fault_seeds)}
+            picture({"corrected": corrected, **faults}, given.workdir / "faults.png")
     print(table(curves))
 
 

@@ -21,6 +21,7 @@ from jvgen.control.collection import (
 )
 from jvgen.control.imagination import Imagined
 from jvgen.finite import NotFinite
+from jvgen.interop.to_torch import export_networks
 from jvgen.models.ivideogpt.objective import symlog
 from jvgen.reinforcement import experience as module
 from jvgen.reinforcement import pretrained
@@ -289,6 +290,24 @@ def test_a_pretrained_transformer_is_used_as_it_was_trained(changes, message, tm
     found = tiny.TRANSFORMER.replace(**changes)
     with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=message):
         pretrained._check_same("transformer", found, tiny.TRANSFORMER, tmp_path)
+
+
+def test_a_run_starts_with_the_networks_of_an_export(tmp_path):
+    """Every array of both networks, as the run has them; an action head that the export lacks is left to the run."""
+    config = tiny.task().imagination
+    task, rng = tiny.task().build(), np.random.default_rng(0)
+    shapes = {name: task.networks[name].shapes for name in ("tokenizer", "transformer")}
+    made = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    export_networks({"tokenizer": tiny.TOKENIZER, "transformer": tiny.TRANSFORMER}, made, tmp_path / "world")
+    read = pretrained.read_pretrained(config.replace(pretrained=str(tmp_path / "world")))
+    assert jax.tree.structure(read) == jax.tree.structure(made)
+    jax.tree.map(np.testing.assert_array_equal, read, made)
+
+    bare = {name: value for name, value in made["transformer"].items() if name not in ("action", "reward")}
+    without = tiny.TRANSFORMER.replace(action_width=0, reward=False)
+    export_networks({"tokenizer": tiny.TOKENIZER, "transformer": without}, made | {"transformer": bare}, tmp_path / "b")
+    read = pretrained.read_pretrained(config.replace(pretrained=str(tmp_path / "b")))
+    assert jax.tree.structure(read["transformer"]) == jax.tree.structure(bare)
 
 
 def test_restarts_count_updates_of_the_tokenizer():
