@@ -29,7 +29,7 @@ from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
 
 SCENES = "runs/control/scenes"
-FIT_STEPS, AGENT_STEPS = 75, 600
+FIT_STEPS, AGENT_STEPS = 100, 600
 
 
 def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone") -> Experiment:
@@ -42,7 +42,6 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
             # Otherwise a transformer this small loses count of the ids (jvgen/models/ivideogpt/README.md).
             transformer=demo.transformer.replace(
                 vocabulary=tokenizer.vocabulary, max_positions=265, tokens_per_frame=(64, 16), action_everywhere=True,
-                attention_dropout=0.1,
             ),
             pretrained="runs/control/world" if variant == "pretrained" else None,
             perceptual=PerceptualConfig(kind="laplacian", levels=3),
@@ -82,8 +81,8 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
         training=TrainingConfig(
             steps=fit + AGENT_STEPS,
             precision=PrecisionConfig(compute_dtype="float32"),
-            log_every=75,
-            evaluate_every=75,
+            log_every=50,
+            evaluate_every=100,
             visualize_every=fit + AGENT_STEPS,
         ),
         checkpoint=CheckpointConfig(every=300),

@@ -5,9 +5,12 @@ with libosmesa6 on machines without a GPU.
 """
 
 import contextlib
+import re
 from typing import Any
 
 import numpy as np
+
+from jvgen.config import ConfigError
 
 try:
     import gymnasium
@@ -16,6 +19,10 @@ except ImportError as error:
 
 CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
 EXPERT_STEPS = 500
+
+
+class NoOpenGL(ConfigError, RuntimeError):
+    """MuJoCo cannot render here."""
 
 
 class MetaWorldEnvironment(gymnasium.Env):
@@ -40,7 +47,7 @@ class MetaWorldEnvironment(gymnasium.Env):
     Raises:
       ImportError: Meta-World is not installed.
       ValueError: an unknown task or camera, or numbers below 1.
-      RuntimeError: no OpenGL.
+      NoOpenGL: at the first frame.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 40}  # noqa: RUF012 - gymnasium's name
@@ -124,14 +131,14 @@ class MetaWorldEnvironment(gymnasium.Env):
         return reward, False, self._steps_taken >= self.steps, {"success": success}
 
     def render(self) -> np.ndarray:
-        """The current frame, uint8 `H W 3`."""
+        """The current frame, uint8 `H W 3`; raises `NoOpenGL` where MuJoCo cannot render."""
         try:
             frame = self.simulator.render()
         except Exception as error:
-            # Several classes of several libraries; AttributeError where a library of OpenGL is missing.
-            if "GL" not in f"{type(error).__module__} {error}":
+            # Several classes of several libraries; where one is missing, AttributeError: ... no attribute 'glGetError'.
+            if not re.search(r"GL|\bgl[A-Zfu]", f"{type(error).__module__} {error}"):
                 raise
-            raise RuntimeError(
+            raise NoOpenGL(
                 "MuJoCo found no OpenGL: set MUJOCO_GL=egl, or MUJOCO_GL=osmesa and install libosmesa6 (Debian's name)."
             ) from error
         return np.ascontiguousarray(frame[::-1] if self.flip else frame)

@@ -1,6 +1,7 @@
 """`jvgen plan`: with a world model, in the simulator and at random; what it writes; worlds that do not fit."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from jvgen.cli.main import main
 from jvgen.config import ConfigError
+from jvgen.control.metaworld import MetaWorldEnvironment
 from jvgen.control.planning import PlannerConfig
 from jvgen.control.scene_environment import SceneEnvironment
 from jvgen.control.worlds import ImaginedWorld
@@ -115,6 +117,33 @@ def test_a_goal_of_another_size_is_refused(scenes, tmp_path, capsys) -> None:
     arguments = ["plan", "--with", "simulator", "--env", str(scenes), "--goal", str(tmp_path / "goal.png")]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert "goal image (8, 16, 3): the environment's frames are (16, 16, 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        # As the libraries raise it: where one is missing, where no display is, where MUJOCO_GL=disable.
+        AttributeError("'NoneType' object has no attribute 'glGetError'"),
+        RuntimeError("invalid value for environment variable MUJOCO_GL: disabled"),
+        type("GLFWError", (Exception,), {"__module__": "glfw.GL"})("X11: The DISPLAY environment variable is missing"),
+    ],
+)
+def test_no_opengl_is_one_message(error, monkeypatch, tmp_path, capsys) -> None:
+    """Meta-World itself is not needed for this."""
+
+    def render():
+        raise error
+
+    environment = object.__new__(MetaWorldEnvironment)
+    environment.simulator = types.SimpleNamespace(render=render)
+    monkeypatch.setattr("jvgen.control.environments.open_environment", lambda *_, **__: environment)
+    monkeypatch.setattr("jvgen.runs.planning.check_fit", lambda *_: None)
+    environment.action_space = SceneEnvironment(SMALL).action_space
+    environment.reset = lambda **_: environment.render()
+    command = ["plan", "--with", "random", "--env", "metaworld:reach-v3", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert "MuJoCo found no OpenGL: set MUJOCO_GL=egl" in printed and "Traceback" not in printed
 
 
 def test_worlds_that_do_not_fit_are_refused(world) -> None:
