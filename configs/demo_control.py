@@ -9,10 +9,8 @@ Should reach: see docs/reinforcement.md.
 Chips: a CPU with 2 cores.
 Memory: 1 GiB of the process "alone", 3 GiB with a world model (measured).
 Time: 10 minutes for "alone" on a busy machine (measured); not measured for the others.
-Data: `jvgen data build scenes --out runs/control/scenes --seed 1 --train 64 --validation 16 --set frames=16 --set
-height=32 --set width=32 --set driven=1.0 --set kinds.image=0 --set kinds.static=0 --set objects=1,1 --set colors=red
---set shapes=cube --set background=plain --set wander=0`. For "pretrained" a world model of other scenes of this kind, exported to
-`runs/control/world`: `python -m tests.experiments.world_model_ablation` writes one.
+Data: none, the environment is the embedded scenes. For "pretrained" a world model of other scenes of this kind, exported
+to `runs/control/world`: `python -m tests.experiments.world_model_ablation` writes one (docs/planning.md).
 """
 
 from pathlib import Path
@@ -28,8 +26,8 @@ from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
 
-SCENES = "runs/control/scenes"
-FIT_STEPS, AGENT_STEPS = 100, 600
+ENVIRONMENT = "jvgen.control.scene_environment:cube_to_center"
+FIT_STEPS, AGENT_STEPS = 100, 300
 
 
 def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone") -> Experiment:
@@ -41,7 +39,10 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
             tokenizer=tokenizer,
             # Otherwise a transformer this small loses count of the ids (jvgen/models/ivideogpt/README.md).
             transformer=demo.transformer.replace(
-                vocabulary=tokenizer.vocabulary, max_positions=265, tokens_per_frame=(64, 16), action_everywhere=True,
+                vocabulary=tokenizer.vocabulary,
+                max_positions=265,
+                tokens_per_frame=(64, 16),
+                action_everywhere=True,
             ),
             pretrained="runs/control/world" if variant == "pretrained" else None,
             perceptual=PerceptualConfig(kind="laplacian", levels=3),
@@ -59,7 +60,7 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
         name=f"demo_control_{variant}",
         task=ReinforcementConfig(
             agent=DrQV2Config(
-                channels=16, hidden=256, learning_rate=5e-4, batch_size=64, discount=0.9, noise_steps=AGENT_STEPS,
+                channels=16, hidden=256, learning_rate=5e-4, batch_size=64, discount=0.9, noise_steps=600,
                 random_steps=150, pad=2,
             ),
             imagination=imagination,
@@ -71,8 +72,8 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
             evaluation_episodes=32,
         ),
         data=DataConfig(
-            sources=(SourceConfig(path=SCENES),),
-            evaluation_sources=(SourceConfig(path=SCENES),),
+            sources=(SourceConfig(path=ENVIRONMENT),),
+            evaluation_sources=(SourceConfig(path=ENVIRONMENT),),
             buckets=(BucketConfig(frames=8, height=32, width=32, batch_size=8),),
         ),
         # Of the world model; the agent has its own.
@@ -82,7 +83,7 @@ def experiment(variant: Literal["alone", "from_scratch", "pretrained"] = "alone"
             steps=fit + AGENT_STEPS,
             precision=PrecisionConfig(compute_dtype="float32"),
             log_every=50,
-            evaluate_every=100,
+            evaluate_every=50,
             visualize_every=fit + AGENT_STEPS,
         ),
         checkpoint=CheckpointConfig(every=300),

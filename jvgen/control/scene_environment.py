@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jvgen.data.scenes.renderer import Renderer
-from jvgen.data.scenes.scenes import SPEED, SceneConfig, Setting, draw_setting, pushed
+from jvgen.data.scenes.scenes import SPEED, SceneConfig, Setting, draw_setting, goal_marker, pushed
 from jvgen.data.store.sources import read_metadata, splits
 from jvgen.saved_config import decode
 from jvgen.storage import Path
@@ -19,6 +19,7 @@ except ImportError as error:
 
 # All scenes are driven ones.
 DRIVEN = {"kinds": {"dynamic": 1.0}, "driven": 1.0}
+TRIES = 1000
 
 
 class SceneEnvironment(gymnasium.Env):
@@ -34,6 +35,8 @@ class SceneEnvironment(gymnasium.Env):
       indices: of the scenes that `reset` draws one of; `options={"scene": index}` takes any.
       steps: actions per episode.
       reached: distance to the goal, in world units, that counts as success (a full action moves the body 0.28).
+      goal: where it is in all scenes, along the two directions; scenes that start within three actions of it are left
+        out. None for the place that each scene has.
 
     Raises:
       ValueError: no scenes, no steps, or a distance that is not positive.
@@ -49,6 +52,7 @@ class SceneEnvironment(gymnasium.Env):
         indices: Sequence[int] = range(1_000_000),
         steps: int = 15,
         reached: float = SPEED,
+        goal: tuple[float, float] | None = None,
         render_mode: str | None = "rgb_array",
     ):
         for name, value in (("indices", len(indices)), ("steps", steps), ("reached", reached)):
@@ -56,7 +60,7 @@ class SceneEnvironment(gymnasium.Env):
                 raise ValueError(f"{name} = {value}: must be positive.")
         self.scenes = (scenes or SceneConfig()).replace(**DRIVEN, views=1)
         self.scenes.validate()
-        self.seed, self.indices, self.steps, self.reached = seed, indices, steps, reached
+        self.seed, self.indices, self.steps, self.reached, self.goal = seed, indices, steps, reached, goal
         self.render_mode = render_mode
         size = (self.scenes.height, self.scenes.width, 3)
         self.observation_space = gymnasium.spaces.Box(0, 255, size, np.uint8)
@@ -69,8 +73,8 @@ class SceneEnvironment(gymnasium.Env):
         """Start an episode; returns the first frame, and the index of the scene."""
         super().reset(seed=seed)
         index = (options or {}).get("scene")
-        index = int(self.indices[self.np_random.integers(len(self.indices))] if index is None else index)
-        self._setting = setting = draw_setting(self.scenes, self.seed, index)
+        index = self._draw_index() if index is None else int(index)
+        self._setting = setting = self._scene(index)
         self._renderer = Renderer(
             setting.stage, setting.cameras[0][0], self.scenes.height, self.scenes.width,
             samples=self.scenes.supersampling,
@@ -148,6 +152,24 @@ class SceneEnvironment(gymnasium.Env):
         """Go back to a state of `snapshot` of this episode."""
         self._place, self._steps_taken = state[0].copy(), state[1]
 
+    def _scene(self, index: int) -> Setting:
+        setting = draw_setting(self.scenes, self.seed, index)
+        if self.goal is None:
+            return setting
+        goal = np.asarray(self.goal, np.float64)
+        stage = dataclasses.replace(setting.stage, marker=goal_marker(goal, setting.axes))
+        return dataclasses.replace(setting, goal=goal, stage=stage)
+
+    def _draw_index(self) -> int:
+        for _ in range(TRIES):
+            index = int(self.indices[self.np_random.integers(len(self.indices))])
+            if self.goal is None:
+                return index
+            setting = self._scene(index)
+            if np.linalg.norm(setting.goal - setting.axes @ setting.body.center) > 3 * SPEED:
+                return index
+        raise ValueError(f"goal = {self.goal}: none of {TRIES} scenes starts further than three actions from it.")
+
     def _set(self) -> Setting:
         if self._setting is None:
             raise ValueError("step before reset: call reset() first.")
@@ -157,6 +179,14 @@ class SceneEnvironment(gymnasium.Env):
         setting = self._set()
         center = place @ setting.axes + np.array([0.0, 0.0, setting.body.radius])
         return self._renderer.frame([dataclasses.replace(setting.body, center=center), *setting.static])
+
+
+def cube_to_center() -> SceneEnvironment:
+    """The easiest task: a red cube is pushed to the middle of a plain ground, seen by one camera, 32x32 pixels."""
+    scenes = SceneConfig(
+        height=32, width=32, frames=16, wander=0.0, background="plain", colors=("red",), shapes=("cube",)
+    )
+    return SceneEnvironment(scenes, seed=1, goal=(0.0, 0.0))
 
 
 def scenes_of(metadata: Mapping[str, Any]) -> tuple[SceneConfig, int]:

@@ -7,8 +7,8 @@ takes (with `--set` for its actions and episodes); FOLDER a world model of other
 Every way is trained with every seed, through `jvgen.training.loop.train`; runs that are finished are not trained again.
 Writes `curves.png` (every seed a line), `curves.md` (means over seeds) and `curves.json`.
 
-With `--faults` also the three faults of the released code, one at a time, in the world model from scratch, after all
-of these, with the first `--fault-seeds` seeds; `faults.png` compares them with it.
+With `--faults` also the three faults of the released code, one at a time, in the pretrained world model (from scratch
+without one), after all of these, with the first `--fault-seeds` seeds; `faults.png` compares them with it.
 """
 
 import argparse
@@ -37,7 +37,8 @@ FAULTS = [field.name for field in dataclasses.fields(ReleasedFaults)]
 def experiment_of(way: str, seed: int, given: argparse.Namespace) -> Experiment:
     """The run of one way and seed."""
     fault = way if way in FAULTS else None
-    experiment = config.load(f"{CONFIG}:{'from_scratch' if fault else WAYS[way]}")
+    way = corrected(given) if fault else way
+    experiment = config.load(f"{CONFIG}:{WAYS[way]}")
     source = experiment.data.sources[0].replace(path=given.env)
     experiment = experiment.replace(
         seed=seed, data=experiment.data.replace(sources=(source,), evaluation_sources=(source,))
@@ -45,7 +46,7 @@ def experiment_of(way: str, seed: int, given: argparse.Namespace) -> Experiment:
     imagination = experiment.task.imagination
     if fault:
         imagination = imagination.replace(released=ReleasedFaults(**{fault: True}))
-    elif way == "pretrained":
+    if way == "pretrained":
         imagination = imagination.replace(pretrained=str(given.world))
     experiment = experiment.replace(task=experiment.task.replace(imagination=imagination))
     # What is imagined is no part of the agent alone.
@@ -55,6 +56,11 @@ def experiment_of(way: str, seed: int, given: argparse.Namespace) -> Experiment:
         steps = experiment.task.fit_steps + given.steps
         experiment = experiment.replace(training=experiment.training.replace(steps=steps, visualize_every=steps))
     return experiment
+
+
+def corrected(given: argparse.Namespace) -> str:
+    """The way that faults are compared with."""
+    return "from scratch" if given.world is None else "pretrained"
 
 
 def run(way: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -136,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         picture({way: of for way, of in curves.items() if way in WAYS}, given.workdir / "curves.png")
         faults = {fault: of for fault, of in curves.items() if fault in FAULTS}
         if faults:
-            corrected = {seed: curves["from scratch"][seed] for seed in range(given.fault_seeds)}
-            picture({"corrected": corrected, **faults}, given.workdir / "faults.png")
+            without = {seed: curves[corrected(given)][seed] for seed in range(given.fault_seeds)}
+            picture({"corrected": without, **faults}, given.workdir / "faults.png")
     print(table(curves))
 
 

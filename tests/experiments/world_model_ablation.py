@@ -2,13 +2,14 @@
 
     python -m tests.experiments.world_model_ablation --scenes DATA --tokenizer FOLDER --workdir runs/ablation
 
-DATA is a data set of driven scenes, FOLDER an exported tokenizer of them. All windows are tokenized once; then the
-transformer of `configs/demo_ivideogpt_transformer.py` is trained per variant and seed, with equal steps and batches,
-and its greedy rollouts predict windows of the validation split. Every variant is exported (`WORKDIR/VARIANT_SEED` holds
-tokenizer/ and transformer/, as `jvgen plan` and `jvgen play` take them).
+DATA is a data set of driven scenes or of an environment, FOLDER an exported tokenizer of it. All windows are tokenized
+once; then the transformer of `configs/demo_ivideogpt_transformer.py` is trained per variant and seed, with equal steps
+and batches, and its greedy rollouts predict windows of the validation split. Every variant is exported
+(`WORKDIR/VARIANT_SEED` holds tokenizer/ and transformer/, as `jvgen plan` and `jvgen play` take them).
 
 The report: PSNR of whole frames and of moving pixels beside copying the last frame of the context and the tokenizer
-alone; what actions of other windows cost; ids that no future frame can hold; errors of rewards.
+alone; what actions of other windows cost; ids that no future frame can hold; scrambled frames, of less than 20 dB;
+errors of rewards.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
 from jvgen.evaluation.contact_sheets import contact_sheet, png_bytes
+from jvgen.evaluation.reconstruction import peak_signal_to_noise
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
@@ -41,6 +43,7 @@ from jvgen.nn.network import Network
 from jvgen.training.optimization.optimizer import clip, global_norm, make_optimizer
 from tests.experiments.ivideogpt_metaworld import CONFIGS, MOVED, reward_errors, score
 
+SCRAMBLED = 20.0  # dB of a whole frame
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"tokens_per_frame": None, "action_everywhere": False},
     "places": {"action_everywhere": False},
@@ -62,20 +65,21 @@ class Windows:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tokenize, train all variants, score them, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=Path, required=True, help="data set of driven scenes")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="exported tokenizer of these scenes")
+    parser.add_argument("--scenes", type=Path, required=True, help="data set with actions and rewards")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="exported tokenizer of these recordings")
     parser.add_argument("--workdir", type=Path, required=True, help="exports and the report are written here")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, by comma")
     parser.add_argument("--seeds", type=int, default=1, help="of initialization and order of batches")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--frames", type=int, default=10, help="of a window, two of context included")
     parser.add_argument("--windows", type=int, default=2, help="per training clip")
+    parser.add_argument("--held-out", type=int, default=1, help="windows per held-out clip")
     parsed = parser.parse_args(arguments)
     parsed.workdir.mkdir(parents=True, exist_ok=True)
     tokenizer, weights = import_folder(parsed.tokenizer)
     train, held_out = (
         windows_of(parsed.scenes, split, tokenizer, weights, parsed.frames, count)
-        for split, count in (("train", parsed.windows), ("validation", 1))
+        for split, count in (("train", parsed.windows), ("validation", parsed.held_out))
     )
     print(f"{len(train.ids)} windows to train on, {len(held_out.ids)} held out", flush=True)
     report = (
@@ -126,7 +130,10 @@ def fit(
     experiment = config.load(CONFIGS / "demo_ivideogpt_transformer.py")
     layout = tokenizer.layout(frames)
     transformer = experiment.task.transformer.replace(
-        vocabulary=tokenizer.vocabulary, max_positions=max(layout.length, 256), **settings
+        vocabulary=tokenizer.vocabulary,
+        max_positions=max(layout.length, 256),
+        action_width=train.actions.shape[-1],
+        **settings,
     )
     transformer.check_tokenizer(tokenizer, frames)
     network = Network.of(lambda rngs: FrameTransformer(transformer, rngs=rngs))
@@ -207,10 +214,19 @@ def evaluate(world: WorldModel, held_out: Windows, folder: Path) -> dict[str, An
             for way, of in scores.items()
         },
         "impossible_ids": float(1 - valid.mean()),
+        "scrambled": {
+            way: int((frame_psnr(clips[way], true) < SCRAMBLED).sum()) for way in ("model", "tokenizer alone")
+        },
+        "frames": int(np.prod(true.shape[:2])),
         "rewards": reward_errors(
             np.asarray(made.rewards), held_out.rewards[:, count - 1 : -1], held_out.rewards[:, count - 2 : count - 1]
         ),
     }
+
+
+def frame_psnr(made: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """PSNR of each frame, dB."""
+    return np.asarray(peak_signal_to_noise(jnp.asarray(made), jnp.asarray(true), data_range=1.0))
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -223,6 +239,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         "copying, moving": lambda row: f"{row['copying']['psnr_moving']:.2f}",
         "tokenizer, moving": lambda row: f"{row['tokenizer alone']['psnr_moving']:.2f}",
         "impossible ids": lambda row: f"{row['impossible_ids']:.2%}",
+        "scrambled frames": lambda row: (
+            f"{row['scrambled']['model']} of {row['frames']} (tokenizer {row['scrambled']['tokenizer alone']})"
+        ),
         "reward correlation": lambda row: f"{row['rewards']['correlation']:.2f}",
     }
     lines = [f"| variant | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]

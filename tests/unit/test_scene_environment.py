@@ -89,6 +89,23 @@ def test_bad_input(options, words) -> None:
         SceneEnvironment(SMALL, **options)
 
 
+def test_one_goal_for_all_scenes() -> None:
+    """The same place in every episode, far from its start, marked in the frames; scenes are those without it."""
+    one, own = (SceneEnvironment(SMALL, seed=3, steps=6, goal=goal) for goal in ((0.5, -0.5), None))
+    for seed in range(20):
+        frame, info = one.reset(seed=seed)
+        other, _ = own.reset(options={"scene": info["scene"]})
+        assert one.distance > 3 * SPEED and np.linalg.norm(one._place - (0.5, -0.5)) == pytest.approx(one.distance)
+        np.testing.assert_array_equal(one._place, own._place)
+        assert (frame != other).any()
+    while not (ended := one.step(one.expert_action()))[3]:
+        pass
+    assert ended[4]["success"]
+    own.reset(options={"scene": 0})
+    with pytest.raises(ValueError, match="none of 1000 scenes starts further"):
+        SceneEnvironment(SMALL, indices=range(1), seed=3, goal=tuple(own._place)).reset(seed=0)
+
+
 def test_bad_calls(environment) -> None:
     with pytest.raises(ValueError, match="reset"):
         environment.step(np.zeros(2))
