@@ -110,6 +110,11 @@ class ImaginationConfig(Config):
     def validate(self) -> None:
         self.transformer.check_tokenizer(self.tokenizer, self.tokenizer.context_frames + self.horizon)
         check_world(self.world(), self.horizon)
+        if self.released.dropout_in_rollouts and not self.transformer.attention_dropout:
+            raise ValueError(
+                "released.dropout_in_rollouts = true, but transformer.attention_dropout = 0: there is no dropout to "
+                "leave on; train with some, or leave the flag off."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,8 @@ def run(way: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
         status = train(experiment, as_path(folder))
         assert status == 0, f"{folder}: ended with {status}"
         rows = read_rows(folder / "evaluation.jsonl")
-    return rows
+    # While the world model is fitted the agent does not act: only the last evaluation there counts.
+    return list({row["environment_steps"]: row for row in rows}.values())
 
 
 def picture(curves: dict[str, dict[int, list[dict[str, Any]]]], path: Path) -> None:
@@ -126,14 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="some of them, by comma")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--steps", type=int, metavar="N", help="actions in training, instead of the config's")
-    parser.add_argument("--faults", action="store_true", help="also the faults of the released code")
+    parser.add_argument(
+        "--faults", nargs="?", const=",".join(FAULTS), default="", help="also faults of the released code, by comma"
+    )
     parser.add_argument("--fault-seeds", type=int, default=1, metavar="N", help="seeds of each fault")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="PATH=VALUE")
     given = parser.parse_args(arguments)
     ways = [way for way in given.ways.split(",") if way != "pretrained" or given.world is not None]
     # Seed by seed: what there is so far compares all ways.
     runs = [(way, seed) for seed in range(given.seeds) for way in ways]
-    runs += [(fault, seed) for seed in range(given.fault_seeds) for fault in FAULTS if given.faults]
+    runs += [(fault, seed) for seed in range(given.fault_seeds) for fault in given.faults.split(",") if fault]
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for way, seed in runs:
         curves.setdefault(way, {})[seed] = run(way, seed, given)

@@ -25,6 +25,7 @@ from jvgen.interop.to_torch import export_networks
 from jvgen.models.ivideogpt.objective import symlog
 from jvgen.reinforcement import experience as module
 from jvgen.reinforcement import pretrained
+from jvgen.reinforcement.config import ReleasedFaults
 from jvgen.reinforcement.experience import Experience
 from jvgen.reinforcement.task import ACTIONS, REWARDS, VIDEO
 from jvgen.tasks.task import ExperienceContext
@@ -330,6 +331,15 @@ def test_restarts_count_updates_of_the_tokenizer():
         (lambda c: c.replace(imagination=c.imagination.replace(horizon=60)), "more than transformer.max_positions"),
         (lambda c: c.replace(imagination=c.imagination.replace(horizon=2)), "horizon = 2: .* agent.steps = 3"),
         (lambda c: c.replace(episode_steps=2), "episode_steps = 2: .* agent.steps = 3"),
+        (
+            lambda c: c.replace(
+                imagination=c.imagination.replace(
+                    transformer=tiny.TRANSFORMER.replace(attention_dropout=0.0),
+                    released=ReleasedFaults(dropout_in_rollouts=True),
+                )
+            ),
+            "attention_dropout = 0: there is no dropout to leave on",
+        ),
     ],
 )
 def test_configs_that_cannot_be(change, message):
