@@ -34,7 +34,7 @@ ABOUT = {
     "export_video_vae": ("writes the video VAE as a folder", 5),
     "evaluate_video_vae": ("measures both VAEs' decoders on held-out clips, also each on the other's latents", 18),
     "latents": ("encodes all clips once, for the diffusion model", 22),
-    "train_text_to_video": ("trains the video DiT on the latents; stopped by SIGTERM, saved, and resumed", 195),
+    "train_text_to_video": ("trains the video DiT on the latents; stopped by SIGTERM, saved, and resumed", 220),
     "evaluate_text_to_video": ("measures its loss on held-out clips by noise level", 8),
     "sample": ("samples clips from captions and decodes them with the video VAE", 24),
     "sample_swapped": ("the same latents, decoded by the image VAE frame by frame", 21),

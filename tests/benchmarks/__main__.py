@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
     parser.add_argument("--cores", type=int, help="cores for both sides (default: all that this process may use)")
     parser.add_argument("--repeats", type=int, help="rounds of the timed benchmarks (default 9, with --quick 2)")
+    parser.add_argument("--avx2", action="store_true", help="keep both sides to AVX2 where the processor has AVX-512")
     parser.add_argument("--topology", default="v5e:16x16", help="of the TPU compilations (default %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     chosen = parser.parse_args(arguments)
@@ -58,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--cores {chosen.cores}: this process may use {len(machine.usable_cores())}")
 
     cores = machine.hold_to_cores(chosen.cores)
+    if chosen.avx2:
+        machine.hold_to_avx2()
     # Read by JAX and by PyTorch when they are imported, which is below.
     os.environ["OMP_NUM_THREADS"] = str(cores)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

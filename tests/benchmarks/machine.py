@@ -50,6 +50,7 @@ def describe(cores: int) -> dict[str, object]:
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "processor": _processor(),
+        "instructions": instructions(),
         "cores_used": cores,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
@@ -59,13 +60,40 @@ def describe(cores: int) -> dict[str, object]:
     }
 
 
+# What keeps each side to AVX2 on a processor that has more: read when JAX, and PyTorch with its libraries, are loaded.
+AVX2_ONLY = {
+    "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
+
+def hold_to_avx2() -> None:
+    """Keep what this process loads from now on to AVX2."""
+    for name, value in AVX2_ONLY.items():
+        before = os.environ.get(name)
+        os.environ[name] = f"{before} {value}" if name == "XLA_FLAGS" and before else value
+
+
+def instructions() -> str:
+    """The widest vector instructions that are used: those of the processor, or AVX2 after `hold_to_avx2`."""
+    has = _of_cpuinfo("flags").split()
+    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in has), "not known")
+    held = AVX2_ONLY["XLA_FLAGS"] in os.environ.get("XLA_FLAGS", "").split()
+    return f"AVX2 of {widest}" if held and widest == "AVX-512" else widest
+
+
 def _processor() -> str:
+    return _of_cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _of_cpuinfo(name: str) -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith(name):
+            return line.split(":", 1)[1].strip()
+    return ""
 
 
 def version(package: str) -> str:

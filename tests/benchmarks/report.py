@@ -49,8 +49,8 @@ class Printer:
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         self._say(f"$ {document['command']}")
         self._say(
-            f"{machine['processor']}: {machine['cores_used']} of {machine['cores']} cores for each side; "
-            f"load average {load}, niceness {machine['niceness']}; {machine['time']}"
+            f"{machine['processor']}, {machine['instructions']}: {machine['cores_used']} of {machine['cores']} cores "
+            f"for each side; load average {load}, niceness {machine['niceness']}; {machine['time']}"
         )
         self._say(f"Python {machine['python']}; {versions}")
         if document["quick"]:

@@ -12,6 +12,9 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks import machine  # noqa: E402
 
 ROWS = {
     "dit_step": {
@@ -47,6 +50,19 @@ ROWS = {
     },
     "memory": {"remat", "parameters", "gradients", "saved", "formula", "least", "compiled", "ratio"},
 }  # fmt: skip
+
+
+def test_instructions_are_named(monkeypatch):
+    monkeypatch.setattr(machine, "_of_cpuinfo", lambda name: "fma avx2 avx512f")
+    for name in machine.AVX2_ONLY:
+        monkeypatch.setenv(name, "")
+    assert machine.instructions() == "AVX-512"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    machine.hold_to_avx2()
+    assert machine.instructions() == "AVX2 of AVX-512" and os.environ["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false --xla_cpu_max_isa=AVX2"
+    monkeypatch.setattr(machine, "_of_cpuinfo", lambda name: "fma avx2")
+    assert machine.instructions() == "AVX2"
 
 
 @pytest.fixture(scope="module")
