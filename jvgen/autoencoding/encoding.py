@@ -1,71 +1,80 @@
-"""An exported VAE as a function from the frames of a clip to latent moments, for caching latents on disk."""
+"""An exported VAE that encodes batches of clips on all devices of this process, for caching latents on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jvgen.autoencoding.streaming import StreamingVAE
-from jvgen.finite import not_finite
-from jvgen.interop.from_torch import import_folder, read_config
-from jvgen.models.image_vae.config import ImageVAEConfig
-from jvgen.models.image_vae.model import ImageVAE
-from jvgen.nn.network import Network
-from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
-from jvgen.tasks.pixels import from_uint8
+from jvgen.interop.from_torch import read_config
+from jvgen.parallel.mesh import MeshConfig, make_mesh
+from jvgen.parallel.rules import Sharding, ShardingConfig
+from jvgen.tasks.clip_vae import VAEConfig
 
 
-class FrameEncoder:
-    """Calls turn uint8 frames `F H W 3` of a clip into float32 moments `f h w 2z`.
+class ClipEncoder:
+    """A `jvgen.data.builders.batches.BatchEncoder`: clips are divided over the devices, which have the VAE each.
 
     Args:
       folder: exported folder of an image VAE or a video VAE.
-      height, width: of the frames.
-      batch: frames encoded together by an image VAE, about as many by a video VAE.
+      sizes: heights and widths of the frames.
+      batch: frames that a device encodes together. Longer clips pass in chunks; networks whose result depends on the
+        chunks have their own.
+      devices: by default all of this process.
 
     Attributes:
       frames_per_latent: frames that share a latent; clips have a multiple of it after their first frame.
 
     Raises:
       ValueError: not a VAE, or a size that its latents do not divide.
-      NotFinite: by a call: latents with NaN or infinity.
     """
 
-    def __init__(self, folder: str, height: int, width: int, *, batch: int = 16):
+    def __init__(
+        self,
+        folder: str,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        batch: int = 16,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         config = read_config(folder)
         if batch < 1:
             raise ValueError(f"--batch-size {batch}: must be at least 1.")
         if not isinstance(config, VAEConfig):
             raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not a VAE.")
-        if height % config.downsampling or width % config.downsampling:
-            raise ValueError(f"--size {height}x{width}: both must be multiples of {config.downsampling} for this VAE.")
-        self._batch, self._folder = batch, folder
-        self.frames_per_latent = temporal_downsampling(config)
-        self._video_vae = None if isinstance(config, ImageVAEConfig) else StreamingVAE(folder, chunk_frames=batch)
-        if self._video_vae is None:
-            _, parameters = import_folder(folder)
-            network = Network.of(lambda rngs: ImageVAE(config, rngs=rngs))
-            self._encode = jax.jit(
-                lambda tree, frames: network.apply(tree, from_uint8(frames), method="encode").astype(jnp.float32)
-            )
-            self._parameters = jax.device_put(parameters)
+        for height, width in sizes:
+            if height % config.downsampling or width % config.downsampling:
+                raise ValueError(
+                    f"--size {height}x{width}: both must be multiples of {config.downsampling} for this VAE."
+                )
+        devices = jax.local_devices() if devices is None else devices
+        sharding = None
+        if len(devices) > 1:
+            sharding = Sharding(make_mesh(MeshConfig(), devices), ShardingConfig())
+        self._vae = StreamingVAE(folder, chunk_frames=batch, sharding=sharding)
+        self._frames, self._devices = batch, len(devices)
+        self.frames_per_latent = self._vae.frames_per_latent
 
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
-        if (len(frames) - 1) % self.frames_per_latent:
-            raise ValueError(f"a clip of {len(frames)} frames: this VAE needs {self.frames_per_latent}n + 1.")
-        if self._video_vae is None:
-            chunks = self._encode_images(frames)
-        else:
-            chunks = self._video_vae.moments(iter(frames), len(frames))
-        moments = np.concatenate(list(chunks))
-        if not np.isfinite(moments).all():
-            raise not_finite("latents of a clip", f"VAE {self._folder}", np.float32)
-        return moments
+    def batch(self, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
+        """The size `F H W` that a clip is padded to, in which it shares a batch, and the clips of such a batch."""
+        frames, height, width, _ = shape
+        if (frames - 1) % self.frames_per_latent:
+            raise ValueError(f"a clip of {frames} frames: this VAE needs {self.frames_per_latent}n + 1.")
+        padded = self._vae.padded_frames(frames)
+        return (padded, height, width), max(1, self._frames // padded) * self._devices
 
-    def _encode_images(self, frames: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(frames), self._batch):
-            batch = frames[start : start + self._batch]
-            # Padded to one shape, so that there is one compilation.
-            padded = np.concatenate([batch, np.zeros((self._batch - len(batch), *batch.shape[1:]), np.uint8)])
-            yield np.asarray(self._encode(self._parameters, padded))[: len(batch)]
+    def begin(self, clips: Sequence[np.ndarray]) -> Any:
+        """Begin to encode at most one batch of clips `F H W 3`, uint8, of one `batch`, and do not wait for it."""
+        (frames, height, width), size = self.batch(clips[0].shape)
+        padded = np.zeros((size, frames, height, width, 3), np.uint8)
+        for row, clip in enumerate(clips):
+            padded[row, : len(clip)] = clip
+            padded[row, len(clip) :] = clip[-1]
+        return self._vae.begin(padded), [(len(clip) - 1) // self.frames_per_latent + 1 for clip in clips]
+
+    def end(self, begun: Any) -> list[np.ndarray]:
+        """Wait for a batch: moments `f h w 2z` of each clip, float32, as they are; they may hold NaN."""
+        chunks, lengths = begun
+        moments = np.concatenate([np.asarray(chunk)[:, shared:] for chunk, shared in chunks], axis=1)
+        return [moments[row, :length].astype(np.float32) for row, length in enumerate(lengths)]

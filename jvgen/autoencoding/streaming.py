@@ -20,6 +20,8 @@ from jvgen.models.cv_vae.tiling import chunk_bounds
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.compute_dtype import cast
 from jvgen.nn.network import Parameters
+from jvgen.parallel import axes
+from jvgen.parallel.rules import Sharding
 from jvgen.storage import Path
 from jvgen.tasks.clip_vae import ClipVAE, VAEConfig, temporal_downsampling
 from jvgen.tasks.pixels import from_uint8, to_clips
@@ -27,6 +29,8 @@ from jvgen.tasks.task import activation_dtype
 
 # Codes one chunk: (parameters, frames or latents, cache) -> (moments or `Clips`, cache for the next chunk).
 ChunkStep = Callable[[Parameters, jax.Array, Any], tuple[Any, Any]]
+# Lengths that the last chunk of a padded clip may have.
+_CHUNK_PARTS = 4
 
 
 class StreamingVAE:
@@ -37,12 +41,20 @@ class StreamingVAE:
       chunk_frames: frames that are coded together, rounded to what the network takes; networks whose result depends on
         the chunks have their own number.
       compute_dtype: of activations and matrices; "bfloat16" halves the memory.
+      sharding: of clips that are encoded together; None for one device.
 
     Raises:
       ValueError: a folder without an autoencoder, or `chunk_frames` below 1.
     """
 
-    def __init__(self, folder: str | Path, *, chunk_frames: int = 16, compute_dtype: str = "float32"):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        chunk_frames: int = 16,
+        compute_dtype: str = "float32",
+        sharding: Sharding | None = None,
+    ):
         config = read_config(folder)
         if not isinstance(config, VAEConfig):
             raise ValueError(f"--vae {folder}: holds a {type(config).__name__}, not an autoencoder of images or clips.")
@@ -51,11 +63,14 @@ class StreamingVAE:
         self.config, self._folder, self._dtype = config, folder, jnp.dtype(compute_dtype)
         self.frames_per_latent = temporal_downsampling(config)
         self._vae = ClipVAE(config)
-        loaded, axes = import_folder(folder)[1], self._vae.network.axes
-        self._parameters = jax.jit(lambda tree: cast(tree, axes, jnp.dtype(compute_dtype)))(loaded)
+        loaded, names = import_folder(folder)[1], self._vae.network.axes
+        self._sharding, whole = sharding, None if sharding is None else sharding.replicated
+        self._parameters = jax.jit(lambda tree: cast(tree, names, jnp.dtype(compute_dtype)), out_shardings=whole)(
+            loaded
+        )
         self._chunk_latents = max(chunk_frames // self.frames_per_latent, 1)
         # A cache is as large as the network's activations, so the next one reuses its memory.
-        self._encode, self._decode = (jax.jit(step, donate_argnums=2) for step in self._steps())
+        self._encode, self._decode = (jax.jit(self._partitioned(step), donate_argnums=2) for step in self._steps())
 
     @property
     def latent_channels(self) -> int:
@@ -100,6 +115,34 @@ class StreamingVAE:
             if not np.isfinite(moments).all():
                 raise self._not_finite(f"latents of frames {start} to {stop - 1}")
             yield moments
+
+    def padded_frames(self, count: int) -> int:
+        """A number of frames that clips of many lengths, of whole latents, can be padded to at their ends.
+
+        Their own latents stay what they are. Clips whose latents depend on the frames after them are not padded.
+        """
+        config = self.config
+        if isinstance(config, CogVideoXVAEConfig) or (isinstance(config, CVVAEConfig) and not config.is_causal):
+            return count
+        # Parts of a chunk, so that there are few programs and little padding.
+        step = max(self._chunk_latents // _CHUNK_PARTS, 1) * self.frames_per_latent
+        return 1 + -(-(count - 1) // step) * step
+
+    def begin(self, clips: np.ndarray) -> list[tuple[jax.Array, int]]:
+        """Begin to encode clips `B F H W 3`, uint8, of whole latents, and do not wait for it.
+
+        Returns:
+          Moments in chunks `B f h w 2z`, with the number of latent frames at the start of each that do not count.
+        """
+        cache, made = None, []
+        place = None
+        if self._sharding is not None:
+            place = self._sharding.activation((axes.BATCH, None, None, None, None), clips.shape)
+        for start, stop, shared in self._bounds(clips.shape[1], of_latents=False):
+            chunk = jax.device_put(clips[:, start:stop], place)
+            moments, cache = self._encode(self._parameters, chunk, cache)
+            made.append((moments, shared))
+        return made
 
     def decode(self, latents: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
         """uint8 chunks `F H W 3` of a video, from `count` latent frames `h w z`.
@@ -152,6 +195,13 @@ class StreamingVAE:
         size = self._chunk_latents * per_step
         ends = [*range(1 + size, frames, size), frames]
         return [(start, stop, 0) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _partitioned(self, step: ChunkStep) -> ChunkStep:
+        def placed(parameters: Parameters, chunk: jax.Array, cache: Any) -> tuple[Any, Any]:
+            with axes.partitioned(self._sharding):
+                return step(parameters, chunk, cache)
+
+        return placed
 
     def _steps(self) -> tuple[ChunkStep, ChunkStep]:
         vae, config = self._vae, self.config

@@ -23,6 +23,7 @@ from jvgen.parallel.mesh import make_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.storage import Path, StorageError, absolute, check_run_directory, is_remote
 from jvgen.tasks.task import Task
+from jvgen.training.balance import with_batch_sizes
 from jvgen.training.checkpoint import init_from
 from jvgen.training.checkpoint.initial import saved_steps
 from jvgen.training.experiment import Experiment
@@ -101,6 +102,8 @@ def inspect_run(
     """
     problems: dict[str, list[str]] = {area: [] for area in ("config", "data", "weights", "mesh", "division")}
     problems["config"] += _buckets(experiment)
+    resolved, found = _attempt(lambda: with_batch_sizes(experiment))
+    experiment, problems["config"] = resolved or experiment, problems["config"] + found
     problems["config"] += _attempt(lambda: quantized.check_installed(experiment.training.precision.quantized))[1]
     loader, problems["data"] = _data(experiment)
     problems["weights"] += _attempt(experiment.task.check_weights)[1]

@@ -23,7 +23,7 @@ from jvgen.preflight.ahead_of_time import compile_bucket
 from jvgen.preflight.check import Inspection, inspect_run, kernels
 from jvgen.preflight.estimate import ASSUMED_BASIS, amount, lower_bound, reading, replicated, step_seconds
 from jvgen.storage import Path, absolute, is_remote
-from jvgen.training.balance import TOLERANCE, step_costs
+from jvgen.training.balance import described
 from jvgen.training.checkpoint.initial import saved_steps
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.experiment import Experiment
@@ -320,14 +320,7 @@ def _time(program: Program, target: _Devices) -> Row:
 
 
 def _balance(program: Program) -> Row:
-    costs = step_costs(program.task, tuple(dict.fromkeys(program.experiment.data.buckets)))
-    if not costs:
-        return Row("step times", True, "unknown: the FLOPs of the step are not known")
-    relative = [cost.relative for cost in costs]
-    text = f"{min(relative):.2f} to {max(relative):.2f} of their mean by FLOPs: {'; '.join(map(str, costs))}"
-    if max(relative) - 1 > TOLERANCE or 1 - min(relative) > TOLERANCE:
-        text += "; `balanced_buckets` chooses batch sizes by which they are alike"
-    return Row("step times", True, text)
+    return Row("step times", True, described(program.task, program.experiment.data.buckets))
 
 
 def _duration(seconds: float) -> str:

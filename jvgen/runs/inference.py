@@ -104,7 +104,7 @@ def open_run(
       CheckpointError, ConfigError: see `load_for_inference`.
       ValueError: weights of frozen networks are missing or belong to other networks.
     """
-    experiment = with_lpips(read_experiment(folder), lpips)
+    experiment = _for_prompts(with_lpips(read_experiment(folder), lpips))
     experiment.task.check_weights()
     sharding = Sharding(make_mesh(MeshConfig(fsdp=-1), jax.local_devices()))
     if untrained:
@@ -112,6 +112,10 @@ def open_run(
         fresh = program.init()
         return LoadedRun(program, fresh.parameters, fresh.frozen, 0, "raw")
     saved, _, parameters, trained = load_for_inference(folder, ema, step=step, sharding=sharding)
-    program = Program.build(with_lpips(saved, lpips), sharding.mesh)
+    program = Program.build(_for_prompts(with_lpips(saved, lpips)), sharding.mesh)
     _, frozen = program.external_inputs()
     return LoadedRun(program, parameters, frozen, trained, str(ema or "best"))
+
+
+def _for_prompts(experiment: Experiment) -> Experiment:
+    return experiment.replace(task=experiment.task.for_prompts())

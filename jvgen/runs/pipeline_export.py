@@ -49,7 +49,13 @@ def obstacles(config: TextToVideoConfig, trained_with: str | None = None) -> lis
       trained_with: content hash of the frozen weights in the checkpoint; None or "" to compare none.
     """
     scheduler = schedulers.Scheduler(config.schedule, config.objective.target, config.sampler)
+    config = config.for_prompts()
     rules = (
+        (
+            config.text.embeddings is None,
+            "task.text.weights, task.text.tokenizer: the run was trained on cached embeddings and names no T5",
+        ),
+        (config.text.padding == "attended", "task.text.padding = 'zeros': the pipeline's T5 attends to padding"),
         (
             config.denoiser.aggregation is None,
             "task.denoiser.aggregation: diffusers has no class with RepVideo's gates",

@@ -16,22 +16,21 @@ ALIGNED = "aligned"
 
 
 def fields(config: TextToVideoFields, bucket: BucketConfig) -> dict[str, ArraySpec]:
-    """The arrays of one example of a bucket: "video", or "latents" with the pixels that are needed beside them; tokens.
+    """The arrays of one example, but the caption: "video", or "latents" with the pixels that are needed beside them.
 
     Raises:
       ValueError: a size that the networks cannot take.
     """
     frames, height, width = config.latent_shape(bucket.frames, bucket.height, bucket.width)
-    tokens = ArraySpec((config.text.length,), np.dtype(np.int32), (None,))
     names = (axes.FRAMES, axes.HEIGHT, axes.WIDTH, None)
 
     def pixels(frames: int) -> ArraySpec:
         return ArraySpec((frames, bucket.height, bucket.width, 3), np.dtype(np.uint8), names)
 
     if config.latents == "pixels":
-        return {"video": pixels(bucket.frames), "tokens": tokens}
+        return {"video": pixels(bucket.frames)}
     shape = (frames, height, width, 2 * config.denoiser.out_channels)
-    found = {"latents": ArraySpec(shape, np.dtype(np.float32), names), "tokens": tokens}
+    found = {"latents": ArraySpec(shape, np.dtype(np.float32), names)}
     if config.given_frames:
         found["given"] = pixels(config.given_frames)
     if config.alignment is not None:
@@ -40,7 +39,7 @@ def fields(config: TextToVideoFields, bucket: BucketConfig) -> dict[str, ArraySp
 
 
 def prepare(config: TextToVideoFields, example: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of `fields` without the tokens, of one decoded example.
+    """The arrays of `fields` of one decoded example.
 
     Raises:
       ValueError: an example without the pixels or latents that the task trains on.

@@ -80,7 +80,7 @@ def generate_latents(
 
     Args:
       parameters: of all networks by name, trained or not.
-      tokens: captions `B L`.
+      tokens: captions, as `jvgen.tasks.text.TextEncoder` takes them.
       given: frames that the clips are conditioned on, or a video that they start from.
     """
     config, given, (sampler, guidance) = task.config, given or GivenPixels(), (how.sampler, how.guidance)
@@ -97,7 +97,7 @@ def generate_latents(
     if guidance.kind == "none":
         step = unguided(denoise, (text, condition))
     else:
-        empty = task.text_embeddings(parameters, {}, task.text.unconditional_tokens()[None])
+        empty = task.text_embeddings(parameters, {}, task.text.unconditional()[None])
         text_is_finite &= rows_are_finite(empty)
         without = (jnp.broadcast_to(empty, text.shape), condition)
         step = guided(denoise, (text, condition), without, rescale=guidance.rescale)

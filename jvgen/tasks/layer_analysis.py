@@ -54,7 +54,7 @@ def analyze_layers(
     given = task.given.condition(frozen, task.given.batch_frames(batch), key, batch["slot"], clean.shape[1])
     timesteps = jnp.full((clean.shape[0],), timestep, jnp.float32)
     noisy = task.schedule.add_noise(clean, draw_noise(key, clean.shape, batch["slot"]), timesteps)
-    text = task.text_embeddings(parameters, frozen, batch["tokens"])
+    text = task.text_embeddings(parameters, frozen, batch[task.text.field])
     weights = {**frozen, **parameters}
     dtype = activation_dtype(weights["denoiser"])
     model = task.bound_denoiser(weights)

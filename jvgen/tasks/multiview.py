@@ -119,10 +119,9 @@ class MultiView(TextToVideo):
     def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:
         config = self.config
         latent = config.latent_shape(view_batches.clip_frames(bucket), bucket.height, bucket.width)
-        tokens = ArraySpec((config.text.length,), np.dtype(np.int32), (None,))
         channels = 2 * config.denoiser.out_channels
         return view_batches.fields(
-            bucket, latent, channels=channels, from_pixels=config.latents == "pixels", tokens=tokens,
+            bucket, latent, channels=channels, from_pixels=config.latents == "pixels", text=self.text.fields(),
             given=config.given_frames,
         )  # fmt: skip
 
@@ -136,7 +135,7 @@ class MultiView(TextToVideo):
             temporal=config.temporal_compression,
             condition=config.condition,
         )
-        return {**arrays, "tokens": self.text.tokenize(example["caption"])}
+        return {**arrays, **self.text.of_example(example)}
 
     # Loss.
 
@@ -156,7 +155,7 @@ class MultiView(TextToVideo):
         else:
             places = jnp.ravel(slots[:, None] * views + jnp.arange(views))
             timesteps = draw_timesteps(key, clean.shape[0], slots=rows["slot"], places=places, **drawn)
-        text = self.text_embeddings(parameters, frozen, self.drop_captions(batch["tokens"], key, slots))
+        text = self.text_embeddings(parameters, frozen, self.drop_captions(batch[self.text.field], key, slots))
         weighted, plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text, given)
         adapter = float(_has_cameras(batch))
         metrics = {name: Mean(*pair) for name, pair in loss_by_band(plain, timesteps, config.objective.bands).items()}
@@ -333,7 +332,7 @@ class MultiView(TextToVideo):
         cameras = _repeat_first(cameras, (latent[0] - kept) * config.temporal_compression)
         shape = (tokens.shape[0] * views, *latent, config.denoiser.out_channels)
         text = repeat(self.text_embeddings(parameters, frozen, tokens), "b l c -> (b v) l c", v=views)
-        empty = self.text_embeddings(parameters, frozen, self.text.unconditional_tokens()[None])
+        empty = self.text_embeddings(parameters, frozen, self.text.unconditional()[None])
         guide, rows = guidance.kind != "none", view_slots(slots, views)
         frames = None if given is None or given.frames is None else rearrange(given.frames, "b v ... -> (b v) ...")
         condition = self.given.condition(frozen, frames, key, rows, latent[0])
@@ -381,8 +380,8 @@ class MultiView(TextToVideo):
         pixels = config.spatial_compression
         frames, height, width = part["intrinsics"].shape[2], real.shape[2] * pixels, real.shape[3] * pixels
         generated, finite = self.generate_view_latents(
-            parameters, frozen, part["tokens"], Cameras(part["intrinsics"], part["extrinsics"]), part["slot"], key,
-            size=(frames, height, width), sampler=config.sampler, guidance=config.guidance,
+            parameters, frozen, part[self.text.field], Cameras(part["intrinsics"], part["extrinsics"]), part["slot"],
+            key, size=(frames, height, width), sampler=config.sampler, guidance=config.guidance,
             given=GivenPixels(frames=self._view_frames(part)),
         )  # fmt: skip
         made = self.decode(frozen, generated)

@@ -195,6 +195,10 @@ class TaskConfig(Config):
     def check_data(self, data: DataConfig) -> None:
         """Raise `ValueError` for data sets that were made with other weights than the task's."""
 
+    def for_prompts(self) -> "TaskConfig":
+        """The configuration by which a trained run takes prompts that no data set has."""
+        return self
+
     @property
     def collects_experience(self) -> bool:
         """Whether batches come from `Task.experience` instead of data sets; sources then name environments."""

@@ -65,8 +65,9 @@ class TextToVideo(Task):
         self.networks = {"denoiser": self.denoiser_network}
         self.network_configs = {"denoiser": config.denoiser.plain}
         self.frozen_networks = {}
-        place = self.frozen_networks if self.text.frozen else self.networks
-        place["text_encoder"] = self.text.network
+        if self.text.network is not None:
+            place = self.frozen_networks if self.text.frozen else self.networks
+            place["text_encoder"] = self.text.network
         if not self.text.frozen:
             self.network_configs["text_encoder"] = config.text.encoder
         if config.vae is not None:
@@ -102,7 +103,7 @@ class TextToVideo(Task):
 
     def load_frozen(self) -> Parameters:
         frozen: Parameters = {}
-        if self.text.frozen:
+        if "text_encoder" in self.frozen_networks and self.text.frozen:
             frozen["text_encoder"] = self.text.load()
         if self.config.vae is not None:
             frozen["vae"] = import_folder(self.config.vae_weights)[1]
@@ -111,18 +112,18 @@ class TextToVideo(Task):
         return frozen | {name: import_folder(folder)[1] for name, folder in self._folders.items()}
 
     def frozen_digest(self) -> str:
-        folders = [self.config.text.weights if self.text.frozen else None, self.config.vae_weights]
-        digest = "+".join(content_digest(folder) for folder in folders if folder is not None)
+        text = [self.text.digest()] if self.text.frozen and (self.text.cached or self.config.text.weights) else []
+        vae = [] if self.config.vae_weights is None else [content_digest(self.config.vae_weights)]
         others = [*self._folders.values(), *((self.config.alignment.weights,) if self.alignment is not None else ())]
-        return "+".join([digest, *(content_digest(folder) for folder in others)])
+        return "+".join(["+".join([*text, *vae]), *(content_digest(folder) for folder in others)])
 
     # Batches.
 
     def fields(self, bucket: BucketConfig) -> dict[str, ArraySpec]:
-        return clip_batches.fields(self.config, bucket)
+        return clip_batches.fields(self.config, bucket) | self.text.fields()
 
     def preprocess(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
-        return clip_batches.prepare(self.config, example) | {"tokens": self.text.tokenize(example["caption"])}
+        return clip_batches.prepare(self.config, example) | self.text.of_example(example)
 
     # Loss.
 
@@ -137,7 +138,7 @@ class TextToVideo(Task):
         timesteps = draw_timesteps(
             key, clean.shape[0], config.objective.timesteps, self.schedule, size=size, slots=slots
         )
-        text = self.text_embeddings(parameters, frozen, self.drop_captions(batch["tokens"], key, slots))
+        text = self.text_embeddings(parameters, frozen, self.drop_captions(batch[self.text.field], key, slots))
         dropout_keys = None
         if config.lora is not None and config.lora.dropout and "step" in batch:
             dropout_keys = slot_keys(jax.random.fold_in(key, LORA_KEY), slots)
@@ -202,7 +203,7 @@ class TextToVideo(Task):
         clean = self.given.padded(self.clean_latents(frozen, rows, key, sampled=False))
         frames = self.given.batch_frames(rows)
         given = self.given.condition(frozen, frames, key, rows["slot"], clean.shape[1], sampled=False)
-        text = self.text_embeddings(parameters, frozen, batch["tokens"])
+        text = self.text_embeddings(parameters, frozen, batch[self.text.field])
         fixed = validation_timesteps(config.validation_timesteps, self.schedule)
 
         def at(timestep: jax.Array) -> jax.Array:
@@ -250,15 +251,15 @@ class TextToVideo(Task):
         """Clips in [-1, 1], up to the error of the VAE, of normalized latents `B F H W C`."""
         return self.coder.decode(vae, latents / self.config.latent_scale + self.config.latent_shift)
 
-    def drop_captions(self, tokens: jax.Array, key: jax.Array, slots: jax.Array) -> jax.Array:
-        """Replace the captions of random slots by the unconditional tokens."""
+    def drop_captions(self, captions: jax.Array, key: jax.Array, slots: jax.Array) -> jax.Array:
+        """Replace the captions of random slots by the unconditional one."""
         keys = slot_keys(jax.random.fold_in(key, CAPTION_KEY), slots)
         drop = jax.vmap(lambda k: jax.random.bernoulli(k, self.config.caption_dropout))(keys)
-        return jnp.where(drop[:, None], self.text.unconditional_tokens(), tokens)
+        return jnp.where(drop.reshape(-1, *[1] * (captions.ndim - 1)), self.text.unconditional(), captions)
 
-    def text_embeddings(self, parameters: Parameters, frozen: Parameters, tokens: jax.Array) -> jax.Array:
-        """Embeddings `B L C` of token ids."""
-        return self.text.embed({**frozen, **parameters}["text_encoder"], tokens)
+    def text_embeddings(self, parameters: Parameters, frozen: Parameters, captions: jax.Array) -> jax.Array:
+        """Embeddings `B L C` of captions: of token ids, or of cached embeddings as batches have them."""
+        return self.text.embed({**frozen, **parameters}.get("text_encoder"), captions)
 
     def denoise(
         self,
@@ -316,6 +317,11 @@ class TextToVideo(Task):
     # Sampling.
 
     def tokens(self, prompts: Sequence[str]) -> np.ndarray:
+        if self.text.cached:
+            raise ValueError(
+                f"task.text.embeddings = {self.config.text.embeddings!r}: prompts need the text encoder; the run's "
+                "config has to name task.text.weights and task.text.tokenizer too, which training does not read."
+            )
         return np.stack([self.text.tokenize(prompt) for prompt in prompts])
 
     def generate(
@@ -371,7 +377,7 @@ class TextToVideo(Task):
             width * self.config.spatial_compression,
         )
         given = GivenPixels(frames=self.given.batch_frames(some))
-        made = self.generate(parameters, frozen, some["tokens"], some["slot"], key, SampleRequest(*size), given)
+        made = self.generate(parameters, frozen, some[self.text.field], some["slot"], key, SampleRequest(*size), given)
         return {"data": self.decode(frozen, real), "sample": Clips(made.pixels, made.finite.all())}
 
     def exported_files(self) -> dict[str, str]:

@@ -4,7 +4,12 @@ import dataclasses
 from typing import Annotated, Literal
 
 from jvgen.data.stream.config import BucketConfig, DataConfig
-from jvgen.data.stream.source_checks import check_one_encoder, check_pixels
+from jvgen.data.stream.source_checks import (
+    check_one_encoder,
+    check_pixels,
+    check_text_embeddings,
+    text_embeddings_of,
+)
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.sampler import SamplerConfig, check_schedule, coefficients, first_step
@@ -233,7 +238,15 @@ class TextToVideoFields(TaskConfig):
             raise ValueError("task.vae_weights = none: name the exported folder of the VAE (`jvgen export`).")
         check_architecture(self.vae_weights, self.vae, "task.vae_weights")
 
+    def for_prompts(self) -> "TextToVideoFields":
+        text = self.text
+        if text.embeddings is None or text.weights is None or text.tokenizer is None:
+            return self
+        return self.replace(text=text.replace(embeddings=None))
+
     def check_data(self, data: DataConfig) -> None:
+        if self.text.embeddings is not None:
+            check_text_embeddings(data, text_embeddings_of(self.text.embeddings))
         if self.latents == "pixels" or self.given_frames or self.alignment is not None:
             for source in (*data.sources, *data.evaluation_sources):
                 check_pixels(source)

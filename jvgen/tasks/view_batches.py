@@ -64,7 +64,7 @@ def fields(
     *,
     channels: int,
     from_pixels: bool,
-    tokens: ArraySpec,
+    text: dict[str, ArraySpec],
     given: int = 0,
 ) -> dict[str, ArraySpec]:
     """The arrays of an example of a bucket.
@@ -74,12 +74,12 @@ def fields(
       latent: frames, height and width of the latents of one view.
       channels: of cached posterior moments.
       from_pixels: clips are stored as pixels, not as cached moments.
-      tokens: the array of the caption's tokens.
+      text: the caption's array.
       given: frames that each view is conditioned on, stored beside cached moments.
     """
     kind, views, frames = kind_of(bucket), views_of(bucket), clip_frames(bucket)
     places = (axes.VIEWS, axes.FRAMES, axes.HEIGHT, axes.WIDTH)
-    found = {"tokens": tokens}
+    found = dict(text)
     if from_pixels or kind is ViewKind.WARPED:
         shape = (views, frames, bucket.height, bucket.width, 3)
         found["video"] = ArraySpec(shape, np.dtype(np.uint8), (*places, None))

@@ -1,21 +1,26 @@
 """Batch sizes by which the steps of all buckets take about the same time.
 
     buckets = aspect_buckets(resolutions=(256, 480), frames=(1, 49), frames_per_second=8.0)
-    DataConfig(buckets=balanced_buckets(task, buckets, tokens_per_step=1_000_000, multiple_of=64), ...)
+    DataConfig(buckets=buckets, tokens_per_step=1_000_000, batch_multiple=64, ...)
 
 Processes wait for each other at every step, and a step's learning counts the same whatever its bucket: batches of few
 tokens would waste both. Attention makes tokens of long clips cost more, so the same number of tokens in every batch is
-not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step.
+not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step. By `jvgen estimate` of RepVideo-2B
+on v5p (`docs/measured.md`) a FLOP of attention takes 1.05 times as long as one of the matrix products with their norms
+and copies: between steps of single images and of long clips, where attention is up to 61%, that makes 3%.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.tasks.task import Task, TaskConfig
 from jvgen.training.telemetry.throughput import step_flops
 
+E = TypeVar("E", bound=Any)  # `jvgen.training.experiment.Experiment`, which uses this module
 # Steps may differ from their mean by this part.
 TOLERANCE = 0.1
 
@@ -59,7 +64,7 @@ def balanced_buckets(
     costs = [sum(step_flops(built, bucket.replace(batch_size=1)).values()) for bucket in buckets]
     if not buckets or not all(tokens) or not all(costs):
         raise ConfigError(
-            f"balanced_buckets: {type(task).__name__} does not say how many tokens and FLOPs an example has; write "
+            f"data.tokens_per_step: {type(task).__name__} does not say how many tokens and FLOPs an example has; write "
             "batch sizes into the buckets."
         )
     sizes = _sizes(tokens, costs, tokens_per_step, multiple_of)
@@ -75,10 +80,46 @@ def balanced_buckets(
         )
         hint = f"Use tokens_per_step = {enough:,} or more" if enough else "Use fewer shapes"
         raise ConfigError(
-            f"tokens_per_step = {tokens_per_step:,}: with batch sizes in multiples of {multiple_of} the steps differ "
+            f"data.tokens_per_step = {tokens_per_step:,}: with batch sizes in multiples of {multiple_of} the steps differ "
             f"by more than {TOLERANCE:.0%} from their mean:\n{listed}\n{hint}, or a smaller multiple_of."
         )
     return tuple(bucket.replace(batch_size=size) for bucket, size in zip(buckets, sizes, strict=True))
+
+
+def with_batch_sizes(experiment: E) -> E:
+    """The experiment with the batch sizes that `data.tokens_per_step` asks for; the same one without it.
+
+    Args:
+      experiment: validated.
+
+    Raises:
+      ConfigError: see `balanced_buckets`, or a bucket that the task cannot take.
+    """
+    data = experiment.data
+    if data.tokens_per_step is None:
+        return experiment
+    for number, bucket in enumerate(data.buckets):
+        try:
+            experiment.task.check_bucket(bucket)
+        except ValueError as error:
+            raise ConfigError(f"data.buckets.{number}: {error}") from error
+    multiple = math.lcm(data.batch_multiple, experiment.training.accumulation)
+    buckets = balanced_buckets(
+        experiment.task, data.buckets, tokens_per_step=data.tokens_per_step, multiple_of=multiple
+    )
+    return experiment.replace(data=data.replace(buckets=buckets))
+
+
+def described(task: Task, buckets: Sequence[BucketConfig]) -> str:
+    """One line about the steps of the buckets."""
+    costs = step_costs(task, tuple(dict.fromkeys(buckets)))
+    if not costs:
+        return "unknown: the FLOPs of the step are not known"
+    relative = [cost.relative for cost in costs]
+    text = f"{min(relative):.2f} to {max(relative):.2f} of their mean by FLOPs: {'; '.join(map(str, costs))}"
+    if max(relative) - 1 > TOLERANCE or 1 - min(relative) > TOLERANCE:
+        text += "; data.tokens_per_step chooses batch sizes by which they are alike"
+    return text
 
 
 def step_costs(task: Task, buckets: Sequence[BucketConfig]) -> list[StepCost]:

@@ -11,6 +11,7 @@ from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.storage import Path, UnreadableFile, as_path, read_json
 from jvgen.tasks.task import TaskConfig
+from jvgen.training.balance import with_batch_sizes
 from jvgen.training.config import CheckpointConfig, InitFromConfig, TrainingConfig
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
@@ -52,7 +53,7 @@ class Experiment(Config):
                 self.task.check_bucket(bucket)
             except ValueError as error:
                 raise ValueError(f"data.buckets.{number}: {error}") from error
-            if bucket.batch_size % self.training.accumulation:
+            if self.data.tokens_per_step is None and bucket.batch_size % self.training.accumulation:
                 raise ValueError(
                     f"data.buckets {bucket.name}: batch_size = {bucket.batch_size} is not a multiple of "
                     f"training.accumulation = {self.training.accumulation}; change one of them."
@@ -92,7 +93,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ConfigError(f"{path}: holds {type(experiment).__name__}, not an Experiment.")
     experiment = config.override(experiment, overrides)
     config.validate_tree(experiment)
-    return experiment
+    return with_batch_sizes(experiment)
 
 
 def _read_json(path: Path) -> object:

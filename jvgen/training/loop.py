@@ -15,6 +15,7 @@ from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.parallel import failing, processes
 from jvgen.storage import Path, as_path
 from jvgen.tasks.task import Metrics
+from jvgen.training.balance import with_batch_sizes
 from jvgen.training.checkpoint.manager import NonFiniteState
 from jvgen.training.config import TrainingConfig
 from jvgen.training.evaluation_failures import EvaluationFailures
@@ -83,6 +84,7 @@ def train(
     workdir, clock = as_path(workdir), clock or StartClock()
     with failing.fail_fast(workdir), contextlib.ExitStack() as stack:
         config.validate_tree(experiment)
+        experiment = with_batch_sizes(experiment)
         failing.note_fact("config", saved_config.digest(experiment))
         if stop_after is not None and stop_after < 1:
             raise config.ConfigError(f"stop_after = {stop_after}: the number of steps after which to stop, at least 1.")

@@ -18,6 +18,7 @@ from jvgen.parallel.mesh import describe, make_mesh
 from jvgen.storage import Path, write_text
 from jvgen.tasks.task import ExperienceContext
 from jvgen.training import run_lock
+from jvgen.training.balance import described
 from jvgen.training.checkpoint import digest, identity
 from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.checkpoint.restore import restore_state
@@ -266,6 +267,9 @@ def _log_parameters(program: Program, log: Log) -> None:
     warning = program.replication_warning()
     if warning is not None:
         log(warning)
+    data = program.experiment.data
+    if data.tokens_per_step is not None:
+        log(f"data.tokens_per_step = {data.tokens_per_step:,}: steps take {described(program.task, data.buckets)}")
     if abstract.frozen:
         log(program.sharding.describe_frozen(program.task.frozen_axes(), abstract.frozen))
         log(startup.parameter_table("frozen networks", abstract.frozen, shardings.frozen, lambda path: False))

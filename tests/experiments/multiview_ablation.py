@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvgen import config as configuration
-from jvgen.autoencoding.encoding import FrameEncoder
+from jvgen.autoencoding.encoding import ClipEncoder
 from jvgen.autoencoding.latent_statistics import write_latent_statistics
-from jvgen.data.builders.latents import build_latents
+from jvgen.data.builders.latents import LatentsConfig, build_latents
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.labels import COLORS, labels_of
 from jvgen.data.scenes.scenes import SceneConfig
@@ -139,11 +139,9 @@ def build_data(workdir: Path, vae: Path, *, scenes: int, size: int) -> Path:
         config = dataclasses.replace(SCENES, height=size, width=size)
         build_scenes(frames, config, train=scenes, validation=max(scenes // 10, 64))
     if not (latents / "latent_statistics.json").exists():
-        encoder = FrameEncoder(str(vae), size, size)
-        build_latents(
-            frames, latents, encoder, encoder_digest=content_digest(vae), height=size, width=size, frames=None,
-            stride=1, keep_clips=True, overwrite=True,
-        )  # fmt: skip
+        encoder = ClipEncoder(str(vae), [(size, size)])
+        chosen = LatentsConfig(sizes=((size, size),), keep_clips=True)
+        build_latents(frames, latents, encoder, chosen, encoder_digest=content_digest(vae), overwrite=True)
         write_latent_statistics(latents)
     return latents
 

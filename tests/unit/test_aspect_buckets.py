@@ -16,7 +16,9 @@ from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training import balance
-from jvgen.training.balance import balanced_buckets, step_costs
+from jvgen.training.balance import balanced_buckets, described, step_costs, with_batch_sizes
+from jvgen.training.config import TrainingConfig
+from jvgen.training.experiment import Experiment
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_text_to_video import CONFIG  # noqa: E402
@@ -106,6 +108,38 @@ def test_steps_that_cannot_be_alike(task):
         balanced_buckets(task, buckets, tokens_per_step=100, multiple_of=64)
     enough = int(str(error.value).split("Use tokens_per_step = ")[1].split(" ")[0].replace(",", ""))
     assert balanced_buckets(task, buckets, tokens_per_step=enough, multiple_of=64)
+
+
+def run_of(task, **data) -> Experiment:
+    made = DataConfig(sources=(SourceConfig(path="x"),), buckets=BUCKETS, **data)
+    return Experiment(name="x", task=task, data=made, training=TrainingConfig(steps=10, accumulation=3))
+
+
+def test_a_run_chooses_its_batch_sizes(task):
+    """In multiples of its microbatches too; in two stages; again, nothing changes."""
+    stages = tuple(bucket.replace(start_step=5 * late, end_step=5 + 5 * late) for late in (0, 1) for bucket in BUCKETS)
+    run = run_of(task, tokens_per_step=30_000, batch_multiple=2)
+    run = run.replace(data=run.data.replace(buckets=stages))
+    resolved = with_batch_sizes(run)
+    sizes = [bucket.batch_size for bucket in resolved.data.buckets]
+    assert all(size % 6 == 0 for size in sizes) and sizes[:6] == sizes[6:] and sizes[0] > sizes[3]
+    assert [bucket.start_step for bucket in resolved.data.buckets] == [0] * 6 + [5] * 6
+    assert with_batch_sizes(resolved) == resolved and with_batch_sizes(run_of(task)) == run_of(task)
+    assert "of their mean by FLOPs: 1x1x32x32 (batch" in described(task.build(), resolved.data.buckets)
+    validate_tree(resolved)
+    found = inspect_run(run, devices=[]).problems["config"]
+    assert found == []
+
+
+def test_batch_sizes_that_cannot_be_chosen_are_one_message(task):
+    (problem,) = inspect_run(run_of(task, tokens_per_step=10, batch_multiple=64), devices=[]).problems["config"]
+    assert problem.startswith("data.tokens_per_step = 10: with batch sizes in multiples of 192")
+    odd = run_of(task, tokens_per_step=10)
+    odd = odd.replace(data=odd.data.replace(buckets=(BUCKETS[0].replace(height=17),)))
+    with pytest.raises(ConfigError, match="^data.buckets.0: height = 17"):
+        with_batch_sizes(odd)
+    with pytest.raises(ConfigError, match="tokens_per_step"):
+        validate_tree(run_of(task, tokens_per_step=0))
 
 
 def test_networks_without_tokens():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jvgen import config
-from jvgen.data.builders.latents import build_latents
+from jvgen.data.builders.latents import LatentsConfig, build_latents
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.stream.loader import Loader
@@ -55,7 +55,7 @@ def world(tmp_path_factory, jvgen, scenes, vae_words, video_words, vae_folder, q
     shape = (2, 8, 8, 8)
     build_latents(
         scenes, latents, lambda frames: np.zeros((len(frames), *shape[1:]), np.float32),
-        encoder_digest=content_digest(weights), height=16, width=16, workers=1,
+        LatentsConfig(sizes=((16, 16),)), encoder_digest=content_digest(weights), workers=1,
     )  # fmt: skip
     assert jvgen("import", weights, "--config", *vae_words, "--to", run).status == 0
     shutil.copytree(scenes, root / "scenes2")

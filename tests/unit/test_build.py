@@ -11,7 +11,7 @@ from PIL import Image
 from jvgen.cli.main import main
 from jvgen.data.builders.build_loop import BuildError, Execution, FilterConfig, assign_splits
 from jvgen.data.builders.folders import build_images, build_videos
-from jvgen.data.builders.latents import build_latents
+from jvgen.data.builders.latents import LatentsConfig, build_latents
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.builders.tfds_images import build_tfds_images
 from jvgen.data.scenes.labels import labels_of
@@ -260,13 +260,19 @@ def encode_blocks(frames: np.ndarray) -> np.ndarray:
     return np.concatenate([mean, mean - 3], axis=-1)
 
 
+def encode_all(source: Path, out: Path, size: tuple[int, int], encode=encode_blocks, digest: str = "a", **options):
+    """Latents of block means; `options` of `LatentsConfig`, and of `build_latents`."""
+    own = {name: options.pop(name) for name in ("execution", "progress", "overwrite") if name in options}
+    return build_latents(source, out, encode, LatentsConfig(sizes=(size,), **options), encoder_digest=digest, **own)
+
+
 def test_latents(tmp_path: Path) -> None:
     config = SCENES.replace(frames=9, height=40, width=64, driven=1.0, views=2, kinds={"dynamic": 1.0})
     build_scenes(tmp_path / "pixels", config, train=3, validation=1)
     seen = []
-    build_latents(
-        tmp_path / "pixels", tmp_path / "latents", encode_blocks, encoder_digest="abc", height=32, width=32, frames=3,
-        stride=2, progress=lambda *done: seen.append(done),
+    encode_all(
+        tmp_path / "pixels", tmp_path / "latents", (32, 32), frames=3, stride=2,
+        progress=lambda *done: seen.append(done),
     )  # fmt: skip
     assert splits(tmp_path / "latents") == {"train": 3, "validation": 1} and seen[-1] == (4, 4)
     before, after = (open_source(tmp_path / name, "train").read(1) for name in ("pixels", "latents"))
@@ -288,8 +294,7 @@ def test_latents_keep_the_times_of_a_variable_rate(tmp_path: Path) -> None:
     with Writer(tmp_path / "pixels", description="", metadata={}) as writer:
         writer.add("train", Record(id="a", kind="dynamic", clips=(clip(6),), frames=6, height=32, width=48,
                                    frames_per_second=5 / 0.9, frame_times=times, columns={"n": 1}))  # fmt: skip
-    build_latents(tmp_path / "pixels", tmp_path / "latents", encode_blocks, encoder_digest="a", height=32, width=48,
-                  stride=2, frames=2)  # fmt: skip
+    encode_all(tmp_path / "pixels", tmp_path / "latents", (32, 48), stride=2, frames=2)
     found = open_source(tmp_path / "latents", "train").read(0)
     assert found.frame_times.tolist() == [0, 0.3] and found.frames == 2 and found.columns == {"n": 1}
 
@@ -298,8 +303,8 @@ def test_statistics_of_latents_are_those_of_the_data_set(tmp_path: Path, capsys:
     """However many parts and calls encoded it."""
     build_scenes(tmp_path / "pixels", SCENES, train=4, validation=1)
     for part in (1, 2):
-        build_latents(tmp_path / "pixels", tmp_path / "latents", encode_blocks, encoder_digest="a", height=24, width=32,
-                      execution=Execution(part=part, parts=2, jobs_per_unit=1))  # fmt: skip
+        execution = Execution(part=part, parts=2, jobs_per_unit=1)
+        encode_all(tmp_path / "pixels", tmp_path / "latents", (24, 32), execution=execution)
     parts = [str(tmp_path / f"latents.part-{part}-of-2") for part in (1, 2)]
     assert main(["data", "merge", *parts, "--out", str(tmp_path / "latents")]) == 0
     found = json.loads((tmp_path / "latents" / "latent_statistics.json").read_text())
@@ -312,31 +317,22 @@ def test_statistics_of_latents_are_those_of_the_data_set(tmp_path: Path, capsys:
 
 def test_latents_record_their_encoder(tmp_path: Path) -> None:
     build_scenes(tmp_path / "pixels", SCENES, train=2, validation=0)
-    build_latents(tmp_path / "pixels", tmp_path / "latents", encode_blocks, encoder_digest="abc", height=24, width=32)
+    encode_all(tmp_path / "pixels", tmp_path / "latents", (24, 32), digest="abc")
     assert check_latents(tmp_path / "latents", "abc")["height"] == 24
     with pytest.raises(ValueError, match="come from encoder abc, the run has xyz"):
         check_latents(tmp_path / "latents", "xyz")
     with pytest.raises(ValueError, match="has no cached latents"):
         check_latents(tmp_path / "pixels", "abc")
     with pytest.raises(BuildError, match="has latents but no pixels"):
-        build_latents(tmp_path / "latents", tmp_path / "x", encode_blocks, encoder_digest="abc", height=24, width=32)
+        encode_all(tmp_path / "latents", tmp_path / "x", (24, 32))
     with pytest.raises(ValueError, match="a latent moment reaches .* but float16 ends at 65504"):
-        build_latents(
-            tmp_path / "pixels",
-            tmp_path / "x",
-            lambda f: encode_blocks(f) * 1e6,
-            encoder_digest="a",
-            height=24,
-            width=32,
-        )
+        encode_all(tmp_path / "pixels", tmp_path / "x", (24, 32), lambda f: encode_blocks(f) * 1e6)
     assert not (tmp_path / "x").exists()
 
 
 def test_kept_clips_are_what_the_encoder_saw(tmp_path: Path) -> None:
     build_scenes(tmp_path / "pixels", SCENES, train=4, validation=0)
-    build_latents(
-        tmp_path / "pixels", tmp_path / "both", encode_blocks, encoder_digest="a", height=16, width=16, keep_clips=True
-    )
+    encode_all(tmp_path / "pixels", tmp_path / "both", (16, 16), keep_clips=True)
     source = open_source(tmp_path / "both", "train")
     for row in range(4):
         record = source.read(row)
@@ -383,7 +379,7 @@ def test_show(tmp_path: Path) -> None:
         assert sheet.format == "PNG" and sheet.height > views * 96
     with Image.open(io.BytesIO(shown.animation)) as animation:
         assert animation.format == "GIF" and animation.n_frames > 1
-    build_latents(tmp_path / "set", tmp_path / "latents", encode_blocks, encoder_digest="a", height=24, width=32)
+    encode_all(tmp_path / "set", tmp_path / "latents", (24, 32))
     assert "latents" in show(tmp_path / "latents", "train", 2).text
     with pytest.raises(ValueError, match="count = 0"):
         show(tmp_path / "set", "train", 0)

@@ -173,7 +173,7 @@ def test_cached_latents_are_those_of_the_pixels(frozen, key):
 @pytest.mark.parametrize("null", ["empty_caption", "zeros"])
 def test_the_unconditional_embedding_is_the_empty_caption_or_zeros(parameters, null):
     task = CONFIG.replace(text=CONFIG.text.replace(unconditional=null)).build()
-    tokens = jnp.stack([task.text.unconditional_tokens(), jnp.asarray(byte_tokenizer.tokenize("", 6))])
+    tokens = jnp.stack([task.text.unconditional(), jnp.asarray(byte_tokenizer.tokenize("", 6))])
     embeddings = np.asarray(task.text_embeddings(parameters, {}, tokens))
     assert np.abs(embeddings[1]).max() > 0.1
     np.testing.assert_array_equal(embeddings[0], 0 * embeddings[1] if null == "zeros" else embeddings[1])

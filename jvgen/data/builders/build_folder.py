@@ -20,6 +20,8 @@ _LOCK = "lock"
 _FORMAT = 1  # of build.json
 # Options that say where the recordings are on a machine.
 _PLACES = ("folder", "cameras", "media", "source", "table", "videos")
+# Metadata that a device computes: its last bits may be others on another machine.
+_COMPUTED = ("empty_caption",)
 # Seconds of work that are thrown away when a build fails, and without being asked when another one begins.
 _NOTHING, _CHEAP = 10.0, 600.0
 
@@ -60,7 +62,7 @@ class BuildInfo:
 def identity_of(jobs: Sequence[BuildJob], metadata: dict[str, Any], jobs_per_unit: int) -> str:
     """The hash that two parts of a build share: of names, states and splits of the jobs, and of the options."""
     options = {k: v for k, v in metadata.get("options", {}).items() if k not in _PLACES}
-    rest = {k: v for k, v in metadata.items() if k != "options"}
+    rest = {k: v for k, v in metadata.items() if k not in ("options", *_COMPUTED)}
     state = hashlib.sha256(json.dumps([_FORMAT, rest, options, jobs_per_unit], sort_keys=True, default=str).encode())
     for job in jobs:
         state.update(json.dumps([job.split, job.name, job.state]).encode())

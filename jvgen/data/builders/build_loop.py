@@ -9,6 +9,7 @@ from pathlib import Path as LocalPath
 from typing import Any, Literal
 
 from jvgen import storage
+from jvgen.data.builders.batches import BatchEncoder, encoded
 from jvgen.data.builders.build_folder import (
     BuildInfo,
     checked_parts,
@@ -20,6 +21,7 @@ from jvgen.data.builders.build_folder import (
     of_part,
     opened,
     part_folder,
+    read_info,
     remove,
 )
 from jvgen.data.builders.jobs import (
@@ -38,7 +40,6 @@ from jvgen.data.builders.workers import in_order
 from jvgen.data.store import dataset_info
 from jvgen.data.store.out_folder import check_out, move_to_out
 from jvgen.data.store.publish import append, append_in_bucket, publish, publish_to_bucket
-from jvgen.data.store.records import Record
 from jvgen.data.store.shard_writer import rows_path
 from jvgen.data.store.sources import read_metadata
 from jvgen.data.store.writer import SHARD_BYTES
@@ -54,6 +55,7 @@ __all__ = [
     "Progress",
     "Rejected",
     "Summary",
+    "Team",
     "append_parts",
     "assign_splits",
     "available_cpus",
@@ -64,6 +66,21 @@ __all__ = [
 Progress = Callable[[int, int], None]
 # Fewer jobs are done before processes have started.
 FEW_JOBS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """The processes that build together, each with devices of its own; they see `out` under one path.
+
+    Attributes:
+      index: number of this process, from 0.
+      count: number of processes.
+      wait: returns when all processes have called it with this name.
+    """
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[str], None] = lambda name: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +96,7 @@ class Execution:
       append: add to the data set at `out`; jobs whose names are ids of its records are left out.
       jobs_per_unit: jobs that are finished, or lost in a crash, together; by the sizes of the files if None.
       limit: seconds after which a file is given up, since its decoder hangs; None to wait for ever.
+      team: processes that divide the units of this build, or of this part; process 0 makes the data set of them.
     """
 
     part: int = 1
@@ -89,6 +107,7 @@ class Execution:
     append: bool = False
     jobs_per_unit: int | None = None
     limit: float | None = 1800.0
+    team: Team = Team()
 
     def validate(self) -> None:
         """Raise `ValueError` for invalid values."""
@@ -100,6 +119,8 @@ class Execution:
             raise ValueError(f"jobs_per_unit = {self.jobs_per_unit}: at least 1.")
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"limit = {self.limit}: must be positive, in seconds.")
+        if self.team.count > 1 and self.engine == "ray":
+            raise ValueError("engine = 'ray': Ray divides the work itself; start one process.")
 
 
 def build_dataset(
@@ -109,7 +130,7 @@ def build_dataset(
     *,
     description: str,
     metadata: dict[str, Any],
-    finish: Callable[[Any], Record] | None = None,
+    encoder: BatchEncoder | None = None,
     filters: FilterConfig | None = None,
     error_budget: float = 0.0,
     overwrite: bool = False,
@@ -131,7 +152,7 @@ def build_dataset(
         `processes` or an engine it must be picklable.
       description: one line for `dataset_info.json`.
       metadata: JSON values for `jvgen.json`.
-      finish: maps the result of `make` to the record, in the calling thread (for work on an accelerator).
+      encoder: encodes what `make` leaves `ToEncode`, in the calling thread (an accelerator's work).
       filters: which records to keep.
       error_budget: fraction of the jobs that may be corrupt. The build fails at the end, when all have been read.
       overwrite: replace a data set at `out`.
@@ -165,30 +186,45 @@ def build_dataset(
         raise ValueError(
             f"engine = 'ray': {target} is in a bucket; build on a disk that all machines see, then copy it."
         )
+    team = execution.team
+    if team.count > 1 and is_remote(target):
+        raise ValueError(f"{target}: processes of one build need a disk that all see; build there, then copy it.")
     folder = _build_folder(target, execution)
     work = Work(make, filters, shard_bytes, execution.limit)
     mine = of_part(units, execution.part, execution.parts)
-    with opened(folder, info, restart=execution.restart) as done:
+    with _opened(folder, info, team, execution.restart) as done:
         remote = None
         if execution.parts > 1 and is_remote(target):
             remote = RemotePart(part_folder(target, execution.part, execution.parts), folder, info)
             remote.fetch(execution.restart)
             remote.push_missing(done)
             done = finished(folder, info)
-        _retry_corrupt(folder, done, error_budget)
-        done = finished(folder, info)
+        if team.index == 0:
+            _retry_corrupt(folder, done, error_budget)
+        team.wait("the start of the build")
+        done = _done_of(folder, info)
+        # Not those of `missing`: the others may have finished some of them already.
+        mine = of_part(mine, team.index + 1, team.count)
+        own = {unit.number for unit in mine}
+        done = [unit for unit in done if unit.number in own]
         report = _Report(progress, sum(len(unit.jobs) for unit in mine), sum(unit.jobs for unit in done))
         numbers = {unit.number for unit in done}
         missing = [unit for unit in mine if unit.number not in numbers]
         if execution.engine == "ray":
             from jvgen.data.builders.ray_engine import make_units
 
-            if finish is not None:
+            if encoder is not None:
                 raise ValueError("engine = 'ray': this builder works on this machine's accelerator; use parts.")
             for made in make_units(folder, missing, work, execution.address):
                 report.add(made.jobs)
         else:
-            _make_here(folder, missing, work, finish, workers, processes, report, remote)
+            _make_here(folder, missing, work, encoder, workers, processes, report, remote)
+        if team.index > 0:
+            # Process 0 removes the folder when all have come here.
+            done = [unit for unit in finished(folder, info) if unit.number in own]
+            team.wait("the last unit of the build")
+            return summary_of(folder, done, {}, 0, began)
+        team.wait("the last unit of the build")
         done = finished(folder, info)
         if remote is not None:
             remove(folder)
@@ -197,6 +233,27 @@ def build_dataset(
             size_on_disk = sum(path.stat().st_size for path in folder.iterdir())
             return summary_of(folder, done, {}, size_on_disk, began)
         return _complete(target, info, [(folder, unit) for unit in done], error_budget, overwrite, execution, began)
+
+
+@contextlib.contextmanager
+def _opened(folder: LocalPath, info: BuildInfo, team: Team, restart: bool) -> Iterator[list[Done]]:
+    """As `opened`, by process 0 for all."""
+    if team.index == 0:
+        with opened(folder, info, restart=restart) as done:
+            yield done
+    else:
+        yield []
+
+
+def _done_of(folder: LocalPath, info: BuildInfo) -> list[Done]:
+    """The units that are done, of the build that process 0 has opened."""
+    found = read_info(folder)
+    if found is None or found.identity != info.identity:
+        raise ValueError(
+            f"{folder}: holds {'nothing' if found is None else 'another build'} here, although process 0 builds "
+            "there: all processes need the same command, data set and disk."
+        )
+    return finished(folder, info)
 
 
 def merge_parts(
@@ -245,7 +302,7 @@ def _make_here(
     folder: LocalPath,
     units: Sequence[Unit],
     work: Work,
-    finish: Callable[[Any], Record] | None,
+    encoder: BatchEncoder | None,
     workers: int,
     processes: bool,
     report: "_Report",
@@ -253,11 +310,14 @@ def _make_here(
 ) -> None:
     """Make units with this machine's threads or processes, which begin the next one while one is written."""
     payloads = (job.payload for unit in units for job in unit.jobs)
-    results = in_order(work.make, payloads, workers, processes, work.limit)
-    with contextlib.closing(results):
+    made = in_order(work.make, payloads, workers, processes, work.limit)
+    with contextlib.closing(made):
+        results = made
+        if encoder is not None:
+            results = encoded(zip((unit.number for unit in units for _ in unit.jobs), made, strict=True), encoder)
         for unit in units:
             mine = (next(results) for _ in unit.jobs)
-            done = write_unit(folder, unit, work, mine, finish, lambda: report.add(1))
+            done = write_unit(folder, unit, work, mine, lambda: report.add(1))
             if remote is not None:
                 remote.push(done)
 
@@ -310,7 +370,9 @@ def _complete(
 def _append(out: Path, info: BuildInfo, shards: dict[str, list[Any]], log: str, draft: LocalPath) -> dict[str, Any]:
     metadata = read_metadata(out)
     added = {"origin": info.metadata.get("origin"), "options": info.metadata.get("options", {})}
-    metadata = {**metadata, "appended": [*metadata.get("appended", []), added]}
+    # What a data set that is derived from another one was made of, is that of now.
+    derived = {name: info.metadata[name] for name in ("source_digests", "address") if name in info.metadata}
+    metadata = {**metadata, **derived, "appended": [*metadata.get("appended", []), added]}
     if is_remote(out):
         draft.mkdir()
         indices = append_in_bucket(out, shards, draft, metadata=metadata)

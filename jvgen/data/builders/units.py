@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jvgen import storage
-from jvgen.data.builders.jobs import BuildJob, Corrupt, FilterConfig, Rejected, sorted_out
+from jvgen.data.builders.jobs import BuildJob, FilterConfig, Rejected, sorted_out
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store.records import Record
 from jvgen.data.store.shard_writer import ShardWriter, is_complete, rows_path
@@ -127,7 +127,6 @@ def write_unit(
     unit: Unit,
     work: Work,
     results: Iterable[Any],
-    finish: Callable[[Any], Record] | None = None,
     report: Callable[[], None] | None = None,
 ) -> Done:
     """Write the shards of a unit, then its JSON file.
@@ -137,7 +136,6 @@ def write_unit(
       unit: its jobs.
       work: what is done with them.
       results: what `attempt` returned for each job, in order.
-      finish: maps a result to a record, in this thread.
       report: called after each job.
     """
     began = time.perf_counter()
@@ -145,8 +143,6 @@ def write_unit(
     kinds, widths, notes = collections.Counter(), collections.Counter(), collections.Counter()
     with _Shards(folder, unit, work.shard_bytes) as shards:
         for job, result in zip(unit.jobs, results, strict=True):
-            if finish is not None and not isinstance(result, Corrupt):
-                result = finish(result)
             kept, left_out, noted = sorted_out(job, result, work.filters)
             for record in kept:
                 try:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jvgen.data.store import example as wire
@@ -16,7 +17,7 @@ KINDS = ("image", "static", "dynamic")
 MAX_TEXT = 1000  # characters of a text in a free column
 _COLUMN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 # Fields that 0.1.0 did not have count in checksums only if they are used, so that those of other records stay the same.
-_LATER = ("caption_names", "frame_times")
+_LATER = ("caption_names", "frame_times", "text_embeddings", "text_lengths")
 
 
 def _empty(*shape: int, dtype: type = np.float32) -> Any:
@@ -44,6 +45,8 @@ class Record:
       caption_names: none, or one per caption: "short", "long", the name of a captioner.
       frame_times: float64 (F or 0,): seconds from the first frame, increasing; empty at a constant rate. Stored as
         microseconds. `frames_per_second` is then the mean rate.
+      text_embeddings: bfloat16 (rows, C) or (0, 0): cached embeddings of the captions, one caption after the other.
+      text_lengths: int32 (captions or 0,): rows of each caption.
       columns: numbers and short texts by name (license, source, aesthetic, ...), which are stored in the index only;
         None, NaN and "" are missing values.
     """
@@ -64,6 +67,8 @@ class Record:
     latents: np.ndarray = _empty(0, 0, 0, 0, 0, dtype=np.float16)
     caption_names: tuple[str, ...] = ()
     frame_times: np.ndarray = _empty(0, dtype=np.float64)
+    text_embeddings: np.ndarray = _empty(0, 0, dtype=ml_dtypes.bfloat16)
+    text_lengths: np.ndarray = _empty(0, dtype=np.int32)
     columns: Mapping[str, float | int | bool | str | None] = dataclasses.field(default_factory=dict)
 
     @property
@@ -80,6 +85,11 @@ class Record:
         """Intrinsics (F, 4) and extrinsics (F, 3, 4) of one view; empty when the record has no cameras."""
         rows = slice(view * self.frames, (view + 1) * self.frames)
         return self.intrinsics[rows], self.extrinsics[rows]
+
+    def embedding(self, caption: int) -> np.ndarray:
+        """The cached embedding of a caption, bfloat16 (rows, C)."""
+        start = int(self.text_lengths[:caption].sum())
+        return self.text_embeddings[start : start + int(self.text_lengths[caption])]
 
     def replace(self, **changes: Any) -> "Record":
         """A copy with some fields changed."""
@@ -129,6 +139,12 @@ class Record:
                 self.frame_times.shape not in ((0,), (self.frames,)) or bool(np.any(~(np.diff(self.frame_times) > 0))),
                 f"frame_times {self.frame_times.shape}: {self.frames} increasing times in seconds, or none",
             ),
+            (
+                len(self.text_lengths) not in (0, len(self.captions))
+                or int(self.text_lengths.sum()) != len(self.text_embeddings),
+                f"text_lengths {self.text_lengths.tolist()} of {len(self.captions)} captions, beside "
+                f"{len(self.text_embeddings)} rows of text_embeddings",
+            ),
             *((bool(problem), problem) for problem in map(_column_problem, self.columns.items())),
         ]
         wrong = [text for is_wrong, text in problems if is_wrong]
@@ -166,6 +182,8 @@ def features() -> Any:
             "latents_shape": tensor((5,), np.int32),
             "caption_names": tfds.features.Sequence(tensor(scalar, np.object_)),
             "frame_times": tensor((None,), np.int64),  # microseconds
+            "text_embeddings": tensor(scalar, np.object_),
+            "text_lengths": tensor((None,), np.int32),
         }
     )
 
@@ -191,6 +209,8 @@ def encode(record: Record) -> dict[str, Any]:
         "latents_shape": np.asarray(record.latents.shape, np.int32),
         "caption_names": [name.encode() for name in record.caption_names],
         "frame_times": np.round(np.asarray(record.frame_times, np.float64) * 1e6).astype(np.int64),
+        "text_embeddings": np.asarray(record.text_embeddings, ml_dtypes.bfloat16).view("<u2").tobytes(),
+        "text_lengths": np.asarray(record.text_lengths, np.int32),
     }
 
 
@@ -199,6 +219,8 @@ def decode(example: Mapping[str, Any]) -> Record:
     width = _integer(example["action_width"])
     actions = np.asarray(example["actions"], np.float32)
     latents = np.frombuffer(_bytes(example["latents"]), "<f2").astype(np.float16)
+    lengths = np.asarray(example.get("text_lengths", ()), np.int32)
+    text = np.frombuffer(_bytes(example.get("text_embeddings", b"")), "<u2").view(ml_dtypes.bfloat16)
     return Record(
         id=_bytes(example["id"]).decode(),
         kind=_bytes(example["kind"]).decode(),
@@ -216,6 +238,8 @@ def decode(example: Mapping[str, Any]) -> Record:
         latents=latents.reshape([int(size) for size in example["latents_shape"]]),
         caption_names=tuple(bytes(name).decode() for name in example.get("caption_names", ())),
         frame_times=np.asarray(example.get("frame_times", ()), np.float64) / 1e6,
+        text_embeddings=text.reshape(int(lengths.sum()), -1) if text.size else text.reshape(0, 0),
+        text_lengths=lengths,
     )
 
 

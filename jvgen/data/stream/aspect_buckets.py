@@ -20,7 +20,7 @@ def aspect_buckets(
 ) -> tuple[BucketConfig, ...]:
     """A bucket for every resolution, aspect ratio and number of frames; each record goes to those of its own aspect.
 
-    `jvgen.training.balance.balanced_buckets` chooses batch sizes for them.
+    `DataConfig.tokens_per_step` chooses batch sizes for them.
 
     Args:
       resolutions: sides of squares with as many pixels as a frame, such as 256 or 480.

@@ -55,15 +55,22 @@ class CaptionDraw:
           captions: of the record.
           names: one per caption, or none.
         """
-        names = [name or UNNAMED for name in names or [UNNAMED] * len(captions)]
+        chosen = self.choose(len(captions), names)
+        if chosen < 0 or not self.uniforms:
+            return "" if chosen < 0 else captions[chosen]
+        return self._shortened(captions[chosen])
+
+    def choose(self, count: int, names: Sequence[str]) -> int:
+        """The number of the caption of an example among `count`; -1 without one."""
+        names = [name or UNNAMED for name in names or [UNNAMED] * count]
         weights = np.array([self.config.weights.get(name, 1.0) / names.count(name) for name in names])
         if not weights.sum():
-            return ""
+            return -1
         if not self.uniforms:
-            return captions[int(np.argmax(weights > 0))]
+            return int(np.argmax(weights > 0))
         borders = np.cumsum(weights) / weights.sum()
         chosen = int(np.searchsorted(borders, self.uniforms[0], side="right"))
-        return self._shortened(captions[min(chosen, int(np.flatnonzero(weights)[-1]))])
+        return min(chosen, int(np.flatnonzero(weights)[-1]))
 
     def _shortened(self, caption: str) -> str:
         if not (self.config.first_sentence or self.config.sentence_dropout):

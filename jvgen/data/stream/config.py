@@ -74,7 +74,7 @@ class BucketConfig(Config):
 
     Attributes:
       frames, height, width: size of a clip in pixels; frames 1 for images.
-      batch_size: global batch size, over all processes.
+      batch_size: global batch size, over all processes; `DataConfig.tokens_per_step` replaces it.
       views: synchronized cameras per example.
       strides: frame strides to draw from; a clip of F frames spans (F-1)*stride+1 recorded frames.
       frames_per_second: take frames at this rate instead, by their times in the recording: at any recorded rate, also
@@ -164,6 +164,11 @@ class DataConfig(Config):
       licenses: licenses that the run may use, by the column `license` of its data sets; records with another license,
         or without one, are left out, of evaluation too. Checkpoints keep the list and how many records each has. Empty
         to allow all.
+      tokens_per_step: choose the batch sizes of all buckets, whatever they say, so that steps take the same time within
+        10% of their mean, and a batch of the longest examples has about this many tokens; see `jvgen.training.balance`.
+        None for the buckets' own batch sizes.
+      batch_multiple: batch sizes that `tokens_per_step` chooses are multiples of this: the devices that batches are
+        divided over.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -183,6 +188,8 @@ class DataConfig(Config):
     on_failed_read: Literal["stop", "quarantine"] = "stop"
     captions: CaptionConfig | None = None
     licenses: tuple[str, ...] = ()
+    tokens_per_step: Annotated[int, Bounds(at_least=1, at_most=10**12, fix="none for buckets' sizes")] | None = None
+    batch_multiple: Count = 1
 
     def validate(self) -> None:
         if not self.sources:

@@ -8,6 +8,7 @@ from jvgen.storage import Path, is_remote
 from jvgen.storage.cache import GIB, SIZE_VARIABLE
 
 LATENTS_FORMAT = 1  # incremented when the preprocessing of the encoder's input changes
+TEXT_FORMAT = 1  # of cached embeddings of captions
 
 
 def check_latents(folder: str | Path, encoder_digest: str | None) -> dict[str, Any]:
@@ -53,6 +54,61 @@ def check_one_encoder(data: DataConfig, encoder_digest: str | None) -> None:
         listed = ", ".join(f"{path} by {encoder[:12]}" for encoder, path in encoders.items())
         raise ValueError(
             f"data.sources: the latents were made by different encoders ({listed}); build them with one VAE."
+        )
+
+
+def text_embeddings_of(folder: str | Path) -> dict[str, Any]:
+    """What the cached embeddings of a data set's captions were made with.
+
+    Returns:
+      "format", "encoder" and "tokenizer" (digests), "length", "padding", "width", "compute_dtype".
+
+    Raises:
+      ValueError: a data set without embeddings, or with those of another format.
+    """
+    folder = find_dataset(folder)
+    made_with = read_metadata(folder).get("text_embeddings")
+    if made_with is None:
+        raise ValueError(
+            f"{folder} has no embeddings of its captions; make them with `jvgen data build text-embeddings`, or set "
+            "task.text.embeddings = none."
+        )
+    if made_with["format"] != TEXT_FORMAT:
+        raise ValueError(
+            f"{folder}: its embeddings of captions have format {made_with['format']}, this version of jvgen needs "
+            f"{TEXT_FORMAT}. Build them again."
+        )
+    return made_with
+
+
+def check_text_embeddings(data: DataConfig, expected: dict[str, Any]) -> None:
+    """Check that all data sets of a run have embeddings of captions that were made with the same.
+
+    Args:
+      data: of the run.
+      expected: some of what `text_embeddings_of` returns.
+
+    Raises:
+      ValueError: names the data set and what differs, or the option that changes captions.
+    """
+    for path in sorted({source.path for source in (*data.sources, *data.evaluation_sources)}):
+        made_with = text_embeddings_of(path)
+        wrong = [
+            f"{name} {str(made_with[name])[:12]}, the run has {str(value)[:12]}"
+            for name, value in expected.items()
+            if made_with[name] != value
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path}: its embeddings of captions were made with {'; '.join(wrong)}. Build them again "
+                "(`jvgen data build text-embeddings`), or change task.text."
+            )
+    captions = data.captions
+    if captions is not None and (captions.first_sentence or captions.sentence_dropout):
+        raise ValueError(
+            f"data.captions.first_sentence = {captions.first_sentence}, sentence_dropout = "
+            f"{captions.sentence_dropout}: embeddings are of whole captions; set both to 0, store short captions "
+            "beside long ones (data.captions.weights), or set task.text.embeddings = none."
         )
 
 

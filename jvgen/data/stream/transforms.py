@@ -26,6 +26,8 @@ def load_example(record: Record, spec: ClipSpec, bucket: BucketConfig, resize: R
       video: uint8 (V F H W 3); missing when the record has cached latents only.
       latents: float32 (V f h w 2z), cached VAE moments; missing when the record has none.
       caption: str, "" without one.
+      text: bfloat16 (rows, C), the cached embedding of the caption, without rows if there is no caption; missing when
+        the data set has no embeddings.
       frames_per_second: float32, at the stride of the spec; 0 for images.
       kind: int32, index into `jvgen.data.store.records.KINDS`.
       intrinsics: float32 (V F 4): fx, fy, cx, cy over width and height of the transformed frame; 0 without cameras.
@@ -55,6 +57,8 @@ def load_example(record: Record, spec: ClipSpec, bucket: BucketConfig, resize: R
         "actions": sum_between(record.actions, frames, spec),
         "rewards": sum_between(record.rewards, frames, spec),
     }
+    if record.text_lengths.size:
+        example["text"] = _embedding(record, spec)
     videos, latents, intrinsics, extrinsics = [], [], [], []
     source_size, size = (record.height, record.width), (bucket.height, bucket.width)
     for view in spec.views:
@@ -185,6 +189,13 @@ def _caption(record: Record, spec: ClipSpec) -> str:
     if spec.caption_draw is not None:
         return spec.caption_draw.draw(record.captions, record.caption_names)
     return record.captions[spec.caption] if spec.caption >= 0 else ""
+
+
+def _embedding(record: Record, spec: ClipSpec) -> np.ndarray:
+    chosen = spec.caption
+    if spec.caption_draw is not None:
+        chosen = spec.caption_draw.choose(len(record.captions), record.caption_names)
+    return record.embedding(chosen) if chosen >= 0 else record.text_embeddings[:0]
 
 
 def _geometry(
