@@ -5,9 +5,9 @@
 
 Processes wait for each other at every step, and a step's learning counts the same whatever its bucket: batches of few
 tokens would waste both. Attention makes tokens of long clips cost more, so the same number of tokens in every batch is
-not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step. By `jvgen estimate` of RepVideo-2B
-on v5p (`docs/measured.md`) a FLOP of attention takes 1.05 times as long as one of the matrix products with their norms
-and copies: between steps of single images and of long clips, where attention is up to 61%, that makes 3%.
+not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step. By `jvgen estimate` of
+RepVideo-2B on v5p (`docs/measured.md`) a FLOP of attention takes 1.05 times as long as one of the matrix products with
+their norms and copies: between steps of single images and of long clips, of which attention is up to 61%, that makes 3%.
 """
 
 import dataclasses
@@ -80,8 +80,8 @@ def balanced_buckets(
         )
         hint = f"Use tokens_per_step = {enough:,} or more" if enough else "Use fewer shapes"
         raise ConfigError(
-            f"data.tokens_per_step = {tokens_per_step:,}: with batch sizes in multiples of {multiple_of} the steps differ "
-            f"by more than {TOLERANCE:.0%} from their mean:\n{listed}\n{hint}, or a smaller multiple_of."
+            f"data.tokens_per_step = {tokens_per_step:,}: with batch sizes in multiples of {multiple_of} the steps "
+            f"differ by more than {TOLERANCE:.0%} from their mean:\n{listed}\n{hint}, or a smaller multiple_of."
         )
     return tuple(bucket.replace(batch_size=size) for bucket, size in zip(buckets, sizes, strict=True))
 
