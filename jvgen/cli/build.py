@@ -15,7 +15,19 @@ from jvgen.cli.arguments import (
     number,
 )
 from jvgen.terminal import progress_bar
-from jvgen.value_rules import Count, CountOrZero, Fraction, FrameRate, Frames, Pixels, Records, Seconds, Seed, Width, Workers
+from jvgen.value_rules import (
+    Count,
+    CountOrZero,
+    Fraction,
+    FrameRate,
+    Frames,
+    Pixels,
+    Records,
+    Seconds,
+    Seed,
+    Width,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from jvgen.data.builders.build_loop import Team

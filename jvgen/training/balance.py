@@ -7,7 +7,7 @@ Processes wait for each other at every step, and a step's learning counts the sa
 tokens would waste both. Attention makes tokens of long clips cost more, so the same number of tokens in every batch is
 not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step. By `jvgen estimate` of
 RepVideo-2B on v5p (`docs/measured.md`) a FLOP of attention takes 1.05 times as long as one of the matrix products with
-their norms and copies: between steps of single images and of long clips, of which attention is up to 61%, that makes 3%.
+their norms and copies: between steps of single images and of long clips, up to 61% of it attention, that makes 3%.
 """
 
 import dataclasses
