@@ -5,8 +5,10 @@ model was trained for about 750,000 steps in several stages (table 7).
 Chips: 256 of v5e (`--topology v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16x16`).
 Memory: 2.9, 6.4 and 3.4 GiB per device (compiled).
 Time: 1.5, 1.3 and 0.8 s per step (estimated, not measured: 30% MFU on v5e and v5p, 12% on v6e).
-Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --out data/latents_480x720`, and a
-local folder of T5 v1.1 XXL.
+Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --frames 49 --out
+data/latents_480x720`, and a local folder of T5 v1.1 XXL. Without T5 in the step: `jvgen data build text-embeddings
+data/latents_480x720 --t5 T5 --tokenizer TOKENIZER --out data/with_text`, then `--set task.text.embeddings=data/with_text`
+with the same folder as `data.sources.0.path` and `data.evaluation_sources.0.path`.
 
 Differs from the paper, see `docs/recipes.md`: batch 64 and not 1000; learning rate 2e-4 (the paper names none);
 timesteps are not stratified; clips are not packed; one stage.

@@ -27,6 +27,7 @@ BENCHMARKS = {
 ON_REQUEST = {
     "data_index": "data_index",
     "data_build": "data_build",
+    "latents": "latents",
     "memory_tpu": "step_memory_tpu",
     "repvideo_tpu": "repvideo_tpu",
     "epipolar_tpu": "epipolar_tpu",

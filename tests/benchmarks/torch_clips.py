@@ -26,14 +26,15 @@ class Window(NamedTuple):
 class Clips(torch.utils.data.Dataset):
     """Window number -> uint8 tensor (F H W 3)."""
 
-    def __init__(self, windows: list[Window]):
-        self.windows = windows
+    def __init__(self, windows: list[Window], decoder: str = "pyav"):
+        self.windows, self.decoder = windows, decoder
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        return torch.from_numpy(read(self.windows[number]))
+        reader = read if self.decoder == "pyav" else read_with_torchcodec
+        return torch.from_numpy(reader(self.windows[number]))
 
 
 def read(window: Window, interpolation: Any = None) -> np.ndarray:
@@ -53,6 +54,25 @@ def read(window: Window, interpolation: Any = None) -> np.ndarray:
             if number >= last:
                 break
     return np.stack(fitted)
+
+
+def has_torchcodec() -> bool:
+    """Whether torchcodec can be imported."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def read_with_torchcodec(window: Window) -> np.ndarray:
+    """As `read`, decoded by torchcodec."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(window.path, dimension_order="NHWC", num_ffmpeg_threads=1)
+    stop = window.start + window.stride * (window.frames - 1) + 1
+    frames = decoder.get_frames_in_range(window.start, stop, window.stride).data.numpy()
+    return np.stack([_fit(frame, window) for frame in frames])
 
 
 def _fit(frame: np.ndarray, window: Window) -> np.ndarray:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from jvgen.data.builders.build_loop import (
     available_cpus,
     build_dataset,
 )
+from jvgen.data.builders.units import records_per_unit
 from jvgen.data.builders.up_to_date import existing
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
@@ -136,6 +137,8 @@ def build_latents(
     there = existing(out, metadata, ("latents", "source_digests"), overwrite=overwrite, execution=execution)
     if there is not None:
         return there
+    if execution.jobs_per_unit is None:
+        execution = dataclasses.replace(execution, jobs_per_unit=records_per_unit(_record_bytes(sources, config)))
     jobs = [BuildJob(split, str(s.index.id[row]), (s, row)) for split, s in sources.items() for row in range(len(s))]
     return build_dataset(
         out, jobs, functools.partial(_selected, config=config, group=group),
@@ -144,6 +147,14 @@ def build_latents(
         workers=available_cpus() if workers is None else workers, overwrite=overwrite, progress=progress,
         execution=execution,
     )  # fmt: skip
+
+
+def _record_bytes(sources: Mapping[str, Source], config: LatentsConfig) -> float:
+    """About as many as the latents of a clip have, by the published VAEs: 32 float16 for 4 frames of 8x8 pixels."""
+    longest = [source.index.frames.max() for source in sources.values() if len(source)]
+    frames = min(config.frames or 10**9, int(max(longest, default=1)) // config.stride + 1)
+    height, width = max(config.sizes, key=math.prod)
+    return frames * height * width / 4 * config.windows * (2 if config.flips else 1)
 
 
 def _selected(payload: tuple[Source, int], config: LatentsConfig, group: int) -> ToEncode:

@@ -1,5 +1,6 @@
 """Builds copies of data sets with the embeddings of their captions, so that training never runs the text encoder."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,10 +17,11 @@ from jvgen.data.builders.build_loop import (
     available_cpus,
     build_dataset,
 )
+from jvgen.data.builders.units import records_per_unit
 from jvgen.data.builders.up_to_date import existing
 from jvgen.data.store.empty_caption import packed
 from jvgen.data.store.records import Record
-from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
+from jvgen.data.store.sources import Source, bytes_of, find_dataset, open_source, read_metadata, splits
 from jvgen.data.stream.source_checks import TEXT_FORMAT
 from jvgen.finite import narrowed
 from jvgen.storage import Path
@@ -80,6 +82,10 @@ def build_text_embeddings(
         return there
     empty = encoder.end(encoder.begin([encoder.tokenize("")]))[0]
     metadata["empty_caption"] = packed(_checked("the empty caption", empty))
+    if execution.jobs_per_unit is None:
+        records = max(1, sum(map(len, sources.values())))
+        stored = sum(bytes_of(folder, split) for split in sources) / records
+        execution = dataclasses.replace(execution, jobs_per_unit=records_per_unit(stored + empty.nbytes))
     jobs = [BuildJob(split, str(s.index.id[row]), (s, row)) for split, s in sources.items() for row in range(len(s))]
     return build_dataset(
         out, jobs, functools.partial(_captions, tokenize=encoder.tokenize), encoder=encoder,

@@ -116,6 +116,12 @@ def jobs_per_unit(jobs: Sequence[BuildJob]) -> int:
     return min(_MOST, max(_FEWEST, 1 << many.bit_length() - 1))
 
 
+def records_per_unit(record_bytes: float) -> int:
+    """A power of two such that the records of a unit, of about this many bytes each, have about 256 MiB."""
+    many = max(1, int(_TARGET_BYTES / max(record_bytes, 1.0)))
+    return min(_UNKNOWN, max(_FEWEST, 1 << many.bit_length() - 1))
+
+
 def make_unit(folder: Path, unit: Unit, work: Work) -> Done:
     """Make a unit in this process."""
     results = in_order(work.make, (job.payload for job in unit.jobs), 1, False, work.limit)
