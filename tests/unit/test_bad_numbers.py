@@ -71,7 +71,7 @@ SENSIBLE = {
         AlignmentConfig.decay_steps LoraConfig.alpha
         ImaginationConfig.rows_at_once ReinforcementConfig.episode_steps
         RecordingConfig.size RecordingConfig.steps
-        BucketConfig.aspects BucketConfig.frames_per_second
+        BucketConfig.aspects BucketConfig.frames_per_second DataConfig.tokens_per_step
         BucketConfig.end_step CVVAEConfig.tile_frames CVVAEConfig.tile_size CogVideoXVAEConfig.encode_chunk_frames
         EnhanceConfig.gain FrameTransformerConfig.tokens_per_frame InitFromConfig.step MultiViewDiTConfig.column_scale
         MultiViewDiTConfig.offset_width MultiViewDiTConfig.temporal_patch VideoDiTConfig.column_scale
