@@ -315,9 +315,9 @@ def _add_latents(origins) -> None:
         "--vae", required=True, metavar="DIR", help="exported folder of an image or video VAE (`jvgen export`)"
     )
     parser.add_argument(
-        "--size", type=frame_size, required=True, nargs="+", metavar="HxW",
-        help="frame height and width in pixels that clips are resized to before encoding; of several, the one whose "
-        "aspect ratio is nearest to the clip's",
+        "--size", type=frame_size, required=True, action="append", metavar="HxW",
+        help="frame height and width in pixels that clips are resized to before encoding (repeatable: each clip takes "
+        "the one whose aspect ratio is nearest to its own)",
     )  # fmt: skip
     parser.add_argument(
         "--frames", type=number(Frames), metavar="N",
