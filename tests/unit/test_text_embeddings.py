@@ -129,7 +129,8 @@ def test_the_loss_is_that_of_t5_in_the_step(work, built, padding, unconditional)
     assert "text_encoder" not in tasks[1].frozen_networks and tasks[1].load_frozen() == {}
     assert tasks[1].flops(BUCKET)["text_encoder"] == 0
     expected = BUCKET.batch_size * tasks[0].flops(BUCKET)["text_encoder"]
-    assert flops - fewer == pytest.approx(expected, rel=0.25)
+    # XLA counts norms and softmax too, which are a part of so small an encoder.
+    assert expected <= flops - fewer < 1.5 * expected
     assert tasks[0].frozen_digest() == tasks[1].frozen_digest() != ""
 
 
