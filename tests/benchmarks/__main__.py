@@ -28,6 +28,7 @@ ON_REQUEST = {
     "data_index": "data_index",
     "data_build": "data_build",
     "latents": "latents",
+    "cached_clips": "cached_clips",
     "memory_tpu": "step_memory_tpu",
     "repvideo_tpu": "repvideo_tpu",
     "epipolar_tpu": "epipolar_tpu",
