@@ -7,8 +7,8 @@ Memory: 2.9, 6.4 and 3.4 GiB per device (compiled).
 Time: 1.5, 1.3 and 0.8 s per step (estimated, not measured: 30% MFU on v5e and v5p, 12% on v6e).
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --frames 49 --out
 data/latents_480x720`, and a local folder of T5 v1.1 XXL. Without T5 in the step: `jvgen data build text-embeddings
-data/latents_480x720 --t5 T5 --tokenizer TOKENIZER --out data/with_text`, then `--set task.text.embeddings=data/with_text`
-with the same folder as `data.sources.0.path` and `data.evaluation_sources.0.path`.
+data/latents_480x720 --t5 T5 --tokenizer TOKENIZER --out data/with_text`, then
+`--set task.text.embeddings=data/with_text`, and the same folder as path of all sources.
 
 Differs from the paper, see `docs/recipes.md`: batch 64 and not 1000; learning rate 2e-4 (the paper names none);
 timesteps are not stratified; clips are not packed; one stage.
