@@ -9,7 +9,7 @@ modules may change between minor versions.
 
 from jvgen.lazy_names import lazy_names
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "Experiment": "training.experiment",

@@ -15,6 +15,8 @@ from jvgen.storage import Path, local_copy
 CHUNK = 1 << 24
 # Digests that an export has of its own files (`jvgen.interop.file_digests`); no part of the content.
 DIGESTS_FILE = "jvgen_digests.json"
+# For people, who edit it: it has no digest.
+CARD_FILE = "README.md"
 # Digests of files that were hashed before, in the folder of `jvgen.storage.default_cache`.
 CACHE_FILE = "digests.json"
 # Less is hashed faster than it is looked up.

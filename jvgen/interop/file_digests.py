@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 
 from jvgen import exit_codes
-from jvgen.interop.digest import DIGESTS_FILE, file_digest
+from jvgen.interop.digest import CARD_FILE, DIGESTS_FILE, file_digest
 from jvgen.storage import Path, local_copy, read_json_object, write_text
 
 _KEY = "sha256"
@@ -22,9 +22,14 @@ class DamagedExport(ValueError):
 
 
 def write_digests(folder: pathlib.Path) -> None:
-    """Write the digests of the files of a local folder and of each of its subfolders, which are all complete."""
+    """Write the digests of the files of a local folder and of each of its subfolders, which are all complete.
+
+    The model card (README.md) is for people to edit and has none.
+    """
     for place in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir())):
-        files = sorted(path for path in place.iterdir() if path.is_file() and path.name != DIGESTS_FILE)
+        files = sorted(
+            path for path in place.iterdir() if path.is_file() and path.name not in (DIGESTS_FILE, CARD_FILE)
+        )
         if files:
             _write(place, {file.name: file_digest(file, reread=True) for file in files})
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jvgen import __version__
 from jvgen.config import Config, ConfigError, dump
 from jvgen.interop.architecture import differences
+from jvgen.interop.digest import CARD_FILE
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder, read_config, with_variant
 from jvgen.interop.inflate import inflate_folder
@@ -24,6 +25,7 @@ from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device, single_device_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.runs import pipeline_export
+from jvgen.runs.model_card import model_card
 from jvgen.storage import Path, as_path, resolved, size, write_text
 from jvgen.tasks.given_frames import check_condition
 from jvgen.tasks.pipeline_folder import DENOISER, adopt_pipeline, is_pipeline, pipeline_weights, read_pipeline
@@ -61,9 +63,13 @@ def export_run(
     host = Sharding(single_device_mesh(host_device()))
     experiment, task, parameters, trained = load_for_inference(run, ema, step=step, sharding=host)
     about = {"experiment": experiment.name, "step": trained, "ema": str(ema or "best")}
+    document, data = _documents(run, trained)
+    card = model_card(
+        experiment, step=trained, ema=about["ema"], licenses=data.get("licenses"), commit=document.get("git") or ""
+    )
     return export(
         task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout, network=network,
-        trained_with=frozen_digest(run, trained), merge_lora=merge_lora,
+        trained_with=document.get("frozen") or "", merge_lora=merge_lora, card=card,
     )  # fmt: skip
 
 
@@ -79,6 +85,7 @@ def export(
     network: str | None = None,
     trained_with: str | None = None,
     merge_lora: bool = False,
+    card: str | None = None,
 ) -> Path:
     """Write a text-to-video run as a pipeline that diffusers and `jvgen sample --weights` load, with the run's frozen
     VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own. Of a run that trains
@@ -99,6 +106,7 @@ def export(
       network: write this trained network alone.
       trained_with: content hash of the frozen weights that the run was trained with, to be compared; None for any.
       merge_lora: write the denoiser with its LoRA merged into it, as that of a run without one.
+      card: text of README.md, see `jvgen.runs.model_card`; none without.
 
     Raises:
       ConfigError: no such network, or frozen weights that are not those which the LoRA was trained with.
@@ -112,7 +120,7 @@ def export(
                     f"--network {network}: the run trains a LoRA alone, and no network; leave the flag out, or add "
                     "--merge-lora."
                 )
-            return _export_lora(task, parameters, as_path(folder), record, dtype, layout, overwrite)
+            return _export_lora(task, parameters, as_path(folder), record, dtype, layout, overwrite, card)
         task, parameters = _with_merged_lora(task, parameters, trained_with)
         # Compared there: the merged task has no frozen denoiser.
         trained_with = None
@@ -133,7 +141,7 @@ def export(
         if not reasons:
             configs, weights, files = pipeline_export.parts(task.config, parameters["denoiser"])
             notes = pipeline_export.notes(task.config)
-    files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **files}
+    files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **({CARD_FILE: card} if card else {}), **files}
     written = as_path(export_networks(configs, weights, folder, files=files, dtype=dtype, overwrite=overwrite))
     for name in sorted(configs):
         nbytes = sum(size(path) for path in (written / name).iterdir())
@@ -158,6 +166,7 @@ def _export_lora(
     dtype: str,
     layout: Literal["folders", "sat"],
     overwrite: bool,
+    card: str | None,
 ) -> Path:
     names: Layout = "sat" if layout == "sat" else "diffusers"
     factors, config = parameters["lora"]["denoiser"], task.config
@@ -166,6 +175,8 @@ def _export_lora(
     with complete_or_absent(folder, overwrite) as partial:
         write_lora(partial / FILE_NAMES[names], config.denoiser, factors, config.lora.scale, layout=names, dtype=dtype)
         write_text(partial / "jvgen_run.json", json.dumps(about, indent=2) + "\n")
+        if card:
+            write_text(partial / CARD_FILE, card)
     file = folder / FILE_NAMES[names]
     print(f"{file}: {size(file) / 1e6:.1f} MB, the LoRA of {config.denoiser_weights}")
     return folder
@@ -189,11 +200,11 @@ def _with_merged_lora(task: Task, parameters: Parameters, trained_with: str | No
     return whole.build(), found
 
 
-def frozen_digest(run: Path, step: int) -> str:
-    """Content hash of the frozen weights that a checkpoint was trained with; "" if it has none."""
+def _documents(run: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run document of a checkpoint, and the state of its loader."""
     checkpoints = CheckpointReader(run)
     try:
-        return checkpoints.contents(step)[2].get("frozen") or ""
+        return checkpoints.contents(step)[2], checkpoints.loader_state(step)
     finally:
         checkpoints.close()
 

@@ -14,6 +14,7 @@ from jvgen.runs.analysis import analyze
 from jvgen.runs.evaluation import evaluate
 from jvgen.runs.exporting import export
 from jvgen.runs.inference import LoadedRun, open_run
+from jvgen.runs.model_card import model_card
 from jvgen.runs.sampling import sample_arrays
 from jvgen.runs.view_sampling import sample_view_arrays
 from jvgen.storage import Path, as_path
@@ -118,7 +119,8 @@ class Run(LoadedRun):
           options: `dtype`, `overwrite`, `layout`, `network`, see `jvgen.runs.exporting.export`.
         """
         about = {"experiment": self.experiment.name, "step": self.step, "ema": self.ema}
-        return export(self.task, self.parameters, as_path(folder), about, **options)
+        card = model_card(self.experiment, step=self.step, ema=str(self.ema))
+        return export(self.task, self.parameters, as_path(folder), about, card=card, **options)
 
 
 def load_run(folder: str | Path, ema: str | float | None = None, step: int | None = None) -> Run:

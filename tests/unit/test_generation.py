@@ -415,7 +415,7 @@ def test_a_pipeline_becomes_a_run_that_samples_and_a_pipeline_again(pipeline, jv
 
     alone = jvgen("export", run, "--network", "denoiser", "--to", tmp_path / "alone")
     assert alone.status == 0, alone.err
-    names = ["denoiser", "jvgen_digests.json", "jvgen_run.json", "model_index.json", "scheduler"]
+    names = ["README.md", "denoiser", "jvgen_digests.json", "jvgen_run.json", "model_index.json", "scheduler"]
     assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == names
     unknown = jvgen("export", run, "--network", "vae", "--to", tmp_path / "none")
     assert unknown.status == 2 and "--network vae: the run trains denoiser" in unknown.err

@@ -116,6 +116,7 @@ def test_a_run_is_loaded_evaluated_and_exported(image_run, tmp_path):
     assert vae(frames, method="encode").shape[:3] == (1, 8, 8)
     folder = run.export(tmp_path / "exported")
     assert import_folder(folder / "vae")[0] == vae.config
+    assert "| steps | 3 of" in (folder / "README.md").read_text()
     with pytest.raises(ConfigError, match="has vae"):
         run.network("denoiser")
 

@@ -118,6 +118,10 @@ class CheckpointReader:
             self._require(step, self.steps())
         raise CheckpointError(f"{self.folder}: no readable checkpoint.")
 
+    def loader_state(self, step: int) -> dict[str, Any]:
+        """The state of the loader in the checkpoint of a step; raises `CorruptCheckpoint` if it cannot be read."""
+        return self._documents(step)[1]
+
     def restore(
         self,
         wanted: Mapping[str, jax.ShapeDtypeStruct],
