@@ -1,22 +1,23 @@
 """Dispatcher of attention: chooses one of several kernels, and runs it on each device of a mesh.
 
-On a mesh, queries are sharded over `seq`, keys and values are gathered along it, and heads are sharded over `tensor`.
+On a mesh, tokens are sharded over `seq` (`jvgen.nn.sequence_parallel` has three ways) and heads over `tensor`.
 """
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jvgen.config import ConfigError
-from jvgen.kernels.attention import chunked, cpu, gpu, reference, tokamax_splash, tpu
-from jvgen.nn import kernel_report
+from jvgen.kernels.attention import chunked, cpu, flash_tpu, gpu, reference, tokamax_splash, tpu
+from jvgen.nn import kernel_report, sequence_parallel
+from jvgen.nn.sequence_parallel import SequenceParallel, Way
 from jvgen.nn.stacked import ATTENTION_OUTPUT
 from jvgen.parallel import axes
 
@@ -29,7 +30,8 @@ class AttentionKernel(enum.Enum):
     CHUNKED = "chunked"  # blocks of scores, on any backend
     CPU = "cpu"  # one head at a time, float32
     GPU = "gpu"  # cuDNN
-    TPU = "tpu"  # Pallas splash attention
+    TPU = "tpu"  # Pallas splash attention of JAX
+    FLASH_TPU = "flash_tpu"  # Pallas kernels of this project, which can go around a ring; AUTO never takes them
     TOKAMAX = "tokamax"  # splash attention of the package tokamax, for TPUs; AUTO never takes it
     TOKAMAX_FIXED = "tokamax_fixed"  # the same with a fixed maximum: for networks that normalize queries and keys
 
@@ -93,6 +95,7 @@ def attention(
     causal: bool = False,
     bias: Float[Array, "#B #N #L #K"] | None = None,
     kernel: AttentionKernel = AttentionKernel.AUTO,
+    sequence: SequenceParallel = SequenceParallel.AUTO,
 ) -> Float[Array, "B L N D"]:
     """softmax(scale * query key^T + bias) value, over the keys before `valid_length`.
 
@@ -105,6 +108,7 @@ def attention(
       causal: query i attends to keys 0..i only; needs as many queries as keys, and tokens that are not sharded.
       bias: added to the scaled scores.
       kernel: the implementation; AUTO chooses one. The choice is in the report of `jvgen.nn.kernel_report`.
+      sequence: how devices attend that share the tokens; AUTO chooses, and the report has it.
 
     Returns:
       `B L N D` in the dtype of `query`. The softmax is float32 in every kernel.
@@ -112,7 +116,8 @@ def attention(
     Raises:
       ValueError: `valid_length` outside 1..K, a bias with a kernel that has none, or lengths or sharding that `causal`
         does not support.
-      ConfigError: a kernel that does not run on these devices or for these arrays, or is not installed.
+      ConfigError: a kernel that does not run on these devices or for these arrays, or is not installed; a `sequence`
+        that this kernel or these arrays do not have.
     """
     width, key_length = query.shape[-1], key.shape[1]
     scale = width**-0.5 if scale is None else float(scale)
@@ -127,14 +132,21 @@ def attention(
     kernel = choice.kernel
     keys = f"{key_length} keys" if valid_length is None else f"{valid_length} of {key_length} keys"
     keys += " before each query" * causal + " with a bias" * (bias is not None)
-    kernel_report.note("attention", query.shape, keys, query.dtype, kernel.value, choice.reason)
+    place = _place(partitioner, query, key, bias)
+    way = None if place is None else _way(sequence, kernel, place, query, key, bias is not None)
+    reason = choice.reason if way is None else f"{choice.reason}; {place.shown}: {way.way.value}, {way.reason}"
+    kernel_report.note("attention", query.shape, keys, query.dtype, kernel.value, reason)
     if bias is not None and kernel not in (AttentionKernel.REFERENCE, AttentionKernel.GPU):
         raise ValueError(f"kernel = {kernel.value}: does not support a bias on the scores; use reference, gpu or auto.")
     run = _bound(kernel, axes.platform(), scale, valid_length, causal)
-    if partitioner is None or partitioner.mesh.size == 1:
-        output = run(query, key, value, bias)
+    if place is not None:
+        if way is not None:
+            run = _over_devices(
+                way.way, run, kernel, place, scale, key_length if valid_length is None else valid_length
+            )
+        output = place.mapped(run)(query, key, value, bias)
     else:
-        output = _sharded(run, partitioner, query, key, value, bias)
+        output = run(query, key, value, bias)
     if kernel is AttentionKernel.REFERENCE or (kernel is AttentionKernel.GPU and axes.platform() == "cpu"):
         # What the other kernels' own backward pass needs is known to remat policies: a name would store a second copy.
         output = checkpoint_name(output, ATTENTION_OUTPUT)
@@ -172,11 +184,12 @@ def _bound(kernel: AttentionKernel, platform: str, scale: float, valid_length: i
         AttentionKernel.CHUNKED: chunked,
         AttentionKernel.CPU: cpu,
         AttentionKernel.TPU: tpu,
+        AttentionKernel.FLASH_TPU: flash_tpu,
         AttentionKernel.TOKAMAX: tokamax_splash,
         AttentionKernel.TOKAMAX_FIXED: tokamax_splash,
     }
     module = modules[kernel]
-    if module in (tpu, tokamax_splash):
+    if module in (tpu, flash_tpu, tokamax_splash):
         options["interpret"] = platform != "tpu"
     if kernel is AttentionKernel.TOKAMAX_FIXED:
         options["fixed_maximum"] = True
@@ -201,44 +214,101 @@ def _check_causal(
                 )
 
 
-def _sharded(
-    run: Run,
-    partitioner: axes.Partitioner,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-) -> jax.Array:
-    """Run a kernel on each device's queries and heads, with keys and values gathered along the sequence axis."""
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where the arrays of a call are on a mesh.
+
+    Attributes:
+      mesh: of the devices.
+      query, key, bias: specs of the arrays; None for no bias.
+      split: mesh axes that share the keys, as in a spec; None if every device has all of them.
+      devices: along `split`.
+      rows: keys per device.
+    """
+
+    mesh: jax.sharding.Mesh
+    query: PartitionSpec
+    key: PartitionSpec
+    bias: PartitionSpec | None
+    split: sequence_parallel.MeshAxis | None
+    devices: int
+    rows: int
+
+    @property
+    def shown(self) -> str:
+        names = (self.split,) if isinstance(self.split, str) else self.split
+        return "tokens over " + " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
+
+    def mapped(self, run: Run) -> Run:
+        """A function of the arrays of one device, on every device."""
+        places = (self.query, self.key, self.key, self.bias)
+        return jax.shard_map(run, mesh=self.mesh, in_specs=places, out_specs=self.query, check_vma=False)
+
+
+def _place(
+    partitioner: axes.Partitioner | None, query: jax.Array, key: jax.Array, bias: jax.Array | None
+) -> _Place | None:
+    """None on one device."""
+    if partitioner is None or partitioner.mesh.size == 1:
+        return None
     names = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS, None)
     query_spec = partitioner.activation(names, query.shape).spec
     key_spec = partitioner.activation(names, key.shape).spec
-    bias_spec = PartitionSpec()
+    bias_spec = None
     if bias is not None:
         by_dimension = (query_spec[0], query_spec[2], query_spec[1], None)
         bias_spec = PartitionSpec(*(None if n == 1 else s for n, s in zip(bias.shape, by_dimension, strict=True)))
+    split = key_spec[1]
+    names = (split,) if isinstance(split, str) else split or ()
+    devices = math.prod(partitioner.mesh.shape[name] for name in names)
+    return _Place(partitioner.mesh, query_spec, key_spec, bias_spec, split, devices, key.shape[1] // devices)
+
+
+# Kernels that can attend to some keys at a time.
+_IN_PARTS = (AttentionKernel.FLASH_TPU, AttentionKernel.CHUNKED)
+
+
+def _way(
+    sequence: SequenceParallel, kernel: AttentionKernel, place: _Place, query: jax.Array, key: jax.Array, bias: bool
+) -> Way | None:
+    """How devices that share keys attend to all of them; None where none do."""
+    if place.devices == 1:
+        return None
+    ring = kernel in _IN_PARTS
+    refused = ""
+    if bias:
+        refused = "a bias on the scores"
+    elif place.query[1] != place.key[1] or query.shape[1] != key.shape[1]:
+        refused = "other queries than keys"
+    elif sequence is SequenceParallel.RING and not ring:
+        refused = f"kernel {kernel.value}, which attends to all keys at once"
+    if refused and sequence in (SequenceParallel.ULYSSES, SequenceParallel.RING):
+        raise ConfigError(f"sequence_parallel = {sequence.value}: not with {refused}; use auto or gather.")
+    if refused:
+        return Way(SequenceParallel.GATHER, refused)
+    if sequence is not SequenceParallel.AUTO:
+        return Way(sequence, "as configured")
+    heads = place.query[2] or ()
+    tensor = math.prod(place.mesh.shape[name] for name in ((heads,) if isinstance(heads, str) else heads))
+    sizes = {"devices": place.devices, "tokens": place.rows, "heads": query.shape[2] // tensor}
+    return sequence_parallel.choose(axes.platform(), **sizes, ring=ring)
+
+
+def _over_devices(
+    way: SequenceParallel, run: Run, kernel: AttentionKernel, place: _Place, scale: float, valid: int
+) -> Run:
+    """`run`, which needs all keys, on arrays that have those of one device."""
+    split, interpret = place.split, axes.platform() != "tpu"
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
-        if key_spec[1] is not None:
-            key, value = (gathered(array, key_spec[1]) for array in (key, value))
+        if way is SequenceParallel.ULYSSES:
+            return sequence_parallel.by_heads(lambda *arrays: run(*arrays, None), split, query, key, value)
+        if way is SequenceParallel.RING:
+            parts = chunked.Parts(scale)
+            if kernel is AttentionKernel.FLASH_TPU:
+                parts = flash_tpu.Parts.of(query.shape[1], query.shape[3], scale, interpret)
+            return sequence_parallel.ring(parts, split, valid, ATTENTION_OUTPUT, query, key, value)
+        key, value = (sequence_parallel.gathered(array, split) for array in (key, value))
         return run(query, key, value, bias)
 
-    mapped = jax.shard_map(
-        local,
-        mesh=partitioner.mesh,
-        in_specs=(query_spec, key_spec, key_spec, None if bias is None else bias_spec),
-        out_specs=query_spec,
-        check_vma=False,
-    )
-    return mapped(query, key, value, bias)
-
-
-def gathered(array: jax.Array, mesh_axis: str | tuple[str, ...]) -> jax.Array:
-    """All tokens of `B L N D` from the devices along a mesh axis; the transpose scatters gradients back.
-
-    For the transfer, heads are merged and the devices' shards are stacked along a new first axis: TPUs pad narrow last
-    axes, and reduce-scatter along the first axis only (along others they all-reduce and slice).
-    """
-    flat = rearrange(array, "B L N D -> B L (N D)")
-    parts = jax.lax.all_gather(flat, mesh_axis, axis=0, tiled=False)
-    return rearrange(parts, "S B L (N D) -> B (S L) N D", N=array.shape[2])
+    return local

@@ -69,7 +69,7 @@ def epipolar_attention(
 ) -> Float[Array, "B L N D"]:
     """softmax(query key^T / sqrt(D) + bias) value, where the bias keeps each query near its line.
 
-    On a mesh, each device processes its own frames and heads.
+    On a mesh, each device processes its own frames and heads; devices that share a sequence's tokens share its heads.
 
     Args:
       query, key, value: tokens of one frame in two views.
@@ -117,12 +117,28 @@ def _bound(kernel: EpipolarKernel, scale: float, platform: str):
 
 
 def _sharded(run, partitioner: axes.Partitioner, shape: tuple[int, ...]):
-    tokens = partitioner.activation((axes.BATCH, None, axes.ACTIVATION_HEADS, None), shape).spec
-    lines, number = PartitionSpec(tokens[0], None, None), PartitionSpec(tokens[0])
-    return jax.shard_map(
+    """`run` with frames over the axes of the batch, and heads over those of the heads and of a sequence's tokens.
+
+    Tokens of a frame are not split: lines cross the whole frame, and one device can skip what no line of a tile meets.
+    Heads that the devices do not divide are padded with heads of zeros, as in `jvgen.nn.sequence_parallel`.
+    """
+    mesh = partitioner.mesh
+    frames, _, heads, _ = partitioner.activation((axes.BATCH, None, axes.ACTIVATION_HEADS, None), shape).spec
+    of_tokens = partitioner.activation((axes.LENGTH,), (mesh.size,)).spec[0]
+    names = tuple(n for part in (heads, of_tokens) for n in ((part,) if isinstance(part, str) else part or ()))
+    added = -shape[2] % math.prod(mesh.shape[name] for name in names)
+    tokens = PartitionSpec(frames, None, names or None, None)
+    lines, number = PartitionSpec(frames, None, None), PartitionSpec(frames)
+    mapped = jax.shard_map(
         run,
-        mesh=partitioner.mesh,
+        mesh=mesh,
         in_specs=(tokens, tokens, tokens, lines, PartitionSpec(), number, number),
         out_specs=tokens,
         check_vma=False,
     )
+
+    def padded(query: jax.Array, key: jax.Array, value: jax.Array, *band: jax.Array) -> jax.Array:
+        arrays = (jnp.pad(array, ((0, 0), (0, 0), (0, added), (0, 0))) for array in (query, key, value))
+        return mapped(*arrays, *band)[:, :, : shape[2]]
+
+    return padded

@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jvgen.kernels.frame_diagonal import reference, shifted
-from jvgen.nn.attention import gathered
+from jvgen.nn.sequence_parallel import gathered
 from jvgen.parallel import axes
 
 

@@ -21,6 +21,9 @@ _ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:")
 _SMALL = 100
 # A region is the body of a grid step if it holds this share of all matrix products of the kernel.
 _MOST = 0.9
+# Kernels with several copies of their body, of which one runs in each grid step: with and without a mask, with and
+# without a running maximum. The shortest is counted.
+_COPIES = {"attention_forward": 2, "attention_forward_masked": 4, "attention_backward_masked": 2}
 UNITS = "MATMUL MATPUSH XLU VALU VPOP EUP VLOAD FILL VSTORE SPILL SALU".split()
 
 
@@ -86,9 +89,13 @@ def read(module: Module, folder: str | Path) -> dict[str, Kernel]:
     for name, (one, body) in calls.items():
         files = by_code.get((one.result, body))
         if files is not None:
-            bundles = count(*files, copies=2 if "tokamax" in one.source else 1)
+            bundles = count(*files, copies=2 if "tokamax" in one.source else _copies(name))
             found[name] = Kernel(name, bundles, grid(base64.b64decode(body)))
     return found
+
+
+def _copies(name: str) -> int:
+    return _COPIES.get(re.sub(r"[.\d]*$", "", name), 1)
 
 
 def grid(body: bytes) -> Grid:
@@ -119,7 +126,7 @@ def count(bundles_file: str, usage_file: str, copies: int = 1) -> Bundles:
 
     Args:
       bundles_file, usage_file: of libtpu: final bundles, and the use of every unit by bundle.
-      copies: copies of the body, with and without mask, of which one runs in each step.
+      copies: copies of the body, of which one runs in each step.
     """
     counted = (line.split() for line in Path(usage_file).read_text().splitlines())
     usage = [[int(word) for word in words] for words in counted if len(words) == len(UNITS) and words[0].isdigit()]
@@ -141,6 +148,7 @@ def count(bundles_file: str, usage_file: str, copies: int = 1) -> Bundles:
         return Bundles(len(usage), 0, _use(usage, slots))
     first, last = min(bodies, key=lambda region: region[1] - region[0])
     beside = [region for region in regions if region[1] < first or region[0] > last]
+    beside = [region for region in beside if region not in bodies]
     outer = [r for r in beside if not any(o != r and o[0] <= r[0] and r[1] <= o[1] for o in beside)]
     row = sum(end - start for start, end in outer)
     return Bundles(len(usage) - row, row, _use(usage[first : last + 1], slots))

@@ -1,105 +1,119 @@
-"""Cycles of splash attention's kernels at RepVideo-2B's shapes (49x480x720), from the programs that libtpu makes.
+"""Cycles of attention's kernels on TPUs at RepVideo-2B's shapes (49x480x720), from the programs that libtpu makes.
 
 libtpu writes the final VLIW bundles of every Pallas kernel; a bundle is a cycle. Counted is the body of a grid step and
-what surrounds it, not waiting for memory, so the numbers compare kernels of one chip and are no times.
+what surrounds it, not waiting for memory, so the numbers compare kernels of one chip and are no times. The blocks in
+`jvgen.kernels.attention.flash_tpu` are the best of those that are tried here.
 """
 
-import glob
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from typing import Any
 
-from jvgen.preflight import kernel_cycles
 from tests.benchmarks.machine import Settings
 from tests.benchmarks.report import Result
 
-# Rows of one device of 4 that share a clip, all keys, keys that are not padding, heads, head width.
-QUERIES, KEYS, VALID, HEADS, WIDTH = 4480, 17920, 17776, 2, 64
+# Rows of one device of 4 that share a clip, all keys, keys that are not padding, heads.
+QUERIES, KEYS, VALID, HEADS = 4480, 17920, 17776, 2
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-KINDS = ("separate", "fused", "tokamax", "tokamax_fixed")
-PASSES = "(final_bundles|final_hlo-static-per-bundle-utilization)"
+WIDTHS = (64, 128)
+# Tokens per grid step of queries and of keys, and keys per product.
+BLOCKS = ((896, 1792, 128), (896, 1792, 256), (896, 1792, 896), (896, 896, 896), (640, 1792, 256), (1152, 1792, 128))
+# JAX's splash attention with one fused backward kernel, and that of tokamax, in blocks of 896.
+OTHERS = ("splash", "tokamax", "tokamax_fixed")
 
 
 def run(settings: Settings) -> Result:
-    """Compile forward and backward kernels of each kind for each chip, each in a process of its own."""
-    chips = {"v5e": CHIPS["v5e"]} if settings.quick else CHIPS
-    rows = []
-    for chip in chips:
-        for kind in ("fused",) if settings.quick else KINDS:
-            with tempfile.TemporaryDirectory() as folder:
-                found = _compiled(chip, kind, folder)
-            rows.append({"chip": chip, "kind": kind, **found})
+    """Compile forward and backward kernels of each kind for each chip and head width."""
+    chips, widths = (("v5e",), (64,)) if settings.quick else (CHIPS, WIDTHS)
+    kinds = ["896,1792,256"] if settings.quick else [*(",".join(map(str, blocks)) for blocks in BLOCKS), *OTHERS]
+    rows = [row for chip in chips for row in _compiled(chip, widths, kinds)]
+    best = {}
+    for row in rows:
+        at = row["chip"], row["head width"]
+        if row["kind"][0].isdigit() and "problem" not in row:
+            best[at] = min(best.get(at, row), row, key=lambda row: row["forward"] + row["backward"])
     return Result(
-        title="VLIW bundles per million scores, forward and backward",
-        settings={"queries": QUERIES, "keys": KEYS, "valid": VALID, "head width": WIDTH},
+        title="VLIW bundles per million scores of one TensorCore, forward and backward",
+        settings={"queries": QUERIES, "keys": KEYS, "valid": VALID},
         rows=rows,
+        shown=("chip", "head width", "kind", "forward", "backward", "temporary_MiB", "problem"),
         notes=(
-            "separate: a kernel for the queries' gradient and one for that of keys and values; fused: one for all.",
+            "kind: tokens per grid step of queries and of keys, and keys per product; or another library's kernel",
+            *(f"best blocks on {chip} for heads of {width}: {row['kind']}" for (chip, width), row in best.items()),
         ),
     )
 
 
-def _compiled(chip: str, kind: str, folder: str) -> dict[str, Any]:
-    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={PASSES}"
-    environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    command = [sys.executable, "-m", "tests.benchmarks.splash_tpu", chip, kind]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return {"problem": (done.stderr.strip().splitlines() or ["failed"])[-1][:100]}
-    sizes = dict(word.split("=") for word in done.stdout.split())
-    cycles = {
-        name: _bundles(folder, f"splash_mh?_{name}", 2 if kind.startswith("tokamax") else 1)
-        for name in ("fwd", "dq", "dkv")
-        if glob.glob(f"{folder}/*splash_mh?_{name}*final_bundles.txt")
-    }
-    steps = {"fwd": int(sizes["fwd"]), "dq": int(sizes["fwd"]), "dkv": int(sizes["dkv"])}
-    forward = cycles["fwd"] / steps["fwd"] * 1e6
-    backward = sum(cycles[name] / steps[name] * 1e6 for name in ("dq", "dkv") if name in cycles)
-    return {"forward": round(forward), "backward": round(backward), "temporary_MiB": int(sizes["temporary"]) >> 20}
+def _compiled(chip: str, widths: tuple[int, ...], kinds: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for width in widths:
+        command = [sys.executable, "-m", "tests.benchmarks.splash_tpu", chip, str(width), *kinds]
+        done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+        found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+        died = (done.stderr.strip().splitlines() or ["failed"])[-1]
+        for kind in kinds:
+            numbers, _, problem = found.get(kind, f"| {died}").partition("|")
+            words = (word.split("=") for word in numbers.split())
+            row = {"chip": chip, "head width": width, "kind": kind, "problem": problem.strip()[:60] or None}
+            rows.append(row | {name: int(value) for name, value in words})
+            row = rows[-1]
+            if row["problem"] is None:
+                del row["problem"]
+    return rows
 
 
-def _bundles(folder: str, pattern: str, copies: int) -> int:
-    """Bundles of one grid step. tokamax has two copies of the body, of which the one without mask runs for most."""
-    file = next(f for f in glob.glob(f"{folder}/*{pattern}*final_bundles.txt") if "schedule-analysis" not in f)
-    usage = glob.glob(re.sub(r"-\d\d-final_bundles.txt$", "", file) + "*utilization.txt")[0]
-    return kernel_cycles.count(file, usage, copies).step
+def _compile(chip: str, width: str, *kinds: str) -> None:
+    """In the child process: compile each kind, and print its bundles per million scores."""
+    from jvgen.parallel import libtpu
+
+    with libtpu.writing_bundles():
+        for kind in kinds:
+            try:
+                print(kind, _numbers(chip, int(width), kind), flush=True)
+            except Exception as error:
+                print(kind, "|", f"{type(error).__name__}: {error}".splitlines()[0], flush=True)
 
 
-def _compile(chip: str, kind: str) -> None:
-    """In the child process: compile, and print the scores of a grid step and the bytes of temporaries."""
+def _numbers(chip: str, width: int, kind: str) -> str:
     import jax
     import jax.numpy as jnp
 
-    from jvgen.kernels.attention import tokamax_splash, tpu
-    from jvgen.preflight import topology
+    from jvgen.kernels.attention import flash_tpu
+    from jvgen.parallel import libtpu
+    from jvgen.preflight import hlo, kernel_cycles, topology
 
-    tpu.MAX_PARTS_BYTES = 0 if kind == "separate" else 2**40
     place = jax.sharding.SingleDeviceSharding(topology.describe(CHIPS[chip]).devices[0])
+    attend = _other(kind) if kind in OTHERS else flash_tpu.attention
+    if kind not in OTHERS:
+        flash_tpu.BLOCKS = {}
+        flash_tpu.DEFAULT_BLOCKS = tuple(map(int, kind.split(",")))
 
     def tokens(length: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, length, HEADS, WIDTH), jnp.bfloat16, sharding=place)
-
-    def attend(*arrays: jax.Array) -> jax.Array:
-        options = {"scale": WIDTH**-0.5, "valid_length": VALID}
-        if kind.startswith("tokamax"):
-            return tokamax_splash.attention(*arrays, **options, fixed_maximum=kind.endswith("fixed"))
-        return tpu.attention(*arrays, **options)
+        return jax.ShapeDtypeStruct((1, length, HEADS, width), jnp.bfloat16, sharding=place)
 
     def both(query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array) -> tuple:
-        output, pull = jax.vjp(attend, query, key, value)
+        output, pull = jax.vjp(lambda *a: attend(*a, scale=width**-0.5, valid_length=VALID), query, key, value)
         return output, pull(gradient)
 
     compiled = jax.jit(both).lower(tokens(QUERIES), tokens(KEYS), tokens(KEYS), tokens(QUERIES)).compile()
-    query_block, key_block = tpu.blocks(QUERIES, KEYS, WIDTH)
-    step = key_block
-    if not kind.startswith("tokamax"):
-        sizes = tpu.block_sizes((1, HEADS, QUERIES, WIDTH), KEYS, jnp.bfloat16, query_block, key_block)
-        step = sizes.block_kv_dkv
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    print(f"fwd={query_block * key_block} dkv={query_block * step} temporary={temporary}")
+    kernels = kernel_cycles.read(hlo.parse(compiled.as_text()), libtpu.bundles_folder())
+    per_million = 1e6 / (HEADS * QUERIES * KEYS)
+    cycles = {name: kernel.cycles(1) * per_million for name, kernel in kernels.items()}
+    forward = sum(value for name, value in cycles.items() if "fwd" in name or "forward" in name)
+    temporary = compiled.memory_analysis().temp_size_in_bytes >> 20
+    return f"forward={forward:.0f} backward={sum(cycles.values()) - forward:.0f} temporary_MiB={temporary}"
+
+
+def _other(kind: str) -> Any:
+    """Another library's kernel with the arguments of `flash_tpu.attention`."""
+    import functools
+
+    from jvgen.kernels.attention import tokamax_splash, tpu
+
+    if kind == "splash":
+        return tpu.attention
+    return functools.partial(tokamax_splash.attention, fixed_maximum=kind.endswith("fixed"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every attention kernel against the reference: forward, gradient, padding, precision, and the choice of AUTO."""
 
 import functools
+import math
 import re
 import types
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError
-from jvgen.kernels.attention import chunked, cpu, gpu, reference, tpu
+from jvgen.kernels.attention import chunked, cpu, flash_tpu, flash_tpu_kernels, gpu, reference, tpu
 from jvgen.nn import kernel_report
 from jvgen.nn.attention import AttentionKernel, attention, choose
 from jvgen.nn.stacked import Remat, checkpointed
@@ -160,6 +161,61 @@ def test_splash_mask_is_made_in_blocks():
     assert block.shape == (512, 128) and block.sum() == 512 * 104
 
 
+FLASH_CASES = {
+    "padding": (130, 256, 64, {"valid_length": 200}),
+    "blocks of padding": (128, 512, 64, {"valid_length": 300}),
+    "causal": (256, 256, 64, {"causal": True}),
+    "wide": (128, 128, 128, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "case,factor",
+    [("padding", 1), ("causal", 1), ("padding", 40)]
+    + [pytest.param(name, 1, marks=pytest.mark.slow) for name in ("blocks of padding", "wide")],
+)
+def test_flash_kernel_equals_reference(key, monkeypatch, case, factor):
+    """With scores that the norms bound, and with a running maximum; in several blocks, and calls, of each kind."""
+    monkeypatch.setattr(flash_tpu, "DEFAULT_BLOCKS", (128, 256, 128))
+    monkeypatch.setattr(flash_tpu_kernels, "MAX_QUERY_BYTES", 64 * 128 * 12)
+    queries, keys, width, options = FLASH_CASES[case]
+    query, *others = arrays(key, length=queries, keys=keys, heads=2, width=width, batch=1)
+    inputs = (factor * query, *others)
+    options = {"scale": 0.125, **options}
+    turned = (jnp.moveaxis(array[0], 0, -1) for array in inputs[:2])
+    assert bool(jnp.all(flash_tpu_kernels.bounded(*turned, factor=0.125 * math.log2(math.e)))) == (factor == 1)
+    got = value_and_gradients(lambda *a: flash_tpu.attention(*a, interpret=True, **options), *inputs)
+    want = value_and_gradients(lambda *a: reference.attention(*a, **options), *inputs)
+    assert_same(got, want, 5e-6 if factor == 1 else 5e-5)
+
+
+def test_heads_choose_for_themselves_whether_they_need_a_maximum(key):
+    """Scores at the bound neither overflow nor vanish, on either side of it; the largest and the least at once."""
+    width, keys = 16, 256
+    ones = jnp.ones((1, keys, 1, width)) / 4
+    sizes = jnp.asarray([63.9, -63.9, 64.1, 1000.0, -1000.0]) / math.log2(math.e)
+    query = sizes[:, None] * ones[:, :128]
+    key_signs = jnp.where(jnp.arange(keys) % 2, 1.0, -1.0)[:, None, None]
+    value = jax.random.normal(key, (1, keys, 5, width)) + 1e3
+    arrays_T = (jnp.moveaxis(a[0] * f, 0, -1) for a, f in ((query, math.log2(math.e)), (ones * jnp.ones((5, 1)), 1)))
+    assert flash_tpu_kernels.bounded(*arrays_T).tolist() == [1, 1, 0, 0, 0]
+    for signs in (key_signs, 1.0, -1.0):
+        inputs = (query, ones * signs * jnp.ones((5, 1)), value)
+        got = flash_tpu.attention(*inputs, scale=1.0, interpret=True)
+        np.testing.assert_allclose(got, reference.attention(*inputs, scale=1.0), rtol=2e-5)
+
+
+def test_flash_kernel_in_bfloat16(key):
+    inputs = arrays(key, length=128, keys=1024, heads=1, width=64, batch=1, dtype=jnp.bfloat16)
+    options = {"scale": 0.125, "valid_length": 1000}
+    got = value_and_gradients(lambda *a: flash_tpu.attention(*a, interpret=True, **options), *inputs)
+    inputs = [a.astype(jnp.float32) for a in inputs]
+    want = value_and_gradients(lambda *a: reference.attention(*a, **options), *inputs)
+    for name, a, b in zip(("output", "d query", "d key", "d value"), got, want, strict=True):
+        error = np.asarray(a, np.float32) - np.asarray(b)
+        assert np.sqrt(np.mean(error**2)) < 4e-3 * np.sqrt(np.mean(np.square(b))), name
+
+
 @pytest.mark.parametrize("length,block", [(17920, 896), (4480, 896), (17776, 896), (130, 256), (64, 128), (2048, 1024)])
 def test_splash_blocks_pad_least(length, block):
     assert tpu.block_size(length) == block
@@ -171,30 +227,39 @@ def rms_error(got, inputs, scale):
 
 # The last scale is as far from a bfloat16 as there is.
 @pytest.mark.parametrize("width,scale", [(64, 64**-0.5), (96, 96**-0.5), (128, 128**-0.5), (64, 0.12548)])
-@pytest.mark.parametrize("name", ["reference", "chunked", "cpu", "tpu"])
+@pytest.mark.parametrize("name", ["reference", "chunked", "cpu", "tpu", "flash_tpu"])
 def test_the_scale_rounds_at_most_once(key, name, width, scale):
     """A scale rounded to bfloat16 before it multiplies the queries adds a second, systematic error."""
     query, keys, value, _ = arrays(key, length=128, keys=128, heads=2, width=width, batch=1, dtype=jnp.bfloat16)
     query, keys = 2 * query, 2 * keys
     inputs = (query, keys, value)
-    kernels = KERNELS | {"reference": reference.attention, "tpu": functools.partial(tpu.attention, interpret=True)}
+    interpreted = {"tpu": tpu.attention, "flash_tpu": flash_tpu.attention}
+    interpreted = {name: functools.partial(run, interpret=True) for name, run in interpreted.items()}
+    kernels = KERNELS | {"reference": reference.attention} | interpreted
     got = jax.jit(functools.partial(kernels[name], scale=scale))(*inputs)
     once = jnp.asarray(query.astype(jnp.float32) * scale, jnp.bfloat16)
     least = rms_error(reference.attention(*inputs, scale=scale), inputs, scale)
     one_rounding = rms_error(reference.attention(once, keys, value, scale=1.0), inputs, scale)
     assert least <= one_rounding
+    if name == "flash_tpu":
+        # It rounds no query, but weights, as TPUs do with float32 weights too.
+        scores = scale * np.einsum("lnd,knd->nlk", *(np.asarray(a[0], np.float64) for a in (query, keys)))
+        weights = np.exp(scores)
+        rounded = jnp.asarray(weights).astype(jnp.bfloat16).astype(jnp.float32) / weights.sum(-1, keepdims=True)
+        output = np.einsum("nlk,knd->lnd", rounded, np.asarray(value[0], np.float64))
+        one_rounding = rms_error(jnp.asarray(output[None]).astype(jnp.bfloat16), inputs, scale)
     assert rms_error(got, inputs, scale) < 1.05 * one_rounding
 
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
-@pytest.mark.parametrize("width", [128, 512])
-def test_splash_blocks_fit_into_vmem(width):
+@pytest.mark.parametrize("module,width", [(tpu, 128), (tpu, 512), (flash_tpu, 64), (flash_tpu, 512)])
+def test_blocks_fit_into_vmem(module, width):
     """Stable Diffusion's autoencoders attend with one head of 512 channels."""
     device = topology.describe("v5e:2x2").devices[0]
     tokens = jax.ShapeDtypeStruct((2, 1024, 1, width), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
 
     def loss(*arrays):
-        return jnp.sum(tpu.attention(*arrays, scale=width**-0.5).astype(jnp.float32))
+        return jnp.sum(module.attention(*arrays, scale=width**-0.5).astype(jnp.float32))
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(tokens, tokens, tokens).compile()
     # What all scores of both batches would take in float32: they are never there.

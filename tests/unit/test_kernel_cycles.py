@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jvgen.kernels.attention import tpu
+from jvgen.kernels.attention import flash_tpu, tpu
 from jvgen.preflight import hlo, kernel_cycles
 from jvgen.preflight.kernel_cycles import Bundles, Grid, Kernel
 
@@ -88,14 +88,18 @@ ENTRY %main.1 (p: bf16[8]) -> bf16[8] {{
     assert found[NAME].grid.parallel[0] and not any(found[NAME].grid.parallel[2:])
 
 
-@pytest.mark.parametrize("most,kernels", [(tpu.MAX_PARTS_BYTES, 2), (0, 3)], ids=["fused", "separate"])
-def test_tensor_cores_share_the_heads_of_one_clip(monkeypatch, most, kernels):
+@pytest.mark.parametrize(
+    "module,most,kernels",
+    [(tpu, tpu.MAX_PARTS_BYTES, 2), (tpu, 0, 3), (flash_tpu, 0, 2)],
+    ids=["fused", "separate", "flash_tpu"],
+)
+def test_tensor_cores_share_the_heads_of_one_clip(monkeypatch, module, most, kernels):
     """In the forward kernel and in every backward kernel."""
     monkeypatch.setattr(tpu, "MAX_PARTS_BYTES", most)
     array = jax.ShapeDtypeStruct((1, 1024, 6, 64), jnp.bfloat16)
 
     def passes(q, k, v):
-        output, pull = jax.vjp(lambda *a: tpu.attention(*a, scale=1.0), q, k, v)
+        output, pull = jax.vjp(lambda *a: module.attention(*a, scale=1.0), q, k, v)
         return output, pull(output)
 
     bodies = kernel_bodies(passes, array, array, array)

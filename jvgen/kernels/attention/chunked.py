@@ -3,6 +3,7 @@
 The recurrence is that of FlashAttention (Dao et al. 2022, arXiv 2205.14135, section 3.1), written in JAX.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -149,3 +150,26 @@ def _backward(
 
 
 _blocks.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Attention to some keys at a time, as `jvgen.nn.sequence_parallel.Parts`; arrays are `I B N block D`."""
+
+    scale: float
+    block: int = BLOCK
+
+    def queries(self, array: jax.Array) -> jax.Array:
+        return _split(array, self.block)
+
+    keys = queries
+
+    def tokens(self, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return rearrange(array, "I B N L D -> B (I L) N D")[:, : shape[1]]
+
+    def forward(self, valid: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> tuple:
+        output, (*_, log_total) = _forward(self.scale, valid, False, None, query, key, value)
+        return output.astype(jnp.float32), log_total[..., None]
+
+    def backward(self, valid, query, key, value, output, total, gradient) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _backward(self.scale, valid, False, None, (query, key, value, output, total[..., 0]), gradient)

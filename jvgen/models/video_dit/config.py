@@ -6,6 +6,7 @@ import enum
 from jvgen.config import Config
 from jvgen.nn.attention import AttentionKernel
 from jvgen.nn.rope import RotaryGrid
+from jvgen.nn.sequence_parallel import SequenceParallel
 from jvgen.nn.stacked import Remat
 from jvgen.value_rules import Count, Epsilon, Frames, Layers, Pixels, Positive, Scale, Width
 
@@ -86,6 +87,7 @@ class VideoDiTConfig(Config):
       remat: what is stored for the backward pass.
       unroll: run the layers in a Python loop and not in a scan.
       attention: kernel of the attention.
+      sequence_parallel: how devices along the mesh axis `seq`, which share the tokens of a clip, attend to all of them.
     """
 
     layers: Layers = 30
@@ -118,6 +120,7 @@ class VideoDiTConfig(Config):
     remat: Remat = Remat.NONE
     unroll: bool = False
     attention: AttentionKernel = AttentionKernel.AUTO
+    sequence_parallel: SequenceParallel = SequenceParallel.AUTO
 
     @property
     def plain(self) -> "VideoDiTConfig":

@@ -101,7 +101,8 @@ class JointAttention(nnx.Module):
         query = self._normed(self.query_norm, query, context)
         key = self._normed(self.key_norm, key, context)
         valid_length = context.layout.valid if context.layout.padding else None
-        mixed = attention(query, key, value, valid_length=valid_length, kernel=self.config.attention)
+        kernels = {"kernel": self.config.attention, "sequence": self.config.sequence_parallel}
+        mixed = attention(query, key, value, valid_length=valid_length, **kernels)
         if context.attention_scale is None:
             return self._projected(mixed)
         factor = context.attention_scale(query, key, context.layout, context.layer)
