@@ -235,6 +235,17 @@ def _t5(model: Any, config: Any, network: Network, parameters: Mapping[str, Any]
     yield "embeddings", ours, model(input_ids=_torch(tokens.astype(np.int64))).last_hidden_state.numpy()
 
 
+def _dinov2(
+    model: Any, config: Any, network: Network, parameters: Mapping[str, Any], rng: np.random.Generator
+) -> Outputs:
+    """Tokens of images of the positions' size, and of another one."""
+    side, patch = config.positions * config.patch, config.patch
+    for name, size in (("tokens", (side, side)), ("tokens of another size", (side + patch, side + 2 * patch))):
+        images = _normal(rng, 2, *size, 3)
+        theirs = model(pixel_values=_torch(images, 0, 3, 1, 2)).last_hidden_state
+        yield name, jax.jit(network.apply)(parameters, images), theirs.numpy()
+
+
 def _llama(
     model: Any, config: Any, network: Network, parameters: Mapping[str, Any], rng: np.random.Generator
 ) -> Outputs:
@@ -271,5 +282,6 @@ _COMPARISONS: dict[str, Comparison] = {
     "AutoencoderKLCogVideoX": _cogvideox_vae,
     "CogVideoXTransformer3DModel": _video_dit,
     "T5EncoderModel": _t5,
+    "Dinov2Model": _dinov2,
     "LlamaForCausalLM": _llama,
 }

@@ -10,6 +10,7 @@ from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
 from jvgen.interop.verify import VerifyError, verify
 from jvgen.models.byte_text.config import ByteTextConfig
+from jvgen.models.dinov2.config import Dinov2Config
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import Positions, VideoDiTConfig
@@ -39,6 +40,7 @@ CONFIGS = {
     "dit_rotary": DIT.replace(positions=Positions.ROTARY),
     "t5": T5Config(vocabulary=30, width=16, layers=2, heads=2, head_width=8, hidden=24, buckets=8, max_distance=16),
     "byte_text": ByteTextConfig(width=16, layers=2, heads=2),
+    "dinov2": Dinov2Config(width=16, layers=2, heads=2, hidden=64, patch=4, side=12),
 }
 
 
