@@ -102,7 +102,8 @@ def demo_prompts() -> list[str]:
     from jvgen.data.scenes.labels import Labels, captions_of
 
     shapes = ("ball", "cube")
-    return [captions_of("static", Labels(color=color, shape=shapes[k % 2]))[0] for k, color in enumerate(COLORS)]
+    labels = [Labels(color=color, shape=shapes[k % 2], camera="orbit left") for k, color in enumerate(COLORS)]
+    return [captions_of("static", one)[0] for one in labels]
 
 
 def _data(folder: Path) -> list[object]:

@@ -66,7 +66,9 @@ def write_report(
             ],
             frames_per_second=FRAMES_PER_SECOND,
             scale=4,
-            caption=f"32x32 pixels a frame, four times as large; {FRAMES_PER_SECOND:.0f} actions a second.",
+            caption=f"32x32 pixels a frame, four times as large; {FRAMES_PER_SECOND:.0f} actions a second."
+            if way == ways[-1]
+            else "",
         )
     report.table(
         [[way, plan["success"], plan["return"], plan.get("plans_per_second")] for way, plan in plans.items()],

@@ -20,6 +20,9 @@ from jvgen.runs.planning import check_fit, cost_for, plan_episodes, write_outcom
 from tests.unit.test_world_model import world_of
 
 SMALL = SceneConfig(height=16, width=16, frames=6, kinds={"dynamic": 1.0}, driven=1.0, supersampling=1)
+# Every call plans with a program of its own, often the same.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 CONFIG = PlannerConfig(samples=6, horizon=2)
 
 
