@@ -72,9 +72,9 @@ def write_report(
 
 
 def read_pairs(folder: Path) -> list[list[np.ndarray]]:
-    """The views of every set of a folder that `jvgen sample` wrote, in order."""
-    sets = sorted({path.parent for path in folder.rglob("view_0.mp4")})
-    return [[read_clip(path) for path in sorted(one.glob("view_*.mp4"))] for one in sets]
+    """The views of every set of a folder that `jvgen sample` wrote, in the order of the prompts."""
+    rows = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    return [[read_clip(path) for path in sorted((folder / row["file"]).glob("view_*.mp4"))] for row in rows]
 
 
 def score(

@@ -248,9 +248,13 @@ def test_the_report_of_two_cameras_shows_failures(tmp_path):
     prompts, palette = views.demo_prompts()[:2], {name: COLORS[name] for name in views.COLORS}
     pairs = {"samples": [("red", "red"), ("yellow", "green")], "samples_untrained": [("blue", "cyan")] * 2}
     for folder, shown in pairs.items():
+        (tmp_path / folder).mkdir()
+        # In the order of the prompts, whatever the folders are called.
+        index = "".join(json.dumps({"file": f"set_{9 - number}"}) + "\n" for number in range(len(shown)))
+        (tmp_path / folder / "index.jsonl").write_text(index)
         for number, pair in enumerate(shown):
-            place = tmp_path / folder / f"{number:03d}"
-            place.mkdir(parents=True)
+            place = tmp_path / folder / f"set_{9 - number}"
+            place.mkdir()
             for view, name in enumerate(pair):
                 color = tuple(int(255 * part) for part in palette[name]) if max(palette[name]) <= 1 else palette[name]
                 clip = moving_square(1, color)
