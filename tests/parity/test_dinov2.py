@@ -1,11 +1,13 @@
 """DINOv2 against transformers' Dinov2Model: outputs at the size of its positions and at others, weights both ways."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen.interop.from_torch import import_folder
+from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.interop.to_torch import export_network
 from jvgen.models.dinov2.config import Dinov2Config, base, giant, large, small
 from jvgen.models.dinov2.flops import forward_flops
@@ -80,11 +82,16 @@ def test_configuration_returns_unchanged(config):
         ({"hidden_act": "relu"}, "hidden_act = 'relu'; only 'gelu'"),
         ({"num_channels": 1}, "num_channels = 1; only 3"),
         ({"qkv_bias": False}, "qkv_bias = False; only True"),
+        ({"hidden_size": 24.5}, "width = 24.5"),
+        ({"mlp_ratio": "four"}, "does not describe a Dinov2Model"),
+        ({"patch_size": [4, 4]}, r"patch = \[4, 4\]"),
+        ({"num_attention_heads": 5}, "heads = 5: must divide width = 24"),
     ],
 )
-def test_networks_of_another_make_are_refused(changes, message):
+def test_networks_of_another_make_are_refused(changes, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_diffusers_config(TINY) | changes))
     with pytest.raises(ValueError, match=message):
-        from_diffusers_config(to_diffusers_config(TINY) | changes)
+        read_config(tmp_path)
 
 
 def test_a_width_that_the_class_does_not_have_is_refused():

@@ -102,12 +102,12 @@ def from_diffusers_config(values: Mapping[str, Any]) -> Dinov2Config:
     for name, known in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
         if values.get(name, known) != known:
             raise ValueError(f"config.json: {name} = {values[name]!r}; only {known!r} is supported.")
-    width, gated = int(values.get("hidden_size", 768)), bool(values.get("use_swiglu_ffn", False))
+    width, gated = values.get("hidden_size", 768), bool(values.get("use_swiglu_ffn", False))
     return Dinov2Config(
         width=width,
         layers=values.get("num_hidden_layers", 12),
         heads=values.get("num_attention_heads", 12),
-        hidden=_hidden(width, int(values.get("mlp_ratio", 4)), gated),
+        hidden=_hidden(width, values.get("mlp_ratio", 4), gated),
         gated=gated,
         patch=values.get("patch_size", 14),
         side=values.get("image_size", 224),
@@ -115,7 +115,7 @@ def from_diffusers_config(values: Mapping[str, Any]) -> Dinov2Config:
     )
 
 
-def _hidden(width: int, ratio: int, gated: bool) -> int:
-    """Width of the feed-forward blocks."""
+def _hidden(width: Any, ratio: Any, gated: bool) -> Any:
+    """Width of the feed-forward blocks. Values of a file may be of another type, which the config refuses."""
     hidden = width * ratio
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
