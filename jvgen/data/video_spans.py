@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jvgen.data.video_pixels import PixelConverter
 # A frame may come this many seconds after the time for which it is taken: WebM's times are whole milliseconds.
 ROUNDING = 1.5e-3
 # Tables give ends of videos with other roundings.
+_HEAD = 32  # packets in which the first frame is
 _MISSING = 0.5  # seconds that a video may be shorter than its table says
 
 
@@ -75,13 +77,16 @@ def opened_span(clip: bytes | Path, start: float, stop: float, *, seek: bool = T
             yield _counted(container, stream, start, stop)
             return
         second = 1 / float(stream.time_base)
-        first = next(from_keyframe(packets_of(container, stream)), None)
-        if first is None or first.pts is None or first.dts is None:
+        head = list(itertools.islice(from_keyframe(packets_of(container, stream)), _HEAD))
+        shown = times_shown(head, stream.codec_context.name)
+        if not shown or None in shown or head[0].dts is None:
             raise CannotSeek("its packets have no times") if seek else DecodeError("its packets have no times")
-        low, high = (first.pts + (time - ROUNDING) * second for time in (max(start, ROUNDING), stop))
-        low = first.pts if start == 0 else low
+        # What an edit list hides comes before.
+        first = min(shown)
+        low, high = (first + (time - ROUNDING) * second for time in (max(start, ROUNDING), stop))
+        low = first if start == 0 else low
         try:
-            container.seek(int(low) if seek else min(first.pts, first.dts), stream=stream)
+            container.seek(int(low) if seek else min(head[0].pts, head[0].dts), stream=stream)
         except av.FFmpegError as error:
             raise CannotSeek(f"cannot be read from {start:g} s on ({error})") from error
         packets, complete = _until(container, stream, high)
@@ -94,14 +99,14 @@ def opened_span(clip: bytes | Path, start: float, stop: float, *, seek: bool = T
             raise CannotSeek("its packets have no times") if seek else DecodeError("its packets have no distinct times")
         times.sort()
         step = float(np.median(np.diff(times))) if len(times) > 1 else second / float(stream.average_rate or 1)
-        end = (times[-1] + step - first.pts) / second
+        end = (times[-1] + step - first) / second
         if complete and end < stop - _MISSING:
             raise DecodeError(f"ends at {end:.2f} s, before {stop:.2f} s")
         wanted = [time for time in times if low <= time < high]
         if not wanted:
             raise DecodeError(f"has no frames from {start:.2f} to {stop:.2f} s")
         yield Span(
-            (np.array(wanted, np.float64) - first.pts) / second,
+            (np.array(wanted, np.float64) - first) / second,
             step / second,
             float(stream.average_rate or stream.guessed_rate or 0),
             _decoded(stream, packets, wanted),

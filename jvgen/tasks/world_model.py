@@ -205,6 +205,11 @@ class WorldModelTask(Task):
                 )
             arrays["actions"] = actions
         if self.config.transformer.reward:
+            if not example.get("has_reward", True):
+                raise ValueError(
+                    "a recording has no rewards; transformer.reward = true. Build the data set of those that have "
+                    "them, or set reward = false."
+                )
             rewards = np.asarray(example["rewards"], np.float32)
             if not np.isfinite(rewards).all():
                 raise ValueError("a recording's rewards are not all finite numbers.")

@@ -29,6 +29,7 @@ ON_REQUEST = {
     "data_build": "data_build",
     "latents": "latents",
     "cached_clips": "cached_clips",
+    "scene_cuts": "scene_cuts",
     "memory_tpu": "step_memory_tpu",
     "repvideo_tpu": "repvideo_tpu",
     "epipolar_tpu": "epipolar_tpu",

@@ -116,6 +116,13 @@ def test_features_that_do_not_fit_the_steps(tmp_path: Path, changes: dict, words
     assert summary.rejected[0].name == "x-train.tfrecord-00000-of-00001/000000"
 
 
+def test_rewards_in_some_episodes_are_told(tmp_path: Path) -> None:
+    shard(tmp_path / "in", example(steps__reward=None), example())
+    found, summary = built(tmp_path / "in", tmp_path / "out")
+    assert sorted(record.rewards.size for record in found.values()) == [0, STEPS]
+    assert [text for text in summary.warnings if text.startswith("rewards are in 1 of 2 records")]
+
+
 @pytest.mark.parametrize(
     ("changes", "captions"),
     [

@@ -44,6 +44,7 @@ def test_in_threads(workers):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_in_processes():
     found = list(in_order(stuck, range(4), 2, processes=True, limit=2))
     assert found == [0, Corrupt(GIVEN_UP.format(2)), 2, 3]

@@ -365,6 +365,7 @@ def test_data_sets_that_do_not_fit(tmp_path):
         ({"actions": np.full((5, 2), np.nan)}, "reach nan.*--clip-actions"),
         ({"actions": np.full((5, 2), 2e3)}, "reach 2000"),
         ({"rewards": np.full(5, np.inf)}, "rewards are not all finite"),
+        ({"has_reward": False}, "a recording has no rewards; transformer.reward = true"),
     ],
 )
 def test_examples_that_do_not_fit(changes, words):

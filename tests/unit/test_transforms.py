@@ -159,7 +159,7 @@ def test_actions_and_rewards_are_summed_over_the_stride(stored):
     assert example["actions"][:, 0].tolist() == [2 + 3 + 4, 5 + 6 + 7, 8 + 9]
     assert example["actions"][:, 1].tolist() == [90, 180, 170]
     assert example["rewards"].tolist() == [3, 3, 2]
-    assert example["has_action"] and example["actions"].dtype == np.float32
+    assert example["has_action"] and example["has_reward"] and example["actions"].dtype == np.float32
 
 
 def test_latents_have_the_frames_of_the_clip():

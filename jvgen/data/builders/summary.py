@@ -80,6 +80,11 @@ def summary_of(out: Path, done: Sequence[Done], digests: dict[str, str], size: i
     if len(widths) > 1:
         listed = ", ".join(f"{width} in {count} records" for width, count in sorted(widths.items()))
         warnings.append(f"numbers per action: {listed}; such records cannot be in one batch (--action-width)")
+    rewarded, records = sum(unit.rewarded for unit in done), sum(sum(unit.kinds.values()) for unit in done)
+    if 0 < rewarded < records:
+        warnings.append(
+            f"rewards are in {rewarded} of {records} records; training that learns rewards refuses the others"
+        )
     return Summary(
         out=out,
         counts={split: dict(kinds) for split, kinds in counts.items()},

@@ -67,6 +67,7 @@ class Done:
       files: names of its shards, in order.
       kinds: records by kind.
       action_widths: records by numbers per action.
+      rewarded: records with rewards.
       rejected: jobs and records that were left out.
       notes: how often each note was made.
       jobs: number of its jobs.
@@ -82,6 +83,7 @@ class Done:
     notes: dict[str, int]
     jobs: int
     seconds: float
+    rewarded: int = 0
 
     def corrupt(self) -> int:
         """Number of jobs that could not be read."""
@@ -147,6 +149,7 @@ def write_unit(
     began = time.perf_counter()
     rejected: list[Rejected] = []
     kinds, widths, notes = collections.Counter(), collections.Counter(), collections.Counter()
+    rewarded = 0
     with _Shards(folder, unit, work.shard_bytes) as shards:
         for job, result in zip(unit.jobs, results, strict=True):
             kept, left_out, noted = sorted_out(job, result, work.filters)
@@ -159,6 +162,7 @@ def write_unit(
                     continue
                 kinds[record.kind] += 1
                 widths[str(record.actions.shape[1] if record.has_action else 0)] += 1
+                rewarded += record.rewards.size > 0
             rejected += left_out
             notes.update(noted)
             if report is not None:
@@ -166,7 +170,7 @@ def write_unit(
         files = shards.close()
     done = Done(
         unit.number, unit.split, tuple(files), dict(kinds), dict(widths), tuple(rejected), dict(notes), len(unit.jobs),
-        time.perf_counter() - began,
+        time.perf_counter() - began, rewarded,
     )  # fmt: skip
     _commit(folder, done)
     return done

@@ -32,7 +32,7 @@ def load_example(record: Record, spec: ClipSpec, bucket: BucketConfig, resize: R
       kind: int32, index into `jvgen.data.store.records.KINDS`.
       intrinsics: float32 (V F 4): fx, fy, cx, cy over width and height of the transformed frame; 0 without cameras.
       extrinsics: float32 (V F 3 4): world-to-camera, OpenCV axes; 0 without cameras.
-      has_camera, has_action: bool.
+      has_camera, has_action, has_reward: bool.
       actions: float32 (F A): the sum of the recorded actions from each frame up to the next one of the example, so that
         displacements are right at every stride; A is 0 without actions.
       rewards: float32 (F,): summed like the actions; 0 without rewards.
@@ -54,6 +54,7 @@ def load_example(record: Record, spec: ClipSpec, bucket: BucketConfig, resize: R
         "seed": np.uint64(spec.seed),
         "has_camera": np.bool_(record.has_camera),
         "has_action": np.bool_(record.has_action),
+        "has_reward": np.bool_(record.rewards.size > 0),
         "actions": sum_between(record.actions, frames, spec),
         "rewards": sum_between(record.rewards, frames, spec),
     }
