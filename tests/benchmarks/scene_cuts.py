@@ -22,7 +22,7 @@ REAL = "JVGEN_REAL_DATA"
 
 def sources(quick: bool) -> list[np.ndarray]:
     """Clips without cuts: rendered scenes, and recorded clips of the folder that `JVGEN_REAL_DATA` names."""
-    config = SceneConfig(height=HEIGHT, width=WIDTH, frames=2 * LONGEST)
+    config = SceneConfig(height=HEIGHT, width=WIDTH, frames=2 * LONGEST, kinds={"static": 0.5, "dynamic": 0.5})
     kept = [decode_window(scene_record(config, 3, n).clips[0], range(2 * LONGEST)) for n in range(2 if quick else 8)]
     if REAL in os.environ and not quick:
         for path in sorted((Path(os.environ[REAL]) / "video").glob("*.mp4")):

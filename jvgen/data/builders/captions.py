@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import difflib
 import json
 import math
 import re
@@ -160,7 +161,10 @@ def iterate_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> It
                 yield Row(line, dict(zip(names, cells, strict=True)))
             line = reader.line_num + 1
     if not set(columns) <= set(names):
-        raise ValueError(f"{table}: its columns are {names}; it needs {' and '.join(columns)}.")
+        missing = next(name for name in columns if name not in names)
+        near = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
+        hint = f" Is {near[0]!r} meant to be {missing!r}?" if near else ""
+        raise ValueError(f"{table}: its columns are {names}; it needs {' and '.join(columns)}.{hint}")
     if wrong:
         more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ValueError(
