@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.config import ConfigError
+from jvgen.config import ConfigError, validate_tree
 from jvgen.data import aspect_buckets
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import Record
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.plan import Plan
 from jvgen.models.image_vae.config import ImageVAEConfig
+from jvgen.preflight.check import inspect_run
 from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training import balance
@@ -132,7 +133,9 @@ def test_a_run_chooses_its_batch_sizes(task):
 
 
 def test_batch_sizes_that_cannot_be_chosen_are_one_message(task):
-    (problem,) = inspect_run(run_of(task, tokens_per_step=10, batch_multiple=64), devices=[]).problems["config"]
+    uneven = run_of(task, tokens_per_step=10, batch_multiple=64)
+    uneven = uneven.replace(data=uneven.data.replace(buckets=(*BUCKETS, BUCKETS[-1].replace(width=48))))
+    (problem,) = inspect_run(uneven, devices=[]).problems["config"]
     assert problem.startswith("data.tokens_per_step = 10: with batch sizes in multiples of 192")
     odd = run_of(task, tokens_per_step=10)
     odd = odd.replace(data=odd.data.replace(buckets=(BUCKETS[0].replace(height=17),)))
