@@ -51,7 +51,7 @@ def test_two_processes_make_the_files_of_one(tmp_path):
     one = started(tmp_path, tmp_path / "one" / "out", "--processes", "1")
     shared = ("--coordinator", address, "--processes", "2", "--process-id")
     both = [started(tmp_path, tmp_path / "two" / "out", *shared, str(number)) for number in (0, 1)]
-    outputs = [process.communicate(timeout=280)[0] for process in (one, *both)]
+    outputs = [process.communicate(timeout=560)[0] for process in (one, *both)]
     assert [process.returncode for process in (one, *both)] == [0, 0, 0], outputs
     assert contents(tmp_path / "one" / "out") == contents(tmp_path / "two" / "out")
     # Each split is a unit, so each process encoded one; process 0 says what was made.
