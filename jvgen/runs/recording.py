@@ -74,6 +74,10 @@ def record_environment(
         raise ConfigError(f"--env {name}: has no expert_action(); record random actions (policy = random).")
     splits = ["train"] * train + ["validation"] * validation
     jobs = [BuildJob(split, episode_id(seed, index), index) for index, split in enumerate(splits)]
+    execution = execution or Execution()
+    if workers == 1:
+        # A limit needs a thread, and what draws pictures belongs to the thread that opened the environment.
+        execution = dataclasses.replace(execution, limit=None)
     return build_dataset(
         out,
         jobs,
