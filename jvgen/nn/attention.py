@@ -163,6 +163,8 @@ def _choice(kernel: AttentionKernel, query: jax.Array, key: jax.Array, bias: boo
         return choose(platform, dtype=query.dtype, **lengths, bias=bias, gpu_refusal=refused)
     if kernel is AttentionKernel.GPU and refused:
         raise ConfigError(f"attention = gpu: {refused}; use auto or chunked.")
+    if kernel is AttentionKernel.FLASH_TPU and (refused := flash_tpu.refusal(axes.device().device_kind)):
+        raise ConfigError(f"attention = flash_tpu: {refused}; use auto.")
     if kernel in (AttentionKernel.TOKAMAX, AttentionKernel.TOKAMAX_FIXED):
         tokamax_splash.splash()
     return Choice(kernel, "as configured")

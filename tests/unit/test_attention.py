@@ -205,6 +205,13 @@ def test_heads_choose_for_themselves_whether_they_need_a_maximum(key):
         np.testing.assert_allclose(got, reference.attention(*inputs, scale=1.0), rtol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "kind,refused", [("TPU v4", True), ("TPU v3", True), ("TPU v5", False), ("TPU v5 lite", False), ("cpu", False)]
+)
+def test_chips_with_little_vmem_are_refused(kind, refused):
+    assert bool(flash_tpu.refusal(kind)) == refused
+
+
 def test_flash_kernel_in_bfloat16(key):
     inputs = arrays(key, length=128, keys=1024, heads=1, width=64, batch=1, dtype=jnp.bfloat16)
     options = {"scale": 0.125, "valid_length": 1000}

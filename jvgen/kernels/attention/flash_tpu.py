@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,12 @@ def attention(
     key_T, value_T = _transposed(key, key_block), _transposed(value, key_block)
     output_T = flash_tpu_kernels.attention(static, jnp.array([keys], jnp.int32), query_T, key_T, value_T)
     return rearrange(output_T[..., :length], "(B N) D L -> B L N D", N=heads)
+
+
+def refusal(device_kind: str) -> str:
+    """Why the kernels cannot run on a kind of device, as JAX names it; empty if they can."""
+    old = re.fullmatch(r"TPU v[234]\w?", device_kind)
+    return f"{device_kind} has 16 MiB of VMEM, the kernels take {flash_tpu_kernels.VMEM_BYTES >> 20}" if old else ""
 
 
 def blocks(query_length: int, key_length: int, width: int, chip: str = "") -> tuple[int, int, int]:

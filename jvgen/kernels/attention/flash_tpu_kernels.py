@@ -27,7 +27,8 @@ SUBLANES = 8
 # The queries' gradient of a head stays in VMEM while keys pass: float32 sums and two buffers of the result. Longer
 # sequences take the kernel several times.
 MAX_QUERY_BYTES = 24 * 2**20
-VMEM_BYTES = 64 * 2**20
+# Of 64 MiB of a TensorCore of v5p and later, 128 of v5e and v6e; older chips have 16.
+VMEM_BYTES = 48 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
