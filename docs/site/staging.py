@@ -29,7 +29,7 @@ PICTURES = {".png", ".gif", ".svg", ".webp", ".jpg"}
 
 _FENCE = re.compile(r"(?ms)^(```+|~~~+).*?^\1\s*$|^(?: {4}|\t).*?$")
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
-_INCLUDE = re.compile(r"<!-- include (\S+?)(?:#([^>]+?))? -->")
+_INCLUDE = re.compile(r"(?m)^<!-- include (\S+?)(?:#([^>]+?))? -->$")
 
 
 def pages(root: Path = ROOT) -> dict[str, str]:

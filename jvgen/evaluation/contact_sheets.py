@@ -4,25 +4,29 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 2  # pixels between the frames of a contact sheet
 _PAPER = 255
+_LETTERS = 13  # pixels
 
 
-def contact_sheet(clips: Sequence[np.ndarray], *, frames: int | None = None, scale: int = 1) -> np.ndarray:
+def contact_sheet(
+    clips: Sequence[np.ndarray], *, frames: int | None = None, scale: int = 1, labels: Sequence[str] = ()
+) -> np.ndarray:
     """One row per clip, frames from left to right.
 
     Args:
       clips: uint8 `F H W 3`, all frames of one size.
       frames: number of evenly spaced frames of each clip, including the first and last; default all.
       scale: side of the square that each pixel becomes.
+      labels: a text for each row, written to the left of it; lines are separated by line breaks.
 
     Returns:
       uint8 `H W 3`; white where a clip has fewer frames.
 
     Raises:
-      ValueError: no clips, or clips of different sizes.
+      ValueError: no clips, clips of different sizes, or not as many labels as rows.
     """
     if not clips:
         raise ValueError("a contact sheet needs at least one clip.")
@@ -31,6 +35,8 @@ def contact_sheet(clips: Sequence[np.ndarray], *, frames: int | None = None, sca
     height, width = clips[0].shape[1:3]
     if any(clip.shape[1:3] != (height, width) for clip in clips):
         raise ValueError(f"clips of different sizes: {sorted({clip.shape[1:3] for clip in clips})}; resize them first.")
+    if labels and len(labels) != len(clips):
+        raise ValueError(f"{len(labels)} labels for {len(clips)} rows; give one per row.")
     rows = [clip if frames is None else clip[evenly_spaced(len(clip), frames)] for clip in clips]
     columns = max(len(row) for row in rows)
     sheet = np.full((len(rows) * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), _PAPER, np.uint8)
@@ -38,7 +44,27 @@ def contact_sheet(clips: Sequence[np.ndarray], *, frames: int | None = None, sca
         for c, frame in enumerate(row):
             top, left = r * (height + _GAP), c * (width + _GAP)
             sheet[top : top + height, left : left + width] = frame
-    return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    return labeled_rows(sheet, labels) if labels else sheet
+
+
+def labeled_rows(sheet: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """A sheet of equally high rows, uint8 `H W 3`, with a text to the left of each.
+
+    Raises:
+      ValueError: fewer texts than the height divides into rows of a pixel.
+    """
+    if not 1 <= len(labels) <= len(sheet):
+        raise ValueError(f"{len(labels)} labels for a sheet of {len(sheet)} rows of pixels.")
+    font = ImageFont.load_default(size=_LETTERS)
+    width = round(max(font.getlength(line) for label in labels for line in label.split("\n"))) + 2 * _LETTERS
+    page = Image.new("RGB", (width + sheet.shape[1], sheet.shape[0]), (_PAPER,) * 3)
+    page.paste(Image.fromarray(sheet), (width, 0))
+    draw, height = ImageDraw.Draw(page), sheet.shape[0] / len(labels)
+    for number, label in enumerate(labels):
+        place = (_LETTERS // 2, (number + 0.5) * height)
+        draw.multiline_text(place, label, fill=(40, 40, 40), font=font, anchor="lm", spacing=3)
+    return np.asarray(page)
 
 
 def evenly_spaced(available: int, wanted: int) -> np.ndarray:

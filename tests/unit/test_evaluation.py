@@ -171,6 +171,16 @@ def test_a_contact_sheet_shows_first_and_last_frames():
         contact_sheet([clips[0], clips[0][:, :2]])
 
 
+def test_rows_of_a_contact_sheet_are_labeled():
+    clips = [np.full((2, 20, 20, 3), 7, np.uint8)] * 2
+    plain, labeled = contact_sheet(clips), contact_sheet(clips, labels=["recorded", "no\naction"])
+    left = labeled.shape[1] - plain.shape[1]
+    np.testing.assert_array_equal(labeled[:, left:], plain)
+    assert all((half[:, :left] < 128).any() for half in (labeled[:20], labeled[22:]))
+    with pytest.raises(ValueError, match="1 labels for 2 rows"):
+        contact_sheet(clips, labels=["one"])
+
+
 def test_a_gif_loops_over_all_frames_in_nearly_true_colors():
     clip = shape_clip("green", "right")
     with Image.open(io.BytesIO(gif_bytes(clip, frames_per_second=10, scale=2))) as gif:
