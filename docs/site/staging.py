@@ -6,6 +6,7 @@ a problem. `<!-- include PATH -->` in a page is replaced by a file as code, `<!-
 section of a Markdown file.
 """
 
+import fnmatch
 import json
 import os
 import re
@@ -57,7 +58,22 @@ def stage(out: Path, root: Path = ROOT) -> list[str]:
     for place, text in reference.pages(root).items():
         site.write(place, text)
     site.write_sources()
-    return site.problems
+    return [*site.problems, *outside_of_menus(out)]
+
+
+def outside_of_menus(source: Path) -> list[str]:
+    """A problem for every page below a staged folder that no `{toctree}` lists, so that no menu leads there."""
+    listed = {"index"}
+    places = [str(path.relative_to(source).with_suffix("")) for path in source.rglob("*") if path.is_file()]
+    for page in source.rglob("*.md"):
+        for menu in re.findall(r"(?ms)^```\{toctree\}\n(.*?)^```", page.read_text()):
+            names = [line for line in menu.splitlines() if line and not line.startswith(":")]
+            for name in names:
+                pattern = os.path.normpath(page.parent.relative_to(source) / name)
+                listed |= {place for place in places if fnmatch.fnmatch(place, pattern)}
+    pages_there = {str(path.relative_to(source).with_suffix("")) for path in source.rglob("*.md")}
+    lost = sorted(place for place in pages_there - listed if not place.startswith("source/"))
+    return [f"{place}.md: no menu leads there; add it to a toctree, in docs/index.md for one" for place in lost]
 
 
 class Site:

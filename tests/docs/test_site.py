@@ -44,6 +44,15 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     ]
 
 
+def test_a_page_that_no_menu_leads_to_is_named(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("index", "listed", "lost", "more/one"):
+        (tmp_path / f"{name}.md").write_text(f"# {name}\n")
+    (tmp_path / "index.md").write_text("# Start\n\n```{toctree}\n:glob:\n\nlisted\nmore/*\n```\n")
+    (problem,) = staging.outside_of_menus(tmp_path)
+    assert problem.startswith("lost.md: no menu leads there")
+
+
 def test_figures_are_as_drawn():
     folder = ROOT / "docs" / "figures"
     for name, text in drawings.files().items():
