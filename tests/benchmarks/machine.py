@@ -55,7 +55,7 @@ def describe(cores: int) -> dict[str, object]:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
         "niceness": os.nice(0),
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
 
