@@ -204,7 +204,7 @@ def cv_vae(d: Drawing) -> None:
     d.box(20, 308, 130, 40, "image encoder", "purple", dash=True)
     d.arrow((85, 76), (85, 105))
     d.arrow((85, 276), (85, 305))
-    d.box(186, 108, 110, 240, "one latent\nspace\n4x8x8 pixels\nper video latent\n8x8 per\nimage latent", "green")
+    d.box(186, 108, 110, 240, "latents\n4x8x8 pixels\nof a clip,\n8x8 of\nan image", "green")
     d.arrow((150, 128), (183, 128))
     d.arrow((150, 328), (183, 328))
     d.box(330, 108, 130, 40, "video decoder", "blue")

@@ -7,13 +7,21 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 
 
+def mathml(equation: str, **options: Any) -> str:
+    """LaTeX as MathML; raises `ValueError` for commands that the converter does not know and would show as they are."""
+    made = convert(equation, **options)
+    if "\\" in made:
+        raise ValueError(f"equation {equation!r}: has a command that latex2mathml does not know; write it another way.")
+    return made
+
+
 def _inline(writer: Any, node: nodes.math) -> None:
-    writer.body.append(convert(node.astext()))
+    writer.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def _block(writer: Any, node: Any) -> None:
-    writer.body.append(f'<div class="equation">{convert(node.astext(), display="block")}</div>')
+    writer.body.append(f'<div class="equation">{mathml(node.astext(), display="block")}</div>')
     raise nodes.SkipNode
 
 
