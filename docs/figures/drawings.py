@@ -65,7 +65,7 @@ def plan(d: Drawing) -> None:
     """The plan of (seed, step): every cell of the table step by slot is computed on its own, at any step."""
     d.text(20, 22, "record that a slot reads", size=14, strong=True)
     d.text(460, 22, "colors: sources", size=13, color="faint", anchor="end")
-    rows = [("0", 0), ("1", 1), ("2", 2), ("⋮", None), ("10⁶", 10**6), ("10⁶ + 1", 10**6 + 1)]
+    rows = [("0", 0), ("1", 1), ("2", 2), ("⋮", None), ("10⁶", 10**6), ("10⁶+1", 10**6 + 1)]
     for column in range(6):
         d.text(128 + 60 * column, 48, f"slot {column}", size=13, color="faint", anchor="middle")
     for number, (name, step) in enumerate(rows):

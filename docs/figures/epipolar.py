@@ -9,7 +9,7 @@ from jvgen.evaluation import png_bytes
 from jvgen.geometry import Cameras, EpipolarBias, epipolar_bias, relative
 from jvgen.models import SyncConfig, camera_band
 
-QUERIES = ((0.3, 0.45), (0.62, 0.62))  # x, y in [0, 1] of the tokens shown
+QUERIES = ((0.3, 0.45), (0.8, 0.4))  # x, y in [0, 1] of the tokens shown
 CELL = 8  # pixels per token
 
 
@@ -43,7 +43,7 @@ def _row(views: np.ndarray, frame: int, band, query: tuple[float, float], grid, 
     )
     kept = np.exp(np.asarray(epipolar_bias(row))).reshape(grid).astype(np.float32)
     kept = cv2.resize(kept, size[::-1], interpolation=cv2.INTER_NEAREST)[..., None]
-    left = np.ascontiguousarray(views[0, frame])
+    left = views[0, frame].copy()
     place = (int((column + 0.5) * CELL), int((line + 0.5) * CELL))
     cv2.circle(left, place, 8, (20, 20, 20), -1, cv2.LINE_AA)
     cv2.circle(left, place, 6, (255, 230, 0), -1, cv2.LINE_AA)
