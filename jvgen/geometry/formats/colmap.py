@@ -101,8 +101,8 @@ def _lens(path: Path, camera: _Camera) -> tuple[list[float], list[float]]:
 def _checked_model(path: Path, name: str) -> str:
     if name not in _BY_NAME:
         raise ValueError(
-            f"{path}: camera model {name}; {', '.join(_BY_NAME)} are read. Undistort the images first with COLMAP's "
-            "image_undistorter."
+            f"{path}: camera model {name[:40]}; {', '.join(_BY_NAME)} are read. Undistort the images first with "
+            "COLMAP's image_undistorter."
         )
     return name
 

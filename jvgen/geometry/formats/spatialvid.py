@@ -54,7 +54,8 @@ def _array(path: Path, width: int) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     with reading(path, "is not a NumPy array"), path.open("rb") as file:
-        array = np.load(file, allow_pickle=False)
+        # Not np.load, which takes archives too.
+        array = np.lib.format.read_array(file, allow_pickle=False)
     if array.ndim != 2 or array.shape[1] != width or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path}: {array.dtype} {array.shape}; expected floating-point numbers (N, {width}).")
     return array.astype(np.float64)
