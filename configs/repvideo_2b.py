@@ -2,8 +2,10 @@
 
 Should reach: the published model, 50,000 steps of 32 clips on a million captioned clips (released after 35,000).
 Chips: 64 of v5p (`v5p:4x4x4`), 128 of v5e (`v5e:8x16`) or 128 of v6e (`v6e:8x16`), one clip per 4 chips.
-Memory: 8.4 GiB per device on v5p:4x4x4 (compiled).
-Time: 1.4 s per step on v5p:4x4x4, within 1.3 and 2.3 (estimated from the compiled program, not measured).
+Memory: 15.4 GiB per device on v5p:4x4x4; 23.3 with the settings below (compiled).
+Time: 1.08 s per step on v5p:4x4x4, within 1.05 and 1.42, with `--set mesh.seq=2 --set
+task.denoiser.remat=save_matmuls`; 1.26 s, within 1.16 and 1.65, as it is here, by an earlier estimate that took sums
+over the torus for 0.07 s longer (estimated from compiled programs, not measured).
 Data: as `cogvideox_2b.py`. Start with
 
     jvgen import CogVideoX-2b/transformer --config configs/repvideo_2b.py --init-gates --to runs/repvideo_2b
