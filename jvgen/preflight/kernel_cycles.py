@@ -148,10 +148,12 @@ def count(bundles_file: str, usage_file: str, copies: int = 1) -> Bundles:
         return Bundles(len(usage), 0, _use(usage, slots))
     first, last = min(bodies, key=lambda region: region[1] - region[0])
     beside = [region for region in regions if region[1] < first or region[0] > last]
-    beside = [region for region in beside if region not in bodies]
     outer = [r for r in beside if not any(o != r and o[0] <= r[0] and r[1] <= o[1] for o in beside)]
-    row = sum(end - start for start, end in outer)
-    return Bundles(len(usage) - row, row, _use(usage[first : last + 1], slots))
+    sizes = {True: 0, False: 0}
+    for region in outer:
+        sizes[region in bodies] += region[1] - region[0]
+    # Other copies of the body do not run in this step.
+    return Bundles(len(usage) - sizes[True] - sizes[False], sizes[False], _use(usage[first : last + 1], slots))
 
 
 def _use(rows: list[list[int]], slots: list[int]) -> dict[str, float]:

@@ -14,16 +14,20 @@ from jvgen.preflight.kernel_cycles import Bundles, Grid, Kernel
 NAME = "splash.3"
 
 
-def write(folder, name=NAME, body=400, first=120, outside=30):
-    """A kernel of `outside` bundles, a region of `first` for the first step of a row, and a body with the products."""
+def write(folder, name=NAME, body=400, first=120, outside=30, other=0):
+    """A kernel of `outside` bundles, a region of `first` for the first step of a row, and a body with the products.
+
+    `other` is the length of another copy of the body with as many products, behind the first; 0 for none.
+    """
     lines, usage = [], ["== CAPACITY:", "4 4 3 4 2 1 3 3 1 1 2", "== UTILIZATION:"]
-    starts = {outside: 7, outside + first: 8}
-    ends = {outside + first - 1: 7, outside + first + body - 1: 8}
-    for address in range(outside + first + body + outside):
+    end = outside + first + body
+    starts = {outside: 7, outside + first: 8} | ({end: 9} if other else {})
+    ends = {outside + first - 1: 7, end - 1: 8} | ({end + other - 1: 9} if other else {})
+    for address in range(end + other + outside):
         regions = [f"Start region {starts[address]}"] if address in starts else []
         regions += [f"End region {ends[address]}"] if address in ends else []
         lines.append(f" {address:#x}   : > {{ %s = smov }} /* {' :: '.join(regions)} */")
-        busy = 2 if outside + first <= address < outside + first + body else 0
+        busy = 2 if outside + first <= address < end or end <= address < min(end + other, end + body) else 0
         usage.append(f"{busy} 0 0 1 0 0 0 0 0 0 0")
     (folder / f"17-{name}-00-final_hlo-static-per-bundle-utilization.txt").write_text("\n".join(usage))
     (folder / f"17-{name}-01-schedule-analysis_final_bundles.txt").write_text("")
@@ -50,6 +54,14 @@ def test_bundles_of_a_step_and_of_a_row(tmp_path):
     # Between the first and the last bundle of a region there is one less.
     assert (found.step, found.row) == (30 + 400 + 30 + 1, 119)
     assert found.use["MATMUL"] == 0.5 and found.use["VALU"] == 0.25 and found.use["XLU"] == 0
+
+
+def test_of_several_copies_of_a_body_the_shortest_runs(tmp_path):
+    write(tmp_path, other=600)
+    files = (f"17-{NAME}-02-final_bundles.txt", f"17-{NAME}-00-final_hlo-static-per-bundle-utilization.txt")
+    found = kernel_cycles.count(*(str(tmp_path / file) for file in files), copies=2)
+    # What is outside of all regions, and the last bundle of each.
+    assert (found.step, found.row) == (30 + 400 + 30 + 2, 119)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from jvgen.kernels.attention.tpu import LANES, block_size
 # Tokens per grid step of queries and of keys at most, and keys per product: by kind of chip and head width what
 # `python -m tests.benchmarks splash_tpu` found to take the fewest cycles; for all others the default.
 BLOCKS: dict[tuple[str, int], tuple[int, int, int]] = {}
-DEFAULT_BLOCKS = (896, 1792, 256)
+DEFAULT_BLOCKS = (896, 1792, 896)
 # For heads wider than the lanes, whose tiles would not fit into VMEM.
 WIDE_BLOCK = 512
 
