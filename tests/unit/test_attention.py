@@ -164,7 +164,7 @@ def test_splash_mask_is_made_in_blocks():
 FLASH_CASES = {
     "padding": (130, 256, 64, {"valid_length": 200}),
     "blocks of padding": (128, 512, 64, {"valid_length": 300}),
-    "causal": (256, 256, 64, {"causal": True}),
+    "causal": (384, 384, 64, {"causal": True}),
     "wide": (128, 128, 128, {}),
 }
 
@@ -177,7 +177,8 @@ FLASH_CASES = {
 def test_flash_kernel_equals_reference(key, monkeypatch, case, factor):
     """With scores that the norms bound, and with a running maximum; in several blocks, and calls, of each kind."""
     monkeypatch.setattr(flash_tpu, "DEFAULT_BLOCKS", (128, 256, 128))
-    monkeypatch.setattr(flash_tpu_kernels, "MAX_QUERY_BYTES", 64 * 128 * 12)
+    # One block of queries a call, or two and one.
+    monkeypatch.setattr(flash_tpu_kernels, "MAX_QUERY_BYTES", 64 * 128 * 12 * (2 if case == "causal" else 1))
     queries, keys, width, options = FLASH_CASES[case]
     query, *others = arrays(key, length=queries, keys=keys, heads=2, width=width, batch=1)
     inputs = (factor * query, *others)
@@ -187,6 +188,14 @@ def test_flash_kernel_equals_reference(key, monkeypatch, case, factor):
     got = value_and_gradients(lambda *a: flash_tpu.attention(*a, interpret=True, **options), *inputs)
     want = value_and_gradients(lambda *a: reference.attention(*a, **options), *inputs)
     assert_same(got, want, 5e-6 if factor == 1 else 5e-5)
+
+
+@pytest.mark.parametrize(
+    "blocks,itemsize,counts", [(27, 2, [27]), (28, 2, [14, 14]), (53, 2, [27, 26]), (27, 4, [14, 13]), (1, 2, [1])]
+)
+def test_calls_of_the_backward_kernel(blocks, itemsize, counts):
+    """No more than fit: a ring's gradients are written in float32. Numbers of blocks that nothing divides are no loss."""
+    assert flash_tpu_kernels._blocks_per_call(blocks, 128 * 896, itemsize) == counts
 
 
 def test_heads_choose_for_themselves_whether_they_need_a_maximum(key):

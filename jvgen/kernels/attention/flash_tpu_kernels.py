@@ -10,6 +10,7 @@ A head whose scores are bounded by the norms of its queries and keys needs no ru
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -226,26 +227,32 @@ def backward(
       log_total, shared: over all keys, also where these are some of them: see `forward` and `shared_term`.
     """
     by_query = (query_T, gradient_T, log_total, shared)
-    calls = _calls(query_T, static)
-    if calls == 1:
+    query_block = static.query_block
+    counts = _blocks_per_call(query_T.shape[2] // query_block, query_T.shape[1] * query_block, jnp.dtype(dtype).itemsize)
+    if len(counts) == 1:
         return _gradients(static, 0, (dtype, dtype), valid, key_T, value_T, *by_query)
-    # Parts of the gradients of keys and values are summed in float32.
-    length = query_T.shape[2] // calls
+    ends = [query_block * end for end in itertools.accumulate(counts)]
 
-    def of_part(first: int) -> tuple:
-        part = (array[:, :, first : first + length] for array in by_query)
+    # Parts of the gradients of keys and values are summed in float32.
+    def of_part(first: int, end: int) -> tuple:
+        part = (array[:, :, first:end] for array in by_query)
         return _gradients(static, first, (dtype, jnp.float32), valid, key_T, value_T, *part)
 
-    of_query_T, of_key_T, of_value_T = zip(*(of_part(n * length) for n in range(calls)), strict=True)
+    of_query_T, of_key_T, of_value_T = zip(*itertools.starmap(of_part, itertools.pairwise([0, *ends])), strict=True)
     return jnp.concatenate(of_query_T, axis=-1), sum(of_key_T).astype(dtype), sum(of_value_T).astype(dtype)
 
 
-def _calls(query_T: jax.Array, static: Static) -> int:
-    """The least number of calls with as many blocks of queries each, such that one has `MAX_QUERY_BYTES` at most."""
-    blocks = query_T.shape[2] // static.query_block
-    block_bytes = query_T.shape[1] * static.query_block * (4 + 2 * query_T.dtype.itemsize)
-    least = min(blocks, math.ceil(blocks * block_bytes / MAX_QUERY_BYTES))
-    return next(count for count in range(least, blocks + 1) if blocks % count == 0)
+def _blocks_per_call(blocks: int, block_elements: int, itemsize: int) -> list[int]:
+    """Blocks of queries in each of the fewest calls that have `MAX_QUERY_BYTES` at most, in parts as equal as can be.
+
+    Args:
+      blocks: of queries.
+      block_elements: of one of them.
+      itemsize: bytes per number of the queries' gradient as it is written, in two buffers, beside its float32 sum.
+    """
+    each = max(1, MAX_QUERY_BYTES // (block_elements * (4 + 2 * itemsize)))
+    calls = math.ceil(blocks / each)
+    return [blocks // calls + (number < blocks % calls) for number in range(calls)]
 
 
 def _gradients(
