@@ -213,10 +213,7 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
 
     report.section("Interrupted and resumed")
     interrupted = [part for part in parts if "interrupted_by" in part]
-    report.text(
-        "Two runs were stopped after their first checkpoint and restarted with the same command. A resumed run sees "
-        "the same batches and random numbers as an uninterrupted one; the curves above are those of the resumed runs."
-    )
+    report.text(interruptions(parts))
     report.table(
         [
             [
@@ -348,6 +345,21 @@ def _pairs(above: Sequence[np.ndarray], below: Sequence[np.ndarray]) -> np.ndarr
 def _band(name: str) -> str:
     low, high = name.removeprefix("loss_t").split("_")
     return f"{int(low)} to {int(high)}"
+
+
+def interruptions(parts: Sequence[Mapping[str, Any]]) -> str:
+    """What was interrupted, and which runs ended before their signal."""
+    stopped = sum("interrupted_by" in part for part in parts)
+    missed = [
+        part["name"].removesuffix("_interrupted")
+        for part in parts
+        if part["name"].endswith("_interrupted") and part["status"] == 0
+    ]
+    text = (
+        f"{stopped} runs were stopped after a checkpoint and restarted with the same command. A resumed run sees the "
+        "same batches and random numbers as an uninterrupted one; the curves above are those of the resumed runs."
+    )
+    return text + (f" FAILED: {', '.join(missed)} ended before a signal was sent." if missed else "")
 
 
 def _resumed(workdir: Path, part: str) -> str:

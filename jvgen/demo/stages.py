@@ -52,9 +52,9 @@ class Stages:
           arguments: of `jvgen`. The folder after `--to` is removed first if a previous attempt was interrupted.
 
         Raises:
-          DemoFailed: the command exits with a status other than 0.
+          DemoFailed: the command exits with a status other than 0, or a previous demo completed another one.
         """
-        if self._is_complete(name):
+        if self._is_complete(name, arguments):
             print(f"[{name}] skipped: complete")
             return
         if "--to" in arguments and (self._logs / f"{name}.log").exists():
@@ -68,7 +68,9 @@ class Stages:
             raise DemoFailed(f"stage {name} exited with status {status}:\n{self._tail(name)}")
 
     def interrupt(self, name: str, arguments: Sequence[object], run: Path, by: signal.Signals) -> None:
-        """Run a training command, send it a signal after its first checkpoint, and run the same command again.
+        """Run a training command, send it a signal after its next checkpoint, and run the same command again.
+
+        A run that ends before that is not recorded as interrupted.
 
         Args:
           name, arguments: see `run`.
@@ -79,26 +81,37 @@ class Stages:
           DemoFailed: one of the two exits with an unexpected status.
         """
         first = f"{name}_interrupted"
-        if not self._is_complete(first) and not self._is_complete(name):
+        if not self._is_complete(first, arguments) and not self._is_complete(name, arguments):
+            # Of an attempt that was killed with this process: a signal sent before training starts shows nothing.
+            before = _checkpoints(run)
             start, processor = time.perf_counter(), _processor_seconds()
             self._announce(first, arguments)
             process = self._start(first, arguments)
-            while process.poll() is None and not _checkpoints(run):
+            while process.poll() is None and _checkpoints(run) <= before:
                 time.sleep(0.2)
             if process.poll() is None:
                 print(f"[{first}] sending {by.name}")
                 process.send_signal(by)
             status = process.wait()
-            self._record(first, arguments, start, processor, status, interrupted_by=by.name)
             expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}[by]
+            stopped = {"interrupted_by": by.name} if status == expected else {}
+            self._record(first, arguments, start, processor, status, **stopped)
             if status not in (expected, 0):
                 raise DemoFailed(f"stage {first} exited with status {status}, not {expected}:\n{self._tail(first)}")
         self.run(name, arguments)
 
-    def _is_complete(self, name: str) -> bool:
-        return any(
-            record["name"] == name and (record["status"] == 0 or "interrupted_by" in record) for record in self.records
-        )
+    def _is_complete(self, name: str, arguments: Sequence[object]) -> bool:
+        wanted = command_line(arguments)
+        for record in self.records:
+            if record["name"] != name or (record["status"] != 0 and "interrupted_by" not in record):
+                continue
+            if record["command"] != wanted:
+                raise DemoFailed(
+                    f"stage {name}: {self._workdir} has what another command made:\n  {record['command']}\n"
+                    f"where this demo runs\n  {wanted}\nRemove the folder, or use another --workdir."
+                )
+            return True
+        return False
 
     def _announce(self, name: str, arguments: Sequence[object]) -> None:
         shows, seconds = self._about.get(name.removesuffix("_interrupted"), ("", 0))
@@ -176,6 +189,6 @@ def _processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def _checkpoints(run: Path) -> set[Path]:
     folder = run / "checkpoints"
-    return [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return {path for path in folder.iterdir() if path.name.isdigit()} if folder.is_dir() else set()

@@ -44,6 +44,14 @@ class Choice:
     reason: str
 
 
+# Kernels that would be interpreted, or fail to compile, elsewhere.
+_MADE_FOR = {
+    AttentionKernel.GPU: "gpu",
+    AttentionKernel.TPU: "tpu",
+    AttentionKernel.FLASH_TPU: "tpu",
+    AttentionKernel.TOKAMAX: "tpu",
+    AttentionKernel.TOKAMAX_FIXED: "tpu",
+}
 # With fewer keys than this, one fused softmax over all scores is faster than a loop over blocks.
 SHORT_LENGTH = 512
 
@@ -153,9 +161,17 @@ def attention(
     return output
 
 
+def check_platform(field: str, kernel: str, made_for: str, platform: str) -> None:
+    """Raise `ConfigError` for a kernel of GPUs on TPUs or the reverse; on CPUs their kernels are run as they can be."""
+    if platform not in ("cpu", made_for):
+        raise ConfigError(f"{field} = {kernel}: it runs on {made_for.upper()}s, not on {platform.upper()}s; use auto.")
+
+
 def _choice(kernel: AttentionKernel, query: jax.Array, key: jax.Array, bias: bool, causal: bool) -> Choice:
     """The kernel that runs, and why."""
     platform, refused = axes.platform(), ""
+    if kernel in _MADE_FOR:
+        check_platform("attention", kernel.value, _MADE_FOR[kernel], platform)
     if platform not in ("cpu", "tpu") and kernel in (AttentionKernel.AUTO, AttentionKernel.GPU):
         refused = gpu.refusal(axes.device(), query.shape, key.shape[1], query.dtype, causal=causal, bias=bias)
     if kernel is AttentionKernel.AUTO:

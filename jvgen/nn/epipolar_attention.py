@@ -15,6 +15,7 @@ from jvgen.geometry.epipolar import Band
 from jvgen.kernels.attention import gpu as gpu_attention
 from jvgen.kernels.epipolar_attention import chunked, gpu, reference, tpu
 from jvgen.nn import kernel_report
+from jvgen.nn.attention import check_platform
 from jvgen.nn.stacked import ATTENTION_OUTPUT
 from jvgen.parallel import axes
 
@@ -97,6 +98,8 @@ def epipolar_attention(
 def _choice(kernel: EpipolarKernel, query: jax.Array, key: jax.Array, scores: int) -> tuple[EpipolarKernel, str]:
     """The kernel that runs, and why."""
     platform, refused = axes.platform(), ""
+    if kernel in (EpipolarKernel.GPU, EpipolarKernel.TPU):
+        check_platform("sync.kernel", kernel.value, kernel.value, platform)
     if platform not in ("cpu", "tpu") and kernel in (EpipolarKernel.AUTO, EpipolarKernel.GPU):
         refused = gpu_attention.refusal(axes.device(), query.shape, key.shape[1], query.dtype, bias=True)
     if kernel is EpipolarKernel.AUTO:
@@ -123,8 +126,11 @@ def _sharded(run, partitioner: axes.Partitioner, shape: tuple[int, ...]):
     Heads that the devices do not divide are padded with heads of zeros, as in `jvgen.nn.sequence_parallel`.
     """
     mesh = partitioner.mesh
-    frames, _, heads, _ = partitioner.activation((axes.BATCH, None, axes.ACTIVATION_HEADS, None), shape).spec
-    of_tokens = partitioner.activation((axes.LENGTH,), (mesh.size,)).spec[0]
+    # Of as many tokens as devices, which any mesh axis divides; no axis is in two places.
+    placed = (shape[0], mesh.size, *shape[2:])
+    frames, of_tokens, heads, _ = partitioner.activation(
+        (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS, None), placed
+    ).spec
     names = tuple(n for part in (heads, of_tokens) for n in ((part,) if isinstance(part, str) else part or ()))
     added = -shape[2] % math.prod(mesh.shape[name] for name in names)
     tokens = PartitionSpec(frames, None, names or None, None)

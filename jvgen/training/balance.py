@@ -11,7 +11,6 @@ their norms and copies: between steps of single images and of long clips, up to 
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -103,7 +102,7 @@ def with_batch_sizes(experiment: E) -> E:
             experiment.task.check_bucket(bucket)
         except ValueError as error:
             raise ConfigError(f"data.buckets.{number}: {error}") from error
-    multiple = math.lcm(data.batch_multiple, experiment.training.accumulation)
+    multiple = data.batch_multiple * experiment.training.accumulation
     buckets = balanced_buckets(
         experiment.task, data.buckets, tokens_per_step=data.tokens_per_step, multiple_of=multiple
     )

@@ -117,13 +117,13 @@ def run_of(task, **data) -> Experiment:
 
 
 def test_a_run_chooses_its_batch_sizes(task):
-    """In multiples of its microbatches too; in two stages; again, nothing changes."""
+    """Each microbatch in multiples of the devices; in two stages; again, nothing changes."""
     stages = tuple(bucket.replace(start_step=5 * late, end_step=5 + 5 * late) for late in (0, 1) for bucket in BUCKETS)
-    run = run_of(task, tokens_per_step=30_000, batch_multiple=2)
+    run = run_of(task, tokens_per_step=30_000, batch_multiple=3)
     run = run.replace(data=run.data.replace(buckets=stages))
     resolved = with_batch_sizes(run)
     sizes = [bucket.batch_size for bucket in resolved.data.buckets]
-    assert all(size % 6 == 0 for size in sizes) and sizes[:6] == sizes[6:] and sizes[0] > sizes[3]
+    assert all(size % 9 == 0 for size in sizes) and sizes[:6] == sizes[6:] and sizes[0] > sizes[3]
     assert [bucket.start_step for bucket in resolved.data.buckets] == [0] * 6 + [5] * 6
     assert with_batch_sizes(resolved) == resolved and with_batch_sizes(run_of(task)) == run_of(task)
     assert "of their mean by FLOPs: 1x1x32x32 (batch" in described(task.build(), resolved.data.buckets)

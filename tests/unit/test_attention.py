@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError
+from jvgen.geometry.epipolar import Band
 from jvgen.kernels.attention import chunked, cpu, flash_tpu, flash_tpu_kernels, gpu, reference, tpu
 from jvgen.nn import kernel_report
 from jvgen.nn.attention import AttentionKernel, attention, choose
+from jvgen.nn.epipolar_attention import EpipolarKernel, epipolar_attention
 from jvgen.nn.stacked import Remat, checkpointed
+from jvgen.parallel import axes
 from jvgen.preflight import topology
 
 
@@ -194,7 +197,7 @@ def test_flash_kernel_equals_reference(key, monkeypatch, case, factor):
     "blocks,itemsize,counts", [(27, 2, [27]), (28, 2, [14, 14]), (53, 2, [27, 26]), (27, 4, [14, 13]), (1, 2, [1])]
 )
 def test_calls_of_the_backward_kernel(blocks, itemsize, counts):
-    """No more than fit: a ring's gradients are written in float32. Numbers of blocks that nothing divides are no loss."""
+    """No more than fit: a ring's gradients are written in float32. Calls need not be alike."""
     assert flash_tpu_kernels._blocks_per_call(blocks, 128 * 896, itemsize) == counts
 
 
@@ -371,6 +374,21 @@ def test_without_cudnn_the_chunked_kernel_runs_and_the_report_says_so(cuda_witho
     ]
     with pytest.raises(ConfigError, match="attention = gpu: cuDNN attention: cuDNN is not detected"):
         report_of(functools.partial(attention, kernel=AttentionKernel.GPU), *[wide()] * 3)
+
+
+@pytest.mark.parametrize(
+    "platform,kernels", [("gpu", ["tpu", "flash_tpu", "tokamax", "tokamax_fixed"]), ("tpu", ["gpu"])]
+)
+def test_kernels_of_other_devices_are_refused(monkeypatch, platform, kernels):
+    """On GPUs those of TPUs would be interpreted: right, and slower than anything else."""
+    monkeypatch.setattr(axes, "platform", lambda: platform)
+    for kernel in kernels:
+        with pytest.raises(ConfigError, match=f"attention = {kernel}: it runs on .PUs, not on {platform.upper()}s"):
+            report_of(functools.partial(attention, kernel=AttentionKernel(kernel)), *[wide()] * 3)
+    band = Band(jnp.zeros((1, 600, 3)), jnp.zeros((600, 3)), jnp.ones(1), jnp.ones(1))
+    kernel = EpipolarKernel("gpu" if platform == "tpu" else "tpu")
+    with pytest.raises(ConfigError, match=f"sync.kernel = {kernel.value}: it runs on .PUs"):
+        report_of(functools.partial(epipolar_attention, band=band, kernel=kernel), *[wide()] * 3)
 
 
 @pytest.mark.parametrize("width,kernel", [(64, "gpu"), (256, "gpu"), (512, "chunked")])

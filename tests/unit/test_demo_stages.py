@@ -66,6 +66,14 @@ def test_a_complete_stage_is_skipped(stages, tmp_path, capsys):
     assert noted["seconds"] > 0
 
 
+def test_what_another_command_made_is_not_reported_as_this_demos(stages, tmp_path):
+    """As the data of an earlier version, or latents of a VAE elsewhere."""
+    stages.run("data", append(tmp_path / "ran"))
+    with pytest.raises(DemoFailed, match="(?s)stage data: .* another command made:.*/ran.*/other.*--workdir"):
+        Stages(tmp_path).run("data", append(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_failed_stage_prints_its_output_and_runs_again(stages, tmp_path):
     words = ["import sys; print('no space left'); sys.exit(3)"]
     with pytest.raises(DemoFailed, match="stage export exited with status 3:\n.*no space left"):
@@ -105,7 +113,19 @@ def test_training_that_fails_before_its_interruption_is_reported(stages, tmp_pat
     with pytest.raises(DemoFailed, match="train_interrupted exited with status 2, not 75:\n.*no data set"):
         words = ["import sys; print('no data set'); sys.exit(2)"]
         stages.interrupt("train", words, tmp_path / "run", signal.SIGTERM)
-    assert [record["name"] for record in stages.records] == ["train_interrupted"]
+    (record,) = stages.records
+    assert record["name"] == "train_interrupted" and "interrupted_by" not in record
+
+
+def test_a_run_that_ends_before_its_signal_is_not_called_interrupted(stages, tmp_path):
+    """With a checkpoint of an attempt that was killed with the demo: nothing new is saved, and no signal sent."""
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    stages.interrupt("train", [TRAIN, tmp_path / "run"], tmp_path / "run", signal.SIGTERM)
+    assert [(r["name"], r["status"], "interrupted_by" in r) for r in stages.records] == [
+        ("train_interrupted", 0, False), ("train", 0, False)
+    ]  # fmt: skip
+    assert "0 runs were stopped" in demo_report.interruptions(stages.records)
+    assert "FAILED: train ended before" in demo_report.interruptions(stages.records)
 
 
 def test_command_line():

@@ -167,8 +167,8 @@ class DataConfig(Config):
       tokens_per_step: choose the batch sizes of all buckets, whatever they say, so that steps take the same time within
         10% of their mean, and a batch of the longest examples has about this many tokens; see `jvgen.training.balance`.
         None for the buckets' own batch sizes.
-      batch_multiple: batch sizes that `tokens_per_step` chooses are multiples of this: the devices that batches are
-        divided over.
+      batch_multiple: batch sizes that `tokens_per_step` chooses are multiples of this times `training.accumulation`:
+        the devices that batches are divided over.
     """
 
     sources: tuple[SourceConfig, ...]

@@ -228,7 +228,9 @@ def backward(
     """
     by_query = (query_T, gradient_T, log_total, shared)
     query_block = static.query_block
-    counts = _blocks_per_call(query_T.shape[2] // query_block, query_T.shape[1] * query_block, jnp.dtype(dtype).itemsize)
+    counts = _blocks_per_call(
+        query_T.shape[2] // query_block, query_T.shape[1] * query_block, jnp.dtype(dtype).itemsize
+    )
     if len(counts) == 1:
         return _gradients(static, 0, (dtype, dtype), valid, key_T, value_T, *by_query)
     ends = [query_block * end for end in itertools.accumulate(counts)]
