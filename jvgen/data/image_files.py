@@ -46,6 +46,13 @@ def decode_image(clip: bytes) -> np.ndarray:
         raise DecodeError(f"not a readable image ({error})") from error
 
 
+def exif_orientation(clip: bytes) -> int:
+    """How EXIF says that an image is turned for display: 1 as it is stored, 3 upside down, 5 to 8 on its side."""
+    with Image.open(io.BytesIO(clip)) as image:
+        turn = _orientation(image)
+    return turn if turn in _TRANSPOSES else 1
+
+
 def image_codec(clip: bytes) -> str:
     """Name of the format of an image: "png", "jpeg", ..."""
     with Image.open(io.BytesIO(clip)) as image:

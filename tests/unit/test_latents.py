@@ -12,7 +12,7 @@ from jvgen.autoencoding.encoding import ClipEncoder
 from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.data.builders import build_folder
 from jvgen.data.builders.batches import Separately, ToEncode, encoded
-from jvgen.data.builders.build_loop import Execution, Team
+from jvgen.data.builders.build_loop import Execution, Team, append_parts
 from jvgen.data.builders.jobs import Corrupt, Made
 from jvgen.data.builders.latents import LatentsConfig, build_latents
 from jvgen.data.store.records import Record
@@ -220,6 +220,10 @@ def test_what_is_there_is_kept_and_what_is_stale_refused(videos, tmp_path):
             encode(videos, out, **change)
     with pytest.raises(ValueError, match="latents.encoder was a, now c.*append to another data set"):
         encode(videos, out, digest="c", execution={"append": True})
+    other = encode(videos, tmp_path / "more", digest="c", execution={"part": 1, "parts": 1 + 1}).out
+    rest = encode(videos, tmp_path / "more", digest="c", execution={"part": 2, "parts": 2}).out
+    with pytest.raises(ValueError, match="cannot be appended to: latents.encoder is 'a' in it and 'c' in what is"):
+        append_parts(out, [other, rest])
     assert contents(out) == before
     encode(videos, out, digest="b", overwrite=True)
     assert contents(out) != before

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jvgen.data.builders.build_loop import BuildError, Execution, merge_parts
 from jvgen.data.builders.posed import PosedOptions, build_posed
@@ -132,6 +133,8 @@ def test_bad_scenes_are_named_and_the_others_kept(tmp_path, world):
         "turned": "images/frame_2.png is 60x90, its camera is of 90x60: the image is cropped or turned",
         "sizes": "its images change size: images/frame_11.png is 180x120",
         "damaged": "not a readable image",
+        "elsewhere": "other/frame_2.png' is outside of",
+        "upside": "frame_2.png is stored turned, as its EXIF says",
         "cameras": "camera_model = 'EQUIRECTANGULAR'",
     }
     for scene in ("fine", *wanted):
@@ -140,6 +143,12 @@ def test_bad_scenes_are_named_and_the_others_kept(tmp_path, world):
     (data / "missing" / "images" / NAMES[0]).unlink()
     document = (data / "outside" / "transforms.json").read_text()
     (data / "outside" / "transforms.json").write_text(document.replace("images/frame_9.png", "../../../secret.png"))
+    document = (data / "elsewhere" / "transforms.json").read_text()
+    images(tmp_path / "other")
+    (data / "elsewhere" / "transforms.json").write_text(document.replace("images/", f"images/{tmp_path}/other/"))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (WIDTH, HEIGHT)).save(data / "upside" / "images" / NAMES[0], exif=exif)
     images(data / "turned" / "images", height=WIDTH, width=HEIGHT)
     (data / "sizes" / "images" / NAMES[3]).write_bytes(encode_image(np.zeros((120, 180, 3), np.uint8)))
     (data / "damaged" / "images" / NAMES[2]).write_bytes(b"\x89PNG\r\n\x1a\n no")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jvgen import storage
-from jvgen.data.builders import remote_part
+from jvgen.data.builders import build_folder, remote_part
 from jvgen.data.builders.build_loop import BuildJob, Execution, append_parts, build_dataset, merge_parts
 from jvgen.data.image_files import DecodeError
 from jvgen.data.store.records import Record
@@ -117,6 +117,26 @@ def test_a_part_goes_on_on_another_machine(remote, tmp_path, monkeypatch):
                       error_budget=0.2, execution=Execution(jobs_per_unit=2, part=part, parts=2))  # fmt: skip
     assert len(calls) == COUNT - 4, "two units of two jobs were finished"
     merge_parts([f"{remote}/set.part-{part}-of-2" for part in (1, 2)], f"{remote}/set")
+    built(tmp_path / "local" / "set")
+    check(f"{remote}/set", tmp_path / "local" / "set")
+
+
+def test_units_whose_shards_are_in_no_bucket_are_made_again(remote, tmp_path, monkeypatch):
+    """They were uploaded to a folder that is gone, or to another bucket; this machine has only their rows."""
+    push = remote_part.RemotePart.push
+
+    def killed(self, done):
+        push(self, done)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote_part.RemotePart, "push", killed)
+    monkeypatch.setattr(build_folder, "_NOTHING", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        built(f"{remote}/set", part=1, parts=2)
+    monkeypatch.setattr(remote_part.RemotePart, "push", push)
+    assert list((tmp_path / "scratch").glob(".set.part-*/unit-*.json")), "nothing is left to be mistaken"
+    storage.remove_tree(storage.as_path(f"{remote}/set.part-1-of-2"))
+    merge_parts([built(f"{remote}/set", part=part, parts=2).out for part in (1, 2)], f"{remote}/set")
     built(tmp_path / "local" / "set")
     check(f"{remote}/set", tmp_path / "local" / "set")
 

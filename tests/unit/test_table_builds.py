@@ -203,6 +203,9 @@ def test_bad_tables_and_rows_are_named(film, tmp_path):
     raises("path,caption\nb.mp4,x,y\n", "line 2 has 3 cells, for 2 columns")
     raises("path,caption\n../secret.mp4,x\n", "contains none of the 1 files of .*'../secret.mp4'")
     raises("path,start,end,caption\nb.mp4,1,2,x\n", "already where clips begin and end", CUT, scenes="cut")
+    raises('path,start,end,caption\nb.mp4,"[0, 1]",2,x\n', r"row 2: start and end: '\[0, 1\]', '2'; expected", CUT)
+    raises(f"path,caption\nnone.mp4,{'x' * 200_000}\n", "contains none of the 1 files")
+    raises("key,url,start,end,caption\nb,https://x/1.mp4,0,9,x\n", "ends at 4.00 s, before 9.00 s", CUT)
     with pytest.raises(ValueError, match="t.txt': a file ending in .csv"):
         (tmp_path / "t.txt").write_text("x")
         build_table(tmp_path / "t.txt", files, tmp_path / "out")
@@ -215,6 +218,7 @@ def test_bad_tables_and_rows_are_named(film, tmp_path):
         "b.mp4,\"['0:00', '0:01', '0:02']\",x\n"
         "b.mp4,\"[['0:00', '0:01'], ['0:01', '0:02']]\",\"['a', 'b', 'c']\"\n"
         "b.mp4,\"['0:03', '0:02']\",x\n"
+        'b.mp4,"[{[]: 1}]",x\n'
         "b.mp4,\"['0:00', '1:00']\",x\n"
         "b.mp4,\"['0:00', '0:01']\",fine\n"
     )
@@ -226,6 +230,7 @@ def test_bad_tables_and_rows_are_named(film, tmp_path):
         "row 3: timestamp: ",
         "row 4: caption has 3 texts for 2 pairs of times",
         "its times are 3 to 2 s",
+        "row 6: timestamp: '[{[]: 1}]'",
         "ends at 4.00 s, before 60.00 s",
     ):
         assert reason in reasons, reasons
@@ -287,6 +292,9 @@ def test_bad_shards_and_samples_are_named_and_the_others_kept(film, tmp_path):
         "text": ([("b.mp4", film), ("b.txt", b"\xff")], "text/b.txt is not UTF-8 text"),
         "two": ([("b.mp4", film), ("b.webm", film), ("b.txt", b"x")], "has 2 videos or images; its files end in"),
         "none": ([("b.txt", b"x")], "has 0 videos or images"),
+        "caption": ([("b.mp4", film), ("b.json", b'{"caption": {"en": "x"}}')], "field 'caption' is {'en': 'x'}; "),
+        "half": ([("b.mp4", film), ("b.txt", b"x"), ("b.json", b'{"source": "\\ud800"}')], "half of a surrogate pair"),
+        "latin/caf\\xe9": ([("caf\udce9.txt", b"x")], "has 0 videos or images"),
         "outside": ([("../b.mp4", film), ("../b.txt", b"x")], "../b.mp4 is a path that leads out"),
         "apart": ([("b.mp4", film), ("c.mp4", film), ("c.txt", b"x"), ("b.txt", b"x")], "of b are in several places"),
         "twice": ([("b.mp4", film), ("b.mp4", film), ("b.txt", b"x")], "twice.tar: b.mp4 is there twice"),
@@ -294,7 +302,7 @@ def test_bad_shards_and_samples_are_named_and_the_others_kept(film, tmp_path):
     }  # fmt: skip
     shard(folder / "0.tar", fine)
     for name, (members, _) in cases.items():
-        shard(folder / f"{name}.tar", members)
+        shard(folder / f"{name.partition('/')[0]}.tar", members)
     with tarfile.open(folder / "link.tar", "w") as archive:
         link = tarfile.TarInfo("b.mp4")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -308,7 +316,7 @@ def test_bad_shards_and_samples_are_named_and_the_others_kept(film, tmp_path):
     (folder / "header.tar").write_bytes(whole[:header] + b"\x55" * 512 + whole[header + 512 :])
     (folder / "page.tar").write_bytes(b"<!doctype html> not found")
     (folder / "zip.tar.gz").write_bytes(b"\x1f\x8b")
-    wanted = {f"{name}/": reason for name, (_, reason) in cases.items()} | {
+    wanted = {name if "/" in name else f"{name}/": reason for name, (_, reason) in cases.items()} | {
         "link/b": "link.tar: b.mp4 is a link, which is not followed",
         "cut/(rest)": "cut.tar: damaged (unexpected end of data): what follows sample c is lost",
         "noend/(rest)": "noend.tar: truncated: it has no end mark: what follows sample b is lost",

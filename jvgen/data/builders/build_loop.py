@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,6 +175,7 @@ def build_dataset(
     target = absolute(out)
     if execution.append:
         jobs = _new_jobs(target, jobs)
+        _check_alike(target, metadata)
     elif execution.parts == 1:
         check_out(target, overwrite)
     size = execution.jobs_per_unit or jobs_per_unit(jobs)
@@ -367,7 +369,21 @@ def _complete(
     return summary_of(out, done, {split: index.digest for split, index in indices.items()}, size, began)
 
 
+def _check_alike(out: Path, added: dict[str, Any]) -> None:
+    """Raise `ValueError` for latents or embeddings that were made otherwise than those of the data set."""
+    there, added = read_metadata(out), json.loads(json.dumps(added))
+    for name in ("latents", "text_embeddings"):
+        before, now = there.get(name) or {}, added.get(name) or {}
+        wrong = [key for key in before | now if before.get(key) != now.get(key)]
+        if wrong:
+            raise ValueError(
+                f"{out}: cannot be appended to: {name}.{wrong[0]} is {before.get(wrong[0])!r} in it and "
+                f"{now.get(wrong[0])!r} in what is added. Make both with the same, or append to another data set."
+            )
+
+
 def _append(out: Path, info: BuildInfo, shards: dict[str, list[Any]], log: str, draft: LocalPath) -> dict[str, Any]:
+    _check_alike(out, info.metadata)
     metadata = read_metadata(out)
     added = {"origin": info.metadata.get("origin"), "options": info.metadata.get("options", {})}
     # What a data set that is derived from another one was made of, is that of now.

@@ -21,6 +21,7 @@ ACCEPTED = (
     '{"file": ..., "caption": "..." or ["...", ...]} on each line; or <clip>.txt beside each clip, one caption per line'
 )
 _SHOWN = 10  # of a list of mistakes
+_LONGEST_CELL = 16 << 20  # characters
 # 007 is a name: as a number it would lose its zeros.
 _NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -139,6 +140,8 @@ def iterate_csv(table: Path, columns: Sequence[str], delimiter: str = ",") -> It
     """
     wrong = []
     names: list[str] = []
+    # Cells with the captions and times of all parts of a long video are longer than the 128 KiB of Python's default.
+    csv.field_size_limit(_LONGEST_CELL)
     # Cells may have line breaks, so lines are not split before.
     with _text(table, newline="") as lines:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)

@@ -1,5 +1,6 @@
 """Builds data sets of images or videos whose cameras others have found: nerfstudio, COLMAP, CO3D, SpatialVID."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -25,7 +26,7 @@ from jvgen.data.builders.build_loop import (
 )
 from jvgen.data.builders.captions import read_captions
 from jvgen.data.builders.recorded_files import files_in, name_of
-from jvgen.data.image_files import decode_image
+from jvgen.data.image_files import decode_image, exif_orientation
 from jvgen.data.store.records import Record
 from jvgen.data.transcoding import at_shorter_side, repeated
 from jvgen.data.undistortion import undistorted
@@ -193,9 +194,10 @@ def find_scenes(folder: Path, format: Format) -> list[Scene]:
     elif format == "colmap":
         models = dict.fromkeys(path.parent for path in paths)
         roots = [_root(model) for model in models]
+        count = collections.Counter(roots)
         # COLMAP makes several models of images that it cannot join.
         scenes = [
-            Scene(name_of(root if roots.count(root) == 1 else model, folder), format, folder, model)
+            Scene(name_of(root if count[root] == 1 else model, folder), format, folder, model)
             for model, root in zip(models, roots, strict=True)
         ]
     else:
@@ -252,7 +254,7 @@ class _Stored:
         for number, (frame, name) in enumerate(zip(frames, self._cameras.names, strict=False)):
             calibrated = self._cameras.sizes[number]
             height, width = frame.shape[:2]
-            if calibrated.all() and abs(width * calibrated[0] / (height * calibrated[1]) - 1) > _ASPECT_TOLERANCE:
+            if calibrated.all() and not _fits((height, width), calibrated):
                 raise DecodeError(
                     f"{name} is {width}x{height}, its camera is of {calibrated[1]}x{calibrated[0]}: the image is "
                     "cropped or turned"
@@ -278,20 +280,38 @@ def _image_frames(scene: Scene) -> _Frames:
     else:
         cameras, base = scene.cameras, scene.path.parent.parent
     paths = _paths(scene, base, cameras.names)
-    return _Frames((decode_image(path.read_bytes()) for path in paths), cameras, cameras.seconds)
+    pixels = (_image(path, size) for path, size in zip(paths, cameras.sizes, strict=True))
+    return _Frames(pixels, cameras, cameras.seconds)
+
+
+def _image(path: Path, calibrated: np.ndarray) -> np.ndarray:
+    content = path.read_bytes()
+    frame, orientation = decode_image(content), exif_orientation(content)
+    stored = frame.shape[:2] if orientation < 5 else frame.shape[1::-1]
+    if orientation != 1 and _fits(stored, calibrated):
+        raise DecodeError(
+            f"{path.name} is stored turned, as its EXIF says, and so its camera was found: save it without EXIF"
+        )
+    return frame
+
+
+def _fits(size: Sequence[int], calibrated: np.ndarray) -> bool:
+    """Whether an image of this height and width may be one that was calibrated, resized."""
+    return abs(size[1] * calibrated[0] / (size[0] * calibrated[1]) - 1) <= _ASPECT_TOLERANCE
 
 
 def _paths(scene: Scene, base: Path, names: Sequence[str]) -> list[Path]:
     """The files of the images, all in one folder of several that have them at other sizes."""
-    outside = next((name for name in names if not _is_below(scene.folder, base / name)), None)
-    if outside is not None:
-        raise DecodeError(f"{scene.path}: the image {outside!r} is outside of {scene.folder}")
     if scene.format == "colmap":
         ways = [[base / folder / name for name in names] for folder in ("images", *SMALLER, ".")]
     else:
         ways = [[base / name for name in names]]
         if all(name.startswith("images/") for name in names):
             ways += [[base / folder / name.removeprefix("images/") for name in names] for folder in SMALLER]
+    for way in ways:
+        outside = next((name for name, path in zip(names, way, strict=True) if not _is_below(scene.folder, path)), None)
+        if outside is not None:
+            raise DecodeError(f"{scene.path}: the image {outside!r} is outside of {scene.folder}")
     missing = [[path for path in way if not path.is_file()] for way in ways]
     best = min(range(len(ways)), key=lambda way: len(missing[way]))
     if missing[best]:

@@ -27,7 +27,11 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 def name_of(path: Path, folder: Path) -> str:
     """The path relative to a folder, with slashes; bytes that are not UTF-8 as in `caf\\xe9.mp4`."""
-    name = path.relative_to(folder).as_posix()
+    return readable(path.relative_to(folder).as_posix())
+
+
+def readable(name: str) -> str:
+    """A name as UTF-8 can have it: bytes that are none as in `caf\\xe9.mp4`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

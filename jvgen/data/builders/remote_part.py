@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path as LocalPath
 
 from jvgen import storage
-from jvgen.data.builders.build_folder import DESCRIPTION, BuildInfo, difference, read_info
-from jvgen.data.builders.units import Done, read_done, unit_path
+from jvgen.data.builders.build_folder import DESCRIPTION, BuildInfo, difference, finished, read_info
+from jvgen.data.builders.units import Done, forget, read_done, unit_path
 from jvgen.data.store.shard_writer import rows_path
 from jvgen.storage import Path
 
@@ -39,6 +39,7 @@ class RemotePart:
         if before is None or restart:
             storage.remove_tree(self.remote)
             storage.copy_file(self._local / DESCRIPTION, self.remote / DESCRIPTION)
+            self._forget_lost(set())
             return
         there = {path.name for path in self.remote.iterdir()}
         for number in self._info.numbers():
@@ -51,6 +52,14 @@ class RemotePart:
                 storage.copy_file(self.remote / rows.name, rows)
             if unit is not None:
                 storage.copy_file(self.remote / path.name, path)
+        self._forget_lost(there)
+
+    def _forget_lost(self, there: set[str]) -> None:
+        """Units whose shards were uploaded to another folder, or removed in the bucket since, are not done."""
+        for unit in finished(self._local, self._info):
+            is_here = all((self._local / name).is_file() for name in unit.files)
+            if not is_here and unit_path(self._local, unit.number).name not in there:
+                forget(self._local, unit.number)
 
     def push(self, done: Done) -> None:
         """Upload a unit and remove its shards here. It is finished there when its JSON file is, the last one."""

@@ -29,7 +29,7 @@ from jvgen.storage import reading, recordings
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Names of columns in lower case, the first that a table has is taken.
 FILES = ("path", "file", "file_path", "file_name", "filename", "video_path", "video", "image", "videoid", "video_id",
-         "clip_id", "id", "url")  # fmt: skip
+         "clip_id", "id", "key", "url")  # fmt: skip
 URLS = ("url", "contenturl", "video_url", "image_url")
 CAPTIONS = ("caption", "captions", "text", "description")
 TIMES = ("timestamp", "timestamps")
@@ -323,10 +323,10 @@ def _parts(cells: Mapping[str, Any], roles: _Roles, cut: bool) -> list[_Part]:
 def _spans(values: Sequence[Any], names: Sequence[str]) -> tuple[float, float] | list[tuple[float, float]]:
     """Start and end in seconds, or a list of both."""
     found = [_literal(value) for value in values]
-    pairs = list(zip(*found, strict=True)) if len(found) == 2 and isinstance(found[0], list) else found
-    if len(found) == 1:
-        pairs = found[0]
     try:
+        pairs = list(zip(*found, strict=True)) if len(found) == 2 and isinstance(found[0], list) else found
+        if len(found) == 1:
+            pairs = found[0]
         if isinstance(pairs, list) and pairs and all(isinstance(pair, list | tuple) for pair in pairs):
             return [(_seconds(first), _seconds(last)) for first, last in pairs]
         first, last = pairs
@@ -355,12 +355,15 @@ def _literal(value: Any) -> Any:
         return value
     try:
         found = ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return value
     return list(found) if isinstance(found, list | tuple) else value
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:
+    wrong = next((value for value in values if isinstance(value, list | dict | bytes)), None)
+    if wrong is not None:
+        raise ValueError(f"its caption is {repr(wrong)[:60]}, which is no text")
     return tuple(text for value in values if value is not None and (text := str(value).strip()))
 
 

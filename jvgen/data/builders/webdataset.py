@@ -23,7 +23,7 @@ from jvgen.data.builders.folders import (
     media_records,
 )
 from jvgen.data.builders.jobs import Corrupt
-from jvgen.data.builders.recorded_files import files_in, name_of
+from jvgen.data.builders.recorded_files import files_in, name_of, readable
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store.records import MAX_TEXT
 from jvgen.data.video_files import DecodeError
@@ -216,7 +216,12 @@ def sample_records(
         elif member.suffix == ".json":
             fields = _fields(sample, member)
             written = fields.get(caption_field)
-            captions += [str(text).strip() for text in (written if isinstance(written, list) else [written]) if text]
+            for text in written if isinstance(written, list) else [written]:
+                if isinstance(text, list | dict):
+                    raise DecodeError(
+                        f"field {caption_field!r} is {repr(written)[:60]}; a caption is a text or a list of texts"
+                    )
+                captions += [str(text).strip()] if text else []
             values = _values(fields, columns)
     # The path says which kind of file it is.
     path = Path(f"{sample.id}{found[0].suffix}")
@@ -257,9 +262,12 @@ def _list_shard(shard: tuple[Path, str]) -> list[Sample]:
             ended = _end(file, archive.offset, size)
         except (tarfile.TarError, ValueError, OverflowError) as error:
             ended = f"damaged ({error})"
-    samples = [Sample(f"{name}/{key}", path, tuple(members), problems.get(key, "")) for key, members in groups.items()]
+    samples = [
+        Sample(f"{name}/{readable(key)}", path, tuple(members), readable(problems.get(key, "")))
+        for key, members in groups.items()
+    ]
     if ended:
-        lost = "nothing in it can be read" if last is None else f"what follows sample {last} is lost"
+        lost = "nothing in it can be read" if last is None else f"what follows sample {readable(last)} is lost"
         samples.append(Sample(f"{name}/(rest)", path, (), f"{path.name}: {ended}: {lost}"))
     elif not samples:
         raise DecodeError(f"{path.name}: has no samples")

@@ -293,6 +293,8 @@ def _column_problem(column: tuple[str, Any]) -> str:
         return f"column {name} = {value!r}: a number or a text"
     if len(value) > MAX_TEXT or "\0" in value:
         return f"column {name}: {len(value)} characters; at most {MAX_TEXT}, none of them zero"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return f"column {name} = {value!r}: half of a surrogate pair, which is no text"
     return ""
 
 
