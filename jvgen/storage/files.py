@@ -109,15 +109,21 @@ def upload_folder(folder: pathlib.Path, path: Path, last: tuple[str, ...] = ()) 
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file between any of local disks and buckets; within a bucket nothing passes through this machine.
+    """Copy a file between any of local disks and buckets; within gs:// or s3:// nothing passes through this machine.
 
     Raises:
       FileNotFoundError: no such file.
       StorageError: a bucket that cannot be read or written.
     """
     if is_remote(source) and is_remote(target):
-        to = str(target).partition("://")[2]
-        _remote(source, "copy", lambda fs, key: fs.cp_file(key, to), RETRIES)
+        scheme, _, to = str(target).partition("://")
+        if str(source).startswith(f"{scheme}://"):
+            _remote(source, "copy", lambda fs, key: fs.cp_file(key, to), RETRIES)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            here = pathlib.Path(folder, "file")
+            copy_file(source, here)
+            copy_file(here, target)
     elif is_remote(target):
         _put(pathlib.Path(source), target)
     elif is_remote(source):

@@ -105,6 +105,10 @@ def test_clips_of_spatialvid_have_the_frames_that_have_cameras(tmp_path, world):
     np.testing.assert_allclose(record.extrinsics, world, atol=1e-6)
     assert record.frames_per_second == pytest.approx(2.0) and not len(record.frame_times)
     assert record.captions == ("a street", "left") and record.caption_names == ("SceneSummary", "Motion")
+    shutil.copytree(folder, tmp_path / "flat" / "group_0001" / "aa")
+    shutil.copytree(tmp_path / "d" / "videos", tmp_path / "flat" / "videos")
+    build_posed(tmp_path / "flat", tmp_path / "third", "spatialvid", validation=0)
+    assert list(records_of(tmp_path / "third")) == ["group_0001/aa"]
     spatialvid(folder, world, (0, 5, 10, 20))
     with pytest.raises(BuildError, match="has a camera of frame 20; aa.mp4 has 20 frames"):
         build_posed(tmp_path / "d", tmp_path / "other", "spatialvid")

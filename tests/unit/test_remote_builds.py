@@ -14,7 +14,7 @@ from jvgen.data.store.records import Record
 from jvgen.data.store.sources import open_source
 from jvgen.data.store.verify import verify
 from jvgen.data.video_files import encode_image
-from jvgen.storage import retries
+from jvgen.storage import paths, retries
 from tests.fake_bucket import buckets  # noqa: F401
 
 COUNT = 11
@@ -139,6 +139,14 @@ def test_units_whose_shards_are_in_no_bucket_are_made_again(remote, tmp_path, mo
     merge_parts([built(f"{remote}/set", part=part, parts=2).out for part in (1, 2)], f"{remote}/set")
     built(tmp_path / "local" / "set")
     check(f"{remote}/set", tmp_path / "local" / "set")
+
+
+def test_files_are_copied_between_buckets_of_two_kinds(remote, monkeypatch):
+    monkeypatch.setitem(paths.SCHEMES, "s3", ("json", "s3"))  # the package is not needed here
+    source, target = storage.as_path(f"{remote}/x"), storage.as_path("s3://bucket/copied")
+    storage.write_bytes(source, b"shard")
+    storage.copy_file(source, target)
+    assert storage.read_bytes(target) == b"shard" and not storage.as_path("gs://bucket/copied").exists()
 
 
 def test_mistakes_change_nothing(remote, tmp_path):

@@ -324,8 +324,8 @@ def _paths(scene: Scene, base: Path, names: Sequence[str]) -> list[Path]:
 def _video_frames(scene: Scene) -> _Frames:
     numbers, cameras = read_spatialvid(scene.path.parent)
     place = name_of(scene.path.parent, scene.folder)
-    below = place.partition("annotations/")
-    video = scene.folder / below[0] / "videos" / f"{below[2] or place}.mp4"
+    above, marker, clip = place.partition("annotations/")
+    video = scene.folder / (above if marker else "") / "videos" / f"{clip if marker else place}.mp4"
     if not video.is_file():
         raise DecodeError(f"{scene.path}: has no video {video}")
     info = probe_file(video)
