@@ -68,7 +68,7 @@ def measure_clips(
             measured["temporal_flickering"] = _mean(smoothness, clips)
         if frames > 1 and min(height, width) >= WINDOW:
             measured["adjacent_ssim"] = _mean(adjacent_similarity, clips)
-        if frames > 1 and min(height, width) >= vbench.MIN_SIDE:
+        if frames > vbench.moving_stride(frames_per_second) and min(height, width) >= vbench.MIN_SIDE:
             measured["dynamic_degree"] = float(np.mean([vbench.is_dynamic(one, frames_per_second) for one in clips]))
         if frames > 2 and min(height, width) >= vbench.MIN_SIDE:
             measured["motion_smoothness"] = float(np.mean([vbench.motion_smoothness(one) for one in clips]))
@@ -85,8 +85,11 @@ def measure_clips(
         missing["adjacent_ssim, dynamic_degree, motion_smoothness"] = (
             f"frames of {height}x{width} are smaller than {vbench.MIN_SIDE}x{vbench.MIN_SIDE}"
         )
-    elif frames == 2:
-        missing["motion_smoothness"] = "clips have 2 frames, and none between two others"
+    else:
+        if frames == 2:
+            missing["motion_smoothness"] = "clips have 2 frames, and none between two others"
+        if frames <= vbench.moving_stride(frames_per_second):
+            missing["dynamic_degree"] = f"clips of {frames} frames at {frames_per_second:g} frames/s are too short"
     if clip is None:
         missing["clip_text, clip_frames, background_consistency"] = "give --clip-model DIR"
     if subjects is None:

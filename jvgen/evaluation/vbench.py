@@ -33,13 +33,23 @@ def flow(first: UInt8[np.ndarray, "H W 3"], second: UInt8[np.ndarray, "H W 3"]) 
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grays, None)
 
 
+def moving_stride(frames_per_second: float) -> int:
+    """Of how many frames `is_dynamic` looks at one."""
+    return max(1, round(frames_per_second / RATE))
+
+
 def is_dynamic(clip: UInt8[np.ndarray, "F H W 3"], frames_per_second: float = RATE) -> bool:
     """Whether a clip moves: in a quarter of its frames the largest flow is above a threshold.
 
     As published: of clips with more than 8 frames per second every n-th frame, n = round(rate / 8); the threshold
-    grows with the shorter side, and for slower clips with the time between frames.
+    grows with the shorter side. Not published: for slower clips it grows with the time between frames too.
+
+    Raises:
+      ValueError: fewer than two frames are left.
     """
-    clip = clip[:: max(1, round(frames_per_second / RATE))]
+    clip = clip[:: moving_stride(frames_per_second)]
+    if len(clip) < 2:
+        raise ValueError(f"{len(clip)} frame of a clip of {frames_per_second:g} frames per second: needs at least 2.")
     side = min(clip.shape[1:3])
     threshold = max(1.0, RATE / frames_per_second) * MOVING_PIXELS * side / 256.0
     moving = 0

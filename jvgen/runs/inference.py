@@ -60,12 +60,14 @@ class LoadedRun:
 def read_experiment(folder: Path) -> Experiment:
     """The description of a run, from its latest readable checkpoint; no array is read.
 
+    Its task takes prompts, as that of `open_run` (`TaskConfig.for_prompts`): both make the same batches.
+
     Raises:
       CheckpointError: no such run, or no readable checkpoint.
     """
     checkpoints = CheckpointReader(as_path(folder))
     try:
-        return identity.experiment_of(checkpoints.run_document())
+        return _for_prompts(identity.experiment_of(checkpoints.run_document()))
     finally:
         checkpoints.close()
 
@@ -104,7 +106,7 @@ def open_run(
       CheckpointError, ConfigError: see `load_for_inference`.
       ValueError: weights of frozen networks are missing or belong to other networks.
     """
-    experiment = _for_prompts(with_lpips(read_experiment(folder), lpips))
+    experiment = with_lpips(read_experiment(folder), lpips)
     experiment.task.check_weights()
     sharding = Sharding(make_mesh(MeshConfig(fsdp=-1), jax.local_devices()))
     if untrained:

@@ -12,6 +12,7 @@ import pytest
 from jvgen import config
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
+from jvgen.evaluation import vbench
 from jvgen.evaluation.camera_pose import Matches
 from jvgen.evaluation.distribution import Moments, frechet_distance
 from jvgen.evaluation.generated import measure_clips, measure_same_trajectory, measure_views
@@ -77,6 +78,15 @@ def test_clips_are_measured_beside_recorded_ones():
 def test_what_cannot_be_measured_says_why(shape, features, expected):
     found, missing = measure_clips(clips_of(*shape), clips_of(*shape), ["a"] * shape[0], features=features)
     assert expected.items() <= missing.items() and "fvd" not in found
+
+
+def test_clips_of_which_one_frame_is_looked_at_have_no_dynamic_degree():
+    clips, name = clips_of(1, 3, 16, 16), "generated/dynamic_degree"
+    found, missing = measure_clips(clips, clips, ["a"], frames_per_second=24.0)
+    assert name not in found and missing["dynamic_degree"] == "clips of 3 frames at 24 frames/s are too short"
+    assert name in measure_clips(clips, clips, ["a"], frames_per_second=16.0)[0]
+    with pytest.raises(ValueError, match="1 frame of a clip of 24 frames per second"):
+        vbench.is_dynamic(clips[0], 24.0)
 
 
 def test_views_are_measured_against_their_cameras():

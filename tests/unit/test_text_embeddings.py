@@ -20,6 +20,9 @@ from jvgen.data.stream.loader import Loader
 from jvgen.interop.from_torch import import_folder
 from jvgen.nn.compute_dtype import cast
 from jvgen.tasks.text import TextConfig
+from jvgen.training.checkpoint.initial import write_first_checkpoint
+from jvgen.training.config import TrainingConfig
+from jvgen.training.experiment import Experiment
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_pipeline import ENCODER, write_pipeline  # noqa: E402
@@ -151,6 +154,17 @@ def test_embeddings_are_as_long_as_their_captions(work, built):
     found = task.text.of_example({"caption": ""})["text"]
     assert found.dtype == np.uint16 and found.shape == (6, 8) and not found[1:].any()
     assert np.array_equal(found[:1].view(ml_dtypes.bfloat16), read_empty_caption(built["zeros"]))
+
+
+def test_a_run_that_names_t5_too_is_evaluated(work, built, jvgen):
+    """T5 is there for prompts: the batches of the evaluation are those of the program that measures them."""
+    config, data = config_of(work, "zeros", built["zeros"], validation_timesteps=0), data_of(built["zeros"])
+    experiment = Experiment(
+        name="cached", task=config, data=data.replace(evaluation_sources=data.sources), training=TrainingConfig(steps=1)
+    )
+    write_first_checkpoint(experiment, work / "run", {})
+    done = jvgen("evaluate", work / "run", "--batches", 1)
+    assert done.status == 0 and "loss" in done.out, done.err
 
 
 def test_embeddings_of_something_else_are_refused(work, built, jvgen):
