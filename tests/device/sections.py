@@ -188,9 +188,7 @@ def step_theirs(name: str, tiny: bool) -> Iterator[Row]:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         step = TorchStep(case, None, threads=1)
-        _remat(step.module, remat)
-        for block in step.module.transformer_blocks:
-            block.compile(backend="inductor" if cuda else "eager")
+        _remat(step.module, remat, "inductor" if cuda else "aot_eager")
         with _flash(cuda):
             step()
             started = time.perf_counter() - began
@@ -202,8 +200,8 @@ def step_theirs(name: str, tiny: bool) -> Iterator[Row]:
         torch._dynamo.reset()
 
 
-def _remat(module: Any, remat: Remat) -> None:
-    """Checkpoint every block, keeping what flash attention returned or nothing."""
+def _remat(module: Any, remat: Remat, backend: str) -> None:
+    """Checkpoint and compile every block, keeping what flash attention returned or nothing."""
     import torch
     from torch.utils import checkpoint
 
@@ -218,7 +216,8 @@ def _remat(module: Any, remat: Remat) -> None:
     def call(block: Any, *arguments: Any) -> Any:
         return checkpoint.checkpoint(block, *arguments, use_reentrant=False, **more)
 
-    module.enable_gradient_checkpointing(call)
+    # Compiled with the block inside: a policy does not see the operations of a block that is compiled alone.
+    module.enable_gradient_checkpointing(torch.compile(call, backend=backend))
 
 
 def _flash(cuda: bool) -> Any:

@@ -82,3 +82,24 @@ def test_all_sections_run_at_tiny_sizes(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:]
     for name, section in json.loads((tmp_path / "gpu.json").read_text())["sections"].items():
         assert section["rows"] and section["state"] == "done", name
+
+
+@pytest.mark.slow
+def test_the_other_side_keeps_what_its_policy_says():
+    """Attention of two compiled layers runs twice without anything kept, and once where its output is."""
+    import torch
+
+    from tests.benchmarks import dit_step
+    from tests.benchmarks.step_timing import TorchStep
+
+    found = {}
+    for remat in (sections.Remat.FULL, sections.Remat.SAVE_ATTENTION):
+        step = TorchStep(dit_step.case_of("tiny", sections.TINY), None, threads=1)
+        sections._remat(step.module, remat, "aot_eager")
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+        name = "aten::_scaled_dot_product_flash_attention_for_cpu"
+        found[remat.value] = {event.key: event.count for event in profile.key_averages()}[name]
+        torch._dynamo.reset()
+    assert found == {"full": 4, "save_attention": 2}
