@@ -84,6 +84,8 @@ def test_all_sections_run_at_tiny_sizes(tmp_path):
         assert section["rows"] and section["state"] == "done", name
 
 
+# Those of PyTorch while it compiles.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 def test_the_other_side_keeps_what_its_policy_says():
     """Attention of two compiled layers runs twice without anything kept, and once where its output is."""
