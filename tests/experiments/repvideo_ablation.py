@@ -178,14 +178,15 @@ def measure(setting: Setting, name: str, seed: int, enhanced: bool) -> dict[str,
             t: {key: np.mean(values[f"similarity_{key}"], axis=1).tolist() for key in ("before", "mean", "after")}
             for t, values in layers.items()
         },
-        "gates": _gates(run),
+        "gates": gates_of(run),
         "samples": sampled(setting, run, ENHANCEMENTS if enhanced else {"none": None}),
     }
     kept.write_text(json.dumps(row, indent=1))
     return row
 
 
-def _gates(run: Path) -> list[float] | None:
+def gates_of(run: Path) -> list[float] | None:
+    """Gate of each layer of a run, averaged over channels; none without aggregation."""
     parameters = open_run(run).parameters["denoiser"]
     gates = parameters.get("aggregation", {}).get("gates")
     return None if gates is None else np.asarray(gates).reshape(gates.shape[0], -1).mean(axis=1).tolist()
