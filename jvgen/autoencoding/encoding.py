@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jvgen.autoencoding.streaming import StreamingVAE
+from jvgen.finite import not_finite
 from jvgen.interop.from_torch import read_config
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import Sharding, ShardingConfig
@@ -52,6 +53,7 @@ class ClipEncoder:
         sharding = None
         if len(devices) > 1:
             sharding = Sharding(make_mesh(MeshConfig(), devices), ShardingConfig())
+        self._folder = folder
         self._vae = StreamingVAE(folder, chunk_frames=batch, sharding=sharding)
         self._frames, self._devices = batch, len(devices)
         self.frames_per_latent = self._vae.frames_per_latent
@@ -74,7 +76,14 @@ class ClipEncoder:
         return self._vae.begin(padded), [(len(clip) - 1) // self.frames_per_latent + 1 for clip in clips]
 
     def end(self, begun: Any) -> list[np.ndarray]:
-        """Wait for a batch: moments `f h w 2z` of each clip, float32, as they are; they may hold NaN."""
+        """Wait for a batch: moments `f h w 2z` of each clip, float32.
+
+        Raises:
+          NotFinite: NaN or infinity among them.
+        """
         chunks, lengths = begun
         moments = np.concatenate([np.asarray(chunk)[:, shared:] for chunk, shared in chunks], axis=1)
-        return [moments[row, :length].astype(np.float32) for row, length in enumerate(lengths)]
+        clips = [moments[row, :length].astype(np.float32) for row, length in enumerate(lengths)]
+        if not all(np.isfinite(clip).all() for clip in clips):
+            raise not_finite("latents of a clip", f"VAE {self._folder}", np.float32)
+        return clips

@@ -1,4 +1,4 @@
-"""Why RepVideo is behind CogVideoX at the demo's scale: depth, initial gates, their learning rate, and what it starts from.
+"""Why RepVideo is behind CogVideoX at the demo's scale: depth, first gates, their learning rate, what it starts from.
 
     make demo
     python -m tests.experiments.repvideo_depth --demo runs/demo --workdir runs/depth --out depth.md

@@ -229,7 +229,7 @@ def test_a_pipeline_goes_through_a_run(case, pipeline, folder, given, tmp_path, 
     sampler, guidance = task.config.sampling(request)
     frames = np.asarray(given[0].resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))[None, None]
     monkeypatch.setattr(
-        "jvgen.tasks.text_to_video.slot_normal", lambda *arguments: jnp.asarray(latents.transpose(0, 1, 3, 4, 2))
+        "jvgen.tasks.clip_sampling.slot_normal", lambda *arguments: jnp.asarray(latents.transpose(0, 1, 3, 4, 2))
     )
     ours, _ = jax.jit(
         lambda parameters, frozen, tokens, frames: task.generate_latents(

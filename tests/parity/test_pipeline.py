@@ -262,7 +262,7 @@ def test_an_exported_run_is_a_pipeline(case, pipeline, folder, latents, tmp_path
     sampler, guidance = task.config.sampling(request)
     noise = jnp.asarray(latents.transpose(0, 1, 3, 4, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jvgen.tasks.text_to_video.slot_normal", lambda *arguments: noise)
+        patch.setattr("jvgen.tasks.clip_sampling.slot_normal", lambda *arguments: noise)
         ours, finite = jax.jit(
             lambda parameters, frozen, tokens: task.generate_latents(
                 parameters, frozen, tokens, jnp.zeros(1, jnp.int32), jax.random.key(0),

@@ -425,7 +425,7 @@ def test_what_changed_at_a_resume_is_told_field_by_field():
     identity.check_same_run(*documents, (), told.append)
     [text] = told
     for line in (
-        "training.steps: checkpoint 360, now 500", "optimizer.learning_rate: checkpoint 0.005, now 0.001",
+        "training.steps: checkpoint 280, now 500", "optimizer.learning_rate: checkpoint 0.005, now 0.001",
         "optimizer.clip_norm: checkpoint 1.0, now None", "checkpoint.every: checkpoint 60, now 60",
         "ema.decays: ", "data.threads: checkpoint 2, now 1", "mesh.fsdp: checkpoint -1, now 1",
     ):  # fmt: skip

@@ -200,7 +200,7 @@ def test_every_validate_checks_the_rules_of_its_fields(fields, value, words):
     [
         ('"learning_rate": 0.005', '"learning_rate": NaN', "optimizer.learning_rate = nan: expected a finite number"),
         ('"beta2": 0.95', '"beta2": -Infinity', "optimizer.beta2 = -inf: expected a finite number"),
-        ('"steps": 360', '"steps": 1e22', "training.steps = 1e+22: expected int, got float"),
+        ('"steps": 280', '"steps": 1e22', "training.steps = 1e+22: expected int, got float"),
         ('"height": 32', '"height": 999999999', "data.buckets.0.height = 999999999: must be at most 16384"),
         ('"threads": 2', '"threads": 100000000', "data.threads = 100000000: must be at most 1024"),
         ('"sample_size": 32', '"sample_size": -4', "task.network.sample_size = -4: must be at least 1"),
@@ -301,7 +301,7 @@ SENSIBLE_FLAGS = {
     """,
     "-1": "--action-scale --camera-distance --enhance --guidance",
     "1_0": None,
-    "1.5": "--action-scale --camera-distance --enhance --fps --guidance --tolerance",
+    "1.5": "--action-scale --camera-distance --enhance --file-timeout --fps --guidance --tolerance",
 }
 
 
