@@ -103,7 +103,7 @@ def measure(chosen: argparse.Namespace, layers: int, start: str, form: str, seed
         optimizer = optimizer.replace(multipliers={GATES: FORMS[form].gates_rate})
     origin = InitFromConfig()
     if start != "scratch":
-        # Other clips than those of the first steps, and half the rate of the run that it goes on from.
+        # Other clips than those of the first steps, and half the rate of the run that it continues.
         optimizer = optimizer.replace(learning_rate=optimizer.learning_rate / 2)
         origin = InitFromConfig(run=str(folder(chosen.workdir, layers, "scratch", BASELINE, seed)), allow_partial=True)
         experiment = experiment.replace(seed=seed + 1000)
