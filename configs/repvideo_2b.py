@@ -3,8 +3,9 @@
 Should reach: the published model, 50,000 steps of 32 clips on a million captioned clips (released after 35,000).
 Chips: 64 of v5p (`v5p:4x4x4`), 128 of v5e (`v5e:8x16`) or 128 of v6e (`v6e:8x16`), one clip per 4 chips.
 Memory: 15.4 GiB per device on v5p:4x4x4; 23.3 with the settings below (compiled).
-Time: 1.08 s per step on v5p:4x4x4, within 1.05 and 1.42, with `--set mesh.seq=2 --set
-task.denoiser.remat=save_matmuls`; 1.26 s, within 1.16 and 1.65, as it is here, by an earlier estimate that took sums
+Time: 0.74 s per step on v5p:4x4x4, within 0.71 and 1.01, with `--set mesh.seq=2 --set
+task.denoiser.remat=save_matmuls --set task.denoiser.attention=flash_tpu`, kernels that no TPU has run yet; 1.08 s,
+within 1.05 and 1.42, without the last of these; 1.26 s, within 1.16 and 1.65, as it is here, by an earlier estimate that took sums
 over the torus for 0.07 s longer (estimated from compiled programs, not measured).
 Data: as `cogvideox_2b.py`. Start with
 
