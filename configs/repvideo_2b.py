@@ -5,8 +5,8 @@ Chips: 64 of v5p (`v5p:4x4x4`), 128 of v5e (`v5e:8x16`) or 128 of v6e (`v6e:8x16
 Memory: 15.4 GiB per device on v5p:4x4x4; 23.3 with the settings below (compiled).
 Time: 0.74 s per step on v5p:4x4x4, within 0.71 and 1.01, with `--set mesh.seq=2 --set
 task.denoiser.remat=save_matmuls --set task.denoiser.attention=flash_tpu`, kernels that no TPU has run yet; 1.08 s,
-within 1.05 and 1.42, without the last of these; 1.26 s, within 1.16 and 1.65, as it is here, by an earlier estimate that took sums
-over the torus for 0.07 s longer (estimated from compiled programs, not measured).
+within 1.05 and 1.42, without the last of these; 1.26 s, within 1.16 and 1.65, as it is here, by an earlier estimate
+that took sums over the torus for 0.07 s longer (estimated from compiled programs, not measured).
 Data: as `cogvideox_2b.py`. Start with
 
     jvgen import CogVideoX-2b/transformer --config configs/repvideo_2b.py --init-gates --to runs/repvideo_2b
