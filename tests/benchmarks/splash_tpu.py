@@ -86,7 +86,6 @@ def _numbers(chip: str, width: int, kind: str) -> str:
     place = jax.sharding.SingleDeviceSharding(topology.describe(CHIPS[chip]).devices[0])
     attend = _other(kind) if kind in OTHERS else flash_tpu.attention
     if kind not in OTHERS:
-        flash_tpu.BLOCKS = {}
         flash_tpu.DEFAULT_BLOCKS = tuple(map(int, kind.split(",")))
 
     def tokens(length: int) -> jax.ShapeDtypeStruct:

@@ -11,9 +11,8 @@ from einops import rearrange
 from jvgen.kernels.attention import flash_tpu_kernels
 from jvgen.kernels.attention.tpu import LANES, block_size
 
-# Tokens per grid step of queries and of keys at most, and keys per product: by kind of chip and head width what
-# `python -m tests.benchmarks splash_tpu` found to take the fewest cycles; for all others the default.
-BLOCKS: dict[tuple[str, int], tuple[int, int, int]] = {}
+# Tokens per grid step of queries and of keys at most, and keys per product; `python -m tests.benchmarks splash_tpu`
+# counts cycles of others.
 DEFAULT_BLOCKS = (896, 1792, 896)
 # For heads wider than the lanes, whose tiles would not fit into VMEM.
 WIDE_BLOCK = 512
@@ -58,9 +57,9 @@ def refusal(device_kind: str) -> str:
     return f"{device_kind} has 16 MiB of VMEM, the kernels take {flash_tpu_kernels.VMEM_BYTES >> 20}" if old else ""
 
 
-def blocks(query_length: int, key_length: int, width: int, chip: str = "") -> tuple[int, int, int]:
+def blocks(query_length: int, key_length: int, width: int) -> tuple[int, int, int]:
     """Tokens per grid step of queries and of keys, and keys per product, for heads of `width` channels."""
-    largest = BLOCKS.get((chip, width), DEFAULT_BLOCKS)
+    largest = DEFAULT_BLOCKS
     if width > LANES:
         largest = tuple(min(size, WIDE_BLOCK) for size in largest)
     query_block, key_block = block_size(query_length, largest[0]), block_size(key_length, largest[1])
