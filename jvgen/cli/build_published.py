@@ -3,7 +3,7 @@
 import argparse
 
 from jvgen.cli.arguments import number
-from jvgen.cli.build import (
+from jvgen.cli.build_arguments import (
     add_builder,
     add_error_budget,
     add_min_frames,
@@ -12,6 +12,8 @@ from jvgen.cli.build import (
     add_validation_fraction,
     add_workers,
     execution_of,
+    run_settings,
+    video_options,
 )
 from jvgen.terminal import progress_bar
 from jvgen.value_rules import Count, FrameRate, Quality, Records
@@ -91,8 +93,7 @@ def _episode_options(parsed: argparse.Namespace, **others):
 
 def _episode_settings(parsed: argparse.Namespace) -> dict:
     return {
-        "validation": parsed.validation_fraction, "min_frames": parsed.min_frames, "error_budget": parsed.error_budget,
-        "workers": parsed.workers, "overwrite": parsed.overwrite, "execution": execution_of(parsed),
+        "validation": parsed.validation_fraction, "min_frames": parsed.min_frames, **run_settings(parsed)
     }  # fmt: skip
 
 
@@ -188,8 +189,7 @@ def _add_table(origins) -> None:
         help="of a table with times: cut the clips out of whole videos, or ignore them where the files are the clips",
     )  # fmt: skip
     parser.add_argument("--captions-optional", action="store_true", help="also include rows without a caption")
-    _add_clip_arguments(parser, error_budget=0.0)
-    add_resampling(parser)
+    _add_video_arguments(parser)
 
 
 def _add_webdataset(origins) -> None:
@@ -211,8 +211,7 @@ def _add_webdataset(origins) -> None:
         "--columns", nargs="+", metavar="NAME", help="fields of KEY.json that become columns; all if omitted"
     )
     parser.add_argument("--captions-optional", action="store_true", help="also include samples without a caption")
-    _add_clip_arguments(parser, error_budget=0.0)
-    add_resampling(parser)
+    _add_video_arguments(parser)
 
 
 def _add_webvid(origins) -> None:
@@ -222,8 +221,7 @@ def _add_webvid(origins) -> None:
     )  # fmt: skip
     parser.add_argument("table", metavar="TABLE", help=".csv table with the columns videoid and name (the caption)")
     parser.add_argument("--videos", required=True, metavar="DIR", help="folder with VIDEOID.mp4 files, at any depth")
-    _add_clip_arguments(parser, error_budget=0.0)
-    add_resampling(parser)
+    _add_video_arguments(parser)
 
 
 def _add_clip_arguments(parser: argparse.ArgumentParser, error_budget: float) -> None:
@@ -234,14 +232,18 @@ def _add_clip_arguments(parser: argparse.ArgumentParser, error_budget: float) ->
     add_workers(parser)
 
 
+def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_clip_arguments(parser, error_budget=0.0)
+    add_resampling(parser)
+
+
 def _clip_settings(parsed: argparse.Namespace) -> dict:
-    from jvgen.data.builders.build_loop import FilterConfig
+    """Of clips with cameras."""
+    from jvgen.data.builders.jobs import FilterConfig
 
     return {
-        "shorter_side": parsed.shorter_side, "keyframe_every": parsed.keyframe_interval,
         "filters": FilterConfig(min_frames=parsed.min_frames), "validation": parsed.validation_fraction,
-        "error_budget": parsed.error_budget, "workers": parsed.workers, "overwrite": parsed.overwrite,
-        "execution": execution_of(parsed),
+        **run_settings(parsed),
     }  # fmt: skip
 
 
@@ -249,11 +251,11 @@ def run_realestate10k(parsed: argparse.Namespace) -> int:
     """Build from RealEstate10K."""
     from jvgen.data.builders.realestate10k import build_realestate10k
 
-    settings = _clip_settings(parsed)
     with progress_bar("reading clips", "clips") as report:
         summary = build_realestate10k(
-            parsed.cameras, parsed.media, parsed.out, captions=parsed.captions, progress=report, **settings
-        )
+            parsed.cameras, parsed.media, parsed.out, captions=parsed.captions, shorter_side=parsed.shorter_side,
+            keyframe_every=parsed.keyframe_interval, progress=report, **_clip_settings(parsed),
+        )  # fmt: skip
     print(summary)
     return 0
 
@@ -262,12 +264,12 @@ def run_posed(parsed: argparse.Namespace) -> int:
     """Build from images or videos with cameras."""
     from jvgen.data.builders.posed import PosedOptions, build_posed
 
-    settings = _clip_settings(parsed)
-    options = PosedOptions(settings.pop("shorter_side"), settings.pop("keyframe_every"), parsed.fps)
+    options = PosedOptions(parsed.shorter_side, parsed.keyframe_interval, parsed.fps)
     with progress_bar("reading scenes", "scenes") as report:
         summary = build_posed(
-            parsed.folder, parsed.out, parsed.format, options, captions=parsed.captions, progress=report, **settings
-        )
+            parsed.folder, parsed.out, parsed.format, options, captions=parsed.captions, progress=report,
+            **_clip_settings(parsed),
+        )  # fmt: skip
     print(summary)
     return 0
 
@@ -279,8 +281,8 @@ def run_table(parsed: argparse.Namespace) -> int:
     columns = TableColumns(parsed.file_column, parsed.caption_column, parsed.times)
     with progress_bar("reading files", "files") as report:
         summary = build_table(
-            parsed.table, parsed.files, parsed.out, columns, captions_optional=parsed.captions_optional,
-            frames_per_second=parsed.fps, scenes=parsed.scenes, progress=report, **_clip_settings(parsed),
+            parsed.table, parsed.files, parsed.out, columns, video_options(parsed), progress=report,
+            **run_settings(parsed),
         )  # fmt: skip
     print(summary)
     return 0
@@ -292,9 +294,8 @@ def run_webdataset(parsed: argparse.Namespace) -> int:
 
     with progress_bar("reading samples", "samples") as report:
         summary = build_webdataset(
-            parsed.folder, parsed.out, media=parsed.media, caption_field=parsed.caption_field, columns=parsed.columns,
-            captions_optional=parsed.captions_optional, frames_per_second=parsed.fps, scenes=parsed.scenes,
-            progress=report, **_clip_settings(parsed),
+            parsed.folder, parsed.out, video_options(parsed), media=parsed.media, caption_field=parsed.caption_field,
+            columns=parsed.columns, progress=report, **run_settings(parsed),
         )  # fmt: skip
     print(summary)
     return 0
@@ -306,9 +307,8 @@ def run_webvid(parsed: argparse.Namespace) -> int:
 
     with progress_bar("reading videos", "files") as report:
         summary = build_webvid(
-            parsed.table, parsed.videos, parsed.out, frames_per_second=parsed.fps, scenes=parsed.scenes,
-            progress=report, **_clip_settings(parsed),
-        )  # fmt: skip
+            parsed.table, parsed.videos, parsed.out, video_options(parsed), progress=report, **run_settings(parsed)
+        )
     print(summary)
     return 0
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jvgen.cli import build, build_published
+from jvgen.cli import build, build_cached, build_published
 from jvgen.cli.arguments import add_command, check_output, number, path
 from jvgen.value_rules import Count, Fraction, Workers
 
@@ -17,6 +17,7 @@ def add_commands(commands) -> None:
         actions, "build", "build a data set in ArrayRecord files", "jvgen data build scenes --out data/scenes"
     ).add_subparsers(dest="origin", required=True, metavar="ORIGIN")
     build.add_builders(origins)
+    build_cached.add_builders(origins)
     build_published.add_builders(origins)
     merge = add_command(
         actions, "merge", "make one data set of the parts that `jvgen data build --part` made",
@@ -108,12 +109,12 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 
 def run_merge(parsed: argparse.Namespace) -> int:
     """Merge parts."""
-    from jvgen.data.builders.build_loop import merge_parts
+    from jvgen.data.builders.assembly import merge_parts
 
     print(
         merge_parts(_expanded(parsed.parts), parsed.out, error_budget=parsed.error_budget, overwrite=parsed.overwrite)
     )
-    build.report_latents(parsed.out)
+    build_cached.report_latents(parsed.out)
     return 0
 
 
@@ -136,10 +137,10 @@ def _expanded(parts: list[str]) -> list:
 
 def run_append(parsed: argparse.Namespace) -> int:
     """Append parts."""
-    from jvgen.data.builders.build_loop import append_parts
+    from jvgen.data.builders.assembly import append_parts
 
     print(append_parts(parsed.path, _expanded(parsed.parts), error_budget=parsed.error_budget))
-    build.report_latents(parsed.path)
+    build_cached.report_latents(parsed.path)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Building a data set: threads against processes, a build that goes on, parts and their merge, colors."""
 
+import functools
 import io
 import tempfile
 import time
@@ -10,8 +11,10 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from jvgen.data.builders import units
-from jvgen.data.builders.build_loop import Execution, Summary, merge_parts
-from jvgen.data.builders.folders import ClipOptions, build_media, find_media, video_records
+from jvgen.data.builders.assembly import merge_parts
+from jvgen.data.builders.build_loop import Execution, Summary
+from jvgen.data.builders.folders import find_media
+from jvgen.data.builders.media import VideoOptions, build_media, video_records
 from jvgen.data.video_files import encode_video
 from jvgen.data.video_pixels import EXACT, PixelConverter
 from tests.benchmarks.machine import Settings
@@ -37,16 +40,16 @@ def run(settings: Settings) -> Result:
         (root / "in").mkdir()
         folder_of_clips(root / "in", count, frames, height, width)
 
-        def timed(case: str, out: str, options: ClipOptions, processes: bool, **execution) -> Summary:
+        def timed(case: str, out: str, options: VideoOptions, processes: bool, **execution) -> Summary:
             start = time.perf_counter()
             summary = _built(root / "in", root / out, options, processes, settings.cores, Execution(**execution))
             seconds = time.perf_counter() - start
             rows.append({"case": case, "seconds": seconds, "clips_per_s": count / seconds, "mean_difference": None})
             return summary
 
-        smaller = ClipOptions(shorter_side=256)
-        timed("as they are, threads", "a", ClipOptions(), False)
-        timed("as they are, processes", "b", ClipOptions(), True)
+        smaller = VideoOptions(shorter_side=256, validation=0.0)
+        timed("as they are, threads", "a", VideoOptions(validation=0.0), False)
+        timed("as they are, processes", "b", VideoOptions(validation=0.0), True)
         one = timed("--shorter-side 256, threads", "c", smaller, False)
         two = timed("--shorter-side 256, processes", "d", smaller, True)
         assert one.digests == two.digests
@@ -73,27 +76,16 @@ def run(settings: Settings) -> Result:
 
 
 def _built(
-    folder: Path, out: Path, options: ClipOptions, processes: bool, workers: int, execution: Execution
+    folder: Path, out: Path, options: VideoOptions, processes: bool, workers: int, execution: Execution
 ) -> Summary:
     media = find_media(folder)
     return build_media(
-        media, _Records(options), out, description="benchmark", origin="videos", folder=folder, options={},
-        captions_optional=False, filters=None, validation=0.0, workers=workers, processes=processes,
-        execution=execution,
+        media, functools.partial(video_records, options=options), out, options, description="benchmark",
+        origin="videos", folder=folder, stored={}, workers=workers, processes=processes, execution=execution,
     )  # fmt: skip
 
 
-class _Records:
-    """`video_records` with its options, picklable."""
-
-    def __init__(self, options: ClipOptions):
-        self.options = options
-
-    def __call__(self, media):
-        return video_records(media, "dynamic", self.options)
-
-
-def _interrupted(root: Path, options: ClipOptions, workers: int) -> None:
+def _interrupted(root: Path, options: VideoOptions, workers: int) -> None:
     """A build that ends, without a word, after three quarters of its units."""
 
     class Killed(BaseException):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from jvgen.data.builders.folders import build_videos
+from jvgen.data.builders.media import VideoOptions
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.loader import Loader
@@ -122,7 +123,7 @@ def _of_size(name: str, size: Size, settings: Settings) -> tuple[list[dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         files, out = Path(folder) / "files", Path(folder) / "dataset"
         make_files(files, size)
-        build_videos(files, out, captions_optional=True, validation=0.0, workers=1)
+        build_videos(files, out, VideoOptions(captions_optional=True, validation=0.0), workers=1)
         config = DataConfig(
             sources=(SourceConfig(path=str(out)),),
             buckets=(BucketConfig(frames=frames, height=height, width=width, batch_size=size.batch),),

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from jvgen.data.builders.build_loop import BuildJob, Summary, build_dataset
-from jvgen.data.builders.folders import VIDEO_SUFFIXES
+from jvgen.data.builders.media import VIDEO_SUFFIXES
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import encode_video, probe_file, read_frames
 

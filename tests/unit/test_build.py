@@ -12,6 +12,7 @@ from jvgen.cli.main import main
 from jvgen.data.builders.build_loop import BuildError, Execution, FilterConfig, assign_splits
 from jvgen.data.builders.folders import build_images, build_videos
 from jvgen.data.builders.latents import LatentsConfig, build_latents
+from jvgen.data.builders.media import VideoOptions
 from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.builders.tfds_images import build_tfds_images
 from jvgen.data.scenes.labels import labels_of
@@ -77,7 +78,7 @@ def test_processes_make_the_same_scenes(tmp_path: Path) -> None:
 
 
 def test_videos(videos: Path, tmp_path: Path) -> None:
-    summary = build_videos(videos, tmp_path / "set", validation=0.25)
+    summary = build_videos(videos, tmp_path / "set", VideoOptions(validation=0.25))
     assert summary.records == 4 and not summary.rejected
     found = read_all(tmp_path / "set")
     assert {split for split, _ in found.values()} == {"train", "validation"}
@@ -96,7 +97,7 @@ def test_videos(videos: Path, tmp_path: Path) -> None:
 
 
 def test_videos_are_reencoded_on_request(videos: Path, tmp_path: Path) -> None:
-    build_videos(videos, tmp_path / "set", shorter_side=16, keyframe_every=4)
+    build_videos(videos, tmp_path / "set", VideoOptions(shorter_side=16, keyframe_every=4))
     for _, record in read_all(tmp_path / "set").values():
         info = probe(record.clips[0])
         assert (info.height, info.width) == (16, 24) and info.frames == record.frames
@@ -116,10 +117,10 @@ def test_videos_are_reencoded_on_request(videos: Path, tmp_path: Path) -> None:
 def test_other_formats_of_captions(videos: Path, tmp_path: Path, name: str, content: str) -> None:
     (videos / "captions.csv").unlink()
     (videos / name).write_text(content)
-    build_videos(videos, tmp_path / "set", captions_optional=True)
+    build_videos(videos, tmp_path / "set", VideoOptions(captions_optional=True))
     captions = {id: record.captions for id, (_, record) in read_all(tmp_path / "set").items()}
     assert captions["a.mp4"][0] == "x" and captions["more/c.mp4"] == ()
-    summary = build_videos(videos, tmp_path / "strict", filters=FilterConfig())
+    summary = build_videos(videos, tmp_path / "strict", VideoOptions(filters=FilterConfig()))
     assert {item.name for item in summary.rejected} >= {"more/c.mp4", "more/d.MP4"}
     assert {item.reason for item in summary.rejected} == {"has no caption"}
 
@@ -158,13 +159,13 @@ def test_corrupt_files_are_listed_together(videos: Path, tmp_path: Path) -> None
 
 
 def test_filters(videos: Path, tmp_path: Path) -> None:
-    summary = build_videos(videos, tmp_path / "set", filters=FilterConfig(min_frames=12))
+    summary = build_videos(videos, tmp_path / "set", VideoOptions(filters=FilterConfig(min_frames=12)))
     assert summary.records == 2
     assert {item.reason for item in summary.rejected} == {"10 frames, fewer than 12", "11 frames, fewer than 12"}
     with pytest.raises(BuildError, match="none of 4 files can be used.*\n.*48x32, smaller than 1x64"):
-        build_videos(videos, tmp_path / "none", filters=FilterConfig(min_height=64))
+        build_videos(videos, tmp_path / "none", VideoOptions(filters=FilterConfig(min_height=64)))
     with pytest.raises(ValueError, match="kinds"):
-        build_videos(videos, tmp_path / "none", filters=FilterConfig(kinds=("film",)))
+        build_videos(videos, tmp_path / "none", VideoOptions(filters=FilterConfig(kinds=("film",))))
 
 
 def test_folders_without_media(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvgen.data.builders import build_folder, build_loop
-from jvgen.data.builders.build_loop import BuildError, Execution, append_parts, merge_parts
+from jvgen.data.builders import assembly, build_folder, build_loop
+from jvgen.data.builders.assembly import append_parts, merge_parts
+from jvgen.data.builders.build_loop import BuildError, Execution
 from jvgen.data.builders.folders import build_videos
 from jvgen.data.builders.jobs import Corrupt, attempt
+from jvgen.data.builders.media import VideoOptions
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store.sources import open_source, splits
 from jvgen.data.video_files import DecodeError, encode_video
@@ -37,7 +39,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(videos: Path, out: Path, **options) -> build_loop.Summary:
     execution = Execution(jobs_per_unit=2, **options)
-    return build_videos(videos, out, validation=0.2, error_budget=0.1, keyframe_every=2, workers=1, execution=execution)
+    return build_videos(
+        videos, out, VideoOptions(validation=0.2, keyframe_every=2), error_budget=0.1, workers=1, execution=execution
+    )
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -122,9 +126,14 @@ def test_a_killed_build_goes_on_where_it_was(videos: Path, whole: dict, tmp_path
     monkeypatch.setattr(build_loop, "in_order", counted)
     execution = Execution(jobs_per_unit=2)
     build_videos(
-        videos, out, validation=0.2, error_budget=0.1, keyframe_every=2, workers=1, execution=execution,
+        videos,
+        out,
+        VideoOptions(validation=0.2, keyframe_every=2),
+        error_budget=0.1,
+        workers=1,
+        execution=execution,
         progress=lambda *done: shown.append(done),
-    )  # fmt: skip
+    )
     assert contents(out) == whole and len(read) == COUNT - 14
     assert shown[0] == (14, COUNT) and shown[-1] == (COUNT, COUNT)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
@@ -137,7 +146,7 @@ def test_a_kill_while_publishing_loses_nothing(videos: Path, whole: dict, tmp_pa
     parts = parts_of(videos, tmp_path / "set")
     for name in ("publish", "move_to_out"):
         with monkeypatch.context() as patched:
-            patched.setattr(build_loop, name, killed)
+            patched.setattr(assembly, name, killed)
             with pytest.raises(SystemExit):
                 merge_parts(parts, tmp_path / "set")
         assert not (tmp_path / "set").exists()
@@ -149,8 +158,8 @@ def test_parts_that_do_not_fit(videos: Path, whole: dict, tmp_path: Path) -> Non
     parts = parts_of(videos, tmp_path / "set")
     copy = shutil.copytree(parts[0], tmp_path / "copy")
     other = Path(
-        build_videos(videos, tmp_path / "other", validation=0.2, error_budget=0.1, keyframe_every=3, workers=1,
-                     execution=Execution(part=2, parts=3, jobs_per_unit=2)).out
+        build_videos(videos, tmp_path / "other", VideoOptions(validation=0.2, keyframe_every=3), error_budget=0.1,
+                     workers=1, execution=Execution(part=2, parts=3, jobs_per_unit=2)).out
     )  # fmt: skip
     more = Path(built(videos, tmp_path / "more", part=2, parts=4).out)
     half = shutil.copytree(parts[2], tmp_path / "half")
@@ -198,8 +207,14 @@ def test_another_build_in_the_way(videos: Path, tmp_path: Path, monkeypatch) -> 
     before = contents(part)
     monkeypatch.setattr(build_folder, "_CHEAP", 0.0)
     with pytest.raises(ValueError, match="h of work.*another build: keyframe_every = 2 and None.*--restart"):
-        build_videos(videos, tmp_path / "set", validation=0.2, workers=1, error_budget=0.1,
-                     execution=Execution(part=1, parts=2, jobs_per_unit=2))  # fmt: skip
+        build_videos(
+            videos,
+            tmp_path / "set",
+            VideoOptions(validation=0.2),
+            workers=1,
+            error_budget=0.1,
+            execution=Execution(part=1, parts=2, jobs_per_unit=2),
+        )
     assert contents(part) == before
     built(videos, tmp_path / "set", part=1, parts=2, restart=True)
     with build_folder.locked(part, ""), pytest.raises(ValueError, match="another process is building here"):
@@ -212,7 +227,7 @@ def test_appending(videos: Path, tmp_path: Path, jvgen) -> None:
     for name in ("00", "01", "02", "03"):
         shutil.copy(videos / f"{name}.mp4", some)
         shutil.copy(videos / f"{name}.txt", some)
-    build_videos(some, tmp_path / "set", validation=0.25, workers=1)
+    build_videos(some, tmp_path / "set", VideoOptions(validation=0.25), workers=1)
     first = open_source(tmp_path / "set", "train").index
     shards = contents(tmp_path / "set")
     for name in ("04", "05", "06"):
@@ -232,8 +247,16 @@ def test_appending(videos: Path, tmp_path: Path, jvgen) -> None:
     for name in ("08", "09"):
         shutil.copy(videos / f"{name}.mp4", more)
         shutil.copy(videos / f"{name}.txt", more)
-    parts = [build_videos(more, tmp_path / "add", validation=0, workers=1,
-                          execution=Execution(part=part, parts=2, jobs_per_unit=1)).out for part in (1, 2)]  # fmt: skip
+    parts = [
+        build_videos(
+            more,
+            tmp_path / "add",
+            VideoOptions(validation=0),
+            workers=1,
+            execution=Execution(part=part, parts=2, jobs_per_unit=1),
+        ).out
+        for part in (1, 2)
+    ]
     done = jvgen("data", "append", tmp_path / "set", *parts)
     assert done.status == 0, done.err
     assert list(open_source(tmp_path / "set", "train").index.id)[-2:] == ["08.mp4", "09.mp4"]
@@ -282,7 +305,9 @@ def test_repaired_files_are_read_again(videos: Path, tmp_path: Path, monkeypatch
     copy = shutil.copytree(videos, tmp_path / "in")
 
     def again() -> build_loop.Summary:
-        return build_videos(copy, tmp_path / "set", validation=0, workers=1, execution=Execution(jobs_per_unit=4))
+        return build_videos(
+            copy, tmp_path / "set", VideoOptions(validation=0), workers=1, execution=Execution(jobs_per_unit=4)
+        )
 
     with pytest.raises(BuildError, match=r"what is finished is kept in .*\.set\.building:\n  07.mp4: not a readable"):
         again()

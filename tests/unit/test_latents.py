@@ -11,8 +11,9 @@ import pytest
 from jvgen.autoencoding.encoding import ClipEncoder
 from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.data.builders import build_folder
+from jvgen.data.builders.assembly import append_parts
 from jvgen.data.builders.batches import Separately, ToEncode, encoded
-from jvgen.data.builders.build_loop import Execution, Team, append_parts
+from jvgen.data.builders.build_loop import Execution, Team
 from jvgen.data.builders.jobs import Corrupt, Made
 from jvgen.data.builders.latents import LatentsConfig, build_latents
 from jvgen.data.store.records import Record

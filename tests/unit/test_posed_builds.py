@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvgen.data.builders.build_loop import BuildError, Execution, merge_parts
+from jvgen.data.builders.assembly import merge_parts
+from jvgen.data.builders.build_loop import BuildError, Execution
 from jvgen.data.builders.posed import PosedOptions, build_posed
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import open_source

@@ -11,6 +11,7 @@ import pytest
 from jvgen.data.builders.build_loop import Execution
 from jvgen.data.builders.captions import Row, other_columns, read_captions
 from jvgen.data.builders.folders import build_videos
+from jvgen.data.builders.media import VideoOptions
 from jvgen.data.builders.realestate10k import build_realestate10k
 from jvgen.data.builders.recorded_files import Ambiguous, Names, files_in
 from jvgen.data.builders.webvid import build_webvid
@@ -36,7 +37,7 @@ def records_of(folder: Path) -> dict:
 
 
 def captions_of(folder: Path, out: Path, **options) -> dict[str, tuple[str, ...]]:
-    build_videos(folder, out, workers=1, captions_optional=True, **options)
+    build_videos(folder, out, VideoOptions(captions_optional=True), workers=1, **options)
     return {id: record.captions for id, record in records_of(out).items()}
 
 
@@ -72,7 +73,7 @@ def test_captions_are_read_whole(tmp_path: Path, table: str, content: str, expec
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path, content: str | bytes, words: str) -> None:
     files = {"a.mp4": CLIP, "x/clip.mp4": CLIP, "y/clip.mp4": CLIP, "captions.csv": content}
     with pytest.raises(ValueError, match=words):
-        build_videos(folder_of(tmp_path / "in", files), tmp_path / "out", captions_optional=True)
+        build_videos(folder_of(tmp_path / "in", files), tmp_path / "out", VideoOptions(captions_optional=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -102,7 +103,7 @@ def test_folders_are_walked_through_links_without_hidden_files(tmp_path: Path) -
     assert [path.name for path in files_in(folder)] == ["a.mp4", "a.txt", "b.mp4", "b.txt"]
     assert captions_of(folder, tmp_path / "out") == {"a.mp4": ("here",), "b/b.mp4": ("linked",)}
     (folder / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
-    summary = build_videos(folder, tmp_path / "again", captions_optional=True, error_budget=0.5)
+    summary = build_videos(folder, tmp_path / "again", VideoOptions(captions_optional=True), error_budget=0.5)
     assert [item.name for item in summary.rejected] == ["gone.mp4"]
     assert "No such file" in summary.rejected[0].reason
 
@@ -158,14 +159,14 @@ def test_webvid_pages(tmp_path: Path) -> None:
     videos = folder_of(tmp_path / "v", {"p1/007.mp4": clips["p1"], "p2/007.mp4": clips["p2"], "p3/9.mp4": CLIP})
     table = tmp_path / "t.csv"
     table.write_text("videoid,page_dir,name\n007,p1,dark\n007,p2,light\n9,,alone\n9,,again\n")
-    build_webvid(table, videos, tmp_path / "out", validation=0)
+    build_webvid(table, videos, tmp_path / "out", VideoOptions(validation=0))
     found = records_of(tmp_path / "out")
     assert {id: record.captions for id, record in found.items()} == {
         "p1/007": ("dark",), "p2/007": ("light",), "9": ("alone", "again"),
     }  # fmt: skip
     assert abs(int(decode_window(found["p1/007"].clips[0], [0]).mean()) - 40) < 3
     table.write_text("videoid,name\n007,which?\n9,alone\n")
-    summary = build_webvid(table, videos, tmp_path / "some", validation=0, error_budget=0.5)
+    summary = build_webvid(table, videos, tmp_path / "some", VideoOptions(validation=0), error_budget=0.5)
     assert [item.name for item in summary.rejected] == ["007"] and "fits 2 files" in summary.rejected[0].reason
 
 

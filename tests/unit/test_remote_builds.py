@@ -8,7 +8,8 @@ import pytest
 
 from jvgen import storage
 from jvgen.data.builders import build_folder, remote_part
-from jvgen.data.builders.build_loop import BuildJob, Execution, append_parts, build_dataset, merge_parts
+from jvgen.data.builders.assembly import append_parts, merge_parts
+from jvgen.data.builders.build_loop import BuildJob, Execution, build_dataset
 from jvgen.data.image_files import DecodeError
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import open_source

@@ -1,5 +1,6 @@
 """Videos stored at another rate, as scenes, with the times of their frames and the columns of their table."""
 
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from jvgen.data.builders.folders import build_videos
+from jvgen.data.builders.media import VideoOptions
 from jvgen.data.cuts import find_cuts
 from jvgen.data.video_files import decode_window, encode_video
 from tests.unit.test_recorded_files import folder_of, records_of
@@ -42,7 +44,9 @@ def test_a_record_per_scene(tmp_path: Path) -> None:
         "one.mp4": encode_video(film()[:7], 8),
     }
     folder = folder_of(tmp_path / "in", files)
-    summary = build_videos(folder, tmp_path / "out", scenes="cut", captions_optional=True, validation=0, workers=1)
+    summary = build_videos(
+        folder, tmp_path / "out", VideoOptions(scenes="cut", captions_optional=True, validation=0), workers=1
+    )
     found = records_of(tmp_path / "out")
     assert {id: record.frames for id, record in found.items()} == {
         "film.mp4/0000": 7, "film.mp4/0001": 12, "film.mp4/0002": 5, "one.mp4": 7,
@@ -50,8 +54,12 @@ def test_a_record_per_scene(tmp_path: Path) -> None:
     assert found["film.mp4/0001"].captions == ("a film",) and summary.jobs == 2
     shown = decode_window(found["film.mp4/0001"].clips[0], range(12)).astype(int)
     assert np.abs(shown - film()[7:19]).mean() < 6
-    slower = build_videos(folder, tmp_path / "slow", scenes="cut", frames_per_second=4, captions_optional=True,
-                          validation=0, workers=1)  # fmt: skip
+    slower = build_videos(
+        folder,
+        tmp_path / "slow",
+        VideoOptions(scenes="cut", frames_per_second=4, captions_optional=True, validation=0),
+        workers=1,
+    )
     assert slower.records == 4
     found = records_of(tmp_path / "slow")
     assert [record.frames for _, record in sorted(found.items())] == [3, 6, 2, 3]
@@ -64,13 +72,13 @@ def test_one_rate_for_a_folder_of_many(tmp_path: Path) -> None:
     varied = written(quadrants(), "mp4", "libx264", bf="0", crf="4", times=TIMES)
     slow = written(quadrants(5), "mp4", "libx264", bf="0", crf="4", times=[0, 500, 1000, 1500, 2000])
     folder = folder_of(tmp_path / "in", {"steady.mp4": steady, "varied.mp4": varied, "slow.mp4": slow})
-    options = {"captions_optional": True, "validation": 0, "workers": 1}
-    kept = build_videos(folder, tmp_path / "kept", **options)
+    options = VideoOptions(captions_optional=True, validation=0)
+    kept = build_videos(folder, tmp_path / "kept", options, workers=1)
     assert kept.notes == {"with a variable frame rate": 1} and "with a variable frame rate: 1" in str(kept)
     found = records_of(tmp_path / "kept")
     np.testing.assert_allclose(found["varied.mp4"].frame_times, np.array(TIMES) / 1000, atol=2e-3)
     assert not found["steady.mp4"].frame_times.size and found["varied.mp4"].clips == (varied,)
-    even = build_videos(folder, tmp_path / "even", frames_per_second=8, **options)
+    even = build_videos(folder, tmp_path / "even", dataclasses.replace(options, frames_per_second=8), workers=1)
     [refused] = even.rejected
     assert (refused.name, refused.corrupt) == ("slow.mp4", False)
     assert "has 2 frames a second, fewer than 8" in refused.reason
@@ -86,7 +94,7 @@ def test_columns_of_the_table_are_columns_of_the_data_set(tmp_path: Path) -> Non
     clip = encode_video(quadrants(3), 8)
     table = 'file,caption,Aesthetic Score,license,height\na.mp4,x,5.5,cc0,1080\nb.mp4,y,,"cc-by, 4.0",720\n'
     folder = folder_of(tmp_path / "in", {"a.mp4": clip, "b.mp4": clip, "captions.csv": table})
-    build_videos(folder, tmp_path / "out", validation=0, workers=1)
+    build_videos(folder, tmp_path / "out", VideoOptions(validation=0), workers=1)
     found = records_of(tmp_path / "out")
     expected = {"aesthetic_score": 5.5, "license": "cc0", "table_height": 1080.0}
     assert dict(found["a.mp4"].columns) == expected
@@ -97,6 +105,6 @@ def test_bad_options(tmp_path: Path, jvgen) -> None:
     folder = folder_of(tmp_path / "in", {"a.mp4": encode_video(quadrants(3), 8)})
     for options, words in (({"scenes": "cuts"}, "scenes = 'cuts'"), ({"frames_per_second": 0}, "must be positive")):
         with pytest.raises(ValueError, match=words):
-            build_videos(folder, tmp_path / "out", captions_optional=True, **options)
+            build_videos(folder, tmp_path / "out", VideoOptions(captions_optional=True, **options))
     done = jvgen("data", "build", "videos", folder, "--out", tmp_path / "out", "--fps", "0")
     assert done.status == 2 and "--fps" in done.err

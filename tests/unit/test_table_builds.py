@@ -10,7 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jvgen.data.builders.build_loop import BuildError, Execution, merge_parts
+from jvgen.data.builders.assembly import merge_parts
+from jvgen.data.builders.build_loop import BuildError, Execution
+from jvgen.data.builders.media import VideoOptions
 from jvgen.data.builders.tables import TableColumns, build_table
 from jvgen.data.builders.webdataset import build_webdataset
 from jvgen.data.store.records import Record
@@ -44,7 +46,9 @@ def records_of(out: Path) -> dict[str, Record]:
 
 
 def built(table: Path, files: Path, columns: TableColumns | None = None, **options) -> dict[str, Record]:
-    build_table(table, files, table.parent / "out", columns, validation=0, workers=1, overwrite=True, **options)
+    build_table(
+        table, files, table.parent / "out", columns, VideoOptions(validation=0, **options), workers=1, overwrite=True
+    )
     return records_of(table.parent / "out")
 
 
@@ -115,7 +119,7 @@ def test_columns_of_published_tables(film, tmp_path):
         'celeb_1.mp4,"a man, smiling",5.1,2.5,pan_left,10.0,4.0\nceleb_2.mp4,a dog,4.9,,static,10.0,4.0\n'
         "celeb_3.mp4,gone,4.0,1.0,static,10.0,4.0\n"
     )
-    summary = build_table(openvid, files, tmp_path / "out", validation=0, workers=1)
+    summary = build_table(openvid, files, tmp_path / "out", options=VideoOptions(validation=0), workers=1)
     assert "1 of 3 rows have no file in" in summary.warnings[0] and "'celeb_3.mp4'" in summary.warnings[0]
     found = records_of(tmp_path / "out")
     assert list(found) == ["part1/celeb_1.mp4", "part1/celeb_2.mp4"]
@@ -191,7 +195,7 @@ def test_bad_tables_and_rows_are_named(film, tmp_path):
     def raises(text: str, message: str, columns: TableColumns | None = None, **options) -> None:
         table.write_text(text)
         with pytest.raises(ValueError, match=message):
-            build_table(table, files, tmp_path / "out", columns, workers=1, **options)
+            build_table(table, files, tmp_path / "out", columns, VideoOptions(**options), workers=1)
 
     raises(
         "path,caption\nb.mp4,x\n",
@@ -222,7 +226,7 @@ def test_bad_tables_and_rows_are_named(film, tmp_path):
         "b.mp4,\"['0:00', '1:00']\",x\n"
         "b.mp4,\"['0:00', '0:01']\",fine\n"
     )
-    summary = build_table(table, files, tmp_path / "out", CUT, validation=0, error_budget=0.9, workers=1)
+    summary = build_table(table, files, tmp_path / "out", CUT, VideoOptions(validation=0), error_budget=0.9, workers=1)
     assert summary.records == 1
     reasons = "\n".join(item.reason for item in summary.rejected)
     for reason in (
@@ -272,10 +276,14 @@ def test_samples_of_shards(film, tmp_path, jvgen):
     columns = found["00000/0000_00000"].columns
     assert (columns["aesthetic"], columns["license"]) == (5.5, "cc0") and "tags" not in columns
     assert found["more/00001/x/0002"].columns["aesthetic"] == 1
-    options = {"validation": 0, "error_budget": 0.5, "workers": 1}
     parts = [
         build_webdataset(
-            tmp_path / "in", tmp_path / "two", execution=Execution(part, 2, jobs_per_unit=1), **options
+            tmp_path / "in",
+            tmp_path / "two",
+            VideoOptions(validation=0),
+            error_budget=0.5,
+            workers=1,
+            execution=Execution(part, 2, jobs_per_unit=1),
         ).out
         for part in (1, 2)
     ]
@@ -324,7 +332,7 @@ def test_bad_shards_and_samples_are_named_and_the_others_kept(film, tmp_path):
         "page": "page.tar: damaged",
         "zip.tar.gz": "zip.tar.gz is compressed: decompress it",
     }
-    summary = build_webdataset(folder, tmp_path / "out", validation=0, error_budget=0.9, workers=1)
+    summary = build_webdataset(folder, tmp_path / "out", VideoOptions(validation=0), error_budget=0.9, workers=1)
     reasons = {item.name: item.reason for item in summary.rejected}
     for name, reason in wanted.items():
         assert any(key.startswith(name) and reason in text for key, text in reasons.items()), (name, reasons)

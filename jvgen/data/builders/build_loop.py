@@ -1,30 +1,27 @@
-"""Builds data sets: jobs in parallel, here or on an engine, in units that survive kills and that parts are made of."""
+"""Builds data sets: jobs in parallel, here or on an engine, in units that survive kills and that parts are made of.
+
+What builders need besides is importable from here too.
+"""
 
 import contextlib
-import dataclasses
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as LocalPath
-from typing import Any, Literal
+from typing import Any
 
-from jvgen import storage
+from jvgen.data.builders.assembly import beside, check_alike, complete
 from jvgen.data.builders.batches import BatchEncoder, encoded
 from jvgen.data.builders.build_folder import (
     BuildInfo,
-    checked_parts,
     finished,
     identity_of,
-    is_worth_keeping,
-    linked,
-    locked,
     of_part,
     opened,
     part_folder,
     read_info,
     remove,
 )
+from jvgen.data.builders.execution import Execution, Progress, Team
 from jvgen.data.builders.jobs import (
     BuildError,
     BuildJob,
@@ -35,14 +32,12 @@ from jvgen.data.builders.jobs import (
     available_cpus,
 )
 from jvgen.data.builders.remote_part import RemotePart
-from jvgen.data.builders.summary import REJECTED_LOG, Summary, log_line, summary_of
+from jvgen.data.builders.summary import Summary, summary_of
 from jvgen.data.builders.units import Done, Unit, Work, forget, jobs_per_unit, units_of, write_unit
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store import dataset_info
-from jvgen.data.store.out_folder import check_out, move_to_out
-from jvgen.data.store.publish import append, append_in_bucket, publish, publish_to_bucket
-from jvgen.data.store.shard_writer import rows_path
-from jvgen.data.store.sources import read_metadata
+from jvgen.data.store.index_files import load_index
+from jvgen.data.store.out_folder import check_out
 from jvgen.data.store.writer import SHARD_BYTES
 from jvgen.storage import Path, absolute, is_remote
 
@@ -57,71 +52,13 @@ __all__ = [
     "Rejected",
     "Summary",
     "Team",
-    "append_parts",
     "assign_splits",
     "available_cpus",
     "build_dataset",
-    "merge_parts",
 ]
 
-Progress = Callable[[int, int], None]
 # Fewer jobs are done before processes have started.
 FEW_JOBS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Team:
-    """The processes that build together, each with devices of its own; they see `out` under one path.
-
-    Attributes:
-      index: number of this process, from 0.
-      count: number of processes.
-      wait: returns when all processes have called it with this name.
-    """
-
-    index: int = 0
-    count: int = 1
-    wait: Callable[[str], None] = lambda name: None
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """Where and how a build runs; its records do not depend on it.
-
-    Attributes:
-      part, parts: build only this part, from 1, of so many; `merge_parts` makes a data set of all.
-      engine: "local", or "ray": units are made on the machines of a Ray cluster, which see `out` and the recordings
-        under the same paths.
-      address: of the Ray cluster; None for the one that this machine belongs to, or else one on this machine.
-      restart: throw away what an earlier build left unfinished.
-      append: add to the data set at `out`; jobs whose names are ids of its records are left out.
-      jobs_per_unit: jobs that are finished, or lost in a crash, together; by the sizes of the files if None.
-      limit: seconds after which a file is given up, since its decoder hangs; None to wait for ever.
-      team: processes that divide the units of this build, or of this part; process 0 makes the data set of them.
-    """
-
-    part: int = 1
-    parts: int = 1
-    engine: Literal["local", "ray"] = "local"
-    address: str | None = None
-    restart: bool = False
-    append: bool = False
-    jobs_per_unit: int | None = None
-    limit: float | None = 1800.0
-    team: Team = Team()
-
-    def validate(self) -> None:
-        """Raise `ValueError` for invalid values."""
-        if not 1 <= self.part <= self.parts:
-            raise ValueError(f"part = {self.part}/{self.parts}: from 1/{self.parts} to {self.parts}/{self.parts}.")
-        if self.append and self.parts > 1:
-            raise ValueError("append, part: build the parts, then add them with `jvgen data append`.")
-        if self.jobs_per_unit is not None and self.jobs_per_unit < 1:
-            raise ValueError(f"jobs_per_unit = {self.jobs_per_unit}: at least 1.")
-        if self.limit is not None and not self.limit > 0:
-            raise ValueError(f"limit = {self.limit}: must be positive, in seconds.")
-        if self.team.count > 1 and self.engine == "ray":
-            raise ValueError("engine = 'ray': Ray divides the work itself; start one process.")
 
 
 def build_dataset(
@@ -175,7 +112,7 @@ def build_dataset(
     target = absolute(out)
     if execution.append:
         jobs = _new_jobs(target, jobs)
-        _check_alike(target, metadata)
+        check_alike(target, metadata)
     elif execution.parts == 1:
         check_out(target, overwrite)
     size = execution.jobs_per_unit or jobs_per_unit(jobs)
@@ -234,7 +171,10 @@ def build_dataset(
         if execution.parts > 1:
             size_on_disk = sum(path.stat().st_size for path in folder.iterdir())
             return summary_of(folder, done, {}, size_on_disk, began)
-        return _complete(target, info, [(folder, unit) for unit in done], error_budget, overwrite, execution, began)
+        return complete(
+            target, info, [(folder, unit) for unit in done], error_budget, overwrite=overwrite,
+            appends=execution.append, began=began,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -256,48 +196,6 @@ def _done_of(folder: LocalPath, info: BuildInfo) -> list[Done]:
             "there: all processes need the same command, data set and disk."
         )
     return finished(folder, info)
-
-
-def merge_parts(
-    parts: Sequence[str | Path],
-    out: str | Path,
-    *,
-    error_budget: float | None = None,
-    overwrite: bool = False,
-) -> Summary:
-    """Make a data set of the parts of a build: the same files as a build without parts makes.
-
-    The parts are removed when the data set is there.
-
-    Args:
-      parts: their folders, in any order; they and the data set may be in buckets, and shards are copied within these.
-      out: folder of the data set.
-      error_budget: fraction of all jobs that may be corrupt; that of the build if None.
-      overwrite: replace a data set at `out`.
-
-    Raises:
-      ValueError: parts of different builds, a part twice, missing or not finished, or `out` exists. Nothing is changed.
-      BuildError: more corrupt inputs than the budget allows.
-    """
-    began = time.perf_counter()
-    target = absolute(out)
-    check_out(target, overwrite)
-    info, units = checked_parts([absolute(part) for part in parts])
-    budget = info.error_budget if error_budget is None else error_budget
-    return _complete(target, info, units, budget, overwrite, Execution(), began)
-
-
-def append_parts(out: str | Path, parts: Sequence[str | Path], *, error_budget: float | None = None) -> Summary:
-    """Add the parts of a build to a data set; arguments and errors as in `merge_parts`.
-
-    Raises:
-      ValueError: also for records that the data set has.
-    """
-    began = time.perf_counter()
-    target = absolute(out)
-    info, units = checked_parts([absolute(part) for part in parts])
-    budget = info.error_budget if error_budget is None else error_budget
-    return _complete(target, info, units, budget, False, Execution(append=True), began)
 
 
 def _make_here(
@@ -324,113 +222,16 @@ def _make_here(
                 remote.push(done)
 
 
-def _complete(
-    out: Path,
-    info: BuildInfo,
-    units: Sequence[tuple[Path, Done]],
-    budget: float,
-    overwrite: bool,
-    execution: Execution,
-    began: float,
-) -> Summary:
-    """Publish finished units, and remove the folders that they were in."""
-    done = [unit for _, unit in units]
-    folders = list(dict.fromkeys(folder for folder, _ in units))
-    _check_budget(done, info.jobs, budget, folders)
-    with _staged(out) as staging:
-        shards: dict[str, list[Any]] = {}
-        for folder, unit in units:
-            for name in unit.files:
-                if is_remote(out):
-                    shards.setdefault(unit.split, []).append(folder / name)
-                    continue
-                shards.setdefault(unit.split, []).append(linked(folder / name, staging / "shards"))
-                linked(rows_path(folder / name), staging / "shards")
-        log = "".join(log_line(item) for unit in done for item in unit.rejected)
-        data = staging / "data"
-        if execution.append:
-            indices = _append(out, info, shards, log, data)
-        elif is_remote(out):
-            check_out(out, overwrite)
-            remove(out)
-            data.mkdir()
-            if log:
-                (data / REJECTED_LOG).write_text(log)
-            indices = publish_to_bucket(out, shards, data, description=info.description, metadata=info.metadata)
-        else:
-            indices = publish(data, shards, description=info.description, metadata=info.metadata,
-                              name=dataset_info.identifier(out.name))  # fmt: skip
-            if log:
-                (data / REJECTED_LOG).write_text(log)
-            move_to_out(data, out, overwrite)
-    for folder in folders:
-        remove(folder)
-    size = sum(storage.size(path) for path in (*out.iterdir(), *out.glob("index-*/*")) if path.is_file())
-    return summary_of(out, done, {split: index.digest for split, index in indices.items()}, size, began)
-
-
-def _check_alike(out: Path, added: dict[str, Any]) -> None:
-    """Raise `ValueError` for latents or embeddings that were made otherwise than those of the data set."""
-    there, added = read_metadata(out), json.loads(json.dumps(added))
-    for name in ("latents", "text_embeddings"):
-        before, now = there.get(name) or {}, added.get(name) or {}
-        wrong = [key for key in before | now if before.get(key) != now.get(key)]
-        if wrong:
-            raise ValueError(
-                f"{out}: cannot be appended to: {name}.{wrong[0]} is {before.get(wrong[0])!r} in it and "
-                f"{now.get(wrong[0])!r} in what is added. Make both with the same, or append to another data set."
-            )
-
-
-def _append(out: Path, info: BuildInfo, shards: dict[str, list[Any]], log: str, draft: LocalPath) -> dict[str, Any]:
-    _check_alike(out, info.metadata)
-    metadata = read_metadata(out)
-    added = {"origin": info.metadata.get("origin"), "options": info.metadata.get("options", {})}
-    # What a data set that is derived from another one was made of, is that of now.
-    derived = {name: info.metadata[name] for name in ("source_digests", "address") if name in info.metadata}
-    metadata = {**metadata, **derived, "appended": [*metadata.get("appended", []), added]}
-    if is_remote(out):
-        draft.mkdir()
-        indices = append_in_bucket(out, shards, draft, metadata=metadata)
-    else:
-        indices = append(LocalPath(out), shards, metadata=metadata)
-    if log:
-        with storage.appending(out / REJECTED_LOG) as file:
-            file.write(log)
-    return indices
-
-
 def _build_folder(out: Path, execution: Execution) -> LocalPath:
     if execution.parts > 1:
         folder = part_folder(out, execution.part, execution.parts)
-        return _beside(out) / f".{folder.name}.building" if is_remote(out) else LocalPath(folder)
+        return beside(out) / f".{folder.name}.building" if is_remote(out) else LocalPath(folder)
     if execution.append:
-        return _beside(out) / f".{out.name}.appending"
-    return _beside(out) / f".{out.name}.building"
-
-
-@contextlib.contextmanager
-def _staged(out: Path) -> Iterator[LocalPath]:
-    """An empty folder for what becomes the data set, or part of it, while no other process writes there."""
-    folder = _beside(out) / f".{out.name}.publishing"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, f"{out}: another process is writing this data set; wait for it, then run the command again."):
-        for name in ("shards", "data"):
-            remove(folder / name)
-        (folder / "shards").mkdir()
-        try:
-            yield folder
-        finally:
-            remove(folder)
-
-
-def _beside(out: Path) -> LocalPath:
-    return LocalPath(tempfile.gettempdir()) if is_remote(out) else LocalPath(out.parent)
+        return beside(out) / f".{out.name}.appending"
+    return beside(out) / f".{out.name}.building"
 
 
 def _new_jobs(out: Path, jobs: Sequence[BuildJob]) -> list[BuildJob]:
-    from jvgen.data.store.index_files import load_index
-
     folder = out
     if not (folder / dataset_info.NAME).is_file():
         raise ValueError(f"out = {str(out)!r} is no data set to append to; build it first.")
@@ -451,25 +252,6 @@ def _retry_corrupt(folder: LocalPath, done: Sequence[Done], budget: float) -> No
         for unit in done:
             if unit.corrupt():
                 forget(folder, unit.number)
-
-
-def _check_budget(done: Sequence[Done], total: int, budget: float, folders: Sequence[Path]) -> None:
-    rejected = [item for unit in done for item in unit.rejected]
-    written = any(unit.kinds for unit in done)
-    corrupt = [item for item in rejected if item.corrupt]
-    lines = "".join(f"\n  {item.name}: {item.reason}" for item in (corrupt if written else rejected))
-    kept = "nothing was written"
-    if is_worth_keeping(done):
-        kept = f"no data set was written; what is finished is kept in {', '.join(map(str, folders))}"
-    if len(corrupt) > budget * total:
-        raise BuildError(
-            f"{len(corrupt)} of {total} files cannot be used, more than the budget of {budget:.1%} "
-            f"(error_budget); {kept}:{lines}"
-        )
-    if not written:
-        for folder in folders:
-            remove(folder)
-        raise BuildError(f"none of {total} files can be used; nothing was written:{lines}")
 
 
 class _Report:

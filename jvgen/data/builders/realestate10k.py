@@ -23,7 +23,7 @@ from jvgen.data.builders.build_loop import (
     build_dataset,
 )
 from jvgen.data.builders.captions import read_captions
-from jvgen.data.builders.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from jvgen.data.builders.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from jvgen.data.builders.recorded_files import files_in, name_of, suffixed
 from jvgen.data.store.records import Record
 from jvgen.data.transcoding import transcode

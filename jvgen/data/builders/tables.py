@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from jvgen.data.builders.build_loop import Execution, FilterConfig, Progress, Summary
+from jvgen.data.builders.build_loop import Execution, Progress, Summary
 from jvgen.data.builders.captions import Row, iterate_csv, iterate_jsonl, other_columns
-from jvgen.data.builders.folders import (
+from jvgen.data.builders.media import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
-    ClipOptions,
     Media,
+    VideoOptions,
     build_media,
     media_records,
 )
@@ -87,15 +87,8 @@ def build_table(
     files: str | Path,
     out: str | Path,
     columns: TableColumns | None = None,
+    options: VideoOptions | None = None,
     *,
-    captions_optional: bool = False,
-    kind: str = "dynamic",
-    shorter_side: int | None = None,
-    keyframe_every: int | None = None,
-    frames_per_second: float | None = None,
-    scenes: Literal["keep", "cut"] = "keep",
-    filters: FilterConfig | None = None,
-    validation: float = 0.05,
     error_budget: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -112,10 +105,8 @@ def build_table(
       files: folder of the files, at any depth. None outside of it is read.
       out: folder of the data set.
       columns: which columns are what.
-      captions_optional: also take rows without a caption.
-      kind: "dynamic", or "static" for clips of still scenes.
-      shorter_side, keyframe_every, frames_per_second, scenes, filters, validation, error_budget, workers, overwrite,
-        progress, execution: as in `jvgen.data.builders.folders.build_videos`. Parts of videos are encoded again.
+      options: which clips are taken, and how they are stored. Parts of videos are encoded again.
+      error_budget, workers, overwrite, progress, execution: as in `jvgen.data.builders.folders.build_videos`.
 
     Raises:
       BuildError: more unusable files than the budget allows.
@@ -124,9 +115,9 @@ def build_table(
     """
     columns = columns or TableColumns()
     columns.validate()
-    stored = ClipOptions(shorter_side, keyframe_every, frames_per_second, scenes)
-    stored.validate()
-    if columns.times == "cut" and scenes == "cut":
+    options = options or VideoOptions()
+    options.validate()
+    if columns.times == "cut" and options.scenes == "cut":
         raise ValueError("scenes = 'cut', times = 'cut': the times of the table say already where clips begin and end.")
     folder = recordings(files)
     if not folder.is_dir():
@@ -141,11 +132,10 @@ def build_table(
             f"{folder} contains none of the {listed.rows} files of {table}, such as {listed.example!r}; it has {shown}."
         )
     summary = build_media(
-        media, functools.partial(media_records, kind=kind, options=stored), out,
+        media, functools.partial(media_records, options=options), out, options,
         description="Videos or images that a table lists.", origin="table", folder=folder,
-        options={"kind": kind, **dataclasses.asdict(columns), **stored.stored()},
-        captions_optional=captions_optional, filters=filters, validation=validation, error_budget=error_budget,
-        workers=workers, overwrite=overwrite, progress=progress, execution=execution,
+        stored={**dataclasses.asdict(columns), **options.stored()}, error_budget=error_budget, workers=workers,
+        overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
     if listed.without_file:
         missing = f"{listed.without_file} of {listed.rows} rows have no file in {folder}, such as {listed.example!r}"

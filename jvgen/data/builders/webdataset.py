@@ -10,19 +10,19 @@ import math
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from jvgen.data.builders.build_loop import FEW_JOBS, Execution, FilterConfig, Progress, Summary, available_cpus
+from jvgen.data.builders.build_loop import FEW_JOBS, Execution, Progress, Summary, available_cpus
 from jvgen.data.builders.captions import column_name
-from jvgen.data.builders.folders import (
+from jvgen.data.builders.jobs import Corrupt
+from jvgen.data.builders.media import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
-    ClipOptions,
     Media,
+    VideoOptions,
     build_media,
     media_records,
 )
-from jvgen.data.builders.jobs import Corrupt
 from jvgen.data.builders.recorded_files import files_in, name_of, readable
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store.records import MAX_TEXT
@@ -81,18 +81,11 @@ class Column(NamedTuple):
 def build_webdataset(
     folder: str | Path,
     out: str | Path,
+    options: VideoOptions | None = None,
     *,
     media: str | None = None,
     caption_field: str = "caption",
     columns: Sequence[str] | None = None,
-    captions_optional: bool = False,
-    kind: str = "dynamic",
-    shorter_side: int | None = None,
-    keyframe_every: int | None = None,
-    frames_per_second: float | None = None,
-    scenes: Literal["keep", "cut"] = "keep",
-    filters: FilterConfig | None = None,
-    validation: float = 0.05,
     error_budget: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -107,18 +100,18 @@ def build_webdataset(
     Args:
       folder: of the shards (.tar), searched recursively.
       out: folder of the data set.
+      options: which samples are taken, and how they are stored.
       media: suffix of the videos or images, such as "mp4"; needed where a sample has several.
       caption_field: of the JSON files; a text or a list of texts.
       columns: fields of the JSON files that become columns; None for all.
-      captions_optional, kind, shorter_side, keyframe_every, frames_per_second, scenes, filters, validation,
-        error_budget, workers, overwrite, progress, execution: as in `jvgen.data.builders.folders.build_videos`.
+      error_budget, workers, overwrite, progress, execution: as in `jvgen.data.builders.folders.build_videos`.
 
     Raises:
       BuildError: more unusable samples than the budget allows.
       ValueError: no folder, no shards, an unknown column.
     """
-    stored = ClipOptions(shorter_side, keyframe_every, frames_per_second, scenes)
-    stored.validate()
+    options = options or VideoOptions()
+    options.validate()
     folder = recordings(folder)
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
@@ -126,13 +119,12 @@ def build_webdataset(
     samples = find_samples(folder, workers)
     found = find_columns(samples, caption_field, columns)
     suffix = None if media is None else "." + media.lower().lstrip(".")
-    make = functools.partial(media_records, kind=kind, options=stored)
+    make = functools.partial(media_records, options=options)
     return build_media(
         samples, functools.partial(sample_records, make=make, media=suffix, caption_field=caption_field, columns=found),
-        out, description="Videos or images of WebDataset shards.", origin="webdataset", folder=folder,
-        options={"media": media, "caption_field": caption_field, "columns": columns, "kind": kind, **stored.stored()},
-        captions_optional=captions_optional, filters=filters, validation=validation, error_budget=error_budget,
-        workers=workers, overwrite=overwrite, progress=progress, execution=execution,
+        out, options, description="Videos or images of WebDataset shards.", origin="webdataset", folder=folder,
+        stored={"media": media, "caption_field": caption_field, "columns": columns, **options.stored()},
+        error_budget=error_budget, workers=workers, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
 
 

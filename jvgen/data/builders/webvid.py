@@ -3,11 +3,10 @@
 import collections
 import functools
 from pathlib import Path
-from typing import Literal
 
-from jvgen.data.builders.build_loop import Execution, FilterConfig, Progress, Summary
+from jvgen.data.builders.build_loop import Execution, Progress, Summary
 from jvgen.data.builders.captions import read_csv
-from jvgen.data.builders.folders import VIDEO_SUFFIXES, ClipOptions, Media, build_media, video_records
+from jvgen.data.builders.media import VIDEO_SUFFIXES, Media, VideoOptions, build_media, video_records
 from jvgen.data.builders.recorded_files import Ambiguous, Names, files_in, name_of, suffixed
 from jvgen.storage import recordings
 
@@ -18,13 +17,8 @@ def build_webvid(
     table: str | Path,
     videos: str | Path,
     out: str | Path,
+    options: VideoOptions | None = None,
     *,
-    shorter_side: int | None = None,
-    keyframe_every: int | None = None,
-    frames_per_second: float | None = None,
-    scenes: Literal["keep", "cut"] = "keep",
-    filters: FilterConfig | None = None,
-    validation: float = 0.05,
     error_budget: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -37,13 +31,15 @@ def build_webvid(
       table: csv with the columns videoid and name (the caption).
       videos: folder with VIDEOID.mp4 at any depth, such as PAGE_DIR/VIDEOID.mp4.
       out: folder of the data set.
-      shorter_side, keyframe_every, frames_per_second, scenes, filters, validation, error_budget, workers, overwrite,
-        progress, execution: as in `jvgen.data.builders.folders.build_videos`.
+      options: which videos are taken, and how they are stored.
+      error_budget, workers, overwrite, progress, execution: as in `jvgen.data.builders.folders.build_videos`.
 
     Raises:
       BuildError: more corrupt files than the budget allows.
       ValueError: no table, missing columns, no folder, or no video of the table in the folder.
     """
+    options = options or VideoOptions()
+    options.validate()
     folder = recordings(videos)
     if not folder.is_dir():
         raise ValueError(f"videos = {str(folder)!r} is not a folder.")
@@ -56,14 +52,11 @@ def build_webvid(
             f"{folder} contains none of the {len(rows)} videos of {table}: expected VIDEOID.mp4, such as "
             f"{next(iter(rows))[1]}.mp4, at any depth; it has {shown}."
         )
-    stored = ClipOptions(shorter_side, keyframe_every, frames_per_second, scenes)
-    stored.validate()
     return build_media(
-        media, functools.partial(video_records, kind="dynamic", options=stored), out,
+        media, functools.partial(video_records, options=options), out, options,
         description="Moving clips with captions, from WebVid.", origin="webvid", folder=folder,
-        options={"kind": "dynamic", **stored.stored()},
-        captions_optional=False, filters=filters, validation=validation, error_budget=error_budget, workers=workers,
-        overwrite=overwrite, progress=progress, execution=execution,
+        stored=options.stored(), error_budget=error_budget, workers=workers, overwrite=overwrite, progress=progress,
+        execution=execution,
     )  # fmt: skip
 
 
