@@ -78,13 +78,7 @@ demo-views: setup
 test: setup-test
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
-test-lademo-world: setup
-	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo world --workdir runs/demo_world
-
-demo-views: setup
-	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo views --workdir runs/demo_views
-
-test: setup-test
+test-latest: setup-test
 	$(BIN)/python -m pytest $(LATEST_TESTS) -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
 # With LLVM's optimizations, as users compile; `make test` leaves them out (tests/conftest.py).
