@@ -5,6 +5,8 @@ import functools
 import cv2
 import numpy as np
 
+from jvgen.data.image_files import DecodeError
+
 
 def undistorted(image: np.ndarray, intrinsics: np.ndarray, distortion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The image of a pinhole camera at the same place: of the same size, with all that fills it without empty pixels.
@@ -16,6 +18,9 @@ def undistorted(image: np.ndarray, intrinsics: np.ndarray, distortion: np.ndarra
 
     Returns:
       The image, and its normalized intrinsics.
+
+    Raises:
+      DecodeError: coefficients under which one place of the image shows two directions, or that cannot be inverted.
     """
     lens = tuple(float(number) for number in (*intrinsics, *distortion))
     maps, new = _maps(image.shape[0], image.shape[1], lens)
@@ -30,5 +35,21 @@ def _maps(height: int, width: int, lens: tuple[float, ...]) -> tuple[tuple[np.nd
     distortion = np.array(lens[4:])
     new, _ = cv2.getOptimalNewCameraMatrix(matrix, distortion, (width, height), 0)
     maps = cv2.initUndistortRectifyMap(matrix, distortion, None, new, (width, height), cv2.CV_32FC1)
+    if not _is_one_to_one(*maps):
+        written = ", ".join(f"{number:g}" for number in lens[4:])
+        raise DecodeError(
+            f"its lens distortion ({written} for k1, k2, p1, p2, k3 to k6) folds the image over, or leads out of it: "
+            "the coefficients do not hold up to its borders"
+        )
     sides = np.array([width, height, width, height])
     return maps, np.array([new[0, 0], new[1, 1], new[0, 2] + 0.5, new[1, 2] + 0.5]) / sides
+
+
+def _is_one_to_one(columns: np.ndarray, rows: np.ndarray) -> bool:
+    """Whether a map of pixels keeps their orientation everywhere, and to where there are pixels."""
+    height, width = columns.shape
+    inside = [(columns, width), (rows, height)]
+    if not all(np.isfinite(places).all() and places.min() > -2 and places.max() < size + 1 for places, size in inside):
+        return False
+    (right_down, right), (down, down_right) = np.gradient(columns), np.gradient(rows)
+    return bool((right * down - right_down * down_right).min() > 0)

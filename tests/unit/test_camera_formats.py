@@ -1,5 +1,6 @@
 """Camera files of other programs: points project where the program's own formulas say; wrong files are named."""
 
+import contextlib
 import gzip
 import json
 import struct
@@ -9,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from jvgen.data.image_files import DecodeError
 from jvgen.data.undistortion import undistorted
 from jvgen.geometry import paths
 from jvgen.geometry.cameras import Cameras, inverse, project
@@ -229,6 +231,24 @@ def test_undistorted_images_show_points_where_the_pinhole_does():
         np.testing.assert_allclose(center, expected, atol=0.15)
     white, _ = undistorted(np.full((height, width, 3), 255, np.uint8), intrinsics, lens)
     assert white.min() == 255
+
+
+@pytest.mark.parametrize(
+    ("focal", "coefficients", "holds"),
+    [
+        (0.9, (-0.45,), True),  # what it shows is a part of the image
+        (0.5, (-0.45,), False),
+        (0.5, (0.1, -0.9), False),
+        (0.5, (-2.0,), False),
+        (2.0, (-2.0,), True),
+        (0.5, (0.0, 0.0, 0.3, 0.3), False),  # nothing that OpenCV finds is its inverse
+    ],
+)
+def test_lenses_that_fold_the_image_are_refused(focal, coefficients, holds):
+    image, lens = np.full((48, 64, 3), 255, np.uint8), np.zeros(8)
+    lens[: len(coefficients)] = coefficients
+    with contextlib.nullcontext() if holds else pytest.raises(DecodeError, match="folds the image over"):
+        undistorted(image, np.array([focal, focal * 64 / 48, 0.5, 0.5]), lens)
 
 
 def _edited(path: Path, edit) -> Path:

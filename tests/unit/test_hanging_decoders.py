@@ -3,8 +3,10 @@
 import re
 import time
 
+import numpy as np
 import pytest
 
+from jvgen.data.builders import workers
 from jvgen.data.builders.build_loop import BuildError, BuildJob, Execution, build_dataset
 from jvgen.data.builders.jobs import Corrupt
 from jvgen.data.builders.workers import in_order
@@ -29,16 +31,14 @@ def stuck(number: int) -> int:
 
 
 def record(number: int) -> Record:
-    import numpy as np
-
     clip = encode_image(np.full((8, 8, 3), slow(number), np.uint8))
     return Record(id=f"r{number}", kind="image", clips=(clip,), height=8, width=8)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_in_threads(workers):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_in_threads(threads):
     began = time.monotonic()
-    found = list(in_order(slow, range(12), workers, processes=False, limit=0.5))
+    found = list(in_order(slow, range(12), threads, processes=False, limit=0.5))
     assert found[3] == Corrupt(GIVEN_UP.format(0.5))
     assert [item for item in found if not isinstance(item, Corrupt)] == [n for n in range(12) if n != 3]
     assert time.monotonic() - began < 30
@@ -48,6 +48,24 @@ def test_in_threads(workers):
 def test_in_processes():
     found = list(in_order(stuck, range(4), 2, processes=True, limit=2))
     assert found == [0, Corrupt(GIVEN_UP.format(2)), 2, 3]
+
+
+def test_threads_wait_while_results_hold_many_bytes(monkeypatch):
+    """Decoded clips ahead of an encoder that is slower."""
+    monkeypatch.setattr(workers, "_MOST_AHEAD", 200)
+    begun = []
+
+    def large(number: int) -> np.ndarray:
+        begun.append(number)
+        return np.full(100, number, np.uint8)
+
+    results = in_order(large, range(40), 4, processes=False, limit=10)
+    for number in range(40):
+        assert next(results)[0] == number
+        time.sleep(0.02)
+        # Two that wait, and what four threads began before they knew.
+        assert len(begun) <= number + 1 + 2 + 4
+    assert list(results) == []
 
 
 def test_errors_pass_from_threads():

@@ -13,7 +13,7 @@ from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.data.builders import build_folder
 from jvgen.data.builders.assembly import append_parts
 from jvgen.data.builders.batches import Separately, ToEncode, encoded
-from jvgen.data.builders.build_loop import Execution, Team
+from jvgen.data.builders.build_loop import BuildJob, Execution, Team, build_dataset
 from jvgen.data.builders.jobs import Corrupt, Made
 from jvgen.data.builders.latents import LatentsConfig, build_latents
 from jvgen.data.store.records import Record
@@ -228,6 +228,45 @@ def test_what_is_there_is_kept_and_what_is_stale_refused(videos, tmp_path):
     assert contents(out) == before
     encode(videos, out, digest="b", overwrite=True)
     assert contents(out) != before
+
+
+def test_append_takes_what_is_new_of_a_source_that_has_grown_and_refuses_one_that_was_built_again(tmp_path):
+    def clips(out: Path, numbers, shade: int = 0, **options) -> Path:
+        jobs = [BuildJob("train", f"{n:02d}", (n, shade)) for n in numbers]
+        build_dataset(out, jobs, _shaded, description="clips", metadata={"origin": "test", "options": {}}, **options)
+        return out
+
+    source, out = clips(tmp_path / "clips", range(3)), tmp_path / "out"
+    adds = {"execution": {"append": True}}
+    encode(source, out)
+    for count in (5, 7):
+        clips(source, range(count), execution=Execution(append=True))
+        encode(source, out, **adds)
+    assert len(open_source(out, "train")) == 7 and "up to date" in str(encode(source, out))
+
+    def refused() -> None:
+        before = contents(out)
+        with pytest.raises(ValueError, match="has records of the same ids as its source, such as '00'.*--overwrite"):
+            encode(source, out, **adds)
+        with pytest.raises(ValueError, match="was made of something else: source_digests.train"):
+            encode(source, out)
+        assert contents(out) == before
+
+    clips(source, range(9), shade=90, overwrite=True)
+    refused()
+    encode(source, out, overwrite=True)
+    assert len(open_source(out, "train")) == 9
+    # Of another source, of which it has nothing yet; then it is not what either would make.
+    encode(clips(tmp_path / "others", range(20, 22)), out, **adds)
+    assert len(open_source(out, "train")) == 11
+    refused()
+
+
+def _shaded(payload: tuple[int, int]) -> Record:
+    number, shade = payload
+    clip = encode_video(np.full((5, 16, 24, 3), 10 * number + shade, np.uint8), 8.0)
+    return Record(id=f"{number:02d}", kind="dynamic", clips=(clip,), frames=5, frames_per_second=8.0, height=16,
+                  width=24)  # fmt: skip
 
 
 def test_a_window_needs_a_length():

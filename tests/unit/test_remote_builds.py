@@ -142,6 +142,25 @@ def test_units_whose_shards_are_in_no_bucket_are_made_again(remote, tmp_path, mo
     check(f"{remote}/set", tmp_path / "local" / "set")
 
 
+def test_a_part_that_another_process_has_begun_since_is_left_to_it(remote, tmp_path, monkeypatch):
+    """Two machines with the same --part: one ends, with a message, and the other finishes the part."""
+    push, begun = remote_part.RemotePart.push, []
+
+    def interrupted(self, done):
+        push(self, done)
+        if not begun:
+            begun.append(remote_part.RemotePart(self.remote, self._local, self._info))
+            begun[0].fetch(restart=False)
+
+    monkeypatch.setattr(remote_part.RemotePart, "push", interrupted)
+    with pytest.raises(ValueError, match=r"set.part-1-of-2: process \d+ on .* has begun to build this part since"):
+        built(f"{remote}/set", part=1, parts=2)
+    parts = [built(f"{remote}/set", part=part, parts=2).out for part in (1, 2)]
+    merge_parts(parts, f"{remote}/set")
+    built(tmp_path / "one" / "set")
+    check(f"{remote}/set", tmp_path / "one" / "set")
+
+
 def test_files_are_copied_between_buckets_of_two_kinds(remote, monkeypatch):
     monkeypatch.setitem(paths.SCHEMES, "s3", ("json", "s3"))  # the package is not needed here
     source, target = storage.as_path(f"{remote}/x"), storage.as_path("s3://bucket/copied")

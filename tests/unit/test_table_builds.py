@@ -178,6 +178,9 @@ def test_tables_in_parquet_and_json_lines(film, tmp_path):
     table.write_text(json.dumps({"path": str(files / "a.mp4"), "caption": "x", "start": 1, "end": "1.2"}) + "\n")
     assert [shown(r.clips[0]) for r in built(table, files, CUT).values()] == [[10, 11]]
     assert [r.frames for r in built(table, files, IGNORE).values()] == [40]
+    table.write_text(json.dumps({"path": "b.png", "caption": "x", "start": 1, "end": 2}) + "\n")
+    with pytest.raises(BuildError, match="is an image, of which the table has times"):
+        built(table, files, CUT)
     # A folder of tables is one table.
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "tables" / "1.parquet")
     found = built(tmp_path / "tables", files)

@@ -1,10 +1,11 @@
 """Makes data sets of finished units: of a build, of its parts, or added to a data set that is there."""
 
 import contextlib
+import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as LocalPath
 from typing import Any
 
@@ -89,7 +90,7 @@ def complete(
         log = "".join(log_line(item) for unit in done for item in unit.rejected)
         data = staging / "data"
         if appends:
-            indices = _append(out, info, shards, log, data)
+            indices = _append(out, info, shards, log, data, parts=info.parts > 1)
         elif is_remote(out):
             check_out(out, overwrite)
             remove(out)
@@ -122,12 +123,22 @@ def check_alike(out: Path, added: dict[str, Any]) -> None:
             )
 
 
-def _append(out: Path, info: BuildInfo, shards: dict[str, list[Any]], log: str, draft: LocalPath) -> dict[str, Any]:
+def joined_digests(before: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """Digests by split of what a data set was made of, when records of another source are added to it."""
+    both = {split: f"{before[split]} {added[split]}" for split in before.keys() & added.keys()}
+    return {**before, **added} | {split: hashlib.sha256(text.encode()).hexdigest() for split, text in both.items()}
+
+
+def _append(
+    out: Path, info: BuildInfo, shards: dict[str, list[Any]], log: str, draft: LocalPath, parts: bool
+) -> dict[str, Any]:
     check_alike(out, info.metadata)
     metadata = read_metadata(out)
     added = {"origin": info.metadata.get("origin"), "options": info.metadata.get("options", {})}
     # What a data set that is derived from another one was made of, is that of now.
     derived = {name: info.metadata[name] for name in ("source_digests", "address") if name in info.metadata}
+    if parts and "source_digests" in derived:
+        derived["source_digests"] = joined_digests(metadata.get("source_digests") or {}, derived["source_digests"])
     metadata = {**metadata, **derived, "appended": [*metadata.get("appended", []), added]}
     if is_remote(out):
         draft.mkdir()

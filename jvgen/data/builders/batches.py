@@ -63,6 +63,11 @@ class ToEncode:
     clips: tuple[np.ndarray, ...]
     made: Callable[[list[np.ndarray]], Made]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the clips."""
+        return sum(clip.nbytes for clip in self.clips)
+
 
 class _Waiting:
     """A result whose clips are being encoded."""

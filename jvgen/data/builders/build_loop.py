@@ -166,6 +166,7 @@ def build_dataset(
         team.wait("the last unit of the build")
         done = finished(folder, info)
         if remote is not None:
+            remote.close()
             remove(folder)
             return summary_of(remote.remote, done, {}, remote.size(), began)
         if execution.parts > 1:
@@ -232,18 +233,23 @@ def _build_folder(out: Path, execution: Execution) -> LocalPath:
 
 
 def _new_jobs(out: Path, jobs: Sequence[BuildJob]) -> list[BuildJob]:
-    folder = out
-    if not (folder / dataset_info.NAME).is_file():
+    if not (out / dataset_info.NAME).is_file():
         raise ValueError(f"out = {str(out)!r} is no data set to append to; build it first.")
+    known = names_in(out)
+    new = [job for job in jobs if job.name not in known]
+    if not new:
+        raise ValueError(f"out = {str(out)!r} has all {len(jobs)} records already; there is nothing to append.")
+    return new
+
+
+def names_in(folder: Path) -> set[str]:
+    """Names of the jobs whose records a data set may have."""
     known: set[str] = set()
     for split in dataset_info.read(folder):
         for id in load_index(folder, split).id:
             # Records of one file are FILE/0000, FILE/0001 ...
             known.update((id, id.rpartition("/")[0]))
-    new = [job for job in jobs if job.name not in known]
-    if not new:
-        raise ValueError(f"out = {str(out)!r} has all {len(jobs)} records already; there is nothing to append.")
-    return new
+    return known
 
 
 def _retry_corrupt(folder: LocalPath, done: Sequence[Done], budget: float) -> None:

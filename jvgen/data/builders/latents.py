@@ -21,7 +21,7 @@ from jvgen.data.builders.build_loop import (
     build_dataset,
 )
 from jvgen.data.builders.units import records_per_unit
-from jvgen.data.builders.up_to_date import existing
+from jvgen.data.builders.up_to_date import existing, source_digests
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
 from jvgen.data.stream.plan import ClipSpec
@@ -122,7 +122,7 @@ def build_latents(
     sources = {split: open_source(folder, split) for split in splits(folder)}
     options = config.options(group)
     made_with = {"format": LATENTS_FORMAT, "encoder": encoder_digest, **options}
-    digests = {split: s.index.digest for split, s in sources.items()}
+    digests = source_digests(sources, out, execution)
     address = hashlib.sha256(json.dumps([made_with, digests], sort_keys=True).encode()).hexdigest()
     before = read_metadata(folder)
     metadata = {

@@ -163,6 +163,8 @@ def _job(split: str, media: Any) -> BuildJob:
 def media_records(media: Media, options: VideoOptions) -> Made:
     """The records of a video, or of an image, as its suffix says."""
     if media.path.suffix.lower() in IMAGE_SUFFIXES:
+        if media.span is not None:
+            raise DecodeError("is an image, of which the table has times")
         return Made((image_record(media),))
     return video_records(media, options)
 

@@ -1,5 +1,9 @@
 """A part of a build in a bucket: finished units are uploaded one by one, so that any machine can go on with it."""
 
+import json
+import os
+import platform
+import uuid
 from collections.abc import Sequence
 from pathlib import Path as LocalPath
 
@@ -9,9 +13,14 @@ from jvgen.data.builders.units import Done, forget, read_done, unit_path
 from jvgen.data.store.shard_writer import rows_path
 from jvgen.storage import Path
 
+OWNER = "owner.json"
+
 
 class RemotePart:
     """The folder of a part in a bucket, beside the local one in which its units are made.
+
+    Buckets have no locks. Whoever builds the part last has it: a process before finds that out when it has made its
+    next unit, and ends.
 
     Args:
       remote: its folder.
@@ -21,9 +30,10 @@ class RemotePart:
 
     def __init__(self, remote: Path, local: LocalPath, info: BuildInfo):
         self.remote, self._local, self._info = remote, local, info
+        self._owner = {"machine": platform.node(), "process": os.getpid(), "id": uuid.uuid4().hex}
 
     def fetch(self, restart: bool) -> None:
-        """Take over the units that are finished; their shards stay in the bucket.
+        """Take over the part, and the units that are finished; their shards stay in the bucket.
 
         Raises:
           ValueError: the folder has another build.
@@ -38,9 +48,11 @@ class RemotePart:
             before = None
         if before is None or restart:
             storage.remove_tree(self.remote)
+            storage.write_text(self.remote / OWNER, json.dumps(self._owner))
             storage.copy_file(self._local / DESCRIPTION, self.remote / DESCRIPTION)
             self._forget_lost(set())
             return
+        storage.write_text(self.remote / OWNER, json.dumps(self._owner))
         there = {path.name for path in self.remote.iterdir()}
         for number in self._info.numbers():
             path = unit_path(self._local, number)
@@ -62,7 +74,12 @@ class RemotePart:
                 forget(self._local, unit.number)
 
     def push(self, done: Done) -> None:
-        """Upload a unit and remove its shards here. It is finished there when its JSON file is, the last one."""
+        """Upload a unit and remove its shards here. It is finished there when its JSON file is, the last one.
+
+        Raises:
+          ValueError: another process has taken over the part.
+        """
+        self._check_owner()
         path = unit_path(self._local, done.number)
         kept = set()
         for name in done.files:
@@ -70,6 +87,7 @@ class RemotePart:
                 storage.copy_file(file, self.remote / file.name)
                 kept.add(file.name)
             (self._local / name).unlink()
+        self._check_owner()
         storage.copy_file(path, self.remote / path.name)
         # Of an attempt before, whose files could not be read.
         for old in self.remote.glob(f"{path.stem}-*"):
@@ -81,6 +99,23 @@ class RemotePart:
         for unit in done:
             if all((self._local / name).is_file() for name in unit.files):
                 self.push(unit)
+
+    def close(self) -> None:
+        """Nobody builds it any more."""
+        self._check_owner()
+        (self.remote / OWNER).unlink()
+
+    def _check_owner(self) -> None:
+        try:
+            owner = json.loads(storage.read_text(self.remote / OWNER))
+        except FileNotFoundError:
+            owner = None
+        if owner != self._owner:
+            by = f"process {owner['process']} on {owner['machine']}" if owner else "another process, which has finished"
+            raise ValueError(
+                f"{self.remote}: {by} has begun to build this part since, so this one ends. Start each part once; what "
+                "is finished is kept."
+            )
 
     def size(self) -> int:
         """Bytes in the bucket."""

@@ -18,7 +18,7 @@ from jvgen.data.builders.build_loop import (
     build_dataset,
 )
 from jvgen.data.builders.units import records_per_unit
-from jvgen.data.builders.up_to_date import existing
+from jvgen.data.builders.up_to_date import existing, source_digests
 from jvgen.data.store.empty_caption import packed
 from jvgen.data.store.records import Record
 from jvgen.data.store.sources import Source, bytes_of, find_dataset, open_source, read_metadata, splits
@@ -75,7 +75,7 @@ def build_text_embeddings(
         "origin": "text-embeddings",
         "options": {"source": str(folder)},
         "text_embeddings": {"format": TEXT_FORMAT, **made_with},
-        "source_digests": {split: s.index.digest for split, s in sources.items()},
+        "source_digests": source_digests(sources, out, execution),
     }
     there = existing(out, metadata, ("text_embeddings", "source_digests"), overwrite=overwrite, execution=execution)
     if there is not None:

@@ -1,13 +1,17 @@
-"""Whether a data set that is derived from another one has what would be built: then it is not built again."""
+"""Whether a data set that is derived from another one has what would be built, and may be added to."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jvgen.data.builders.build_loop import Execution, Summary
+import numpy as np
+
+from jvgen.data.builders.assembly import joined_digests
+from jvgen.data.builders.build_loop import Execution, Summary, names_in
 from jvgen.data.store import dataset_info
+from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
-from jvgen.data.store.sources import bytes_of, open_source, read_metadata, splits
+from jvgen.data.store.sources import Source, bytes_of, open_source, read_metadata, splits
 from jvgen.storage import Path, absolute
 
 
@@ -49,6 +53,41 @@ def existing(
     size = sum(bytes_of(folder, split) for split in counts)
     note = {"up to date: records that were there": sum(sum(kinds.values()) for kinds in counts.values())}
     return Summary(folder, counts, (), digests, size, time.perf_counter() - began, notes=note)
+
+
+def source_digests(sources: Mapping[str, Source], out: str | Path, execution: Execution) -> dict[str, str]:
+    """Digests by split of what the data set at `out` will be made of, once it is built from `sources` or extended.
+
+    What is added to must be of the same records: `sources` have grown, or have none that it has been made of.
+
+    Raises:
+      ValueError: to append, to what was made of other records with the same ids.
+    """
+    now = {split: source.index.digest for split, source in sources.items()}
+    folder = absolute(out)
+    if not execution.append or not (folder / dataset_info.NAME).is_file():
+        return now
+    before = read_metadata(folder).get("source_digests") or {}
+    grown = all(split in sources and _begins_with(sources[split].index, digest) for split, digest in before.items())
+    if before and grown:
+        return now
+    known = names_in(folder)
+    changed = next((str(id) for source in sources.values() for id in source.index.id if id in known), None)
+    if changed is not None:
+        raise ValueError(
+            f"out = {str(out)!r} has records of the same ids as its source, such as {changed!r}, but was made of "
+            "another state of it: the source was built again, and not only added to. What is there is stale: pass "
+            "--overwrite instead of --append to make all of it again, or use another folder."
+        )
+    return joined_digests(before, now)
+
+
+def _begins_with(index: Index, digest: str) -> bool:
+    """Whether the first shards of an index have records of this digest."""
+    if index.digest == digest:
+        return True
+    ends = np.cumsum([shard.records for shard in index.shards])
+    return any(index.take(slice(0, int(end))).computed_digest() == digest for end in ends[:-1])
 
 
 def _differences(name: str, before: Any, now: Any) -> list[str]:

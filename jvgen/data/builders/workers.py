@@ -18,6 +18,8 @@ from jvgen.data.builders.jobs import BuildError, Corrupt, attempt
 
 _CHUNKS_IN_FLIGHT = 4  # per worker
 _CHUNK = 4  # payloads sent to a process at once
+# Bytes of results of threads that wait to be taken; of decoded clips one may have hundreds of megabytes.
+_MOST_AHEAD = 4 << 30
 _DIED = "ended the process that read it (a crash of a library, or not enough memory)"
 _GIVEN_UP = "given up after {:g} s: reading it takes longer, or hangs"
 
@@ -48,45 +50,84 @@ def _in_threads(
     make: Callable[[Any], Any], payloads: Iterator[Any], workers: int, limit: float | None
 ) -> Iterator[Any]:
     calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+    ahead_of = _Ahead()
     threads = [_thread(make, calls) for _ in range(workers)]
     ahead = _CHUNKS_IN_FLIGHT * workers if workers > 1 else 1
     pending: collections.deque[_Call] = collections.deque()
     try:
         while True:
             for payload in itertools.islice(payloads, ahead - len(pending)):
-                pending.append(_Call(payload))
+                pending.append(_Call(payload, ahead_of))
                 calls.put(pending[-1])
             if not pending:
                 return
             call = pending.popleft()
+            ahead_of.wants(call)
             if call.ended_within(limit):
                 yield call.result
             else:
                 threads.append(_thread(make, calls))  # in place of the one that hangs
                 yield Corrupt(_GIVEN_UP.format(limit))
     finally:
-        for call in pending:
-            call.abandoned = True
+        ahead_of.abandon(pending)
         for _ in threads:
             calls.put(None)
+
+
+class _Ahead:
+    """Holds calls back while results that wait have too many bytes: of one per CPU, there may be hundreds."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._bytes = 0
+
+    def admit(self, call: "_Call") -> bool:
+        """Wait for room; the one whose result is wanted now needs none. False if it is not wanted any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._bytes < _MOST_AHEAD or call.wanted or call.abandoned)
+            return not call.abandoned
+
+    def put(self, call: "_Call", result: Any) -> None:
+        """Keep a result until it is wanted."""
+        with self._changed:
+            call.result = result
+            if not call.wanted:
+                call.bytes = getattr(result, "nbytes", 0)
+                self._bytes += call.bytes
+
+    def wants(self, call: "_Call") -> None:
+        """Its result is taken as soon as it is there."""
+        with self._changed:
+            call.wanted = True
+            self._bytes -= call.bytes
+            self._changed.notify_all()
+
+    def abandon(self, calls: Iterable["_Call"]) -> None:
+        """Do not begin these."""
+        with self._changed:
+            for call in calls:
+                call.abandoned = True
+            self._changed.notify_all()
 
 
 class _Call:
     """A payload for a thread, and what became of it."""
 
-    def __init__(self, payload: Any):
+    def __init__(self, payload: Any, ahead: _Ahead):
         self.payload = payload
         self.result: Any = None
-        self.abandoned = False
+        self.abandoned = self.wanted = False
+        self.bytes = 0
+        self._ahead = ahead
         self._began: float | None = None
         self._ended = threading.Event()
 
     def run(self, make: Callable[[Any], Any]) -> None:
-        if self.abandoned:
+        if not self._ahead.admit(self):
             return
         self._began = time.monotonic()
         try:
-            self.result = attempt(make, self.payload)
+            self._ahead.put(self, attempt(make, self.payload))
         except BaseException as error:  # raised where it is waited for
             self.result = error
         self._ended.set()
