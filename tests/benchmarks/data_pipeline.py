@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import resource
 import statistics
 import tempfile
 from pathlib import Path
@@ -19,8 +18,8 @@ from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.video_files import encode_video
 from jvgen.data.video_pixels import EXACT
-from tests.benchmarks import timing
-from tests.benchmarks.machine import Settings, usable_cores
+from tests.benchmarks import readers, timing
+from tests.benchmarks.machine import Settings, children, peak_memory_mib, private_memory_mib, usable_cores
 from tests.benchmarks.report import Result
 from tests.benchmarks.torch_clips import Clips, Window, has_torchcodec, read
 
@@ -49,11 +48,6 @@ FULL = {
     "1280x720": Size(clips=8, recorded=(96, 720, 1280), window=(17, 480, 720), batch=4, batches=4),
 }
 FRAMES_PER_SECOND = 24.0
-
-
-def preprocess(example: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Keep the pixels only."""
-    return {"video": example["video"]}
 
 
 def make_files(folder: Path, size: Size) -> None:
@@ -92,7 +86,7 @@ class OurPass:
     """One pass over the batches with our Loader."""
 
     def __init__(self, config: DataConfig, size: Size, threads: int):
-        self.loader = Loader(config.replace(threads=threads, prefetch=2), seed=0, preprocess=preprocess)
+        self.loader = Loader(config.replace(threads=threads, prefetch=2), seed=0, preprocess=readers.pixels)
         self.batches = size.batches
 
     def __call__(self) -> np.ndarray:
@@ -128,10 +122,11 @@ def _of_size(name: str, size: Size, settings: Settings) -> tuple[list[dict[str, 
             sources=(SourceConfig(path=str(out)),),
             buckets=(BucketConfig(frames=frames, height=height, width=width, batch_size=size.batch),),
         )
-        loader = Loader(config, seed=0, preprocess=preprocess)
+        loader = Loader(config, seed=0, preprocess=readers.pixels)
         windows = windows_of(loader, files, open_source(out, "train").index.id, size)
         rows, samples = [], {}
         available = usable_cores()
+        memory = worker_memory_mib(config, size, windows, decoders)
         for cores in (1, 2)[: min(2, settings.cores)]:
             # Threads and workers started from here on are restricted to these cores too.
             os.sched_setaffinity(0, available[:cores])
@@ -166,15 +161,30 @@ def _of_size(name: str, size: Size, settings: Settings) -> tuple[list[dict[str, 
                         **timing.ratio(mine, other),
                         "pixel_difference": difference,
                         "peak_memory_mib": peak_memory_mib(),
+                        "ours_worker_mib": memory["ours"],
+                        "torch_worker_mib": memory[decoder],
                     }
                 )
         os.sched_setaffinity(0, available)
     return rows, samples
 
 
-def peak_memory_mib() -> float:
-    """Of this process, which is also our only worker."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def worker_memory_mib(config: DataConfig, size: Size, windows: list[Window], decoders: list[str]) -> dict[str, float]:
+    """What one worker process of each side holds for itself after a pass, with two batches ahead."""
+    found = {}
+    loader = Loader(config.replace(threads=1, workers=1, prefetch=4), seed=0, preprocess=readers.pixels)
+    before = set(children())
+    with loader.batches(0, size.batches) as batches:
+        for _ in batches:
+            held = [private_memory_mib(child) for child in set(children()) - before]
+            found["ours"] = max(found.get("ours", 0.0), *held)
+    for decoder in decoders:
+        before = set(children())
+        side = TorchPass(windows, size, 1, decoder)
+        side()
+        found[decoder] = max(private_memory_mib(child) for child in set(children()) - before)
+        del side
+    return found
 
 
 def run(settings: Settings) -> Result:
@@ -194,13 +204,14 @@ def run(settings: Settings) -> Result:
         shown=(
             "size", "cores", "ours", "torch", "ours_clips_s_core", "ours_best", "torch_clips_s_core", "torch_best",
             "ours_cpu_ms_clip", "torch_cpu_ms_clip", "ratio_of_clips_s", "ratio_of_best", "middle_half",
-            "pixel_difference",
+            "pixel_difference", "ours_worker_mib", "torch_worker_mib",
         ),
         samples=samples,
         notes=(
             "the same windows of the same H.264 files, decoded, resized, cropped and batched; whole passes, from",
             "asking for the first batch to having the last. middle_half is of the rounds' ratios of time (ours /",
             "PyTorch, below 1 is faster). The process is restricted to 1 or 2 cores. PyTorch's workers persist between",
-            "passes; our threads start with each pass.",
+            "passes; our threads start with each pass. worker_mib: private memory of a worker process, one on each",
+            "side, after a pass.",
         ),
     )  # fmt: skip

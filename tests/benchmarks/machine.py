@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import platform
+import resource
 import time
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av", "opencv-python-headless", "torch",
-    "diffusers",
+    "torchcodec", "diffusers",
 )  # fmt: skip
 
 
@@ -82,6 +83,25 @@ def instructions() -> str:
     widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in has), "not known")
     held = AVX2_ONLY["XLA_FLAGS"] in os.environ.get("XLA_FLAGS", "").split()
     return f"AVX2 of {widest}" if held and widest == "AVX-512" else widest
+
+
+def children() -> list[int]:
+    """Processes that this one has started, worker processes for instance."""
+    found = []
+    for listed in Path("/proc/self/task").glob("*/children"):
+        found += [int(child) for child in listed.read_text().split()]
+    return found
+
+
+def private_memory_mib(process: int | str = "self") -> float:
+    """What a process has in memory and shares with no other one."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def peak_memory_mib() -> float:
+    """Of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _processor() -> str:

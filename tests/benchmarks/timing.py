@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.benchmarks import machine
+
 
 @dataclasses.dataclass
 class Samples:
@@ -43,16 +45,15 @@ def in_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 def processor_seconds() -> float:
     """Processor time so far of this process and of the children that are alive (worker processes)."""
-    children = 0.0
-    for listed in Path("/proc/self/task").glob("*/children"):
-        for child in listed.read_text().split():
-            try:
-                # After the name, which is in brackets: user and system time are fields 14 and 15.
-                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            except FileNotFoundError:
-                continue
-            children += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return time.process_time() + children
+    seconds = time.process_time()
+    for child in machine.children():
+        try:
+            # After the name, which is in brackets: user and system time are fields 14 and 15.
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        except FileNotFoundError:
+            continue
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 def ratio(ours: Samples, theirs: Samples) -> dict[str, float | str]:
