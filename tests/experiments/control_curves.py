@@ -8,7 +8,9 @@ Every way is trained with every seed, through `jvgen.training.loop.train`; runs 
 Writes `curves.png` (every seed a line), `curves.md` (means over seeds) and `curves.json`.
 
 With `--faults` also the three faults of the released code, one at a time, in the pretrained world model (from scratch
-without one), after all of these, with the first `--fault-seeds` seeds; `faults.png` compares them with it.
+without one), after all of these, with the first `--fault-seeds` seeds; `faults.png` compares them with it. The demo's
+world model has no dropout to leave on: `dropout_in_rollouts` is compared with a run that has the published rate in
+training alone.
 """
 
 import argparse
@@ -32,18 +34,22 @@ from jvgen.training.telemetry.json_lines import read_rows
 CONFIG = Path(__file__).parents[2] / "configs" / "demo_control.py"
 WAYS = {"alone": "alone", "from scratch": "from_scratch", "pretrained": "pretrained"}
 FAULTS = [field.name for field in dataclasses.fields(ReleasedFaults)]
+DROPOUT_FAULT, DROPOUT, RATE = "dropout_in_rollouts", "dropout in training", 0.1
 
 
 def experiment_of(way: str, seed: int, given: argparse.Namespace) -> Experiment:
     """The run of one way and seed."""
     fault = way if way in FAULTS else None
-    way = corrected(given) if fault else way
+    dropout = way in (DROPOUT, DROPOUT_FAULT)
+    way = corrected(given) if fault or dropout else way
     experiment = config.load(f"{CONFIG}:{WAYS[way]}")
     source = experiment.data.sources[0].replace(path=given.env)
     experiment = experiment.replace(
         seed=seed, data=experiment.data.replace(sources=(source,), evaluation_sources=(source,))
     )
     imagination = experiment.task.imagination
+    if dropout:
+        imagination = imagination.replace(transformer=imagination.transformer.replace(attention_dropout=RATE))
     if fault:
         imagination = imagination.replace(released=ReleasedFaults(**{fault: True}))
     if way == "pretrained":
@@ -136,17 +142,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ways = [way for way in given.ways.split(",") if way != "pretrained" or given.world is not None]
     # Seed by seed: what there is so far compares all ways.
     runs = [(way, seed) for seed in range(given.seeds) for way in ways]
-    runs += [(fault, seed) for seed in range(given.fault_seeds) for fault in given.faults.split(",") if fault]
+    faults = [fault for fault in given.faults.split(",") if fault]
+    compared = [DROPOUT, *faults] if DROPOUT_FAULT in faults else faults
+    runs += [(way, seed) for seed in range(given.fault_seeds) for way in compared]
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for way, seed in runs:
         curves.setdefault(way, {})[seed] = run(way, seed, given)
         (given.workdir / "curves.json").write_text(json.dumps(curves, indent=1))
         (given.workdir / "curves.md").write_text(table(curves) + "\n")
         picture({way: of for way, of in curves.items() if way in WAYS}, given.workdir / "curves.png")
-        faults = {fault: of for fault, of in curves.items() if fault in FAULTS}
-        if faults:
+        shown = {other: of for other, of in curves.items() if other in compared}
+        if shown:
             without = {seed: curves[corrected(given)][seed] for seed in range(given.fault_seeds)}
-            picture({"corrected": without, **faults}, given.workdir / "faults.png")
+            picture({"corrected": without, **shown}, given.workdir / "faults.png")
     print(table(curves))
 
 
