@@ -32,8 +32,8 @@ def _add_export(commands) -> None:
         details="A text-to-video run becomes a whole pipeline, with its frozen VAE and T5 and the tokenizer, for "
         "CogVideoXPipeline.from_pretrained and `jvgen sample --weights`, one of image to video for "
         "CogVideoXImageToVideoPipeline; where diffusers has no such pipeline, the reasons are printed and the trained "
-        "networks are written, as of all other runs. A run that trains a LoRA becomes "
-        "pytorch_lora_weights.safetensors, for load_lora_weights and `jvgen sample --weights DIR --lora FILE`.",
+        "networks are written, as of all other runs, a world model's with its tokenizer. A run that trains a LoRA "
+        "becomes pytorch_lora_weights.safetensors, for load_lora_weights and `jvgen sample --weights DIR --lora FILE`.",
         handler=run_export,
     )  # fmt: skip
     add_run_arguments(parser)

@@ -39,7 +39,7 @@ def content_digest(path: str | Path) -> str:
         raise ValueError(f"weights {str(given)!r}: no such file or folder.")
     # The index of shards stands for its folder.
     folder = path.parent if path.is_file() and is_index(path.name) else path
-    files = [path] if folder.is_file() else sorted(p for p in folder.iterdir() if _is_content(p))
+    files = [path] if folder.is_file() else content_files(folder)
     return _known_or_hashed(str(path.resolve()), files, _hash)
 
 
@@ -51,8 +51,9 @@ def file_digest(path: pathlib.Path, *, reread: bool = False) -> str:
     return _known_or_hashed(f"{path.resolve()} bytes", [path], _hash_bytes)
 
 
-def _is_content(path: Path) -> bool:
-    return path.suffix in (".json", ".safetensors") and path.name != DIGESTS_FILE
+def content_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a local folder that `content_digest` is of, by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.name != DIGESTS_FILE)
 
 
 def _known_or_hashed(key: str, files: Sequence[Path], make: Callable[[Sequence[Path]], str]) -> str:

@@ -13,7 +13,7 @@ from jvgen.models.ivideogpt.torch_map import TRANSFORMER_FIELDS, adapt_transform
 from jvgen.nn.network import Parameters
 from jvgen.reinforcement.config import ImaginationConfig
 from jvgen.storage import Path, as_path
-from jvgen.tasks.world_model import WorldModelConfig
+from jvgen.tasks.world_model import WorldModelConfig, check_trained_with
 from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.reader import CheckpointReader, split_checkpoint
 from jvgen.training.checkpoint.restore import load_for_inference
@@ -33,11 +33,13 @@ def read_pretrained(config: ImaginationConfig, *, check_only: bool = False) -> P
       check_only: compare the configurations and read no weights of a run.
 
     Raises:
-      ConfigError: neither a run of a world model nor an export of one, or networks of other sizes.
+      ConfigError: neither a run of a world model nor an export of one, networks of other sizes, or an export with
+        another tokenizer than that of its transformer.
     """
     folder = as_path(config.pretrained)
     exported = (folder / "tokenizer").is_dir() and (folder / "transformer").is_dir()
     if exported:
+        check_trained_with(folder)
         found = {name: import_folder(folder / name) for name in ("tokenizer", "transformer")}
     else:
         experiment = trained_experiment(folder)

@@ -88,8 +88,8 @@ def export(
     card: str | None = None,
 ) -> Path:
     """Write a text-to-video run as a pipeline that diffusers and `jvgen sample --weights` load, with the run's frozen
-    VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own. Of a run that trains
-    a LoRA, write the LoRA alone, as diffusers loads it.
+    VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own, of a world model
+    with its tokenizer. Of a run that trains a LoRA, write the LoRA alone, as diffusers loads it.
 
     Where diffusers has no pipeline for a text-to-video run (see `jvgen.runs.pipeline_export.obstacles`), its trained
     networks are written, and the reasons printed.
@@ -135,6 +135,9 @@ def export(
     configs = {name: config for name, config in task.network_configs.items() if network in (None, name)}
     weights: Mapping[str, Weights] = {name: parameters[name] for name in configs}
     files: Mapping[str, str | Path] = task.exported_files()
+    if network is not None:
+        # No network beside it.
+        files = {name: text for name, text in files.items() if isinstance(text, str)}
     reasons, notes = [], []
     if network is None and pipeline_export.is_text_to_video(task):
         reasons = pipeline_export.obstacles(task.config, trained_with)

@@ -8,13 +8,12 @@ from jvgen.data.store.sources import open_source, splits
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.plan import ClipSpec
 from jvgen.data.stream.transforms import load_example
-from jvgen.interop.digest import content_digest
 from jvgen.interop.from_torch import import_folder
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.runs.inference import open_run, read_experiment
-from jvgen.storage import Path, as_path, local_copy, read_json_object
-from jvgen.tasks.world_model import TRAINED_WITH, WorldModelConfig
+from jvgen.storage import Path, as_path
+from jvgen.tasks.world_model import WorldModelConfig, check_trained_with
 from jvgen.training.checkpoint.reader import split_checkpoint
 
 
@@ -64,14 +63,7 @@ def _load_exported(folder: Path, frames: int | None, greedy: bool) -> WorldModel
     )
     if not isinstance(tokenizer, CompressiveTokenizerConfig) or not isinstance(transformer, FrameTransformerConfig):
         raise ConfigError(f"{folder}: its tokenizer/ and transformer/ are not those of iVideoGPT.")
-    record = folder / TRAINED_WITH
-    trained_with = read_json_object(local_copy(record)).get("tokenizer") if record.is_file() else None
-    if trained_with not in (None, content_digest(folder / "tokenizer")):
-        raise ConfigError(
-            f"{folder}: its tokenizer/ is not the one that its transformer/ was trained with; token ids would have "
-            "other meanings. Copy the run's task.tokenizer_weights there, or, if the same weights were only saved "
-            f"again, delete {record.name}."
-        )
+    check_trained_with(folder)
     if frames is None:
         frames = _max_frames(tokenizer, transformer.max_positions)
     sampling = SamplingConfig(greedy=greedy)

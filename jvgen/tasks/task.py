@@ -402,8 +402,8 @@ class Task(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} generates single clips, not several views.")
 
-    def exported_files(self) -> dict[str, str]:
-        """Additional text files of an export by relative path (a scheduler's configuration, for instance)."""
+    def exported_files(self) -> dict[str, str | Path]:
+        """Further files of an export by relative path: text (a scheduler's configuration), or local files to copy."""
         return {}
 
     def sequence_length(self, bucket: BucketConfig) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvgen.config import ConfigError
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.source_checks import check_pixels
@@ -18,7 +19,7 @@ from jvgen.evaluation.prediction import best_of
 from jvgen.evaluation.reconstruction import WINDOW, peak_signal_to_noise, structural_similarity
 from jvgen.finite import Clips
 from jvgen.interop.architecture import check_architecture
-from jvgen.interop.digest import content_digest
+from jvgen.interop.digest import content_digest, content_files
 from jvgen.interop.from_torch import import_folder
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.ivideogpt import flops
@@ -30,7 +31,7 @@ from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.models.ivideogpt.world import Prediction, World
 from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.parallel import axes
-from jvgen.storage import as_path
+from jvgen.storage import Path, as_path, local_copy, read_json_object
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.pixels import check_channels, signed_from_unit, unit_from_uint8, unit_to_clips
 from jvgen.tasks.task import (
@@ -51,6 +52,18 @@ DROPOUT_KEY = 48
 ROLLOUT_KEY = 49
 # File of an export with the content digest of the tokenizer that the transformer was trained with.
 TRAINED_WITH = "trained_with.json"
+
+
+def check_trained_with(folder: Path) -> None:
+    """Raise `ConfigError` if an export's tokenizer/ is not the one that its transformer/ was trained with."""
+    record = folder / TRAINED_WITH
+    trained_with = read_json_object(local_copy(record)).get("tokenizer") if record.is_file() else None
+    if trained_with not in (None, content_digest(folder / "tokenizer")):
+        raise ConfigError(
+            f"{folder}: its tokenizer/ is not the one that its transformer/ was trained with; token ids would have "
+            "other meanings. Copy the run's task.tokenizer_weights there, or, if the same weights were only saved "
+            f"again, delete {record.name}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,11 +184,13 @@ class WorldModelTask(Task):
         digests = ["" if weights is None else content_digest(weights), self.perceptual.digest()]
         return "+".join(digest for digest in digests if digest)
 
-    def exported_files(self) -> dict[str, str]:
+    def exported_files(self) -> dict[str, str | Path]:
+        """The tokenizer as it is, and its digest; neither if it is not there any more."""
         weights = self.config.tokenizer_weights
-        if weights is None or not as_path(weights).exists():
+        if weights is None or not as_path(weights).is_dir():
             return {}
-        return {TRAINED_WITH: json.dumps({"tokenizer": content_digest(weights)}) + "\n"}
+        tokenizer = {f"tokenizer/{file.name}": file for file in content_files(local_copy(weights))}
+        return {TRAINED_WITH: json.dumps({"tokenizer": content_digest(weights)}) + "\n", **tokenizer}
 
     # Batches.
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from jvgen.config import ConfigError
 from jvgen.control import play
 from jvgen.data.store.records import Record
 from jvgen.data.store.writer import Writer
@@ -21,8 +22,9 @@ from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
+from jvgen.reinforcement.config import ImaginationConfig
+from jvgen.reinforcement.pretrained import read_pretrained
 from jvgen.runs.inference import open_run
-from jvgen.tasks.world_model import WorldModelConfig
 
 TOKENIZER = CompressiveTokenizerConfig(
     resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
@@ -133,18 +135,23 @@ def test_episode_from_the_keyboard(model, data, jvgen, monkeypatch):
     assert done.status == 0 and "a/d component 0" in done.out and "2 frames" in done.out
 
 
-def test_tokenizer_that_the_transformer_was_not_trained_with(model, data, tmp_path, jvgen):
-    """An export records its tokenizer's digest; another tokenizer of the same shapes is refused."""
+def test_an_exported_run_is_a_whole_world_model(model, data, tmp_path, jvgen):
+    """It is played, and reinforcement learning starts with it; another tokenizer of the same shapes is refused."""
     together, other = tmp_path / "together", tmp_path / "other"
-    shutil.copytree(model, together)
-    task = WorldModelConfig(
-        tokenizer=TOKENIZER, tokenizer_weights=str(together / "tokenizer"), transformer=TRANSFORMER
-    ).build()
-    for name, text in task.exported_files().items():
-        (together / name).write_text(text)
+    text = ADAPTED.format(transformer=TRANSFORMER, tokenizer=TOKENIZER, weights=model / "tokenizer")
+    (tmp_path / "same.py").write_text(text.replace("<Remat.NONE: 'none'>", "Remat.NONE"))
+    run = tmp_path / "run"
+    assert jvgen("import", model / "transformer", "--config", tmp_path / "same.py", "--to", run).status == 0
+    assert jvgen("export", run, "--to", together).status == 0
+    assert jvgen("export", run, "--network", "transformer", "--to", tmp_path / "alone").status == 0
+    assert not (tmp_path / "alone" / "tokenizer").exists()
     (tmp_path / "actions.csv").write_text("0.5,0\n")
     rest = ["--data", data, "--actions", tmp_path / "actions.csv", "--quiet"]
     assert jvgen("play", together, *rest).status == 0
+    imagination = ImaginationConfig(tokenizer=TOKENIZER, transformer=TRANSFORMER, pretrained=str(together))
+    for name, parameters in read_pretrained(imagination).items():
+        jax.tree.map(np.testing.assert_array_equal, parameters, import_folder(model / name)[1])
+
     shutil.copytree(together, other, ignore=shutil.ignore_patterns(DIGESTS_FILE))
     weights = next((other / "tokenizer").glob("*.safetensors"))
     tensors = load_file(weights)
@@ -152,6 +159,8 @@ def test_tokenizer_that_the_transformer_was_not_trained_with(model, data, tmp_pa
     save_file(tensors | {first: tensors[first] + 1}, weights)
     done = jvgen("play", other, *rest)
     assert done.status == 2 and "not the one that its transformer/ was trained with" in done.err
+    with pytest.raises(ConfigError, match="not the one that its transformer/ was trained with"):
+        read_pretrained(imagination.replace(pretrained=str(other)), check_only=True)
 
 
 def test_bad_input(model, data, tmp_path, jvgen):
