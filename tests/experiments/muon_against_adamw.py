@@ -17,7 +17,7 @@ from tests.experiments import small_dit
 OPTIMIZERS = {"adamw": ("adamw", False), "muon": ("muon", False), "muon with blocks": ("muon", True)}
 RATES = {
     "demo": {name: (8e-3, 16e-3, 32e-3, 64e-3) for name in OPTIMIZERS} | {"adamw": (4e-3, 8e-3, 16e-3, 32e-3)},
-    "2b": {"adamw": (2e-3, 4e-3, 8e-3), "muon with blocks": (8e-3, 16e-3, 32e-3)},
+    "2b": {"adamw": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), "muon with blocks": (8e-3, 16e-3, 32e-3, 64e-3)},
 }
 
 
