@@ -1,7 +1,7 @@
 """The demo's image-to-video DiT: a clip of 29 frames of 32x32 pixels from its first frame and a caption, on a CPU.
 
 Should reach: after 280 steps, a first frame at 31.0 dB PSNR to the given one (31.4 is the autoencoder's limit), and
-clips that go on as their captions say (`docs/measured.md`).
+clips whose motion fits their first frame; a caption against the frame is not followed (`docs/measured.md`).
 Chips: a CPU with 2 cores.
 Memory: 1.7 GiB resident at most, with everything else of the process (measured).
 Time: that of `demo_text_to_video.py` and the encoding of a frame; 3.4 to 4.4 s per step were measured on a machine that

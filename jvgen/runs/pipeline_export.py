@@ -50,6 +50,9 @@ def obstacles(config: TextToVideoConfig, trained_with: str | None = None) -> lis
     """
     scheduler = schedulers.Scheduler(config.schedule, config.objective.target, config.sampler)
     config = config.for_prompts()
+    if config.alignment is not None:
+        # Its image encoder is in no pipeline, and need not be there any more; its hash is the run's last one.
+        config, trained_with = config.replace(alignment=None), trained_with and trained_with.rpartition("+")[0]
     rules = (
         (
             config.text.embeddings is None,

@@ -4,7 +4,8 @@
     python -m tests.experiments.image_to_video --run runs/demo/image_to_video --scenes runs/demo/scenes --out i2v.json
 
 Held-out clips of one moving body give the first frame and the caption. Each is continued with its own caption, and with
-that of the opposite direction, which the frame cannot tell.
+that of the opposite direction. In the demo's scenes the place where a body begins gives its direction away, so only the
+second says whether captions are followed.
 """
 
 import argparse

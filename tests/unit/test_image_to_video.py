@@ -85,7 +85,7 @@ def test_requests_that_cannot_be_served(config, changes, words):
 
 
 def test_a_length_that_the_rule_refuses_is_told_with_the_nearest_two():
-    with pytest.raises(ValueError, match="takes|4n \\+ 1 frames; take 5 or 9"):
+    with pytest.raises(ValueError, match="4n \\+ 1 frames; take 5 or 9"):
         CONFIG.replace(vae=None, temporal_compression=4).latent_shape(8, 8, 8)
 
 

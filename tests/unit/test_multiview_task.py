@@ -349,8 +349,13 @@ def test_every_view_has_a_first_frame_of_its_own(parameters, frozen):
         example = example_of(bucket)
         first = example["video"][:, :1] if bucket.views > 1 else np.stack([example["video"][[2]]] * 2)
         np.testing.assert_array_equal(batch["given"][0], first)
-    run = jax.jit(lambda batch: task.loss(weights, frozen, batch, jax.random.key(0))[0])
-    assert np.isfinite(run(batch)) and run(batch) != run({**batch, "given": 255 - batch["given"]})
+    run = jax.jit(jax.value_and_grad(lambda trained, batch: task.loss(trained, frozen, batch, jax.random.key(0))[0]))
+    (value, gradients), (other, _) = run(weights, batch), run(weights, {**batch, "given": 255 - batch["given"]})
+    assert np.isfinite(value) and value != other
+    # The channels of the given frames and the modules between views are trained.
+    of_given = gradients["denoiser"]["patch_embedding"]["projection"]["kernel"].reshape(2, 2, 8, 16)[:, :, 4:]
+    moved = [float(jnp.abs(leaf).max()) for leaf in (of_given, *jax.tree.leaves(gradients["views"]))]
+    assert np.isfinite(moved).all() and moved[0] > 0 and max(moved[1:]) > 0
 
     cameras = Cameras(batch["intrinsics"], batch["extrinsics"])
     request = SampleRequest(3, 8, 8, given_frames=1)

@@ -7,10 +7,12 @@ from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
+from jvgen.models.dinov2.config import Dinov2Config
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
 from jvgen.runs.pipeline_export import notes, obstacles, tokenizer_files
+from jvgen.tasks.alignment import AlignmentConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 
@@ -50,6 +52,20 @@ def test_what_no_pipeline_can_hold_is_named(name):
 def test_every_obstacle_is_listed():
     changes = {field: value for name in ("gates", "image VAE", "shift") for field, value in OBSTACLES[name][0].items()}
     assert len(obstacles(CONFIG.replace(**changes))) == 3
+
+
+def test_the_encoder_of_an_alignment_is_not_missed(monkeypatch):
+    """It is in no pipeline; the other frozen networks are compared with those of the run."""
+    aligned = CONFIG.replace(alignment=AlignmentConfig(encoder=Dinov2Config(), weights="none/dinov2", layer=0))
+    assert ["none/encoder" in one for one in obstacles(aligned)] == [True]
+    monkeypatch.setattr(TextToVideoConfig, "check_weights", lambda self: None)
+    monkeypatch.setattr("jvgen.tasks.text_to_video.content_digest", str)
+    monkeypatch.setattr("jvgen.tasks.text.content_digest", str)
+    trained_with = aligned.build().frozen_digest()
+    assert trained_with.endswith("none/vae+none/dinov2")
+    assert obstacles(aligned, trained_with) == []
+    (found,) = obstacles(aligned, trained_with.replace("none/vae", "other/vae"))
+    assert "another content hash" in found
 
 
 @pytest.mark.parametrize(

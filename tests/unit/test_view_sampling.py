@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jvgen import config
 from jvgen.data.builders.scenes import build_scenes
@@ -64,6 +65,27 @@ def test_both_kinds_of_batches_are_trained_on(changes, tmp_path, jvgen):
     assert done.status == 0, done.err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["bucket"] for row in rows] == ["1x5x16x16", "1x3x16x16"]
+
+
+@pytest.mark.slow
+def test_views_are_trained_and_made_with_a_first_frame_of_each(changes, tmp_path, jvgen):
+    words = [*changes, "task.condition=first_frame", "task.denoiser.in_channels=8", "task.caption_dropout=0"]
+    words = [word for change in words for word in ("--set", change)]
+    done = jvgen("train", CONFIG, *words, "--workdir", tmp_path / "run")
+    assert done.status == 0, done.err
+    images = []
+    for view, color in enumerate(((220, 30, 30), (30, 30, 220))):
+        images += ["--image", tmp_path / f"{view}.png"]
+        Image.fromarray(np.full((16, 16, 3), color, np.uint8)).save(images[-1])
+    asked = ("sample", tmp_path / "run", "--prompt", "a red ball", "--cameras", "circle", "--views", 2)
+    done = jvgen(*asked, *images, "--out", tmp_path / "clips")
+    assert done.status == 0, done.err
+    clips = {path.name for path in (tmp_path / "clips").glob("*/view_*.mp4")}
+    assert clips == {"view_0.mp4", "view_1.mp4"}
+    done = jvgen(*asked, "--out", tmp_path / "none")
+    assert done.status == 2 and "--image FILE" in done.err
+    done = jvgen(*asked, *images, *images[:2], "--out", tmp_path / "three")
+    assert done.status == 2 and "--image is given 3 times for 2 views" in done.err
 
 
 def test_views_of_a_named_path(run, jvgen, tmp_path):
