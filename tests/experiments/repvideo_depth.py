@@ -5,7 +5,8 @@
 
 At each depth the width is chosen for about the same number of parameters. Every form is trained from scratch, and from
 the CogVideoX of the same depth and seed, as the paper does; all runs of a depth and seed see the same clips in the same
-order. A line is kept for every run that is done, and no run is done twice.
+order. A line is kept for every run that is done, and no run is done twice. `--continued-only` leaves out the other
+forms from scratch; `--figure FILE` draws by how much the training loss of each form is over CogVideoX's, step by step.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jvgen.models.video_dit.config import AggregationConfig
 from jvgen.runs.evaluation import evaluate_run
@@ -55,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=240, help="of a run from scratch")
     parser.add_argument("--more", type=int, default=120, help="steps of a run from the CogVideoX of these steps")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), help="besides CogVideoX")
+    parser.add_argument("--continued-only", action="store_true", help="from scratch train CogVideoX alone")
+    parser.add_argument("--figure", type=Path, help="picture to draw, PNG")
     chosen = parser.parse_args(arguments)
     chosen.workdir.mkdir(parents=True, exist_ok=True)
     kept = chosen.workdir / "runs.jsonl"
@@ -62,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for seed in map(int, chosen.seeds.split(",")):
         for layers in map(int, chosen.layers.split(",")):
             for start in ("scratch", BASELINE):
-                for form in FORMS:
+                for form in forms_of(chosen, start):
                     which = {"layers": layers, "start": start, "form": form, "seed": seed}
                     if any(all(row[key] == value for key, value in which.items()) for row in rows):
                         continue
@@ -70,8 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     with kept.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
                     chosen.out.write_text(report(chosen, rows))
+    chosen.out.write_text(report(chosen, rows))
+    if chosen.figure:
+        draw(chosen.workdir, rows, chosen.figure)
     print(chosen.out.read_text())
     return 0
+
+
+def forms_of(chosen: argparse.Namespace, start: str) -> list[str]:
+    """What is trained from a start, CogVideoX first: the others are compared with it."""
+    others = [] if chosen.continued_only and start == "scratch" else chosen.forms
+    return [form for form in FORMS if form == BASELINE or form in others]
 
 
 def measure(chosen: argparse.Namespace, layers: int, start: str, form: str, seed: int) -> dict[str, Any]:
@@ -155,6 +170,53 @@ def report(chosen: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
                 ]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def draw(workdir: Path, rows: Sequence[dict[str, Any]], path: Path, window: int = 20) -> None:
+    """Draw, per depth and form, training losses over those of CogVideoX on the same clips and noise.
+
+    Args:
+      workdir: of the runs.
+      rows: of the runs that are done.
+      path: PNG file to write.
+      window: steps that each point is the mean of.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    starts = [
+        start for start in ("scratch", BASELINE) if any(r["start"] == start and r["form"] != BASELINE for r in rows)
+    ]
+    depths = sorted({row["layers"] for row in rows})
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure = Figure(figsize=(3.2 * len(depths), 2.9 * len(starts)), layout="constrained")
+        grid = figure.subplots(len(starts), len(depths), sharey="row", squeeze=False)
+        for axes_of, start in zip(grid, starts, strict=True):
+            for axes, layers in zip(axes_of, depths, strict=True):
+                axes.axhline(0.0, color="gray", linewidth=0.8)
+                axes.set_title(f"{layers} layers, from {start}", fontsize=10)
+                axes.set_xlabel("step")
+                for color, form in zip(
+                    ("#3d6db5", "#c2541d", "#5b8f3a"), [f for f in FORMS if f != BASELINE], strict=True
+                ):
+                    seeds = [r["seed"] for r in rows if (r["layers"], r["start"], r["form"]) == (layers, start, form)]
+                    if not seeds:
+                        continue
+                    over = np.mean([_over(workdir, layers, start, form, seed) for seed in seeds], axis=0)
+                    smooth = np.convolve(over, np.ones(window) / window, mode="valid")
+                    axes.plot(np.arange(len(smooth)) + window, smooth, color=color, linewidth=1.5, label=form)
+            axes_of[0].set_ylabel("loss over CogVideoX's")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _over(workdir: Path, layers: int, start: str, form: str, seed: int) -> np.ndarray:
+    one, other = (
+        [json.loads(line)["loss"] for line in (folder(workdir, layers, start, name, seed) / "metrics.jsonl").open()]
+        for name in (form, BASELINE)
+    )
+    return np.subtract(one, other)
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
