@@ -20,7 +20,8 @@ TRAIN_SCENES, HELD_OUT_SCENES = 400, 32
 TOKENIZER_STEPS, WORLD_STEPS = 300, 220
 # One action a row: a cube is pushed along the two axes of the ground.
 PUSHES = {"push_right": (1.0, 0.0), "push_left": (-1.0, 0.0), "push_up": (0.0, 1.0), "push_down": (0.0, -1.0)}
-PUSH_STEPS = 8
+# Few: a cube that is pushed on leaves the picture.
+PUSH_STEPS = 4
 EPISODES, ACTIONS = 2, 15
 SEARCH = ("samples=32", "iterations=2", "horizon=6", "correlation=0.3", "elites=0.1", "standard_deviation=1.0")
 WAYS = ("model", "simulator", "random")
@@ -32,7 +33,7 @@ ABOUT = {
     "train_world": ("trains the transformer that predicts ids from actions; stopped by SIGTERM, and resumed", 150),
     "evaluate_world": ("measures predictions of held-out clips, beside repeating the last frame", 20),
     "export_world": ("writes both networks as folders that `jvgen play` and `jvgen plan` take", 5),
-    **{name: ("plays the model from one recorded start: the same push eight times", 15) for name in PUSHES},
+    **{name: ("plays the model from one recorded start: the same push four times", 15) for name in PUSHES},
     "plan_model": ("plans in the model to drive the cube to goal images", 60),
     "plan_simulator": ("plans in the simulator itself: what a perfect model would reach", 10),
     "plan_random": ("takes random actions: what no model reaches", 5),

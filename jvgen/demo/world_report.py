@@ -14,7 +14,7 @@ from jvgen.evaluation.report import Report
 FRAMES_PER_SECOND = 6.0
 # A pixel belongs to the cube where it is this much redder than green and blue, of 255.
 REDDER = 50
-# Pixels: what moved less did not follow a push.
+# Pixels: bodies that are nearer did not follow opposite pushes.
 MOVED = 1.5
 
 
@@ -36,7 +36,7 @@ def write_report(
     played = {name: read_clip(workdir / "played" / f"{name}.mp4") for name in pushes}
     moved = {name: displacement(clip) for name, clip in played.items()}
     opposite = {
-        f"{one} and {other}": followed(moved[one], moved[other])
+        f"{one} and {other}": followed(pushes[one], moved[one], moved[other])
         for one, other in zip(list(pushes)[::2], list(pushes)[1::2], strict=True)
     }
     plans = {way: json.loads((workdir / "plans" / way / "summary.json").read_text()) for way in ways}
@@ -79,8 +79,9 @@ def write_report(
     report.section("Pushes")
     followed_all = all(opposite.values())
     report.text(
-        "The model imagines what follows one recorded start when the cube is pushed in the same direction eight times. "
-        + ("Opposite pushes move it to opposite sides." if followed_all else "FAILED: " + _not_followed(opposite))
+        "The model imagines what follows one recorded start when the cube is pushed in the same direction again and "
+        "again: to the right and left of the camera, away from it (up) and toward it. "
+        + ("Opposite pushes part it, each to its side." if followed_all else "FAILED: " + _not_followed(opposite))
     )
     report.clips(
         {name.replace("_", " "): [clip] for name, clip in played.items()},
@@ -125,11 +126,18 @@ def displacement(clip: np.ndarray) -> tuple[float | None, float | None]:
     return float(last[1] - first[1]), float(last[0] - first[0])
 
 
-def followed(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
-    """Whether two displacements are opposite: they differ by more than `MOVED` pixels along one axis, across zero."""
+def followed(push: Sequence[float], one: Sequence[float | None], other: Sequence[float | None]) -> bool:
+    """Whether a push and its opposite part the body by more than `MOVED` pixels, each to its side.
+
+    Args:
+      push: an action along one axis, the camera's right or the direction that it looks in, which is up in a frame.
+      one: displacement that follows it; see `displacement`.
+      other: displacement that follows its opposite.
+    """
     if None in one or None in other:
         return False
-    return any(a * b < 0 and abs(a - b) > MOVED for a, b in zip(one, other, strict=True))
+    axis, side = (0, push[0]) if push[0] else (1, -push[1])
+    return side * (one[axis] - other[axis]) > MOVED
 
 
 def _middle(frame: np.ndarray) -> np.ndarray | None:
@@ -148,4 +156,4 @@ def _share(plan: Mapping[str, float]) -> str:
 
 def _not_followed(opposite: Mapping[str, bool]) -> str:
     names = [name.replace("_", " ") for name, right in opposite.items() if not right]
-    return f"{'; '.join(names)} do not move it to opposite sides."
+    return f"{'; '.join(names)} do not part it."

@@ -222,20 +222,25 @@ def test_commands_of_the_other_demos_parse(tmp_path, monkeypatch, made):
         assert [parsed[f"plan_{way}"].way for way in world.WAYS] == list(world.WAYS)
 
 
-def moving_square(right: int, color: tuple[int, int, int] = (230, 30, 30), frames: int = 5) -> np.ndarray:
-    """A square that moves along a row over gray, uint8 `F 32 32 3`."""
+def moving_square(
+    right: int, color: tuple[int, int, int] = (230, 30, 30), frames: int = 5, down: int = 0
+) -> np.ndarray:
+    """A square that moves over gray, uint8 `F 32 32 3`."""
     clip = np.full((frames, 32, 32, 3), 120, np.uint8)
     for frame in range(frames):
-        clip[frame, 12:18, 12 + right * frame : 18 + right * frame] = color
+        x, y = 12 + right * frame, 12 + down * frame
+        clip[frame, y : y + 6, x : x + 6] = color
     return clip
 
 
 def test_pushes_are_followed_or_not():
     right, left, still = (world_report.displacement(moving_square(step)) for step in (2, -2, 0))
     assert right == (8.0, 0.0) and left == (-8.0, 0.0)
-    assert world_report.followed(right, left) and not world_report.followed(right, still)
+    assert world_report.followed((1.0, 0.0), right, left) and not world_report.followed((1.0, 0.0), left, right)
+    assert not world_report.followed((1.0, 0.0), still, still) and not world_report.followed((0.0, 1.0), right, left)
+    assert world_report.followed((0.0, 1.0), (0.0, -3.0), (0.0, 3.0))  # away from the camera is up
     gone = world_report.displacement(np.full((3, 32, 32, 3), 90, np.uint8))
-    assert gone == (None, None) and not world_report.followed(right, gone)
+    assert gone == (None, None) and not world_report.followed((1.0, 0.0), right, gone)
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -249,8 +254,8 @@ def test_the_report_of_a_world_model_shows_failures(tmp_path, works):
         summary = {"episodes": 1, "success": float(works), "return": 0.75, "plans_per_second": 0.5}
         (folder / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "played").mkdir()
-    for number, name in enumerate(world.PUSHES):
-        clip = moving_square((2 if number % 2 else -2) if works else 1)
+    for name, push in world.PUSHES.items():
+        clip = moving_square(2 * int(push[0]), down=-2 * int(push[1])) if works else moving_square(1)
         (tmp_path / "played" / f"{name}.mp4").write_bytes(encode_video(clip, 10.0))
     for run in ("tokenizer", "world"):
         (tmp_path / run).mkdir()
