@@ -3,7 +3,7 @@
 Should reach: not run yet.
 Chips: a CPU with 2 cores, or any GPU.
 Memory: not measured.
-Time: TIME_VAE
+Time: not measured.
 Data: all shapes, colors and camera motions over textured grounds:
 
     jvgen data build scenes --out runs/shown/scenes --train 6000 --validation 200 --set frames=16 --set height=64 \\

@@ -3,7 +3,7 @@
 Should reach: not run yet.
 Chips: a CPU with 2 cores, or any GPU.
 Memory: not measured.
-Time: TIME_DIT
+Time: not measured.
 Data: that of `shown_image_vae.py`, encoded by its VAE:
 
     jvgen export runs/shown/image_vae --to runs/shown/export/image_vae
