@@ -19,8 +19,9 @@ _CALL = re.compile(r'"custom_call_config":\{"body":"([^"]*)"')
 _ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:")
 # Regions below are control flow.
 _SMALL = 100
-# A region is the body of a grid step if it holds this share of all matrix products of the kernel.
-_MOST = 0.9
+# A region is the body of a grid step if it holds this share of all matrix products of the kernel, or of its share where
+# there are several copies of the body: the compiler does not make them alike.
+_MOST, _MOST_OF_COPIES = 0.9, 0.8
 # Kernels with several copies of their body, of which one runs in each grid step: with and without a mask, with and
 # without a running maximum. The shortest is counted.
 _COPIES = {"attention_forward": 2, "attention_forward_masked": 4, "attention_backward_masked": 2}
@@ -35,11 +36,13 @@ class Bundles:
       step: of every grid step.
       row: of what runs once per row of the grid only (first and last step along the innermost axis).
       use: share of the bundles of a step that use a unit (an entry of `UNITS`), of the slots that a bundle has for it.
+      longest_step: of a grid step that takes the longest copy of the body.
     """
 
     step: int
     row: int
     use: dict[str, float]
+    longest_step: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +67,11 @@ class Kernel:
     bundles: Bundles
     grid: Grid
 
-    def cycles(self, cores: int) -> int:
-        """Cycles of one call on a device of so many TensorCores."""
+    def cycles(self, cores: int, longest: bool = False) -> int:
+        """Cycles of one call on a device of so many TensorCores; `longest` counts the longest copy of the body."""
         steps, innermost = self.grid.steps(cores), self.grid.sizes[-1] if self.grid.sizes else 1
-        return steps * self.bundles.step + steps // max(1, innermost) * self.bundles.row
+        step = self.bundles.longest_step if longest else self.bundles.step
+        return steps * step + steps // max(1, innermost) * self.bundles.row
 
 
 def read(module: Module, folder: str | Path) -> dict[str, Kernel]:
@@ -95,7 +99,9 @@ def read(module: Module, folder: str | Path) -> dict[str, Kernel]:
 
 
 def _copies(name: str) -> int:
-    return _COPIES.get(re.sub(r"[.\d]*$", "", name), 1)
+    # As "attention_forward.3"; where it is differentiated, as "transpose_jvp_attention_backward_masked__.1".
+    kernel = re.search(r"(?<!epipolar_)attention_(forward|backward)(_masked)?", name)
+    return _COPIES.get(kernel.group(), 1) if kernel else 1
 
 
 def grid(body: bytes) -> Grid:
@@ -142,10 +148,10 @@ def count(bundles_file: str, usage_file: str, copies: int = 1) -> Bundles:
                 regions.append((begun.pop(name), address))
     regions = [(first, last) for first, last in regions if last - first >= _SMALL]
     products = [row[0] for row in usage]
-    wanted = _MOST * sum(products) / copies
+    wanted = (_MOST if copies == 1 else _MOST_OF_COPIES) * sum(products) / copies
     bodies = [region for region in regions if sum(products[region[0] : region[1] + 1]) >= wanted]
     if not bodies:
-        return Bundles(len(usage), 0, _use(usage, slots))
+        return Bundles(len(usage), 0, _use(usage, slots), len(usage))
     first, last = min(bodies, key=lambda region: region[1] - region[0])
     beside = [region for region in regions if region[1] < first or region[0] > last]
     outer = [r for r in beside if not any(o != r and o[0] <= r[0] and r[1] <= o[1] for o in beside)]
@@ -153,7 +159,11 @@ def count(bundles_file: str, usage_file: str, copies: int = 1) -> Bundles:
     for region in outer:
         sizes[region in bodies] += region[1] - region[0]
     # Other copies of the body do not run in this step.
-    return Bundles(len(usage) - sizes[True] - sizes[False], sizes[False], _use(usage[first : last + 1], slots))
+    step = len(usage) - sizes[True] - sizes[False]
+    # A body may have regions around it, of which each has all products too.
+    apart = [region for region in bodies if region == (first, last) or region in outer]
+    longer = max(region[1] - region[0] for region in apart) - (last - first)
+    return Bundles(step, sizes[False], _use(usage[first : last + 1], slots), step + longer)
 
 
 def _use(rows: list[list[int]], slots: list[int]) -> dict[str, float]:

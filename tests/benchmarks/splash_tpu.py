@@ -1,81 +1,110 @@
-"""Cycles of attention's kernels on TPUs at RepVideo-2B's shapes (49x480x720), from the programs that libtpu makes.
+"""Cycles of attention's kernels on TPUs at the shapes of calls of this library, from the programs that libtpu makes.
 
 libtpu writes the final VLIW bundles of every Pallas kernel; a bundle is a cycle. Counted is the body of a grid step and
 what surrounds it, not waiting for memory, so the numbers compare kernels of one chip and are no times. The blocks in
 `jvgen.kernels.attention.flash_tpu` are the best of those that are tried here.
+
+    python -m tests.benchmarks splash_tpu
+    python -m tests.benchmarks.splash_tpu v5p clip 64 896,1792,896 splash  # one chip, call and head width
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 from tests.benchmarks.machine import Settings
 from tests.benchmarks.report import Result
 
-# Rows of one device of 4 that share a clip, all keys, keys that are not padding, heads.
-QUERIES, KEYS, VALID, HEADS = 4480, 17920, 17776, 2
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Queries, keys and keys that are not padding, head widths, and kinds of kernel that are tried."""
+
+    queries: int
+    keys: int
+    valid: int
+    widths: tuple[int, ...]
+    kinds: tuple[str, ...]
+    causal: bool = False
+
+
+HEADS = 2
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-WIDTHS = (64, 128)
-# Tokens per grid step of queries and of keys, and keys per product.
-BLOCKS = ((896, 1792, 128), (896, 1792, 256), (896, 1792, 896), (896, 896, 896), (640, 1792, 256), (1152, 1792, 128))
+# Tokens per grid step of queries and of keys, and keys per product, at most.
+BLOCKS = ("896,1792,128", "896,1792,256", "896,1792,896", "896,896,896", "1152,1792,256", "512,512,512", "512,1792,256")
 # JAX's splash attention with one fused backward kernel, and that of tokamax, in blocks of 896.
 OTHERS = ("splash", "tokamax", "tokamax_fixed")
+BOTH = ("default", "splash")
+CALLS = {
+    # 49x480x720: rows of one device of 4 that share a clip.
+    "clip": Call(4480, 17920, 17776, (64, 128, 256), (*BLOCKS, *BOTH, *OTHERS[1:])),
+    "17x256x256": Call(1536, 1536, 1506, (64, 128), BOTH),
+    "512 keys": Call(4480, 512, 512, (64, 128), BOTH),
+    "causal": Call(768, 768, 768, (64, 128), BOTH, causal=True),
+    "long causal": Call(4096, 4096, 4096, (64, 128), BOTH, causal=True),
+    "VAE": Call(5400, 5400, 5400, (512,), BOTH),
+}
 
 
 def run(settings: Settings) -> Result:
-    """Compile forward and backward kernels of each kind for each chip and head width."""
-    chips, widths = (("v5e",), (64,)) if settings.quick else (CHIPS, WIDTHS)
-    kinds = ["896,1792,256"] if settings.quick else [*(",".join(map(str, blocks)) for blocks in BLOCKS), *OTHERS]
-    rows = [row for chip in chips for row in _compiled(chip, widths, kinds)]
+    """Compile forward and backward kernels of each kind for each chip, call and head width."""
+    chips = ("v5e",) if settings.quick else CHIPS
+    calls = {"512 keys": CALLS["512 keys"]} if settings.quick else CALLS
+    rows = [
+        row
+        for chip in chips
+        for name, call in calls.items()
+        for width in call.widths
+        for row in _compiled(chip, name, width, call.kinds)
+    ]
     best = {}
     for row in rows:
-        at = row["chip"], row["head width"]
+        at = row["chip"], row["call"], row["head width"]
         if row["kind"][0].isdigit() and "problem" not in row:
             best[at] = min(best.get(at, row), row, key=lambda row: row["forward"] + row["backward"])
     return Result(
         title="VLIW bundles per million scores of one TensorCore, forward and backward",
-        settings={"queries": QUERIES, "keys": KEYS, "valid": VALID},
+        settings={name: f"{call.queries} x {call.keys}, {call.valid} valid" for name, call in calls.items()},
         rows=rows,
-        shown=("chip", "head width", "kind", "forward", "backward", "temporary_MiB", "problem"),
+        shown=("chip", "call", "head width", "kind", "forward", "at_most", "backward", "temporary_MiB", "problem"),
         notes=(
             "kind: tokens per grid step of queries and of keys, and keys per product; or another library's kernel",
-            *(f"best blocks on {chip} for heads of {width}: {row['kind']}" for (chip, width), row in best.items()),
+            "at_most: forward, with a running maximum and a mask in every block",
+            *(f"best blocks on {at[0]}, {at[1]}, heads of {at[2]}: {row['kind']}" for at, row in best.items()),
         ),
     )
 
 
-def _compiled(chip: str, widths: tuple[int, ...], kinds: list[str]) -> list[dict[str, Any]]:
+def _compiled(chip: str, call: str, width: int, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.benchmarks.splash_tpu", chip, call, str(width), *kinds]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    died = (done.stderr.strip().splitlines() or ["failed"])[-1]
     rows = []
-    for width in widths:
-        command = [sys.executable, "-m", "tests.benchmarks.splash_tpu", chip, str(width), *kinds]
-        done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-        found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-        died = (done.stderr.strip().splitlines() or ["failed"])[-1]
-        for kind in kinds:
-            numbers, _, problem = found.get(kind, f"| {died}").partition("|")
-            words = (word.split("=") for word in numbers.split())
-            row = {"chip": chip, "head width": width, "kind": kind, "problem": problem.strip()[:60] or None}
-            rows.append(row | {name: int(value) for name, value in words})
-            row = rows[-1]
-            if row["problem"] is None:
-                del row["problem"]
+    for kind in kinds:
+        numbers, _, problem = found.get(kind, f"| {died}").partition("|")
+        words = (word.split("=") for word in numbers.split())
+        row = {"chip": chip, "call": call, "head width": width, "kind": kind}
+        rows.append(row | ({"problem": problem.strip()[:60]} if problem else {name: int(v) for name, v in words}))
     return rows
 
 
-def _compile(chip: str, width: str, *kinds: str) -> None:
+def _compile(chip: str, call: str, width: str, *kinds: str) -> None:
     """In the child process: compile each kind, and print its bundles per million scores."""
     from jvgen.parallel import libtpu
 
     with libtpu.writing_bundles():
         for kind in kinds:
             try:
-                print(kind, _numbers(chip, int(width), kind), flush=True)
+                print(kind, _numbers(chip, CALLS[call], int(width), kind), flush=True)
             except Exception as error:
                 print(kind, "|", f"{type(error).__name__}: {error}".splitlines()[0], flush=True)
 
 
-def _numbers(chip: str, width: int, kind: str) -> str:
+def _numbers(chip: str, call: Call, width: int, kind: str) -> str:
     import jax
     import jax.numpy as jnp
 
@@ -85,23 +114,31 @@ def _numbers(chip: str, width: int, kind: str) -> str:
 
     place = jax.sharding.SingleDeviceSharding(topology.describe(CHIPS[chip]).devices[0])
     attend = _other(kind) if kind in OTHERS else flash_tpu.attention
-    if kind not in OTHERS:
-        flash_tpu.DEFAULT_BLOCKS = tuple(map(int, kind.split(",")))
+    largest = tuple(map(int, kind.split(","))) if kind[0].isdigit() else flash_tpu.largest_blocks(width)
 
     def tokens(length: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, length, HEADS, width), jnp.bfloat16, sharding=place)
 
+    options = {"scale": width**-0.5, "valid_length": call.valid, "causal": call.causal}
+
     def both(query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array) -> tuple:
-        output, pull = jax.vjp(lambda *a: attend(*a, scale=width**-0.5, valid_length=VALID), query, key, value)
+        output, pull = jax.vjp(lambda *a: attend(*a, **options), query, key, value)
         return output, pull(gradient)
 
-    compiled = jax.jit(both).lower(tokens(QUERIES), tokens(KEYS), tokens(KEYS), tokens(QUERIES)).compile()
+    queries, keys = tokens(call.queries), tokens(call.keys)
+    with mock.patch.object(flash_tpu, "largest_blocks", lambda _: largest):
+        compiled = jax.jit(both).lower(queries, keys, keys, queries).compile()
     kernels = kernel_cycles.read(hlo.parse(compiled.as_text()), libtpu.bundles_folder())
-    per_million = 1e6 / (HEADS * QUERIES * KEYS)
+    per_million = 1e6 / (HEADS * call.queries * call.keys)
     cycles = {name: kernel.cycles(1) * per_million for name, kernel in kernels.items()}
-    forward = sum(value for name, value in cycles.items() if "fwd" in name or "forward" in name)
-    temporary = compiled.memory_analysis().temp_size_in_bytes >> 20
-    return f"forward={forward:.0f} backward={sum(cycles.values()) - forward:.0f} temporary_MiB={temporary}"
+    forward = [name for name in cycles if "fwd" in name or "forward" in name]
+    found = {
+        "forward": sum(cycles[name] for name in forward),
+        "at_most": sum(kernels[name].cycles(1, longest=True) * per_million for name in forward),
+        "backward": sum(cycles.values()) - sum(cycles[name] for name in forward),
+        "temporary_MiB": compiled.memory_analysis().temp_size_in_bytes >> 20,
+    }
+    return " ".join(f"{name}={value:.0f}" for name, value in found.items())
 
 
 def _other(kind: str) -> Any:

@@ -59,11 +59,14 @@ def refusal(device_kind: str) -> str:
 
 def blocks(query_length: int, key_length: int, width: int) -> tuple[int, int, int]:
     """Tokens per grid step of queries and of keys, and keys per product, for heads of `width` channels."""
-    largest = DEFAULT_BLOCKS
-    if width > LANES:
-        largest = tuple(min(size, WIDE_BLOCK) for size in largest)
+    largest = largest_blocks(width)
     query_block, key_block = block_size(query_length, largest[0]), block_size(key_length, largest[1])
     return query_block, key_block, max(n for n in range(LANES, largest[2] + 1, LANES) if key_block % n == 0)
+
+
+def largest_blocks(width: int) -> tuple[int, int, int]:
+    """What `blocks` has at most."""
+    return DEFAULT_BLOCKS if width <= LANES else tuple(min(size, WIDE_BLOCK) for size in DEFAULT_BLOCKS)
 
 
 def _factors(scale: float) -> tuple[float, float]:
