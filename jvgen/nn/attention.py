@@ -31,7 +31,7 @@ class AttentionKernel(enum.Enum):
     CPU = "cpu"  # one head at a time, float32
     GPU = "gpu"  # cuDNN
     TPU = "tpu"  # Pallas splash attention of JAX
-    FLASH_TPU = "flash_tpu"  # Pallas kernels of this project, which can go around a ring; AUTO never takes them
+    FLASH_TPU = "flash_tpu"  # Pallas kernels of this project, which can go around a ring
     TOKAMAX = "tokamax"  # splash attention of the package tokamax, for TPUs; AUTO never takes it
     TOKAMAX_FIXED = "tokamax_fixed"  # the same with a fixed maximum: for networks that normalize queries and keys
 
@@ -64,6 +64,7 @@ def choose(
     key_length: int,
     bias: bool = False,
     gpu_refusal: str = "",
+    flash_refusal: str = "",
 ) -> Choice:
     """The kernel that AUTO stands for.
 
@@ -73,6 +74,8 @@ def choose(
       query_length, key_length: tokens.
       bias: whether there is a bias on the scores.
       gpu_refusal: why the GPUs' own kernel cannot take these arrays, see `jvgen.kernels.attention.gpu.refusal`.
+      flash_refusal: why this project's kernels for TPUs are not taken, see `refusal` and `slower` of
+        `jvgen.kernels.attention.flash_tpu`.
     """
     name = jnp.dtype(dtype).name
     short = key_length < SHORT_LENGTH and query_length <= 4 * SHORT_LENGTH
@@ -83,9 +86,11 @@ def choose(
     if platform == "tpu":
         if short:
             return Choice(AttentionKernel.REFERENCE, f"TPU devices, fewer than {SHORT_LENGTH} keys")
-        if name == "bfloat16":
-            return Choice(AttentionKernel.TPU, "TPU devices")
-        return Choice(AttentionKernel.CHUNKED, "TPU devices; tpu refused: the splash kernel would multiply in bfloat16")
+        if name != "bfloat16":
+            return Choice(AttentionKernel.CHUNKED, "TPU devices; flash_tpu and tpu refused: they multiply in bfloat16")
+        if flash_refusal:
+            return Choice(AttentionKernel.TPU, f"TPU devices; flash_tpu refused: {flash_refusal}")
+        return Choice(AttentionKernel.FLASH_TPU, "TPU devices")
     if not gpu_refusal:
         return Choice(AttentionKernel.GPU, "CUDA devices")
     if short:
@@ -174,13 +179,16 @@ def _choice(kernel: AttentionKernel, query: jax.Array, key: jax.Array, bias: boo
         check_platform("attention", kernel.value, _MADE_FOR[kernel], platform)
     if platform not in ("cpu", "tpu") and kernel in (AttentionKernel.AUTO, AttentionKernel.GPU):
         refused = gpu.refusal(axes.device(), query.shape, key.shape[1], query.dtype, causal=causal, bias=bias)
+    kind = axes.device().device_kind
+    flash_refused = flash_tpu.refusal(kind)
     if kernel is AttentionKernel.AUTO:
-        lengths = {"query_length": query.shape[1], "key_length": key.shape[1]}
-        return choose(platform, dtype=query.dtype, **lengths, bias=bias, gpu_refusal=refused)
+        flash_refused = flash_refused or flash_tpu.slower(kind, query.shape[3])
+        options = {"query_length": query.shape[1], "key_length": key.shape[1], "bias": bias}
+        return choose(platform, dtype=query.dtype, **options, gpu_refusal=refused, flash_refusal=flash_refused)
     if kernel is AttentionKernel.GPU and refused:
         raise ConfigError(f"attention = gpu: {refused}; use auto or chunked.")
-    if kernel is AttentionKernel.FLASH_TPU and (refused := flash_tpu.refusal(axes.device().device_kind)):
-        raise ConfigError(f"attention = flash_tpu: {refused}; use auto.")
+    if kernel is AttentionKernel.FLASH_TPU and flash_refused:
+        raise ConfigError(f"attention = flash_tpu: {flash_refused}; use auto.")
     if kernel in (AttentionKernel.TOKAMAX, AttentionKernel.TOKAMAX_FIXED):
         tokamax_splash.splash()
     return Choice(kernel, "as configured")

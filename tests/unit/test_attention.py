@@ -224,6 +224,20 @@ def test_chips_with_little_vmem_are_refused(kind, refused):
     assert bool(flash_tpu.refusal(kind)) == refused
 
 
+@pytest.mark.parametrize(
+    "kind,width,better",
+    [
+        ("TPU v5", 512, False),
+        ("TPU v5 lite", 128, False),
+        ("TPU v5 lite", 256, True),
+        ("TPU v6 lite", 256, True),
+        ("TPU v6 lite", 64, False),
+    ],
+)
+def test_where_splash_takes_fewer_cycles(kind, width, better):
+    assert bool(flash_tpu.slower(kind, width)) == better
+
+
 def test_flash_kernel_in_bfloat16(key):
     inputs = arrays(key, length=128, keys=1024, heads=1, width=64, batch=1, dtype=jnp.bfloat16)
     options = {"scale": 0.125, "valid_length": 1000}
@@ -313,7 +327,8 @@ CHOICES = [
     ("cpu", "float32", 1024, False, "", AttentionKernel.CPU),
     ("cpu", "bfloat16", 16, False, "", AttentionKernel.CPU),
     ("cpu", "float32", 64, True, "", AttentionKernel.REFERENCE),
-    ("tpu", "bfloat16", 17920, False, "", AttentionKernel.TPU),
+    ("tpu", "bfloat16", 17920, False, "", AttentionKernel.FLASH_TPU),
+    ("tpu", "bfloat16", 17920, False, "16 MiB of VMEM", AttentionKernel.TPU),
     ("tpu", "bfloat16", 226, False, "", AttentionKernel.REFERENCE),
     ("tpu", "float32", 17920, False, "", AttentionKernel.CHUNKED),
     ("gpu", "bfloat16", 17920, False, "", AttentionKernel.GPU),
@@ -326,7 +341,8 @@ CHOICES = [
 @pytest.mark.parametrize("platform,dtype,length,bias,refused,kernel", CHOICES)
 def test_automatic_choice(platform, dtype, length, bias, refused, kernel):
     lengths = {"query_length": length, "key_length": length}
-    choice = choose(platform, dtype=jnp.dtype(dtype), **lengths, bias=bias, gpu_refusal=refused)
+    refusals = {"flash_refusal" if platform == "tpu" else "gpu_refusal": refused}
+    choice = choose(platform, dtype=jnp.dtype(dtype), **lengths, bias=bias, **refusals)
     assert choice.kernel is kernel and choice.reason and refused in choice.reason
 
 

@@ -57,6 +57,15 @@ def refusal(device_kind: str) -> str:
     return f"{device_kind} has 16 MiB of VMEM, the kernels take {flash_tpu_kernels.VMEM_BYTES >> 20}" if old else ""
 
 
+def slower(device_kind: str, width: int) -> str:
+    """Why splash attention takes fewer cycles on a kind of device, for heads of `width` channels; empty if it does not.
+
+    Tables of cycles by chip and call: `docs/measured.md`.
+    """
+    wide = width > LANES and re.fullmatch(r"TPU v5( lite|e)|TPU v6.*", device_kind)
+    return f"splash attention takes fewer cycles for heads wider than {LANES} on {device_kind}" if wide else ""
+
+
 def blocks(query_length: int, key_length: int, width: int) -> tuple[int, int, int]:
     """Tokens per grid step of queries and of keys, and keys per product, for heads of `width` channels."""
     largest = largest_blocks(width)
