@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jvgen.config import ConfigError
 from jvgen.kernels.attention import chunked, cpu, flash_tpu, gpu, reference, tokamax_splash, tpu
 from jvgen.nn import kernel_report, sequence_parallel
+from jvgen.nn.kernel_report import Call
 from jvgen.nn.sequence_parallel import SequenceParallel, Way
 from jvgen.nn.stacked import ATTENTION_OUTPUT
 from jvgen.parallel import axes
@@ -148,15 +149,17 @@ def attention(
     place = _place(partitioner, query, key, bias)
     way = None if place is None else _way(sequence, kernel, place, query, key, bias is not None)
     reason = choice.reason if way is None else f"{choice.reason}; {place.shown}: {way.way.value}, {way.reason}"
-    kernel_report.note("attention", query.shape, keys, query.dtype, kernel.value, reason)
+    valid = key_length if valid_length is None else valid_length
+    call = Call(
+        "attention", kernel.value, query.dtype.name, width, query.shape[1], key_length, valid, scale, causal=causal
+    )
+    kernel_report.note(query.shape, keys, reason, call if place is None else place.on_device(call, way))
     if bias is not None and kernel not in (AttentionKernel.REFERENCE, AttentionKernel.GPU):
         raise ValueError(f"kernel = {kernel.value}: does not support a bias on the scores; use reference, gpu or auto.")
-    run = _bound(kernel, axes.platform(), scale, valid_length, causal)
+    run = bound(kernel, axes.platform(), scale, valid_length, causal)
     if place is not None:
         if way is not None:
-            run = _over_devices(
-                way.way, run, kernel, place, scale, key_length if valid_length is None else valid_length
-            )
+            run = _over_devices(way.way, run, kernel, place, scale, valid)
         output = place.mapped(run)(query, key, value, bias)
     else:
         output = run(query, key, value, bias)
@@ -197,8 +200,8 @@ def _choice(kernel: AttentionKernel, query: jax.Array, key: jax.Array, bias: boo
 Run = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
-def _bound(kernel: AttentionKernel, platform: str, scale: float, valid_length: int | None, causal: bool) -> Run:
-    """The kernel as a function of arrays alone."""
+def bound(kernel: AttentionKernel, platform: str, scale: float, valid_length: int | None, causal: bool) -> Run:
+    """The kernel as a function of queries, keys, values and a bias, for the arrays of one device."""
     options = {"scale": scale, "valid_length": valid_length, "causal": causal}
     if kernel is AttentionKernel.REFERENCE:
         return lambda q, k, v, bias: reference.attention(q, k, v, bias=bias, **options)
@@ -264,6 +267,18 @@ class _Place:
     def shown(self) -> str:
         names = (self.split,) if isinstance(self.split, str) else self.split
         return "tokens over " + " x ".join(f"{name}={self.mesh.shape[name]}" for name in names)
+
+    def on_device(self, call: Call, way: Way | None) -> Call:
+        """What the kernel computes on one of them, of the call of all."""
+        if way is not None and way.way is SequenceParallel.ULYSSES:
+            return call
+        if way is not None and way.way is SequenceParallel.RING:
+            # The device that has the last valid keys.
+            last = (call.valid - 1) % self.rows + 1
+            return dataclasses.replace(call, queries=self.rows, keys=self.rows, valid=last, ring=True)
+        split = self.query[1] or ()
+        devices = math.prod(self.mesh.shape[name] for name in ((split,) if isinstance(split, str) else split))
+        return dataclasses.replace(call, queries=call.queries // devices)
 
     def mapped(self, run: Run) -> Run:
         """A function of the arrays of one device, on every device."""

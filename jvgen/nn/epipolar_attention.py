@@ -3,6 +3,7 @@
 import enum
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jvgen.kernels.attention import gpu as gpu_attention
 from jvgen.kernels.epipolar_attention import chunked, gpu, reference, tpu
 from jvgen.nn import kernel_report
 from jvgen.nn.attention import check_platform
+from jvgen.nn.kernel_report import Call
 from jvgen.nn.stacked import ATTENTION_OUTPUT
 from jvgen.parallel import axes
 
@@ -84,8 +86,11 @@ def epipolar_attention(
     devices = 1 if partitioner is None else partitioner.mesh.size
     scores = math.prod(query.shape[:3]) * key.shape[1] // devices
     kernel, reason = _choice(kernel, query, key, scores)
-    kernel_report.note("epipolar attention", query.shape, f"{key.shape[1]} keys", query.dtype, kernel.value, reason)
-    run = _bound(kernel, query.shape[-1] ** -0.5, axes.platform())
+    scale = query.shape[-1] ** -0.5
+    length, keys = query.shape[1], key.shape[1]
+    call = Call("epipolar attention", kernel.value, query.dtype.name, query.shape[-1], length, keys, keys, scale)
+    kernel_report.note(query.shape, f"{keys} keys", reason, call)
+    run = bound(kernel, scale, axes.platform())
     lines, points, width, slope = (jax.lax.stop_gradient(jnp.asarray(part)) for part in band)
     if partitioner is not None and devices > 1:
         run = _sharded(run, partitioner, query.shape)
@@ -109,7 +114,8 @@ def _choice(kernel: EpipolarKernel, query: jax.Array, key: jax.Array, scores: in
     return kernel, "as configured"
 
 
-def _bound(kernel: EpipolarKernel, scale: float, platform: str):
+def bound(kernel: EpipolarKernel, scale: float, platform: str) -> Callable[..., jax.Array]:
+    """The kernel as a function of queries, keys, values and the arrays of a band."""
     if kernel is EpipolarKernel.TPU:
         options = {"residual_name": ATTENTION_OUTPUT, "interpret": platform != "tpu"}
         return functools.partial(tpu.attention, scale=scale, **options)

@@ -230,13 +230,13 @@ def undivided(program: Program) -> Iterator[str]:
                 yield f"{bucket.name}: {sizes} does not divide {split.size} ({name}); {FIXES[name]}."
 
 
-def kernels(program: Program) -> tuple[list[str], list[str]]:
-    """Lines about the kernels of the losses of all buckets, found by tracing them, and problems with them."""
+def kernels(program: Program) -> tuple[KernelReport, list[str]]:
+    """The kernels of the losses of all buckets, found by tracing them, and problems with them."""
     report, problems = KernelReport(), []
     for bucket in program.experiment.data.buckets:
         with collecting(report):
             problems += _attempt(lambda bucket=bucket: _trace_loss(program, bucket, program.sharding))[1]
-    return report.lines, list(dict.fromkeys(problems))
+    return report, list(dict.fromkeys(problems))
 
 
 def _trace(program: Program, bucket: BucketConfig, recorder: ShardingRecorder) -> None:

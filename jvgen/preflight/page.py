@@ -4,7 +4,7 @@ import dataclasses
 import io
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from rich.console import Console
@@ -15,6 +15,7 @@ from jvgen.config import ConfigError
 from jvgen.data.store.shards import MAX_OPEN_SHARDS
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
+from jvgen.nn import kernel_check, kernel_report
 from jvgen.parallel.chips import chip_of
 from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.parallel.pods import CHIPS_PER_HOST
@@ -96,8 +97,9 @@ def examine(
     slices: int = 1,
     workdir: Path | None = None,
     compiled: bool = False,
+    run_kernels: bool = False,
 ) -> Page:
-    """Check a run and estimate its memory, reading, checkpoints and time. Allocates no array, reads no record.
+    """Check a run and estimate its memory, reading, checkpoints and time. Reads no record.
 
     Args:
       experiment: the run.
@@ -105,6 +107,8 @@ def examine(
       slices: number of such slices.
       workdir: run directory; not looked at if None.
       compiled: also compile the step of every bucket for these devices, which takes minutes.
+      run_kernels: also run its kernels on an attached accelerator, see `jvgen.nn.kernel_check`. Nothing else allocates
+        an array.
     """
     target = _attached(experiment) if topology_name is None else _described(experiment, topology_name, slices)
     found = inspect_run(experiment, workdir, target.devices)
@@ -116,8 +120,8 @@ def examine(
     if program is not None:
         rows += _processes(program, target, found.loader)
         rows += [_memory(program, target), _replicated(program)]
-        if not any(problems.values()):
-            rows += _kernels(program)
+        if run_kernels or not any(problems.values()):
+            rows += _kernels(program, run_kernels)
         if compiled and not any(problems.values()):
             rows += [_compiled(program, bucket, target) for bucket in experiment.data.buckets]
     if found.loader is not None:
@@ -240,10 +244,27 @@ def _replicated(program: Program) -> Row:
     return Row("replicated", True, text)
 
 
-def _kernels(program: Program) -> Iterator[Row]:
-    lines, problems = kernels(program)
-    yield from (Row("kernels", True, line) for line in lines)
+def _kernels(program: Program, run: bool) -> Iterator[Row]:
+    report, problems = kernels(program)
+    yield from (Row("kernels", True, line) for line in report.lines)
     yield from (Row("kernels", False, problem) for problem in problems)
+    if run:
+        yield from _runs(report.calls)
+
+
+def _runs(calls: Sequence[kernel_report.Call]) -> Iterator[Row]:
+    """What an attached accelerator computes with the kernels of these calls."""
+    device = jax.local_devices()[0]
+    checked = [call for call in calls if kernel_check.is_checked(call, device.platform)]
+    if not checked:
+        yield Row("kernels run", True, f"none of them is for accelerators alone ({device.device_kind} is attached)")
+    for call in checked:
+        found: list[str] = []
+        try:
+            kernel_check.verify(call, found.append)
+        except kernel_check.KernelDiffers as error:
+            yield Row("kernels run", False, str(error))
+        yield from (Row("kernels run", True, line) for line in found)
 
 
 def _compiled(program: Program, bucket: BucketConfig, target: _Devices) -> Row:

@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jvgen import storage
 from jvgen.data.stream.config import BucketConfig
+from jvgen.nn import kernel_check
 from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.parallel import processes
 from jvgen.storage import Path
@@ -134,14 +135,14 @@ class _Job:
       name: for messages.
       lower: traces it.
       report: lines for the log, given the compiled program.
-      kernels: lines about the kernels of its attention calls.
+      kernels: of its attention calls.
       done: set when `compiled` or `error` is.
     """
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     report: Callable[["_Job"], list[str]]
-    kernels: tuple[str, ...] = ()
+    kernels: KernelReport = dataclasses.field(default_factory=KernelReport)
     compiled: jax.stages.Compiled | None = None
     error: BaseException | None = None
     seconds: float = 0.0
@@ -182,7 +183,10 @@ class Programs:
         self._log, self._while_waiting = log, while_waiting
         self._jit = not jax.config.jax_disable_jit
         # Programs share most kinds of calls: each is logged once.
-        self._kernels = KernelReport(lambda line: log(f"kernels: {line}"))
+        self._kernels = KernelReport(
+            lambda line: log(f"kernels: {line}"),
+            lambda call: kernel_check.verify(call, lambda line: log(f"kernels: {line}")),
+        )
         # Jobs of training steps by the shapes of their batches and the objectives that are active.
         self._by_shapes: dict[tuple[str, tuple[str, ...] | None], _Job] = {}
         self._evaluations: dict[tuple[str, BucketConfig], _Job] = {}
@@ -273,8 +277,11 @@ class Programs:
 
     def _log_job(self, job: _Job) -> None:
         job.logged = True
-        for line in job.kernels:
+        for line in job.kernels.lines:
             self._kernels.add(line)
+        # Before the first step that takes them.
+        for call in job.kernels.calls:
+            self._kernels.add_call(call)
         if job.error is None:
             for line in job.report(job):
                 self._log(line)
@@ -338,9 +345,8 @@ def _start_threads(jobs: Sequence[_Job], count: int = MAX_THREADS) -> int:
             start = time.perf_counter()
             try:
                 # Tracing holds the interpreter lock in any case; XLA's compilation releases it.
-                with tracing, collecting(KernelReport()) as kernels:
+                with tracing, collecting(job.kernels):
                     lowered = job.lower()
-                job.kernels = tuple(kernels.lines)
                 _cache_hits.count = 0
                 job.compiled = lowered.compile()
                 job.cached = _cache_hits.count > 0
