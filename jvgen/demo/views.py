@@ -1,8 +1,9 @@
 """`jvgen demo views`: two cameras that film one generated scene, and a report.
 
-An image VAE and a diffusion transformer for pairs of views are trained on scenes with known cameras. Then pairs are
-generated from captions and camera paths, and measured against their cameras, beside the same network untrained. The
-image VAE is taken from `jvgen demo` where that has run.
+An image VAE and a diffusion transformer are trained on scenes with known cameras: the transformer on single clips, from
+which it learns captions, then, with the modules by which views attend to each other, on pairs. Then pairs are generated
+from captions and camera paths, and measured against their cameras, beside the same network untrained. The image VAE is
+taken from `jvgen demo` where that has run.
 """
 
 import json
@@ -14,12 +15,15 @@ from jvgen.demo.views_report import write_report
 
 SIZE, FRAMES = 32, 15
 COLORS = ("red", "yellow", "green", "blue", "purple", "cyan")
+KINDS = {"image": 0, "static": 0.7, "dynamic": 0.3}
 SCENES = (
-    f"frames={FRAMES}", f"height={SIZE}", f"width={SIZE}", "kinds.image=0", "kinds.static=0.7", "kinds.dynamic=0.3",
+    f"frames={FRAMES}", f"height={SIZE}", f"width={SIZE}", *(f"kinds.{kind}={share}" for kind, share in KINDS.items()),
     "background=plain", "wander=0.0", f"colors={','.join(COLORS)}", "shapes=ball,cube",
 )  # fmt: skip
 TRAIN_SCENES, HELD_OUT_SCENES = 600, 64
-VAE_STEPS, STEPS = 200, 200
+VAE_STEPS, SINGLE_STEPS, STEPS = 200, 300, 100
+# Of the second run, which continues the first.
+LEARNING_RATE = 3e-3
 CAMERAS, VIEWS = "circle", 2
 # What each stage shows, and about how many seconds it takes on two cores that do nothing else; estimates.
 ABOUT = {
@@ -27,7 +31,8 @@ ABOUT = {
     "train_image_vae": ("trains an image VAE; taken from `make demo` where that has run", 85),
     "export_image_vae": ("writes the image VAE as a folder", 4),
     "latents": ("encodes all clips once", 20),
-    "train_views": ("trains the transformer for pairs of views; stopped by SIGTERM, and resumed", 270),
+    "train_single": ("trains the transformer on single clips, 16 captions per step", 250),
+    "train_views": ("continues it on pairs of views, 8 per step; stopped by SIGTERM, and resumed", 130),
     "evaluate_views": ("generates pairs for held-out cameras and measures how well they agree with them", 60),
     "sample": ("generates pairs of views from captions and cameras on a circle", 40),
     "sample_untrained": ("the same captions and cameras with untrained weights, to compare with", 40),
@@ -39,19 +44,20 @@ def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
 
     Args:
       workdir: folder for data, runs, views, the logs of the stages and the report.
-      configs: folder with `demo_image_vae.py` and `demo_multiview.py`.
+      configs: folder with `demo_image_vae.py`, `demo_image_latents.py` and `demo_multiview.py`.
       other: folder of the main demo; its image VAE is used if it is there.
 
     Raises:
       ValueError: the config files do not exist.
       DemoFailed: a stage failed; its output is in `workdir/logs`.
     """
-    vae_config, views_config = configs / "demo_image_vae.py", configs / "demo_multiview.py"
-    check_configs(vae_config, views_config)
+    names = ("image_vae", "image_latents", "multiview")
+    vae_config, single_config, views_config = (configs / f"demo_{name}.py" for name in names)
+    check_configs(vae_config, single_config, views_config)
     workdir.mkdir(parents=True, exist_ok=True)
     stages = Stages(workdir, ABOUT)
     scenes, latents = workdir / "scenes", workdir / "latents"
-    vae_run, run = workdir / "image_vae", workdir / "views"
+    vae_run, single, run = (workdir / name for name in ("image_vae", "single", "views"))
     vae = workdir / "export" / "image_vae" / "vae"
 
     sets = [word for field in SCENES for word in ("--set", field)]
@@ -76,11 +82,21 @@ def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
          "--out", latents, "--overwrite"],
     )  # fmt: skip
     statistics = json.loads((latents / "latent_statistics.json").read_text())
+    common = [
+        *_data(latents), "--set", f"task.vae_weights={vae}", "--set", f"task.latent_shift={statistics['mean']:.6g}",
+        "--set", f"task.latent_scale={1 / statistics['deviation']:.6g}", "--set", "training.visualize_every=0",
+        "--set", "training.evaluate_every=0",
+    ]  # fmt: skip
+    # All clips equally often; the config's weights leave out most that stand still.
+    kinds = [word for kind in ("static", "dynamic") for word in ("--set", f"data.kind_weights.{kind}={KINDS[kind]}")]
+    stages.run(
+        "train_single",
+        ["train", single_config, "--workdir", single, *common, *kinds, "--set", f"training.steps={SINGLE_STEPS}"],
+    )
     train = [
-        "train", views_config, "--workdir", run, *_data(latents), "--set", f"task.vae_weights={vae}",
-        "--set", f"task.latent_shift={statistics['mean']:.6g}",
-        "--set", f"task.latent_scale={1 / statistics['deviation']:.6g}",
-        "--set", f"training.steps={STEPS}", "--set", "checkpoint.every=60",
+        "train", views_config, "--workdir", run, *common, "--set", f"init_from.run={single}",
+        "--set", "init_from.allow_partial=true", "--set", f"optimizer.learning_rate={LEARNING_RATE}",
+        "--set", f"training.steps={STEPS}", "--set", "checkpoint.every=50",
     ]  # fmt: skip
     stages.interrupt("train_views", train, run, signal.SIGTERM)
     stages.run(

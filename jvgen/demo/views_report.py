@@ -66,7 +66,8 @@ def write_report(
     report.section("Measures of held-out scenes")
     report.table(sorted(evaluated.items()), ["measure", "value"], caption="`jvgen evaluate RUN --samples 8`.")
     report.section("Training")
-    report.plot(rows_of(workdir / "views"), {"loss": "loss"}, smoothing=0.9, caption="Loss of the transformer.")
+    report.plot(rows_of(workdir / "single"), {"loss": "loss"}, smoothing=0.9, caption="Loss of single clips.")
+    report.plot(rows_of(workdir / "views"), {"loss": "loss"}, smoothing=0.9, caption="Then loss of pairs of views.")
     add_stages(report, parts)
     return report.write(workdir / "report.html")
 

@@ -214,6 +214,10 @@ def test_commands_of_the_other_demos_parse(tmp_path, monkeypatch, made):
         task = experiments["train_views"].task
         assert Path(task.vae_weights) == Path(parsed["latents"].vae) == Path(parsed["export_image_vae"].to) / "vae"
         assert task.latent_scale == 0.25 and len(parsed["sample"].cameras) == 1
+        single, pairs = experiments["train_single"], experiments["train_views"]
+        assert Path(pairs.init_from.run) == parsed["train_single"].workdir
+        assert single.task.vae_weights == task.vae_weights
+        assert single.task.denoiser == task.denoiser.plain and single.data.sources == pairs.data.sources
         assert {labels_of(prompt).color for prompt in views.demo_prompts()} == set(views.COLORS)
     else:
         task = experiments["train_world"].task
@@ -284,8 +288,9 @@ def test_the_report_of_two_cameras_shows_failures(tmp_path):
                 color = tuple(int(255 * part) for part in palette[name]) if max(palette[name]) <= 1 else palette[name]
                 clip = moving_square(1, color)
                 (place / f"view_{view}.mp4").write_bytes(encode_video(clip, 8.0))
-    (tmp_path / "views").mkdir()
-    (tmp_path / "views" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    for run in ("single", "views"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     (tmp_path / "views.json").write_text('{"metrics": {"loss": 1.5}}')
     parts = [{"name": "data", "seconds": 1.0, "command": "jvgen data"}]
     page = views_report.write_report(tmp_path, parts, prompts, views.COLORS).read_text()
