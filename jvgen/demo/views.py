@@ -14,16 +14,18 @@ from jvgen.demo.stages import Stages, check_configs
 from jvgen.demo.views_report import write_report
 
 SIZE, FRAMES = 32, 15
-COLORS = ("red", "yellow", "green", "blue", "purple", "cyan")
+# Few colors and camera motions: captions of more take more steps to learn than a demo has.
+COLORS = ("red", "yellow", "green", "blue")
+SHAPES = ("ball", "cube")
 KINDS = {"image": 0, "static": 0.7, "dynamic": 0.3}
 SCENES = (
     f"frames={FRAMES}", f"height={SIZE}", f"width={SIZE}", *(f"kinds.{kind}={share}" for kind, share in KINDS.items()),
-    "background=plain", "wander=0.0", f"colors={','.join(COLORS)}", "shapes=ball,cube",
+    "background=plain", "wander=0.0", f"colors={','.join(COLORS)}", f"shapes={','.join(SHAPES)}",
+    "camera_motions=orbit left,orbit right",
 )  # fmt: skip
 TRAIN_SCENES, HELD_OUT_SCENES = 600, 64
-VAE_STEPS, SINGLE_STEPS, STEPS = 200, 300, 100
-# Of the second run, which continues the first.
-LEARNING_RATE = 3e-3
+VAE_STEPS, SINGLE_STEPS, STEPS = 200, 280, 140
+GUIDANCE = 3.0
 CAMERAS, VIEWS = "circle", 2
 # What each stage shows, and about how many seconds it takes on two cores that do nothing else; estimates.
 ABOUT = {
@@ -31,11 +33,11 @@ ABOUT = {
     "train_image_vae": ("trains an image VAE; taken from `make demo` where that has run", 85),
     "export_image_vae": ("writes the image VAE as a folder", 4),
     "latents": ("encodes all clips once", 20),
-    "train_single": ("trains the transformer on single clips, 16 captions per step", 250),
-    "train_views": ("continues it on pairs of views, 8 per step; stopped by SIGTERM, and resumed", 130),
-    "evaluate_views": ("generates pairs for held-out cameras and measures how well they agree with them", 60),
-    "sample": ("generates pairs of views from captions and cameras on a circle", 40),
-    "sample_untrained": ("the same captions and cameras with untrained weights, to compare with", 40),
+    "train_single": ("trains the transformer on single clips, 16 captions per step", 210),
+    "train_views": ("continues it on pairs of views, 8 per step; stopped by SIGTERM, and resumed", 180),
+    "evaluate_views": ("generates pairs for held-out cameras and measures how well they agree with them", 50),
+    "sample": ("generates pairs of views from captions and cameras on a circle", 20),
+    "sample_untrained": ("the same captions and cameras with untrained weights, to compare with", 15),
 }
 
 
@@ -95,13 +97,13 @@ def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
     )
     train = [
         "train", views_config, "--workdir", run, *common, "--set", f"init_from.run={single}",
-        "--set", "init_from.allow_partial=true", "--set", f"optimizer.learning_rate={LEARNING_RATE}",
+        "--set", "init_from.allow_partial=true", "--set", f"task.guidance.scale={GUIDANCE}",
         "--set", f"training.steps={STEPS}", "--set", "checkpoint.every=50",
     ]  # fmt: skip
     stages.interrupt("train_views", train, run, signal.SIGTERM)
     stages.run(
         "evaluate_views",
-        ["evaluate", run, "--batches", 2, "--samples", 8, "--out", workdir / "views.json",
+        ["evaluate", run, "--batches", 1, "--samples", 8, "--out", workdir / "views.json",
          "--report", workdir / "evaluation.html"],
     )  # fmt: skip
     prompts = workdir / "prompts.txt"
@@ -114,11 +116,10 @@ def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
 
 
 def demo_prompts() -> list[str]:
-    """One caption of a still scene per color, worded like the training captions."""
+    """One caption of a still scene per color and shape, worded like the training captions."""
     from jvgen.data.scenes.labels import Labels, captions_of
 
-    shapes = ("ball", "cube")
-    labels = [Labels(color=color, shape=shapes[k % 2], camera="orbit left") for k, color in enumerate(COLORS)]
+    labels = [Labels(color=color, shape=shape, camera="orbit left") for color in COLORS for shape in SHAPES]
     return [captions_of("static", one)[0] for one in labels]
 
 

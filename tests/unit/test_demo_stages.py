@@ -274,8 +274,8 @@ def test_the_report_of_a_world_model_shows_failures(tmp_path, works):
 
 
 def test_the_report_of_two_cameras_shows_failures(tmp_path):
-    prompts, palette = views.demo_prompts()[:2], {name: COLORS[name] for name in views.COLORS}
-    pairs = {"samples": [("red", "red"), ("yellow", "green")], "samples_untrained": [("blue", "cyan")] * 2}
+    prompts, palette = views.demo_prompts()[::2][:2], {name: COLORS[name] for name in views.COLORS}
+    pairs = {"samples": [("red", "red"), ("yellow", "green")], "samples_untrained": [("blue", "green")] * 2}
     for folder, shown in pairs.items():
         (tmp_path / folder).mkdir()
         # In the order of the prompts, whatever the folders are called.
