@@ -89,7 +89,7 @@ def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
         "--set", f"task.latent_scale={1 / statistics['deviation']:.6g}", "--set", "training.visualize_every=0",
         "--set", "training.evaluate_every=0",
     ]  # fmt: skip
-    # All clips equally often; the config's weights leave out most that stand still.
+    # All clips equally often; the weights of the config leave out most clips of still scenes.
     kinds = [word for kind in ("static", "dynamic") for word in ("--set", f"data.kind_weights.{kind}={KINDS[kind]}")]
     stages.run(
         "train_single",
