@@ -114,3 +114,10 @@ def test_constraints_fit_the_requirements(file, python):
             assert requirement.specifier.contains(pins[name]), f"{file}: {name}=={pins[name]} is not {requirement}"
             checked.add(name)
     assert {"jax", "flax", "orbax-checkpoint", "torch", "libtpu"} <= checked
+
+
+def test_every_target_has_one_recipe():
+    """Of two recipes of one name make takes the second, with a warning: `make test` once ran a part of the tests."""
+    text = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)
+    assert sorted(targets) == sorted(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
