@@ -113,11 +113,15 @@ def orthogonalize(matrices: Float[Array, "N I O"], coefficients: Float[Array, "3
     x = matrices.mT if tall else matrices
     x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + EPSILON)
     a, b, c = coefficients
-    for _ in range(iterations):
+
+    def iteration(_: jax.Array, x: jax.Array) -> jax.Array:
         # The precision is that which the step sets for the whole update.
         square = jnp.einsum("nic,njc->nij", x, x, precision=None)
         quintic = b * square + c * jnp.einsum("nij,njk->nik", square, square, precision=None)
-        x = a * x + jnp.einsum("nij,njc->nic", quintic, x, precision=None)
+        return a * x + jnp.einsum("nij,njc->nic", quintic, x, precision=None)
+
+    # A loop of the program: one iteration is compiled, and not all of them.
+    x = jax.lax.fori_loop(0, iterations, iteration, x)
     return x.mT if tall else x
 
 
