@@ -108,7 +108,8 @@ def _time(program: Program, module: hlo.Module, flops: dict[str, float]) -> Time
     if chip is None or not chip.clock:
         return None
     folder = libtpu.bundles_folder()
-    trained, devices = sum(trained_flops(program.task, flops).values()), mesh.size
+    by_part, devices = trained_flops(program.task, flops), mesh.size
+    trained = sum(by_part.values())
     return estimate(
         program_cost.operations(module),
         {} if folder is None else kernel_cycles.read(module, folder),
@@ -116,6 +117,7 @@ def _time(program: Program, module: hlo.Module, flops: dict[str, float]) -> Time
         mesh,
         useful_flops=trained / devices,
         frozen_flops=(sum(flops.values()) - trained) / devices,
+        attention_flops=by_part.get("attention", 0.0) / devices,
     )
 
 

@@ -341,7 +341,8 @@ def _time(program: Program, target: _Devices) -> Row:
 
 
 def _balance(program: Program) -> Row:
-    return Row("step times", True, described(program.task, program.experiment.data.buckets))
+    data = program.experiment.data
+    return Row("step times", True, described(program.task, data.buckets, data.attention_cost))
 
 
 def _duration(seconds: float) -> str:

@@ -93,6 +93,11 @@ class Traffic:
         return self.bytes / self.seconds.likely if self.seconds.likely else 0.0
 
 
+# What the names of a step's parts begin with.
+KERNEL = "kernel "
+PRODUCTS, COPIES, ELEMENTWISE = LAYERS = ("matrix products", "layout copies", "elementwise and norms")
+
+
 @dataclasses.dataclass(frozen=True)
 class TimeEstimate:
     """Where the time of a step goes.
@@ -106,6 +111,7 @@ class TimeEstimate:
       frozen_flops: of frozen networks per device and step.
       program_flops: of the matrix products that XLA sees: all but kernels'.
       chip: kind of chip.
+      attention_flops: of `useful_flops`, those of scores and weighted sums; 0 if the task does not say.
     """
 
     parts: dict[str, Seconds]
@@ -116,11 +122,28 @@ class TimeEstimate:
     frozen_flops: float
     program_flops: float
     chip: Chip
+    attention_flops: float = 0.0
 
     @property
     def seconds(self) -> Seconds:
         """Of a step."""
         return sum(self.parts.values(), Seconds())
+
+    @property
+    def attention_cost(self) -> float | None:
+        """Time of a FLOP of attention in those of the layers' other FLOPs (`data.attention_cost`).
+
+        Collectives and the optimizer, which do not grow with the clips or take little, are in neither. None where
+        kernels do not compute the attention, or their time is not known.
+        """
+        others = self.useful_flops - self.attention_flops
+        seconds = {
+            is_kernel: sum(time.likely for name, time in self.parts.items() if name.startswith(names))
+            for is_kernel, names in ((True, KERNEL), (False, LAYERS))
+        }
+        if self.without_cycles or not (self.attention_flops and others and all(seconds.values())):
+            return None
+        return seconds[True] / self.attention_flops * others / seconds[False]
 
     @property
     def utilization(self) -> tuple[float, float, float]:
@@ -140,6 +163,7 @@ def estimate(
     *,
     useful_flops: float,
     frozen_flops: float = 0.0,
+    attention_flops: float = 0.0,
 ) -> TimeEstimate:
     """The time of one step on the devices of a mesh.
 
@@ -148,7 +172,8 @@ def estimate(
       kernels: of the same program, `kernel_cycles.read`.
       chip: of the mesh's devices.
       mesh: that the program was compiled for.
-      useful_flops, frozen_flops: of trained and of frozen networks, per step and device.
+      useful_flops, frozen_flops, attention_flops: of trained and of frozen networks, and of the trained ones'
+        attention, per step and device.
     """
     parts: dict[str, Seconds] = defaultdict(Seconds)
     traffic: dict[tuple, Traffic] = {}
@@ -180,6 +205,7 @@ def estimate(
         frozen_flops=frozen_flops,
         program_flops=program_flops,
         chip=chip,
+        attention_flops=attention_flops,
     )
 
 
@@ -223,12 +249,12 @@ def _part(one: Operation, chip: Chip) -> str:
         return Phase.FROZEN.value
     if one.kind is Kind.KERNEL:
         name = one.name.rstrip("0123456789").rstrip(".")
-        return f"kernel {name}{', remat' if one.phase is Phase.REMAT else ''}"
+        return f"{KERNEL}{name}{', remat' if one.phase is Phase.REMAT else ''}"
     if one.phase is Phase.UPDATE:
         return "optimizer, EMA and the rest"
     if _is_product(one, chip):
-        return f"matrix products, {one.phase.value}"
-    return f"{'layout copies' if one.kind is Kind.COPY else 'elementwise and norms'}, {one.phase.value}"
+        return f"{PRODUCTS}, {one.phase.value}"
+    return f"{COPIES if one.kind is Kind.COPY else ELEMENTWISE}, {one.phase.value}"
 
 
 def _hidden(block: Sequence[Operation], times: Sequence[float]) -> list[float]:

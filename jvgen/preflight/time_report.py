@@ -23,6 +23,12 @@ def print_estimate(console: Console, found: TimeEstimate, topology: str) -> None
             markup=False,
         )
     console.print(_parts_table(found))
+    if found.attention_cost is not None:
+        console.print(
+            f"a FLOP of attention takes {found.attention_cost:.2f} times as long as one of the layers' others: "
+            "data.attention_cost, where data.tokens_per_step chooses batch sizes",
+            markup=False,
+        )
     if found.traffic:
         console.print(_traffic_table(found))
     console.print(f"assumed: {ASSUMED}", markup=False)

@@ -5,9 +5,10 @@
 
 Processes wait for each other at every step, and a step's learning counts the same whatever its bucket: batches of few
 tokens would waste both. Attention makes tokens of long clips cost more, so the same number of tokens in every batch is
-not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step. By `jvgen estimate` of
-RepVideo-2B on v5p (`docs/measured.md`) a FLOP of attention takes 1.05 times as long as one of the matrix products with
-their norms and copies: between steps of single images and of long clips, up to 61% of it attention, that makes 3%.
+not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step. FLOPs of attention may take
+longer than those of the matrix products with their norms and copies: `data.attention_cost` says how much. By
+`jvgen estimate` of RepVideo-2B on v5p (`docs/measured.md`) that is 1.05 where products are computed again, 1.31 where
+they are kept. Between single images and clips that spend 61% of their FLOPs in attention, 1.31 makes 15% of a step.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class StepCost:
     Attributes:
       bucket: with its batch size.
       tokens: of the batch; 0 for networks without tokens.
-      relative: FLOPs over the mean of all buckets.
+      relative: FLOPs, weighted by `attention_cost`, over the mean of all buckets.
     """
 
     bucket: BucketConfig
@@ -44,7 +45,12 @@ class StepCost:
 
 
 def balanced_buckets(
-    task: TaskConfig, buckets: Sequence[BucketConfig], *, tokens_per_step: int, multiple_of: int = 1
+    task: TaskConfig,
+    buckets: Sequence[BucketConfig],
+    *,
+    tokens_per_step: int,
+    multiple_of: int = 1,
+    attention_cost: float = 1.0,
 ) -> tuple[BucketConfig, ...]:
     """The buckets with batch sizes by which all steps have the same FLOPs, within 10% of their mean.
 
@@ -53,6 +59,7 @@ def balanced_buckets(
       buckets: batch shapes; their batch sizes are replaced.
       tokens_per_step: tokens in a batch of the bucket whose examples have the most; the others follow from it.
       multiple_of: batch sizes are multiples of this: the devices that batches are divided over, times `accumulation`.
+      attention_cost: time of a FLOP of attention, in those of other FLOPs.
 
     Raises:
       ConfigError: a task without tokens or FLOPs, or steps that cannot be that similar; the message says from how many
@@ -60,7 +67,7 @@ def balanced_buckets(
     """
     built = task.build()
     tokens = [built.sequence_length(bucket) for bucket in buckets]
-    costs = [sum(step_flops(built, bucket.replace(batch_size=1)).values()) for bucket in buckets]
+    costs = [_cost(built, bucket.replace(batch_size=1), attention_cost) for bucket in buckets]
     if not buckets or not all(tokens) or not all(costs):
         raise ConfigError(
             f"data.tokens_per_step: {type(task).__name__} does not say how many tokens and FLOPs an example has; write "
@@ -104,26 +111,28 @@ def with_batch_sizes(experiment: E) -> E:
             raise ConfigError(f"data.buckets.{number}: {error}") from error
     multiple = data.batch_multiple * experiment.training.accumulation
     buckets = balanced_buckets(
-        experiment.task, data.buckets, tokens_per_step=data.tokens_per_step, multiple_of=multiple
-    )
+        experiment.task, data.buckets, tokens_per_step=data.tokens_per_step, multiple_of=multiple,
+        attention_cost=data.attention_cost,
+    )  # fmt: skip
     return experiment.replace(data=data.replace(buckets=buckets))
 
 
-def described(task: Task, buckets: Sequence[BucketConfig]) -> str:
+def described(task: Task, buckets: Sequence[BucketConfig], attention_cost: float = 1.0) -> str:
     """One line about the steps of the buckets."""
-    costs = step_costs(task, tuple(dict.fromkeys(buckets)))
+    costs = step_costs(task, tuple(dict.fromkeys(buckets)), attention_cost)
     if not costs:
         return "unknown: the FLOPs of the step are not known"
     relative = [cost.relative for cost in costs]
-    text = f"{min(relative):.2f} to {max(relative):.2f} of their mean by FLOPs: {'; '.join(map(str, costs))}"
+    by = "FLOPs" if attention_cost == 1 else f"FLOPs, those of attention times {attention_cost:g}"
+    text = f"{min(relative):.2f} to {max(relative):.2f} of their mean by {by}: {'; '.join(map(str, costs))}"
     if max(relative) - 1 > TOLERANCE or 1 - min(relative) > TOLERANCE:
         text += "; data.tokens_per_step chooses batch sizes by which they are alike"
     return text
 
 
-def step_costs(task: Task, buckets: Sequence[BucketConfig]) -> list[StepCost]:
+def step_costs(task: Task, buckets: Sequence[BucketConfig], attention_cost: float = 1.0) -> list[StepCost]:
     """What a step of each bucket takes, relative to their mean; empty if the task does not count its FLOPs."""
-    flops = [sum(step_flops(task, bucket).values()) for bucket in buckets]
+    flops = [_cost(task, bucket, attention_cost) for bucket in buckets]
     if not all(flops):
         return []
     mean = sum(flops) / len(flops)
@@ -131,6 +140,12 @@ def step_costs(task: Task, buckets: Sequence[BucketConfig]) -> list[StepCost]:
         StepCost(bucket, task.sequence_length(bucket) * bucket.batch_size, cost / mean)
         for bucket, cost in zip(buckets, flops, strict=True)
     ]
+
+
+def _cost(task: Task, bucket: BucketConfig, attention_cost: float) -> float:
+    return sum(
+        flops * (attention_cost if part == "attention" else 1.0) for part, flops in step_flops(task, bucket).items()
+    )
 
 
 def _sizes(tokens: Sequence[int], costs: Sequence[float], tokens_per_step: int, multiple_of: int) -> list[int]:

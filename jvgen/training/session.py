@@ -269,7 +269,8 @@ def _log_parameters(program: Program, log: Log) -> None:
         log(warning)
     data = program.experiment.data
     if data.tokens_per_step is not None:
-        log(f"data.tokens_per_step = {data.tokens_per_step:,}: steps take {described(program.task, data.buckets)}")
+        steps = described(program.task, data.buckets, data.attention_cost)
+        log(f"data.tokens_per_step = {data.tokens_per_step:,}: steps take {steps}")
     if abstract.frozen:
         log(program.sharding.describe_frozen(program.task.frozen_axes(), abstract.frozen))
         log(startup.parameter_table("frozen networks", abstract.frozen, shardings.frozen, lambda path: False))

@@ -102,6 +102,21 @@ def test_all_steps_take_about_the_same_time(task):
     assert "1x5x32x64 (batch" in str(longest) and "tokens): " in str(longest)
 
 
+def test_attention_may_take_longer_than_its_flops(task):
+    """Batches of what attends to more tokens get smaller, and the steps are alike again."""
+    slow = {"attention_cost": 4.0}
+    plain, weighted = (balanced_buckets(task, BUCKETS, tokens_per_step=80_000, **more) for more in ({}, slow))
+    built = task.build()
+    images = [
+        sum(bucket.batch_size for bucket in buckets if bucket.frames == 1) / buckets[-1].batch_size
+        for buckets in (plain, weighted)
+    ]
+    assert images[1] > 1.1 * images[0]
+    assert all(abs(cost.relative - 1) <= balance.TOLERANCE for cost in step_costs(built, weighted, 4.0))
+    assert any(abs(cost.relative - 1) > balance.TOLERANCE for cost in step_costs(built, plain, 4.0))
+    assert "by FLOPs, those of attention times 4: " in described(built, weighted, 4.0)
+
+
 def test_steps_that_cannot_be_alike(task):
     buckets = (*BUCKETS, BUCKETS[-1].replace(width=48))
     message = r"more than 10% from their mean:\n(.|\n)*1x5x32x48: batch 128(.|\n)*Use tokens_per_step = "

@@ -300,6 +300,14 @@ def test_report_of_the_time(monkeypatch, capsys):
         assert "164 TFLOP/s per device, 164 of 197 per chip" in text and "frozen networks (2.0 TFLOP)" in text
         assert "fsdp, frozen networks" in text and "v5e:2x2 has 4 chips (Cloud TPU v5litepod-4)" in text
         assert "40% MFU" not in text
+    assert "a FLOP of attention" not in report.times()  # how many there are is not known
+    parts = {"kernel splash_mha_fwd": Seconds(0, 0.6, 1), "matrix products, forward": Seconds(0, 0.3, 1),
+             "layout copies, backward": Seconds(0, 0.1, 1), "collectives": Seconds(0, 5, 9)}  # fmt: skip
+    shared = estimated(parts=parts, useful_flops=10.0, attention_flops=5.0)
+    assert shared.attention_cost == pytest.approx(1.5)
+    assert (
+        "takes 1.50 times" in dataclasses.replace(report, buckets=(dataclasses.replace(bucket, time=shared),)).times()
+    )
     document = json.loads(report.to_json())
     assert document["buckets"][0]["time"]["seconds"] == {"least": 0.5, "likely": 0.6, "most": pytest.approx(0.8)}
     incomplete = dataclasses.replace(bucket, time=estimated(without_cycles=("splash.1",)))

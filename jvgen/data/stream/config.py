@@ -167,6 +167,8 @@ class DataConfig(Config):
       tokens_per_step: choose the batch sizes of all buckets, whatever they say, so that steps take the same time within
         10% of their mean, and a batch of the longest examples has about this many tokens; see `jvgen.training.balance`.
         None for the buckets' own batch sizes.
+      attention_cost: time that a FLOP of attention takes, in those of the other FLOPs of a step; `tokens_per_step`
+        counts with it. 1 to 1.3 by estimates of RepVideo-2B on v5p.
       batch_multiple: batch sizes that `tokens_per_step` chooses are multiples of this times `training.accumulation`:
         the devices that batches are divided over.
     """
@@ -190,6 +192,7 @@ class DataConfig(Config):
     licenses: tuple[str, ...] = ()
     tokens_per_step: Annotated[int, Bounds(at_least=1, at_most=10**12, fix="none for buckets' sizes")] | None = None
     batch_multiple: Count = 1
+    attention_cost: Annotated[float, Bounds(at_least=0.1, at_most=10)] = 1.0
 
     def validate(self) -> None:
         if not self.sources:
