@@ -196,9 +196,12 @@ def _ring_backward(static: tuple, residuals: tuple, gradient: jax.Array) -> tupl
         of_query, *of_pair = (
             before + new.astype(jnp.float32) for before, new in zip((of_query, *sums), made, strict=True)
         )
+        if following is None:
+            # Nothing is added after the last hop, which no kernel hides: as many bytes as keys and values.
+            of_pair = [sum_.astype(array.dtype) for sum_, array in zip(of_pair, (key, value), strict=True)]
         # After as many hops as devices they are where their keys came from.
         sums, here = _next(tuple(of_pair), mesh_axis), following
-    return of_query.astype(query.dtype), *(s.astype(a.dtype) for s, a in zip(sums, (key, value), strict=True))
+    return of_query.astype(query.dtype), *sums
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

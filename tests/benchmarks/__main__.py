@@ -35,6 +35,7 @@ ON_REQUEST = {
     "epipolar_tpu": "epipolar_tpu",
     "splash_tpu": "splash_tpu",
     "wan_tpu": "wan_tpu",
+    "language_model_tpu": "language_model_tpu",
     "growth": "growth",
     "cv_vae_memory": "cv_vae_memory",
 }
