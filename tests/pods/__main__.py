@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     for run in RUNS if not chosen.page else ():
         if chosen.only and not any(text in run.name for text in chosen.only):
             continue
-        for bucket in load_experiment(ROOT / run.config, ()).data.buckets:
+        for bucket in load_experiment(ROOT / run.config, run.overrides).data.buckets:
             if bucket.name in results().get(run.name, {}) and not chosen.again:
                 continue
             print(f"{run.name} {bucket.name}", flush=True)
@@ -38,7 +38,7 @@ def _compile(run: PodRun, bucket: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
         command = [sys.executable, "-m", "jvgen.cli", "compile", run.config, "--topology", run.topology]
-        command += ["--bucket", bucket, "--json", str(out)]
+        command += ["--bucket", bucket, "--json", str(out), *(f"--set={one}" for one in run.overrides)]
         # A described pod needs no other backend, and no search for TPUs.
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
         if not out.exists():

@@ -20,10 +20,12 @@ class PodRun:
     Attributes:
       config: as on the command line: "configs/cv_vae.py:sd21".
       topology: "v5p:4x4x8".
+      overrides: what the config's docstring says to set on that slice.
     """
 
     config: str
     topology: str
+    overrides: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -39,8 +41,8 @@ RUNS = (
     PodRun("configs/ivideogpt_tokenizer.py:oxe_256", "v5e:4x8"),
     PodRun("configs/cogvideox_2b_lora.py", "v5e:2x4"),
     PodRun("configs/repvideo_2b.py", "v5p:4x4x4"),
-    PodRun("configs/repvideo_2b.py", "v6e:8x16"),
-    PodRun("configs/repvideo_2b.py", "v5e:8x16"),
+    PodRun("configs/repvideo_2b.py", "v6e:8x16", ("mesh.seq=4",)),
+    PodRun("configs/repvideo_2b.py", "v5e:8x16", ("mesh.seq=4",)),
     PodRun("configs/cogvideox_2b.py", "v5p:4x4x8"),
     PodRun("configs/cogvideox_2b.py", "v5e:16x16"),
     PodRun("configs/cogvideox_2b.py", "v6e:16x16"),
@@ -115,7 +117,8 @@ def page(found: dict[str, Any]) -> str:
     for run in RUNS:
         pod = pod_named(run.topology)
         name = SLICES[pod.chip.name].name_of(pod.chips)
-        head = f"| `{run.config.removeprefix('configs/')}` | `{run.topology}`" + (f" ({name})" if name else "")
+        config = " --set ".join((run.config.removeprefix("configs/"), *run.overrides))
+        head = f"| `{config}` | `{run.topology}`" + (f" ({name})" if name else "")
         rows = found.get(run.name, {})
         if not rows:
             lines.append(f"{head} | {pod.chips} | | | | | | | not compiled |")

@@ -19,7 +19,7 @@ UPDATE = "JVGEN_UPDATE_SHARDINGS"
 
 def shardings(run: runs.PodRun) -> str:
     """Mesh, and per array of parameters and batch: dtype, shape, axes that split it, shape on one device."""
-    experiment = load_experiment(runs.ROOT / run.config, ())
+    experiment = load_experiment(runs.ROOT / run.config, run.overrides)
     pod, mesh = topology.describe_for(experiment.mesh, run.topology)
     program = Program.build(experiment, mesh)
     lines = [f"{describe(mesh)}, {pod.name}"]
