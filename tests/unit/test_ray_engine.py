@@ -13,6 +13,8 @@ from jvgen.data.builders.build_loop import BuildJob, Execution, build_dataset
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import encode_image
 from tests.unit.test_build_parts import contents
+from tests.unit.test_interrupted_readers import READERS, UNITS, recordings  # noqa: F401
+from tests.unit.test_interrupted_readers import built as read
 
 ray = pytest.importorskip("ray", reason="needs jvgen[ray]")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -90,3 +92,24 @@ def test_a_file_that_ends_every_worker_is_refused_by_name(cluster, tmp_path: Pat
     assert summary.records == COUNT - 1
     [refused] = summary.rejected
     assert refused.name == "job 13" and "ended the process that read it" in refused.reason
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_of_tables_and_shards_lose_nothing_with_a_machine(reader, recordings, tmp_path, cluster):  # noqa: F811
+    made, nodes = cluster
+    read(reader, recordings, tmp_path / "here" / "set")
+    lost = []
+
+    def lose() -> None:
+        building = tmp_path / "there" / ".set.building"
+        while not list(building.glob("unit-*.json")):
+            time.sleep(0.01)
+        made.remove_node(nodes[0], allow_graceful=False)
+        lost.append("node")
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    summary = read(reader, recordings, tmp_path / "there" / "set", engine="ray", address=made.address)
+    thread.join()
+    assert lost and summary.records == 2 * UNITS and not summary.rejected
+    assert contents(tmp_path / "there" / "set") == contents(tmp_path / "here" / "set")
