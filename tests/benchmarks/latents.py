@@ -33,6 +33,7 @@ def run(settings: Settings) -> Result:
     image = ImageVAEConfig(block_channels=(8, 16) if settings.quick else (32, 64), layers_per_block=1, groups=4)
     networks = {"image VAE": image, "causal video VAE": CVVAEConfig.causal(image)}
     rows, samples = [], {}
+    numbers = itertools.count()  # of the folders
     with tempfile.TemporaryDirectory() as text:
         root = Path(text)
         clips = root / "clips"
@@ -49,16 +50,15 @@ def run(settings: Settings) -> Result:
             folder = str(export_network(config, parameters, root / name.replace(" ", "_")))
             encoder = ClipEncoder(folder, [(size, size)], batch=16)
             alone = StreamingVAE(folder, chunk_frames=16)
-            numbers = itertools.count()
             made: dict[str, Path] = {}
 
-            def ours(encoder=encoder, numbers=numbers, made=made) -> None:
+            def ours(encoder=encoder, made=made) -> None:
                 made["ours"] = root / f"ours{next(numbers)}"
                 chosen = LatentsConfig(sizes=((size, size),))
                 build_latents(clips, made["ours"], encoder, chosen, encoder_digest="x", overwrite=True,
                               group=encoder.frames_per_latent)  # fmt: skip
 
-            def loop(alone=alone, numbers=numbers, made=made) -> None:
+            def loop(alone=alone, made=made) -> None:
                 made["loop"] = root / f"loop{next(numbers)}"
                 _one_by_one(clips, made["loop"], alone, size)
 

@@ -123,6 +123,16 @@ def test_saved_activations_agree_with_the_formula(document):
     assert row["least"] <= row["compiled"] * 1.01
 
 
+@pytest.mark.slow
+def test_those_of_data_sets_on_request_run_too(tmp_path):
+    names = ("data_index", "data_build", "latents", "cached_clips")
+    command = [sys.executable, "-m", "tests.benchmarks", *names, "--quick", "--cores", "1"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert all(f"{name}: " in done.stdout for name in names) and not list(tmp_path.iterdir())
+
+
 def test_an_unknown_name_is_refused():
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks", "dit_stop"], cwd=ROOT, capture_output=True, text=True, timeout=120
