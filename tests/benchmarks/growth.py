@@ -1,8 +1,9 @@
-"""Growth of RepVideo-2B's step, as compiled: chips at two clips per four, frames, size; memory, bytes and time.
+"""Growth of RepVideo-2B's step, as compiled: chips at a clip per two, frames, size; memory, bytes and time.
 
-Beside each compiled number stands what a formula says: the state divided over fsdp and what the layers save; parameters
-gathered twice and gradients scattered once per step, keys and values gathered twice and their gradients scattered once;
-attention that grows with the square of the rows and everything else with the rows. Times are `jvgen estimate`'s.
+Beside each compiled number stands what a formula says: the state divided over all devices and what the layers save;
+parameters gathered twice and gradients scattered once per step, keys and values around the ring twice and their
+gradients once; attention that grows with the square of the rows and everything else with the rows. Times are `jvgen
+estimate`'s.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One compiled step: slice, frames, height and width; two clips on four chips."""
+    """One compiled step: slice, frames, height and width; a clip on two chips."""
 
     topology: str
     frames: int
@@ -47,7 +48,7 @@ class Point:
     @property
     def batch(self) -> int:
         """Clips of a step."""
-        return pod_named(self.topology).chips // 4 * 2
+        return pod_named(self.topology).chips // 2
 
 
 # 16, 64, 256 and 1,024 chips; then frames, then size on 64 chips.
@@ -119,13 +120,17 @@ def formula(point: Point, changes: tuple[str, ...] = ()) -> dict[str, float]:
     rows = denoiser.text_length + math.prod(token_grid(shape, denoiser.patch_shape))
     rows = math.ceil(rows / denoiser.token_multiple) * denoiser.token_multiple
     seq = experiment.mesh.seq
-    fsdp, clips = devices // seq, point.batch * seq / devices
+    clips = point.batch * seq / devices
     layer = denoiser.width**2 * (4 + 2 * denoiser.feed_forward_ratio) + 12 * denoiser.width * denoiser.condition_width
     parameters = denoiser.layers * layer
     activation = clips * rows * denoiser.width * 2
-    # Parameters, two moments, EMA and gradients in float32; two arrays of rows a layer.
-    memory = parameters * 4 * 5 / fsdp + 2 * denoiser.layers * activation / seq
-    sent = 3 * parameters * 2 + denoiser.layers * 6 * activation
+    # Parameters, two moments, EMA and gradients in float32; of a layer its input, the output of attention and the
+    # results of its products: queries, keys, values and their output, and the feed-forward block's.
+    saved = 7 + denoiser.feed_forward_ratio
+    memory = parameters * 4 * 5 / devices + saved * denoiser.layers * activation / seq
+    # Keys and values in both passes; their gradients, in float32 on all hops but the last.
+    hops = 2 * 2 * (seq - 1) + 2 * (2 * (seq - 1) + 1)
+    sent = 3 * parameters * 2 + denoiser.layers * hops * activation / seq
     attention = 3 * denoiser.layers * 4 * rows**2 * denoiser.width * clips / seq
     products = 3 * 2 * parameters * rows * clips / seq
     return {
