@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +157,15 @@ def _next(arrays: tuple, mesh_axis: MeshAxis) -> tuple:
     return jax.lax.ppermute(arrays, mesh_axis, [(n, (n + 1) % devices) for n in range(devices)])
 
 
+def _together(made: Any, following: tuple | None) -> tuple[Any, tuple | None]:
+    """What a kernel made, and the next keys and values, which are there when both are.
+
+    The hop after the next begins there, so that it lies beside the next kernel. XLA would run all hops one after the
+    other before the first kernel.
+    """
+    return (made, None) if following is None else jax.lax.optimization_barrier((made, following))
+
+
 def _valid_here(static: tuple, hop: int) -> jax.Array:
     """Valid keys of the shard that is here after some hops."""
     _, mesh_axis, valid, rows, _ = static
@@ -172,6 +181,7 @@ def _ring_forward(static: tuple, query: jax.Array, key: jax.Array, value: jax.Ar
         following = _next(here, mesh_axis) if hop + 1 < devices else None
         valid = _valid_here(static, hop)
         part, part_total = parts.forward(valid, query, *here)
+        part, following = _together(part, following)
         part, part_total = jnp.where(valid > 0, part, 0.0), jnp.where(valid > 0, part_total, LOWEST_TOTAL)
         if output is None:
             output, total = part, part_total
@@ -193,6 +203,7 @@ def _ring_backward(static: tuple, residuals: tuple, gradient: jax.Array) -> tupl
     for hop in range(devices):
         following = _next(here, mesh_axis) if hop + 1 < devices else None
         made = parts.backward(_valid_here(static, hop), query, *here, output, total, gradient)
+        made, following = _together(made, following)
         of_query, *of_pair = (
             before + new.astype(jnp.float32) for before, new in zip((of_query, *sums), made, strict=True)
         )

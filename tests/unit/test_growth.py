@@ -7,7 +7,7 @@ from tests.benchmarks import growth
 
 def test_formula_grows_as_arithmetic_says():
     by_chips = [growth.formula(point) for point in growth.LINES["chips"]]
-    # Two clips on four chips throughout: the same work per device, a smaller share of the state.
+    # A clip on two chips throughout: the same work per device, a smaller share of the state.
     assert len({row["formula_TFLOP"] for row in by_chips}) == 1
     assert [row["formula_GiB"] for row in by_chips] == sorted((row["formula_GiB"] for row in by_chips), reverse=True)
     assert len({row["formula_sent_GiB"] for row in by_chips}) == 1
