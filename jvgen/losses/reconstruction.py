@@ -6,15 +6,23 @@ from jaxtyping import Array, Float
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # of Stable Diffusion's AutoencoderKL
 
 
-def absolute_error(prediction: Float[Array, "B ..."], target: Float[Array, "B ..."]) -> Float[Array, "B"]:
-    """Mean absolute error (L1) of each sample, float32."""
+def absolute_error(
+    prediction: Float[Array, "B ..."], target: Float[Array, "B ..."], weights: Float[Array, "B ..."] | None = None
+) -> Float[Array, "B"]:
+    """Mean absolute error (L1) of each sample, float32; with weights each element's error counts that many times."""
     difference = jnp.abs(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    if weights is not None:
+        difference = difference * weights
     return jnp.mean(difference, axis=tuple(range(1, difference.ndim)))
 
 
-def squared_error(prediction: Float[Array, "B ..."], target: Float[Array, "B ..."]) -> Float[Array, "B"]:
-    """Mean squared error (L2) of each sample, float32."""
+def squared_error(
+    prediction: Float[Array, "B ..."], target: Float[Array, "B ..."], weights: Float[Array, "B ..."] | None = None
+) -> Float[Array, "B"]:
+    """Mean squared error (L2) of each sample, float32; with weights each element's error counts that many times."""
     difference = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    if weights is not None:
+        difference = difference * weights
     return jnp.mean(difference, axis=tuple(range(1, difference.ndim)))
 
 

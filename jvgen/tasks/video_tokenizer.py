@@ -46,6 +46,8 @@ from jvgen.value_rules import BelowOne, Bounds, Step, Weight
 DROPOUT_KEY = 40
 RESTART_KEY = 41
 DISCRIMINATOR = "discriminator"
+# A pixel of a future frame moves where some channel, in [0, 1], is this far from the last frame of the context.
+MOVED = 0.08
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ class VideoTokenizerConfig(TaskConfig):
       reconstruction: pixel error, "l1" or "l2".
       perceptual: perceptual distance added to it.
       perceptual_weight: of that distance.
+      moving_weight: the pixel error of future frames counts this many times more where they differ from the last frame
+        of the context by over 0.08 in some channel; 0 as published.
       restart: of dead codes.
       adversarial: discriminator of single frames, or none, as in all published runs except RoboNet at 256x256: weight
         0.8, start 1e5 (counting the discriminator's own steps), norm_epsilon 0, norm_floor 1e-8.
@@ -83,6 +87,7 @@ class VideoTokenizerConfig(TaskConfig):
     reconstruction: Literal["l1", "l2"] = "l1"
     perceptual: PerceptualConfig = PerceptualConfig()
     perceptual_weight: Weight = 1.0
+    moving_weight: Weight = 0.0
     restart: RestartConfig = RestartConfig()
     adversarial: AdversarialConfig | None = None
 
@@ -190,7 +195,8 @@ class VideoTokenizer(Task):
         total, metrics = jnp.zeros((), jnp.float32), {}
         for stream, frames, codes, target in self._streams(output, video):
             error = absolute_error if self.config.reconstruction == "l1" else squared_error
-            reconstruction = jnp.mean(error(frames, target))
+            weights = self._weights(video) if stream == "future" and self.config.moving_weight else None
+            reconstruction = jnp.mean(error(frames, target, weights))
             perceptual = jnp.mean(self.perceptual.distance(frozen, signed_from_unit(frames), signed_from_unit(target)))
             total += reconstruction + self.config.perceptual_weight * perceptual + codes.loss
             metrics |= {f"{stream}/reconstruction": reconstruction, f"{stream}/codebook": codes.loss}
@@ -285,6 +291,13 @@ class VideoTokenizer(Task):
             ("context", images(output.context), output.context_codes, images(video[:, :count])),
             ("future", images(output.future), output.future_codes, images(video[:, count:])),
         )
+
+    def _weights(self, video: jax.Array) -> jax.Array:
+        """Of the pixels of future frames in the loss, `(B F) H W 1`."""
+        count = self.config.network.context_frames
+        moved = jnp.abs(video[:, count:] - video[:, count - 1 : count]) > MOVED
+        weights = 1.0 + self.config.moving_weight * jnp.any(moved, axis=-1, keepdims=True)
+        return rearrange(weights, "b f h w c -> (b f) h w c")
 
     def _fidelity(self, stream: str, frames: jax.Array, target: jax.Array, *, similarity: bool) -> Metrics:
         frames, count = jnp.clip(frames, 0.0, 1.0), jnp.float32(frames.shape[0])
