@@ -194,9 +194,7 @@ class VideoTokenizer(Task):
         output = self.networks["tokenizer"].apply(parameters["tokenizer"], video.astype(dtype), keys)
         total, metrics = jnp.zeros((), jnp.float32), {}
         for stream, frames, codes, target in self._streams(output, video):
-            error = absolute_error if self.config.reconstruction == "l1" else squared_error
-            weights = self._weights(video) if stream == "future" and self.config.moving_weight else None
-            reconstruction = jnp.mean(error(frames, target, weights))
+            reconstruction = self.pixel_error(stream, frames, target, video)
             perceptual = jnp.mean(self.perceptual.distance(frozen, signed_from_unit(frames), signed_from_unit(target)))
             total += reconstruction + self.config.perceptual_weight * perceptual + codes.loss
             metrics |= {f"{stream}/reconstruction": reconstruction, f"{stream}/codebook": codes.loss}
@@ -292,12 +290,19 @@ class VideoTokenizer(Task):
             ("future", images(output.future), output.future_codes, images(video[:, count:])),
         )
 
-    def _weights(self, video: jax.Array) -> jax.Array:
-        """Of the pixels of future frames in the loss, `(B F) H W 1`."""
-        count = self.config.network.context_frames
-        moved = jnp.abs(video[:, count:] - video[:, count - 1 : count]) > MOVED
-        weights = 1.0 + self.config.moving_weight * jnp.any(moved, axis=-1, keepdims=True)
-        return rearrange(weights, "b f h w c -> (b f) h w c")
+    def pixel_error(self, stream: str, frames: jax.Array, target: jax.Array, video: jax.Array) -> jax.Array:
+        """Mean error of reconstructed frames in the loss, see `_streams` and `VideoTokenizerConfig.moving_weight`.
+
+        Args:
+          video: true clips, `B F H W 3` in [0, 1].
+        """
+        error, weights = absolute_error if self.config.reconstruction == "l1" else squared_error, None
+        if stream == "future" and self.config.moving_weight:
+            count = self.config.network.context_frames
+            moved = jnp.any(jnp.abs(video[:, count:] - video[:, count - 1 : count]) > MOVED, axis=-1, keepdims=True)
+            weights = rearrange(jnp.where(moved, 1.0 + self.config.moving_weight, 1.0), "b f h w c -> (b f) h w c")
+            weights = jnp.broadcast_to(weights, target.shape)
+        return jnp.mean(error(frames, target, weights))
 
     def _fidelity(self, stream: str, frames: jax.Array, target: jax.Array, *, similarity: bool) -> Metrics:
         frames, count = jnp.clip(frames, 0.0, 1.0), jnp.float32(frames.shape[0])

@@ -57,7 +57,8 @@ SENSIBLE = {
         TextToVideoConfig.visualize_clips TimestepConfig.mean TrainingConfig.evaluate_every TrainingConfig.hang_seconds
         TrainingConfig.max_consecutive_skips TrainingConfig.max_skips TrainingConfig.spike_patience
         TrainingConfig.spike_sigma TrainingConfig.spike_warmup TrainingConfig.visualize_every
-        VideoTokenizerConfig.perceptual_weight VideoVAETaskConfig.kl_weight VideoVAETaskConfig.perceptual_weight
+        VideoTokenizerConfig.moving_weight VideoTokenizerConfig.perceptual_weight VideoVAETaskConfig.kl_weight
+        VideoVAETaskConfig.perceptual_weight
         WorldModelConfig.action_reconstruction_weight WorldModelConfig.evaluation_samples
         WorldModelConfig.reward_weight WorldModelConfig.visualize_clips
     """,

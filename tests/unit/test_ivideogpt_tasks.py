@@ -103,6 +103,21 @@ def test_loss_is_the_sum_of_its_terms(tokenizer_loss):
     assert {"context/psnr", "future/psnr"} < set(values)
 
 
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_moving_pixels_count_more(kind):
+    """A fifth of the second future frame moves; other errors, and those of the context, count once."""
+    video = jnp.full((1, 4, 10, 10, 3), 0.5).at[0, 3, :2, :, 1].set(0.9)
+    made = video[0, 2:] + 0.25
+    found = [
+        TOKENIZER.replace(reconstruction=kind, moving_weight=weight)
+        .build()
+        .pixel_error(stream, made, video[0, 2:], video)
+        for weight, stream in ((0.0, "future"), (10.0, "future"), (10.0, "context"))
+    ]
+    error = 0.25 if kind == "l1" else 0.0625
+    assert [float(one) for one in found] == pytest.approx([error, error * (1 + 10 * 0.2 / 2), error])
+
+
 def test_tokenizer_dropout_depends_on_the_slot(tokenizer_loss):
     (whole, _), (parts, _) = tokenizer_loss
     assert float(parts) == pytest.approx(float(whole), rel=1e-5)
