@@ -230,7 +230,8 @@ def test_chips_with_little_vmem_are_refused(kind, refused):
         ("TPU v5", 512, False),
         ("TPU v5 lite", 128, False),
         ("TPU v5 lite", 256, True),
-        ("TPU v6 lite", 256, True),
+        ("TPU v6 lite", 256, False),
+        ("TPU v6 lite", 512, True),
         ("TPU v6 lite", 64, False),
     ],
 )
@@ -285,7 +286,7 @@ def test_the_scale_rounds_at_most_once(key, name, width, scale):
 
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
-@pytest.mark.parametrize("module,width", [(tpu, 128), (tpu, 512), (flash_tpu, 64), (flash_tpu, 512)])
+@pytest.mark.parametrize("module,width", [(tpu, 128), (tpu, 512), (flash_tpu, 64), (flash_tpu, 256), (flash_tpu, 512)])
 def test_blocks_fit_into_vmem(module, width):
     """Stable Diffusion's autoencoders attend with one head of 512 channels."""
     device = topology.describe("v5e:2x2").devices[0]

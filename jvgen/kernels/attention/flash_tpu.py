@@ -14,8 +14,9 @@ from jvgen.kernels.attention.tpu import LANES, block_size
 # Tokens per grid step of queries and of keys at most, and keys per product; `python -m tests.benchmarks splash_tpu`
 # counts cycles of others.
 DEFAULT_BLOCKS = (896, 1792, 896)
-# For heads wider than the lanes, whose tiles would not fit into VMEM.
-WIDE_BLOCK = 512
+# For heads wider than the lanes, and for those whose tiles would then not fit into VMEM.
+WIDE_BLOCKS = (2240, 512, 256)
+WIDEST_BLOCK = 512
 
 
 def attention(
@@ -62,8 +63,9 @@ def slower(device_kind: str, width: int) -> str:
 
     Tables of cycles by chip and call: `docs/measured.md`.
     """
-    wide = width > LANES and re.fullmatch(r"TPU v5( lite|e)|TPU v6.*", device_kind)
-    return f"splash attention takes fewer cycles for heads wider than {LANES} on {device_kind}" if wide else ""
+    widest = {"TPU v5 lite": LANES, "TPU v5e": LANES, "TPU v6 lite": 2 * LANES, "TPU v6e": 2 * LANES}.get(device_kind)
+    wide = widest is not None and width > widest
+    return f"splash attention takes fewer cycles for heads wider than {widest} on {device_kind}" if wide else ""
 
 
 def blocks(query_length: int, key_length: int, width: int) -> tuple[int, int, int]:
@@ -75,7 +77,9 @@ def blocks(query_length: int, key_length: int, width: int) -> tuple[int, int, in
 
 def largest_blocks(width: int) -> tuple[int, int, int]:
     """What `blocks` has at most."""
-    return DEFAULT_BLOCKS if width <= LANES else tuple(min(size, WIDE_BLOCK) for size in DEFAULT_BLOCKS)
+    if width > 2 * LANES:
+        return tuple(min(size, WIDEST_BLOCK) for size in DEFAULT_BLOCKS)
+    return DEFAULT_BLOCKS if width <= LANES else WIDE_BLOCKS
 
 
 def _factors(scale: float) -> tuple[float, float]:
