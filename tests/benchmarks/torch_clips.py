@@ -9,6 +9,10 @@ import av
 import cv2
 import numpy as np
 import torch
+from av.video.reformatter import Interpolation
+
+# FFmpeg's conversion without its bias, which jvgen's is compared with.
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 class Window(NamedTuple):
@@ -33,8 +37,10 @@ class Clips(torch.utils.data.Dataset):
         return len(self.windows)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        reader = read if self.decoder == "pyav" else read_with_torchcodec
-        return torch.from_numpy(reader(self.windows[number]))
+        window = self.windows[number]
+        if self.decoder == "torchcodec":
+            return torch.from_numpy(read_with_torchcodec(window))
+        return torch.from_numpy(read(window, EXACT if self.decoder == "pyav, exact colors" else None))
 
 
 def read(window: Window, interpolation: Any = None) -> np.ndarray:
