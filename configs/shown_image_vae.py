@@ -2,8 +2,8 @@
 
 Should reach: not run yet.
 Chips: a CPU with 2 cores, or any GPU.
-Memory: 1.8 GiB resident with everything else of the process (over the same steps).
-Time: 1.1 s per step on one core (over 5 steps): an hour and a half for the run.
+Memory: 1.8 GiB resident with everything else of the process (measured over a few steps).
+Time: 1.1 s per step on one core (measured over 5 steps), so an hour and a half for the run.
 Data: all shapes, colors and camera motions over textured grounds:
 
     jvgen data build scenes --out runs/shown/scenes --train 6000 --validation 200 --set frames=16 --set height=64 \\

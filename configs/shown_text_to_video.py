@@ -2,8 +2,8 @@
 
 Should reach: not run yet.
 Chips: a CPU with 2 cores, or any GPU.
-Memory: 2.9 GiB resident with everything else of the process (over the same steps).
-Time: 7.3 s per step on one core (over 4 steps): six hours for the run.
+Memory: 2.9 GiB resident with everything else of the process (measured over a few steps).
+Time: 7.3 s per step on one core (measured over 4 steps), so six hours for the run.
 Data: that of `shown_image_vae.py`, encoded by its VAE:
 
     jvgen export runs/shown/image_vae --to runs/shown/export/image_vae
