@@ -52,7 +52,7 @@ HEADS = {"heads_64": (30, 64), "heads_128": (16, 128), "heads_256": (8, 256)}
 
 def experiment(variant: Heads = "heads_64") -> Experiment:
     heads, head_width = HEADS[variant]
-    # Fastest by the estimate; the others share a clip's tokens, in shards that blocks of 128 divide.
+    # A clip on one chip, or its tokens in shards that blocks of 128 divide.
     seq, remat = (1, Remat.SAVE_MATMULS) if variant == "heads_128" else (4, Remat.SAVE_ATTENTION)
     return Experiment(
         name=f"repvideo_2b_scratch_{variant}",
