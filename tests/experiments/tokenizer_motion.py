@@ -5,8 +5,8 @@
 DATA is a data set of clips of 32x32; the tokenizer is that of `configs/demo_ivideogpt_tokenizer.py` with more codes,
 from scratch or from `--initial FOLDER` (exported). Every 50 steps, on 32 held-out clips: PSNR (whole frames, moving
 pixels, the others) of later frames through the tokenizer with their ids and with those of other clips, which are as
-good where ids say nothing; ids in use; ids that differ from those of the frame before; standard deviation over the
-frames of a clip of latents before quantization.
+good where ids say nothing; ids in use; ids that differ from those of the frame before; standard deviations of latents
+before quantization, over the frames of a clip and over clips, frames and places. `--stop 0` scores `--initial` alone.
 """
 
 import argparse
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return task.after_update(parameters, {}, {"video": video, "slot": jnp.arange(len(video))}, key, number)
 
     scores, began = scorer(task, held_out), time.process_time()
-    for number in range(parsed.stop or parsed.steps):
+    print(f"step 0: {scores(parameters)}", flush=True)
+    for number in range(parsed.steps if parsed.stop is None else parsed.stop):
         video = draw(train, BATCH, rng)
         parameters, state = step(parameters, state, jnp.int32(number), video)
         if number % experiment.task.restart.every == experiment.task.restart.every - 1:
@@ -118,7 +119,8 @@ def scorer(task: Any, held_out: np.ndarray) -> Any:
         _, conditions = model.detokenize_context(tokens.context)
         other = jnp.roll(tokens.future, len(video) // 2, axis=0)
         made = (jnp.clip(model.detokenize_future(ids, conditions), 0, 1) for ids in (tokens.future, other))
-        return (*made, tokens.future, jnp.mean(jnp.std(latents, axis=1)))
+        everywhere = jnp.mean(jnp.std(latents, axis=(0, 1, 2)))
+        return (*made, tokens.future, jnp.mean(jnp.std(latents, axis=1)), everywhere)
 
     true, last = held_out[:, CONTEXT:] / 255.0, held_out[:, CONTEXT - 1 : CONTEXT] / 255.0
     moving = (np.abs(true - last) > MOVED).any(axis=-1)
@@ -130,10 +132,11 @@ def scorer(task: Any, held_out: np.ndarray) -> Any:
     print(f"copying: {decibels(np.broadcast_to(last, true.shape))}; {moving.mean():.1%} of pixels move", flush=True)
 
     def scores(parameters: Any) -> str:
-        own, other, ids, spread = (np.asarray(one) for one in run(parameters, held_out))
+        own, other, ids, spread, everywhere = (np.asarray(one) for one in run(parameters, held_out))
         return (
             f"own ids {decibels(own)}, other ids {decibels(other)}, {len(np.unique(ids))} ids, "
-            f"{(ids[:, 1:] != ids[:, :-1]).mean():.1%} change, spread {spread:.4f}"
+            f"{(ids[:, 1:] != ids[:, :-1]).mean():.1%} change, latents {spread:.4f} over frames, "
+            f"{everywhere:.2f} in all"
         )
 
     return scores
