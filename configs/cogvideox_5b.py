@@ -8,8 +8,8 @@ are RepVideo's gates in them (arXiv 2501.08994): pass --init-gates.
 
 Should reach: the published models, adapted to the clips; of RepVideo from this network nothing is published.
 Chips: 64 of v5p (`v5p:4x4x4`), two clips per 4 chips.
-Memory: 1.3 GiB of train state per device (by arithmetic); of the compiled step, see docs/pods.md.
-Time: 3.7 s per step on v5p:4x4x4 (estimated at 30% MFU, not measured); by variant from the compiled step, docs/pods.md.
+Memory: text_to_video 15.5 of 95.7 GiB per device (compiled); the others in docs/pods.md.
+Time: text_to_video 2.6 s per step on v5p:4x4x4 (2.5 to 3.4, 42% MFU; estimated from the compiled step, not measured).
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-5b/vae --size 480x720 --keep-clips --out
 data/latents_480x720` (text to video needs no --keep-clips; for image to video name that of CogVideoX-5b-I2V,
 whose content hash is compared), and a local folder of T5 v1.1 XXL.
