@@ -207,7 +207,7 @@ TABLES: dict[str, tuple[str, bytes | str, tuple[str, ...]]] = {
     "captions latin-1": ("c.csv", b"file,caption\nx.mp4,caf\xe9\n", ("c.csv", "not UTF-8", "line 2", "0xe9")),
     "captions without columns": ("c.csv", "name,text\n", ("c.csv", "['name', 'text']", "file and caption")),
     "captions empty": ("c.csv", "", ("c.csv", "file and caption")),
-    "captions too long": ("c.csv", "file,caption\nx.mp4," + "a" * 140_000 + "\n", ("c.csv", "field larger")),
+    "captions too long": ("c.csv", "file,caption\nx.mp4," + "a" * ((16 << 20) + 1) + "\n", ("c.csv", "field larger")),
     "captions without a name": ("c.csv", "file,caption\n,a fox\n", ("c.csv", "line 2", "file and a caption")),
     "captions of other files": ("c.csv", "file,caption\ny.mp4,a fox\n", ("c.csv", "lists none", "y.mp4")),
     "captions JSON cut": ("c.jsonl", '{"file": "x.mp4", "caption": "a"}\n{"file"\n', ("c.jsonl", "line 2", "not JSON")),
