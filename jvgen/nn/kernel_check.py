@@ -25,6 +25,7 @@ from jvgen.nn import epipolar_attention, sequence_parallel
 from jvgen.nn.attention import AttentionKernel, bound
 from jvgen.nn.epipolar_attention import EpipolarKernel
 from jvgen.nn.kernel_report import Call
+from jvgen.parallel import axes
 
 # Root mean square of the difference, as a share of that of the exact array: over all tokens, and of any one.
 BOUND, TOKEN_BOUND = 0.02, 0.05
@@ -70,19 +71,44 @@ def is_checked(call: Call, platform: str) -> bool:
 def verify(call: Call, log: Callable[[str], None]) -> None:
     """Run the kernel of a call on this process's first device, once per kind of call, and log how near it is.
 
-    Nothing is done on CPUs and for kernels that are plain JAX. It takes seconds, most of them to compile.
+    Nothing is done on CPUs, for kernels that are plain JAX, and while a program is traced for a described pod. It takes
+    seconds, most of them to compile. What keeps the kernel from running alone (memory, the compiler) is logged: it says
+    nothing against the program's own numbers.
 
     Raises:
       KernelDiffers: an output or a gradient is out of bounds, or not finite.
     """
     device = jax.local_devices()[0]
-    if is_checked(call, device.platform) and call not in _verified:
-        start = time.perf_counter()
-        found = _elsewhere(lambda: differences(call, device))
-        judge(call, device.device_kind, found)
-        _verified.add(call)
-        shown = ", ".join(f"{one.name} {one.overall:.2%}" for one in found)
-        log(f"{call} on {device.device_kind} {device.id}: off float32 by {shown}, {time.perf_counter() - start:.1f} s")
+    if call in _verified or not is_checked(call, device.platform) or axes.device() not in jax.devices():
+        return
+    try:
+        log(measured(call, device))
+    except KernelDiffers:
+        raise
+    except Exception as error:
+        log(f"WARNING: not checked before the first step: {not_run(call, device, error)}")
+    _verified.add(call)
+
+
+def measured(call: Call, device: jax.Device) -> str:
+    """Run the kernel of a call on a device; a line that says how near it is.
+
+    Raises:
+      KernelDiffers: see `verify`.
+      Exception: what compiling or running it raises.
+    """
+    start = time.perf_counter()
+    found = _elsewhere(lambda: differences(call, device))
+    judge(call, device.device_kind, found)
+    shown = ", ".join(f"{one.name} {one.overall:.2%}" for one in found)
+    seconds = time.perf_counter() - start
+    return f"{call} on {device.device_kind} {device.id}: off float32 by {shown}, {seconds:.1f} s"
+
+
+def not_run(call: Call, device: jax.Device, error: Exception) -> str:
+    """One line about a kernel that did not run."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{call} did not run alone on {device.device_kind} {device.id}: {type(error).__name__}: {first}"
 
 
 _verified: set[Call] = set()
@@ -97,8 +123,8 @@ def judge(call: Call, device_kind: str, found: list[Difference]) -> None:
         shown = "; ".join(f"{one.name} {one.overall:.2%}, of one token {one.token:.2%}" for one in wrong)
         raise KernelDiffers(
             f"{call}: computes wrong numbers on {device_kind}. Differences from float32: {shown} (at most {BOUND:.0%} "
-            f"and {TOKEN_BOUND:.0%}). No step has run with it. Take another kernel, --set {field}={instead}, and "
-            "report this line."
+            f"and {TOKEN_BOUND:.0%}). No step has run with it. Take another kernel, --set {field}={instead} in a video "
+            "DiT's config, and report this line."
         )
 
 

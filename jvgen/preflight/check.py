@@ -222,7 +222,9 @@ def undivided(program: Program) -> Iterator[str]:
         return
     for bucket in program.experiment.data.buckets:
         recorder = ShardingRecorder(mesh, program.experiment.sharding)
-        _, problems = _attempt(lambda bucket=bucket, recorder=recorder: _trace(program, bucket, recorder))
+        # Kernels are reported by `kernels`, or by the program itself.
+        with collecting(KernelReport()):
+            _, problems = _attempt(lambda bucket=bucket, recorder=recorder: _trace(program, bucket, recorder))
         yield from problems
         for (name, _), split in sorted(recorder.largest.items()):
             if split.unused_axes:

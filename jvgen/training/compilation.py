@@ -183,10 +183,7 @@ class Programs:
         self._log, self._while_waiting = log, while_waiting
         self._jit = not jax.config.jax_disable_jit
         # Programs share most kinds of calls: each is logged once.
-        self._kernels = KernelReport(
-            lambda line: log(f"kernels: {line}"),
-            lambda call: kernel_check.verify(call, lambda line: log(f"kernels: {line}")),
-        )
+        self._kernels = KernelReport(lambda line: log(f"kernels: {line}"))
         # Jobs of training steps by the shapes of their batches and the objectives that are active.
         self._by_shapes: dict[tuple[str, tuple[str, ...] | None], _Job] = {}
         self._evaluations: dict[tuple[str, BucketConfig], _Job] = {}
@@ -238,7 +235,8 @@ class Programs:
         return self._result(self._evaluations[method, bucket])
 
     def poll(self) -> None:
-        """Log what was compiled in the background since the last call, and what failed. It does not wait."""
+        """Log what was compiled in the background since the last call, and what failed. It does not wait for more, but
+        runs new kernels of what was compiled, which takes seconds."""
         for job in self._background:
             if job.done.is_set() and not job.logged:
                 self._log_job(job)
@@ -279,15 +277,22 @@ class Programs:
         job.logged = True
         for line in job.kernels.lines:
             self._kernels.add(line)
-        # Before the first step that takes them.
-        for call in job.kernels.calls:
-            self._kernels.add_call(call)
         if job.error is None:
             for line in job.report(job):
                 self._log(line)
+            self._verify(job)
         else:
             first = (str(job.error).strip().splitlines() or [""])[0]
             self._log(f"ERROR: compiling {job.name} failed: {type(job.error).__name__}: {first}")
+
+    def _verify(self, job: _Job) -> None:
+        """Run the kernels of a program before it; a wrong one is an error of the program, as if it did not compile."""
+        try:
+            for call in job.kernels.calls:
+                kernel_check.verify(call, lambda line: self._log(f"kernels: {line}"))
+        except kernel_check.KernelDiffers as error:
+            job.error = error
+            self._log(f"ERROR: {job.name} cannot run: {error}")
 
 
 def _shapes(program: Program, bucket: BucketConfig) -> str:

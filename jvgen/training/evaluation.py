@@ -11,6 +11,7 @@ from jvgen import nested
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import LoadedBatch
 from jvgen.finite import Clips
+from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.nn.network import Parameters
 from jvgen.tasks.task import Batch
 from jvgen.training.compilation import Programs
@@ -108,7 +109,9 @@ def metric_names(program: Program, bucket: BucketConfig) -> list[str]:
     """Names of the metrics that evaluation gives on batches of a bucket, found by tracing the task's `evaluate`."""
     state = program.abstract_state()
     batch = program.abstract_batch(bucket)
-    metrics = jax.eval_shape(program.evaluation("evaluate"), state.parameters, state.frozen, batch, state.key)
+    # The program reports its kernels when it is compiled.
+    with collecting(KernelReport()):
+        metrics = jax.eval_shape(program.evaluation("evaluate"), state.parameters, state.frozen, batch, state.key)
     variants = [RAW, *(f"ema_{decay}" for decay in sorted(program.abstract.ema, key=float))]
     return [
         metric if variant == RAW else f"{variant}/{metric}" for variant in variants for metric in result_names(metrics)

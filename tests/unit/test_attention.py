@@ -218,7 +218,9 @@ def test_heads_choose_for_themselves_whether_they_need_a_maximum(key):
 
 
 @pytest.mark.parametrize(
-    "kind,refused", [("TPU v4", True), ("TPU v3", True), ("TPU v5", False), ("TPU v5 lite", False), ("cpu", False)]
+    "kind,refused",
+    [(f"TPU v{kind}", True) for kind in ("3", "4", "4i", "4 lite")]
+    + [(kind, False) for kind in ("TPU v5", "TPU v5 lite", "TPU7x", "cpu")],
 )
 def test_chips_with_little_vmem_are_refused(kind, refused):
     assert bool(flash_tpu.refusal(kind)) == refused

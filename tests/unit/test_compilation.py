@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
 from jvgen import exit_codes  # noqa: E402
+from jvgen.nn import kernel_check, kernel_report  # noqa: E402
+from jvgen.nn.kernel_check import KernelDiffers  # noqa: E402
+from jvgen.nn.kernel_report import Call  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
 from jvgen.training import compilation, session  # noqa: E402
 from jvgen.training.compilation import Programs, persistent_cache  # noqa: E402
@@ -84,9 +87,12 @@ class Held:
         self.lowered, self.release = [], threading.Event()
         self.sharding, self.abstract_batch = self._program.sharding, self._program.abstract_batch
         self.active_in = self._program.active_in
+        self.noted = {}
 
     def lower(self, bucket):
         self.lowered.append(bucket.frames)
+        if bucket.frames in self.noted:
+            kernel_report.note((1, 512, 2, 64), "512 keys", "", self.noted[bucket.frames])
         if bucket.frames == 4:
             self.release.wait()
         if bucket.frames == 3:
@@ -137,6 +143,26 @@ def test_a_later_step_that_fails_is_reported_at_once_and_raised_when_needed():
     with pytest.raises(RuntimeError, match="out of memory"):
         programs.step(experiment.data.buckets[1], 0)
     assert len([line for line in lines if "ERROR" in line]) == 1
+
+
+def test_a_wrong_kernel_of_a_later_step_is_reported_at_once_and_raised_when_needed(monkeypatch):
+    call = Call("attention", "flash_tpu", "bfloat16", 64, 512, 512, 512, 0.125)
+
+    def verify(call, log):
+        raise KernelDiffers(f"{call}: computes wrong numbers")
+
+    monkeypatch.setattr(kernel_check, "verify", verify)
+    experiment = staged(now_2=(0, None), later_1=(9, None))
+    held, lines = Held(experiment), []
+    held.noted = {1: call}
+    programs = compiled(held, experiment, 0, lines.append)
+    programs._background[0].done.wait()
+    programs.poll()
+    now, later = experiment.data.buckets
+    assert lines[-1] == f"ERROR: the step for 1x1x1x1 x 16 cannot run: {call}: computes wrong numbers"
+    assert programs.step(now, 0)(jnp.float32(1)) == 3
+    with pytest.raises(KernelDiffers):
+        programs.step(later, 0)
 
 
 def test_a_failure_in_the_current_stage_names_its_bucket():

@@ -10,6 +10,8 @@ from jvgen.kernels.attention import flash_tpu, flash_tpu_kernels
 from jvgen.nn import attention, kernel_check, kernel_report
 from jvgen.nn.kernel_check import BOUND, TOKEN_BOUND, Difference, KernelDiffers, differences, judge, verify
 from jvgen.nn.kernel_report import Call, KernelReport, collecting
+from jvgen.parallel import axes
+from jvgen.preflight import page
 
 CALL = Call("attention", "flash_tpu", "bfloat16", 64, 256, 384, 300, 0.125)
 CALLS = {
@@ -99,9 +101,29 @@ def test_each_kind_of_call_is_verified_once_while_tracing(monkeypatch):
     assert len(lines) == 1 and lines[0].startswith(f"{report.calls[0]} on cpu 0: off float32 by output 0.")
 
 
+def test_a_kernel_that_cannot_run_alone_is_logged_and_ends_no_run(monkeypatch):
+    def out_of_memory(call, device):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 3 GiB\nand more")
+
+    monkeypatch.setattr(kernel_check, "is_checked", lambda call, platform: True)
+    monkeypatch.setattr(kernel_check, "_verified", set())
+    monkeypatch.setattr(kernel_check, "differences", out_of_memory)
+    lines = []
+    for _ in range(2):
+        verify(CALL, lines.append)
+    said = f"{CALL} did not run alone on cpu 0: RuntimeError: RESOURCE_EXHAUSTED: 3 GiB"
+    assert lines == [f"WARNING: not checked before the first step: {said}"]
+    assert list(page._runs([CALL])) == [page.Row("kernels run", False, said)]  # what was asked for was not done
+
+
 def test_plain_kernels_and_described_chips_run_nothing(monkeypatch):
-    monkeypatch.setattr(kernel_check, "differences", None)
-    verify(CALL, print)  # on CPUs
+    lines = []
+    verify(CALL, lines.append)  # on CPUs
+    with monkeypatch.context() as described:
+        described.setattr(kernel_check, "is_checked", lambda call, platform: True)
+        described.setattr(axes, "device", lambda: "a chip of a pod")
+        verify(CALL, lines.append)
+    assert not lines
     assert not kernel_check.is_checked(Call("attention", "chunked", "float32", 64, 8, 8, 8, 1.0), "tpu")
     assert kernel_check.is_checked(CALL, "tpu")
     with kernel_report.announced() as report:

@@ -17,6 +17,7 @@ from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
+from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.chips import chip_named, chip_of
 from jvgen.parallel.mesh import MeshConfig, make_mesh
@@ -89,8 +90,10 @@ def no_data(monkeypatch):
 # Checks.
 
 
-def test_a_valid_run_passes(no_data, tmp_path):
-    check(video_experiment(**{"mesh.fsdp": 2, "mesh.seq": 2, "mesh.tensor": 2}), tmp_path / "new" / "run")
+def test_a_valid_run_passes_and_its_kernels_are_not_run(no_data, tmp_path):
+    with collecting(KernelReport()) as announced:
+        check(video_experiment(**{"mesh.fsdp": 2, "mesh.seq": 2, "mesh.tensor": 2}), tmp_path / "new" / "run")
+    assert not announced.calls
 
 
 def test_all_problems_are_in_one_message(tmp_path):

@@ -54,7 +54,7 @@ def attention(
 
 def refusal(device_kind: str) -> str:
     """Why the kernels cannot run on a kind of device, as JAX names it; empty if they can."""
-    old = re.fullmatch(r"TPU v[234]\w?", device_kind)
+    old = re.match(r"TPU v[234]", device_kind)
     return f"{device_kind} has 16 MiB of VMEM, the kernels take {flash_tpu_kernels.VMEM_BYTES >> 20}" if old else ""
 
 
