@@ -14,7 +14,8 @@ from jvgen.kernels.attention.tpu import LANES, block_size
 # Tokens per grid step of queries and of keys at most, and keys per product; `python -m tests.benchmarks splash_tpu`
 # counts cycles of others.
 DEFAULT_BLOCKS = (896, 1792, 896)
-# For heads wider than the lanes, and for those whose tiles would then not fit into VMEM.
+# The same for heads wider than the lanes; and at most of each for those wider than twice the lanes, whose tiles would
+# else not fit into VMEM.
 WIDE_BLOCKS = (2240, 512, 256)
 WIDEST_BLOCK = 512
 
