@@ -137,7 +137,8 @@ def followed(push: Sequence[float], one: Sequence[float | None], other: Sequence
     if None in one or None in other:
         return False
     axis, side = (0, push[0]) if push[0] else (1, -push[1])
-    return side * (one[axis] - other[axis]) > MOVED
+    to, fro = side * one[axis], side * other[axis]
+    return to > 0 > fro and to - fro > MOVED
 
 
 def _middle(frame: np.ndarray) -> np.ndarray | None:
@@ -156,4 +157,4 @@ def _share(plan: Mapping[str, float]) -> str:
 
 def _not_followed(opposite: Mapping[str, bool]) -> str:
     names = [name.replace("_", " ") for name, right in opposite.items() if not right]
-    return f"{'; '.join(names)} do not part it."
+    return f"{'; '.join(names)} do not part it, each to its side."

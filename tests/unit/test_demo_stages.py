@@ -243,6 +243,7 @@ def test_pushes_are_followed_or_not():
     assert world_report.followed((1.0, 0.0), right, left) and not world_report.followed((1.0, 0.0), left, right)
     assert not world_report.followed((1.0, 0.0), still, still) and not world_report.followed((0.0, 1.0), right, left)
     assert world_report.followed((0.0, 1.0), (0.0, -3.0), (0.0, 3.0))  # away from the camera is up
+    assert not world_report.followed((1.0, 0.0), (-1.0, 0.0), (-9.0, 0.0))  # parted, but both went left
     gone = world_report.displacement(np.full((3, 32, 32, 3), 90, np.uint8))
     assert gone == (None, None) and not world_report.followed((1.0, 0.0), right, gone)
 

@@ -50,22 +50,27 @@ def test_in_processes():
     assert found == [0, Corrupt(GIVEN_UP.format(2)), 2, 3]
 
 
-def test_threads_wait_while_results_hold_many_bytes(monkeypatch):
-    """Decoded clips ahead of an encoder that is slower."""
+@pytest.mark.parametrize("threads", [4, 16])
+def test_threads_wait_while_results_hold_many_bytes(monkeypatch, threads):
+    """Decoded clips ahead of an encoder that is slower, however many threads decode."""
     monkeypatch.setattr(workers, "_MOST_AHEAD", 200)
     begun = []
 
     def large(number: int) -> np.ndarray:
         begun.append(number)
+        time.sleep(0.002)  # all threads could begin one
+        if number == 0:
+            raise ValueError("of no size")
         return np.full(100, number, np.uint8)
 
-    results = in_order(large, range(40), 4, processes=False, limit=10)
-    for number in range(40):
+    results = in_order(large, range(40), threads, processes=False, limit=10, large=True)
+    assert isinstance(next(results), Corrupt)
+    for number in range(1, 40):
         assert next(results)[0] == number
-        time.sleep(0.02)
-        # Two that wait, and what four threads began before they knew.
-        assert len(begun) <= number + 1 + 2 + 4
-    assert list(results) == []
+        time.sleep(0.01)
+        # And two that wait or are being made.
+        assert len(begun) <= number + 1 + 2
+    assert list(results) == [] and len(begun) == 40
 
 
 def test_errors_pass_from_threads():

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import types
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from jvgen.autoencoding.encoding import ClipEncoder
 from jvgen.autoencoding.streaming import StreamingVAE
-from jvgen.data.builders import build_folder
+from jvgen.data.builders import build_folder, up_to_date
 from jvgen.data.builders.assembly import append_parts
 from jvgen.data.builders.batches import Separately, ToEncode, encoded
 from jvgen.data.builders.build_loop import BuildJob, Execution, Team, build_dataset
@@ -260,6 +261,21 @@ def test_append_takes_what_is_new_of_a_source_that_has_grown_and_refuses_one_tha
     encode(clips(tmp_path / "others", range(20, 22)), out, **adds)
     assert len(open_source(out, "train")) == 11
     refused()
+
+
+def test_no_more_of_a_large_source_is_hashed_than_may_have_been_added_to():
+    """A thousand shards of ten records: it grew by the last 100, and two of the last before were not readable."""
+    hashed = []
+
+    def first(rows: slice) -> types.SimpleNamespace:
+        return types.SimpleNamespace(computed_digest=lambda: hashed.append(rows.stop) or f"first {rows.stop}")
+
+    shards = [types.SimpleNamespace(records=10)] * 1000
+    index = types.SimpleNamespace(digest="all", id=[str(row) for row in range(10_000)], shards=shards, take=first)
+    known = {str(row) for row in range(8985)}
+    assert up_to_date._begins_with(index, "first 9000", known) and hashed == [8990, 9000]
+    assert not up_to_date._begins_with(index, "others", set(index.id)) and len(hashed) == 2
+    assert not up_to_date._begins_with(index, "others", {"of another source"}) and len(hashed) == 2
 
 
 def _shaded(payload: tuple[int, int]) -> Record:

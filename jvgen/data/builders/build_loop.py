@@ -211,7 +211,7 @@ def _make_here(
 ) -> None:
     """Make units with this machine's threads or processes, which begin the next one while one is written."""
     payloads = (job.payload for unit in units for job in unit.jobs)
-    made = in_order(work.make, payloads, workers, processes, work.limit)
+    made = in_order(work.make, payloads, workers, processes, work.limit, encoder is not None)
     with contextlib.closing(made):
         results = made
         if encoder is not None:

@@ -1,7 +1,7 @@
 """Whether a data set that is derived from another one has what would be built, and may be added to."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,27 +67,29 @@ def source_digests(sources: Mapping[str, Source], out: str | Path, execution: Ex
     folder = absolute(out)
     if not execution.append or not (folder / dataset_info.NAME).is_file():
         return now
-    before = read_metadata(folder).get("source_digests") or {}
-    grown = all(split in sources and _begins_with(sources[split].index, digest) for split, digest in before.items())
-    if before and grown:
+    before, known = read_metadata(folder).get("source_digests") or {}, names_in(folder)
+    grown = (split in sources and _begins_with(sources[split].index, before[split], known) for split in before)
+    if before and all(grown):
         return now
-    known = names_in(folder)
     changed = next((str(id) for source in sources.values() for id in source.index.id if id in known), None)
     if changed is not None:
         raise ValueError(
-            f"out = {str(out)!r} has records of the same ids as its source, such as {changed!r}, but was made of "
-            "another state of it: the source was built again, and not only added to. What is there is stale: pass "
-            "--overwrite instead of --append to make all of it again, or use another folder."
+            f"out = {str(out)!r} has records of the same ids as its source, such as {changed!r}, but was not made "
+            "of the first of these alone: the source was built again, and not only added to, or records of another "
+            "source were added. Pass --overwrite instead of --append to make all of it again, or use another folder."
         )
     return joined_digests(before, now)
 
 
-def _begins_with(index: Index, digest: str) -> bool:
-    """Whether the first shards of an index have records of this digest."""
+def _begins_with(index: Index, digest: str, known: Collection[str]) -> bool:
+    """Whether the first shards of an index have records of this digest, among them all that are known."""
     if index.digest == digest:
         return True
+    last = max((row for row, id in enumerate(index.id) if id in known), default=None)
+    if last is None:
+        return False
     ends = np.cumsum([shard.records for shard in index.shards])
-    return any(index.take(slice(0, int(end))).computed_digest() == digest for end in ends[:-1])
+    return any(index.take(slice(0, int(end))).computed_digest() == digest for end in ends[:-1] if end > last)
 
 
 def _differences(name: str, before: Any, now: Any) -> list[str]:

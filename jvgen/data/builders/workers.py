@@ -18,14 +18,19 @@ from jvgen.data.builders.jobs import BuildError, Corrupt, attempt
 
 _CHUNKS_IN_FLIGHT = 4  # per worker
 _CHUNK = 4  # payloads sent to a process at once
-# Bytes of results of threads that wait to be taken; of decoded clips one may have hundreds of megabytes.
+# Bytes of results of threads that wait to be taken, or are being made.
 _MOST_AHEAD = 4 << 30
 _DIED = "ended the process that read it (a crash of a library, or not enough memory)"
 _GIVEN_UP = "given up after {:g} s: reading it takes longer, or hangs"
 
 
 def in_order(
-    make: Callable[[Any], Any], payloads: Iterable[Any], workers: int, processes: bool, limit: float | None = None
+    make: Callable[[Any], Any],
+    payloads: Iterable[Any],
+    workers: int,
+    processes: bool,
+    limit: float | None = None,
+    large: bool = False,
 ) -> Iterator[Any]:
     """What `attempt` returns for each payload, in order, with a bounded number of results in memory.
 
@@ -36,6 +41,7 @@ def in_order(
       processes: use processes rather than threads.
       limit: seconds after which a payload is given up. A process is ended then; a thread is left to itself, which helps
         where a library that hangs lets others run meanwhile.
+      large: results may have hundreds of megabytes (`nbytes`): threads wait for the size of the first.
     """
     if processes and workers > 1:
         yield from _in_processes(make, iter(payloads), workers, limit)
@@ -43,14 +49,14 @@ def in_order(
         for payload in payloads:
             yield attempt(make, payload)
     else:
-        yield from _in_threads(make, iter(payloads), max(1, workers), limit)
+        yield from _in_threads(make, iter(payloads), max(1, workers), limit, large)
 
 
 def _in_threads(
-    make: Callable[[Any], Any], payloads: Iterator[Any], workers: int, limit: float | None
+    make: Callable[[Any], Any], payloads: Iterator[Any], workers: int, limit: float | None, large: bool
 ) -> Iterator[Any]:
     calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-    ahead_of = _Ahead()
+    ahead_of = _Ahead(unknown=large)
     threads = [_thread(make, calls) for _ in range(workers)]
     ahead = _CHUNKS_IN_FLIGHT * workers if workers > 1 else 1
     pending: collections.deque[_Call] = collections.deque()
@@ -75,32 +81,39 @@ def _in_threads(
 
 
 class _Ahead:
-    """Holds calls back while results that wait have too many bytes: of one per CPU, there may be hundreds."""
+    """Holds calls back while others that are not wanted yet have, or will have, too many bytes of results.
 
-    def __init__(self) -> None:
+    A call that runs is counted with the largest result so far: of one per CPU, there may be hundreds.
+    """
+
+    def __init__(self, unknown: bool) -> None:
         self._changed = threading.Condition()
         self._bytes = 0
+        # None before there was one: then only the call whose result is wanted runs.
+        self._largest: int | None = None if unknown else 0
 
     def admit(self, call: "_Call") -> bool:
         """Wait for room; the one whose result is wanted now needs none. False if it is not wanted any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._bytes < _MOST_AHEAD or call.wanted or call.abandoned)
+            self._changed.wait_for(lambda: call.wanted or call.abandoned or self._has_room())
+            if not call.wanted:
+                self._count(call, self._largest or 0)
             return not call.abandoned
 
     def put(self, call: "_Call", result: Any) -> None:
         """Keep a result until it is wanted."""
         with self._changed:
             call.result = result
-            if not call.wanted:
-                call.bytes = getattr(result, "nbytes", 0)
-                self._bytes += call.bytes
+            size = getattr(result, "nbytes", 0)
+            if not isinstance(result, Corrupt):
+                self._largest = max(size, self._largest or 0)
+            self._count(call, 0 if call.wanted else size)
 
     def wants(self, call: "_Call") -> None:
         """Its result is taken as soon as it is there."""
         with self._changed:
             call.wanted = True
-            self._bytes -= call.bytes
-            self._changed.notify_all()
+            self._count(call, 0)
 
     def abandon(self, calls: Iterable["_Call"]) -> None:
         """Do not begin these."""
@@ -108,6 +121,14 @@ class _Ahead:
             for call in calls:
                 call.abandoned = True
             self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        return self._largest is not None and self._bytes + self._largest <= _MOST_AHEAD
+
+    def _count(self, call: "_Call", size: int) -> None:
+        self._bytes += size - call.bytes
+        call.bytes = size
+        self._changed.notify_all()
 
 
 class _Call:
