@@ -32,6 +32,7 @@ from jvgen.tasks.pipeline_folder import DENOISER, adopt_pipeline, is_pipeline, p
 from jvgen.tasks.task import Task, TaskConfig
 from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig
 from jvgen.tasks.text_to_video_config import TextToVideoFields
+from jvgen.tasks.world_model import TRAINED_WITH, WorldModelTask
 from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
 from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.checkpoint.restore import load_for_inference
@@ -109,7 +110,7 @@ def export(
       card: text of README.md, see `jvgen.runs.model_card`; none without.
 
     Raises:
-      ConfigError: no such network, or frozen weights that are not those which the LoRA was trained with.
+      ConfigError: no such network, or frozen weights that are not those which a LoRA or a world model was trained with.
       ExportError, NotFinite: see `jvgen.interop.to_torch.export_networks`.
     """
     record = {"jvgen": __version__, **about, "dtype": dtype}
@@ -139,6 +140,8 @@ def export(
         # No network beside it.
         files = {name: text for name, text in files.items() if isinstance(text, str)}
     reasons, notes = [], []
+    if isinstance(task, WorldModelTask):
+        notes = _check_tokenizer(task, files, trained_with)
     if network is None and pipeline_export.is_text_to_video(task):
         reasons = pipeline_export.obstacles(task.config, trained_with)
         if not reasons:
@@ -154,6 +157,19 @@ def export(
     if reasons:
         print("no whole pipeline was written, only the trained networks:\n" + "\n".join(f"  {r}" for r in reasons))
     return written
+
+
+def _check_tokenizer(task: WorldModelTask, files: Mapping[str, str | Path], trained_with: str | None) -> list[str]:
+    """Notes on the tokenizer of an export; raises `ConfigError` for one that the run was not trained with."""
+    given = task.config.tokenizer_weights
+    if TRAINED_WITH not in files:
+        return [f"task.tokenizer_weights = {given!r} is not there: no tokenizer was written beside the transformer"]
+    if trained_with and json.loads(str(files[TRAINED_WITH]))["tokenizer"] not in trained_with.split("+"):
+        raise ConfigError(
+            f"task.tokenizer_weights = {given!r}: is not the tokenizer that the run was trained with (another content "
+            "hash); put that one back, or move this one away to export the transformer alone."
+        )
+    return []
 
 
 def trains_lora(config: TaskConfig) -> bool:

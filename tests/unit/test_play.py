@@ -138,7 +138,8 @@ def test_episode_from_the_keyboard(model, data, jvgen, monkeypatch):
 def test_an_exported_run_is_a_whole_world_model(model, data, tmp_path, jvgen):
     """It is played, and reinforcement learning starts with it; another tokenizer of the same shapes is refused."""
     together, other = tmp_path / "together", tmp_path / "other"
-    text = ADAPTED.format(transformer=TRANSFORMER, tokenizer=TOKENIZER, weights=model / "tokenizer")
+    tokenizer = shutil.copytree(model / "tokenizer", tmp_path / "tokenizer")
+    text = ADAPTED.format(transformer=TRANSFORMER, tokenizer=TOKENIZER, weights=tokenizer)
     (tmp_path / "same.py").write_text(text.replace("<Remat.NONE: 'none'>", "Remat.NONE"))
     run = tmp_path / "run"
     assert jvgen("import", model / "transformer", "--config", tmp_path / "same.py", "--to", run).status == 0
@@ -157,6 +158,14 @@ def test_an_exported_run_is_a_whole_world_model(model, data, tmp_path, jvgen):
     tensors = load_file(weights)
     first = sorted(tensors)[0]
     save_file(tensors | {first: tensors[first] + 1}, weights)
+    # Since the run was trained: another one there, then none.
+    shutil.rmtree(tokenizer)
+    shutil.copytree(other / "tokenizer", tokenizer)
+    done = jvgen("export", run, "--to", tmp_path / "changed")
+    assert done.status == 2 and "not the tokenizer that the run was trained with" in done.err
+    shutil.rmtree(tokenizer)
+    done = jvgen("export", run, "--to", tmp_path / "without")
+    assert done.status == 0 and "no tokenizer was written beside the transformer" in done.out
     done = jvgen("play", other, *rest)
     assert done.status == 2 and "not the one that its transformer/ was trained with" in done.err
     with pytest.raises(ConfigError, match="not the one that its transformer/ was trained with"):
