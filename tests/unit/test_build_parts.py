@@ -221,6 +221,15 @@ def test_another_build_in_the_way(videos: Path, tmp_path: Path, monkeypatch) -> 
         built(videos, tmp_path / "set", part=1, parts=2)
 
 
+def test_a_record_is_of_the_job_with_its_id_before_one_that_it_continues(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "some" / "a").mkdir(parents=True)
+    (tmp_path / "some" / "a" / "b.txt").write_text("first")
+    shutil.copy(videos / "00.mp4", tmp_path / "some" / "a" / "b.mp4")
+    build_videos(tmp_path / "some", tmp_path / "set", VideoOptions(validation=0), workers=1)
+    assert build_loop.those_in(tmp_path / "set", {"a", "a/b.mp4", "c"}) == {"a/b.mp4"}
+    assert build_loop.those_in(tmp_path / "set", {"a", "c"}) == {"a"}
+
+
 def test_appending(videos: Path, tmp_path: Path, jvgen) -> None:
     some = tmp_path / "some"
     some.mkdir()

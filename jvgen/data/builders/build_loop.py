@@ -5,7 +5,7 @@ What builders need besides is importable from here too.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path as LocalPath
 from typing import Any
 
@@ -235,21 +235,23 @@ def _build_folder(out: Path, execution: Execution) -> LocalPath:
 def _new_jobs(out: Path, jobs: Sequence[BuildJob]) -> list[BuildJob]:
     if not (out / dataset_info.NAME).is_file():
         raise ValueError(f"out = {str(out)!r} is no data set to append to; build it first.")
-    known = names_in(out)
+    known = those_in(out, {job.name for job in jobs})
     new = [job for job in jobs if job.name not in known]
     if not new:
         raise ValueError(f"out = {str(out)!r} has all {len(jobs)} records already; there is nothing to append.")
     return new
 
 
-def names_in(folder: Path) -> set[str]:
-    """Names of the jobs whose records a data set may have."""
-    known: set[str] = set()
+def those_in(folder: Path, names: Collection[str]) -> set[str]:
+    """Which of these jobs have records in a data set: with their name as id, or FILE/0000, FILE/0001 ... of FILE."""
+    found: set[str] = set()
     for split in dataset_info.read(folder):
         for id in load_index(folder, split).id:
-            # Records of one file are FILE/0000, FILE/0001 ...
-            known.update((id, id.rpartition("/")[0]))
-    return known
+            # "a/b" may be a file of its own, beside a file "a".
+            name = id if id in names else id.rpartition("/")[0]
+            if name in names:
+                found.add(name)
+    return found
 
 
 def _retry_corrupt(folder: LocalPath, done: Sequence[Done], budget: float) -> None:

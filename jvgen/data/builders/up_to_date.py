@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jvgen.data.builders.assembly import joined_digests
-from jvgen.data.builders.build_loop import Execution, Summary, names_in
+from jvgen.data.builders.build_loop import Execution, Summary, those_in
 from jvgen.data.store import dataset_info
 from jvgen.data.store.index import Index
 from jvgen.data.store.records import KINDS
@@ -67,7 +67,8 @@ def source_digests(sources: Mapping[str, Source], out: str | Path, execution: Ex
     folder = absolute(out)
     if not execution.append or not (folder / dataset_info.NAME).is_file():
         return now
-    before, known = read_metadata(folder).get("source_digests") or {}, names_in(folder)
+    before = read_metadata(folder).get("source_digests") or {}
+    known = those_in(folder, {str(id) for source in sources.values() for id in source.index.id})
     grown = (split in sources and _begins_with(sources[split].index, before[split], known) for split in before)
     if before and all(grown):
         return now
