@@ -29,6 +29,8 @@ from jvgen.parallel import axes
 
 # Root mean square of the difference, as a share of that of the exact array: over all tokens, and of any one.
 BOUND, TOKEN_BOUND = 0.02, 0.05
+# Smaller arrays (root mean square) are compared with this: gradients of queries and keys are zero with a single key.
+LEAST = 1e-3
 HEADS = 2
 # Of values of padded keys, so that a kernel that does not mask one of many is far off.
 PADDING = 32.0
@@ -202,8 +204,12 @@ def _arrays(call: Call) -> list[np.ndarray]:
     )
     if call.kernel != "tokamax_fixed":  # which is for heads whose norms bound their scores
         query[:, :, 1, 0] = 0.0
-        key[:, 0, 1, 0] = 128.0 / (call.scale * call.width**0.5)
+        key[:, call.valid - 1, 1, 0] = 128.0 / (call.scale * call.width**0.5)
     value[:, call.valid :] = PADDING
+    if call.causal:
+        # The more keys a query sees, the smaller its gradient. Those of the first queries can cancel out to their
+        # rounding errors, which must be small beside the others' gradients.
+        gradient *= np.sqrt(np.arange(1, call.queries + 1, dtype=np.float32))[:, None, None]
     return [query, key, value, gradient]
 
 
@@ -222,7 +228,7 @@ def _band(call: Call) -> Band:
 def _difference(name: str, got: jax.Array, want: jax.Array, valid: int) -> Difference:
     got, want = got[:, :valid].astype(jnp.float32), want[:, :valid]
     error, size = (jnp.sqrt(jnp.mean(jnp.square(array), axis=-1)) for array in (got - want, want))
-    whole = jnp.sqrt(jnp.mean(jnp.square(size), axis=1, keepdims=True))
+    whole = jnp.maximum(LEAST, jnp.sqrt(jnp.mean(jnp.square(size), axis=1, keepdims=True)))
     overall = jnp.sqrt(jnp.mean(jnp.square(error), axis=1, keepdims=True)) / whole
     token = jnp.max(error / jnp.maximum(size, whole), axis=1)
     # The worse head; what is not finite is out of all bounds, in the kernel and in what it is compared with.

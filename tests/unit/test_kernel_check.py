@@ -38,6 +38,35 @@ def test_right_kernels_are_within_half_of_the_bounds(name):
     judge(CALLS[name], "TPU v5", [found])
 
 
+def test_one_key_has_gradients_of_zero():
+    call = Call("attention", "gpu", "bfloat16", 8, 4, 1, 1, 8**-0.5)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own implementation, which CPUs run
+        assert all(found.fine for found in differences(call, CPU))
+
+
+@pytest.mark.parametrize("length,width", [(768, 128), (2048, 64)])
+def test_rounding_of_early_causal_queries_is_within_the_bounds(length, width):
+    """What bfloat16 kernels round, in NumPy: gradients of queries that see few keys cancel out."""
+    seen, call = 64, Call("attention", "flash_tpu", "bfloat16", width, length, length, length, width**-0.5, causal=True)
+    arrays = [array.astype(jnp.bfloat16).astype(np.float32)[0, :seen] for array in kernel_check._arrays(call)]
+
+    def gradient_of_queries(rounded):
+        found = []
+        for query, key, value, gradient in zip(*(np.moveaxis(array, 1, 0) for array in arrays), strict=True):
+            scores = np.where(np.tri(seen, dtype=bool), call.scale * query @ key.T, -np.inf)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            shared = np.sum(rounded(weights @ value) * gradient, axis=1, keepdims=True)
+            found.append(call.scale * rounded(weights * (gradient @ value.T - shared)) @ key)
+        return jnp.asarray(np.stack(found, axis=1)[None])
+
+    def rounded(array):
+        return array.astype(jnp.bfloat16).astype(np.float32)
+
+    found = kernel_check._difference("", gradient_of_queries(rounded), gradient_of_queries(np.asarray), seen)
+    assert found.overall < BOUND / 2 and found.token < TOKEN_BOUND / 2, found
+
+
 def without_mask(monkeypatch):
     scores = flash_tpu_kernels._scores
     monkeypatch.setattr(flash_tpu_kernels, "_scores", lambda static, masked, *rest: scores(static, False, *rest))
