@@ -10,8 +10,10 @@ Should reach: nothing published. CogVideoX-2B was trained for 750,000 steps in s
 7); what RepVideo's gates add from the start is not known.
 Chips: 256 of v5e (`v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16x16`); each batch is about one
 clip of 17,776 tokens per 4 chips. heads_128: 64 of v5p (`v5p:4x4x4`), a clip per chip, whose tokens are not shared.
-Memory: not compiled; that of `cogvideox_2b.py` plus 2%.
-Time: 1.0, 0.7 and 1.3 s per step for images, short and long clips on v5p:4x4x8 (estimated at 30% MFU, not measured).
+Memory: heads_128 25.0 GiB per device for long clips with cached text (compiled); the others that of `cogvideox_2b.py`
+plus 2% (by arithmetic).
+Time: heads_128 1.15 s per step for long clips, within 1.11 and 1.51 (estimated from the compiled program, not
+measured); heads_64 1.0, 0.7 and 1.3 s for images, short and long clips on v5p:4x4x8 (by arithmetic at 30% MFU).
 Data: latents of CogVideoX's VAE at 256x384 and 480x720, two data sets of `jvgen data build latents`, and T5 v1.1 XXL.
 
 Lower resolutions get less noise: timesteps shift with the number of tokens; the last stage is CogVideoX's recipe.
