@@ -12,8 +12,9 @@ Chips: 256 of v5e (`v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16
 clip of 17,776 tokens per 4 chips. heads_128: 64 of v5p (`v5p:4x4x4`), a clip per chip, whose tokens are not shared.
 Memory: heads_128 25.0 GiB per device for long clips with cached text (compiled); the others that of `cogvideox_2b.py`
 plus 2% (by arithmetic).
-Time: heads_128 1.15 s per step for long clips, within 1.11 and 1.51 (estimated from the compiled program, not
-measured); heads_64 1.0, 0.7 and 1.3 s for images, short and long clips on v5p:4x4x8 (by arithmetic at 30% MFU).
+Time: heads_128 1.15 s per step for long clips, within 1.11 and 1.51, and 1.22 s, within 1.15 and 1.71, for 960 short
+ones, which `data.tokens_per_step` chooses beside them (estimated from compiled programs, not measured); heads_64 1.0,
+0.7 and 1.3 s for images, short and long clips on v5p:4x4x8 (by arithmetic at 30% MFU).
 Data: latents of CogVideoX's VAE at 256x384 and 480x720, two data sets of `jvgen data build latents`, and T5 v1.1 XXL.
 
 Lower resolutions get less noise: timesteps shift with the number of tokens; the last stage is CogVideoX's recipe.
