@@ -8,8 +8,8 @@ tokens would waste both. Attention makes tokens of long clips cost more, so the 
 not enough: what is balanced is FLOPs, of which `jvgen check` estimates the time of a step. FLOPs of attention may take
 longer than those of the matrix products with their norms and copies: `data.attention_cost` says how much. By
 `jvgen estimate` of RepVideo-2B on v5p (`docs/measured.md`) that is 1.05 where products are computed again, 1.31 where
-they are kept, 1.16 with `flash_tpu`. Between single images and clips that spend 61% of their FLOPs in attention, 1.31
-makes 15% of a step.
+they are kept, 1.16 with `flash_tpu`, 0.73 with it and heads of 128. Between single images and clips that spend 61% of
+their FLOPs in attention, 1.31 makes 15% of a step.
 """
 
 import dataclasses
