@@ -101,11 +101,15 @@ class MetaWorldEnvironment(gymnasium.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode; returns the first frame, and the seed that placed goal and objects (option "place")."""
+        import mujoco
+
         super().reset(seed=seed)
         place = (options or {}).get("place")
         place = int(self.np_random.integers(2**31)) if place is None else int(place)
         self.simulator.seed(place)
         self._state, _ = self.simulator.reset()
+        # Meta-World moves the mark of the goal last, which reaches pictures with the next step only.
+        mujoco.mj_kinematics(self.simulator.model, self.simulator.data)
         self._steps_taken, self._succeeded = 0, False
         return self.render(), {"place": place}
 
@@ -132,7 +136,11 @@ class MetaWorldEnvironment(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         """The current frame, uint8 `H W 3`; raises `NoOpenGL` where MuJoCo cannot render."""
+        renderer = self.simulator.mujoco_renderer
         try:
+            if getattr(renderer, "viewer", None) is not None:
+                # Another environment of this process that was closed took the current context with it.
+                renderer.viewer.make_context_current()
             frame = self.simulator.render()
         except Exception as error:
             # Several classes of several libraries; where one is missing, AttributeError: ... no attribute 'glGetError'.

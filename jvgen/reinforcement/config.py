@@ -62,6 +62,7 @@ class ImaginationConfig(Config):
         `transformer/`, to start from; none starts from random weights. Action and reward heads that it lacks are new.
       accept_other_data: start from it even though its recordings were of another camera or environment.
       perceptual, perceptual_weight: distance in the tokenizer's loss.
+      moving_weight: of moving pixels in the tokenizer's loss, as `VideoTokenizerConfig.moving_weight`; 0 as published.
       restart: of the tokenizer's dead codes, its steps being updates of the tokenizer; the published code never does.
       reward_weight: of the squared error of rewards (in symlog).
       fit_steps: training steps before the agent acts: each updates tokenizer and transformer once.
@@ -82,6 +83,7 @@ class ImaginationConfig(Config):
     accept_other_data: bool = False
     perceptual: PerceptualConfig = PerceptualConfig()
     perceptual_weight: Weight = 1.0
+    moving_weight: Weight = 0.0
     restart: RestartConfig = RestartConfig()
     reward_weight: Weight = 1.0
     fit_steps: Step = 1000

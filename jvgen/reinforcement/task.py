@@ -53,6 +53,7 @@ class ReinforcementTask(Task):
                     network=tokenizer,
                     perceptual=world.perceptual,
                     perceptual_weight=world.perceptual_weight,
+                    moving_weight=world.moving_weight,
                     restart=world.restart,
                 )
             )

@@ -320,6 +320,26 @@ def test_restarts_count_updates_of_the_tokenizer():
     assert [int(task.tokenizer_updates(jnp.int32(step))) for step in steps] == before
 
 
+@pytest.mark.parametrize("weight", [0.0, 10.0])
+def test_moving_pixels_count_more_in_updates_of_the_tokenizer(weight):
+    """A quarter of the only future frame moves: its part of the mean error is counted eleven times."""
+    config = tiny.task()
+    task = config.replace(imagination=config.imagination.replace(moving_weight=weight)).build()
+    rng = np.random.default_rng(0)
+    parameters = jax.tree.map(
+        lambda s: (0.2 * rng.standard_normal(s.shape) + (s.ndim == 1)).astype(np.float32),
+        {"tokenizer": task.networks["tokenizer"].shapes},
+    )
+    video = np.full((4, 3, 16, 16, 3), 128, np.uint8)
+    video[:, 2, :4, :, 1] = 230
+    batch = {"short_video": jnp.asarray(video), "slot": jnp.arange(4)}
+    _, metrics = jax.jit(task._tokenizer_loss)(parameters, {}, batch, jax.random.key(0))
+    made = task.networks["tokenizer"].apply(parameters["tokenizer"], jnp.asarray(video / np.float32(255))).future
+    error = np.abs(np.asarray(made)[:, 0] - video[:, 2] / np.float32(255))
+    wanted = error.mean() + weight * error[:, :4].mean() / 4
+    assert float(metrics["future/reconstruction"]) == pytest.approx(wanted, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,6 +3,8 @@
 Skipped where Meta-World or OpenGL is missing; `MUJOCO_GL` chooses the renderer.
 """
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,26 @@ def test_the_same_seed_gives_the_same_episode(environment) -> None:
         frames.append((first, environment.step(np.ones(4))[0]))
     np.testing.assert_array_equal(frames[0], frames[1])
     assert (frames[0][0] != frames[2][0]).any()
+
+
+def test_the_first_frame_shows_the_goal_of_its_episode(environment) -> None:
+    first, _ = environment.reset(seed=5)
+    assert (np.abs(environment.simulator.data.site("goal").xpos - environment.simulator._target_pos) < 1e-12).all()
+    environment.restore(environment.snapshot())
+    np.testing.assert_array_equal(first, environment.render())
+
+
+def test_frames_go_on_where_another_environment_was_closed(environment) -> None:
+    environment.reset(seed=0)
+    other = MetaWorldEnvironment("reach-v3", size=32)
+    other.reset(seed=0)
+    other.close()
+    del other
+    gc.collect()
+    first = environment.render()
+    for _ in range(5):
+        last, *_ = environment.step(np.ones(4))
+    assert (np.abs(last.astype(int) - first).max(-1) > 20).sum() > 100
 
 
 def test_the_expert_succeeds_and_the_goal_image_shows_it(environment) -> None:
