@@ -7,7 +7,8 @@ time. Here the environment's expert acts, with noise; every few steps candidates
 search does, and the sums of their rewards in the simulator are compared with those that the world model predicts from
 the frames alone. Averages over states: the rank correlation of the sums, and of the first and the last reward alone;
 the share of the gain, of the best candidate over the average one, that the candidate has which the model likes best (1:
-it is the best one, 0: one at random). And the correlation of the states' means, which a score of whole episodes sees.
+it is the best one, 0: one at random). The correlation of the states' means, which a score of whole episodes sees. And
+what a component of an action is worth: slopes of the first reward over the first action, of the sum over the mean one.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 start = np.stack(frames[-world.context_frames :])
                 predicted = np.asarray(predict(model.weights, start, candidates, key))
                 true = np.asarray(simulator.predict((), None, candidates, key, "none")[1])
-                found.append((true, predicted))
+                found.append((np.asarray(candidates), true, predicted))
                 print(f"episode {episode}, step {step}: {row(true, predicted)}", flush=True)
             action = environment.expert_action() + parsed.noise * rng.standard_normal(world.action_width)
             frames.append(environment.step(np.clip(action, -1, 1).astype(np.float32))[0])
@@ -94,14 +95,33 @@ def row(true: np.ndarray, predicted: np.ndarray) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in scores(true, predicted).items())
 
 
-def summary(found: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
-    """A table of all states."""
-    each = [scores(*one) for one in found]
+def slopes(actions: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Least squares of rewards `R` over actions `R A`: what a unit of each component adds."""
+    return np.linalg.lstsq(np.c_[actions, np.ones(len(actions))], rewards, rcond=None)[0][:-1]
+
+
+def summary(found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:
+    """Tables of all states: candidates `R F A`, true and predicted rewards `R F`."""
+    each = [scores(true, predicted) for _, true, predicted in found]
     means = {name: np.mean([one[name] for one in each]) for name in each[0]}
     between = np.corrcoef([one["true mean"] for one in each], [one["predicted mean"] for one in each])[0, 1]
     lines = ["| | mean over states |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in means.items()]
-    return "\n".join([*lines, f"| correlation of the means of {len(found)} states | {between:.2f} |"])
+    lines += [
+        f"| correlation of the means of {len(found)} states | {between:.2f} |",
+        "",
+        "| slope | true | predicted |",
+    ]
+    lines += ["|---|---|---|"]
+    for component in range(found[0][0].shape[-1]):
+        of = {
+            "first reward, first action": lambda actions, rewards: slopes(actions[:, 0], rewards[:, 0]),
+            "sum, mean action": lambda actions, rewards: slopes(actions.mean(1), rewards.sum(1)),
+        }
+        for name, slope in of.items():
+            values = [np.mean([slope(one[0], one[which])[component] for one in found]) for which in (1, 2)]
+            lines.append(f"| {name}, component {component} | {values[0]:.2f} | {values[1]:.2f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             world = WorldModel(
                 tokenizer, weights, transformer, parameters, frames=parsed.frames, sampling=SamplingConfig(greedy=True)
             )
-            report[folder.name] = {"steps": parsed.steps, **last, **evaluate(world, held_out, folder)}
+            report[folder.name] = {"steps": parsed.steps, **last, **evaluate(world, held_out, folder, parsed.held_out)}
             (parsed.workdir / "report.json").write_text(json.dumps(report, indent=1))
             print(as_markdown({folder.name: report[folder.name]}), flush=True)
     print(as_markdown(report))
@@ -178,13 +178,15 @@ def fit(
     )
 
 
-def evaluate(world: WorldModel, held_out: Windows, folder: Path) -> dict[str, Any]:
-    """Scores of greedy rollouts, and a picture of four of them."""
+def evaluate(world: WorldModel, held_out: Windows, folder: Path, per_clip: int = 1) -> dict[str, Any]:
+    """Scores of greedy rollouts, and a picture of four of them; `per_clip` windows of each clip follow each other."""
     count, video = world.context_frames, held_out.video
+    # Another clip, and another time in it: at the same time all experts do much the same.
+    away = len(video) // 2 + per_clip // 2
     context, true = video[:, :count], video[:, count:] / np.float32(255)
     led = held_out.actions[:, count - 1 : -1]
     made = world.rollout(context, led)
-    other = world.rollout(context, np.roll(led, len(led) // 2, axis=0))
+    other = world.rollout(context, np.roll(led, away, axis=0))
     clips = {"model": np.asarray(made.frames), "other actions": np.asarray(other.frames)}
     clips["copying"] = np.broadcast_to(context[:, -1:] / np.float32(255), true.shape)
     layout = world.world.layout
@@ -200,7 +202,7 @@ def evaluate(world: WorldModel, held_out: Windows, folder: Path) -> dict[str, An
     clips["tokenizer alone"] = np.asarray(reconstruct(weights, context.astype(np.float32), ids))
     # As good: the ids say nothing of what moves, and no transformer can.
     clips["tokenizer with other ids"] = np.asarray(
-        reconstruct(weights, context.astype(np.float32), np.roll(ids, len(ids) // 2, axis=0))
+        reconstruct(weights, context.astype(np.float32), np.roll(ids, away, axis=0))
     )
     moving = (np.abs(true - clips["copying"]) > MOVED).any(axis=-1)
     scores = {way: score(clip_of, true, moving) for way, clip_of in clips.items()}
