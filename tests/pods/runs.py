@@ -1,16 +1,17 @@
-"""Which configs run on which slices, what was found of each, and the table of it."""
+"""Which configs run on which slices, and what was found of each."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from jvgen.parallel.pods import SLICES, pod_named
+from jvgen.training.experiment import Experiment, load_experiment
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-PAGE = ROOT / "docs" / "pods.md"
 GIB = 2**30
+# Parts of a step that take a smaller share of its time are not kept.
+SMALL_PART = 0.003
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,18 @@ class PodRun:
 
     @property
     def name(self) -> str:
-        """For file names: "cv_vae-sd21-v5p-2x2x4"."""
+        """For file names: "cv_vae-sd21-v5p-2x2x4", "repvideo_2b-v6e-8x16-mesh.seq=4"."""
+        return "-".join((self.name_without_overrides, *self.overrides))
+
+    @property
+    def name_without_overrides(self) -> str:
+        """What results had as the name before 2026-11-29."""
         config = self.config.removeprefix("configs/").replace(".py", "").replace(":", "-")
         return f"{config}-{self.topology.replace(':', '-')}"
+
+    def experiment(self) -> Experiment:
+        """The config with its overrides."""
+        return load_experiment(ROOT / self.config, self.overrides)
 
 
 # In the order in which they are compiled: what takes least first. The topologies are those of the configs' docstrings.
@@ -73,8 +83,11 @@ RUNS = (
 
 
 def results() -> dict[str, Any]:
-    """What was found: by name of the run, by batch shape."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    """What was found: by name of the run, by batch shape. Names of results that are older than overrides get them."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    renamed = {run.name_without_overrides: run.name for run in RUNS if run.overrides}
+    renamed = {old: new for old, new in renamed.items() if new not in found}
+    return {renamed.get(name, name): rows for name, rows in found.items()}
 
 
 def row_of(report: dict[str, Any], bucket: dict[str, Any], about: dict[str, str]) -> dict[str, Any]:
@@ -94,58 +107,28 @@ def row_of(report: dict[str, Any], bucket: dict[str, Any], about: dict[str, str]
             "useful_TFLOP": round(time["useful_flops"] / 1e12, 1),
             "seconds": [float(f"{time['seconds'][name]:.3g}") for name in ("least", "likely", "most")],
             "mfu": [None if incomplete else round(value, 3) for value in reversed(time["utilization"])],
+            "parts_ms": {
+                name: _milliseconds(part["likely"])
+                for name, part in time["parts"].items()
+                if part["likely"] >= SMALL_PART * time["seconds"]["likely"]
+            },
+            "collectives_ms": {
+                _traffic_name(one): {
+                    "ms": _milliseconds(one["seconds"]["likely"]),
+                    "hidden_ms": _milliseconds(one["hidden"]),
+                    "GiB": round(one["bytes"] / GIB, 3),
+                }
+                for one in time["traffic"]
+                if one["seconds"]["likely"] >= SMALL_PART * time["seconds"]["likely"]
+            },
         }
     return row
 
 
-def page(found: dict[str, Any]) -> str:
-    """The table as Markdown."""
-    lines = [
-        "# Pods, as compiled",
-        "",
-        "Every config for pods on its slices, by XLA's TPU compiler: memory, FLOPs and bytes are those of the",
-        "compiled step, times are estimated from it as `jvgen estimate` says, and nothing ran. Per device, which",
-        "is a chip on all but tpu7x: GiB in use at most, TFLOP of trained networks without padding and",
-        "recomputation, GiB in collectives. Seconds per step and MFU are likely values with the range of the",
-        "estimate. `make aot` compiles what is missing and writes this page; `make aot AOT=--again` compiles all",
-        "again. Layers are loops of the compiled program, so that all are in it at the cost of one: nothing is",
-        "extrapolated from fewer. A row is of the config at its commit: where the config's docstring says other",
-        "numbers, its mesh or rematerialization changed since, and [measured](measured.md) has both.",
-        "",
-        "| config | slice | chips | batch | GiB of HBM | TFLOP | GiB sent | s/step | MFU | date, commit, versions |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for run in RUNS:
-        pod = pod_named(run.topology)
-        name = SLICES[pod.chip.name].name_of(pod.chips)
-        config = " --set ".join((run.config.removeprefix("configs/"), *run.overrides))
-        head = f"| `{config}` | `{run.topology}`" + (f" ({name})" if name else "")
-        rows = found.get(run.name, {})
-        if not rows:
-            lines.append(f"{head} | {pod.chips} | | | | | | | not compiled |")
-        for bucket, row in rows.items():
-            cells = [
-                f"{bucket} x {row['batch_size']}",
-                _memory(row),
-                _cell(row.get("useful_TFLOP")),
-                f"{row['sent_GiB']:.2f}",
-            ]
-            cells += [_range(row.get("seconds"), 1, ""), _range(row.get("mfu"), 100, "%")]
-            cells.append(f"{row['date']}, {row['commit']}, {row['versions']}")
-            lines.append(" | ".join((f"{head} | {pod.chips}", *cells)) + " |")
-    return "\n".join(lines) + "\n"
+def _milliseconds(seconds: float) -> float:
+    return float(f"{seconds * 1e3:.3g}")
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
-def _memory(row: dict[str, Any]) -> str:
-    return "does not fit" if row["memory_GiB"] is None else f"{row['memory_GiB']:.2f} of {row['hbm_GiB']:.2f}"
-
-
-def _range(values: list[float | None] | None, factor: float, unit: str) -> str:
-    if values is None or None in values:
-        return "not known"
-    low, likely, high = (value * factor for value in (min(values), sorted(values)[1], max(values)))
-    return f"{likely:.3g}{unit} ({low:.3g} to {high:.3g})"
+def _traffic_name(one: dict[str, Any]) -> str:
+    name = f"{one['kind']} over {one['axes']}"
+    return name + ", between slices" * one["network"] + ", frozen networks" * one["frozen"]

@@ -1,5 +1,7 @@
 """Configs on their slices: the mesh and every sharding as they were, the table of compiled programs as it is kept."""
 
+import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -9,9 +11,8 @@ import pytest
 from jvgen import nested
 from jvgen.parallel.mesh import describe
 from jvgen.preflight import topology
-from jvgen.training.experiment import load_experiment
 from jvgen.training.program import Program
-from tests.pods import runs
+from tests.pods import configs, page, runs
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pods"
 UPDATE = "JVGEN_UPDATE_SHARDINGS"
@@ -19,7 +20,7 @@ UPDATE = "JVGEN_UPDATE_SHARDINGS"
 
 def shardings(run: runs.PodRun) -> str:
     """Mesh, and per array of parameters and batch: dtype, shape, axes that split it, shape on one device."""
-    experiment = load_experiment(runs.ROOT / run.config, run.overrides)
+    experiment = run.experiment()
     pod, mesh = topology.describe_for(experiment.mesh, run.topology)
     program = Program.build(experiment, mesh)
     lines = [f"{describe(mesh)}, {pod.name}"]
@@ -35,7 +36,63 @@ def shardings(run: runs.PodRun) -> str:
 
 def test_the_page_is_the_table():
     """`python -m tests.pods --page` writes it."""
-    assert runs.PAGE.read_text() == runs.page(runs.results())
+    assert page.PAGE.read_text() == page.page(runs.results())
+
+
+def test_results_have_the_names_of_runs(tmp_path, monkeypatch):
+    names = {run.name for run in runs.RUNS}
+    assert set(runs.results()) <= names and len(names) == len(runs.RUNS)
+    run = next(run for run in runs.RUNS if run.overrides)
+    rows = {"1x49x480x720": {"batch_size": 1}}
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.json")
+    for _ in range(2):
+        runs.RESULTS.write_text(json.dumps({run.name_without_overrides: rows}))
+        assert runs.results() == {run.name: rows}
+        runs.RESULTS.write_text(json.dumps(runs.results()))
+        assert runs.results() == {run.name: rows}
+
+
+def test_a_row_says_what_of_its_config_changed(tmp_path, monkeypatch):
+    run = runs.RUNS[0]
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    row = {"config": configs.record(run)}
+    assert configs.since(run, row) == ""
+    assert configs.since(run, {}) == "; its config is not known"
+    assert configs.since(run, {"config": "0" * 16}) == "; config changed since"
+    other = dataclasses.replace(run, overrides=("mesh.fsdp=7", "seed=5"))
+    monkeypatch.setattr(type(run), "name", property(lambda self: "same"))
+    row = {"config": configs.record(other)}
+    assert configs.since(run, row) == f"; config changed since: `mesh.fsdp` 7 -> {run.experiment().mesh.fsdp}"
+    # A field that the class did not have then has its default, under which nothing changed.
+    file = tmp_path / "same.json"
+    configs.record(run)
+    document = json.loads(file.read_text())
+    del document["sharding"]["frozen"]
+    file.write_text(json.dumps(document))
+    row = {"config": configs._digest(file.read_text())}
+    assert configs.since(run, row) == ""
+
+
+def test_a_row_keeps_where_the_time_goes():
+    part = {"least": 0.1, "likely": 0.2, "most": 0.3}
+    sent = {"kind": "all-gather", "axes": "fsdp", "network": False, "frozen": True, "count": 2, "bytes": 2**30}
+    time = {
+        "without_cycles": [],
+        "useful_flops": 1e12,
+        "seconds": part,
+        "utilization": [0.1, 0.2, 0.3],
+        "parts": {"matrix products": part, "small": {"least": 0.0, "likely": 1e-5, "most": 0.0}},
+        "traffic": [sent | {"seconds": part, "hidden": 0.05}],
+    }
+    bucket = {"bucket": {"batch_size": 4}, "memory": None, "collectives": None, "seconds": 3.0, "time": time}
+    row = runs.row_of({"hbm_bytes": 2**30}, bucket, {})
+    assert row["parts_ms"] == {"matrix products": 200.0}
+    sent = {"ms": 200.0, "hidden_ms": 50.0, "GiB": 1.0}
+    assert row["collectives_ms"] == {"all-gather over fsdp, frozen networks": sent}
+    row |= {"date": "2026-01-01", "commit": "0123456", "versions": "jax"}
+    text = page.page({runs.RUNS[0].name: {"1x1x64x64": row}})
+    assert "matrix products 200 | all-gather over fsdp, frozen networks 150 of 200; 1 |" in text
+    assert "its config is not known" in text
 
 
 def test_every_slice_that_a_config_names_is_compiled():
