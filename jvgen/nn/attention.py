@@ -3,10 +3,12 @@
 On a mesh, tokens are sharded over `seq` (`jvgen.nn.sequence_parallel` has three ways) and heads over `tensor`.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +101,23 @@ def choose(
     return Choice(AttentionKernel.CHUNKED, f"{platform} devices; gpu refused: {gpu_refusal}")
 
 
+_instead: contextvars.ContextVar[AttentionKernel] = contextvars.ContextVar("attention", default=AttentionKernel.AUTO)
+
+
+@contextlib.contextmanager
+def automatic(kernel: AttentionKernel) -> Iterator[None]:
+    """Within this context AUTO takes this kernel where it would take one that is made for TPUs or GPUs.
+
+    It reaches networks that have no field for a kernel. Calls that no such kernel computes (a bias on the scores, few
+    keys, float32 on TPUs, CPUs) stay as they are. With AUTO it changes nothing.
+    """
+    token = _instead.set(kernel)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
 def attention(
     query: Float[Array, "B L N D"],
     key: Float[Array, "B K N D"],
@@ -187,7 +206,13 @@ def _choice(kernel: AttentionKernel, query: jax.Array, key: jax.Array, bias: boo
     if kernel is AttentionKernel.AUTO:
         flash_refused = flash_refused or flash_tpu.slower(kind, query.shape[3])
         options = {"query_length": query.shape[1], "key_length": key.shape[1], "bias": bias}
-        return choose(platform, dtype=query.dtype, **options, gpu_refusal=refused, flash_refusal=flash_refused)
+        chosen = choose(platform, dtype=query.dtype, **options, gpu_refusal=refused, flash_refusal=flash_refused)
+        instead = _instead.get()
+        if instead in (AttentionKernel.AUTO, chosen.kernel) or chosen.kernel not in _MADE_FOR:
+            return chosen
+        return dataclasses.replace(
+            _choice(instead, query, key, bias, causal), reason=f"training.attention, not {chosen.kernel.value}"
+        )
     if kernel is AttentionKernel.GPU and refused:
         raise ConfigError(f"attention = gpu: {refused}; use auto or chunked.")
     if kernel is AttentionKernel.FLASH_TPU and flash_refused:
@@ -275,7 +300,7 @@ class _Place:
         if way is not None and way.way is SequenceParallel.RING:
             # The device that has the last valid keys.
             last = (call.valid - 1) % self.rows + 1
-            return dataclasses.replace(call, queries=self.rows, keys=self.rows, valid=last, ring=True)
+            return dataclasses.replace(call, queries=self.rows, keys=self.rows, valid=last, ring=self.devices)
         split = self.query[1] or ()
         devices = math.prod(self.mesh.shape[name] for name in ((split,) if isinstance(split, str) else split))
         return dataclasses.replace(call, queries=call.queries // devices)

@@ -2,7 +2,8 @@
 
 Kernels for accelerators are tested by compiling and interpreting them; whether a chip computes with them what they say
 is seen on that chip. Each is run at the lengths, dtype, head width and padding of its call, with two heads of one batch
-entry, forward and backward, beside attention in blocks that multiplies in float32.
+entry, forward and backward, beside attention in blocks that multiplies in float32. Keys of a ring go around those of
+its devices that this process has.
 """
 
 import dataclasses
@@ -120,13 +121,14 @@ def judge(call: Call, device_kind: str, found: list[Difference]) -> None:
     """Raise `KernelDiffers` if something is out of bounds."""
     wrong = [one for one in found if not one.fine]
     if wrong:
-        field = "task.denoiser.sync.kernel" if call.operation.startswith("epipolar") else "task.denoiser.attention"
-        instead = "chunked" if call.operation.startswith("epipolar") else _INSTEAD[call.kernel]
+        instead = f"training.attention={_INSTEAD[call.kernel]} (the network's own field, if it names {call.kernel})"
+        if call.operation.startswith("epipolar"):
+            instead = "task.denoiser.sync.kernel=chunked in a multi-view config"
         shown = "; ".join(f"{one.name} {one.overall:.2%}, of one token {one.token:.2%}" for one in wrong)
         raise KernelDiffers(
             f"{call}: computes wrong numbers on {device_kind}. Differences from float32: {shown} (at most {BOUND:.0%} "
-            f"and {TOKEN_BOUND:.0%}). No step has run with it. Take another kernel, --set {field}={instead} in a video "
-            "DiT's config, and report this line."
+            f"and {TOKEN_BOUND:.0%}). No step has run with it. Take another kernel, --set {instead}, and report "
+            "this line."
         )
 
 
@@ -150,7 +152,8 @@ def _elsewhere(function: Callable[[], list[Difference]]) -> list[Difference]:
 
 def differences(call: Call, device: jax.Device) -> list[Difference]:
     """Of the output and the gradients of queries, keys and values."""
-    dtype = jnp.dtype(call.dtype)
+    devices = _ring_devices(call, device)
+    call, dtype = _of_all(call, len(devices)), jnp.dtype(call.dtype)
     arrays = _arrays(call)
     if call.operation.startswith("epipolar"):
         band = _band(call)
@@ -160,7 +163,7 @@ def differences(call: Call, device: jax.Device) -> list[Difference]:
         theirs = functools.partial(_passes, lambda *qkv: exact(*qkv, *band))
     else:
         options = {"scale": call.scale, "valid_length": call.valid, "causal": call.causal}
-        ours = functools.partial(_passes, _kernel(call, device))
+        ours = functools.partial(_passes, _kernel(call, devices))
         theirs = functools.partial(_passes, functools.partial(chunked.attention, **options))
     with jax.default_device(device):
         got = jax.jit(ours)(*(jnp.asarray(array, dtype) for array in arrays))
@@ -179,15 +182,29 @@ def _passes(attend: Callable, query: jax.Array, key: jax.Array, value: jax.Array
     return output, *pull(gradient.astype(output.dtype))
 
 
-def _kernel(call: Call, device: jax.Device) -> Callable:
-    kernel = AttentionKernel(call.kernel)
-    if not call.ring:
-        run = bound(kernel, device.platform, call.scale, call.valid, call.causal)
+def _ring_devices(call: Call, device: jax.Device) -> list[jax.Device]:
+    """The device, and others of this process up to the ring's number: other processes check on their own."""
+    others = [one for one in jax.local_devices(backend=device.platform) if one != device]
+    return [device, *others[: call.ring - 1]]
+
+
+def _of_all(call: Call, devices: int) -> Call:
+    """The call of a ring of so many devices, of which the last one has the padding, with the lengths of all."""
+    before = (devices - 1) * call.keys
+    return dataclasses.replace(call, queries=devices * call.queries, keys=before + call.keys, valid=before + call.valid)
+
+
+def _kernel(call: Call, devices: list[jax.Device]) -> Callable:
+    """Of a call with the lengths of all devices."""
+    kernel, platform = AttentionKernel(call.kernel), devices[0].platform
+    if call.ring == 1:
+        run = bound(kernel, platform, call.scale, call.valid, call.causal)
         return lambda query, key, value: run(query, key, value, None)
-    parts = flash_tpu.Parts.of(call.queries, call.width, call.scale, device.platform != "tpu")
+    rows = call.queries // len(devices)
+    parts = flash_tpu.Parts.of(rows, call.width, call.scale, platform != "tpu")
     around = functools.partial(sequence_parallel.ring, parts, "ring", call.valid, "checked")
     spec = PartitionSpec(None, "ring")
-    mesh = Mesh(np.array([device]), ("ring",))
+    mesh = Mesh(np.array(devices), ("ring",))
     return jax.shard_map(around, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
 
 

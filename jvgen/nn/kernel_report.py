@@ -19,7 +19,8 @@ class Call:
       valid: keys that are not padding.
       scale: on the scores.
       causal: whether query i sees keys 0..i only.
-      ring: whether keys go from device to device, so that the kernel attends to some of them at a time.
+      ring: devices between which keys go around, so that the kernel attends to some of them at a time; 1 for none.
+        Lengths are then those of a device, the last one that has valid keys.
     """
 
     operation: str
@@ -31,11 +32,11 @@ class Call:
     valid: int
     scale: float
     causal: bool = False
-    ring: bool = False
+    ring: int = 1
 
     def __str__(self) -> str:
         keys = f"{self.keys} keys" if self.valid == self.keys else f"{self.valid} of {self.keys} keys"
-        kind = " before each query" * self.causal + " of a ring" * self.ring
+        kind = " before each query" * self.causal + f" on each of a ring of {self.ring}" * (self.ring > 1)
         what = f"{self.queries} queries over {keys}{kind}, heads of {self.width} in {self.dtype}"
         return f"kernel {self.kernel} of {self.operation}, {what}"
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from jvgen import config as configuration
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
+from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.preflight import topology
@@ -223,7 +224,9 @@ def stored_bytes(program: Program, bucket: BucketConfig) -> int:
         with program.tracing():
             return jax.vjp(loss, program.cast(parameters))[1]
 
-    jaxpr = jax.make_jaxpr(residuals)(program.abstract.parameters, frozen, batch, key).jaxpr
+    # Candidates take nearly the same kernels; those of the compiled ones are in their reports.
+    with collecting(KernelReport()):
+        jaxpr = jax.make_jaxpr(residuals)(program.abstract.parameters, frozen, batch, key).jaxpr
     # What goes in and out unchanged (weights), constants and repeats take no memory of their own.
     kept = {variable for variable in jaxpr.outvars if isinstance(variable, Var)} - set(jaxpr.invars)
     # And neither do the cast parameters, which `lower_bound` has.

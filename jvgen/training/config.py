@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 from jvgen.config import Config
+from jvgen.nn.attention import AttentionKernel
 from jvgen.value_rules import Bounds, Count, Pattern, Step, Steps, Weight
 
 PeakFlops = Annotated[float, Bounds(above=0, at_most=1e18, fix="FLOP/s of one device, for example 459e12; or none")]
@@ -57,6 +58,8 @@ class TrainingConfig(Config):
       accumulation: microbatches per step; the batch size of every bucket must be a multiple of accumulation x data
         devices.
       precision: dtypes of the computation, and how float32 operands are multiplied.
+      attention: kernel of attention where a network has no field for it (VAEs, iVideoGPT, DINOv2) or says auto, and
+        auto would take a TPU's or GPU's own; auto leaves it at that. For a kernel that a chip computes wrongly.
       log_every: steps between lines on the console (metrics.jsonl has every step).
       evaluate_every: steps between evaluations; 0 for none.
       evaluation_batches: batches per evaluation, the same ones every time.
@@ -88,6 +91,7 @@ class TrainingConfig(Config):
     steps: Steps
     accumulation: Count = 1
     precision: PrecisionConfig = PrecisionConfig()
+    attention: AttentionKernel = AttentionKernel.AUTO
     log_every: Steps = 10
     evaluate_every: Step = 0
     evaluation_batches: Count = 8

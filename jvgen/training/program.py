@@ -16,6 +16,7 @@ from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig
 from jvgen.nn import quantized
+from jvgen.nn.attention import automatic
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.rows import global_array, rows_by_process
@@ -108,8 +109,13 @@ class Program:
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Enter it inside a function to compile: it is traced with the run's sharding of activations and precision."""
-        with axes.partitioned(self.sharding), float32_products(self.experiment.training.precision.matmul_precision):
+        """Enter it inside a function to compile: it is traced with the run's sharding, precision and kernels."""
+        training = self.experiment.training
+        with (
+            axes.partitioned(self.sharding),
+            float32_products(training.precision.matmul_precision),
+            automatic(training.attention),
+        ):
             yield
 
     def check(self) -> None:

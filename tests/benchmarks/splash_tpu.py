@@ -43,6 +43,8 @@ CALLS = {
     "clip": Call(4480, 17920, 17776, (64, 128, 256), (*BLOCKS, *BOTH, *OTHERS[1:])),
     "17x256x256": Call(1536, 1536, 1506, (64, 128), BOTH),
     "512 keys": Call(4480, 512, 512, (64, 128), BOTH),
+    # 13 x 128, whose blocks have a divisor of 128 only.
+    "1664 keys": Call(1792, 1664, 1664, (64,), ("896,1792,128", "default")),
     "causal": Call(768, 768, 768, (64, 128), BOTH, causal=True),
     "long causal": Call(4096, 4096, 4096, (64, 128), BOTH, causal=True),
     "VAE": Call(5400, 5400, 5400, (512,), BOTH),

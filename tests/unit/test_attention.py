@@ -13,6 +13,7 @@ import pytest
 from jvgen.config import ConfigError
 from jvgen.geometry.epipolar import Band
 from jvgen.kernels.attention import chunked, cpu, flash_tpu, flash_tpu_kernels, gpu, reference, tpu
+from jvgen.nn import attention as dispatch
 from jvgen.nn import kernel_report
 from jvgen.nn.attention import AttentionKernel, attention, choose
 from jvgen.nn.epipolar_attention import EpipolarKernel, epipolar_attention
@@ -257,6 +258,24 @@ def test_splash_blocks_pad_least(length, block):
     assert tpu.block_size(length) == block
 
 
+@pytest.mark.parametrize(
+    "keys,width,block,product",
+    [
+        (17776, 64, 1792, 896),
+        (4480, 64, 896, 896),
+        (1536, 64, 1536, 768),
+        # Blocks of 13 and 11 x 128 would have products of 128 keys: more padding takes fewer cycles.
+        (1664, 64, 1792, 896),
+        (1408, 128, 1536, 768),
+        (3328, 64, 1152, 384),
+        (768, 256, 256, 256),
+        (100, 64, 128, 128),
+    ],
+)
+def test_products_of_this_projects_kernels_are_long(keys, width, block, product):
+    assert flash_tpu.blocks(4480, keys, width)[1:] == (block, product)
+
+
 def rms_error(got, inputs, scale):
     return np.sqrt(np.mean(np.square(np.asarray(got, np.float64) - numpy_attention(*inputs, scale, None))))
 
@@ -347,6 +366,29 @@ def test_automatic_choice(platform, dtype, length, bias, refused, kernel):
     refusals = {"flash_refusal" if platform == "tpu" else "gpu_refusal": refused}
     choice = choose(platform, dtype=jnp.dtype(dtype), **lengths, bias=bias, **refusals)
     assert choice.kernel is kernel and choice.reason and refused in choice.reason
+
+
+@pytest.mark.parametrize(
+    "platform,dtype,keys,bias,kernel",
+    [
+        ("tpu", "bfloat16", 1024, False, AttentionKernel.CHUNKED),
+        ("tpu", "bfloat16", 64, False, AttentionKernel.REFERENCE),
+        ("tpu", "bfloat16", 1024, True, AttentionKernel.REFERENCE),
+        ("cpu", "float32", 1024, False, AttentionKernel.CPU),
+    ],
+)
+def test_another_kernel_where_auto_takes_an_accelerators(monkeypatch, platform, dtype, keys, bias, kernel):
+    """As a network without a field for it calls attention."""
+    monkeypatch.setattr(axes, "platform", lambda: platform)
+    tokens = jnp.zeros((1, keys, 2, 64), dtype)
+    before = dispatch._choice(AttentionKernel.AUTO, tokens, tokens, bias, False)
+    with dispatch.automatic(AttentionKernel.CHUNKED):
+        choice = dispatch._choice(AttentionKernel.AUTO, tokens, tokens, bias, False)
+        asked = dispatch._choice(AttentionKernel.REFERENCE, tokens, tokens, bias, False)
+    assert choice.kernel is kernel and asked.kernel is AttentionKernel.REFERENCE
+    changed = before.kernel is AttentionKernel.FLASH_TPU
+    assert choice == (dispatch.Choice(kernel, "training.attention, not flash_tpu") if changed else before)
+    assert dispatch._choice(AttentionKernel.AUTO, tokens, tokens, bias, False) == before
 
 
 # dtype, head width, compute capability -> what the refusal says; None for no refusal.

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
 from jvgen import exit_codes  # noqa: E402
-from jvgen.nn import kernel_check, kernel_report  # noqa: E402
+from jvgen.nn import attention, kernel_check, kernel_report  # noqa: E402
 from jvgen.nn.kernel_check import KernelDiffers  # noqa: E402
 from jvgen.nn.kernel_report import Call  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
@@ -201,3 +201,13 @@ def test_the_stage_may_turn_out_to_be_an_earlier_one():
     programs.wait(3)
     assert programs.step(early, 0)(jnp.float32(1)) == 2 and programs.step(late, 0)(jnp.float32(1)) == 3
     assert sorted(held.lowered) == [1, 2], "each once"
+
+
+def test_programs_are_traced_with_the_runs_kernel_of_attention():
+    experiment = toys.experiment(**{"training.attention": "chunked"})
+    program = Program.build(experiment, make_mesh(experiment.mesh, jax.devices()[:1]))
+    seen = []
+    with program.tracing():
+        seen.append(attention._instead.get())
+    assert seen == [attention.AttentionKernel.CHUNKED]
+    assert attention._instead.get() is attention.AttentionKernel.AUTO

@@ -7,7 +7,7 @@ import pytest
 
 from jvgen import exit_codes
 from jvgen.kernels.attention import flash_tpu, flash_tpu_kernels
-from jvgen.nn import attention, kernel_check, kernel_report
+from jvgen.nn import attention, kernel_check, kernel_report, sequence_parallel
 from jvgen.nn.kernel_check import BOUND, TOKEN_BOUND, Difference, KernelDiffers, differences, judge, verify
 from jvgen.nn.kernel_report import Call, KernelReport, collecting
 from jvgen.parallel import axes
@@ -17,7 +17,7 @@ CALL = Call("attention", "flash_tpu", "bfloat16", 64, 256, 384, 300, 0.125)
 CALLS = {
     "padding": CALL,
     "causal": Call("attention", "flash_tpu", "bfloat16", 64, 256, 256, 256, 0.125, causal=True),
-    "ring": Call("attention", "flash_tpu", "bfloat16", 64, 256, 256, 130, 0.125, ring=True),
+    "ring": Call("attention", "flash_tpu", "bfloat16", 64, 256, 256, 130, 0.125, ring=2),
     "splash": Call("attention", "tpu", "bfloat16", 128, 256, 256, 200, 0.09),
     "epipolar": Call("epipolar attention", "tpu", "bfloat16", 64, 240, 240, 240, 0.125),
 }
@@ -105,6 +105,14 @@ def test_wrong_kernels_are_found(monkeypatch, break_it, arrays):
     with pytest.raises(KernelDiffers, match=r"kernel flash_tpu .* on TPU v5.*No step has run.*attention=tpu") as error:
         judge(CALL, "TPU v5", found)
     assert exit_codes.of_error(error.value) == exit_codes.USER_ERROR
+
+
+def test_a_hop_that_loses_keys_is_found(monkeypatch):
+    """Keys go around as many devices as the ring and this process have."""
+    assert len(kernel_check._ring_devices(CALLS["ring"], CPU)) == 2
+    monkeypatch.setattr(sequence_parallel, "_next", lambda arrays, mesh_axis: arrays)
+    found = differences(CALLS["ring"], CPU)
+    assert {one.name for one in found if not one.fine} >= {"output", "gradient of queries"}
 
 
 def test_not_finite_is_not_fine():

@@ -12,6 +12,7 @@ import tiny_text_to_video  # noqa: E402
 
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.data.stream.config import DataConfig, SourceConfig  # noqa: E402
+from jvgen.nn.kernel_report import KernelReport, collecting  # noqa: E402
 from jvgen.nn.stacked import Remat  # noqa: E402
 from jvgen.parallel.mesh import single_device_mesh  # noqa: E402
 from jvgen.preflight import search, topology  # noqa: E402
@@ -73,10 +74,12 @@ def test_stored_bytes_are_those_of_the_policy(experiment):
     (bucket,) = experiment.data.buckets
     program = Program.build(experiment, single_device_mesh())
     stored = {}
-    for remat in (Remat.FULL, Remat.SAVE_ATTENTION, Remat.NONE):
-        task = experiment.task.replace(denoiser=experiment.task.denoiser.replace(remat=remat))
-        program = Program.build(experiment.replace(task=task), single_device_mesh())
-        stored[remat] = search.stored_bytes(program, bucket)
+    with collecting(KernelReport()) as said:
+        for remat in (Remat.FULL, Remat.SAVE_ATTENTION, Remat.NONE):
+            task = experiment.task.replace(denoiser=experiment.task.denoiser.replace(remat=remat))
+            program = Program.build(experiment.replace(task=task), single_device_mesh())
+            stored[remat] = search.stored_bytes(program, bucket)
+    assert not said.lines, "a candidate that is not compiled prints no kernels"
     rows, width = 3 * 2 * 2 + 6, experiment.task.denoiser.width
     rows += -rows % 8
     layer = bucket.batch_size * rows * width * jnp.dtype(jnp.bfloat16).itemsize

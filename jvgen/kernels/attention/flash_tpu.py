@@ -1,6 +1,7 @@
 """Attention for TPUs by kernels of this project: layouts, blocks and precision around `flash_tpu_kernels`."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -18,6 +19,8 @@ DEFAULT_BLOCKS = (896, 1792, 896)
 # else not fit into VMEM.
 WIDE_BLOCKS = (2240, 512, 256)
 WIDEST_BLOCK = 512
+# Cycles of a key in products of 128 of them, against longer ones: 13 x 128 keys are better padded to 14 x 128.
+SHORT_PRODUCT = 1.2
 
 
 def attention(
@@ -72,8 +75,15 @@ def slower(device_kind: str, width: int) -> str:
 def blocks(query_length: int, key_length: int, width: int) -> tuple[int, int, int]:
     """Tokens per grid step of queries and of keys, and keys per product, for heads of `width` channels."""
     largest = largest_blocks(width)
-    query_block, key_block = block_size(query_length, largest[0]), block_size(key_length, largest[1])
-    return query_block, key_block, max(n for n in range(LANES, largest[2] + 1, LANES) if key_block % n == 0)
+    product = functools.partial(_product, largest=largest[2])
+    query_block = block_size(query_length, largest[0])
+    key_block = block_size(key_length, largest[1], lambda block: 1.0 if product(block) > LANES else SHORT_PRODUCT)
+    return query_block, key_block, product(key_block)
+
+
+def _product(key_block: int, largest: int) -> int:
+    """Keys per product: the most that divide a block."""
+    return max(n for n in range(LANES, largest + 1, LANES) if key_block % n == 0)
 
 
 def largest_blocks(width: int) -> tuple[int, int, int]:

@@ -51,12 +51,16 @@ class ValidKeys(splash_attention_mask.Mask):
         return hash((type(self), self._shape, self.valid_length))
 
 
-def block_size(length: int, largest: int = MAX_BLOCK) -> int:
-    """The block size, a multiple of 128 and at most `largest`, with the least padding; among equals, the largest."""
-    sizes = range(LANES, min(largest, math.ceil(length / LANES) * LANES) + 1, LANES)
+def block_size(length: int, largest: int = MAX_BLOCK, cost: Callable[[int], float] = lambda size: 1.0) -> int:
+    """The block size, a multiple of 128 and at most `largest`, with the least padding; among equals, the largest.
+
+    Args:
+      cost: of a token in blocks of a size, which weighs them.
+    """
     # At least half of `largest`, for high utilization of the matrix unit; smaller blocks only for short sequences.
-    candidates = [size for size in sizes if size >= min(largest // 2, max(sizes))]
-    return min(candidates, key=lambda size: (math.ceil(length / size) * size, -size))
+    least = min(math.ceil(largest / 2 / LANES), math.ceil(length / LANES)) * LANES
+    candidates = range(least, largest + 1, LANES)
+    return min(candidates, key=lambda size: (math.ceil(length / size) * size * cost(size), -size))
 
 
 def attention(
