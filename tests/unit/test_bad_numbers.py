@@ -39,7 +39,8 @@ SENSIBLE = {
         HomographyConfig.projection HomographyConfig.rotation HomographyConfig.scale HomographyConfig.shear
         HomographyConfig.strength HomographyConfig.translation ImageVAEConfig.shift_factor
         ImaginationConfig.fit_steps ImaginationConfig.moving_weight ImaginationConfig.perceptual_weight
-        ImaginationConfig.real_ratio ImaginationConfig.reward_weight ReinforcementConfig.demonstrations ReinforcementConfig.failure_budget
+        ImaginationConfig.real_ratio ImaginationConfig.reward_weight
+        ReinforcementConfig.demonstrations ReinforcementConfig.failure_budget
         ImageVAETaskConfig.frames_per_clip ImageVAETaskConfig.kl_weight ImageVAETaskConfig.perceptual_weight
         InitFromConfig.step LoraConfig.dropout LRStage.start_step LRStage.warmup_steps MultiViewConfig.adapter_scale
         MultiViewConfig.caption_dropout MultiViewConfig.latent_shift MultiViewConfig.validation_timesteps
