@@ -56,7 +56,7 @@ def _parts(found: dict[str, Any]) -> list[str]:
         f"The {LARGEST} parts that take longest, likely milliseconds per step, and the collectives that others hide",
         "least. `jvgen compile` prints all parts with their ranges. The first rows kept the sum only.",
         "",
-        "| config | slice | batch | ms/step by part | longest collectives: ms/step that nothing hides, of all; GiB |",
+        "| config | slice | batch | ms/step by part | collectives: time per step that nothing hides, of all; sent |",
         "|---|---|---|---|---|",
     ]
     for run in RUNS:
@@ -69,9 +69,9 @@ def _parts(found: dict[str, Any]) -> list[str]:
                 f"`{_config(run)}`",
                 f"`{run.topology}`",
                 f"{bucket} x {row['batch_size']}",
-                ", ".join(f"{name} {value:g}" for name, value in parts),
-                ", ".join(
-                    f"{name} {one['ms'] - one['hidden_ms']:.3g} of {one['ms']:g}; {one['GiB']:g}"
+                "; ".join(f"{name}: {value:.3g}" for name, value in parts),
+                "; ".join(
+                    f"{name}: {one['ms'] - one['hidden_ms']:.3g} of {one['ms']:.3g} ms, {one['GiB']:.3g} GiB"
                     for name, one in sent[:LARGEST_COLLECTIVES]
                 ),
             ]

@@ -51,7 +51,7 @@ RUNS = (
     PodRun("configs/ivideogpt_tokenizer.py:oxe_256", "v5e:4x8"),
     PodRun("configs/cogvideox_2b_lora.py", "v5e:2x4"),
     PodRun("configs/repvideo_2b.py", "v5p:4x4x4"),
-    PodRun("configs/repvideo_2b.py", "v6e:8x16", ("mesh.seq=4",)),
+    PodRun("configs/repvideo_2b.py", "v6e:8x8", ("sharding.frozen=replicated",)),
     PodRun("configs/repvideo_2b.py", "v5e:8x16", ("mesh.seq=4",)),
     PodRun("configs/cogvideox_2b.py", "v5p:4x4x8"),
     PodRun("configs/cogvideox_2b.py", "v5e:16x16"),

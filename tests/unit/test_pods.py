@@ -91,7 +91,7 @@ def test_a_row_keeps_where_the_time_goes():
     assert row["collectives_ms"] == {"all-gather over fsdp, frozen networks": sent}
     row |= {"date": "2026-01-01", "commit": "0123456", "versions": "jax"}
     text = page.page({runs.RUNS[0].name: {"1x1x64x64": row}})
-    assert "matrix products 200 | all-gather over fsdp, frozen networks 150 of 200; 1 |" in text
+    assert "matrix products: 200 | all-gather over fsdp, frozen networks: 150 of 200 ms, 1 GiB |" in text
     assert "its config is not known" in text
 
 
