@@ -4,10 +4,11 @@
 
 Should reach: what the clips have in common, a style or a subject, after a few thousand steps.
 Chips: 8 of v5e (`v5e:2x4`), one clip per 4 chips; of 1.5, 16 of v5p (`v5p:2x2x4`), one clip per 8 chips.
-Memory: text_to_video 4.9 of 15.75 GiB per device of v5e:2x4 (compiled); others in docs/pods.md. One device alone holds
-22.0 GiB of weights and state and, for one clip, 4.3 GiB of layers' inputs (of 1.5 22.4 and 11.0; by arithmetic), so
-that 80 GB leave some 45 GiB for what runs.
-Time: text_to_video 10.9 s per step on v5e:2x4 (10.6 to 13.3, 31% MFU; estimated from the compiled step, not measured).
+Memory: text_to_video 4.9 and image_to_video 5.1 of 15.75 GiB per device of v5e:2x4 (compiled). On one device alone
+text_to_video takes 28.4 GiB for one clip, 8.9 of them T5's weights (compiled for a chip of v5p; a GPU's program is
+another one, and its 80 GB hold 74.5 GiB).
+Time: text_to_video 10.9 s per step on v5e:2x4 (10.6 to 13.3, 31% MFU), image_to_video 11.3 s (11.0 to 14.0, 30%;
+estimated from the compiled steps, not measured).
 Data: that of `cogvideox_5b.py` or `cogvideox1_5_5b.py`, and the published pipeline, such as weights/CogVideoX-5b.
 
 The run's checkpoints hold the LoRA alone. `jvgen export RUN --to DIR` writes it as `pytorch_lora_weights.safetensors`.

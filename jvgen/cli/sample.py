@@ -190,8 +190,8 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
         ),
         group.add_argument(
             "--lora", action="append", default=[], metavar="FILE[:SCALE]",
-            help="LoRA adapter of the denoiser in diffusers' or SAT's format, and the strength of its update, 1 if "
-            "omitted (repeatable)",
+            help="LoRA adapter of the denoiser in diffusers' or SAT's format, of the text encoder in peft's, or a "
+            "folder with both as `jvgen export` writes it, and the strength of its update, 1 if omitted (repeatable)",
         ),
         group.add_argument(
             "--lora-unmerged", action="store_true",

@@ -33,7 +33,8 @@ def _add_export(commands) -> None:
         "CogVideoXPipeline.from_pretrained and `jvgen sample --weights`, one of image to video for "
         "CogVideoXImageToVideoPipeline; where diffusers has no such pipeline, the reasons are printed and the trained "
         "networks are written, as of all other runs, a world model's with its tokenizer. A run that trains a LoRA "
-        "becomes pytorch_lora_weights.safetensors, for load_lora_weights and `jvgen sample --weights DIR --lora FILE`.",
+        "becomes pytorch_lora_weights.safetensors, for load_lora_weights and `jvgen sample --weights DIR --lora FILE`, "
+        "and for other networks than a denoiser a folder that peft loads.",
         handler=run_export,
     )  # fmt: skip
     add_run_arguments(parser)
@@ -51,7 +52,7 @@ def _add_export(commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--merge-lora", action="store_true",
-        help="of a run that trains a LoRA: write the whole denoiser with the LoRA merged into it, not the LoRA alone",
+        help="of a run that trains a LoRA: write whole networks with the LoRA merged into them, not the LoRA alone",
     )  # fmt: skip
 
 

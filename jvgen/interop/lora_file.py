@@ -1,8 +1,9 @@
-"""Files of LoRA adapters of a denoiser: diffusers' `pytorch_lora_weights.safetensors` and those of SAT.
+"""Files of the LoRA adapter of one network: diffusers' `pytorch_lora_weights.safetensors`, those of SAT and of peft.
 
-In diffusers a layer is named as its kernel is ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"); in SAT
-("...layers.0.attention.query_key_value.matrix_A.0") queries, keys and values, which share a kernel there, have a pair
-of matrices each.
+In diffusers a layer is named as its kernel is ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"), and so it
+is in peft ("base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"), whose `adapter_config.json`
+beside the file lists the layers; in SAT ("...layers.0.attention.query_key_value.matrix_A.0") queries, keys and values,
+which share a kernel there, have a pair of matrices each.
 """
 
 import dataclasses
@@ -14,22 +15,28 @@ from typing import Literal
 import numpy as np
 
 from jvgen import nested
+from jvgen.config import Config
 from jvgen.finite import narrowed
 from jvgen.interop.digest import file_digest
 from jvgen.interop.file_digests import add_digest
+from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import open_file
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.to_torch import FILE_DTYPES, ExportError
 from jvgen.models.video_dit.config import VideoDiTConfig
-from jvgen.models.video_dit.model import VideoDiT
-from jvgen.models.video_dit.torch_map import weight_map
 from jvgen.models.weight_map import LAYER, LINEAR, Entry, WeightError, WeightMap, pointwise
 from jvgen.nn.lora import DOWN, UP, linear_layers, pairs
-from jvgen.nn.network import Network, Parameters
-from jvgen.storage import Path, as_path, local_file, reading
+from jvgen.nn.network import Parameters
+from jvgen.storage import Path, as_path, local_copy, local_file, read_json_object, reading, write_text
 
-Layout = Literal["diffusers", "sat"]
-FILE_NAMES: dict[Layout, str] = {"diffusers": "pytorch_lora_weights.safetensors", "sat": "lora_sat.safetensors"}
+Layout = Literal["diffusers", "sat", "peft"]
+FILE_NAMES: dict[Layout, str] = {
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "sat": "lora_sat.safetensors",
+    "peft": "adapter_model.safetensors",
+}
+# Beside peft's file: rank, alpha and the names of the layers.
+PEFT_CONFIG = "adapter_config.json"
 # Of names in diffusers' files; files of peft have another one.
 PREFIX, PEFT_PREFIX = "transformer.", "base_model.model."
 SAT_PREFIX = "model.diffusion_model."
@@ -67,27 +74,34 @@ class LoraFile:
         return self.alpha / self.rank
 
 
+def layout_of(config: Config) -> Layout:
+    """The layout of the libraries that load the adapter of a network: diffusers' for a denoiser, peft's for others."""
+    return "diffusers" if isinstance(config, VideoDiTConfig) else "peft"
+
+
 def file_of(path: str | Path) -> Path:
     """The file of an adapter that is named by itself or by its folder; it need not exist."""
     path = as_path(path)
-    return path / FILE_NAMES["diffusers"] if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    names = (FILE_NAMES["diffusers"], FILE_NAMES["peft"])
+    return next((path / name for name in names if (path / name).is_file()), path / names[0])
 
 
-def is_lora(path: str | Path) -> bool:
-    """Whether a path is a file, or a folder with a file, that holds a LoRA adapter in one of the two layouts."""
-    file = file_of(path)
+def is_lora_file(file: Path) -> bool:
+    """Whether a file, which need not exist, holds a LoRA adapter."""
     if not file.is_file() or file.suffix != ".safetensors":
         return False
     return any(".lora_A." in name or ".matrix_A." in name for name in open_file(file))
 
 
-def read_lora(path: str | Path, config: VideoDiTConfig) -> LoraFile:
-    """The adapter in a file, for a denoiser.
+def read_lora(path: str | Path, config: Config) -> LoraFile:
+    """The adapter in a file, for a network.
 
     Args:
-      path: .safetensors file (.bin or .pt with torch), or a folder with `pytorch_lora_weights.safetensors`. A
-        checkpoint of SAT may hold the network too.
-      config: of the denoiser.
+      path: .safetensors file (.bin or .pt with torch), or a folder with `pytorch_lora_weights.safetensors` or peft's
+        `adapter_model.safetensors`. A checkpoint of SAT may hold the network too.
+      config: of the network.
 
     Raises:
       ValueError: no such file.
@@ -102,23 +116,20 @@ def read_lora(path: str | Path, config: VideoDiTConfig) -> LoraFile:
             "as `jvgen export RUN --to DIR` writes of a run."
         )
     tensors = open_file(file)
-    layout: Layout = "sat" if any(".matrix_A." in name for name in tensors) else "diffusers"
-    found = {name: tensors[name] for name in tensors if layout == "diffusers" or ".matrix_" in name}
+    layout = _layout_in(tensors, config)
+    found = {name: tensors[name] for name in tensors if layout != "sat" or ".matrix_" in name}
     alphas = {name: float(found.pop(name).reshape(())) for name in tuple(found) if name.endswith(".alpha")}
-    layers = linear_layers(Network.of(lambda rngs: VideoDiT(config, rngs=rngs)))
+    form = format_of(config)
+    layers = linear_layers(form.network(config))
     table = _table(config, layers, layout)
-    paths = {
-        entry.ours.rpartition("/")[0]
-        for entry in table.entries
-        for name in (entry.theirs, *entry.aliases)
-        if any(name.replace(LAYER, str(layer)) in found for layer in range(config.layers))
-    }
+    paths = _paths_in(found, table, config)
     ranks = {array.shape[0] for name, array in found.items() if ".lora_A." in name or ".matrix_A." in name}
     if not paths or not ranks:
+        sat = ", or SAT's matrix_A and matrix_B" if isinstance(config, VideoDiTConfig) else ""
         raise WeightError(
-            f"{file} is no LoRA adapter of a CogVideoX transformer: it has tensors such as "
+            f"{file} is no LoRA adapter of a {form.class_name}: it has tensors such as "
             f"{', '.join(sorted(tensors)[:3])}. Expected are names such as "
-            f"{PREFIX}transformer_blocks.0.attn1.to_q.lora_A.weight, or SAT's matrix_A and matrix_B."
+            f"{table.entries[0].theirs.replace(LAYER, '0')}{sat}."
         )
     if len(ranks) > 1:
         raise WeightError(f"{file}: layers have the ranks {sorted(ranks)}; only one rank for all is supported.")
@@ -141,39 +152,64 @@ def read_lora(path: str | Path, config: VideoDiTConfig) -> LoraFile:
     return LoraFile(factors, rank, alpha)
 
 
+def is_lora_of(file: Path, config: Config) -> bool:
+    """Whether a file has layers with the names of a network's; of which sizes they are is not compared."""
+    tensors = open_file(file)
+    table = _table(config, linear_layers(format_of(config).network(config)), _layout_in(tensors, config))
+    return bool(_paths_in(tensors, table, config))
+
+
+def _layout_in(tensors: Collection[str], config: Config) -> Layout:
+    in_sat = isinstance(config, VideoDiTConfig) and any(".matrix_A." in name for name in tensors)
+    return "sat" if in_sat else layout_of(config)
+
+
+def _paths_in(names: Collection[str], table: WeightMap, config: Config) -> set[str]:
+    """The layers that a file's names are of."""
+    return {
+        entry.ours.rpartition("/")[0]
+        for entry in table.entries
+        for name in (entry.theirs, *entry.aliases)
+        if any(name.replace(LAYER, str(layer)) in names for layer in range(config.layers))
+    }
+
+
 def write_lora(
     path: str | Path,
-    config: VideoDiTConfig,
+    config: Config,
     factors: Parameters,
     scale: float,
     *,
-    layout: Layout = "diffusers",
+    layout: Layout | None = None,
     dtype: str = "float32",
 ) -> Path:
-    """Write an adapter as one file; returns its path.
+    """Write an adapter as one file, in peft's layout with `adapter_config.json` beside it; returns its path.
 
     `scale` is multiplied into the second factors, so that alpha is the rank (in SAT's layout: 1) for all readers.
 
     Args:
       path: .safetensors file to create; it is written completely or not at all.
-      config, factors: of the denoiser, and its adapter.
+      config, factors: of the network, and its adapter.
       scale: alpha / rank of the run.
-      layout: names of diffusers or of SAT.
+      layout: names of diffusers, SAT or peft; by default as `layout_of` says.
       dtype: "float32", "bfloat16" or "float16".
 
     Raises:
       ExportError: a file in the way, an unknown dtype, or layers that have no LoRA in SAT.
       NotFinite: see `jvgen.finite.narrowed`.
     """
-    path = as_path(path)
+    path, layout = as_path(path), layout or layout_of(config)
     if dtype not in FILE_DTYPES:
         raise ExportError(f"dtype = {dtype!r}: weights are written as one of {', '.join(FILE_DTYPES)}.")
+    layers = pairs(factors)
+    others = [name for name in layers if not isinstance(config, VideoDiTConfig) or name not in SAT_LAYERS]
+    if others and layout == "sat":
+        raise ExportError(
+            f"--layout sat: SAT has a LoRA for attention only, that of a denoiser, and this run one for "
+            f"{', '.join(others)} of a {format_of(config).class_name}."
+        )
     if path.exists():
         raise ExportError(f"{path} exists; give another name or remove it.")
-    layers = pairs(factors)
-    others = [name for name in layers if layout == "sat" and name not in SAT_LAYERS]
-    if others:
-        raise ExportError(f"--layout sat: SAT has a LoRA for attention only, and this run one for {', '.join(others)}.")
     rank = next(iter(layers.values()))[DOWN].shape[-1]
     # SAT multiplies by 1 / rank.
     factor = np.float32(scale * (rank / SAT_ALPHA if layout == "sat" else 1.0))
@@ -189,24 +225,37 @@ def write_lora(
             write(partial, specs, tensors)
             digest = file_digest(partial, reread=True)
         add_digest(path, digest)
+        if layout == "peft":
+            _write_peft_config(path.with_name(PEFT_CONFIG), rank, specs)
     except OSError as error:
         raise ExportError(f"writing {path} failed: {error.strerror or error}. Nothing of it is left.") from error
     return path
 
 
-def _table(config: VideoDiTConfig, layers: Collection[str], layout: Layout) -> WeightMap:
+def _write_peft_config(path: Path, rank: int, names: Collection[str]) -> None:
+    """What `peft.PeftModel.from_pretrained` reads beside the tensors of these names."""
+    layers = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
+    values = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers, "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "base_model_name_or_path": None,
+        "task_type": None,
+    }  # fmt: skip
+    write_text(path, json.dumps(values, indent=2) + "\n")
+    add_digest(path, file_digest(path))
+
+
+def _table(config: Config, layers: Collection[str], layout: Layout) -> WeightMap:
     """Names and layouts of the factors of these layers (for SAT, of those that it has)."""
     entries = []
-    for row in weight_map(config).entries:
+    for row in format_of(config).weight_map(config).entries:
         name = row.ours.removesuffix("/kernel")
         if name == row.ours or name not in layers:
             continue
-        if layout == "diffusers":
+        if layout != "sat":
             down, up = _factor_transforms(row)
             stem = row.theirs.removesuffix(".weight")
             theirs = {part: f"{stem}.lora_{letter}.weight" for part, letter in ((DOWN, "A"), (UP, "B"))}
-            aliases = ("", PEFT_PREFIX)
-            prefix = PREFIX
+            prefix, aliases = (PREFIX, ("", PEFT_PREFIX)) if layout == "diffusers" else (PEFT_PREFIX, ("",))
         else:
             if name not in SAT_LAYERS:
                 continue
@@ -229,12 +278,16 @@ def _factor_transforms(row: Entry) -> tuple:
 
 
 def _alpha(tensors: Mapping[str, np.ndarray], alphas: Mapping[str, float], rank: int, file: Path) -> float:
-    """Alpha of all layers: from tensors, or from peft's configuration in the header; otherwise the rank."""
-    header = tensors.metadata if isinstance(tensors, SafetensorsFile) else {}
+    """Alpha of all layers: from tensors, or from peft's configuration (in the header, or beside); else the rank."""
+    header, beside = tensors.metadata if isinstance(tensors, SafetensorsFile) else {}, file.with_name(PEFT_CONFIG)
+    values = None
     if METADATA in header:
         with reading(file, f"has a {METADATA} in its header that is not JSON"):
             values = json.loads(header[METADATA])
         values = {name.removeprefix(PREFIX): value for name, value in values.items()}
+    elif file.stem == as_path(FILE_NAMES["peft"]).stem and beside.is_file():
+        values = read_json_object(local_copy(beside))
+    if values is not None:
         if values.get("use_dora"):
             raise WeightError(f"{file} is a DoRA adapter, which is not supported; give a LoRA adapter.")
         alphas = {**alphas, "": float(values.get("lora_alpha") or rank), **(values.get("alpha_pattern") or {})}

@@ -3,6 +3,9 @@
 The network itself is unchanged. Its factors are parameters of their own, which are put beside the layers of the network
 when it runs (`attach`), or added to its kernels (`merge`). For the layer at "blocks/layers/attention/query" they are
 "blocks/layers/attention/query/down" and ".../up", with a leading axis of layers where the kernel has one.
+
+In the parameters of a task the factors for all its networks are under `TREE`: "lora/denoiser/blocks/...". Networks of a
+task that may have a LoRA run through `bind`, or by parameters that `whole` returns.
 """
 
 import dataclasses
@@ -27,6 +30,8 @@ from jvgen.precision import product_precision
 from jvgen.value_rules import BelowOne, Count, Pattern, Positive
 
 DOWN, UP = "down", "up"
+# Name of the factors among the networks of a task.
+TREE = "lora"
 # How many paths a message lists.
 MAX_LISTED = 5
 
@@ -38,7 +43,9 @@ class LoraConfig(Config):
     Attributes:
       rank: width between the two factors.
       alpha: the update is alpha / rank times the product of the factors; none for alpha = rank.
-      targets: patterns of linear layers by path, matched from the start: "denoiser/blocks/layers/attention/query".
+      targets: patterns of linear layers by path, matched from the start: "denoiser/blocks/layers/attention/query". Of
+        networks besides the task's first one, those are chosen by patterns with the network's name in them:
+        "text_encoder/", and not ".*/query".
       dropout: share of the layers' inputs that is set to zero on the way to the factors, in training.
     """
 
@@ -107,19 +114,28 @@ class _Branch(nnx.Module):
 class _Attached(nnx.Module):
     """Factors beside a layer, in the network that runs; `Linear` adds what it returns."""
 
-    def __init__(self, down: jax.Array, up: jax.Array, names: tuple[Axes, Axes], keys: jax.Array | None, rate: float):
+    def __init__(
+        self,
+        down: jax.Array,
+        up: jax.Array,
+        names: tuple[Axes, Axes],
+        keys: jax.Array | None,
+        rate: float,
+        before: "_Attached | None",
+    ):
         self.down, self.up = nnx.Param(down, logical_axes=names[0]), nnx.Param(up, logical_axes=names[1])
-        self.rate = rate
+        self.rate, self.before = rate, before
         stack = names[0][:-2]
         self.keys = None if keys is None else nnx.Variable(keys, logical_axes=(*stack, axes.BATCH, None))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        x = inputs
         if self.keys is not None:
-            inputs = dropout(inputs, jax.random.wrap_key_data(self.keys[...]), self.rate)
+            x = dropout(x, jax.random.wrap_key_data(self.keys[...]), self.rate)
         for factor in (self.down, self.up):
-            kernel = factor[...].astype(inputs.dtype)
-            inputs = jnp.matmul(inputs, kernel, precision=product_precision(inputs.dtype))
-        return inputs
+            kernel = factor[...].astype(x.dtype)
+            x = jnp.matmul(x, kernel, precision=product_precision(x.dtype))
+        return x if self.before is None else self.before(inputs) + x
 
 
 def linear_layers(network: Network) -> dict[str, tuple[jax.ShapeDtypeStruct, Axes]]:
@@ -135,40 +151,50 @@ def linear_layers(network: Network) -> dict[str, tuple[jax.ShapeDtypeStruct, Axe
 
 
 def targets(
-    config: LoraConfig, networks: Mapping[str, Network], frozen: Sequence[str] = (), field: str = "task.lora"
+    config: LoraConfig,
+    networks: Mapping[str, Network],
+    refused: Mapping[str, str] | None = None,
+    field: str = "task.lora",
 ) -> dict[str, tuple[jax.ShapeDtypeStruct, Axes]]:
     """The layers that a config chooses: path with the name of the network -> kernel and names of its axes.
 
     Args:
-      networks: by name, those that may get a LoRA.
-      frozen: names of networks that may not.
+      networks: by name, those that may get a LoRA. Layers of the first one need not be chosen by its name.
+      refused: other networks of the task, with the reason why they may not.
       field: where the config is, for messages.
 
     Raises:
-      ConfigError: a pattern that chooses no layer, or layers of a frozen network.
+      ConfigError: a pattern that chooses no layer, or layers of a network that may not get one.
     """
     layers = {
         f"{name}/{path}": found for name, network in networks.items() for path, found in linear_layers(network).items()
     }
     chosen: dict[str, tuple[jax.ShapeDtypeStruct, Axes]] = {}
     for pattern in config.targets:
-        matching = {path: found for path, found in layers.items() if re.match(pattern, path)}
+        # In earlier versions there was one network: what a pattern chose then, it chooses today.
+        named = [name for number, name in enumerate(networks) if not number or name in pattern]
+        matching = {path: found for path, found in layers.items() if path.split("/")[0] in named}
+        matching = {path: found for path, found in matching.items() if re.match(pattern, path)}
         if not matching:
-            name = re.match(r"\w*", pattern)[0]
-            if name in frozen:
-                raise ConfigError(
-                    f"{field}.targets: {pattern!r} is in {name}, which stays as it is in this task; layers with a LoRA "
-                    f"are those of {', '.join(networks)}."
-                )
-            near = difflib.get_close_matches(pattern, layers, n=MAX_LISTED, cutoff=0.0)
-            raise ConfigError(
-                f"{field}.targets: {pattern!r} matches no linear layer (it is matched from the start of the path). The "
-                f"nearest are {', '.join(near)}."
-            )
+            raise ConfigError(f"{field}.targets: {_without_effect(pattern, layers, networks, refused or {})}")
         chosen |= matching
     if not chosen:
         raise ConfigError(f"{field}.targets is empty: name linear layers, such as {', '.join(list(layers)[:3])}.")
     return dict(sorted(chosen.items()))
+
+
+def _without_effect(
+    pattern: str, layers: Mapping[str, Any], networks: Mapping[str, Network], refused: Mapping[str, str]
+) -> str:
+    """What is wrong with a pattern that chooses no layer."""
+    name, those = re.match(r"\w*", pattern)[0], " and ".join(networks)
+    if name in refused:
+        return f"{pattern!r} is in {name}, {refused[name]}; layers with a LoRA are those of {those}."
+    near = difflib.get_close_matches(pattern, layers, n=MAX_LISTED, cutoff=0.0)
+    return (
+        f"{pattern!r} matches no linear layer of {those} (it is matched from the start of the path, which is the "
+        f"network's name). The nearest are {', '.join(near)}."
+    )
 
 
 def pairs(factors: Parameters) -> dict[str, Parameters]:
@@ -188,7 +214,7 @@ def attach(
 ) -> None:
     """Put factors beside the linear layers of a network that is about to run (`Network.bind`).
 
-    Gradients of the factors take no products with the size of a kernel.
+    They add to what is there already. Gradients of the factors take no products with the size of a kernel.
 
     Args:
       factors: as `Factors` has them; layers may differ in rank.
@@ -211,6 +237,7 @@ def attach(
             ((*stack, rows, None), (*stack, None, columns)),
             None if own is None else jax.random.key_data(own),
             rate,
+            layer.lora,
         )
 
 
@@ -231,6 +258,36 @@ def apply(
     return module(*args, **options)
 
 
+def bind(
+    network: Network,
+    name: str,
+    parameters: Parameters,
+    config: LoraConfig | None,
+    keys: jax.Array | None = None,
+) -> Any:
+    """A network of a task with its parameters, and its LoRA beside its layers; for calls in a traced function.
+
+    Args:
+      name: of the network.
+      parameters: of the task's networks by name, trained or not, and of a LoRA, if any, as `TREE`.
+      config: of the task; None where the adapters are those of other runs, which have their scales in them.
+      keys: dropout of the layers' inputs, with one key per sample, `B`; no dropout without keys.
+    """
+    module, factors = network.bind(parameters[name]), parameters.get(TREE, {}).get(name)
+    if factors is not None:
+        config = config or LoraConfig()
+        attach(module, factors, config.scale, rate=config.dropout, keys=keys)
+    return module
+
+
+def whole(name: str, parameters: Parameters, config: LoraConfig | None) -> Parameters:
+    """The parameters of a network of a task with its LoRA merged into them, if it has one; arguments as in `bind`."""
+    factors = parameters.get(TREE, {}).get(name)
+    if factors is None:
+        return parameters[name]
+    return merge(parameters[name], factors, (config or LoraConfig()).scale)
+
+
 def merge(parameters: Parameters, factors: Parameters, scale: float = 1.0) -> Parameters:
     """Parameters of a network with `scale` times the updates added to its kernels."""
     flat = nested.flatten(parameters)
@@ -239,8 +296,9 @@ def merge(parameters: Parameters, factors: Parameters, scale: float = 1.0) -> Pa
     return nested.unflatten(flat)
 
 
-def merged_kernel(kernel: jax.Array, down: ArrayLike, up: ArrayLike, scale: float = 1.0) -> jax.Array:
+def merged_kernel(kernel: ArrayLike, down: ArrayLike, up: ArrayLike, scale: float = 1.0) -> jax.Array:
     """One kernel (or stack) with its update, added in float32 and rounded once."""
+    kernel = jnp.asarray(kernel)
     down, up = (jnp.asarray(factor, jnp.float32) for factor in (down, up))
     update = jnp.einsum("...ir,...ro->...io", down, up, precision=product_precision(down.dtype))
     return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)

@@ -52,9 +52,12 @@ def read_pretrained(config: ImaginationConfig, *, check_only: bool = False) -> P
     if exported:
         parameters = {name: tree for name, (_, tree) in found.items()}
     else:
-        _, _, trained, _ = load_for_inference(folder)
-        tokenizer = import_folder(experiment.task.tokenizer_weights)[1]
-        parameters = {"tokenizer": tokenizer, "transformer": jax.device_get(trained["transformer"])}
+        _, task, trained, _ = load_for_inference(folder)
+        frozen = task.load_frozen()
+        parameters = {
+            "tokenizer": frozen["tokenizer"],
+            "transformer": jax.device_get(task.transformer(trained, frozen)),
+        }
     # Without heads that the run lacks or has in another shape: those are initialized randomly.
     transformer = adapt_transformer(parameters["transformer"], found["transformer"][0], config.transformer)
     return {

@@ -1,12 +1,10 @@
 """Between runs and PyTorch folders: export a run, start one from published weights, describe a folder."""
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from jvgen import __version__
 from jvgen.config import Config, ConfigError, dump
@@ -15,22 +13,21 @@ from jvgen.interop.digest import CARD_FILE
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder, read_config, with_variant
 from jvgen.interop.inflate import inflate_folder
-from jvgen.interop.lora_file import FILE_NAMES, Layout, is_lora, read_lora, write_lora
+from jvgen.interop.lora_folder import is_lora
 from jvgen.interop.sat_file import export_sat
-from jvgen.interop.to_torch import Weights, check_target, complete_or_absent, export_networks
+from jvgen.interop.to_torch import Weights, export_networks
 from jvgen.models.video_dit import conditioned_start
 from jvgen.models.video_dit.config import VideoDiTConfig
-from jvgen.nn import lora
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device, single_device_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.runs import pipeline_export
+from jvgen.runs.adapters import export_lora, import_lora, trains_lora, with_merged_lora
 from jvgen.runs.model_card import model_card
-from jvgen.storage import Path, as_path, resolved, size, write_text
+from jvgen.storage import Path, as_path, resolved, size
 from jvgen.tasks.given_frames import check_condition
 from jvgen.tasks.pipeline_folder import DENOISER, adopt_pipeline, is_pipeline, pipeline_weights, read_pipeline
 from jvgen.tasks.task import Task, TaskConfig
-from jvgen.tasks.text_to_video import TextToVideo, TextToVideoConfig
 from jvgen.tasks.text_to_video_config import TextToVideoFields
 from jvgen.tasks.world_model import TRAINED_WITH, WorldModelTask
 from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
@@ -90,7 +87,7 @@ def export(
 ) -> Path:
     """Write a text-to-video run as a pipeline that diffusers and `jvgen sample --weights` load, with the run's frozen
     VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own, of a world model
-    with its tokenizer. Of a run that trains a LoRA, write the LoRA alone, as diffusers loads it.
+    with its tokenizer. Of a run that trains a LoRA, write the LoRA alone, as diffusers and peft load it.
 
     Where diffusers has no pipeline for a text-to-video run (see `jvgen.runs.pipeline_export.obstacles`), its trained
     networks are written, and the reasons printed.
@@ -106,7 +103,7 @@ def export(
         RepVideo were trained with (`jvgen.interop.sat_file`).
       network: write this trained network alone.
       trained_with: content hash of the frozen weights that the run was trained with, to be compared; None for any.
-      merge_lora: write the denoiser with its LoRA merged into it, as that of a run without one.
+      merge_lora: write networks with their LoRA merged into them, as those of a run without one.
       card: text of README.md, see `jvgen.runs.model_card`; none without.
 
     Raises:
@@ -114,26 +111,27 @@ def export(
       ExportError, NotFinite: see `jvgen.interop.to_torch.export_networks`.
     """
     record = {"jvgen": __version__, **about, "dtype": dtype}
-    if isinstance(task, TextToVideo) and trains_lora(task.config):
+    network_configs = task.network_configs
+    if task.base_networks:
         if not merge_lora:
             if network is not None:
                 raise ConfigError(
                     f"--network {network}: the run trains a LoRA alone, and no network; leave the flag out, or add "
                     "--merge-lora."
                 )
-            return _export_lora(task, parameters, as_path(folder), record, dtype, layout, overwrite, card)
-        task, parameters = _with_merged_lora(task, parameters, trained_with)
-        # Compared there: the merged task has no frozen denoiser.
+            return export_lora(task, parameters, as_path(folder), record, dtype, layout, overwrite, card)
+        task, network_configs, parameters = with_merged_lora(task, parameters, trained_with)
+        # Compared there: the merged task does not have all of the frozen networks.
         trained_with = None
     elif merge_lora:
         raise ConfigError("--merge-lora: the run trains no LoRA; leave it out.")
-    if network is not None and network not in task.network_configs:
-        raise ConfigError(f"--network {network}: the run trains {', '.join(sorted(task.network_configs))}.")
+    if network is not None and network not in network_configs:
+        raise ConfigError(f"--network {network}: the run trains {', '.join(sorted(network_configs))}.")
     if layout == "sat":
         if network not in (None, "denoiser"):
             raise ConfigError(f"--network {network} --layout sat: this layout is of the denoiser alone; leave one out.")
         return _export_sat(task, parameters, as_path(folder), dtype)
-    configs = {name: config for name, config in task.network_configs.items() if network in (None, name)}
+    configs = {name: config for name, config in network_configs.items() if network in (None, name)}
     weights: Mapping[str, Weights] = {name: parameters[name] for name in configs}
     files: Mapping[str, str | Path] = task.exported_files()
     if network is not None:
@@ -145,7 +143,7 @@ def export(
     if network is None and pipeline_export.is_text_to_video(task):
         reasons = pipeline_export.obstacles(task.config, trained_with)
         if not reasons:
-            configs, weights, files = pipeline_export.parts(task.config, parameters["denoiser"])
+            configs, weights, files = pipeline_export.parts(task.config, parameters)
             notes = pipeline_export.notes(task.config)
     files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **({CARD_FILE: card} if card else {}), **files}
     written = as_path(export_networks(configs, weights, folder, files=files, dtype=dtype, overwrite=overwrite))
@@ -170,53 +168,6 @@ def _check_tokenizer(task: WorldModelTask, files: Mapping[str, str | Path], trai
             "hash); put that one back, or move this one away to export the transformer alone."
         )
     return []
-
-
-def trains_lora(config: TaskConfig) -> bool:
-    """Whether a run of the task trains a LoRA and no network."""
-    return isinstance(config, TextToVideoConfig) and config.lora is not None
-
-
-def _export_lora(
-    task: Task,
-    parameters: Parameters,
-    folder: Path,
-    record: Mapping[str, Any],
-    dtype: str,
-    layout: Literal["folders", "sat"],
-    overwrite: bool,
-    card: str | None,
-) -> Path:
-    names: Layout = "sat" if layout == "sat" else "diffusers"
-    factors, config = parameters["lora"]["denoiser"], task.config
-    check_target(folder, overwrite, sum(leaf.nbytes for leaf in jax.tree.leaves(factors)))
-    about = {**record, "denoiser_weights": config.denoiser_weights}
-    with complete_or_absent(folder, overwrite) as partial:
-        write_lora(partial / FILE_NAMES[names], config.denoiser, factors, config.lora.scale, layout=names, dtype=dtype)
-        write_text(partial / "jvgen_run.json", json.dumps(about, indent=2) + "\n")
-        if card:
-            write_text(partial / CARD_FILE, card)
-    file = folder / FILE_NAMES[names]
-    print(f"{file}: {size(file) / 1e6:.1f} MB, the LoRA of {config.denoiser_weights}")
-    return folder
-
-
-def _with_merged_lora(task: Task, parameters: Parameters, trained_with: str | None) -> tuple[Task, Parameters]:
-    """The task of a run that trained the whole denoiser, and its parameters: those of its file, and the LoRA's."""
-    if trained_with and task.frozen_digest() != trained_with:
-        raise ConfigError(
-            f"task.denoiser_weights = {task.config.denoiser_weights!r}: one of the run's frozen networks is not that "
-            "which it was trained with (another content hash)."
-        )
-    config = task.config
-    denoiser = import_folder(config.denoiser_weights, config.denoiser)[1]
-    with jax.default_device(host_device()):
-        merged = lora.merge(jax.tree.map(jnp.asarray, denoiser), parameters["lora"]["denoiser"], config.lora.scale)
-    found = {"denoiser": merged}
-    if config.text_encoder_weights is not None:
-        found["text_encoder"] = import_folder(config.text_encoder_weights)[1]
-    whole = config.replace(lora=None, denoiser_weights=None, text_encoder_weights=None)
-    return whole.build(), found
 
 
 def _documents(run: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -278,7 +229,7 @@ def import_run(
         }  # fmt: skip
         if given := [flag for flag, value in flags.items() if value]:
             raise ConfigError(f"{', '.join(given)}: not valid with a LoRA, which is read from one file as it is.")
-        _import_lora(weights, experiment, workdir)
+        import_lora(weights, experiment, workdir)
         return
     if is_pipeline(weights):
         experiment = experiment.replace(task=adopt_pipeline(experiment.task, resolved(weights), variant))
@@ -329,35 +280,6 @@ def import_run(
     write_first_checkpoint(experiment, workdir, {network: parameters})
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     print(f"{workdir}: step 0 with {count:,} parameters from {weights} as {network!r}; train with `jvgen train`")
-
-
-def _import_lora(weights: Path, experiment: Experiment, workdir: Path) -> None:
-    """A run at step 0 with the LoRA of a file."""
-    if not trains_lora(experiment.task):
-        raise ConfigError(f"{weights} is a LoRA, and {experiment.name} trains none: set task.lora.")
-    if weights.is_dir() and not is_lora(weights):
-        raise ConfigError(
-            f"{experiment.name} trains a LoRA alone, and {weights} holds none: name weights of the denoiser in "
-            "task.denoiser_weights, and start with `jvgen train`."
-        )
-    experiment.task.check_weights()
-    task = experiment.task.build()
-    wanted, config = task.networks["lora"].shapes["denoiser"], experiment.task.lora
-    found = read_lora(weights, experiment.task.denoiser)
-    if found.rank != config.rank:
-        raise ConfigError(f"task.lora.rank = {config.rank}, but {weights} has rank {found.rank}: make them equal.")
-    if not math.isclose(found.scale, config.scale, rel_tol=1e-6):
-        raise ConfigError(
-            f"task.lora.alpha / task.lora.rank = {config.scale:g}, but {weights} was trained with "
-            f"{found.alpha:g} / {found.rank} = {found.scale:g}: set task.lora.alpha={found.alpha:g}."
-        )
-    here, there = lora.pairs(wanted).keys(), lora.pairs(found.factors).keys()
-    if here != there:
-        lines = [f"  {path}: in the file, not in task.lora.targets" for path in sorted(there - here)]
-        lines += [f"  {path}: in task.lora.targets, not in the file" for path in sorted(here - there)]
-        raise ConfigError("\n".join([f"{weights} is a LoRA of other layers than the run's:", *lines]))
-    write_first_checkpoint(experiment, workdir, {"lora": {"denoiser": found.factors}})
-    print(f"{workdir}: step 0 with the LoRA of {len(there)} layers from {weights}; train with `jvgen train`")
 
 
 def _identify(weights: Path, configs: Mapping[str, Config], network: str | None) -> tuple[str, Config]:

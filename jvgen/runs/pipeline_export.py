@@ -101,25 +101,27 @@ def obstacles(config: TextToVideoConfig, trained_with: str | None = None) -> lis
 
 
 def parts(
-    config: TextToVideoConfig, denoiser: Parameters
+    config: TextToVideoConfig, parameters: Parameters
 ) -> tuple[dict[str, Config], dict[str, Weights], dict[str, str | Path]]:
     """Networks by folder, their parameters, and the other files of the pipeline, for `export_networks`.
 
-    The frozen networks are read strictly, from the run's own files, when they are written.
+    Frozen networks are read strictly, from the run's own files, when they are written.
 
     Args:
       config: of a run without `obstacles`.
-      denoiser: its trained parameters.
+      parameters: of its denoiser, and of its text encoder if that is not the one in its file, by name.
     """
     scheduler = _scheduler_file(config)
     # The pipeline reads the scale of latents in the VAE's configuration.
     vae = config.vae.replace(scaling_factor=config.latent_scale)
     networks = {DENOISER: config.denoiser, VAE: vae, TEXT_ENCODER: config.text.encoder}
     weights: dict[str, Weights] = {
-        DENOISER: denoiser,
+        DENOISER: parameters["denoiser"],
         VAE: lambda: import_folder(config.vae_weights, config.vae)[1],
         TEXT_ENCODER: lambda: import_folder(config.text.weights, config.text.encoder)[1],
     }
+    if "text_encoder" in parameters:
+        weights[TEXT_ENCODER] = parameters["text_encoder"]
     tokenizer = tokenizer_files(as_path(config.text.tokenizer))
     classes = {name: [format_of(network).library, format_of(network).class_name] for name, network in networks.items()}
     classes |= {

@@ -51,7 +51,7 @@ def load_world_model(
     run = open_run(folder, ema, step)
     longest = max(task.frames(bucket) for bucket in experiment.data.buckets)
     return WorldModel(
-        task.tokenizer, run.frozen["tokenizer"], task.transformer, run.parameters["transformer"],
+        task.tokenizer, run.frozen["tokenizer"], task.transformer, run.task.transformer(run.parameters, run.frozen),
         frames=longest if frames is None else frames, sampling=task.sampling.replace(greedy=greedy),
         goal=task.goal,
     )  # fmt: skip

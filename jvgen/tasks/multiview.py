@@ -34,7 +34,7 @@ from jvgen.models.video_dit.model import AttentionScale
 from jvgen.nn import lora
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.network import Network, Parameters
-from jvgen.tasks import view_batches
+from jvgen.tasks import text_to_video_lora, view_batches
 from jvgen.tasks.clip_sampling import SAMPLER_KEY, START_KEY
 from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.task import ArraySpec, Batch, Generated, Mean, Metrics, SampleRequest, activation_dtype
@@ -62,6 +62,8 @@ class MultiViewConfig(TextToVideoConfig):
       one_timestep: all views of an example share one timestep; the released training draws one per view.
       pairing: how views are paired in sampling.
       adapter_scale: scale of the adapter in sampling: 1 for static scenes, which it is trained on, 0 for others.
+      lora: train a LoRA of the transformer or the text encoder beside the modules between the blocks. It is active for
+        all data, unlike denoiser.adapter_rank, the paper's adapter, which is for views with cameras alone.
     """
 
     denoiser: MultiViewDiTConfig
@@ -94,18 +96,13 @@ class MultiViewConfig(TextToVideoConfig):
     def check_trained(self) -> None:
         if self.alignment is not None:
             raise ValueError("alignment: not supported for several views; leave it none.")
-        if self.lora is not None:
-            raise ValueError(
-                "lora: this task trains modules between the blocks, and has a LoRA of its own for their attention; set "
-                "denoiser.adapter_rank and leave lora none."
-            )
 
     def build(self) -> "MultiView":
         return MultiView(self)
 
 
 class MultiView(TextToVideo):
-    """See `MultiViewConfig`. Trains "views" and, unless they are frozen, "denoiser" and "text_encoder"."""
+    """See `MultiViewConfig`. Trains "views" and, unless they are frozen, "denoiser" and "text_encoder", or "lora"."""
 
     def __init__(self, config: MultiViewConfig):
         super().__init__(config)
@@ -155,8 +152,13 @@ class MultiView(TextToVideo):
         else:
             places = jnp.ravel(slots[:, None] * views + jnp.arange(views))
             timesteps = draw_timesteps(key, clean.shape[0], slots=rows["slot"], places=places, **drawn)
-        text = self.text_embeddings(parameters, frozen, self.drop_captions(batch[self.text.field], key, slots))
-        weighted, plain = self.sample_errors(parameters, frozen, batch, key, clean, noise, timesteps, text, given)
+        text_keys = text_to_video_lora.dropout_keys(config.lora, batch, key)[1]
+        dropout_keys = text_to_video_lora.dropout_keys(config.lora, {**batch, "slot": rows["slot"]}, key)[0]
+        captions = self.drop_captions(batch[self.text.field], key, slots)
+        text = self.text_embeddings(parameters, frozen, captions, dropout_keys=text_keys)
+        weighted, plain = self.sample_errors(
+            parameters, frozen, batch, key, clean, noise, timesteps, text, given, dropout_keys=dropout_keys
+        )
         adapter = float(_has_cameras(batch))
         metrics = {name: Mean(*pair) for name, pair in loss_by_band(plain, timesteps, config.objective.bands).items()}
         for kind, share in (("cameras", adapter), ("warped", 1.0 - adapter)):
@@ -174,6 +176,8 @@ class MultiView(TextToVideo):
         timesteps: jax.Array,
         text: jax.Array,
         given: jax.Array | None = None,
+        *,
+        dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """See `TextToVideo.sample_errors`; one row per view, but one per example in the text."""
         rows, config = self.rows(batch), self.config
@@ -181,7 +185,10 @@ class MultiView(TextToVideo):
         text = repeat(text, "b l c -> (b v) l c", v=len(clean) // len(text))
         conditioning = self.view_conditioning(batch, clean.shape, key)
         weights, adapter = {**frozen, **parameters}, float(_has_cameras(batch))
-        prediction = self.denoise(weights, noisy, timesteps, text, given=given, views=conditioning, adapter=adapter)
+        prediction = self.denoise(
+            weights, noisy, timesteps, text, given=given, views=conditioning, adapter=adapter,
+            dropout_keys=dropout_keys,
+        )  # fmt: skip
         if "valid" in rows:
             # Pixels outside a warped copy have zero error, but count in the mean, as released.
             target = self.schedule.target(clean, noise, timesteps, config.objective.target)
@@ -240,30 +247,25 @@ class MultiView(TextToVideo):
         given: jax.Array | None = None,
         views: ViewConditioning | None = None,
         adapter: float = 0.0,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """The prediction for noisy latents; `parameters` holds "denoiser" and "views", trained or not.
+        """The prediction for noisy latents; `parameters` holds "denoiser", "views" and "lora", trained or not.
 
         Args:
           given: what `GivenLatents.condition` returns, one row per view.
           views: conditioning on views, see `MultiViewDiT`.
-          adapter: scale of the LoRA adapter.
+          adapter: scale of the adapter for views with cameras.
+          dropout_keys: those of a LoRA, one per row.
         """
-        denoiser, factors = parameters["denoiser"], None
+        dtype = activation_dtype(parameters["denoiser"])
+        whole = {**parameters, "denoiser": {**parameters["denoiser"], "views": parameters["views"]}}
+        module = lora.bind(self.multi_view_network, "denoiser", whole, self.config.lora, dropout_keys)
         if self.config.denoiser.adapter_rank and adapter:
-            factors = attention_factors(parameters["views"]["adapter"])
-        dtype = activation_dtype(denoiser)
-        return lora.apply(
-            self.multi_view_network,
-            {**denoiser, "views": parameters["views"]},
-            factors,
-            self.with_given(noisy, given).astype(dtype),
-            text.astype(dtype),
-            timesteps,
-            scale=float(adapter),
-            views=views,
-            offsets=self.offsets(timesteps),
-            attention_scale=attention_scale,
-        )
+            lora.attach(module, attention_factors(parameters["views"]["adapter"]), float(adapter))
+        return module(
+            self.with_given(noisy, given).astype(dtype), text.astype(dtype), timesteps, views=views,
+            offsets=self.offsets(timesteps), attention_scale=attention_scale,
+        )  # fmt: skip
 
     def analyze_layers(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array, timestep: jax.Array

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jvgen.config import Config
 from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.finite import Clips, Finite
 from jvgen.models.video_dit.enhance import EnhanceConfig
+from jvgen.nn import lora
 from jvgen.nn.adaptation import Adaptation
 from jvgen.nn.network import Network, Parameters
 from jvgen.parallel.axes import Axes
@@ -199,6 +201,10 @@ class TaskConfig(Config):
         """The configuration by which a trained run takes prompts that no data set has."""
         return self
 
+    def without_lora(self) -> "TaskConfig":
+        """The configuration of a run that trains what this one's LoRA is beside; this one if it trains none."""
+        return self
+
     @property
     def collects_experience(self) -> bool:
         """Whether batches come from `Task.experience` instead of data sets; sources then name environments."""
@@ -230,6 +236,14 @@ class TaskConfig(Config):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class BaseNetwork:
+    """A frozen network that a LoRA may be of: its configuration, and the folder of its weights (None if not named)."""
+
+    config: Config
+    weights: str | None
+
+
 class Task(abc.ABC):
     """One kind of training run. All methods with `parameters` are pure and are traced under `jax.jit`.
 
@@ -240,6 +254,7 @@ class Task(abc.ABC):
       program_per_activity: on CPUs, compile a training step for each set of objectives that are active together:
         convolutions are about fifty times slower there in a branch of one program for all.
       float32_networks: names of frozen networks that stay float32 for any compute dtype.
+      base_networks: of a task that trains a LoRA, the frozen networks that it may be of, by name.
       backward_passes: FLOPs of the backward pass of trained networks, in forward passes: 2, or 1 where kernels have no
         gradients (a LoRA).
     """
@@ -249,7 +264,13 @@ class Task(abc.ABC):
     frozen_networks: dict[str, Network]
     float32_networks: frozenset[str] = frozenset()
     program_per_activity: bool = False
+    base_networks: Mapping[str, "BaseNetwork"] = types.MappingProxyType({})
     backward_passes: int = 2
+
+    @property
+    def adapted_networks(self) -> frozenset[str]:
+        """Names of the frozen networks that a LoRA is trained for: they have a backward pass."""
+        return frozenset(self.networks[lora.TREE].shapes) if lora.TREE in self.networks else frozenset()
 
     def init(self, key: jax.Array) -> Parameters:
         """Random float32 parameters of all trained networks."""

@@ -207,15 +207,23 @@ class TextEncoder:
         count = t5_flops if isinstance(self.config.encoder, T5Config) else byte_text_flops
         return sum(count.forward_flops(self.config.encoder, self.config.length).values())
 
-    def embed(self, parameters: Parameters | None, captions: jax.Array) -> jax.Array:
-        """Embeddings `B L C` of captions; token ids of -1 give zeros. `parameters` are the encoder's, if it has any."""
+    def embed(self, parameters: Parameters | None, captions: jax.Array, *, adapted: Any = None) -> jax.Array:
+        """Embeddings `B L C` of captions; token ids of -1 give zeros.
+
+        Args:
+          parameters: the encoder's, if it has any.
+          captions: see the class.
+          adapted: the encoder with these parameters and a LoRA beside its layers (`jvgen.nn.lora.bind`); None without.
+        """
         if self.cached:
             return jax.lax.bitcast_convert_type(captions, jnp.bfloat16)
         masked, absent = self.config.padding == "zeros", captions < 0
-        with jax.named_scope(FROZEN_SCOPE) if self.frozen else contextlib.nullcontext():
+        alone = adapted is None
+        with jax.named_scope(FROZEN_SCOPE) if self.frozen and alone else contextlib.nullcontext():
             mask = (captions != t5_tokenizer.PAD,) if masked else ()
             ids = jnp.maximum(captions, 0)
-            embeddings = self.network.apply(parameters, ids, *mask, dtype=activation_dtype(parameters))
+            encoder = self.network.bind(parameters) if alone else adapted
+            embeddings = encoder(ids, *mask, dtype=activation_dtype(parameters))
         if masked:
             absent |= captions == t5_tokenizer.PAD
         return jnp.where(absent[..., None], jnp.zeros((), embeddings.dtype), embeddings)

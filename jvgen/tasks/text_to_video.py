@@ -32,9 +32,8 @@ from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn import lora
 from jvgen.nn.adaptation import Adaptation
 from jvgen.nn.embeddings import token_grid
-from jvgen.nn.lora import LoraConfig
 from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
-from jvgen.tasks import clip_batches, clip_sampling, given_frames
+from jvgen.tasks import clip_batches, clip_sampling, given_frames, text_to_video_lora
 from jvgen.tasks.alignment import ENCODER, PROJECTION, Alignment
 from jvgen.tasks.clip_sampling import ClipSettings
 from jvgen.tasks.clip_vae import ClipVAE
@@ -42,7 +41,16 @@ from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.given_latents import GivenLatents
 from jvgen.tasks.layer_analysis import analyze_layers
 from jvgen.tasks.pixels import to_clips, unit_from_signed
-from jvgen.tasks.task import ArraySpec, Batch, Generated, Mean, Metrics, SampleRequest, Task, activation_dtype
+from jvgen.tasks.task import (
+    ArraySpec,
+    Batch,
+    Generated,
+    Mean,
+    Metrics,
+    SampleRequest,
+    Task,
+    activation_dtype,
+)
 from jvgen.tasks.text import TextEncoder
 from jvgen.tasks.text_to_video_config import TextToVideoFields
 
@@ -51,7 +59,7 @@ CAPTION_KEY = 16
 POSTERIOR_KEY = 17
 # 18 and 19 are those of jvgen.tasks.clip_sampling.
 VALIDATION_KEY = 21
-LORA_KEY = 22
+# 22 and 23 are those of jvgen.tasks.text_to_video_lora.
 
 
 class TextToVideo(Task):
@@ -89,9 +97,10 @@ class TextToVideo(Task):
             self.frozen_networks[ENCODER] = self.alignment.encoder
         if config.lora is not None:
             self.backward_passes = 1
-            frozen = [name for name in self.frozen_networks if name != "denoiser"]
-            layers = lora.targets(config.lora, {"denoiser": self.denoiser_network}, frozen)
-            self.networks["lora"] = Network.of(lambda rngs: lora.Factors(layers, rank=config.lora.rank, rngs=rngs))
+            networks = {"denoiser": self.denoiser_network, "text_encoder": self.text.network}
+            layers = text_to_video_lora.targets(config.lora, networks, self.frozen_networks)
+            self.base_networks = text_to_video_lora.base_networks(config)
+            self.networks[lora.TREE] = Network.of(lambda rngs: lora.Factors(layers, rank=config.lora.rank, rngs=rngs))
         if self.alignment is not None:
             self.networks[PROJECTION] = self.alignment.projection
 
@@ -138,10 +147,9 @@ class TextToVideo(Task):
         timesteps = draw_timesteps(
             key, clean.shape[0], config.objective.timesteps, self.schedule, size=size, slots=slots
         )
-        text = self.text_embeddings(parameters, frozen, self.drop_captions(batch[self.text.field], key, slots))
-        dropout_keys = None
-        if config.lora is not None and config.lora.dropout and "step" in batch:
-            dropout_keys = slot_keys(jax.random.fold_in(key, LORA_KEY), slots)
+        dropout_keys, text_keys = text_to_video_lora.dropout_keys(config.lora, batch, key)
+        captions = self.drop_captions(batch[self.text.field], key, slots)
+        text = self.text_embeddings(parameters, frozen, captions, dropout_keys=text_keys)
         if self.alignment is None or "step" not in batch:
             weighted, plain = self.sample_errors(
                 parameters, frozen, batch, key, clean, noise, timesteps, text, given, dropout_keys=dropout_keys
@@ -257,9 +265,22 @@ class TextToVideo(Task):
         drop = jax.vmap(lambda k: jax.random.bernoulli(k, self.config.caption_dropout))(keys)
         return jnp.where(drop.reshape(-1, *[1] * (captions.ndim - 1)), self.text.unconditional(), captions)
 
-    def text_embeddings(self, parameters: Parameters, frozen: Parameters, captions: jax.Array) -> jax.Array:
-        """Embeddings `B L C` of captions: of token ids, or of cached embeddings as batches have them."""
-        return self.text.embed({**frozen, **parameters}.get("text_encoder"), captions)
+    def text_embeddings(
+        self,
+        parameters: Parameters,
+        frozen: Parameters,
+        captions: jax.Array,
+        *,
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Embeddings `B L C` of captions: of token ids, or of cached embeddings as batches have them.
+
+        `dropout_keys` are those of a LoRA of the text encoder, one per sample.
+        """
+        weights, adapted = {**frozen, **parameters}, None
+        if "text_encoder" in weights.get(lora.TREE, {}):
+            adapted = lora.bind(self.text.network, "text_encoder", weights, self.config.lora, dropout_keys)
+        return self.text.embed(weights.get("text_encoder"), captions, adapted=adapted)
 
     def denoise(
         self,
@@ -289,13 +310,7 @@ class TextToVideo(Task):
 
     def bound_denoiser(self, parameters: Parameters, dropout_keys: jax.Array | None = None) -> VideoDiT:
         """The denoiser with its parameters, and those of a LoRA beside its layers; for calls in a traced function."""
-        module = self.denoiser_network.bind(parameters["denoiser"])
-        if "lora" in parameters:
-            # Adapters of other runs, in sampling, have their scales in them.
-            config = self.config.lora or LoraConfig()
-            factors = parameters["lora"]["denoiser"]
-            lora.attach(module, factors, config.scale, rate=config.dropout, keys=dropout_keys)
-        return module
+        return lora.bind(self.denoiser_network, "denoiser", parameters, self.config.lora, dropout_keys)
 
     def with_given(self, noisy: jax.Array, given: jax.Array | None) -> jax.Array:
         """The denoiser's input: noisy latents and, for image to video, those of the given frames, along channels."""

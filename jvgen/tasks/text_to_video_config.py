@@ -60,8 +60,9 @@ class TextToVideoFields(TaskConfig):
       sampler, guidance: defaults for generated clips.
       enhance: Enhance-A-Video's scaling of attention in generated clips; none turns it off.
       visualize_clips: number of clips generated for TensorBoard.
-      lora: train a LoRA of the denoiser, and nothing else; needs denoiser_weights, and text_encoder_weights with a byte
-        encoder. Checkpoints, moments and EMA are of the LoRA alone.
+      lora: train a LoRA of the denoiser (by default of its attention), of the text encoder, or of both, and nothing
+        else; needs denoiser_weights, and text_encoder_weights with a byte encoder. Checkpoints, moments and EMA are of
+        the LoRA alone.
       denoiser_weights: exported or published folder of the denoiser, which is not trained; none to train it.
       text_encoder_weights: exported folder of a byte encoder, which is not trained; none to train it.
       alignment: also align hidden states with the features of a frozen image encoder; none for the diffusion loss
@@ -237,6 +238,9 @@ class TextToVideoFields(TaskConfig):
         if self.vae_weights is None:
             raise ValueError("task.vae_weights = none: name the exported folder of the VAE (`jvgen export`).")
         check_architecture(self.vae_weights, self.vae, "task.vae_weights")
+
+    def without_lora(self) -> "TextToVideoFields":
+        return self.replace(lora=None, denoiser_weights=None, text_encoder_weights=None) if self.lora else self
 
     def for_prompts(self) -> "TextToVideoFields":
         text = self.text

@@ -29,6 +29,8 @@ from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.models.ivideogpt.tokenizer import CompressiveTokenizer
 from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.models.ivideogpt.world import Prediction, World
+from jvgen.nn import lora
+from jvgen.nn.lora import LoraConfig
 from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
 from jvgen.parallel import axes
 from jvgen.storage import Path, as_path, local_copy, read_json_object
@@ -36,6 +38,7 @@ from jvgen.tasks.perceptual import PerceptualDistance, check_weights
 from jvgen.tasks.pixels import check_channels, signed_from_unit, unit_from_uint8, unit_to_clips
 from jvgen.tasks.task import (
     ArraySpec,
+    BaseNetwork,
     Batch,
     Mean,
     Metrics,
@@ -50,6 +53,7 @@ from jvgen.value_rules import CountOrZero, Weight
 # Purposes folded into a step's key; they never change, so that saved runs resume exactly.
 DROPOUT_KEY = 48
 ROLLOUT_KEY = 49
+LORA_KEY = 52
 # File of an export with the content digest of the tokenizer that the transformer was trained with.
 TRAINED_WITH = "trained_with.json"
 
@@ -72,6 +76,9 @@ class WorldModelConfig(TaskConfig):
 
     Attributes:
       transformer: the trained network; action_width and reward select conditioning on actions and reward prediction.
+      lora: train a LoRA of the transformer, and nothing else; needs transformer_weights. Checkpoints, moments and EMA
+        are of the LoRA alone. Its targets are "transformer/...".
+      transformer_weights: exported or published folder of the transformer, which is not trained; none to train it.
       tokenizer: architecture of the frozen tokenizer.
       tokenizer_weights: exported folder of the tokenizer's weights.
       goal: put the last frame first, as a goal: with two context frames, the goal and the current frame.
@@ -95,9 +102,17 @@ class WorldModelConfig(TaskConfig):
     evaluation_samples: CountOrZero = 1
     perceptual: PerceptualConfig = PerceptualConfig(kind="none")
     visualize_clips: CountOrZero = 4
+    lora: LoraConfig | None = None
+    transformer_weights: str | None = None
 
     def validate(self) -> None:
         check_channels("tokenizer.channels", self.tokenizer.channels)
+        if self.lora is None and self.transformer_weights is not None:
+            raise ValueError(
+                f"transformer_weights = {self.transformer_weights!r} with lora = none: nothing would be trained. Set "
+                "lora; or leave transformer_weights none, and make a run that starts with these weights by `jvgen "
+                "import`."
+            )
         self.transformer.check_tokenizer(self.tokenizer, self.tokenizer.context_frames + 1)
         if self.action_reconstruction_weight and not self.transformer.action_reconstruction:
             raise ValueError("action_reconstruction_weight needs transformer.action_reconstruction = true.")
@@ -129,7 +144,16 @@ class WorldModelConfig(TaskConfig):
                 "task.tokenizer_weights = none: set it to the exported folder of the tokenizer (`jvgen export`)."
             )
         check_architecture(self.tokenizer_weights, self.tokenizer, "task.tokenizer_weights")
+        if self.transformer_weights is not None:
+            check_architecture(self.transformer_weights, self.transformer, "task.transformer_weights")
+        elif self.lora is not None:
+            raise ValueError(
+                "task.transformer_weights = none: a LoRA leaves this network as it is; name its exported folder."
+            )
         check_weights(self.perceptual)
+
+    def without_lora(self) -> "WorldModelConfig":
+        return self.replace(lora=None, transformer_weights=None) if self.lora else self
 
     def check_data(self, data: DataConfig) -> None:
         width = self.transformer.action_width
@@ -164,24 +188,36 @@ class WorldModelConfig(TaskConfig):
 
 
 class WorldModelTask(Task):
-    """See `WorldModelConfig`. Trains "transformer"."""
+    """See `WorldModelConfig`. Trains "transformer", or "lora" instead."""
 
     def __init__(self, config: WorldModelConfig):
         self.config = config
-        self.networks = {"transformer": Network.of(lambda rngs: FrameTransformer(config.transformer, rngs=rngs))}
+        self.transformer_network = Network.of(lambda rngs: FrameTransformer(config.transformer, rngs=rngs))
+        self.networks = {"transformer": self.transformer_network}
         self.network_configs = {"transformer": config.transformer}
         tokenizer = Network.of(lambda rngs: CompressiveTokenizer(config.tokenizer, rngs=rngs))
         self.perceptual = PerceptualDistance(config.perceptual)
         self.frozen_networks = {"tokenizer": tokenizer, **self.perceptual.networks}
+        if config.lora is not None:
+            refused = dict.fromkeys(self.frozen_networks, "which stays as it is in this task")
+            layers = lora.targets(config.lora, self.networks, refused)
+            self.frozen_networks["transformer"], self.network_configs = self.transformer_network, {}
+            self.base_networks = {"transformer": BaseNetwork(config.transformer, config.transformer_weights)}
+            self.backward_passes = 1
+            self.networks = {lora.TREE: Network.of(lambda rngs: lora.Factors(layers, rank=config.lora.rank, rngs=rngs))}
         tokenizer_names = {"tokenizer"} if config.tokenizer_dtype == "float32" else set()
         self.float32_networks = frozenset(tokenizer_names | set(self.perceptual.networks))
 
     def load_frozen(self) -> Parameters:
-        return {"tokenizer": import_folder(self.config.tokenizer_weights)[1], **self.perceptual.load()}
+        frozen = {"tokenizer": import_folder(self.config.tokenizer_weights)[1], **self.perceptual.load()}
+        if self.config.transformer_weights is not None:
+            frozen["transformer"] = import_folder(self.config.transformer_weights)[1]
+        return frozen
 
     def frozen_digest(self) -> str:
         weights = self.config.tokenizer_weights
         digests = ["" if weights is None else content_digest(weights), self.perceptual.digest()]
+        digests += [content_digest(folder) for folder in (self.config.transformer_weights,) if folder is not None]
         return "+".join(digest for digest in digests if digest)
 
     def exported_files(self) -> dict[str, str | Path]:
@@ -236,13 +272,18 @@ class WorldModelTask(Task):
     def loss(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        keys = slot_keys(jax.random.fold_in(key, DROPOUT_KEY), batch["slot"])
-        return self._loss(parameters, frozen, batch, keys)
+        keys, of_lora = (slot_keys(jax.random.fold_in(key, p), batch["slot"]) for p in (DROPOUT_KEY, LORA_KEY))
+        return self._loss(parameters, frozen, batch, keys, of_lora)
 
     def _loss(
-        self, parameters: Parameters, frozen: Parameters, batch: Batch, keys: jax.Array | None
+        self,
+        parameters: Parameters,
+        frozen: Parameters,
+        batch: Batch,
+        keys: jax.Array | None,
+        lora_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Metrics]:
-        config, batch = self.config, self._ordered(batch)
+        config, batch, weights = self.config, self._ordered(batch), {**frozen, **parameters}
         video = unit_from_uint8(batch["video"])
         layout = config.tokenizer.layout(video.shape[1])
         with jax.named_scope(FROZEN_SCOPE):
@@ -255,13 +296,13 @@ class WorldModelTask(Task):
         # The action that leads to each future frame, and its reward. The released code learns the reward of the action
         # after the frame, and uses the prediction as that of the action before it.
         terms = loss_terms(
-            self.networks["transformer"].bind(parameters["transformer"]),
+            lora.bind(self.transformer_network, "transformer", weights, config.lora, lora_keys),
             tokens,
             layout,
             actions=None if actions is None else actions[:, layout.action_frames],
             rewards=None if rewards is None else symlog(rewards[:, layout.action_frames]),
             keys=keys,
-            dtype=activation_dtype(parameters["transformer"]),
+            dtype=activation_dtype(weights["transformer"]),
         )
         total = terms.cross_entropy
         metrics: Metrics = {"cross_entropy": terms.cross_entropy, "accuracy": terms.accuracy}
@@ -285,6 +326,10 @@ class WorldModelTask(Task):
 
     # Rollouts.
 
+    def transformer(self, parameters: Parameters, frozen: Parameters) -> Parameters:
+        """The transformer's parameters, with a LoRA merged into them: decoding has each layer's kernels by itself."""
+        return lora.whole("transformer", {**frozen, **parameters}, self.config.lora)
+
     def world(self, frames: int, dtype: Any = jnp.float32) -> World:
         """The world model for clips of this many frames, context (and goal) included."""
         config = self.config
@@ -296,8 +341,9 @@ class WorldModelTask(Task):
         """Rollouts from the context frames of a batch, `samples` per clip; and the batch in the order of sequences."""
         ordered, count = self._ordered(batch), self.config.tokenizer.context_frames
         video = unit_from_uint8(ordered["video"])
-        world = self.world(video.shape[1], activation_dtype(parameters["transformer"]))
-        weights = world.prepare(frozen["tokenizer"], parameters["transformer"])
+        transformer = self.transformer(parameters, frozen)
+        world = self.world(video.shape[1], activation_dtype(transformer))
+        weights = world.prepare(frozen["tokenizer"], transformer)
         actions = ordered.get("actions")
         if actions is not None:
             actions = jnp.repeat(actions[:, world.layout.action_frames], samples, axis=0)

@@ -31,6 +31,7 @@ ON_REQUEST = {
     "cached_clips": "cached_clips",
     "scene_cuts": "scene_cuts",
     "memory_tpu": "step_memory_tpu",
+    "muon_tpu": "muon_tpu",
     "repvideo_tpu": "repvideo_tpu",
     "epipolar_tpu": "epipolar_tpu",
     "splash_tpu": "splash_tpu",

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from jvgen import nested
+from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.lora_file import read_lora, write_lora
 from jvgen.interop.safetensors_file import SafetensorsFile
-from jvgen.interop.to_torch import ExportError
+from jvgen.interop.to_torch import ExportError, export_network
+from jvgen.models.ivideogpt.config import FrameTransformerConfig
+from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.model import VideoDiT
 from jvgen.models.weight_map import WeightError
 from jvgen.nn import lora
@@ -20,6 +23,7 @@ from jvgen.nn.network import Network
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilations")]
 
@@ -137,6 +141,60 @@ def test_diffusers_loads_ours_strictly(base, pattern, tmp_path, caplog):
     for path, leaf in nested.flatten(back.factors).items():
         factor = 0.5 if path.endswith("up") else 1.0
         np.testing.assert_array_equal(leaf, nested.flatten(factors)[path] * np.float32(factor))
+
+
+def t5() -> tuple:
+    config = T5Config(vocabulary=16, width=8, layers=2, heads=2, head_width=4, hidden=12)
+    return config, transformers.T5EncoderModel, lambda model, ids: model(input_ids=ids).last_hidden_state
+
+
+def llama() -> tuple:
+    config = FrameTransformerConfig(vocabulary=16, width=8, layers=2, heads=2, hidden=12, max_positions=64)
+    return config, transformers.LlamaForCausalLM, lambda model, ids: model.model(input_ids=ids).last_hidden_state
+
+
+@pytest.mark.parametrize("network", [t5, llama], ids=["T5", "Llama"])
+def test_peft_loads_ours_strictly(network, tmp_path, recwarn):
+    """The adapter of a text encoder or a world model's transformer, with all of its layers, and one made by peft."""
+    config, model_class, run = network()
+    form, rng = format_of(config), np.random.default_rng(0)
+    structure = form.network(config)
+    layers = lora.targets(lora.LoraConfig(targets=("n/",)), {"n": structure})
+    layers = {path.removeprefix("n/"): found for path, found in layers.items()}
+    parameters, factors = (
+        jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
+        for shapes in (structure.shapes, Network.of(lambda rngs: lora.Factors(layers, rank=3, rngs=rngs)).shapes)
+    )
+    export_network(config, parameters, tmp_path / "base")
+    write_lora(tmp_path / "ours" / "adapter_model.safetensors", config, factors, 0.5)
+    ids = np.array([[1, 5, 2, 0]])
+    ours = jax.jit(
+        lambda factors, scale: lora.apply(structure, parameters, factors, jnp.asarray(ids), scale=scale),
+        static_argnums=1,
+    )
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(model_class.from_pretrained(tmp_path / "base"), tmp_path / "ours")
+        assert sum(name.endswith("lora_A") for name, _ in adapted.named_modules()) == sum(
+            config.layers if path.startswith("blocks/") else 1 for path in layers
+        )
+        theirs = run(adapted.base_model.model.eval(), torch.from_numpy(ids)).numpy()
+    assert not [warning for warning in recwarn if "key" in str(warning.message)]
+    np.testing.assert_allclose(ours(factors, 0.5), theirs, atol=1e-4)
+    assert np.abs(ours(factors, 0.0) - theirs).max() > 1e-2
+
+    made = peft.get_peft_model(
+        model_class.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q", "v", "q_proj", "down_proj"]),
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+        theirs = run(made.base_model.model, torch.from_numpy(ids)).numpy()
+    made.save_pretrained(tmp_path / "theirs")
+    found = read_lora(tmp_path / "theirs", config)
+    assert (found.rank, found.alpha) == (2, 3.0)
+    np.testing.assert_allclose(ours(found.factors, found.scale), theirs, atol=1e-4)
 
 
 def test_sats_adapters(base, tmp_path):

@@ -44,8 +44,9 @@ IMAGE = ImageVAETaskConfig(
     perceptual=PerceptualConfig(kind="laplacian", levels=2),
 )
 LORA = VIDEO.replace(
-    lora=LoraConfig(rank=4, dropout=0.5, targets=("denoiser/",)), denoiser_weights="w", text_encoder_weights="w"
-)
+    lora=LoraConfig(rank=4, dropout=0.5, targets=("denoiser/", "text_encoder/")),
+    denoiser_weights="w", text_encoder_weights="w",
+)  # fmt: skip
 TASKS = {
     "lora": (LORA, BucketConfig(frames=5, height=64, width=64, batch_size=8)),
     "video": (VIDEO, BucketConfig(frames=5, height=64, width=64, batch_size=8)),

@@ -110,7 +110,7 @@ def test_dropout_belongs_to_samples(parameters, factors, inputs, beside):
     assert np.abs(swapped[1] - dropped[1]).max() > 1e-2
 
 
-def test_several_adapters_add_up(network, parameters, factors):
+def test_several_adapters_add_up(network, parameters, factors, inputs):
     """Of different ranks, and for different layers."""
     query = {"blocks": {"layers": {"attention": {"query": {
         "down": jnp.ones((2, 16, 3)), "up": jnp.full((2, 3, 16), 0.1),
@@ -119,6 +119,15 @@ def test_several_adapters_add_up(network, parameters, factors):
     expected = nested.flatten(lora.merge(lora.merge(parameters, factors, 0.5), query, -2.0))
     for path, kernel in nested.flatten(lora.merge(parameters, together)).items():
         np.testing.assert_allclose(kernel, expected[path], atol=1e-6, err_msg=path)
+
+    def one_after_the_other(parameters):
+        module = network.bind(parameters)
+        lora.attach(module, jax.tree.map(jnp.asarray, factors), 0.5)
+        lora.attach(module, query, -2.0)
+        return module(*inputs)
+
+    apart, merged = jax.jit(one_after_the_other), jax.jit(lambda parameters: network.apply(parameters, *inputs))
+    np.testing.assert_allclose(apart(parameters), merged(nested.unflatten(expected)), atol=2e-5)
 
 
 def test_factors_are_sharded_as_their_kernels(network):
@@ -135,12 +144,28 @@ def test_factors_are_sharded_as_their_kernels(network):
         ("denoiser/blocks/layers/attention/querry", "matches no linear layer.*nearest are .*attention/query"),
         ("blocks/layers/attention/query", "matches no linear layer.*denoiser/blocks/layers/attention/query"),
         ("denoiser/blocks/layers/attention/query_norm", "matches no linear layer"),
-        ("vae/encoder/", "is in vae, which stays as it is"),
+        ("discriminator/", "matches no linear layer of denoiser and text_encoder"),
+        ("vae/encoder/", "is in vae, which stays; layers with a LoRA are those of denoiser and text_encoder"),
     ],
 )
 def test_targets_without_effect_are_mistakes(network, pattern, message):
+    networks = {"denoiser": network, "text_encoder": network}
     with pytest.raises(ConfigError, match=message):
-        lora.targets(LoraConfig(targets=(pattern,)), {"denoiser": network}, ("vae",))
+        lora.targets(LoraConfig(targets=(pattern,)), networks, {"vae": "which stays"})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "chosen"),
+    [
+        ((r".*attention/query$",), {"denoiser"}),
+        ((r"text_encoder/.*attention/query$",), {"text_encoder"}),
+        ((r"(denoiser|text_encoder)/.*attention/query$",), {"denoiser", "text_encoder"}),
+    ],
+)
+def test_a_second_network_is_chosen_by_its_name(network, patterns, chosen):
+    """So that patterns of earlier versions, which had one network, choose what they did."""
+    found = lora.targets(LoraConfig(targets=patterns), {"denoiser": network, "text_encoder": network})
+    assert set(found) == {f"{name}/blocks/layers/attention/query" for name in chosen}
 
 
 def test_no_targets_are_a_mistake(network):

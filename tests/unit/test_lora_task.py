@@ -1,4 +1,5 @@
-"""The text-to-video task with a LoRA: what is trained and saved, its start, its mistakes; files to runs and back."""
+"""The text-to-video task with a LoRA of its denoiser, or of both networks: what is trained and saved, its start, its
+mistakes; files to runs and back."""
 
 import json
 import sys
@@ -15,8 +16,10 @@ from jvgen.config import ConfigError, validate_tree
 from jvgen.data.stream.config import DataConfig, SourceConfig
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.lora_file import read_lora, write_lora
+from jvgen.interop.lora_folder import read_adapters, write_adapters
 from jvgen.interop.safetensors_file import SafetensorsFile
 from jvgen.interop.to_torch import ExportError, export_network
+from jvgen.models.t5.config import T5Config
 from jvgen.models.weight_map import WeightError
 from jvgen.nn import lora
 from jvgen.nn.lora import LoraConfig
@@ -24,6 +27,7 @@ from jvgen.nn.network import Network
 from jvgen.parallel.mesh import single_device_mesh
 from jvgen.runs.exporting import export_run, import_run
 from jvgen.runs.published.placement import Placement
+from jvgen.tasks.text import TextConfig
 from jvgen.training.config import PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
@@ -36,6 +40,16 @@ from tiny_text_to_video import BUCKET, CONFIG, random_frozen  # noqa: E402
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 LORA = LoraConfig(rank=2, alpha=1.0)
+BOTH = LORA.replace(targets=("denoiser/blocks/layers/attention/query$", "text_encoder/blocks/layers/(query|feed_)"))
+# With the layers that they choose; the first are those of all earlier versions.
+LAYERS = {
+    "denoiser": (LORA, [f"denoiser/blocks/layers/attention/{name}" for name in ("key", "output", "query", "value")]),
+    "both": (
+        BOTH,
+        ["denoiser/blocks/layers/attention/query"]
+        + [f"text_encoder/blocks/layers/{name}" for name in ("feed_forward/hidden", "feed_forward/output", "query")],
+    ),
+}
 
 
 def random_parameters(network: Network) -> dict:
@@ -77,21 +91,24 @@ def batch_of(task) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in arrays.items()}
 
 
-def test_a_step_trains_the_lora_alone(config, weights):
+@pytest.mark.parametrize("networks", LAYERS)
+def test_a_step_trains_the_lora_alone(config, weights, networks):
     """At first the loss is that of the weights; then only the factors move, and only they are saved and averaged."""
+    chosen, layers = LAYERS[networks]
+    config = config.replace(lora=chosen)
     program = Program.build(experiment_of(config), single_device_mesh())
     state = program.init()
     task, batch = program.task, batch_of(program.task)
     assert set(task.networks) == set(state.parameters) == {"lora"} and not task.network_configs
-    layers = ("key", "output", "query", "value")
     saved = {name for name in state.saved() if name.startswith(("parameters/", "ema/"))}
-    paths = {f"lora/denoiser/blocks/layers/attention/{layer}/{part}" for layer in layers for part in ("down", "up")}
+    paths = {f"lora/{layer}/{part}" for layer in layers for part in ("down", "up")}
     assert saved == {f"{part}{path}" for part in ("parameters/", "ema/0.9999/") for path in paths}
     # The kernels have no gradients.
     passes = {
         part: step_flops(task, BUCKET)[part] / flops / BUCKET.batch_size for part, flops in task.flops(BUCKET).items()
     }
-    assert passes == {part: 1.0 if part == "text_encoder" else 2.0 for part in passes}
+    alone = {"text_encoder"} - task.adapted_networks
+    assert passes == {part: 1.0 if part in alone else 2.0 for part in passes}
     assert size_of(state.parameters)[0] < size_of(state.frozen["denoiser"])[0]
     for path, value in nested.flatten(weights["denoiser"]).items():
         np.testing.assert_array_equal(nested.flatten(state.frozen["denoiser"])[path], value)
@@ -110,7 +127,7 @@ def test_a_step_trains_the_lora_alone(config, weights):
 
 
 def test_dropout_is_for_training(config):
-    task = config.replace(lora=LORA.replace(dropout=0.5)).build()
+    task = config.replace(lora=BOTH.replace(dropout=0.5)).build()
     parameters = {"lora": jax.tree.map(jnp.asarray, random_parameters(task.networks["lora"]))}
     batch, frozen = batch_of(task), jax.tree.map(jnp.asarray, task.load_frozen())
     loss = jax.jit(lambda batch, key: task.loss(parameters, frozen, batch, key)[0])
@@ -153,6 +170,30 @@ def test_files_become_runs_and_runs_files(config, tmp_path):
         import_run(tmp_path / "given.safetensors", plain, tmp_path / "other")
     with pytest.raises(ConfigError, match="trains a LoRA alone"):
         import_run(Path(config.denoiser_weights), experiment, tmp_path / "other")
+
+
+def test_adapters_of_two_networks_are_two_files(config, weights, tmp_path):
+    config = config.replace(lora=BOTH.replace(alpha=None))
+    task, experiment = config.build(), experiment_of(config)
+    configs = {name: base.config for name, base in task.base_networks.items()}
+    factors = random_parameters(task.networks["lora"])
+    write_adapters(tmp_path / "given", configs, factors, 1.0)
+    import_run(tmp_path / "given", experiment, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "exported")
+    assert (tmp_path / "exported" / "text_encoder" / "adapter_config.json").is_file()
+    back = {name: found.factors for name, found in read_adapters(tmp_path / "exported", configs).items()}
+    for path, leaf in nested.flatten(factors).items():
+        np.testing.assert_array_equal(nested.flatten(back)[path], leaf, err_msg=path)
+    export_run(tmp_path / "run", tmp_path / "whole", merge_lora=True)
+    for name in weights:
+        expected = nested.flatten(lora.merge(jax.tree.map(jnp.asarray, weights[name]), factors[name]))
+        for path, leaf in nested.flatten(import_folder(tmp_path / "whole" / name)[1]).items():
+            np.testing.assert_allclose(leaf, expected[path], atol=1e-6, err_msg=path)
+    file = tmp_path / "given" / "text_encoder" / "adapter_model.safetensors"
+    with pytest.raises(ConfigError, match="  denoiser/.*/query: in task.lora.targets, not in the file"):
+        import_run(file, experiment, tmp_path / "other")
+    with pytest.raises(ExportError, match="SAT has a LoRA for attention only, that of a denoiser"):
+        export_run(tmp_path / "run", tmp_path / "sat", layout="sat")
 
 
 @pytest.mark.parametrize(
@@ -202,6 +243,17 @@ def test_adapters_in_sampling_are_merged_or_apart(weights):
     assert np.abs(apart - alone).max() > 1e-2
 
 
+def test_adapters_of_the_text_encoder_are_merged_or_apart(weights, config):
+    task = config.replace(lora=BOTH).build()
+    factors = jax.tree.map(jnp.asarray, random_parameters(task.networks["lora"]))
+    frozen, captions = jax.tree.map(jnp.asarray, weights), task.tokens(["a red ball", "blue"])
+    embed = jax.jit(lambda parameters: task.text_embeddings(parameters, frozen, captions))
+    alone, apart = embed({}), embed({"lora": factors})
+    merged = embed({"text_encoder": lora.whole("text_encoder", {**frozen, "lora": factors}, BOTH)})
+    np.testing.assert_allclose(apart, merged, atol=2e-5)
+    assert np.abs(apart - alone).max() > 1e-2
+
+
 def test_the_scale_of_an_adapter_on_the_command_line(tmp_path):
     (tmp_path / "a:b.safetensors").touch()
     assert lora_argument(f"{tmp_path}/x.safetensors:0.8") == (tmp_path / "x.safetensors", 0.8)
@@ -231,8 +283,11 @@ def test_mistakes_of_files_and_targets(config):
             config.replace(**{field: None}).check_weights()
     with pytest.raises(ValueError, match="holds another network(.|\n)*layers: 1 in the weights, 2 in the run"):
         config.replace(denoiser=config.denoiser.replace(layers=2)).check_weights()
-    with pytest.raises(ConfigError, match="is in text_encoder, which stays as it is"):
-        config.replace(lora=LoraConfig(targets=("text_encoder/",))).build()
+    with pytest.raises(ConfigError, match="is in vae, which stays as it is"):
+        config.replace(lora=LoraConfig(targets=("vae/",))).build()
+    cached = TextConfig(encoder=T5Config(width=8, layers=1), length=6, embeddings="data")
+    with pytest.raises(ConfigError, match="is in text_encoder, which the step does not run, because task.text.embed"):
+        config.replace(text=cached, text_encoder_weights=None, lora=BOTH).build()
     digest = config.build().frozen_digest()
     assert len(digest.split("+")) == 3
     assert config.replace(denoiser_weights=config.text_encoder_weights).build().frozen_digest() != digest

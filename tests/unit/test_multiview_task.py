@@ -19,6 +19,8 @@ from jvgen.interop.to_torch import export_network
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
+from jvgen.nested import flatten
+from jvgen.nn.lora import LoraConfig
 from jvgen.saved_config import from_json, to_json
 from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.multiview import MultiViewConfig, view_slots
@@ -267,6 +269,27 @@ def test_a_frozen_transformer(task, parameters, frozen, loss, tmp_path):
     own = {"views": parameters["views"]}
     frozen_loss = jax.jit(lambda p, f: frozen_task.loss(p, f, batch, key)[0])(own, jax.tree.map(jnp.asarray, loaded))
     np.testing.assert_allclose(frozen_loss, loss(parameters, frozen, batch, key), rtol=1e-6)
+
+
+def test_a_lora_is_trained_beside_the_modules(parameters, frozen, loss, tmp_path):
+    """Of both networks, and with the adapter for cameras in the same layers; at first it changes nothing."""
+    names = {"denoiser": CONFIG.denoiser.plain, "text_encoder": CONFIG.text.encoder}
+    folders = {n: str(export_network(config, parameters[n], tmp_path / n)) for n, config in names.items()}
+    targets = ("denoiser/blocks/layers/attention/query$", "text_encoder/blocks/layers/value")
+    own = CONFIG.replace(
+        lora=LoraConfig(rank=2, targets=targets),
+        denoiser_weights=folders["denoiser"], text_encoder_weights=folders["text_encoder"],
+    ).build()  # fmt: skip
+    assert set(own.networks) == {"lora", "views"} and set(own.network_configs) == {"views"}
+    batch, key = {name: value[:2] for name, value in batch_of(own, FOLDED).items()}, jax.random.key(0)
+    weights = {**frozen, **{name: parameters[name] for name in names}}
+    trained = {"lora": jax.jit(own.networks["lora"].init)(key), "views": parameters["views"]}
+    found, gradient = jax.jit(jax.value_and_grad(lambda p: own.loss(p, weights, batch, key)[0]))(trained)
+    np.testing.assert_allclose(found, loss(parameters, frozen, batch, key), rtol=1e-6)
+    for path, leaf in flatten(gradient["lora"]).items():
+        # The first factors have no gradient as long as the second ones are zero.
+        assert (np.abs(leaf).max() > 0) == path.endswith("/up"), path
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient["views"])) > 0
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------

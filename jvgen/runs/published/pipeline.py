@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvgen.config import Config
 from jvgen.diffusion.guidance import GuidanceConfig
 from jvgen.diffusion.objective import slot_normal
 from jvgen.diffusion.sampler import SamplerConfig, first_step
 from jvgen.finite import Finite, clips_of
 from jvgen.interop.digest import file_digest
 from jvgen.interop.from_torch import check_weights
-from jvgen.interop.lora_file import file_of, read_lora
+from jvgen.interop.lora_folder import adapter_files, read_adapters
 from jvgen.models.cogvideox_vae.tiling import Tiling
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn import lora
@@ -66,7 +67,7 @@ class PublishedRequest:
       devices: how many of this machine's to use; all if None.
       enhance: scaling of attention across frames.
       variant: of the pipeline's files, such as "fp16".
-      loras: adapters of the denoiser, each with a factor on its update.
+      loras: files or folders of adapters of the denoiser and of the text encoder, each with a factor on its updates.
       lora_unmerged: keep them beside the weights instead of merging them into these.
       given: images or a video that clips are made from.
     """
@@ -106,7 +107,7 @@ class Prepared:
       latents: frames, height, width and channels that are sampled.
       noise: see `read_noise`; None to draw it.
       dtype: see `PublishedRequest`.
-      adapter: all LoRA adapters of the request as one, with their scales in it; None without any.
+      adapters: for each network with LoRA adapters all those of the request as one, with their scales in it.
       given: pixels of the images, one row for all prompts or one per prompt, or of the video; None for none.
     """
 
@@ -117,7 +118,7 @@ class Prepared:
     latents: tuple[int, int, int, int]
     noise: np.ndarray | None
     dtype: str
-    adapter: Parameters | None = None
+    adapters: Mapping[str, Parameters] = dataclasses.field(default_factory=dict)
     given: GivenPixels | None = None
 
     @property
@@ -220,16 +221,15 @@ def prepare(weights: Path, clips: int, request: PublishedRequest) -> Prepared:
     noise = None if request.noise is None else read_noise(request.noise, latents, clips)
     if request.lora_unmerged and not request.loras:
         raise ValueError("--lora-unmerged: needs --lora FILE.")
-    adapters = [(read_lora(file, config.denoiser), scale) for file, scale in request.loras]
-    adapter = lora.combined([(found.factors, found.scale * scale) for found, scale in adapters]) if adapters else None
+    adapters = _combined(request, config)
     dtype = request.dtype or default_dtype()
     given = request.given.read(clip.frames, (height, width), range(max(len(request.given.images), 1)))
-    return Prepared(config, clip, sampler, strength, latents, noise, dtype, adapter, given)
+    return Prepared(config, clip, sampler, strength, latents, noise, dtype, adapters, given)
 
 
 def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> dict[str, Any]:
     """Everything that decides what a clip of a prompt looks like, for the index."""
-    clip, sampler, guidance = prepared.clip, prepared.sampler, prepared.guidance
+    config, clip, sampler, guidance = prepared.config, prepared.clip, prepared.sampler, prepared.guidance
     noise = prepared.noise
     return {
         "weights": str(resolved(weights)), "seed": request.seed, "frames": clip.frames, "height": clip.height,
@@ -241,15 +241,30 @@ def _settings(weights: Path, prepared: Prepared, request: PublishedRequest) -> d
         "noise": None if noise is None else hashlib.sha256(np.ascontiguousarray(noise)).hexdigest(),
         # Folders of clips that were made without this field are gone on with.
         **({} if request.variant is None else {"variant": request.variant}),
-        **({"lora": [[*_named(file), scale] for file, scale in request.loras]} if request.loras else {}),
+        **({"lora": [[*_named(path, config), scale] for path, scale in request.loras]} if request.loras else {}),
         **({"lora_unmerged": True} if request.lora_unmerged else {}),
         **request.given.digests(),
     }  # fmt: skip
 
 
-def _named(lora_file: Path) -> tuple[str, str]:
+def _networks(config: TextToVideoConfig) -> dict[str, Config]:
+    """The networks of a pipeline that may have LoRA adapters."""
+    return {"denoiser": config.denoiser, "text_encoder": config.text.encoder}
+
+
+def _combined(request: PublishedRequest, config: TextToVideoConfig) -> dict[str, Parameters]:
+    """The adapters of a request by network, those of one network as one."""
+    found: dict[str, list[tuple[Parameters, float]]] = {}
+    for path, scale in request.loras:
+        for name, adapter in read_adapters(path, _networks(config)).items():
+            found.setdefault(name, []).append((adapter.factors, adapter.scale * scale))
+    return {name: lora.combined(adapters) for name, adapters in found.items()}
+
+
+def _named(path: Path, config: TextToVideoConfig) -> tuple[str, str]:
     """Path and content hash of an adapter: one that is trained further is written under the same name."""
-    return str(resolved(lora_file)), file_digest(local_copy(file_of(lora_file)))
+    files = adapter_files(path, _networks(config)).values()
+    return str(resolved(path)), "+".join(file_digest(local_copy(file)) for file in files)
 
 
 def _make(
@@ -267,7 +282,10 @@ def _make(
     task = prepared.config.replace(denoiser=denoiser_config).build()
     wanted = [prompts[clip.prompt] for _, clip in todo]
     _tell_cut_prompts(task, [*wanted, request.negative_prompt])
-    embeddings = encode_captions(task, [*wanted, request.negative_prompt], placement)
+    embeddings = encode_captions(
+        task, [*wanted, request.negative_prompt], placement, prepared.adapters.get("text_encoder"),
+        unmerged=request.lora_unmerged,
+    )  # fmt: skip
     empty = embeddings[request.negative_prompt]
     if request.null == "zeros":
         empty = np.zeros_like(empty)
@@ -276,7 +294,7 @@ def _make(
     scale = enhancement_hook(task.config, task.schedule, request.enhance, prepared.sampler, prepared.guidance)
     network = pipeline_weights(weights, request.variant)[DENOISER]
     denoiser = Denoiser(
-        task, network, placement, prepared.sampler, prepared.guidance, scale, prepared.adapter,
+        task, network, placement, prepared.sampler, prepared.guidance, scale, prepared.adapters.get("denoiser"),
         unmerged=request.lora_unmerged, first=prepared.first,
     )  # fmt: skip
     decoder = Decoder(task, placement, in_tiles=request.in_tiles)

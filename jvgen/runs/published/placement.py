@@ -66,6 +66,17 @@ class Placement:
 
         return import_folder(folder, shapes=shapes, place=place)[1]
 
+    def with_adapter(
+        self, name: str, folder: str | Path, adapter: Parameters | None, *, unmerged: bool
+    ) -> dict[str, Parameters]:
+        """A network by its name, as `load` makes it, with a LoRA merged into it, or beside it as "lora"."""
+        parameters = self.load(folder)
+        if adapter is None:
+            return {name: parameters}
+        if unmerged:
+            return {name: parameters, lora.TREE: {name: self.replicate(adapter)}}
+        return {name: self.merge(parameters, adapter)}
+
     def replicate(self, factors: Parameters) -> Parameters:
         """LoRA factors in the dtype of matrices, whole on each device."""
         return jax.tree.map(

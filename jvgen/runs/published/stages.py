@@ -28,8 +28,21 @@ CAPTIONS = 8
 ScaleOfStep = Callable[[jax.Array], AttentionScale]
 
 
-def encode_captions(task: TextToVideo, captions: Sequence[str], placement: Placement) -> dict[str, np.ndarray]:
+def encode_captions(
+    task: TextToVideo,
+    captions: Sequence[str],
+    placement: Placement,
+    adapter: Parameters | None = None,
+    *,
+    unmerged: bool = False,
+) -> dict[str, np.ndarray]:
     """Embeddings `L C` of each caption, in the host's memory; the text encoder is on the devices only meanwhile.
+
+    Args:
+      task: of the pipeline.
+      captions: texts.
+      placement: where the text encoder is loaded to.
+      adapter, unmerged: LoRA factors for its layers, as in `Denoiser`.
 
     Raises:
       NotFinite: embeddings with NaN or infinity.
@@ -39,8 +52,8 @@ def encode_captions(task: TextToVideo, captions: Sequence[str], placement: Place
         placement = dataclasses.replace(placement, dtype=jnp.dtype(jnp.bfloat16))
     unique = list(dict.fromkeys(captions))
     tokens = np.stack([task.text.tokenize(caption) for caption in unique])
-    parameters = placement.load(task.config.text.weights)
-    embed = placement.jit(task.text.embed)
+    parameters = placement.with_adapter("text_encoder", task.config.text.weights, adapter, unmerged=unmerged)
+    embed = placement.jit(lambda parameters, tokens: task.text_embeddings(parameters, {}, tokens))
     batch = min(CAPTIONS, len(unique))
     embeddings = []
     for start in range(0, len(unique), batch):
@@ -148,11 +161,7 @@ class Denoiser:
         table = coefficients(sampler, task.schedule, task.config.objective.target, guidance, first=first)
         rows = jax.tree.map(np.asarray, table_rows(table))
         self._rows = [{name: column[step] for name, column in rows.items()} for step in range(sampler.steps - first)]
-        self._parameters = {"denoiser": placement.load(weights)}
-        if adapter is not None and unmerged:
-            self._parameters["lora"] = {"denoiser": placement.replicate(adapter)}
-        elif adapter is not None:
-            self._parameters["denoiser"] = placement.merge(self._parameters["denoiser"], adapter)
+        self._parameters = placement.with_adapter("denoiser", weights, adapter, unmerged=unmerged)
         self._step = placement.jit(self._advance)
 
     def __call__(self, batch: Batch, key: jax.Array) -> Iterator[tuple[jax.Array, np.ndarray]]:

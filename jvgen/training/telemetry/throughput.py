@@ -26,16 +26,21 @@ def peak_flops(device: jax.Device, configured: float | None) -> float | None:
 
 def step_flops(task: Task, bucket: BucketConfig) -> dict[str, float]:
     """FLOPs of one training step by component: forward and backward pass, for frozen networks forward only."""
-    frozen = set(task.frozen_networks)
+    frozen = without_backward_pass(task)
     return {
         part: flops * bucket.batch_size * (1 if part.split("/")[0] in frozen else 1 + task.backward_passes)
         for part, flops in task.flops(bucket).items()
     }
 
 
+def without_backward_pass(task: Task) -> set[str]:
+    """Names of the frozen networks that no LoRA is trained for."""
+    return set(task.frozen_networks) - task.adapted_networks
+
+
 def trained_flops(task: Task, flops: Mapping[str, float]) -> dict[str, float]:
     """Of `step_flops`, the components of networks that are trained: what utilization counts."""
-    frozen = set(task.frozen_networks)
+    frozen = without_backward_pass(task)
     return {part: count for part, count in flops.items() if part.split("/")[0] not in frozen}
 
 
