@@ -15,11 +15,15 @@ from jvgen.parallel.rules import Sharding, ShardingConfig
 from jvgen.preflight import collectives
 from jvgen.training.optimization.optimizer import OptimizerConfig, make_optimizer
 
-# One stack of two blocks, one that its devices do not divide, and a single matrix.
-SHAPES = {"modulation/kernel": (4, 16, 64), "query/kernel": (6, 32, 48), "out/kernel": (32, 8), "out/bias": (8,)}
+# One stack of two blocks, one that its devices do not divide, and single matrices, split by the longer or shorter side.
+SHAPES = {
+    "modulation/kernel": (4, 16, 64), "query/kernel": (6, 32, 48), "text/kernel": (48, 16), "out/kernel": (32, 8),
+    "out/bias": (8,),
+}  # fmt: skip
 AXES = {
     "modulation/kernel": (axes.LAYERS, axes.CONDITION, axes.EMBED),
     "query/kernel": (axes.LAYERS, axes.EMBED, axes.HEADS),
+    "text/kernel": (None, axes.EMBED),
     "out/kernel": (axes.EMBED, None),
     "out/bias": (None,),
 }
@@ -63,7 +67,11 @@ def test_matrices_are_orthogonalized_where_they_are_owned(mesh):
     found, _ = compiled(placed[0], jax.device_put(made.init(kernels), places), placed[1])
     for path, value in nested.flatten(expected).items():
         np.testing.assert_allclose(nested.flatten(found)[path], value, atol=2e-6, err_msg=path)
-    gathered = [one for one in collectives.read(compiled.as_text()) if one.kind == "all-gather"]
+    exchanged = [one for one in collectives.read(compiled.as_text()) if one.kind in ("all-gather", "all-reduce")]
+    sizes = {one.shape: [int(n) for n in re.findall(r"\d+", one.shape.partition("[")[2])] for one in exchanged}
     stacks = {math.prod(SHAPES[path]) for path in ("modulation/kernel", "query/kernel")}
-    sizes = {one.shape: math.prod(int(n) for n in re.findall(r"\d+", one.shape.partition("[")[2])) for one in gathered}
-    assert not [shape for shape, size in sizes.items() if size >= min(stacks)], sizes
+    gathered = [one.shape for one in exchanged if one.kind == "all-gather"]
+    assert not [shape for shape in gathered if math.prod(sizes[shape]) >= min(stacks)], sizes
+    # A single matrix is whole nowhere; the squares of its shorter side are.
+    assert not [shape for shape, size in sizes.items() if sorted(size[-2:]) == sorted(SHAPES["text/kernel"])], sizes
+    assert [16, 16] in [size[-2:] for size in sizes.values()], sizes

@@ -2,12 +2,12 @@
 
 State, momentum and iterations are those of `optax.contrib.scale_by_muon`. Two things are added: a kernel may hold
 several matrices side by side (blocks of output features), and on a mesh each device orthogonalizes its share of the
-matrices of a stack, instead of all devices all of them.
+matrices of a stack, or its share of a single matrix, instead of all devices all of them.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -137,8 +137,10 @@ def _owned(
       stored: the sharding of the stack in the optimizer's state; None on one device.
     """
     count = stack.shape[0]
-    if stored is None or count == 1:
+    if stored is None:
         return function(stack)
+    if count == 1:
+        return _by_longer_side(stack, function, stored)
     mesh, (_, rows, columns) = stored.mesh, (_entry(entry) for entry in stored.spec)
     owners = tuple(axis for axis in mesh.axis_names if axis not in (*rows, *columns) and mesh.shape[axis] > 1)
     split = math.prod(mesh.shape[axis] for axis in (*rows, *columns))
@@ -151,15 +153,42 @@ def _owned(
         axis, rows, columns = (rows[0], rows[1:], columns) if rows else (columns[0], rows, columns[1:])
         owners = (*owners, axis)
         places.append((owners, rows, columns))
-    places = [NamedSharding(mesh, PartitionSpec(*(entry or None for entry in place))) for place in places]
     devices = math.prod(mesh.shape[axis] for axis in owners)
     stack = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
-    for place in (stored, *places):
-        stack = jax.lax.with_sharding_constraint(stack, place)
+    return _moved(stack, function, stored, places)[:count]
+
+
+def _by_longer_side(
+    matrix: Float[Array, "1 I O"], function: Callable[[jax.Array], jax.Array], stored: NamedSharding
+) -> Float[Array, "1 I O"]:
+    """A function of one matrix, split by its longer side alone: of the products of an iteration, devices have to sum
+    the square of the shorter side, and never have the matrix whole."""
+    _, rows, columns = (_entry(entry) for entry in stored.spec)
+    tall = matrix.shape[1] > matrix.shape[2]
+    longer, shorter = (rows, columns) if tall else (columns, rows)
+    if max(matrix.shape[1:]) % math.prod(stored.mesh.shape[axis] for axis in (*longer, *shorter)):
+        return function(matrix)
+    places = []
+    while shorter:
+        longer, shorter = (*longer, shorter[0]), shorter[1:]
+        places.append(((), longer, shorter) if tall else ((), shorter, longer))
+    return _moved(matrix, function, stored, places)
+
+
+def _moved(
+    stack: Float[Array, "N I O"],
+    function: Callable[[jax.Array], jax.Array],
+    stored: NamedSharding,
+    places: Sequence[tuple[tuple[str, ...], ...]],
+) -> Float[Array, "N I O"]:
+    """A function of a stack at the last of some places, given by mesh axes per dimension, and back the same way."""
+    steps = [NamedSharding(stored.mesh, PartitionSpec(*(entry or None for entry in place))) for place in places]
+    for step in (stored, *steps):
+        stack = jax.lax.with_sharding_constraint(stack, step)
     stack = function(stack)
-    for place in (*reversed(places), stored):
-        stack = jax.lax.with_sharding_constraint(stack, place)
-    return stack[:count]
+    for step in (*reversed(steps), stored):
+        stack = jax.lax.with_sharding_constraint(stack, step)
+    return stack
 
 
 def _stored(names: Axes, kernel: tuple[int, ...], stack: tuple[int, ...]) -> NamedSharding | None:
