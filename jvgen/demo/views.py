@@ -24,7 +24,9 @@ SCENES = (
     "camera_motions=orbit left,orbit right",
 )  # fmt: skip
 TRAIN_SCENES, HELD_OUT_SCENES = 600, 64
-VAE_STEPS, SINGLE_STEPS, STEPS = 200, 280, 140
+VAE_STEPS, SINGLE_STEPS, STEPS = 200, 400, 110
+# Of the learning rate, for what single clips have trained already: at the whole rate captions are forgotten.
+SINGLE_RATE = 0.2
 GUIDANCE = 3.0
 CAMERAS, VIEWS = "circle", 2
 # What each stage shows, and about how many seconds it takes on two cores that do nothing else; estimates.
@@ -33,8 +35,8 @@ ABOUT = {
     "train_image_vae": ("trains an image VAE; taken from `make demo` where that has run", 85),
     "export_image_vae": ("writes the image VAE as a folder", 4),
     "latents": ("encodes all clips once", 20),
-    "train_single": ("trains the transformer on single clips, 16 captions per step", 210),
-    "train_views": ("continues it on pairs of views, 8 per step; stopped by SIGTERM, and resumed", 180),
+    "train_single": ("trains the transformer on single clips, 16 captions per step", 240),
+    "train_views": ("continues it on pairs of views, 8 per step; stopped by SIGTERM, and resumed", 145),
     "evaluate_views": ("generates pairs for held-out cameras and measures how well they agree with them", 50),
     "sample": ("generates pairs of views from captions and cameras on a circle", 20),
     "sample_untrained": ("the same captions and cameras with untrained weights, to compare with", 15),
@@ -97,7 +99,8 @@ def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
     )
     train = [
         "train", views_config, "--workdir", run, *common, "--set", f"init_from.run={single}",
-        "--set", "init_from.allow_partial=true", "--set", f"task.guidance.scale={GUIDANCE}",
+        "--set", "init_from.allow_partial=true", "--set", f"optimizer.multipliers.denoiser={SINGLE_RATE}",
+        "--set", f"optimizer.multipliers.text_encoder={SINGLE_RATE}", "--set", f"task.guidance.scale={GUIDANCE}",
         "--set", f"training.steps={STEPS}", "--set", "checkpoint.every=50",
     ]  # fmt: skip
     stages.interrupt("train_views", train, run, signal.SIGTERM)
