@@ -327,7 +327,7 @@ def test_moving_pixels_count_more_in_updates_of_the_tokenizer(weight):
     task = config.replace(imagination=config.imagination.replace(moving_weight=weight)).build()
     rng = np.random.default_rng(0)
     parameters = jax.tree.map(
-        lambda s: (0.2 * rng.standard_normal(s.shape) + (s.ndim == 1)).astype(np.float32),
+        lambda s: jnp.asarray(0.2 * rng.standard_normal(s.shape) + (s.ndim == 1), jnp.float32),
         {"tokenizer": task.networks["tokenizer"].shapes},
     )
     video = np.full((4, 3, 16, 16, 3), 128, np.uint8)
