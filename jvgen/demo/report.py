@@ -31,6 +31,13 @@ CODED = {
 }
 
 
+def every_second(prompts: Sequence[str]) -> list[str]:
+    """Every second caption of those that `demo_prompts` gives, each once; a color shows the directions that the one
+    before it leaves out."""
+    captions = list(dict.fromkeys(prompts))
+    return [one for number, one in enumerate(captions) if (number + number // len(DIRECTIONS)) % 2 == 0]
+
+
 def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
     """Write `workdir/report.html` and `workdir/measurements.json` from the files that the parts wrote there."""
     vae = json.loads((workdir / "image_vae.json").read_text())["metrics"]
@@ -72,7 +79,7 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
     )
     first = {prompt: number for number, prompt in reversed(list(enumerate(prompts)))}
     first_untrained = {prompt: number for number, prompt in reversed(list(enumerate(untrained_prompts)))}
-    picked = list(first)[::2]
+    picked = every_second(prompts)
     report.clips(
         {
             "sampled": [sampled[first[prompt]] for prompt in picked],
@@ -81,7 +88,7 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
         picked,
         frames_per_second=FRAMES_PER_SECOND,
         scale=4,
-        caption="Not selected: every second caption in order, its first clip.",
+        caption="Not selected: of every color two directions, of the next one the others; a caption's first clip.",
     )
     report.table(
         [

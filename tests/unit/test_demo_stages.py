@@ -109,6 +109,13 @@ def test_training_is_interrupted_once_and_resumes(stages, tmp_path, by, status):
     assert "restored step 1" in (tmp_path / "logs" / "train.log").read_text()
 
 
+def test_clips_of_every_direction_and_color_are_shown():
+    picked = [labels_of(caption) for caption in demo_report.every_second(2 * demo.demo_prompts())]
+    assert len(picked) == len(demo.demo_prompts()) / 2
+    assert {one.direction for one in picked} == set(demo_report.DIRECTIONS)
+    assert {one.color for one in picked} == {labels_of(caption).color for caption in demo.demo_prompts()}
+
+
 def test_training_that_fails_before_its_interruption_is_reported(stages, tmp_path):
     with pytest.raises(DemoFailed, match="train_interrupted exited with status 2, not 75:\n.*no data set"):
         words = ["import sys; print('no data set'); sys.exit(2)"]
