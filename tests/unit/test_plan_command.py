@@ -138,7 +138,7 @@ def test_no_opengl_is_one_message(error, monkeypatch, tmp_path, capsys) -> None:
         raise error
 
     environment = object.__new__(MetaWorldEnvironment)
-    environment.simulator = types.SimpleNamespace(render=render)
+    environment.simulator = types.SimpleNamespace(render=render, mujoco_renderer=None)
     monkeypatch.setattr("jvgen.control.environments.open_environment", lambda *_, **__: environment)
     monkeypatch.setattr("jvgen.runs.planning.check_fit", lambda *_: None)
     environment.action_space = SceneEnvironment(SMALL).action_space
