@@ -58,7 +58,7 @@ def test_loss_and_gradients_equal_those_of_the_published_training(name, tmp_path
     for part in ("draw_noise", "draw_timesteps"):
         monkeypatch.setattr(f"jvgen.tasks.text_to_video.{part}", kept(part, getattr(objective, part)))
     monkeypatch.setattr("jvgen.tasks.given_frames.noised", kept("frames", given_frames.noised))
-    monkeypatch.setattr(type(task), "text_embeddings", lambda self, *arguments: jnp.asarray(text))
+    monkeypatch.setattr(type(task), "text_embeddings", lambda self, *arguments, **options: jnp.asarray(text))
     parameters = {"denoiser": import_folder(folder / "transformer")[1]}
     frozen = {"vae": import_folder(folder / "vae")[1]}
     batch = {"latents": jnp.asarray(moments), "tokens": jnp.zeros((2, LENGTH), jnp.int32), "slot": slots}
