@@ -18,7 +18,6 @@ from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.lora_folder import read_adapters
 from jvgen.interop.to_torch import export_network
-from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.nn.lora import LoraConfig
 from jvgen.reinforcement.config import ImaginationConfig
 from jvgen.reinforcement.pretrained import read_pretrained
@@ -29,16 +28,11 @@ from jvgen.training.checkpoint.restore import load_for_inference
 from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.loop import train
+from tests import tiny_reinforcement
 
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 
-TOKENIZER = CompressiveTokenizerConfig(
-    resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
-    context_codes=18, future_codes=12, attention_side=8, attention_groups=4,
-)  # fmt: skip
-TRANSFORMER = FrameTransformerConfig(
-    vocabulary=32, width=24, layers=1, heads=3, hidden=40, max_positions=140, action_width=2, reward=True
-)
+TOKENIZER, TRANSFORMER = tiny_reinforcement.TOKENIZER, tiny_reinforcement.TRANSFORMER.replace(max_positions=140)
 # One clip for each device.
 BUCKET = BucketConfig(frames=4, height=16, width=16, batch_size=8)
 LORA = LoraConfig(
