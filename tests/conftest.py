@@ -4,10 +4,11 @@ import os
 import sys
 from collections.abc import Iterator
 
+from tests import quick_xla
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Most of the suite's time is compilation, of programs that run once or twice.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", quick_xla.flags(devices=8))
 
 # Once it is loaded beside other compiled modules, the interpreter dies at the latest when it exits.
 sys.modules["sentencepiece"] = None

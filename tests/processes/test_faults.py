@@ -18,6 +18,7 @@ from toys import rows_of  # noqa: E402
 
 from jvgen import exit_codes  # noqa: E402
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
+from tests import quick_xla
 
 SCRIPT = Path(__file__).parents[1] / "toys.py"
 STEPS, EVERY = 60, 8
@@ -37,7 +38,6 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
         self.folder, self.began = folder, time.monotonic()
         self._logs = [folder.with_name(f"{folder.name}.{time.time_ns()}.{number}.log") for number in range(count)]
         self.processes = []
@@ -45,7 +45,9 @@ class Run:
             command = [sys.executable, SCRIPT, folder, "--processes", str(count), "--port", str(port)]
             command += ["--process", str(number), *arguments[number]]
             with log.open("w") as file:
-                started = subprocess.Popen(command, env=environment | {"XLA_FLAGS": flags}, stdout=file, stderr=file)
+                started = subprocess.Popen(
+                    command, env=environment | {"XLA_FLAGS": quick_xla.flags(2)}, stdout=file, stderr=file
+                )
             self.processes.append(started)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:

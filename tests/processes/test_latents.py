@@ -17,6 +17,7 @@ from jvgen.data.video_files import encode_video
 from jvgen.interop.to_torch import export_network
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.tasks.clip_vae import ClipVAE
+from tests import quick_xla
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,7 @@ VAE = ImageVAEConfig(block_channels=(4, 8), layers_per_block=1, groups=2, mid_at
 def started(root: Path, out: Path, *arguments: str) -> subprocess.Popen:
     words = ["data", "build", "latents", root / "clips", "--vae", root / "vae", "--size", "8x8", "--out", out]
     command = [sys.executable, "-m", "jvgen.cli.main", *map(str, words), *arguments]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": quick_xla.flags(), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -15,6 +15,7 @@ import pytest
 from jvgen import exit_codes
 from jvgen.config import ConfigError
 from jvgen.parallel import clusters, failing, processes
+from tests import quick_xla
 
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -28,7 +29,7 @@ def free_port() -> int:
 def run(scenario: str, count: int, folder: Path, started: list[int] | None = None) -> list[tuple[int, str, float]]:
     """(exit code, output, time of the end) of every started process."""
     port = free_port()
-    environment = os.environ | {"XLA_FLAGS": "", "JVGEN_RESTART_CODE": "75"}
+    environment = os.environ | {"XLA_FLAGS": quick_xla.flags(), "JVGEN_RESTART_CODE": "75"}
     running = []
     for number in range(count) if started is None else started:
         with (folder / f"{number}.log").open("w") as log:

@@ -27,6 +27,8 @@ from jvgen.training.telemetry.json_lines import read_rows
 sys.path.insert(0, str(Path(__file__).parent))
 import clips  # noqa: E402
 
+from tests import quick_xla
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = {choice: path for path in sorted(CONFIGS.glob("*.py")) for choice in config.variants(path)}
 BIG_PODS = ("v5p:8x8x8", "tpu7x:4x4x4")
@@ -115,11 +117,10 @@ def test_two_processes_in_an_order_of_a_torus_train_as_one(one_process, tmp_path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     command = [sys.executable, clips.__file__, data, tmp_path / "two", layout, "--port", str(port)]
     pair = [
         subprocess.Popen(
-            [*command, "--process", str(number)], env=os.environ | {"XLA_FLAGS": flags},
+            [*command, "--process", str(number)], env=os.environ | {"XLA_FLAGS": quick_xla.flags(2)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for number in (0, 1)

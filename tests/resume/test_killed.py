@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from toys import rows_of  # noqa: E402
 
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
+from tests import quick_xla
 
 SCRIPT = Path(__file__).parents[1] / "toys.py"
 STEPS = 60
@@ -24,7 +25,7 @@ STEPS = 60
 def environment(tmp_path_factory):
     """One host device, as users have it, and compiled programs shared by all processes."""
     return os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick_xla.flags(),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
+from tests import quick_xla
 
 SCRIPT = Path(__file__).parents[1] / "toys.py"
 
@@ -32,7 +33,6 @@ def start(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     command = [
         sys.executable, SCRIPT, folder, "--delay", "0.05", "--set", f"training.steps={steps}", 
         "--set", "checkpoint.every=8", "--processes", str(processes), "--port", str(port),
@@ -40,7 +40,8 @@ def start(
     return [
         subprocess.Popen(
             [*command, "--process", str(number)],
-            env=environment | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment | {"XLA_FLAGS": quick_xla.flags(devices)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for number in range(processes)
     ]  # fmt: skip

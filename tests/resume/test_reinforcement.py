@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 22
 CONFIG = """
 from tests import tiny_reinforcement
+from tests import quick_xla
 
 def experiment():
     return tiny_reinforcement.experiment({source!r}, {steps})
@@ -39,7 +40,7 @@ def prepared(tmp_path_factory):
     (folder / "config.py").write_text(CONFIG.format(source=str(folder / "scenes"), steps=STEPS))
     return folder / "config.py", os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick_xla.flags(),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

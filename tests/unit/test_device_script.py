@@ -14,6 +14,7 @@ pytestmark = pytest.mark.torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests import quick_xla  # noqa: E402
 from tests.device import gpu, sections  # noqa: E402
 
 
@@ -74,7 +75,7 @@ def test_layers_are_cut_to_what_fits():
 @pytest.mark.slow
 def test_all_sections_run_at_tiny_sizes(tmp_path):
     quick = {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": quick_xla.flags(), "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.device.gpu", "--tiny", "--seconds", "4700", "--out", tmp_path / "gpu.json"]

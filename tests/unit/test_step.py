@@ -29,6 +29,7 @@ from jvgen.training.optimization import parameter_paths  # noqa: E402
 from jvgen.training.optimization.optimizer import OptimizerConfig  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
 from jvgen.training.telemetry.metrics import to_host  # noqa: E402
+from tests import quick_xla
 
 # Most tests compile the same programs again.
 pytestmark = pytest.mark.usefixtures("shared_compilations")
@@ -54,8 +55,10 @@ def compiled_step(experiment, mesh, bucket: int):
     name = (config.dump(experiment), mesh, bucket)
     if name not in _COMPILED:
         program = Program.build(experiment, mesh)
-        options = {"xla_backend_optimization_level": 0}
-        _COMPILED[name] = program, program.lower(experiment.data.buckets[bucket]).compile(compiler_options=options)
+        _COMPILED[name] = (
+            program,
+            program.lower(experiment.data.buckets[bucket]).compile(compiler_options=quick_xla.OPTIONS),
+        )
     return _COMPILED[name]
 
 
@@ -189,7 +192,7 @@ def run_task(task, steps: int):
     )
     program = Program.build(experiment, single_device_mesh(), task)
     shape = experiment.data.buckets[0]
-    compiled = program.lower(shape).compile(compiler_options={"xla_backend_optimization_level": 0})
+    compiled = program.lower(shape).compile(compiler_options=quick_xla.OPTIONS)
     arrays = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
     current, rows = program.init(), []
     for _ in range(steps):
@@ -272,7 +275,7 @@ def test_a_skipped_step_makes_no_changes_after_the_update_either():
     experiment = toys.experiment(**{"task.poison": 3})
     shape = experiment.data.buckets[0]
     program = Program.build(experiment, single_device_mesh(), Restarting(experiment.task))
-    compiled = program.lower(shape).compile(compiler_options={"xla_backend_optimization_level": 0})
+    compiled = program.lower(shape).compile(compiler_options=quick_xla.OPTIONS)
     loader = toys.FakeLoader(experiment.data, seed=0, preprocess=None)
     current, before = program.init(), program.init().parameters
     current, metrics = compiled(current, program.shard_batch(loader.at(0).arrays, shape))
@@ -312,7 +315,7 @@ def test_an_objective_may_update_itself_and_start_later():
     shape = experiment.data.buckets[0]
     for name, poisoned, where in (("good", -1, "loss"), ("poisoned", 4, "loss"), ("diverged", 4, "parameters")):
         program = Program.build(experiment, single_device_mesh(), SelfTaught(poisoned, where))
-        step = program.lower(shape).compile(compiler_options={"xla_backend_optimization_level": 0})
+        step = program.lower(shape).compile(compiler_options=quick_xla.OPTIONS)
         current, rows, values = program.init(), [], []
         for _ in range(7):
             current, metrics = step(current, program.shard_batch(arrays, shape))
@@ -330,7 +333,7 @@ def test_an_objective_may_update_itself_and_start_later():
     current = program.init()
     for number, row in enumerate(compiled["good"][:4]):
         only = tuple(objective.name for objective in program.task.objectives() if objective.active(number))
-        step = program.lower(shape, only).compile(compiler_options={"xla_backend_optimization_level": 0})
+        step = program.lower(shape, only).compile(compiler_options=quick_xla.OPTIONS)
         current, metrics = step(current, program.shard_batch(arrays, shape))
         assert {name: value for name, value in row.items() if "learning_rate" not in name} == {
             name: value for name, value in to_host(metrics).items() if "learning_rate" not in name

@@ -29,6 +29,7 @@ from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
 from jvgen.training.telemetry.process_log import ProcessLog  # noqa: E402
 from jvgen.training.telemetry.startup import StartClock  # noqa: E402
 from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases  # noqa: E402
+from tests import quick_xla
 
 
 class Reports(Hook):
@@ -84,8 +85,7 @@ def test_steps_are_traced_for_xprof(tmp_path):
     """In a process of its own: the profiler crashes where the TPU compiler has been loaded without a TPU."""
     settings = ("training.steps=3", "training.profile_steps=1,3", "data.buckets.1.batch_size=16")
     command = [sys.executable, toys.__file__, tmp_path / "run", *(w for s in settings for w in ("--set", s))]
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": quick_xla.flags()}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (trace,) = (tmp_path / "run" / "profile").glob("plugins/profile/*/*.xplane.pb")
     content = trace.read_bytes()

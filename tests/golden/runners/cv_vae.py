@@ -16,9 +16,7 @@ from jvgen.models.cv_vae.tiling import decode_tiled, encode_tiled
 from jvgen.models.cv_vae.torch_map import from_diffusers_config, weight_map
 from jvgen.models.image_vae import posterior
 from jvgen.nn.network import Network
-
-# Compiling many shapes is what takes time, so compile carelessly.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+from tests import quick_xla
 
 
 def serves(name: str, config: dict) -> bool:
@@ -38,7 +36,7 @@ def run(case) -> None:
         np.testing.assert_array_equal(tensor, case.weights[name], err_msg=name)
     assert set(table.torch_shapes(network.shapes)) == set(case.weights)
     encode, decode = (
-        jax.jit(functools.partial(network.apply, method=method, **options), compiler_options=QUICK)
+        jax.jit(functools.partial(network.apply, method=method, **options), compiler_options=quick_xla.OPTIONS)
         for method, options in (("encode", {"allow_remainder": True}), ("decode", {}))
     )
     kinds = {"video": video, "image": image, "tiled": tiled}
