@@ -8,8 +8,6 @@ from tests import quick_xla
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("XLA_FLAGS", quick_xla.flags(devices=8))
-
 # Once it is loaded beside other compiled modules, the interpreter dies at the latest when it exits.
 sys.modules["sentencepiece"] = None
 
@@ -17,6 +15,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+quick_xla.begin(devices=8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Annotations of public functions are checked here and nowhere else.

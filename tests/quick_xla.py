@@ -1,16 +1,29 @@
-"""XLA's flags for tests: most of their time is compilation, of programs that run once or twice.
+"""XLA's flags for tests: most of their time is compilation, of programs that run once or twice."""
 
-Without the fusion emitters, which build an MLIR pipeline for each fusion, compiling takes less than half as long.
-"""
+import os
 
-OPTIONS = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+LEVEL = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Without the fusion emitters, which build an MLIR pipeline for each fusion, compiling takes less than half as long.
+OPTIONS = LEVEL | {"xla_cpu_use_fusion_emitters": False}
 
 
-def flags(devices: int = 1) -> str:
+def flags(devices: int = 1, options: dict[str, int | bool] = OPTIONS) -> str:
     """`XLA_FLAGS` of a process with this many host devices."""
-    options = {"xla_force_host_platform_device_count": devices} | OPTIONS
-    return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+    named = {"xla_force_host_platform_device_count": devices} | options
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in named.items())
+
+
+def begin(devices: int) -> None:
+    """Have XLA use them in this process, unless the user chose others.
+
+    The variable keeps those that libtpu knows: on others it ends the process that loads it.
+    """
+    known = flags(devices, LEVEL)
+    if os.environ.setdefault("XLA_FLAGS", known) != known:
+        return
+    os.environ["XLA_FLAGS"] = flags(devices)
+    import jax
+
+    # XLA reads the variable once, with its first backend.
+    jax.devices("cpu")
+    os.environ["XLA_FLAGS"] = known
