@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jvgen.nn.parameter_keys import ParameterKeys
+
 Parameters = dict[str, Any]
 # `jax.named_scope` around networks in a step that have no backward pass: compiled programs name what belongs to them.
 FROZEN_SCOPE = "frozen"
@@ -36,7 +38,7 @@ class Network:
     @classmethod
     def of(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
         """The structure of `constructor(rngs)`, traced without allocating arrays."""
-        graph, state = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(params=0))))
+        graph, state = nnx.split(nnx.eval_shape(lambda: constructor(ParameterKeys(0))))
         shapes, axes = {}, {}
         for path, variable in _variables(state):
             names = variable.get_metadata().get("logical_axes")
@@ -55,7 +57,7 @@ class Network:
     def init(self, key: jax.Array) -> Parameters:
         """Random parameters, float32, as a nested dict."""
         parameters: Parameters = {}
-        for path, variable in _variables(nnx.state(self.constructor(nnx.Rngs(params=key)))):
+        for path, variable in _variables(nnx.state(self.constructor(ParameterKeys(key)))):
             _put(parameters, path, variable.get_value())
         return parameters
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jvgen.kernels.attention import gpu
+from jvgen.nn.parameter_keys import ParameterKeys
 from jvgen.parallel import axes
 
 
@@ -81,9 +82,9 @@ class Stacked(nnx.Module):
 
     def __init__(self, constructor: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs):
         self.count = count
-        graph, _ = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(params=0))))
+        graph, _ = nnx.split(nnx.eval_shape(lambda: constructor(ParameterKeys(0))))
         keys = jax.random.split(rngs.params(), count)
-        state = jax.vmap(lambda key: nnx.split(constructor(nnx.Rngs(params=key)))[1])(keys)
+        state = jax.vmap(lambda key: nnx.split(constructor(ParameterKeys(key)))[1])(keys)
         for _, variable in nnx.to_flat_state(state):
             variable.set_metadata(logical_axes=(axes.LAYERS, *variable.get_metadata()["logical_axes"]))
         self.layers = nnx.merge(graph, state)
