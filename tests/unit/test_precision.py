@@ -310,6 +310,7 @@ def test_layers_as_compiled_for_tpus(name):
         assert {(product.dtypes, product.precision) for product in found} == {(("bfloat16", "bfloat16"), "DEFAULT")}
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_encoders_as_compiled_for_tpus():
     vae = ImageVAEConfig.tiny()
