@@ -19,27 +19,30 @@ from typing import Literal
 
 from jvgen import config
 from jvgen.nn.lora import LoraConfig
+from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.training.experiment import Experiment
 
 Variant = Literal["text_to_video", "image_to_video", "text_to_video_1_5", "image_to_video_1_5"]
-# Config of the whole network, its published pipeline, devices that share a clip.
+# Config of the whole network, its published pipeline, devices that share a clip, what their memory holds of a layer.
 BASES = {
-    "text_to_video": ("cogvideox_5b.py:text_to_video", "CogVideoX-5b", 4),
-    "image_to_video": ("cogvideox_5b.py:image_to_video", "CogVideoX-5b-I2V", 4),
-    "text_to_video_1_5": ("cogvideox1_5_5b.py:text_to_video", "CogVideoX1.5-5B", 8),
-    "image_to_video_1_5": ("cogvideox1_5_5b.py:image_to_video", "CogVideoX1.5-5B-I2V", 8),
+    "text_to_video": ("cogvideox_5b.py:text_to_video", "CogVideoX-5b", 4, Remat.SAVE_ATTENTION),
+    "image_to_video": ("cogvideox_5b.py:image_to_video", "CogVideoX-5b-I2V", 4, Remat.SAVE_ATTENTION),
+    "text_to_video_1_5": ("cogvideox1_5_5b.py:text_to_video", "CogVideoX1.5-5B", 8, Remat.SAVE_MATMULS),
+    "image_to_video_1_5": ("cogvideox1_5_5b.py:image_to_video", "CogVideoX1.5-5B-I2V", 8, Remat.SAVE_MATMULS),
 }
 
 
 def experiment(variant: Variant = "text_to_video") -> Experiment:
-    base, pipeline, devices = BASES[variant]
+    base, pipeline, devices, remat = BASES[variant]
     made = config.load(f"{Path(__file__).parent}/{base}")
     (bucket,) = made.data.buckets
     return made.replace(
         name=f"cogvideox_5b_lora_{variant}",
         task=made.task.replace(
-            lora=LoraConfig(rank=128, alpha=64.0), denoiser_weights=f"weights/{pipeline}/transformer"
+            denoiser=made.task.denoiser.replace(remat=remat),
+            lora=LoraConfig(rank=128, alpha=64.0),
+            denoiser_weights=f"weights/{pipeline}/transformer",
         ),
         data=made.data.replace(buckets=(bucket.replace(batch_size=8),)),
         optimizer=made.optimizer.replace(learning_rate=2e-5, clip_norm=1.0),
