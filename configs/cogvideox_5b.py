@@ -8,8 +8,9 @@ are RepVideo's gates in them (arXiv 2501.08994): pass --init-gates.
 
 Should reach: the published models, adapted to the clips; of RepVideo from this network nothing is published.
 Chips: 64 of v5p (`v5p:4x4x4`), two clips per 4 chips.
-Memory: text_to_video 15.5 of 95.7 GiB per device (compiled); the others in docs/pods.md.
-Time: text_to_video 2.6 s per step on v5p:4x4x4 (2.5 to 3.4, 42% MFU; estimated from the compiled step, not measured).
+Memory: 36.7 to 37.5 of 95.7 GiB per device of v5p:4x4x4 (compiled, the four variants).
+Time: text_to_video 2.0 s per step on v5p:4x4x4 (2.0 to 2.9, 53% MFU), the others 2.1 s (2.0 to 3.0, 51 to 53%;
+estimated from the compiled steps, not measured).
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-5b/vae --size 480x720 --keep-clips --out
 data/latents_480x720` (text to video needs no --keep-clips; for image to video name that of CogVideoX-5b-I2V,
 whose content hash is compared), and a local folder of T5 v1.1 XXL.

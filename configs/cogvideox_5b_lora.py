@@ -4,10 +4,10 @@
 
 Should reach: what the clips have in common, a style or a subject, after a few thousand steps.
 Chips: 8 of v5e (`v5e:2x4`), one clip per 4 chips; of 1.5, 16 of v5p (`v5p:2x2x4`), one clip per 8 chips.
-Memory: text_to_video 4.9 and image_to_video 5.1 of 15.75 GiB per device of v5e:2x4 (compiled). On one device alone
-text_to_video takes 28.4 GiB for one clip, 8.9 of them T5's weights (compiled for a chip of v5p; a GPU's program is
-another one, and its 80 GB hold 74.5 GiB).
-Time: text_to_video 10.9 s per step on v5e:2x4 (10.6 to 13.3, 31% MFU), image_to_video 11.3 s (11.0 to 14.0, 30%;
+Memory: text_to_video 6.0 and image_to_video 6.1 of 15.75 GiB per device of v5e:2x4 (compiled). On one device alone
+text_to_video takes 28.4 GiB for one clip with `task.denoiser.remat=full`, 8.9 of them T5's weights (compiled for a chip
+of v5p; a GPU's program is another one, and its 80 GB hold 74.5 GiB).
+Time: text_to_video 9.5 s per step on v5e:2x4 (9.2 to 12.0, 36% MFU), image_to_video 9.9 s (9.5 to 12.5, 34%;
 estimated from the compiled steps, not measured).
 Data: that of `cogvideox_5b.py` or `cogvideox1_5_5b.py`, and the published pipeline, such as weights/CogVideoX-5b.
 
