@@ -8,9 +8,9 @@ are RepVideo's gates in them (arXiv 2501.08994): pass --init-gates.
 
 Should reach: the published models, adapted to the clips; of RepVideo from this network nothing is published.
 Chips: 64 of v5p (`v5p:4x4x4`), two clips per 8 chips.
-Memory: text_to_video 17.1 and image_to_video 17.6 of 95.7 GiB per device of v5p:4x4x4 (compiled).
-Time: text_to_video 6.4 s per step on v5p:4x4x4 (6.3 to 7.5, 38% MFU), image_to_video 6.6 s (6.5 to 7.7, 37%;
-estimated from the compiled steps, not measured).
+Memory: 44.3 to 45.2 of 95.7 GiB per device of v5p:4x4x4 (compiled, the four variants).
+Time: text_to_video and repvideo 5.0 s per step on v5p:4x4x4 (4.9 to 6.1, 48 to 49% MFU), the others 5.2 s (5.1 to
+6.3, 46 to 47%; estimated from the compiled steps, not measured).
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX1.5-5B/vae --size 768x1360 --keep-clips --out
 data/latents_768x1360` (text to video needs no --keep-clips; for image to video name that of CogVideoX1.5-5B-I2V,
 whose content hash is compared), and a local folder of T5 v1.1 XXL.
