@@ -8,8 +8,8 @@ Memory: text_to_video 6.0 and image_to_video 6.1 of 15.75 GiB per device of v5e:
 text_to_video takes 28.4 GiB for one clip with `task.denoiser.remat=full`, 8.9 of them T5's weights (compiled for a chip
 of v5p; a GPU's program is another one, and its 80 GB hold 74.5 GiB).
 Time: text_to_video 9.5 s per step on v5e:2x4 (9.2 to 12.0, 36% MFU), image_to_video 9.9 s (9.5 to 12.5, 34%);
-text_to_video_1_5 10.1 s on v5p:2x2x4 (9.7 to 11.9, 32%), with 22.6 of 95.7 GiB (estimated from the compiled steps, not
-measured).
+text_to_video_1_5 10.1 s on v5p:2x2x4 (9.7 to 11.9, 32%), image_to_video_1_5 10.4 s (10.0 to 12.4, 31%), with 22.6 and
+22.7 of 95.7 GiB (estimated from the compiled steps, not measured).
 Data: that of `cogvideox_5b.py` or `cogvideox1_5_5b.py`, and the published pipeline, such as weights/CogVideoX-5b.
 
 The run's checkpoints hold the LoRA alone. `jvgen export RUN --to DIR` writes it as `pytorch_lora_weights.safetensors`.
