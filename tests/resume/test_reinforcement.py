@@ -18,6 +18,7 @@ from toys import rows_of  # noqa: E402
 from jvgen.storage import as_path  # noqa: E402
 from jvgen.training.checkpoint.restore import load_for_inference  # noqa: E402
 from jvgen.training.telemetry.json_lines import read_rows  # noqa: E402
+from tests import quick_xla  # noqa: E402
 from tests import tiny_reinforcement as tiny  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,6 @@ ROOT = Path(__file__).parents[2]
 STEPS = 22
 CONFIG = """
 from tests import tiny_reinforcement
-from tests import quick_xla
 
 def experiment():
     return tiny_reinforcement.experiment({source!r}, {steps})

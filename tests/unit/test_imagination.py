@@ -68,10 +68,11 @@ def test_parts_and_devices_change_nothing(world, starts, imagined, options):
         sharding = Sharding(make_mesh(MeshConfig(data=count), jax.devices()[:count]))
     made = Imagination(world.world, policy, steps=STEPS, sharding=sharding, **options)(world.weights, 3.0, starts, 7)
     differences = np.abs(np.asarray(made.frames, np.int32) - imagined.frames)
-    assert np.max(differences) <= 1 and np.mean(differences) < 0.01
-    # Each of the 768 values of a mean that is rounded the other way moves an action by 3 / 128 / 768.
-    np.testing.assert_allclose(made.actions, imagined.actions, atol=3e-4)
-    np.testing.assert_allclose(made.rewards, imagined.rewards, rtol=1e-3)
+    assert np.max(differences) <= 1
+    # An action reads means of 768 values: each that is rounded the other way moves it by at most 3 / 128 / 768.
+    rounded = np.sum(differences, axis=(1, 2, 3, 4))[:, None, None]
+    assert np.all(np.abs(made.actions - imagined.actions) <= 1e-5 + rounded * 3 / 128 / 768)
+    np.testing.assert_allclose(made.rewards, imagined.rewards, rtol=1e-4)
 
 
 def test_a_sequence_depends_on_the_key_and_its_number_alone(world, starts, imagined):
