@@ -8,6 +8,8 @@ LEVEL = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 # Later versions have no other way to compile fusions.
 HAS_OTHER_EMITTERS = tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2]) <= (0, 10)
 OPTIONS = LEVEL | ({"xla_cpu_use_fusion_emitters": False} if HAS_OTHER_EMITTERS else {})
+# Of one program, where results are compared bit for bit: as users compile.
+FUSION_EMITTERS = {"xla_cpu_use_fusion_emitters": True} if HAS_OTHER_EMITTERS else {}
 
 
 def flags(devices: int = 1, options: dict[str, int | bool] = OPTIONS) -> str:
