@@ -11,6 +11,7 @@ in order, evenly spread, never by how they look. The suffix of `--out` says the 
 import argparse
 import io
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from jvgen.nn.network import Parameters
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.pixels import to_uint8
 
-HEAD, GAP, FRAMES_PER_SECOND = 20, 6, 8.0  # pixels, pixels, frames per second
+HEAD, GAP, FRAMES_PER_SECOND = 30, 6, 8.0  # pixels, pixels, frames per second
+LETTER = 5.5  # width of a letter in pixels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +103,8 @@ def grid(shown: Sequence[tuple[str, np.ndarray]], columns: int, scale: int) -> n
         page = Image.new("RGB", page_size, "white")
         for number, (caption, clip) in enumerate(shown):
             left, top = number % columns * (width + GAP), number // columns * (HEAD + height + GAP)
-            ImageDraw.Draw(page).text((left, top + 5), caption, fill=(0, 0, 0), font=font)
+            lines = textwrap.fill(caption, int(width / LETTER))
+            ImageDraw.Draw(page).multiline_text((left, top + 3), lines, fill=(0, 0, 0), font=font, spacing=1)
             large = Image.fromarray(clip[frame]).resize((width, height), Image.Resampling.NEAREST)
             page.paste(large, (left, top + HEAD))
         pages.append(np.asarray(page))
