@@ -54,9 +54,9 @@ $(READY): $(BIN)/python
 	@touch $@
 
 # torch, diffusers and transformers are what tests compare with; libtpu is XLA's compiler for TPUs.
-$(READY_TO_TEST): $(READY)
+$(READY_TO_TEST): $(BIN)/python
 	$(INSTALL) -e ".[test,torch,tpu]"
-	@touch $@
+	@touch $(READY) $@
 
 $(READY_FOR_DOCS): $(READY)
 	$(INSTALL) -e ".[docs]"

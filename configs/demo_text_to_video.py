@@ -53,7 +53,7 @@ def experiment() -> Experiment:
             temporal_compression=4,
             schedule=ScheduleConfig(kind="rectified_flow"),
             objective=ObjectiveConfig(target="velocity", timesteps=TimestepConfig(kind="logit_normal")),
-            sampler=SamplerConfig(kind="euler", steps=25),
+            sampler=SamplerConfig(kind="euler", steps=16),
             guidance=GuidanceConfig(kind="constant", scale=3.0),
         ),
         data=DataConfig(
@@ -66,7 +66,7 @@ def experiment() -> Experiment:
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=6e-3, warmup_steps=10, schedule="cosine", weight_decay=0.01
         ),
-        training=TrainingConfig(steps=420, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
+        training=TrainingConfig(steps=260, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
         ema=EmaConfig(decays=(0.98,)),
         checkpoint=CheckpointConfig(every=100, keep_last=2),
     )

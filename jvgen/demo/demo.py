@@ -18,9 +18,9 @@ from jvgen.demo.stages import Stages, check_configs
 FRAMES, SIZE = 29, 32
 SCENES = (
     f"frames={FRAMES}", f"height={SIZE}", f"width={SIZE}", "background=plain", "wander=0.0", "shapes=ball,cube",
-    "colors=red,yellow,green,blue,purple,cyan",
+    "colors=red,yellow,green,blue",
 )  # fmt: skip
-TRAIN_SCENES, HELD_OUT_SCENES = 700, 64
+TRAIN_SCENES, HELD_OUT_SCENES = 560, 64
 CLIPS_PER_PROMPT = 2
 # What each stage shows, and about how many seconds it takes on two cores that do nothing else.
 ABOUT = {
@@ -84,7 +84,7 @@ def demo(workdir: Path, configs: Path) -> int:
     stages.run(
         "evaluate_video_vae",
         ["evaluate", "--vae", video_vae, "--image-vae", image_vae, "--data", scenes, "--frames", FRAMES, "--size", size,
-         "--batch-size", 8, "--batches", 4, "--out", workdir / "video_vae_evaluation"],
+         "--batch-size", 8, "--batches", 2, "--out", workdir / "video_vae_evaluation"],
     )  # fmt: skip
 
     stages.run(
@@ -103,7 +103,7 @@ def demo(workdir: Path, configs: Path) -> int:
 
     prompts = workdir / "prompts.txt"
     prompts.write_text("".join(f"{prompt}\n" for prompt in demo_prompts()))
-    sample = ["sample", run, "--prompts", prompts, "--batch-size", 24, "--seed", 1]
+    sample = ["sample", run, "--prompts", prompts, "--batch-size", 16, "--seed", 1]
     several = [*sample, "--clips-per-prompt", CLIPS_PER_PROMPT]
     stages.run("sample", [*several, "--out", workdir / "samples"])
     # The same seed gives the same latents; the image VAE decodes each to one frame.

@@ -24,7 +24,7 @@ SCENES = (
     "camera_motions=orbit left,orbit right",
 )  # fmt: skip
 TRAIN_SCENES, HELD_OUT_SCENES = 600, 64
-VAE_STEPS, SINGLE_STEPS, STEPS = 200, 400, 110
+VAE_STEPS, SINGLE_STEPS, STEPS = 200, 280, 110
 # Of the learning rate, for what single clips have trained already: at the whole rate captions are forgotten.
 SINGLE_RATE = 0.2
 GUIDANCE = 3.0
