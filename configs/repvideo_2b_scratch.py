@@ -9,12 +9,14 @@ that wide heads do two and four times the work in them.
 Should reach: nothing published. CogVideoX-2B was trained for 750,000 steps in such stages (arXiv 2408.06072, table
 7); what RepVideo's gates add from the start is not known.
 Chips: 256 of v5e (`v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16x16`); each batch is about one
-clip of 17,776 tokens per 4 chips. heads_128: 64 of v5p (`v5p:4x4x4`), a clip per chip, whose tokens are not shared.
-Memory: heads_128 25.0 GiB per device for long clips with cached text (compiled); the others that of `cogvideox_2b.py`
-plus 2% (by arithmetic).
+clip of 17,776 tokens per 4 chips. heads_128: 64 of v5p (`v5p:4x4x4`), heads_256: 64 of v6e (`v6e:8x8`), a clip per
+chip, whose tokens are not shared.
+Memory: heads_128 25.0 and heads_256 25.3 GiB per device for long clips with cached text (compiled); heads_64 that of
+`cogvideox_2b.py` plus 2% (by arithmetic).
 Time: heads_128 1.15 s per step for long clips, within 1.11 and 1.51, and 1.22 s, within 1.15 and 1.71, for 960 short
-ones, which `data.tokens_per_step` chooses beside them (estimated from compiled programs, not measured); heads_64 1.0,
-0.7 and 1.3 s for images, short and long clips on v5p:4x4x8 (by arithmetic at 30% MFU).
+ones, which `data.tokens_per_step` chooses beside them; heads_256 0.89 s, within 0.79 and 1.88, for long clips (estimated
+from compiled programs, not measured); heads_64 1.0, 0.7 and 1.3 s for images, short and long clips on v5p:4x4x8 (by
+arithmetic at 30% MFU).
 Data: latents of CogVideoX's VAE at 256x384 and 480x720, two data sets of `jvgen data build latents`, and T5 v1.1 XXL.
 
 Lower resolutions get less noise: timesteps shift with the number of tokens; the last stage is CogVideoX's recipe.
@@ -56,7 +58,7 @@ HEADS = {"heads_64": (30, 64), "heads_128": (16, 128), "heads_256": (8, 256)}
 def experiment(variant: Heads = "heads_64") -> Experiment:
     heads, head_width = HEADS[variant]
     # A clip on one chip, or its tokens in shards that blocks of 128 divide.
-    seq, remat = (1, Remat.SAVE_MATMULS) if variant == "heads_128" else (4, Remat.SAVE_ATTENTION)
+    seq, remat = (4, Remat.SAVE_ATTENTION) if variant == "heads_64" else (1, Remat.SAVE_MATMULS)
     return Experiment(
         name=f"repvideo_2b_scratch_{variant}",
         task=TextToVideoConfig(

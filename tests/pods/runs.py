@@ -72,7 +72,7 @@ RUNS = (
     PodRun("configs/repvideo_2b_scratch.py", "v5e:16x16"),
     PodRun("configs/repvideo_2b_scratch.py", "v6e:16x16"),
     PodRun("configs/repvideo_2b_scratch.py:heads_128", "v5p:4x4x4"),
-    PodRun("configs/repvideo_2b_scratch.py:heads_256", "v6e:16x16"),
+    PodRun("configs/repvideo_2b_scratch.py:heads_256", "v6e:8x8"),
     PodRun("configs/image_vae_sd.py", "v5e:8x8"),
     PodRun("configs/image_vae_sd.py", "v5p:2x2x4"),
     PodRun("configs/cvd_2b.py", "v5p:4x4x4"),
