@@ -21,6 +21,7 @@ BIN = $(VENV)/bin
 PINS = $(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 READY = $(VENV)/.ready-$(PINS)
 READY_TO_TEST = $(VENV)/.ready-to-test-$(PINS)
+READY_FOR_WORLD = $(VENV)/.ready-for-world-$(PINS)
 READY_FOR_DOCS = $(VENV)/.ready-for-docs-$(PINS)
 JOBSET_CRD ?= build/jobset_crd.yaml
 JOBSET_CRD_URL = https://raw.githubusercontent.com/kubernetes-sigs/jobset/v0.10.1/charts/jobset/crds/jobset.x-k8s.io_jobsets.yaml
@@ -58,6 +59,11 @@ $(READY_TO_TEST): $(BIN)/python
 	$(INSTALL) -e ".[test,torch,tpu]"
 	@touch $(READY) $@
 
+# gymnasium, whose environments are planned in.
+$(READY_FOR_WORLD): $(READY)
+	$(INSTALL) -e ".[control]"
+	@touch $@
+
 $(READY_FOR_DOCS): $(READY)
 	$(INSTALL) -e ".[docs]"
 	@touch $@
@@ -69,7 +75,7 @@ setup-test: $(READY_TO_TEST)
 demo: setup
 	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo --workdir runs/demo
 
-demo-world: setup
+demo-world: $(READY_FOR_WORLD)
 	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo world --workdir runs/demo_world
 
 demo-views: setup

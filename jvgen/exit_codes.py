@@ -105,8 +105,8 @@ def of_error(error: BaseException) -> int:
     """The exit code for an exception that ends a process.
 
     jvgen's own exceptions have it as their attribute `exit_code`. Of the others a missing or forbidden file is a user's
-    mistake, and so is a `ValueError` that jvgen raises; a full disk is "unsaved", storage and network
-    errors that may pass ask for a restart, and the rest is 1.
+    mistake, and so are a `ValueError` and an `ImportError` (of an extra that is not installed) that jvgen raises; a full
+    disk is "unsaved", storage and network errors that may pass ask for a restart, and the rest is 1.
     """
     if hasattr(error, "exit_code"):
         return error.exit_code
@@ -117,10 +117,10 @@ def of_error(error: BaseException) -> int:
             return restart_code()
         if error.filename is not None:
             return USER_ERROR
-    return USER_ERROR if isinstance(error, ValueError) and _of_jvgen(error) else ERROR
+    return USER_ERROR if isinstance(error, (ValueError, ImportError)) and _of_jvgen(error) else ERROR
 
 
-def _of_jvgen(error: ValueError) -> bool:
+def _of_jvgen(error: ValueError | ImportError) -> bool:
     """Whether the class of this error is jvgen's, or a `raise` statement of jvgen made it, rather than a library.
 
     jvgen raises ValueError with a message for users; JAX, Orbax and NumPy raise it for mistakes in the program.

@@ -29,16 +29,16 @@ VAE_STEPS, SINGLE_STEPS, STEPS = 200, 280, 110
 SINGLE_RATE = 0.2
 GUIDANCE = 3.0
 CAMERAS, VIEWS = "circle", 2
-# What each stage shows, and about how many seconds it takes on two cores that do nothing else; estimates.
+# What each stage shows, and about how many seconds it takes on two cores that do nothing else.
 ABOUT = {
-    "data": ("renders scenes with known cameras, which move around still bodies or watch moving ones", 10),
-    "train_image_vae": ("trains an image VAE; taken from `make demo` where that has run", 85),
+    "data": ("renders scenes with known cameras, which move around still bodies or watch moving ones", 15),
+    "train_image_vae": ("trains an image VAE; taken from `make demo` where that has run", 120),
     "export_image_vae": ("writes the image VAE as a folder", 4),
-    "latents": ("encodes all clips once", 20),
-    "train_single": ("trains the transformer on single clips, 16 captions per step", 240),
-    "train_views": ("continues it on pairs of views, 8 per step; stopped by SIGTERM, and resumed", 145),
-    "evaluate_views": ("generates pairs for held-out cameras and measures how well they agree with them", 50),
-    "sample": ("generates pairs of views from captions and cameras on a circle", 20),
+    "latents": ("encodes all clips once", 25),
+    "train_single": ("trains the transformer on single clips, 16 captions per step", 235),
+    "train_views": ("continues it on pairs of views, 8 per step; stopped by SIGTERM, and resumed", 225),
+    "evaluate_views": ("generates pairs for held-out cameras and measures how well they agree with them", 45),
+    "sample": ("generates pairs of views from captions and cameras on a circle", 25),
     "sample_untrained": ("the same captions and cameras with untrained weights, to compare with", 15),
 }
 

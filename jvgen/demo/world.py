@@ -5,6 +5,7 @@ Then the model is played with pushes in four directions, and plans in it drive t
 the simulator itself and random actions. The transformer's training is stopped once by SIGTERM and resumes.
 """
 
+import importlib
 import signal
 from pathlib import Path
 
@@ -49,10 +50,12 @@ def demo(workdir: Path, configs: Path) -> int:
 
     Raises:
       ValueError: the config files do not exist.
+      ImportError: gymnasium is not installed, which the plans at its end need.
       DemoFailed: a stage failed; its output is in `workdir/logs`.
     """
     tokenizer_config, world_config = (configs / f"demo_ivideogpt_{name}.py" for name in ("tokenizer", "transformer"))
     check_configs(tokenizer_config, world_config)
+    importlib.import_module("jvgen.control.scene_environment")
     workdir.mkdir(parents=True, exist_ok=True)
     stages = Stages(workdir, ABOUT)
     scenes, export = workdir / "scenes", workdir / "export"

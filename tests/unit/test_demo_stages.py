@@ -157,6 +157,14 @@ def test_missing_configs(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def test_the_world_demo_needs_gymnasium_before_its_first_stage(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    monkeypatch.delitem(sys.modules, "jvgen.control.scene_environment", raising=False)
+    with pytest.raises(ImportError, match=r"install jvgen\[control\]"):
+        world.demo(tmp_path / "work", CONFIGS)
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_stage_says_what_it_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Stages, "_start", lambda self, name, words: subprocess.Popen([sys.executable, "-c", ""]))
     Stages(tmp_path, {"data": ("renders scenes", 10)}).run("data", ["-"])

@@ -1,5 +1,7 @@
 """The table of exit codes: what the documentation says, and the configurable restart code."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,17 @@ def test_a_restart_code_that_means_something_else_is_refused(monkeypatch, text):
     monkeypatch.setenv("JVGEN_RESTART_CODE", text)
     with pytest.raises(ValueError, match=rf"JVGEN_RESTART_CODE = '{text}'.*other than 0, 1, 2, 65, 74"):
         exit_codes.restart_code()
+
+
+def test_a_missing_extra_is_a_users_mistake_and_a_broken_import_is_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    monkeypatch.delitem(sys.modules, "jvgen.control.scene_environment", raising=False)
+    with pytest.raises(ImportError, match=r"needs gymnasium: install jvgen\[control\]") as missing:
+        importlib.import_module("jvgen.control.scene_environment")
+    assert exit_codes.of_error(missing.value) == exit_codes.USER_ERROR
+    with pytest.raises(ImportError) as broken:
+        importlib.import_module("jvgen.no_such_module")
+    assert exit_codes.of_error(broken.value) == exit_codes.ERROR
 
 
 def test_a_value_error_is_a_users_mistake_if_jvgen_raises_it():

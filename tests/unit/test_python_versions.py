@@ -98,6 +98,14 @@ def test_versions_and_environment_follow_the_python(tmp_path, version, constrain
     assert all(f"-c {constraints} " in line for line in rest if "pip install" in line)
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_world_demo_is_set_up_with_the_environments_that_it_plans_in():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--dry-run", "--always-make", "demo-world"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
+    assert shown.index('pip install') < shown.index('-e ".[control]"') < shown.index("jvgen demo world")
+
+
 @pytest.mark.parametrize("file, python", [("constraints.txt", "3.11"), ("constraints-latest.txt", "3.13")])
 def test_constraints_fit_the_requirements(file, python):
     pins = dict(line.split("==") for line in (ROOT / file).read_text().splitlines() if "==" in line)
