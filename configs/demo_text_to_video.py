@@ -66,7 +66,7 @@ def experiment() -> Experiment:
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=6e-3, warmup_steps=10, schedule="cosine", weight_decay=0.01
         ),
-        training=TrainingConfig(steps=260, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
+        training=TrainingConfig(steps=420, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
         ema=EmaConfig(decays=(0.98,)),
         checkpoint=CheckpointConfig(every=100, keep_last=2),
     )

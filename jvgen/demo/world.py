@@ -26,17 +26,17 @@ PUSH_STEPS = 4
 EPISODES, ACTIONS = 2, 15
 SEARCH = ("samples=32", "iterations=2", "horizon=6", "correlation=0.3", "elites=0.1", "standard_deviation=1.0")
 WAYS = ("model", "simulator", "random")
-# What each stage shows, and about how many seconds it takes on two cores that do nothing else; estimates.
+# What each stage shows, and about how many seconds it takes on two cores that do nothing else.
 ABOUT = {
     "data": ("renders clips of one cube that actions push over a plain ground", 10),
-    "train_tokenizer": ("trains the tokenizer: frames to 64 ids, later frames to 16", 150),
+    "train_tokenizer": ("trains the tokenizer: frames to 64 ids, later frames to 16", 170),
     "export_tokenizer": ("writes the tokenizer as a folder of weights", 5),
-    "train_world": ("trains the transformer that predicts ids from actions; stopped by SIGTERM, and resumed", 150),
+    "train_world": ("trains the transformer that predicts ids from actions; stopped by SIGTERM, and resumed", 135),
     "evaluate_world": ("measures predictions of held-out clips, beside repeating the last frame", 20),
     "export_world": ("writes both networks as folders that `jvgen play` and `jvgen plan` take", 5),
-    **{name: ("plays the model from one recorded start: the same push four times", 15) for name in PUSHES},
-    "plan_model": ("plans in the model to drive the cube to goal images", 60),
-    "plan_simulator": ("plans in the simulator itself: what a perfect model would reach", 10),
+    **{name: ("plays the model from one recorded start: the same push four times", 10) for name in PUSHES},
+    "plan_model": ("plans in the model to drive the cube to goal images", 120),
+    "plan_simulator": ("plans in the simulator itself: what a perfect model would reach", 30),
     "plan_random": ("takes random actions: what no model reaches", 5),
 }
 
