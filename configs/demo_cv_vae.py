@@ -46,7 +46,7 @@ def experiment() -> Experiment:
         optimizer=OptimizerConfig(
             kind="adamw", learning_rate=2e-4, warmup_steps=10, schedule="cosine", weight_decay=1e-3
         ),
-        training=TrainingConfig(steps=75, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
+        training=TrainingConfig(steps=90, precision=PrecisionConfig(compute_dtype="float32"), log_every=20),
         ema=EmaConfig(decays=(0.98,), parameters="vae/"),
         checkpoint=CheckpointConfig(every=45, keep_last=2),
         # Few clips do not divide over many devices; their rows do.

@@ -43,8 +43,8 @@ def experiment() -> Experiment:
             kind="muon", learning_rate=5e-3, warmup_steps=10, schedule="cosine", weight_decay=1e-3
         ),
         training=TrainingConfig(
-            steps=240, precision=PrecisionConfig(compute_dtype="float32"), log_every=20, visualize_every=240
+            steps=280, precision=PrecisionConfig(compute_dtype="float32"), log_every=20, visualize_every=280
         ),
         ema=EmaConfig(decays=(0.98,)),
-        checkpoint=CheckpointConfig(every=60, keep_last=2),
+        checkpoint=CheckpointConfig(every=70, keep_last=2),
     )

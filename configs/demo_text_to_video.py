@@ -53,7 +53,7 @@ def experiment() -> Experiment:
             temporal_compression=4,
             schedule=ScheduleConfig(kind="rectified_flow"),
             objective=ObjectiveConfig(target="velocity", timesteps=TimestepConfig(kind="logit_normal")),
-            sampler=SamplerConfig(kind="euler", steps=16),
+            sampler=SamplerConfig(kind="euler", steps=25),
             guidance=GuidanceConfig(kind="constant", scale=3.0),
         ),
         data=DataConfig(

@@ -18,27 +18,27 @@ from jvgen.demo.stages import Stages, check_configs
 FRAMES, SIZE = 29, 32
 SCENES = (
     f"frames={FRAMES}", f"height={SIZE}", f"width={SIZE}", "background=plain", "wander=0.0", "shapes=ball,cube",
-    "colors=red,yellow,green,blue",
+    "colors=red,yellow,green,blue,purple,cyan",
 )  # fmt: skip
-TRAIN_SCENES, HELD_OUT_SCENES = 560, 64
+TRAIN_SCENES, HELD_OUT_SCENES = 700, 64
 CLIPS_PER_PROMPT = 2
 # What each stage shows, and about how many seconds it takes on two cores that do nothing else.
 ABOUT = {
     "data": ("renders captioned scenes and writes them as a TFDS data set", 15),
     "data_show": ("writes some of its clips as pictures, with their captions", 2),
-    "train_image_vae": ("trains an image VAE; killed after its first checkpoint, then resumed from it", 170),
+    "train_image_vae": ("trains an image VAE; killed after its first checkpoint, then resumed from it", 200),
     "evaluate_image_vae": ("measures reconstructions of held-out frames", 10),
     "export_image_vae": ("writes the image VAE as a folder that diffusers loads", 4),
     "inflate": ("makes a video VAE of the image VAE's weights, which shares its latents", 9),
-    "train_video_vae": ("trains the video VAE on clips, against the frozen image decoder", 75),
+    "train_video_vae": ("trains the video VAE on clips, against the frozen image decoder", 85),
     "export_video_vae": ("writes the video VAE as a folder", 8),
     "evaluate_video_vae": ("measures both VAEs' decoders on held-out clips, also each on the other's latents", 26),
     "latents": ("encodes all clips once, for the diffusion model", 30),
-    "train_text_to_video": ("trains the video DiT on the latents; stopped by SIGTERM, saved, and resumed", 320),
+    "train_text_to_video": ("trains the video DiT on the latents; stopped by SIGTERM, saved, and resumed", 365),
     "evaluate_text_to_video": ("measures its loss on held-out clips by noise level", 18),
-    "sample": ("samples clips from captions and decodes them with the video VAE", 27),
-    "sample_swapped": ("the same latents, decoded by the image VAE frame by frame", 20),
-    "sample_untrained": ("the same captions with untrained weights, to compare with", 12),
+    "sample": ("samples clips from captions and decodes them with the video VAE", 38),
+    "sample_swapped": ("the same latents, decoded by the image VAE frame by frame", 30),
+    "sample_untrained": ("the same captions with untrained weights, to compare with", 19),
     "export_text_to_video": ("writes the DiT as a folder of weights", 5),
     "verify_image_vae": ("loads the exported VAE with diffusers' own class and compares the outputs", 9),
     "verify_denoiser": ("loads the exported DiT with diffusers' own class and compares the outputs", 8),
@@ -103,7 +103,7 @@ def demo(workdir: Path, configs: Path) -> int:
 
     prompts = workdir / "prompts.txt"
     prompts.write_text("".join(f"{prompt}\n" for prompt in demo_prompts()))
-    sample = ["sample", run, "--prompts", prompts, "--batch-size", 16, "--seed", 1]
+    sample = ["sample", run, "--prompts", prompts, "--batch-size", 24, "--seed", 1]
     several = [*sample, "--clips-per-prompt", CLIPS_PER_PROMPT]
     stages.run("sample", [*several, "--out", workdir / "samples"])
     # The same seed gives the same latents; the image VAE decodes each to one frame.
