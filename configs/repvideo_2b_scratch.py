@@ -14,9 +14,9 @@ chip, whose tokens are not shared.
 Memory: heads_128 25.0 and heads_256 25.3 GiB per device for long clips with cached text (compiled); heads_64 that of
 `cogvideox_2b.py` plus 2% (by arithmetic).
 Time: heads_128 1.15 s per step for long clips, within 1.11 and 1.51, and 1.22 s, within 1.15 and 1.71, for 960 short
-ones, which `data.tokens_per_step` chooses beside them; heads_256 0.89 s, within 0.79 and 1.88, for long clips (estimated
-from compiled programs, not measured); heads_64 1.0, 0.7 and 1.3 s for images, short and long clips on v5p:4x4x8 (by
-arithmetic at 30% MFU).
+ones, which `data.tokens_per_step` chooses beside them; heads_256 0.89 s, within 0.79 and 1.88, for long clips
+(estimated from compiled programs, not measured); heads_64 1.0, 0.7 and 1.3 s for images, short and long clips on
+v5p:4x4x8 (by arithmetic at 30% MFU).
 Data: latents of CogVideoX's VAE at 256x384 and 480x720, two data sets of `jvgen data build latents`, and T5 v1.1 XXL.
 
 Lower resolutions get less noise: timesteps shift with the number of tokens; the last stage is CogVideoX's recipe.

@@ -105,8 +105,8 @@ def of_error(error: BaseException) -> int:
     """The exit code for an exception that ends a process.
 
     jvgen's own exceptions have it as their attribute `exit_code`. Of the others a missing or forbidden file is a user's
-    mistake, and so are a `ValueError` and an `ImportError` (of an extra that is not installed) that jvgen raises; a full
-    disk is "unsaved", storage and network errors that may pass ask for a restart, and the rest is 1.
+    mistake, and so are a `ValueError` and an `ImportError` (of an extra that is not installed) that jvgen raises; a
+    full disk is "unsaved", storage and network errors that may pass ask for a restart, and the rest is 1.
     """
     if hasattr(error, "exit_code"):
         return error.exit_code

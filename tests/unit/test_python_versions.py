@@ -103,7 +103,7 @@ def test_the_world_demo_is_set_up_with_the_environments_that_it_plans_in():
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "--dry-run", "--always-make", "demo-world"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
-    assert shown.index('pip install') < shown.index('-e ".[control]"') < shown.index("jvgen demo world")
+    assert shown.index("pip install") < shown.index('-e ".[control]"') < shown.index("jvgen demo world")
 
 
 @pytest.mark.parametrize("file, python", [("constraints.txt", "3.11"), ("constraints-latest.txt", "3.13")])
