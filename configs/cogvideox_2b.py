@@ -3,8 +3,10 @@
 Should reach: less than the paper's 480p stage, which has 15.6 times as many clips in as many steps; the published
 model was trained for about 750,000 steps in several stages (table 7).
 Chips: 256 of v5e (`--topology v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16x16`).
-Memory: 2.9, 6.4 and 3.4 GiB per device (compiled).
-Time: 1.5, 1.3 and 0.8 s per step (estimated, not measured: 30% MFU on v5e and v5p, 12% on v6e).
+Memory: 6.3 GiB per device on v5e and v6e, 21.2 on v5p (compiled).
+Time: 1.33 s per step on v5e, within 1.18 and 1.92 (34% MFU), 0.76 s on v5p, within 0.72 and 1.05 (51.5%), and 0.57 s on
+v6e, within 0.42 and 0.96 (17%; 74 ms of it for T5's weights, which cached text spares), estimated from compiled
+programs, not measured.
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --frames 49 --out
 data/latents_480x720`, and a local folder of T5 v1.1 XXL. Without T5 in the step: `jvgen data build text-embeddings
 data/latents_480x720 --t5 T5 --tokenizer TOKENIZER --out data/with_text`, then
@@ -36,7 +38,7 @@ def experiment() -> Experiment:
             denoiser=cogvideox_2b().replace(
                 # 17,776 tokens padded to 17,920: what seq = 4 and the kernels' blocks of 128 divide.
                 token_multiple=512,
-                remat=Remat.SAVE_ATTENTION,
+                remat=Remat.SAVE_MATMULS,
             ),
             latents="data",
             objective=ObjectiveConfig(target="v"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jvgen import config
 from jvgen.nn.lora import LoraConfig
+from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.training.experiment import Experiment
 
@@ -25,7 +26,10 @@ def experiment() -> Experiment:
     return made.replace(
         name="cogvideox_2b_lora",
         task=made.task.replace(
-            lora=LoraConfig(rank=128, alpha=64.0), denoiser_weights="weights/CogVideoX-2b/transformer"
+            # As compiled; whether products fit beside the weights on v5e was not tried.
+            denoiser=made.task.denoiser.replace(remat=Remat.SAVE_ATTENTION),
+            lora=LoraConfig(rank=128, alpha=64.0),
+            denoiser_weights="weights/CogVideoX-2b/transformer",
         ),
         data=made.data.replace(buckets=(bucket.replace(batch_size=8),)),
         optimizer=made.optimizer.replace(learning_rate=2e-5, warmup_steps=100, schedule="constant"),

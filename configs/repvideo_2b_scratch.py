@@ -4,19 +4,21 @@
 
 heads_64, the default, has 30 heads of 64 channels, as published; heads_128 and heads_256 have 16 of 128 and 8 of 256,
 a width of 2,048. Attention takes about as many cycles for heads of 128 on v5p and v5e as for 64, and for 256 on v6e, so
-that wide heads do two and four times the work in them.
+that wide heads do two and four times the work in them. At the demo's scale they cost 0.4% and 1.9% of the loss
+(docs/measured.md).
 
 Should reach: nothing published. CogVideoX-2B was trained for 750,000 steps in such stages (arXiv 2408.06072, table
 7); what RepVideo's gates add from the start is not known.
 Chips: 256 of v5e (`v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16x16`); each batch is about one
 clip of 17,776 tokens per 4 chips. heads_128: 64 of v5p (`v5p:4x4x4`), heads_256: 64 of v6e (`v6e:8x8`), a clip per
 chip, whose tokens are not shared.
-Memory: heads_128 25.0 and heads_256 25.3 GiB per device for long clips with cached text (compiled); heads_64 that of
-`cogvideox_2b.py` plus 2% (by arithmetic).
+Memory: heads_128 25.0 and heads_256 25.3 GiB per device for long clips with cached text (compiled); heads_64 12.9
+on v5p:4x4x8 with T5 in the step (compiled).
 Time: heads_128 1.15 s per step for long clips, within 1.11 and 1.51, and 1.22 s, within 1.15 and 1.71, for 960 short
 ones, which `data.tokens_per_step` chooses beside them; heads_256 0.89 s, within 0.79 and 1.88, for long clips
-(estimated from compiled programs, not measured); heads_64 1.0, 0.7 and 1.3 s for images, short and long clips on
-v5p:4x4x8 (by arithmetic at 30% MFU).
+(0.95 s with T5 in the step); heads_64 0.84 s, within 0.80 and 1.15, for long clips on v5p:4x4x8, and 0.74 s there with
+`--set mesh.seq=2 --set task.denoiser.remat=save_matmuls`, 21 GiB, the fastest of a search (estimated from compiled
+programs, not measured), 1.0 and 0.7 s for images and short ones (by arithmetic at 30% MFU).
 Data: latents of CogVideoX's VAE at 256x384 and 480x720, two data sets of `jvgen data build latents`, and T5 v1.1 XXL.
 
 Lower resolutions get less noise: timesteps shift with the number of tokens; the last stage is CogVideoX's recipe.

@@ -63,6 +63,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_pod_arguments(parser, required=True)
     parser.add_argument(
+        "--xla-flags", dest="flags", choices=["preset", "none"], default="none",
+        help="compile with the flags that `jvgen launch` sets for these chips; none by default",
+    )  # fmt: skip
+    parser.add_argument(
         "--json", type=path, metavar="FILE",
         help="also write the report to this JSON file, updated after every batch shape",
     )  # fmt: skip
@@ -90,8 +94,12 @@ def _search(parsed: argparse.Namespace) -> int:
     from jvgen.parallel import libtpu
     from jvgen.preflight.check import with_buckets
     from jvgen.preflight.search import Found, search
+    from jvgen.training.optimization.health import bucket_key
 
-    experiment = with_buckets(experiment_of(parsed), parsed.buckets)
+    whole = experiment_of(parsed)
+    experiment = with_buckets(whole, parsed.buckets)
+    searched = bucket_key(experiment.data.buckets[0])
+    places = [number for number, bucket in enumerate(whole.data.buckets) if bucket_key(bucket) == searched]
     if parsed.json:
         raise ConfigError("--json: not with --search; compile the candidate that it names.")
 
@@ -99,10 +107,10 @@ def _search(parsed: argparse.Namespace) -> int:
         took = "" if found.report is None else f" in {found.report.seconds:.0f} s"
         print(f"compiled {found.candidate.settings}{took}", file=sys.stderr, flush=True)
 
-    with libtpu.writing_bundles():
+    with libtpu.writing_bundles(_flags(parsed)):
         report = search(
             experiment, parsed.topology, slices=parsed.slices, batch_sizes=parsed.batch_sizes,
-            compilations=parsed.compilations, on_found=log,
+            compilations=parsed.compilations, places=places, on_found=log,
         )  # fmt: skip
     print(report)
     return 0 if report.best is not None else 1
@@ -112,18 +120,26 @@ def _compile(parsed: argparse.Namespace) -> "CompileReport":
     from jvgen.parallel import libtpu
     from jvgen.preflight.ahead_of_time import compile_ahead
     from jvgen.preflight.check import with_buckets
+    from jvgen.training.optimization.health import one_per_step
 
     experiment = with_buckets(experiment_of(parsed), parsed.buckets)
     if parsed.json:
         check_output("--json", parsed.json)
 
     def log(report: "CompileReport") -> None:
-        done, total = len(report.buckets), len(experiment.data.buckets)
+        done, total = len(report.buckets), len(one_per_step(experiment.data.buckets))
         last = report.buckets[-1]
         print(f"{done}/{total}: compiled {last.bucket.name} in {last.seconds:.0f} s", file=sys.stderr, flush=True)
         if parsed.json:
             parsed.json.parent.mkdir(parents=True, exist_ok=True)
             parsed.json.write_text(report.to_json())
 
-    with libtpu.writing_bundles():
+    with libtpu.writing_bundles(_flags(parsed)):
         return compile_ahead(experiment, parsed.topology, slices=parsed.slices, on_bucket=log)
+
+
+def _flags(parsed: argparse.Namespace) -> list[str]:
+    from jvgen.launch.flags import flags_of
+    from jvgen.parallel.pods import pod_named
+
+    return [] if parsed.flags == "none" else [str(flag) for flag in flags_of(pod_named(parsed.topology).chip)]

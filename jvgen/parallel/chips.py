@@ -1,9 +1,10 @@
 """Memory, peak FLOP/s and rates of accelerator chips: denominators of memory reports and of model FLOPs utilization.
 
-Peaks are the vendors' dense bfloat16 figures. HBM of TPUs is what XLA's compiler lets a program use (it says so when a
-program does not fit), a little under the nominal size; HBM of GPUs is nominal. Clocks follow from peak and matrix
-units: 128 x 128 up to v5p, 256 x 256 on v6e, 4 per TensorCore (2 on v6e's). Rates of links are what rings reach by
-"How to Scale Your Model" (jax-ml.github.io/scaling-book), a tenth under the data sheets.
+Peaks are the vendors' dense bfloat16 figures, that of 8-bit integers beside it where it is higher. HBM of TPUs is
+what XLA's compiler lets a program use (it says so when a program does not fit), a little under the nominal size; HBM
+of GPUs is nominal. Clocks follow from peak and matrix units: 128 x 128 up to v5p, 256 x 256 on v6e, 4 per TensorCore
+(2 on v6e's). Rates of links are what rings reach by "How to Scale Your Model" (jax-ml.github.io/scaling-book), a
+tenth under the data sheets.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ class Chip:
       clock: of its TensorCores in Hz; 0 if not known.
       cores: TensorCores of one JAX device.
       link: bytes/s of one link to a neighbor, one way; 0 where there are none.
+      int8: rate of products of 8-bit integers over that of bfloat16, by the data sheet; 1 where it is not known.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Chip:
     clock: float = 0.0
     cores: int = 1
     link: float = 0.0
+    int8: float = 1.0
 
     @property
     def device_bandwidth(self) -> float:
@@ -57,9 +60,9 @@ class Chip:
 
 CHIPS = (
     Chip("v4", "TPU v4", 30.5 * GIB, 275e12, bandwidth=1228e9, clock=1.05e9, cores=2, link=45e9),
-    Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, bandwidth=819e9, clock=1.5e9, link=45e9),
-    Chip("v5p", "TPU v5", 95.73 * GIB, 459e12, bandwidth=2765e9, clock=1.75e9, cores=2, link=90e9),
-    Chip("v6e", "TPU v6 lite", 31.24 * GIB, 918e12, bandwidth=1640e9, clock=1.75e9, link=90e9),
+    Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, bandwidth=819e9, clock=1.5e9, link=45e9, int8=2.0),
+    Chip("v5p", "TPU v5", 95.73 * GIB, 459e12, bandwidth=2765e9, clock=1.75e9, cores=2, link=90e9, int8=2.0),
+    Chip("v6e", "TPU v6 lite", 31.24 * GIB, 918e12, bandwidth=1640e9, clock=1.75e9, link=90e9, int8=2.0),
     Chip("tpu7x", "TPU7x", 2 * 94.74 * GIB, 2307e12, devices=2, bandwidth=7380e9, link=90e9),
     Chip("A100-80GB", "NVIDIA A100", 80e9, 312e12, bandwidth=2039e9),
     Chip("A100-40GB", "NVIDIA A100-SXM4-40GB", 40e9, 312e12, bandwidth=1555e9),

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
 
 # For a process that compiles only. Without these libtpu looks for TPUs and for other users of them, and prints on
@@ -67,15 +67,18 @@ _PASSES = "(final_bundles|final_hlo-static-per-bundle-utilization)"
 
 
 @contextlib.contextmanager
-def writing_bundles() -> Iterator[None]:
+def writing_bundles(more: Iterable[str] = ()) -> Iterator[None]:
     """Let libtpu write the instructions of what it compiles, which `bundles_folder` then names, until the end.
 
     Only in a process that has not loaded libtpu yet: there is no way to tell it later.
+
+    Args:
+      more: other flags to compile with, such as "--xla_tpu_spmd_rng_bit_generator_unsafe=true".
     """
     before = os.environ.get(_ARGUMENTS)
     with tempfile.TemporaryDirectory(prefix="jvgen_bundles_") as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_PASSES}"
-        os.environ[_ARGUMENTS] = f"{before or ''} {flags}".strip()
+        os.environ[_ARGUMENTS] = " ".join([before or "", *more, flags]).strip()
         try:
             yield
         finally:

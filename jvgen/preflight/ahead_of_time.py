@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -20,6 +22,7 @@ from jvgen.preflight.estimate import lower_bound, reading
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
 from jvgen.preflight.time_estimate import TimeEstimate, estimate
 from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.health import one_per_step
 from jvgen.training.program import Program
 from jvgen.training.telemetry.throughput import step_flops, trained_flops
 
@@ -60,7 +63,7 @@ def compile_ahead(
         peak_flops=pod.peak_flops,
         buckets=(),
     )
-    for bucket in experiment.data.buckets:
+    for bucket in one_per_step(experiment.data.buckets):
         report = dataclasses.replace(report, buckets=(*report.buckets, compile_bucket(program, bucket, pod.peak_flops)))
         on_bucket(report)
     return report
@@ -74,15 +77,15 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
     with collecting(KernelReport()) as kernels:
         lowered = program.lower(bucket)
     try:
-        with without_cache():
-            compiled = lowered.compile()
+        with without_cache(), tempfile.TemporaryDirectory(prefix="jvgen_program_") as folder:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            module = _module(compiled, Path(folder))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise ConfigError(f"the TPU compiler rejected the step of {bucket.name}: {error}") from error
         problem = re.sub(r"\s+", " ", str(error))[:600]
     else:
         memory = Memory.of(compiled)
-        module = _module(compiled)
         found = None if module is None else tuple(collectives.merged(collectives.read(module)))
         time_found = None if module is None else _time(program, module, flops)
         if time_found is not None and not time_found.without_cycles:
@@ -121,12 +124,20 @@ def _time(program: Program, module: hlo.Module, flops: dict[str, float]) -> Time
     )
 
 
-def _module(compiled: jax.stages.Compiled) -> hlo.Module | None:
-    """A compiled program; None where XLA cannot write it as text (SparseCore operations, tpu7x)."""
+def _module(compiled: jax.stages.Compiled, folder: Path) -> hlo.Module | None:
+    """A compiled program; None where neither jaxlib nor libtpu wrote it as text.
+
+    jaxlib cannot read every program of libtpu's (asynchronous operations of SparseCores on tpu7x, updates of several
+    arrays on v5p); libtpu itself writes its text into the folder of dumps.
+    """
     try:
-        return hlo.parse(compiled.as_text())
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        return None
+        written = sorted(folder.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        if not written:
+            return None
+        text = written[-1].read_text(errors="replace")
+    return hlo.parse(text)
 
 
 @contextlib.contextmanager

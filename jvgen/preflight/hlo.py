@@ -183,8 +183,30 @@ def starts(module: Module, computation: str) -> bool:
     return _calls(module, computation, "AsyncCollectiveStart")
 
 
+def chain(module: Module, one: Instruction) -> list[Instruction]:
+    """An instruction, and if it carries on or ends something asynchronous what came before it, to the `async-start`."""
+    found, inside = [one], module.computations[one.computation]
+    while found[-1].operation in ("async-update", "async-done") and found[-1].operands:
+        earlier = inside.get(found[-1].operands[0])
+        if earlier is None:
+            break
+        found.append(earlier)
+    return found
+
+
+def begins_to_work(links: list[Instruction]) -> Instruction:
+    """Of a chain the instruction from which on it works: the first with operands.
+
+    On a SparseCore an `async-start` without any loads the program, and the `async-update` after it brings the arrays.
+    """
+    return next((one for one in reversed(links) if one.operands), links[-1])
+
+
 def started_by(module: Module, one: Instruction) -> str:
-    """Name of the instruction that started what this one waits for; "" if it waits for nothing."""
+    """Name of the instruction that started what this one waits for or carries on; "" if it waits for nothing."""
+    if one.operation in ("async-update", "async-done"):
+        start = begins_to_work(chain(module, one))
+        return "" if start is one else start.name
     if one.operation.endswith("-done"):
         return one.operands[0] if one.operands else ""
     if one.operation != "fusion" or not _calls(module, one.called_as("calls"), "AsyncCollectiveDone"):

@@ -15,7 +15,8 @@ from pathlib import Path
 from jvgen.parallel import jax_internals
 from jvgen.preflight.hlo import Module
 
-_CALL = re.compile(r'"custom_call_config":\{"body":"([^"]*)"')
+# jaxlib writes the body first, libtpu in the order of names.
+_CALL = re.compile(r'"custom_call_config":\{(?:"\w+":\[[^\]]*\],)*"body":"([^"]*)"')
 _ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:")
 # Regions below are control flow.
 _SMALL = 100

@@ -13,6 +13,7 @@ from jvgen.preflight.hlo import Instruction, Module, Shape
 
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _COPIES = frozenset({"copy", "slice", "reshape", "concatenate", "transpose", "pad", "bitcast-convert", "reverse"})
+_INT8 = frozenset({"s8", "u8"})
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier domain "
     "add-dependency while conditional call".split()
@@ -68,6 +69,7 @@ class Operation:
       kind, phase: what it keeps busy, and in which part of the step.
       times: how often a step runs it.
       flops: of its matrix products, for one execution; 0 for kernels, whose products XLA does not see.
+      int8_flops: those of them whose operands are both integers of 8 bits.
       bytes: of main memory that it reads and writes in one execution, tiles padded, slices counted as slices.
       cycles: XLA's estimate of one execution; None if it has none.
       sent: what a collective sends; None for others.
@@ -82,6 +84,7 @@ class Operation:
     phase: Phase
     times: int
     flops: float = 0.0
+    int8_flops: float = 0.0
     bytes: float = 0.0
     cycles: int | None = None
     sent: Sent | None = None
@@ -111,7 +114,7 @@ def _operation(module: Module, one: Instruction) -> Operation:
         times=1,
         cycles=one.estimated_cycles,
         start=hlo.started_by(module, one),
-        is_start=one.operation.endswith("-start"),
+        is_start=one.operation.endswith(("-start", "-update")),
         text=f"{one.result.partition('{')[0].lstrip('(')} {one.source}",
     )
     if made.start:
@@ -120,14 +123,14 @@ def _operation(module: Module, one: Instruction) -> Operation:
         start = made.is_start or hlo.starts(module, one.called_as("calls"))
         return dataclasses.replace(made, kind=Kind.COLLECTIVE, sent=_sent(inner, one), is_start=start)
     if made.is_start:
-        # Result: (destination, source, semaphore).
-        size = max((shape.hbm_bytes for shape in one.shapes[:2]), default=0.0)
+        # Result: (destination, source, semaphore); what has no operands yet moves nothing.
+        size = max((shape.hbm_bytes for shape in one.shapes[:2]), default=0.0) if one.operands else 0.0
         return dataclasses.replace(made, kind=Kind.TRANSFER, bytes=size)
     if one.operation == "custom-call":
         return dataclasses.replace(made, kind=Kind.KERNEL, bytes=_plain_bytes(module, one))
-    flops, size = product_flops(module, one), moved_bytes(module, one)
+    flops, int8_flops = product_flops(module, one), product_flops(module, one, of=_INT8)
     kind = Kind.PRODUCT if flops else Kind.COPY if one.operation in _COPIES else Kind.ELEMENTWISE
-    return dataclasses.replace(made, kind=kind, flops=flops, bytes=size)
+    return dataclasses.replace(made, kind=kind, flops=flops, int8_flops=int8_flops, bytes=moved_bytes(module, one))
 
 
 def phase(source: str) -> Phase:
@@ -145,11 +148,25 @@ def _collective_inside(module: Module, one: Instruction) -> Instruction | None:
     """The collective that an operation is or holds (in a fusion, or in a computation on its own queue)."""
     if one.operation.removesuffix("-start") in collectives.KINDS:
         return one
-    called = one.called_as("calls")
-    if one.operation not in ("fusion", "async-start") or hlo.goes_on(module, called):
+    if one.operation == "fusion":
+        called = one.called_as("calls")
+        return None if hlo.goes_on(module, called) else _collective_of(module, called)
+    links = hlo.chain(module, one)
+    if links[-1].operation != "async-start" or not one.operands or hlo.begins_to_work(links) is not one:
         return None
-    inside = module.computations.get(called, {}).values()
-    return next((other for other in inside if other.operation.removesuffix("-start") in collectives.KINDS), None)
+    return _collective_of(module, links[-1].called_as("calls"))
+
+
+def _collective_of(module: Module, computation: str) -> Instruction | None:
+    """The first collective of a computation and of those that it calls."""
+    for one in module.computations.get(computation, {}).values():
+        if one.operation.removesuffix("-start") in collectives.KINDS:
+            return one
+        for _, called in one.called:
+            found = _collective_of(module, called)
+            if found is not None:
+                return found
+    return None
 
 
 def _sent(inner: Instruction, outer: Instruction) -> Sent:
@@ -165,21 +182,30 @@ def _sent(inner: Instruction, outer: Instruction) -> Sent:
 
 def _links(text: str) -> int:
     """Links that an all-reduce's rings use, which XLA calls colors: each in one direction, or in both."""
+    # On SparseCores: the rings of each color one after the other, those of different colors at the same time.
+    rings = re.findall(r'"phase_rings":\[\{[^{}]*"ring_type":"ICI_RING_TYPE_(UNIDIR)?', text)
+    if rings:
+        return sum(1 if direction else 2 for direction in rings)
     found = re.search(r'"strategy":"(\w+)","debug":"[^"]*?colors:(\d+)', text)
     if not found:
         return 0
     return int(found.group(2)) * (1 if found.group(1).startswith("UniDirection") else 2)
 
 
-def product_flops(module: Module, one: Instruction) -> float:
-    """FLOPs of the matrix products and convolutions in one operation, fusions entered."""
+def product_flops(module: Module, one: Instruction, of: frozenset[str] = frozenset()) -> float:
+    """FLOPs of the matrix products and convolutions in one operation, fusions entered.
+
+    Args:
+      of: element types of both operands; empty for all.
+    """
     inside = module.computations[one.computation]
     if one.operation in ("convolution", "dot"):
-        return _product(one, inside)
+        types = {inside[name].shapes[0].element for name in one.operands[:2] if name in inside and inside[name].shapes}
+        return _product(one, inside) if not of or types <= of else 0.0
     if one.operation not in ("fusion", "async-start"):
         return 0.0
     inner = module.computations.get(one.called_as("calls"), {}).values()
-    return sum(product_flops(module, other) for other in inner)
+    return sum(product_flops(module, other, of) for other in inner)
 
 
 def _product(one: Instruction, inside: Mapping[str, Instruction]) -> float:

@@ -43,6 +43,7 @@ class Candidate:
       batch_size: of the global batch.
       experiment: with these settings.
       estimated: bytes per device by arithmetic: state, gradients and what is stored for the backward pass.
+      places: of the batch shape among `data.buckets` of the config; several where stages repeat it.
     """
 
     mesh: dict[str, int]
@@ -50,6 +51,7 @@ class Candidate:
     batch_size: int
     experiment: Experiment
     estimated: float
+    places: tuple[int, ...] = (0,)
 
     @property
     def settings(self) -> str:
@@ -57,7 +59,7 @@ class Candidate:
         found = [f"mesh.{name}={size}" for name, size in self.mesh.items()]
         if self.remat is not None:
             found.append(f"{remat_path(self.experiment)}={self.remat.value}")
-        return " ".join([*found, f"data.buckets.0.batch_size={self.batch_size}"])
+        return " ".join([*found, *(f"data.buckets.{place}.batch_size={self.batch_size}" for place in self.places)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,7 @@ def search(
     slices: int = 1,
     batch_sizes: Sequence[int] = (),
     compilations: int = 6,
+    places: Sequence[int] = (0,),
     on_found: Callable[[Found], None] = lambda found: None,
 ) -> "SearchReport":
     """Try meshes, rematerialization and batch sizes of the first batch shape on a described pod.
@@ -101,6 +104,7 @@ def search(
     Args:
       batch_sizes: global ones; those of the config by default.
       compilations: how many candidates are compiled; one can take half an hour.
+      places: of this batch shape in the config, if `experiment` has not all of its batch shapes.
       on_found: called after every compilation.
 
     Raises:
@@ -110,9 +114,13 @@ def search(
         if getattr(experiment.mesh, axis) == -1:
             raise ConfigError(f"mesh.{axis} = -1: a search gives the remaining devices to fsdp; set mesh.{axis} to 1.")
     pod = topology.describe(topology_name, slices)
-    bucket = experiment.data.buckets[0]
+    # Of whatever stage: it is the only one here.
+    bucket = experiment.data.buckets[0].replace(start_step=0, end_step=None)
     experiment = experiment.replace(data=experiment.data.replace(buckets=(bucket,)))
-    every = list(candidates(experiment, topology_name, slices, batch_sizes or (bucket.batch_size,)))
+    every = [
+        dataclasses.replace(one, places=tuple(places))
+        for one in candidates(experiment, topology_name, slices, batch_sizes or (bucket.batch_size,))
+    ]
     if not every:
         # What is wrong with all of them, if it is the same.
         _, mesh = topology.describe_for(experiment.mesh.replace(fsdp=-1, seq=1), topology_name, slices)

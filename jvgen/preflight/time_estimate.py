@@ -233,7 +233,8 @@ def _seconds(one: Operation, kernels: Mapping[str, Kernel], chip: Chip, links: "
 
 
 def _product_seconds(one: Operation, chip: Chip) -> float:
-    return one.flops / chip.device_peak_flops / PEAK_SHARE
+    as_bfloat16 = one.flops - one.int8_flops * (1 - 1 / chip.int8)
+    return as_bfloat16 / chip.device_peak_flops / PEAK_SHARE
 
 
 def _is_product(one: Operation, chip: Chip) -> bool:

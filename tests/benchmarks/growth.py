@@ -172,7 +172,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(range(len(points)), values, style, label="compiled" if style == "o-" else "formula")
             axis.set_title(f"{title}, by {line}", fontsize=9)
             axis.set_xticks(range(len(points)), [row["point"].replace(" ", "\n") for row in points], fontsize=6)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)

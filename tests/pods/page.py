@@ -42,7 +42,9 @@ def page(found: dict[str, Any]) -> str:
                 _cell(row.get("useful_TFLOP")),
                 f"{row['sent_GiB']:.2f}",
             ]
-            cells += [_range(row.get("seconds"), 1, ""), _range(row.get("mfu"), 100, "%")]
+            # Without the kernels whose cycles are not known.
+            more = "more than " if None in row.get("mfu", ()) else ""
+            cells += [more + _range(row.get("seconds"), 1, ""), _range(row.get("mfu"), 100, "%")]
             cells.append(f"{row['date']}, {row['commit']}, {row['versions']}{configs.since(run, row)}")
             lines.append(" | ".join((f"{head} | {pod.chips}", *cells)) + " |")
     return "\n".join([*lines, *_parts(found)]) + "\n"

@@ -78,10 +78,12 @@ def test_cores_share_a_parallel_axis(grid, cores, steps):
     assert Kernel("k", Bundles(100, 10, {}), grid).cycles(cores) == steps * 100 + steps // 5 * 10
 
 
-def test_kernels_of_a_program(tmp_path):
+@pytest.mark.parametrize("before", ["", '"allow_input_fusion":[],'], ids=["written by jaxlib", "written by libtpu"])
+def test_kernels_of_a_program(before, tmp_path):
     """A kernel that is called twice is written once; its grid is in the program."""
     body = kernel_body(heads=3, rows=2048)
-    call = f'custom-call(%p), custom_call_target="tpu_custom_call", config={{"custom_call_config":{{"body":"{body}"'
+    call = 'custom-call(%p), custom_call_target="tpu_custom_call", config={"custom_call_config":{'
+    call += f'{before}"body":"{body}"'
     text = f"""HloModule m
 
 ENTRY %main.1 (p: bf16[8]) -> bf16[8] {{

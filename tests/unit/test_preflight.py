@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jvgen.config import ConfigError
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.schedule import ScheduleConfig
+from jvgen.launch.flags import flags_of
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn.kernel_report import KernelReport, collecting
@@ -22,7 +24,7 @@ from jvgen.nn.stacked import Remat
 from jvgen.parallel.chips import chip_named, chip_of
 from jvgen.parallel.mesh import MeshConfig, make_mesh
 from jvgen.parallel.rules import ShardingConfig
-from jvgen.preflight import ahead_of_time, collectives, topology
+from jvgen.preflight import ahead_of_time, collectives, program_cost, topology
 from jvgen.preflight import check as preflight
 from jvgen.preflight.ahead_of_time import compile_ahead
 from jvgen.preflight.check import check
@@ -44,6 +46,7 @@ from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.config import TrainingConfig
 from jvgen.training.experiment import Experiment
+from jvgen.training.optimization.health import one_per_step
 from jvgen.training.program import Program
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -319,6 +322,16 @@ def test_report_of_the_time(monkeypatch, capsys):
     monkeypatch.setattr("jvgen.cli.compile.experiment_of", lambda parsed: toys.experiment())
     assert cli.main(["estimate", "config.py", "--topology", "v5e:2x2"]) == 0
     assert capsys.readouterr().out.strip() == report.times()
+    # With the flags that a launch on these chips has, if they are asked for.
+    seen = []
+    monkeypatch.setattr(
+        ahead_of_time, "compile_ahead",
+        lambda *args, **options: seen.append(os.environ["LIBTPU_INIT_ARGS"].split()) or report,
+    )  # fmt: skip
+    for wanted in ("none", "preset"):
+        assert cli.main(["estimate", "config.py", "--topology", "v5p:2x2x1", "--xla-flags", wanted]) == 0
+    preset = {str(flag) for flag in flags_of(chip_named("v5p"))}
+    assert preset and preset <= set(seen[1]) and not preset & set(seen[0])
 
 
 def test_missing_compiler(monkeypatch):
@@ -380,23 +393,31 @@ def test_two_slices_cross_the_data_axis():
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
 
 
-def test_a_compiled_program_that_cannot_be_written_as_text_has_unknown_collectives():
+class Unwritable:
     """Of programs with SparseCore operations, as for tpu7x, this XLA cannot write the text."""
 
-    class Compiled:
-        def as_text(self) -> str:
-            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+    def as_text(self) -> str:
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
-    assert ahead_of_time._module(Compiled()) is None
+
+def test_a_compiled_program_that_nothing_writes_as_text_has_unknown_collectives(tmp_path):
+    assert ahead_of_time._module(Unwritable(), tmp_path) is None
 
 
 @needs_compiler
-def test_compile_for_a_small_pod():
+def test_compile_for_a_small_pod(monkeypatch):
     experiment = toys.experiment()
-    experiment = experiment.replace(
-        mesh=MeshConfig(fsdp=2, tensor=2), data=experiment.data.replace(buckets=experiment.data.buckets[:1])
-    )
-    reports = []
+    bucket = experiment.data.buckets[0]
+    # A later stage repeats the batch shape: compiled once.
+    stages = (bucket.replace(end_step=1), bucket.replace(start_step=1))
+    experiment = experiment.replace(mesh=MeshConfig(fsdp=2, tensor=2), data=experiment.data.replace(buckets=stages))
+    reports, read, modules = [], ahead_of_time._module, []
+
+    def both_ways(compiled, folder):
+        modules.extend([read(compiled, folder), read(Unwritable(), folder)])
+        return modules[0]
+
+    monkeypatch.setattr(ahead_of_time, "_module", both_ways)
     report = compile_ahead(experiment, "v5e:2x2", on_bucket=reports.append)
     assert reports == [report]
     assert report.fits and report.devices == 4 and report.chip == "v5e" and report.hbm_bytes == 15.75 * 2**30
@@ -404,6 +425,19 @@ def test_compile_for_a_small_pod():
     assert bucket.memory.arguments >= bucket.lower_bound.state > 0
     assert bucket.memory.aliased > 0 and bucket.collectives
     assert "TPU v5 lite" in report.mesh
+    # What libtpu writes itself is the same program; of some collectives it says more about their rings.
+    assert bucket.collectives == tuple(collectives.merged(collectives.read(modules[1])))
+    fields = ("name", "kind", "phase", "times", "flops", "bytes", "cycles", "start", "is_start", "block", "text")
+    found, expected = (
+        [[getattr(one, field) for field in fields] for one in program_cost.operations(module)] for module in modules
+    )
+    assert found == expected
+
+
+def test_stages_with_the_same_batch_shape_share_a_step():
+    (bucket, *_) = toys.experiment().data.buckets
+    later, larger = bucket.replace(start_step=5, weight=0.25), bucket.replace(batch_size=2 * bucket.batch_size)
+    assert one_per_step([bucket, later, larger, later]) == (bucket, larger)
 
 
 @needs_compiler

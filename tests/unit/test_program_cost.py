@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jvgen.nn.network import FROZEN_SCOPE
+from jvgen.parallel.chips import chip_named
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.preflight import hlo, program_cost, time_estimate, topology
 from jvgen.preflight.program_cost import Kind, Phase
@@ -123,6 +124,10 @@ ENTRY %main.1 (a: x) -> x {{
 """
     module = hlo.parse(text)
     assert program_cost.product_flops(module, module.computations["main.1"]["c"]) == flops
+    (made,) = program_cost.operations(hlo.parse(text.replace("bf16", "s8")))
+    assert (made.flops, made.int8_flops) == (flops, flops) and program_cost.operations(module)[0].int8_flops == 0
+    chip = chip_named("v5p")
+    assert 2 * time_estimate._product_seconds(made, chip) == flops / chip.device_peak_flops / time_estimate.PEAK_SHARE
 
 
 @pytest.mark.parametrize(
@@ -159,3 +164,44 @@ def test_links_of_a_sum_are_those_of_its_rings(strategy, links):
     )
     (found,) = program_cost.operations(module)
     assert found.sent is not None and found.sent.links == links
+
+
+# Two colors of rings, which are passed at the same time; the rings of a color one after the other.
+RINGS = """"color_strategies":[
+{"phase_rings":[{"id":"0","ring_type":"ICI_RING_TYPE_UNIDIR_CW"},{"id":"1","ring_type":"ICI_RING_TYPE_UNIDIR_CW"}]},
+{"phase_rings":[{"id":"0","ring_type":"ICI_RING_TYPE_UNIDIR_CCW"}]}]"""
+SPARSE_CORE = """HloModule m
+
+%reduce.1 (p.1: bf16[64,128]) -> bf16[64,128] {
+  %p.1 = bf16[64,128]{1,0} parameter(0)
+  ROOT %all-reduce.1 = bf16[64,128]{1,0} all-reduce(%p.1), replica_groups={{0,1,2,3}}, to_apply=%add,
+    backend_config={RINGS}
+}
+
+%queue.1 (p.2: bf16[64,128]) -> bf16[64,128] {
+  %p.2 = bf16[64,128]{1,0} parameter(0)
+  ROOT %call.1 = bf16[64,128]{1,0} custom-call(%p.2), custom_call_target="later", called_computations={%reduce.1}
+}
+
+ENTRY %main.1 (x: bf16[64,128]) -> bf16[64,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %load.1 = ((), (), (s32[7378944]{0})) async-start(), async_execution_thread="sparsecore", calls=%queue.1
+  %first.1 = bf16[64,128]{1,0} negate(%x)
+  %send.1 = ((bf16[64,128]{1,0}), bf16[64,128]{1,0}, (s32[7378944]{0})) async-update(%load.1, %first.1)
+  %beside.1 = bf16[64,128]{1,0} negate(%first.1)
+  %goes-on.1 = ((bf16[64,128]{1,0}), bf16[64,128]{1,0}, (s32[7378944]{0})) async-update(%send.1)
+  %done.1 = bf16[64,128]{1,0} async-done(%goes-on.1)
+  ROOT %sum.1 = bf16[64,128]{1,0} add(%done.1, %beside.1)
+}
+"""
+
+
+def test_a_collective_on_a_sparse_core_begins_when_its_arrays_are_there():
+    found = {one.name: one for one in program_cost.operations(hlo.parse(SPARSE_CORE.replace("RINGS", RINGS)))}
+    sent = found["send.1"].sent
+    assert found["send.1"].is_start
+    assert (sent.kind, sent.bytes, sent.group) == ("all-reduce", 64 * 128 * 2, (0, 1, 2, 3))
+    # Loading its program moves no array; what carries on and what waits belong to the same collective.
+    assert found["load.1"].sent is None and found["load.1"].bytes == 0
+    assert [found[name].start for name in ("load.1", "send.1", "goes-on.1", "done.1")] == ["", "", "send.1", "send.1"]
+    assert sum(one.sent is not None for one in found.values()) == 1

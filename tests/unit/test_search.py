@@ -116,7 +116,10 @@ def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
         return search.Found(candidate, Report(Memory(memory), Time(seconds)))
 
     monkeypatch.setattr(search, "_compiled", fake)
-    report = search.search(experiment, "v5e:2x2", batch_sizes=(2, 8), compilations=4)
+    # A batch shape of later stages, alone.
+    bucket = experiment.data.buckets[0].replace(start_step=3)
+    experiment = experiment.replace(data=experiment.data.replace(buckets=(bucket,)))
+    report = search.search(experiment, "v5e:2x2", batch_sizes=(2, 8), compilations=4, places=(1, 4))
     assert len(compiled) == 4 and report.too_large == 0
     assert report.best.candidate.mesh["seq"] == 2 and report.best.candidate.remat is Remat.NONE
     # Of every rematerialization and batch size the one with the fewest shards of a sequence is compiled.
@@ -127,6 +130,7 @@ def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
     assert [one.candidate.mesh["seq"] for one in report.found[:4]] == [2, 2, 1, 1]
     assert [one.candidate.remat for one in report.found[:4]][2:] == [Remat.SAVE_MATMULS, Remat.NONE]
     text = str(report)
+    assert report.best.candidate.settings.endswith("data.buckets.1.batch_size=2 data.buckets.4.batch_size=2")
     assert "does not fit" in text and "not compiled" in text and f"best: {report.best.candidate.settings}" in text
 
 

@@ -69,6 +69,14 @@ def bucket_key(bucket: BucketConfig) -> str:
     return f"{bucket.name}x{bucket.batch_size}"
 
 
+def one_per_step(buckets: Iterable[BucketConfig]) -> tuple[BucketConfig, ...]:
+    """The first bucket of every compiled step: stages often repeat a batch shape."""
+    first: dict[str, BucketConfig] = {}
+    for bucket in buckets:
+        first.setdefault(bucket_key(bucket), bucket)
+    return tuple(first.values())
+
+
 def stage_starts(buckets: Iterable[BucketConfig], optimizers: Iterable[OptimizerConfig]) -> tuple[int, ...]:
     """The steps after the first at which the batch shapes or the scale of a learning rate change."""
     steps = {step for bucket in buckets for step in (bucket.start_step, bucket.end_step) if step}
