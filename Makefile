@@ -22,17 +22,20 @@ PINS = $(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 READY = $(VENV)/.ready-$(PINS)
 READY_TO_TEST = $(VENV)/.ready-to-test-$(PINS)
 READY_FOR_WORLD = $(VENV)/.ready-for-world-$(PINS)
+READY_FOR_CONTROL = $(VENV)/.ready-for-control-$(PINS)
 READY_FOR_DOCS = $(VENV)/.ready-for-docs-$(PINS)
 JOBSET_CRD ?= build/jobset_crd.yaml
 JOBSET_CRD_URL = https://raw.githubusercontent.com/kubernetes-sigs/jobset/v0.10.1/charts/jobset/crds/jobset.x-k8s.io_jobsets.yaml
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
+# Python compiles what is imported, once and not at every start; pip would compile all, for a minute or more.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Of the newest versions, what is fast and touches them most: kernels, mesh, step, checkpoints, data, saved runs, weights.
 LATEST_TESTS = $(addprefix tests/,unit/test_attention.py unit/test_epipolar_attention.py unit/test_mesh.py \
 	unit/test_rules.py unit/test_step.py unit/test_checkpoint.py unit/test_loader.py unit/test_interop.py \
 	sharded/test_transformer.py processes/test_processes.py resume/test_saved_runs.py)
 
-.PHONY: help setup setup-test demo demo-world demo-views test test-latest test-slow test-faults test-launch bench aot docs lint clean
+.PHONY: help setup setup-test demo demo-world demo-views test test-latest test-slow test-faults test-control test-launch bench aot docs lint clean
 
 help:
 	@echo "make demo       build the embedded data, train two VAEs and a video DiT, resume, sample, export, report (CPU, minutes)"
@@ -42,6 +45,7 @@ help:
 	@echo "make test-latest  a fast part of it on Python 3.12 or newer, with the newest JAX (constraints-latest.txt)"
 	@echo "make test-slow  the checks that take longer (pod-sized compilations, long resume runs)"
 	@echo "make test-faults  kill, stop and damage tiny real runs; prints a table of what came of it"
+	@echo "make test-control  Meta-World and Stable-Baselines3, which it installs"
 	@echo "make test-launch  launch files, also under a real Slurm in a container of its own (root) and with several processes"
 	@echo "make bench      timings against PyTorch"
 	@echo "make docs       the documentation as a site, in build/site/html"
@@ -64,6 +68,11 @@ $(READY_FOR_WORLD): $(READY)
 	$(INSTALL) -e ".[control]"
 	@touch $@
 
+# Meta-World, and a policy library that steps a world model as it would any environment.
+$(READY_FOR_CONTROL): $(READY_TO_TEST)
+	$(INSTALL) -e ".[test,torch,metaworld]" stable-baselines3==2.9.2
+	@touch $@
+
 $(READY_FOR_DOCS): $(READY)
 	$(INSTALL) -e ".[docs]"
 	@touch $@
@@ -82,10 +91,10 @@ demo-views: setup
 	JAX_PLATFORMS=$(JAX_PLATFORMS) $(BIN)/jvgen demo views --workdir runs/demo_views
 
 test: setup-test
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 
 test-latest: setup-test
-	$(BIN)/python -m pytest $(LATEST_TESTS) -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
+	$(BIN)/python -m pytest $(LATEST_TESTS) -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 
 # With LLVM's optimizations, as users compile; `make test` leaves them out (tests/conftest.py).
 test-slow: setup-test
@@ -93,6 +102,11 @@ test-slow: setup-test
 
 test-faults: setup-test
 	$(BIN)/python -m tests.faults --workdir build/faults --out build/faults.md
+
+# Without OpenGL the tests with pictures skip; Debian's libosmesa6 is enough.
+test-control: $(READY_FOR_CONTROL)
+	MUJOCO_GL=$${MUJOCO_GL:-osmesa} $(BIN)/python -m pytest tests/unit/test_metaworld.py tests/unit/test_world_model.py \
+		tests/unit/test_scene_environment.py -m "not slow" --durations=5 -rs
 
 # Without the definition of JobSet (824 kB) the tests that need it skip.
 test-launch: setup-test

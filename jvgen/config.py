@@ -336,7 +336,8 @@ def _experiment_function(path: Path) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location(f"jvgen_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     with _mistakes_in(path):
-        spec.loader.exec_module(module)
+        # Not exec_module: it leaves bytecode beside the file, and reads it back if an edit keeps size and second.
+        exec(spec.loader.source_to_code(path.read_bytes(), str(path)), module.__dict__)
     function = getattr(module, "experiment", None)
     if not callable(function):
         raise ConfigError(f"{path}: a config file defines a function experiment() that returns an Experiment.")

@@ -24,6 +24,15 @@ install_import_hook(
 )
 
 
+# Long, and late by name: begun last, one of them runs while the other processes have nothing left.
+LONG = ("test_video_vae_task.py", "test_video_dit.py", "test_step.py", "test_saved_runs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)

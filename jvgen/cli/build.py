@@ -84,7 +84,8 @@ def _add_environment(origins) -> None:
     parser.add_argument("--workers", type=number(Workers), default=1, metavar="N", help="processes that record")
     add_set_argument(
         parser, "FIELD=VALUE",
-        "set a field of jvgen.runs.recording.RecordingConfig: policy, noise, steps, size, quality (repeatable)",
+        "set a field of jvgen.runs.recording.RecordingConfig: policy, noise, random_share, steps, size, quality "
+        "(repeatable)",
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from jvgen.evaluation.contact_sheets import contact_sheet, png_bytes
 from jvgen.storage import Path, local_copy, write_bytes, write_text
 
 SHOWN = 8  # candidates in the picture of a plan
+LABELED_ROW = 48  # pixels of a row's height that its label needs there
 FRAMES_PER_SECOND = 8.0
 
 
@@ -225,4 +226,6 @@ def candidate_sheet(planner: Planner, start: np.ndarray, episode: Episode) -> np
     shown = order[np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int)]
     actions = np.concatenate([np.asarray(plan.candidates)[shown], np.asarray(plan.actions)[None]])
     frames, _ = planner.predict(start, actions)
-    return contact_sheet([*to_pixels(frames), episode.frames[1 : actions.shape[1] + 1]])
+    rows = [*to_pixels(frames), episode.frames[1 : actions.shape[1] + 1]]
+    labels = [f"cost {float(plan.costs[number]):.3g}" for number in shown] + ["the plan", "what happened"]
+    return contact_sheet(rows, scale=max(1, round(LABELED_ROW / rows[0].shape[1])), labels=labels)

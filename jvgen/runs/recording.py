@@ -12,7 +12,7 @@ from jvgen.data.builders.build_loop import BuildJob, Execution, Progress, Summar
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import encode_video
 from jvgen.storage import Path
-from jvgen.value_rules import Frames, Pixels, Quality, Weight
+from jvgen.value_rules import Fraction, Frames, Pixels, Quality, Weight
 
 FRAMES_PER_SECOND = 8.0
 
@@ -25,6 +25,8 @@ class RecordingConfig(Config):
       policy: "expert": the environment's own `expert_action()`; "random": uniform actions.
       noise: standard deviation of the noise on the expert's actions, in units of half their range: without any, a world
         model never sees what wrong actions do.
+      random_share: share of the expert's actions that uniform ones replace. What the expert does tells what it sees, so
+        a model of its recordings can take the action for the state; what a random action does is its own effect.
       steps: actions per episode; the environment's own length if None.
       size: side of Meta-World's frames.
       quality: constant rate factor (CRF) of the clips.
@@ -32,6 +34,7 @@ class RecordingConfig(Config):
 
     policy: Literal["expert", "random"] = "expert"
     noise: Weight = 0.3
+    random_share: Fraction = 0.0
     steps: Frames | None = None
     size: Pixels | None = None
     quality: Quality = 12
@@ -101,7 +104,7 @@ def record_episode(name: str, config: RecordingConfig, seed: int, index: int) ->
     frame, _ = environment.reset(seed=int(rng.integers(2**31)))
     frames, actions, rewards, ended = [frame], [], [], False
     while not ended:
-        if config.policy == "random":
+        if config.policy == "random" or (config.random_share and rng.uniform() < config.random_share):
             action = rng.uniform(space.low, space.high)
         else:
             action = environment.expert_action() + config.noise * half * rng.normal(size=space.shape)

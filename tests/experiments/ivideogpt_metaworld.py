@@ -289,7 +289,8 @@ def pictures(workdir: Path, name: str, video: np.ndarray, clips: dict[str, np.nd
         rows = [video[number]]
         for clip in clips.values():
             rows.append(np.concatenate([video[number, :count], to_pixels(clip[number])]))
-        (workdir / f"{name}_{number:03d}.png").write_bytes(png_bytes(contact_sheet(rows, scale=3)))
+        sheet = contact_sheet(rows, scale=3, labels=["recorded", *clips])
+        (workdir / f"{name}_{number:03d}.png").write_bytes(png_bytes(sheet))
 
 
 def as_markdown(report: dict[str, Any]) -> str:

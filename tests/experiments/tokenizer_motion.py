@@ -2,11 +2,12 @@
 
     python -m tests.experiments.tokenizer_motion DATA --weight 10 --steps 600 --out runs/tokenizer
 
-DATA is a data set of clips of 32x32; the tokenizer is that of `configs/demo_ivideogpt_tokenizer.py` with more codes,
-from scratch or from `--initial FOLDER` (exported). Every 50 steps, on 32 held-out clips: PSNR (whole frames, moving
-pixels, the others) of later frames through the tokenizer with their ids and with those of other clips, which are as
-good where ids say nothing; ids in use; ids that differ from those of the frame before; standard deviations of latents
-before quantization, over the frames of a clip and over clips, frames and places. `--stop 0` scores `--initial` alone.
+DATA is one data set of clips of 32x32 or several; the tokenizer is that of `configs/demo_ivideogpt_tokenizer.py` with
+more codes, from scratch or from `--initial FOLDER` (exported). Every 50 steps, on 32 held-out clips: PSNR (whole
+frames, moving pixels, the others) of later frames through the tokenizer with their ids and with those of other clips,
+which are as good where ids say nothing; ids in use; ids that differ from those of the frame before; standard deviations
+of latents before quantization, over the frames of a clip and over clips, frames and places. `--stop 0` scores
+`--initial` alone.
 """
 
 import argparse
@@ -35,7 +36,7 @@ SIDE, CONTEXT, HORIZON, LATER, BATCH, HELD_OUT = 32, 2, 12, 3, 4, 32
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and print the scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--weight", type=float, default=0.0, help="task.moving_weight")
     parser.add_argument("--steps", type=int, default=300, help="of the schedule")
     parser.add_argument("--stop", type=int, help="end earlier")
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = config.load(CONFIGS / "demo_ivideogpt_tokenizer.py")
     network = experiment.task.network.replace(context_codes=parsed.codes, future_codes=parsed.codes)
     task = experiment.task.replace(network=network, moving_weight=parsed.weight).build()
-    train, validation = (episodes(parsed.data, split) for split in ("train", "validation"))
+    train, validation = (
+        [clip for folder in parsed.data for clip in episodes(folder, split)] for split in ("train", "validation")
+    )
     held_out, rng = draw(validation, HELD_OUT, np.random.default_rng(7)), np.random.default_rng(0)
     parameters = {name: jax.jit(one.init)(jax.random.key(0)) for name, one in task.networks.items()}
     if parsed.initial is not None:

@@ -2,9 +2,9 @@
 
     python -m tests.experiments.world_model_ablation --scenes DATA --tokenizer FOLDER --workdir runs/ablation
 
-DATA is a data set of driven scenes or of an environment, FOLDER an exported tokenizer of it. All windows are tokenized
-once; then the transformer of `configs/demo_ivideogpt_transformer.py` is trained per variant and seed, with equal steps
-and batches, and its greedy rollouts predict windows of the validation split. Every variant is exported
+DATA is a data set of driven scenes or of an environment, or several, FOLDER an exported tokenizer of them. All windows
+are tokenized once; then the transformer of `configs/demo_ivideogpt_transformer.py` is trained per variant and seed,
+with equal steps and batches, and its greedy rollouts predict windows of the validation split. Every variant is exported
 (`WORKDIR/VARIANT_SEED` holds tokenizer/ and transformer/, as `jvgen plan` and `jvgen play` take them).
 
 The report: PSNR of whole frames and of moving pixels beside copying the last frame of the context and the tokenizer
@@ -65,7 +65,9 @@ class Windows:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tokenize, train all variants, score them, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=Path, required=True, help="data set with actions and rewards")
+    parser.add_argument(
+        "--scenes", type=Path, nargs="+", required=True, help="data sets of the same actions and rewards"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="exported tokenizer of these recordings")
     parser.add_argument("--workdir", type=Path, required=True, help="exports and the report are written here")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, by comma")
@@ -103,16 +105,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def windows_of(
-    folder: Path, split: str, tokenizer: CompressiveTokenizerConfig, weights: Any, frames: int, count: int
+    folders: Sequence[Path],
+    split: str,
+    tokenizer: CompressiveTokenizerConfig,
+    weights: Any,
+    frames: int,
+    count: int,
 ) -> Windows:
-    """`count` windows per clip of a split, spread from its start to its end."""
-    source = open_source(folder, split)
+    """`count` windows per clip of a split of these data sets, spread from its start to its end."""
     bucket = BucketConfig(frames=frames, height=tokenizer.resolution, width=tokenizer.resolution, batch_size=1)
     network, layout = Network.of(lambda rngs: CompressiveTokenizer(tokenizer, rngs=rngs)), tokenizer.layout(frames)
     run = jax.jit(lambda p, x: layout.flatten(*network.bind(p).tokenize(x.astype(jnp.float32) / 255)))
     windows, ids = [], []
-    for number in range(len(source)):
-        record = source.read(number)
+    sources = [open_source(folder, split) for folder in folders]
+    for record in (source.read(number) for source in sources for number in range(len(source))):
         for start in np.linspace(0, record.frames - frames, count).round().astype(int) if count > 1 else [0]:
             sample = ClipSpec(start=int(start), stride=1, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
             windows.append(load_example(record, sample, bucket, "center_crop"))
@@ -208,10 +214,11 @@ def evaluate(world: WorldModel, held_out: Windows, folder: Path, per_clip: int =
     scores = {way: score(clip_of, true, moving) for way, clip_of in clips.items()}
     chosen = np.asarray(made.ids)
     valid = (chosen >= layout.context_codes) & (chosen < layout.context_codes + layout.future_codes)
+    shown = ("model", "other actions", "tokenizer alone")
     rows = [row for number in range(4) for row in (
-        video[number], *(np.concatenate([video[number, :count], to_pixels(clips[way][number])])
-                         for way in ("model", "other actions", "tokenizer alone")))]  # fmt: skip
-    (folder / "rollouts.png").write_bytes(png_bytes(contact_sheet(rows, scale=3)))
+        video[number], *(np.concatenate([video[number, :count], to_pixels(clips[way][number])]) for way in shown)
+    )]  # fmt: skip
+    (folder / "rollouts.png").write_bytes(png_bytes(contact_sheet(rows, scale=3, labels=("recorded", *shown) * 4)))
     return {
         "windows": len(video),
         "moving": float(moving.mean()),

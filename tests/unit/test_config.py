@@ -4,7 +4,9 @@ import dataclasses
 import enum
 import importlib
 import json
+import os
 import pkgutil
+import sys
 from typing import ClassVar
 
 import pytest
@@ -164,6 +166,16 @@ def test_load_names_near_files(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="experiment()"):
         load(tmp_path / "empty.py")
+
+
+def test_an_edit_of_equal_size_in_the_same_second_is_read_and_no_file_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "small.py"
+    for value in (7, 8):
+        file.write_text(f"def experiment():\n    return {value}\n")
+        os.utime(file, (1_800_000_000, 1_800_000_000))
+        assert load(file) == value
+    assert list(tmp_path.iterdir()) == [file]
 
 
 WITH_VARIANTS = """

@@ -92,7 +92,7 @@ def test_two_updates_equal_torch(agent, batch, updated) -> None:
         return [layers(weights, f"values/{number}", x)[:, 0] for number in range(2)]
 
     arrays = {name: torch.from_numpy(np.array(value)) for name, value in batch._asdict().items()}
-    for random, metrics in made:
+    for number, (random, metrics) in enumerate(made):
         frames = torch_shifted(torch, arrays["frames"], random.shift)
         after = encode(torch_shifted(torch, arrays["next_frames"], random.next_shift)).detach()
         with torch.no_grad():
@@ -111,6 +111,8 @@ def test_two_updates_equal_torch(agent, batch, updated) -> None:
         adams["actor"].zero_grad()
         actor_loss.backward()
         adams["actor"].step()
+        if number == 0:
+            check_gradients(torch, states[1].optimizer, networks, adams)
         for name, value in target.items():
             value.copy_(CONFIG.target_rate * networks["critic"][name].detach() + (1 - CONFIG.target_rate) * value)
         np.testing.assert_allclose(metrics["critic_loss"], loss.item(), rtol=1e-4)
@@ -123,6 +125,15 @@ def test_two_updates_equal_torch(agent, batch, updated) -> None:
             assert error < 2e-4, f"{name}/{path}: {error}"
             moved = torch_parameters(torch, {**states[0].parameters, "target": states[0].target}[name])[path]
             assert (value - moved).abs().max() > 10 * error, f"{name}/{path} did not move"
+
+
+def check_gradients(torch, optimizer, networks, adams) -> None:
+    """After one update Adam's first moments are a tenth of the gradients, whose scale its step does not show."""
+    for name, (_, (adam, *_)) in optimizer.items():
+        for path, moment in torch_parameters(torch, adam.mu).items():
+            theirs = adams[name].state[networks[name][path]]["exp_avg"]
+            error, size = (moment - theirs).abs().max().item(), theirs.abs().max().item()
+            assert error < 1e-4 * size, f"gradient of {name}/{path}: {error} of {size}"
 
 
 def torch_parameters(torch, tree) -> dict:

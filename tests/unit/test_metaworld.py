@@ -27,21 +27,21 @@ def environment():
     made.close()
 
 
-# Mean color of the upper and of the lower half of the first frame of reach-v3 with place 0.
-HALVES = {
-    "corner": ((127, 107, 104), (108, 92, 85)),
-    "corner2": ((142, 135, 132), (140, 127, 121)),
-    "corner3": ((159, 131, 126), (131, 117, 110)),
-    "corner4": ((137, 117, 114), (119, 90, 78)),
-    "topview": ((146, 109, 102), (138, 111, 97)),
-    "behindGripper": ((126, 104, 91), (124, 112, 108)),
-    "gripperPOV": ((140, 111, 93), (110, 114, 98)),
+# Mean colors of the quarters of the first frame of reach-v3 with place 0: the two above, the two below.
+QUARTERS = {
+    "corner": ((127, 89, 86), (127, 126, 122), (108, 87, 81), (109, 97, 89)),
+    "corner2": ((149, 148, 145), (134, 122, 119), (157, 146, 138), (122, 107, 104)),
+    "corner3": ((181, 173, 168), (137, 90, 83), (157, 142, 132), (106, 92, 87)),
+    "corner4": ((144, 138, 135), (130, 97, 94), (133, 105, 89), (105, 75, 68)),
+    "topview": ((136, 82, 76), (155, 135, 128), (134, 109, 95), (141, 112, 99)),
+    "behindGripper": ((123, 101, 88), (130, 106, 93), (126, 113, 110), (122, 111, 108)),
+    "gripperPOV": ((139, 112, 96), (141, 110, 91), (87, 127, 115), (132, 101, 81)),
 }
 
 
 @pytest.mark.parametrize("camera", CAMERAS)
 def test_every_camera_stands_upright(camera) -> None:
-    """A renderer that turned frames over would exchange the halves."""
+    """A renderer that turned frames over, or mirrored them, would exchange the quarters."""
     made = MetaWorldEnvironment("reach-v3", camera=camera, size=48)
     try:
         frame, info = made.reset(options={"place": 0})
@@ -49,9 +49,10 @@ def test_every_camera_stands_upright(camera) -> None:
         pytest.skip(str(error))
     made.close()
     assert info == {"place": 0} and frame.shape == (48, 48, 3) and frame.dtype == np.uint8
-    halves = [half.mean((0, 1)) for half in (frame[:24], frame[24:])]
-    np.testing.assert_allclose(halves, HALVES[camera], atol=3)
-    assert np.abs(halves[0] - halves[1]).max() > 8
+    quarters = frame.reshape(2, 24, 2, 24, 3).mean((1, 3))
+    np.testing.assert_allclose(quarters, np.array(QUARTERS[camera]).reshape(2, 2, 3), atol=3)
+    # Enough of a difference to be seen: upside down, and mirrored.
+    assert np.abs(quarters[::-1] - quarters).max() > 8 and np.abs(quarters[:, ::-1] - quarters).max() > 6
 
 
 def test_states_can_be_gone_back_to(environment) -> None:

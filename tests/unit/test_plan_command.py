@@ -42,8 +42,9 @@ def test_plans_in_a_world_model(world, scenes, tmp_path) -> None:
     environment = SceneEnvironment.of_dataset(scenes)
     outcome = plan_episodes(environment, world, cost_for("pixels"), CONFIG, episodes=2, steps=3)
     assert [len(episode.actions) for episode in outcome.episodes] == [3, 3] and outcome.summary["plans_per_second"] > 0
-    # Candidates, plan and reality: rows of two frames.
-    assert outcome.sheet.shape == (8 * 16 + 7 * 2, 2 * 16 + 2, 3)
+    # Candidates, plan and reality: rows of two frames, enlarged for their labels.
+    height, width, _ = outcome.sheet.shape
+    assert height == 3 * (8 * 16 + 7 * 2) and width > 3 * (2 * 16 + 2) + 40
     files = write_outcome(outcome, tmp_path)
     assert [file.name for file in files] == [
         "episode_000.mp4", "episode_000.json", "episode_001.mp4", "episode_001.json", "first_plan.png", "summary.json"

@@ -9,6 +9,7 @@ from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.store.sources import open_source
 from jvgen.data.video_files import decode_window
+from jvgen.runs.recording import RecordingConfig, record_episode
 
 SMALL = SceneConfig(height=16, width=16, frames=6, kinds={"dynamic": 1.0}, driven=1.0, supersampling=1)
 
@@ -40,6 +41,18 @@ def test_recorded_actions_lead_to_the_recorded_frames(scenes, tmp_path, policy) 
     np.testing.assert_allclose(record.rewards, [*rewards, 0.0], atol=1e-6)
     if policy == "expert":
         assert sum(rewards) > 0.5
+
+
+def test_a_share_of_random_actions_among_those_of_the_expert(scenes) -> None:
+    config = RecordingConfig(noise=0.0, random_share=0.5, steps=5, quality=0)
+    environment, alike = SceneEnvironment.of_dataset(scenes, "train", steps=5), []
+    for index in range(8):
+        rng = np.random.default_rng((0, index))
+        environment.reset(seed=int(rng.integers(2**31)))
+        for action in record_episode(str(scenes), config, 0, index).actions[:-1]:
+            alike.append(np.allclose(action, np.clip(environment.expert_action(), -1, 1), atol=1e-6))
+            environment.step(action)
+    assert 10 <= sum(alike) <= 30
 
 
 def test_an_environment_without_an_expert(tmp_path, capsys) -> None:
