@@ -36,7 +36,9 @@ def entries(folder: Path) -> list[Path]:
     return sorted(folder.glob("*-cache"))
 
 
-def test_a_run_keeps_its_programs_and_the_next_start_reads_them(tmp_path, capfd):
+def test_a_run_keeps_its_programs_and_the_next_start_reads_them(tmp_path, capfd, monkeypatch):
+    # A fast machine compiles the smallest of the programs in less than what is worth keeping.
+    monkeypatch.setattr(compilation, "MIN_COMPILE_SECONDS", 0.0)
     experiment = toys.experiment(**{"training.evaluate_every": 2, "training.evaluation_batches": 2})
     assert train(experiment, tmp_path, stop_after=1, make_loader=toys.FakeLoader) == exit_codes.DONE
     # Two steps, and "evaluate" for the two buckets of the evaluation batches.
