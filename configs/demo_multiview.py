@@ -35,7 +35,9 @@ def experiment() -> Experiment:
         task=MultiViewConfig(
             **{
                 **vars(task),
-                "denoiser": MultiViewDiTConfig(**vars(task.denoiser), sync=SyncConfig(every=2, groups=16)),
+                "denoiser": MultiViewDiTConfig(
+                    **vars(task.denoiser.replace(sample_frames=8)), sync=SyncConfig(every=2, groups=16)
+                ),
                 "guidance": task.guidance.replace(scale=2.0),
             },
             pairing=PairingConfig(),

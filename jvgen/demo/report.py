@@ -240,7 +240,10 @@ def write_report(workdir: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
         report.text("The exported folders were loaded strictly by the classes of diffusers, and the outputs compared.")
         report.table([[name, line] for name, line in checked], ["check", "result"])
     else:
-        report.text("torch and diffusers are not installed: the exports were written but not compared.")
+        report.text(
+            "torch and diffusers are not installed: the exports were written but not compared. With them "
+            "(`pip install 'jvgen[torch]'`) another start of the demo compares them and does nothing else."
+        )
 
     report.section("Metrics")
     report.definitions(

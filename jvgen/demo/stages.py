@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from jvgen.evaluation.report import Report
 
 # One compilation cache for all stages, so that a resumed run does not compile again.
 CACHE = "compilation_cache"
+# Stages that do not need each other: each has about a gigabyte in memory.
+AT_ONCE = 2
 
 
 class DemoFailed(RuntimeError):
@@ -42,6 +46,7 @@ class Stages:
         self._logs.mkdir(exist_ok=True)
         self._path = workdir / "stages.json"
         self._about = about or {}
+        self._lock = threading.Lock()
         self.records: list[dict] = json.loads(self._path.read_text()) if self._path.exists() else []
 
     def run(self, name: str, arguments: Sequence[object]) -> None:
@@ -60,12 +65,43 @@ class Stages:
         if "--to" in arguments and (self._logs / f"{name}.log").exists():
             # `export` and `import` refuse to write to a folder that is not empty.
             shutil.rmtree(arguments[arguments.index("--to") + 1], ignore_errors=True)
-        start, processor = time.perf_counter(), _processor_seconds()
+        start = time.perf_counter()
         self._announce(name, arguments)
-        status = self._start(name, arguments).wait()
-        self._record(name, arguments, start, processor, status)
+        process = self._start(name, arguments)
+        # `wait4` tells what this process used, whatever runs beside it.
+        _, how, used = os.wait4(process.pid, 0)
+        process.returncode = status = os.waitstatus_to_exitcode(how)
+        self._record(name, arguments, start, used.ru_utime + used.ru_stime, status)
         if status != 0:
             raise DemoFailed(f"stage {name} exited with status {status}:\n{self._tail(name)}")
+
+    def side_by_side(self, stages: Mapping[str, Sequence[object]]) -> None:
+        """`run` of commands that do not need each other, two at a time: each compiles on one core.
+
+        Args:
+          stages: arguments of `jvgen` by name of a stage.
+
+        Raises:
+          DemoFailed: as `run`, of the first in order that failed, when those that run beside it have ended.
+        """
+        failed = threading.Event()
+
+        def start(name: str, arguments: Sequence[object]) -> None:
+            if failed.is_set():
+                return
+            try:
+                self.run(name, arguments)
+            except BaseException:
+                failed.set()
+                raise
+
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            for one in [pool.submit(start, name, arguments) for name, arguments in stages.items()]:
+                one.result()
+        finally:
+            # After Ctrl-C those that wait do not start.
+            pool.shutdown(cancel_futures=True)
 
     def interrupt(self, name: str, arguments: Sequence[object], run: Path, by: signal.Signals) -> None:
         """Run a training command, send it a signal after its next checkpoint, and run the same command again.
@@ -95,7 +131,7 @@ class Stages:
             status = process.wait()
             expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}[by]
             stopped = {"interrupted_by": by.name} if status == expected else {}
-            self._record(first, arguments, start, processor, status, **stopped)
+            self._record(first, arguments, start, _processor_seconds() - processor, status, **stopped)
             if status not in (expected, 0):
                 raise DemoFailed(f"stage {first} exited with status {status}, not {expected}:\n{self._tail(first)}")
         self.run(name, arguments)
@@ -137,11 +173,12 @@ class Stages:
     ) -> None:
         seconds = time.perf_counter() - start
         record = {
-            "name": name, "command": command_line(arguments), "seconds": seconds,
-            "processor_seconds": _processor_seconds() - processor, "status": status,
+            "name": name, "command": command_line(arguments), "began": time.time() - seconds, "seconds": seconds,
+            "processor_seconds": processor, "status": status,
         }  # fmt: skip
-        self.records.append(record | more)
-        self._path.write_text(json.dumps(self.records, indent=1))
+        with self._lock:
+            self.records.append(record | more)
+            self._path.write_text(json.dumps(self.records, indent=1))
         print(f"[{name}] {seconds:.1f} s", flush=True)
 
     def _tail(self, name: str) -> str:
@@ -159,8 +196,20 @@ def check_configs(*files: Path) -> None:
 
 def subtitle(made: str, parts: Sequence[Mapping[str, Any]]) -> str:
     """The line below a report's title: what was made, on what and in how long."""
-    minutes = sum(part["seconds"] for part in parts) / 60
+    minutes = seconds_by_the_clock(parts) / 60
     return f"{made} on {os.cpu_count()} CPU cores in {minutes:.1f} minutes. jvgen {__version__}, jax {jax.__version__}."
+
+
+def seconds_by_the_clock(parts: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds in which at least one stage ran: those side by side count once."""
+    seconds = until = 0.0
+    # Records of version 0.2.0 and earlier do not say when a stage began; its stages ran one by one.
+    for part in sorted(parts, key=lambda part: part.get("began", 0.0)):
+        began = part.get("began", until)
+        end = began + part["seconds"]
+        seconds += max(0.0, end - max(began, until))
+        until = max(until, end)
+    return seconds
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ SCENES = (
 )  # fmt: skip
 TRAIN_SCENES, HELD_OUT_SCENES = 600, 64
 VAE_STEPS, SINGLE_STEPS, STEPS = 200, 280, 110
+# As many as a clip of a pair has.
+SINGLE_FRAMES = 8
 # Of the learning rate, for what single clips have trained already: at the whole rate captions are forgotten.
 SINGLE_RATE = 0.2
 GUIDANCE = 3.0
@@ -95,8 +97,9 @@ def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
     kinds = [word for kind in ("static", "dynamic") for word in ("--set", f"data.kind_weights.{kind}={KINDS[kind]}")]
     stages.run(
         "train_single",
-        ["train", single_config, "--workdir", single, *common, *kinds, "--set", f"training.steps={SINGLE_STEPS}"],
-    )
+        ["train", single_config, "--workdir", single, *common, *kinds, "--set", f"training.steps={SINGLE_STEPS}",
+         "--set", f"data.buckets.0.frames={SINGLE_FRAMES}", "--set", f"task.denoiser.sample_frames={SINGLE_FRAMES}"],
+    )  # fmt: skip
     train = [
         "train", views_config, "--workdir", run, *common, "--set", f"init_from.run={single}",
         "--set", "init_from.allow_partial=true", "--set", f"optimizer.multipliers.denoiser={SINGLE_RATE}",
@@ -104,16 +107,17 @@ def demo(workdir: Path, configs: Path, other: Path = Path("runs/demo")) -> int:
         "--set", f"training.steps={STEPS}", "--set", "checkpoint.every=50",
     ]  # fmt: skip
     stages.interrupt("train_views", train, run, signal.SIGTERM)
-    stages.run(
-        "evaluate_views",
-        ["evaluate", run, "--batches", 1, "--samples", 8, "--out", workdir / "views.json",
-         "--report", workdir / "evaluation.html"],
-    )  # fmt: skip
     prompts = workdir / "prompts.txt"
     prompts.write_text("".join(f"{prompt}\n" for prompt in demo_prompts()))
     sample = ["sample", run, "--prompts", prompts, "--cameras", CAMERAS, "--views", VIEWS, "--seed", 1]
-    stages.run("sample", [*sample, "--out", workdir / "samples"])
-    stages.run("sample_untrained", [*sample, "--untrained", "--out", workdir / "samples_untrained"])
+    stages.side_by_side({
+        "sample": [*sample, "--out", workdir / "samples"],
+        "evaluate_views": [
+            "evaluate", run, "--batches", 1, "--samples", 8, "--out", workdir / "views.json",
+            "--report", workdir / "evaluation.html",
+        ],
+        "sample_untrained": [*sample, "--untrained", "--out", workdir / "samples_untrained"],
+    })  # fmt: skip
     print(f"report: {write_report(workdir, stages.records, demo_prompts(), COLORS)}")
     return 0
 

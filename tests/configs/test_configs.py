@@ -59,8 +59,8 @@ TOY_SIZE, TOY_FRAMES = 32, 5
 # Tracing and compiling these takes long; others of the same make, or the tests of their tasks, do it in any case.
 SLOW = {
     "cogvideox_2b", "cv_vae_causal", "cv_vae_sd21", "cv_vae_sd3", "cvd_2b", "demo_cv_vae", "demo_image_latents",
-    "demo_control_from_scratch", "demo_control_pretrained", "demo_ivideogpt_tokenizer", "demo_multiview",
-    "cogvideox_2b_lora",
+    "demo_control_from_scratch", "demo_control_pretrained", "demo_image_to_video", "demo_ivideogpt_tokenizer",
+    "cogvideox_2b_lora", "demo_multiview",
     "image_vae_sd", "repvideo_2b", "shown_cv_vae", "shown_image_vae", "shown_text_to_video",
 }  # fmt: skip
 SLOW |= {name for name in CONFIGS if name.startswith(("ivideogpt_", "mbrl_metaworld_", "repvideo_2b_scratch_"))}

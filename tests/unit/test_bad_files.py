@@ -410,7 +410,7 @@ def test_only_named_errors_lose_their_traceback(name):
 
 
 def test_what_changed_at_a_resume_is_told_field_by_field():
-    before = config.load(DEMO)
+    before = config.override(config.load(DEMO), ["training.steps=280", "checkpoint.every=60"])
     now = config.override(before, [
         "training.steps=500", "optimizer.learning_rate=0.001", "optimizer.clip_norm=none", "checkpoint.every=60",
         "ema.decays=0.5", "data.threads=1", "mesh.fsdp=1",

@@ -16,7 +16,7 @@ from jvgen.data.scenes.labels import COLORS, labels_of
 from jvgen.data.video_files import encode_video
 from jvgen.demo import demo, views, views_report, world, world_report
 from jvgen.demo import report as demo_report
-from jvgen.demo.stages import DemoFailed, Stages, command_line
+from jvgen.demo.stages import DemoFailed, Stages, command_line, seconds_by_the_clock
 from jvgen.interop.to_torch import export_network
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.inflate import inflate
@@ -64,6 +64,54 @@ def test_a_complete_stage_is_skipped(stages, tmp_path, capsys):
     (noted,) = json.loads((tmp_path / "stages.json").read_text())
     assert (noted["name"], noted["status"]) == ("data", 0) and noted["command"].startswith("jvgen ")
     assert noted["seconds"] > 0
+
+
+MEETS = """
+import pathlib, sys, time
+own, other = (pathlib.Path(name) for name in sys.argv[1:3])
+own.touch()
+for _ in range(600):
+    if other.exists(): sys.exit(int(sys.argv[3]))
+    time.sleep(0.05)
+sys.exit(4)
+"""
+
+
+def test_stages_side_by_side_run_at_once_and_count_once(stages, tmp_path):
+    left, right = tmp_path / "left", tmp_path / "right"
+    stages.side_by_side({"one": [MEETS, left, right, 0], "other": [MEETS, right, left, 0]})
+    assert [record["status"] for record in stages.records] == [0, 0]
+    seconds = [record["seconds"] for record in stages.records]
+    assert max(seconds) - 0.01 <= seconds_by_the_clock(stages.records) < sum(seconds)
+    assert all(0 < record["processor_seconds"] < record["seconds"] + 0.1 for record in stages.records)
+    again = Stages(tmp_path)
+    again.side_by_side({"one": [MEETS, left, right, 0], "other": [MEETS, right, left, 0]})
+    assert len(again.records) == 2
+
+
+def test_the_first_failure_of_stages_side_by_side_is_raised(stages, tmp_path):
+    left, right = tmp_path / "left", tmp_path / "right"
+    with pytest.raises(DemoFailed, match="stage one exited with status 3"):
+        stages.side_by_side({"one": [MEETS, left, right, 3], "other": [MEETS, right, left, 0]})
+    assert {record["name"]: record["status"] for record in stages.records} == {"one": 3, "other": 0}
+
+
+def test_nothing_starts_after_a_failure_beside_it(stages, tmp_path):
+    """The other stage goes on until the failure is recorded; then the third would have its turn."""
+    waits = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\ntime.sleep(0.5)"
+    with pytest.raises(DemoFailed, match="stage one exited with status 3"):
+        stages.side_by_side({
+            "one": ["import sys; sys.exit(3)"], "other": [waits, tmp_path / "stages.json"],
+            "third": append(tmp_path / "ran"), "fourth": append(tmp_path / "ran"),
+        })  # fmt: skip
+    assert {record["name"]: record["status"] for record in stages.records} == {"one": 3, "other": 0}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_time_by_the_clock():
+    parts = [{"began": began, "seconds": seconds} for began, seconds in ((0, 10), (5, 3), (8, 6), (100, 1))]
+    assert seconds_by_the_clock(parts) == 15
+    assert seconds_by_the_clock([{"seconds": 2.0}, {"seconds": 3.0}]) == 5
 
 
 def test_what_another_command_made_is_not_reported_as_this_demos(stages, tmp_path):
@@ -194,7 +242,7 @@ def test_every_command_parses_and_configs_fit_the_scenes(tmp_path, monkeypatch):
     task = experiments["train_text_to_video"].task
     (bucket,) = experiments["train_text_to_video"].data.buckets
     assert (bucket.frames, bucket.height, bucket.width) == (demo.FRAMES, demo.SIZE, demo.SIZE)
-    assert task.latent_shape(demo.FRAMES, demo.SIZE, demo.SIZE) == (8, 8, 8) and task.latent_scale == 0.25
+    assert task.latent_shape(demo.FRAMES, demo.SIZE, demo.SIZE) == (5, 8, 8) and task.latent_scale == 0.25
     # Each stage reads what an earlier one writes.
     assert Path(task.vae_weights) == parsed["evaluate_video_vae"].vae == Path(parsed["latents"].vae)
     assert parsed["sample_swapped"].vae == parsed["evaluate_video_vae"].image_vae == parsed["inflate"].weights
