@@ -31,13 +31,8 @@ class PodRun:
     @property
     def name(self) -> str:
         """For file names: "cv_vae-sd21-v5p-2x2x4", "repvideo_2b-v6e-8x16-mesh.seq=4"."""
-        return "-".join((self.name_without_overrides, *self.overrides))
-
-    @property
-    def name_without_overrides(self) -> str:
-        """What results had as the name before 2026-11-29."""
         config = self.config.removeprefix("configs/").replace(".py", "").replace(":", "-")
-        return f"{config}-{self.topology.replace(':', '-')}"
+        return "-".join((config, self.topology.replace(":", "-"), *self.overrides))
 
     def experiment(self) -> Experiment:
         """The config with its overrides."""
@@ -69,6 +64,7 @@ RUNS = (
     PodRun("configs/cogvideox1_5_5b.py:repvideo", "v5p:4x4x4"),
     PodRun("configs/cogvideox1_5_5b.py:repvideo_image_to_video", "v5p:4x4x4"),
     PodRun("configs/repvideo_2b_scratch.py", "v5p:4x4x8"),
+    PodRun("configs/repvideo_2b_scratch.py", "v5p:4x4x8", ("mesh.seq=2", "task.denoiser.remat=save_matmuls")),
     PodRun("configs/repvideo_2b_scratch.py", "v5e:16x16"),
     PodRun("configs/repvideo_2b_scratch.py", "v6e:16x16"),
     PodRun("configs/repvideo_2b_scratch.py:heads_128", "v5p:4x4x4"),
@@ -83,11 +79,8 @@ RUNS = (
 
 
 def results() -> dict[str, Any]:
-    """What was found: by name of the run, by batch shape. Names of results that are older than overrides get them."""
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    renamed = {run.name_without_overrides: run.name for run in RUNS if run.overrides}
-    renamed = {old: new for old, new in renamed.items() if new not in found}
-    return {renamed.get(name, name): rows for name, rows in found.items()}
+    """What was found: by name of the run, by batch shape."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def row_of(report: dict[str, Any], bucket: dict[str, Any], about: dict[str, str]) -> dict[str, Any]:
