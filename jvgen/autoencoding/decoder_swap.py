@@ -30,7 +30,10 @@ class DecoderSwap:
             kind = type(self._config).__name__
             raise ValueError(f"--vae {folder}: holds a {kind}, not an autoencoder of images or clips.")
         if not isinstance(task, TextToVideoConfig) or task.vae is None:
-            raise ValueError(f"--vae {folder}: only text-to-video runs with a VAE of their own decode with another.")
+            raise ValueError(
+                f"--vae {folder}: only text-to-video runs with a VAE of their own decode with another; one that names "
+                "none is loaded with it, `jvgen.load_run(RUN, vae=DIR)`."
+            )
         for name in ("latent_channels", "downsampling"):
             ours, theirs = getattr(task.vae, name), getattr(self._config, name)
             if ours != theirs:

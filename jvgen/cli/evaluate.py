@@ -74,7 +74,11 @@ def _add_evaluate(commands) -> None:
     )  # fmt: skip
     group.add_argument("--report", type=path, metavar="FILE", help="HTML file with the measures and some clips")
     group = parser.add_argument_group("options for --vae")
-    group.add_argument("--vae", type=path, metavar="DIR", help="exported folder of an image or video VAE")
+    group.add_argument(
+        "--vae", type=path, metavar="DIR",
+        help="exported folder of an image or video VAE to measure; with RUN, the VAE that made the latents of a run "
+        "whose config names none, to decode --samples",
+    )  # fmt: skip
     group.add_argument(
         "--image-vae", type=path, metavar="DIR",
         help="exported folder of the image VAE whose latent space the video VAE shares",
@@ -131,11 +135,11 @@ def _add_untrained_argument(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(parsed: argparse.Namespace) -> int:
     """Evaluate a run or a VAE."""
-    if (parsed.run is None) == (parsed.vae is None):
-        raise ValueError("give exactly one of RUN (a run directory) and --vae DIR (an exported VAE).")
+    if parsed.run is None and parsed.vae is None:
+        raise ValueError("give RUN (a run directory) or --vae DIR (an exported VAE).")
     if parsed.out is not None:
-        check_output("--out", parsed.out, folder=parsed.vae is not None)
-    if parsed.vae is not None:
+        check_output("--out", parsed.out, folder=parsed.run is None)
+    if parsed.run is None:
         _evaluate_vae(parsed)
         return 0
     from jvgen.runs.evaluation import evaluate_run
@@ -144,7 +148,7 @@ def run_evaluate(parsed: argparse.Namespace) -> int:
     evaluate_run(
         parsed.run, ema=parsed.ema, step=parsed.step, data=parsed.data, batches=parsed.batches, out=parsed.out,
         untrained=parsed.untrained, i3d=parsed.i3d, clip_model=parsed.clip_model,
-        dinov2=parsed.dinov2, lpips=parsed.lpips_weights,
+        dinov2=parsed.dinov2, lpips=parsed.lpips_weights, vae=parsed.vae,
         report=parsed.report,
         sampling=SamplingOptions(
             samples=parsed.samples, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,

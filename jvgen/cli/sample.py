@@ -119,8 +119,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         ),
         run.add_argument(
             "--vae", type=path, metavar="DIR",
-            help="decode with this exported VAE instead of the run's; the two must share a latent space (a CV-VAE "
-            "makes 4(n - 1) + 1 frames of n latents)",
+            help="the VAE that made the latents of a run whose config names none; or another to decode with instead of "
+            "the run's, which must share its latent space (a CV-VAE makes 4(n - 1) + 1 frames of n latents)",
         ),
         views.add_argument(
             "--cameras", nargs="+", default=[], metavar="PATH|FILE",

@@ -28,7 +28,7 @@ def _add_export(commands) -> None:
     parser = add_command(
         commands, "export", "write a run's weights as folders that diffusers or transformers loads",
         "jvgen export runs/demo/text_to_video --ema 0.999 --to exported",
-        "jvgen export runs/x/checkpoints/20000 --to exported",
+        "jvgen export runs/x/checkpoints/20000 --to exported --vae weights/CogVideoX-2b/vae",
         details="A text-to-video run becomes a whole pipeline, with its frozen VAE and T5 and the tokenizer, for "
         "CogVideoXPipeline.from_pretrained and `jvgen sample --weights`, one of image to video for "
         "CogVideoXImageToVideoPipeline; where diffusers has no such pipeline, the reasons are printed and the trained "
@@ -53,6 +53,10 @@ def _add_export(commands) -> None:
     parser.add_argument(
         "--merge-lora", action="store_true",
         help="of a run that trains a LoRA: write whole networks with the LoRA merged into them, not the LoRA alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vae", type=path, metavar="DIR",
+        help="the VAE that made the latents of a run whose config names none, to be written into the pipeline",
     )  # fmt: skip
 
 
@@ -133,7 +137,7 @@ def run_export(parsed: argparse.Namespace) -> int:
 
     export_run(
         parsed.run, parsed.to, ema=parsed.ema, step=parsed.step, dtype=parsed.dtype, layout=parsed.layout,
-        network=parsed.network, merge_lora=parsed.merge_lora,
+        network=parsed.network, merge_lora=parsed.merge_lora, vae=parsed.vae,
     )  # fmt: skip
     return 0
 

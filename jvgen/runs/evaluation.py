@@ -30,7 +30,7 @@ from jvgen.evaluation.report import Report
 from jvgen.evaluation.vbench import RATE
 from jvgen.runs.frame_features import subject_features
 from jvgen.runs.held_out import HeldOut, SamplingOptions, generate_clips, generate_views, read_held_out, with_caption
-from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_lpips
+from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_lpips, with_vae
 from jvgen.storage import Path, write_text
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
@@ -81,6 +81,7 @@ def evaluate_run(
     clip_model: Path | None = None,
     dinov2: Path | None = None,
     lpips: str | Path | None = None,
+    vae: Path | None = None,
 ) -> dict[str, float]:
     """Evaluate the run in a folder, print its metrics and what was not measured, and write both.
 
@@ -91,20 +92,22 @@ def evaluate_run(
       out: JSON file to write.
       report: HTML file to write, with generated clips beside recorded ones.
       lpips: LPIPS weights, for the perceptual distance of a run that was trained with another or without.
+      vae: folder of the VAE that made the latents of a run that names none, to decode generated clips.
 
     Raises:
       ValueError: see `evaluate`.
       CheckpointError: no such run, or no valid checkpoint.
     """
     # Mistakes are found before weights are read.
-    prepared = _prepare(with_lpips(read_experiment(run), lpips), data, batches, sampling, i3d, clip_model, dinov2)
-    loaded = open_run(run, ema, step, untrained, lpips)
+    experiment = with_vae(with_lpips(read_experiment(run), lpips), vae)
+    prepared = _prepare(experiment, data, batches, sampling, i3d, clip_model, dinov2)
+    loaded = open_run(run, ema, step, untrained, lpips, vae)
     result = _evaluate(loaded, prepared, batches, sampling)
     for name, value in sorted(result.metrics.items()):
         print(f"{name:36s} {value:.6g}")
     for name, reason in result.not_measured.items():
         print(f"{name}: not measured: {reason}")
-    files = {"i3d": i3d, "clip_model": clip_model, "dinov2": dinov2, "lpips": lpips}
+    files = {"i3d": i3d, "clip_model": clip_model, "dinov2": dinov2, "lpips": lpips, "vae": vae}
     document = {
         "run": str(run), "step": loaded.step, "ema": loaded.ema, "batches": batches,
         **_described(loaded.experiment, sampling),
@@ -168,9 +171,10 @@ def _prepare(
     if sampling.samples < 0 or sampling.batch < 1:
         raise ConfigError(f"--samples {sampling.samples}, --batch-size {sampling.batch}: at least 0 and at least 1.")
     if sampling.samples and not task.supports_sampling:
-        raise ConfigError(
-            f"--samples {sampling.samples}: {type(task).__name__} generates no clips from captions; leave it out."
-        )
+        need = "task.vae = none: give --vae DIR, the VAE that made the latents" if hasattr(task, "vae") else (
+            f"{type(task).__name__} generates no clips from captions; leave it out"
+        )  # fmt: skip
+        raise ConfigError(f"--samples {sampling.samples}: {need}.")
     generates = bool(sampling.samples)
     if i3d is not None and not (task.supports_prediction or generates):
         need = (

@@ -47,6 +47,7 @@ def export_run(
     layout: Literal["folders", "sat"] = "folders",
     network: str | None = None,
     merge_lora: bool = False,
+    vae: Path | None = None,
 ) -> Path:
     """Export the run in a folder, see `export`.
 
@@ -67,7 +68,7 @@ def export_run(
     )
     return export(
         task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout, network=network,
-        trained_with=document.get("frozen") or "", merge_lora=merge_lora, card=card,
+        trained_with=document.get("frozen") or "", merge_lora=merge_lora, card=card, vae=vae,
     )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def export(
     trained_with: str | None = None,
     merge_lora: bool = False,
     card: str | None = None,
+    vae: Path | None = None,
 ) -> Path:
     """Write a text-to-video run as a pipeline that diffusers and `jvgen sample --weights` load, with the run's frozen
     VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own, of a world model
@@ -105,11 +107,18 @@ def export(
       trained_with: content hash of the frozen weights that the run was trained with, to be compared; None for any.
       merge_lora: write networks with their LoRA merged into them, as those of a run without one.
       card: text of README.md, see `jvgen.runs.model_card`; none without.
+      vae: folder of the VAE that made the latents of a run that names none, to be written into the pipeline.
 
     Raises:
       ConfigError: no such network, or frozen weights that are not those which a LoRA or a world model was trained with.
       ExportError, NotFinite: see `jvgen.interop.to_torch.export_networks`.
+      ValueError: a VAE that does not fit the run's latents, or that nothing is written with.
     """
+    if vae is not None and (network is not None or layout == "sat" or (task.base_networks and not merge_lora)):
+        raise ValueError(
+            f"--vae {vae}: it is part of a whole pipeline; leave it out, or --network and --layout sat, and merge a LoRA "
+            "(--merge-lora)."
+        )
     record = {"jvgen": __version__, **about, "dtype": dtype}
     network_configs = task.network_configs
     if task.base_networks:
@@ -141,10 +150,13 @@ def export(
     if isinstance(task, WorldModelTask):
         notes = _check_tokenizer(task, files, trained_with)
     if network is None and pipeline_export.is_text_to_video(task):
-        reasons = pipeline_export.obstacles(task.config, trained_with)
+        config = task.config if vae is None else task.config.with_vae(str(vae))
+        reasons = pipeline_export.obstacles(config, trained_with, vae_was_given=vae is not None)
         if not reasons:
-            configs, weights, files = pipeline_export.parts(task.config, parameters)
-            notes = pipeline_export.notes(task.config)
+            configs, weights, files = pipeline_export.parts(config, parameters)
+            notes = pipeline_export.notes(config)
+    elif vae is not None:
+        raise ValueError(f"--vae {vae}: {type(task).__name__} is exported without one; leave it out.")
     files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **({CARD_FILE: card} if card else {}), **files}
     written = as_path(export_networks(configs, weights, folder, files=files, dtype=dtype, overwrite=overwrite))
     for name in sorted(configs):

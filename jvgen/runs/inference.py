@@ -87,12 +87,22 @@ def with_lpips(experiment: Experiment, weights: str | Path | None) -> Experiment
     return experiment.replace(task=task.replace(perceptual=perceptual))
 
 
+def with_vae(experiment: Experiment, folder: str | Path | None) -> Experiment:
+    """The experiment with a VAE for the latents that it was trained on; unchanged without a folder.
+
+    Raises:
+      ValueError: see `TaskConfig.with_vae`.
+    """
+    return experiment if folder is None else experiment.replace(task=experiment.task.with_vae(str(folder)))
+
+
 def open_run(
     folder: Path,
     ema: str | float | None = None,
     step: int | None = None,
     untrained: bool = False,
     lpips: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> LoadedRun:
     """Load a run onto all devices of this machine, parameters sharded over them.
 
@@ -101,12 +111,13 @@ def open_run(
       ema, step: see `load_for_inference`.
       untrained: random weights from the run's seed instead of the checkpoint's, as a baseline.
       lpips: weights of the perceptual distance, instead of the run's own distance.
+      vae: folder of the VAE of a run that names none, see `TaskConfig.with_vae`.
 
     Raises:
       CheckpointError, ConfigError: see `load_for_inference`.
       ValueError: weights of frozen networks are missing or belong to other networks.
     """
-    experiment = with_lpips(read_experiment(folder), lpips)
+    experiment = with_vae(with_lpips(read_experiment(folder), lpips), vae)
     experiment.task.check_weights()
     sharding = Sharding(make_mesh(MeshConfig(fsdp=-1), jax.local_devices()))
     if untrained:
@@ -114,7 +125,7 @@ def open_run(
         fresh = program.init()
         return LoadedRun(program, fresh.parameters, fresh.frozen, 0, "raw")
     saved, _, parameters, trained = load_for_inference(folder, ema, step=step, sharding=sharding)
-    program = Program.build(_for_prompts(with_lpips(saved, lpips)), sharding.mesh)
+    program = Program.build(with_vae(_for_prompts(with_lpips(saved, lpips)), vae), sharding.mesh)
     _, frozen = program.external_inputs()
     return LoadedRun(program, parameters, frozen, trained, str(ema or "best"))
 

@@ -41,12 +41,13 @@ def is_text_to_video(task: Task) -> bool:
     return isinstance(task, TextToVideo) and type(task.config) is TextToVideoConfig
 
 
-def obstacles(config: TextToVideoConfig, trained_with: str | None = None) -> list[str]:
+def obstacles(config: TextToVideoConfig, trained_with: str | None = None, *, vae_was_given: bool = False) -> list[str]:
     """Why diffusers' pipeline cannot hold a run; nothing if it can.
 
     Args:
       config: of the run.
       trained_with: content hash of the frozen weights in the checkpoint; None or "" to compare none.
+      vae_was_given: the run itself names no VAE, see `TaskConfig.with_vae`.
     """
     scheduler = schedulers.Scheduler(config.schedule, config.objective.target, config.sampler)
     config = config.for_prompts()
@@ -66,8 +67,7 @@ def obstacles(config: TextToVideoConfig, trained_with: str | None = None) -> lis
         (isinstance(config.text.encoder, T5Config), f"task.text.encoder: {_name(config.text.encoder)} is no T5"),
         (
             config.vae is not None,
-            "task.vae = none: the run names no VAE; put its denoiser into the folder transformer of the pipeline whose "
-            "VAE made the latents",
+            "task.vae = none: the run names no VAE; give that which made the latents, --vae DIR",
         ),
         (
             config.vae is None or isinstance(config.vae, CogVideoXVAEConfig),
@@ -92,7 +92,8 @@ def obstacles(config: TextToVideoConfig, trained_with: str | None = None) -> lis
         config.check_weights()
     except ValueError as error:
         return [str(error)]
-    if trained_with and config.build().frozen_digest() != trained_with:
+    own = config.replace(vae=None, vae_weights=None) if vae_was_given else config
+    if trained_with and own.build().frozen_digest() != trained_with:
         return [
             "task.vae_weights, task.text.weights: the files are not those that the run was trained with (another "
             "content hash)"

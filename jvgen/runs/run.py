@@ -123,19 +123,23 @@ class Run(LoadedRun):
         return export(self.task, self.parameters, as_path(folder), about, card=card, **options)
 
 
-def load_run(folder: str | Path, ema: str | float | None = None, step: int | None = None) -> Run:
+def load_run(
+    folder: str | Path, ema: str | float | None = None, step: int | None = None, vae: str | Path | None = None
+) -> Run:
     """Load a trained run onto all devices of this machine.
 
     Args:
       folder: run directory, what `jvgen train --workdir` wrote, or one checkpoint of it, `RUN/checkpoints/STEP`.
       ema: an EMA decay that the run keeps (0.9999), "raw" for the parameters themselves, or None for the largest decay.
       step: checkpoint step; by default the latest valid one.
+      vae: folder of the VAE that made the latents of a run that names none, to sample and to export a pipeline.
 
     Raises:
       CheckpointError: no such run, or no valid checkpoint.
       ConfigError: an EMA that the run does not keep.
+      ValueError: a VAE that does not fit, or that the run has no use for.
     """
-    loaded = open_run(as_path(folder), ema, step)
+    loaded = open_run(as_path(folder), ema, step, vae=vae)
     return Run(**{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)})
 
 

@@ -14,7 +14,7 @@ from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.runs.clip_folder import is_one_file, note_clips, plan_clips, write_clip
 from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
 from jvgen.runs.given_files import NOTHING, GivenFiles
-from jvgen.runs.inference import LoadedRun, open_run, read_experiment
+from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_vae
 from jvgen.storage import Path
 from jvgen.tasks.pipeline_folder import frames_per_second
 from jvgen.tasks.task import SampleRequest
@@ -53,7 +53,8 @@ def sample_run(
       seed: clip i of prompt p depends on (seed, p, i) only, not on `batch` or on what exists.
       batch: clips per batch.
       vae: exported folder of another VAE to decode with, which shares the run's latents. A video VAE in place of an
-        image VAE makes 4(n - 1) + 1 frames of n; an image VAE in place of a video VAE makes n.
+        image VAE makes 4(n - 1) + 1 frames of n; an image VAE in place of a video VAE makes n. Of a run that names no
+        VAE, that which made its latents.
       given: images or a video that clips are made from.
 
     Returns:
@@ -65,8 +66,12 @@ def sample_run(
       NotFinite: clips that hold NaN or infinity; the others are written, see `jvgen.runs.faults`.
     """
     experiment = read_experiment(run)
+    # Another VAE than the run's, or the only one.
+    swapped = vae is not None and experiment.task.supports_sampling
+    missing = None if swapped else vae
+    experiment = with_vae(experiment, missing)
     request = sample_request(experiment, frames, size, steps, guidance, enhance, given=given)
-    _check_given(given, len(prompts), vae)
+    _check_given(given, len(prompts), vae if swapped else None)
     clips = plan_clips(prompts, count, out, frames=request.frames, batch=batch)
     if out.suffix == ".npy":
         raise ValueError(f"--out {out}: clips of a run are 8-bit pixels; name an .mp4 or .png file, or a folder.")
@@ -79,8 +84,8 @@ def sample_run(
         asked["vae"] = str(vae)
     if enhance is not None:
         asked["enhance"] = json.loads(json.dumps(dataclasses.asdict(enhance)))
-    swap = None if vae is None else DecoderSwap(vae, experiment.task)
-    loaded = open_run(run, ema, step, untrained)
+    swap = DecoderSwap(vae, experiment.task) if swapped else None
+    loaded = open_run(run, ema, step, untrained, vae=missing)
     asked["step"] = loaded.step
     if not is_one_file(out):
         note_clips(out, [{"file": clip.path.name, "prompt": prompts[clip.prompt], **asked} for clip in clips])

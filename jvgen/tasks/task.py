@@ -201,6 +201,17 @@ class TaskConfig(Config):
         """The configuration by which a trained run takes prompts that no data set has."""
         return self
 
+    def with_vae(self, folder: str) -> "TaskConfig":
+        """The configuration by which a run that was trained on cached latents, and names no VAE, makes clips.
+
+        Args:
+          folder: of the VAE that made the latents, as `jvgen export` or diffusers write it.
+
+        Raises:
+          ValueError: a task without latents or with a VAE of its own, or a VAE that does not fit the latents.
+        """
+        raise ValueError(f"--vae {folder}: {type(self).__name__} has no latents to decode; leave it out.")
+
     def without_lora(self) -> "TaskConfig":
         """The configuration of a run that trains what this one's LoRA is beside; this one if it trains none."""
         return self

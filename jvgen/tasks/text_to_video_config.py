@@ -16,12 +16,14 @@ from jvgen.diffusion.sampler import SamplerConfig, check_schedule, coefficients,
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.interop.architecture import check_architecture
 from jvgen.interop.digest import content_digest
+from jvgen.interop.from_torch import read_config
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.embeddings import token_grid
 from jvgen.nn.lora import LoraConfig
+from jvgen.storage import as_path
 from jvgen.tasks.alignment import AlignmentConfig
 from jvgen.tasks.clip_vae import VAEConfig, temporal_downsampling
 from jvgen.tasks.given_frames import PLACES, Condition, check_condition, check_given
@@ -239,6 +241,24 @@ class TextToVideoFields(TaskConfig):
             raise ValueError("task.vae_weights = none: name the exported folder of the VAE (`jvgen export`).")
         check_architecture(self.vae_weights, self.vae, "task.vae_weights")
 
+    def with_vae(self, folder: str) -> "TextToVideoFields":
+        if self.vae is not None:
+            raise ValueError(f"--vae {folder}: the run's config names a VAE, task.vae_weights = {self.vae_weights!r}.")
+        vae = read_config(as_path(folder))
+        if not isinstance(vae, VAEConfig):
+            raise ValueError(f"--vae {folder}: holds a {type(vae).__name__}, not an autoencoder of images or clips.")
+        if isinstance(vae, CogVideoXVAEConfig) and vae.scaling_factor != self.latent_scale:
+            raise ValueError(
+                f"--vae {folder}: its scaling_factor is {vae.scaling_factor}, the run was trained on latents times "
+                f"{self.latent_scale} (task.latent_scale); give the VAE that made them."
+            )
+        found = self.replace(vae=vae, vae_weights=str(folder))
+        try:
+            found.validate()
+        except ValueError as error:
+            raise ValueError(f"--vae {folder}: does not fit the run's latents: {error}") from error
+        return found
+
     def without_lora(self) -> "TextToVideoFields":
         return self.replace(lora=None, denoiser_weights=None, text_encoder_weights=None) if self.lora else self
 
@@ -263,7 +283,7 @@ class TextToVideoFields(TaskConfig):
 
     def check_request(self, request: SampleRequest) -> None:
         if self.vae is None:
-            raise ValueError("task.vae = none: clips cannot be decoded; set task.vae and task.vae_weights.")
+            raise ValueError("task.vae = none: clips cannot be decoded; give --vae DIR, the VAE that made the latents.")
         BucketConfig(frames=request.frames, height=request.height, width=request.width, batch_size=1).validate()
         self.denoised_shape(request.frames, request.height, request.width)
         check_given(self.condition, request.given_frames)

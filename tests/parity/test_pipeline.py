@@ -280,3 +280,39 @@ def test_an_exported_run_is_a_pipeline(case, pipeline, folder, latents, tmp_path
     jvgen("sample", "--weights", out, *asked, "--devices", 1, "--out", tmp_path / "weights.png")
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("run", "weights")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and pictures[0].std() > 5
+
+
+@pytest.mark.parametrize("case", ["2b"], indirect=True)
+def test_a_run_on_cached_latents_gets_its_vae_when_it_makes_clips(case, folder, tmp_path, capsys):
+    """Its config names none, as those of pods: training has no use for one."""
+    config, run, vae = tmp_path / "config.py", tmp_path / "run", folder / "vae"
+    text = RUN_CONFIG.format(folder=str(folder), frames=FRAMES, height=HEIGHT, width=WIDTH)
+    blind = '.replace(vae=None, vae_weights=None, latents="data")'
+    config.write_text(text.replace("')),", f"')){blind},"))
+
+    def jvgen(*words: object, status: int = 0) -> str:
+        assert cli.main([str(word) for word in words]) == status
+        printed = capsys.readouterr()
+        return printed.err if status else printed.out
+
+    jvgen("import", folder / "transformer", "--config", config, "--to", run)
+    asked = ("--prompt", PROMPT, "--frames", 1, "--steps", 2, "--guidance", 6, "--size", f"{HEIGHT}x{WIDTH}")
+    assert "give --vae DIR" in jvgen("sample", run, *asked, "--out", tmp_path / "none.png", status=2)
+    assert "holds a VideoDiTConfig" in jvgen(
+        "sample", run, *asked, "--vae", folder / "transformer", "--out", tmp_path / "none.png", status=2
+    )
+    jvgen("sample", run, *asked, "--vae", vae, "--out", tmp_path / "run.png")
+    jvgen("sample", "--weights", folder, *asked, "--devices", 1, "--out", tmp_path / "weights.png")
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("run", "weights")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and pictures[0].std() > 5
+
+    assert "give that which made the latents" in jvgen("export", run, "--to", tmp_path / "denoiser")
+    assert "part of a whole pipeline" in jvgen(
+        "export", run, "--to", tmp_path / "one", "--network", "denoiser", "--vae", vae, status=2
+    )
+    assert "no whole" not in jvgen("export", run, "--to", tmp_path / "whole", "--vae", vae)
+    exported = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "whole", low_cpu_mem_usage=False)
+    published = diffusers.CogVideoXPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    for name in ("transformer", "vae", "text_encoder"):
+        ours, theirs = getattr(exported, name).state_dict(), getattr(published, name).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name

@@ -19,9 +19,13 @@ from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
 from jvgen.interop.to_torch import export_network
 from jvgen.models.byte_text.config import ByteTextConfig
+from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
+from jvgen.models.cogvideox_vae.model import CogVideoXVAE
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import AggregationConfig, GateKind, Positions
+from jvgen.nn.network import Network
 from jvgen.nn.stacked import Remat
+from jvgen.tasks.image_vae import ImageVAETaskConfig
 from jvgen.tasks.text import TextConfig
 from jvgen.tasks.text_to_video import TextToVideoConfig
 from jvgen.training.telemetry import throughput
@@ -134,6 +138,25 @@ def test_weights_of_the_vae_are_checked_before_they_are_read(tmp_path):
         with pytest.raises(ValueError) as error:
             config.check_weights()
         assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_vae_that_is_given_later_must_fit_the_latents(tmp_path):
+    export_network(VAE, random_frozen()["vae"], tmp_path / "vae")
+    wide = CogVideoXVAEConfig.tiny().replace(latent_channels=VAE.latent_channels)
+    export_network(wide, Network.of(lambda rngs: CogVideoXVAE(wide, rngs=rngs)).init(jax.random.key(0)), tmp_path / "x")
+    config = CONFIG.replace(vae=None, vae_weights=None)
+    assert config.with_vae(str(tmp_path / "vae")) == CONFIG.replace(vae_weights=str(tmp_path / "vae"))
+    for run, folder, words in (
+        (CONFIG, "vae", ("names a VAE", repr(CONFIG.vae_weights))),
+        (config, "x", ("scaling_factor is 1.15258426", "task.latent_scale")),
+        (config.replace(latent_scale=wide.scaling_factor), "x", ("does not fit", "temporal_compression = 4")),
+        (config.replace(temporal_compression=4), "vae", ("does not fit", "temporal_compression = 1")),
+    ):
+        with pytest.raises(ValueError) as error:
+            run.with_vae(str(tmp_path / folder))
+        assert all(word in str(error.value) for word in (f"--vae {tmp_path / folder}", *words)), error.value
+    with pytest.raises(ValueError, match="ImageVAETaskConfig has no latents"):
+        ImageVAETaskConfig(network=VAE).with_vae(str(tmp_path / "vae"))
 
 
 def test_latents_are_those_of_one_encoder_whether_or_not_the_run_names_it(tmp_path):
