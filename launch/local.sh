@@ -43,7 +43,7 @@ for ((attempt = 0; ; attempt++)); do
   worst=0
   for code in "${codes[@]}"; do
     case $code in
-      # A restart does not help: docs/runs.md.
+      # A restart does not help: docs/resume.md#exit-codes.
       1 | 2 | 65 | 74) exit "$code" ;;
       0) ;;
       *) worst=$code ;;

@@ -39,7 +39,7 @@ TimeoutStartSec=infinity
 TimeoutStopSec=150
 Restart=on-failure
 RestartSec=10
-# A restart does not help: docs/runs.md.
+# A restart does not help: docs/resume.md#exit-codes.
 RestartPreventExitStatus=1 2 65 74
 
 [Install]

@@ -56,7 +56,7 @@ def add_commands(commands) -> None:
         type=number(CountOrZero),
         default=50,
         metavar="N",
-        help="restarts; evictions of GKE are not counted",
+        help="restarts (not skypilot); evictions of GKE are not counted",
     )
     stopping.add_argument(
         "--grace-seconds", type=number(CountOrZero), metavar="SECONDS",

@@ -9,7 +9,7 @@ from pathlib import Path
 from jax.sharding import AbstractMesh
 
 from jvgen import exit_codes
-from jvgen.config import ConfigError
+from jvgen.config import ConfigError, leaves
 from jvgen.launch.flags import Flag, flags_of
 from jvgen.launch.machines import Topology, topology
 from jvgen.parallel.mesh import MESH_AXES, across_slices, slow_axis_warning
@@ -25,6 +25,8 @@ ASSUMED_BYTES_PER_SECOND = 100e6
 # One step, and the time to notice the signal.
 ASSUMED_STEP_SECONDS = 90
 BUCKETS = ("gs://", "s3://")
+# Fields of a config that name files to read, as strings.
+FILES = r"data\.(evaluation_)?sources\.\d+\.path|task\..*(weights|tokenizer|embeddings|pretrained)|init_from\.run"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,3 +243,12 @@ def config_in_image(config: str) -> str:
             "example configs/cogvideox_2b.py."
         )
     return config
+
+
+def outside_image(experiment: Experiment) -> list[str]:
+    """Data and weights that a config names by relative paths, each as "FIELD = 'FOLDER'"; the image holds none."""
+    return [
+        f"{path} = {value}"
+        for path, value in leaves(experiment)
+        if re.fullmatch(FILES, path) and re.match("'(?!/|[a-z0-9]+://)", value)
+    ]

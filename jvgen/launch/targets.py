@@ -16,7 +16,7 @@ from jvgen import exit_codes
 from jvgen.config import ConfigError
 from jvgen.launch import machines
 from jvgen.launch.machines import GPUS, TPUS, Topology
-from jvgen.launch.plan import Options, Plan, config_in_image, is_bucket, make_plan
+from jvgen.launch.plan import Options, Plan, config_in_image, is_bucket, make_plan, outside_image
 from jvgen.training.experiment import Experiment
 
 # xpk, Cluster Toolkit and clusters that copied their policy restart only 42 and 127-255.
@@ -87,8 +87,9 @@ TARGETS = {
             ("image", "zone", "project"), exit_codes.DEFAULT_RESTART, lambda place: 1, ("bash", "FILE", "up"),
         ),
         Target(
-            "skypilot", "a SkyPilot managed job on GPU nodes of any cloud", "skypilot.yaml", ("GPU",), FREE | {"spot"},
-            (), exit_codes.DEFAULT_RESTART, lambda place: 1, ("sky", "jobs", "launch", "--yes", "FILE"), in_image=False,
+            "skypilot", "a SkyPilot managed job on GPU nodes of any cloud", "skypilot.yaml", ("GPU",),
+            FREE - {"max_restarts"} | {"spot"}, (), exit_codes.DEFAULT_RESTART, lambda place: 1,
+            ("sky", "jobs", "launch", "--yes", "FILE"), in_image=False,
         ),
     )
 }  # fmt: skip
@@ -97,7 +98,8 @@ TARGETS = {
 def generate(
     target: Target, experiment: Experiment, config: str, assignments: tuple[str, ...], options: Options, command: str
 ) -> str:
-    """The text of a launch file. What is slow about its mesh is printed to standard error.
+    """The text of a launch file. What is slow about its mesh, and files that an image does not hold, are printed to
+    standard error.
 
     Args:
       target: one of `TARGETS`.
@@ -121,9 +123,17 @@ def generate(
     _check_chips(target, plan.topology)
     _check_workdir(target, options.workdir)
     plan = dataclasses.replace(plan, processes=plan.topology.hosts * target.processes_per_machine(plan.topology))
+    text = _render(target, plan, options, command)
     if plan.warning:
         print(f"WARNING: {plan.warning}", file=sys.stderr)
-    return _render(target, plan, options, command)
+    missing = outside_image(experiment) if target.in_image else []
+    if missing:
+        print(
+            f"WARNING: launch/Dockerfile's image holds no data and no weights: {', '.join(missing)}. Name buckets, "
+            "--set PATH=gs://BUCKET/...: launch/README.md#data-and-weights.",
+            file=sys.stderr,
+        )
+    return text
 
 
 def submit(target: Target, text: str) -> int:

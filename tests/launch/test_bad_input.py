@@ -53,6 +53,9 @@ MISTAKES = {
     ),
     "restart code": (f"gke-tpu {POD} --topology v5p:4x4x8 --restart-code 2", "--restart-code = '2'"),
     "grace": (f"gke-tpu {POD} --topology v5p:4x4x8 --grace-seconds 5", "--grace-seconds 5: at least 30"),
+    "restarts that SkyPilot does not count": (
+        f"skypilot {DEMO} --topology h100:4x8 --max-restarts 3", "skypilot has no use for it"
+    ),
     "environment": (f"gke-tpu {POD} --topology v5p:4x4x8 --env A", "--env 'A': write NAME=VALUE"),
     "config": (f"gke-tpu configs/cogvideox_3b.py {BUCKET} --image {IMAGE} --topology v5p:4x4x8", "cogvideox_2b.py"),
 }  # fmt: skip
@@ -85,4 +88,16 @@ def test_a_missing_tool(monkeypatch, tmp_path, target, tool):
     image = f"--image {IMAGE}" if target == "gke-gpu" else ""
     status, output, errors = launch(f"{target} {DEMO} {image} --topology h100:1x8 --submit")
     assert status == 2 and not output
-    assert f"--submit: {tool} is not installed here" in errors and len(errors.splitlines()) == 2
+    *warnings, message, hint = errors.splitlines()
+    assert f"--submit: {tool} is not installed here" in message and len(warnings) == (target == "gke-gpu")
+
+
+def test_data_and_weights_that_an_image_does_not_hold():
+    status, _, errors = launch(f"gke-tpu {POD} --topology v5p:4x4x8 --set data.sources.0.path=gs://bucket/latents")
+    named = [part for part in errors.replace(": ", ", ").split(", ") if " = " in part]
+    assert status == 0 and named == [
+        "task.text.weights = 'weights/t5_v1_1_xxl'", "task.text.tokenizer = 'weights/t5_v1_1_xxl'",
+        "data.evaluation_sources.0.path = 'data/latents_480x720'. Name buckets",
+    ]  # fmt: skip
+    assert "data-and-weights" in errors
+    assert launch(f"slurm {DEMO} --topology h100:1x8")[2] == ""
