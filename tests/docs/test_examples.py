@@ -14,6 +14,7 @@ import jvgen
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
+from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
@@ -87,3 +88,18 @@ def test_parameters_are_listed():
         shapes = runpy.run_path(str(EXAMPLES / "shapes.py"))["shapes"]
     assert shapes["blocks/layers/attention/query/kernel"] == (2, 32, 32)
     assert "blocks/layers/attention/query/kernel (2, 32, 32)" in printed.getvalue()
+
+
+def test_a_checkpoint_is_read_without_jvgen(tmp_path):
+    import read_checkpoint
+
+    rng = np.random.default_rng(0)
+    names = ("parameters/a/kernel", "ema/0.9/a/kernel")
+    arrays = {name: rng.standard_normal((4, 2)).astype(np.float32) for name in names}
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(3, jax.tree.map(jax.numpy.asarray, arrays), {"step": 3}, {})
+    checkpoints.close()
+    for prefix, name in (("parameters/", "parameters/a/kernel"), ("ema/0.9/", "ema/0.9/a/kernel")):
+        found = read_checkpoint.read_checkpoint(tmp_path / "checkpoints" / "3", prefix)
+        assert list(found) == [name]
+        np.testing.assert_array_equal(found[name], arrays[name])
