@@ -8,9 +8,10 @@ Time: 1.33 s per step on v5e, within 1.18 and 1.92 (34% MFU), 0.76 s on v5p, wit
 v6e, within 0.42 and 0.96 (17%; 74 ms of it for T5's weights, which cached text spares), estimated from compiled
 programs, not measured.
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --frames 49 --out
-data/latents_480x720`, and a local folder of T5 v1.1 XXL. Without T5 in the step: `jvgen data build text-embeddings
-data/latents_480x720 --t5 T5 --tokenizer TOKENIZER --out data/with_text`, then
-`--set task.text.embeddings=data/with_text`, and the same folder as path of all sources.
+data/latents_480x720`, and T5 v1.1 XXL, such as that of the published pipeline: `--set
+task.text.weights=weights/CogVideoX-2b/text_encoder --set task.text.tokenizer=weights/CogVideoX-2b/tokenizer`. Without
+T5 in the step: `jvgen data build text-embeddings data/latents_480x720 --t5 T5 --tokenizer TOKENIZER --out
+data/with_text`, then `--set task.text.embeddings=data/with_text`, and the same folder as path of all sources.
 
 Differs from the paper, see `docs/recipes.md`: batch 64 and not 1000; learning rate 2e-4 (the paper names none);
 timesteps are not stratified; clips are not packed; one stage.

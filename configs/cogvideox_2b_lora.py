@@ -5,8 +5,8 @@ are the start.
 Chips: 8 of v5e (`--topology v5e:2x4`).
 Memory: 8.0 of 15.75 GiB per device of v5e:2x4 (compiled).
 Time: 3.5 s per step on v5e:2x4 (3.4 to 4.3, 35% MFU; estimated from the compiled step, not measured).
-Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --out data/latents_480x720`, the
-published pipeline in weights/CogVideoX-2b, and a local folder of T5 v1.1 XXL.
+Data: as `cogvideox_2b.py`, with the published pipeline in weights/CogVideoX-2b: `docs/your_videos.md`. One GPU: `--set
+mesh.seq=1 --set data.buckets.0.batch_size=1`.
 
 The run's checkpoints hold the LoRA alone. `jvgen export RUN --to DIR` writes it as `pytorch_lora_weights.safetensors`.
 """
