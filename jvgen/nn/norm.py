@@ -69,6 +69,9 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), logical_axes=(axis,))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        if inputs.dtype != jnp.float32:
+            # XLA would take the float32 sums of the convolution before it instead, and keep those: twice the bytes.
+            inputs = jax.lax.optimization_barrier(inputs)
         # Axes are not merged: each may be sharded.
         x = inputs.astype(jnp.float32).reshape(*inputs.shape[:-1], self.groups, inputs.shape[-1] // self.groups)
         over = (*range(self.leading, inputs.ndim - 1), x.ndim - 1)

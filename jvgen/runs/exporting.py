@@ -116,8 +116,8 @@ def export(
     """
     if vae is not None and (network is not None or layout == "sat" or (task.base_networks and not merge_lora)):
         raise ValueError(
-            f"--vae {vae}: it is part of a whole pipeline; leave it out, or --network and --layout sat, and merge a LoRA "
-            "(--merge-lora)."
+            f"--vae {vae}: it is part of a whole pipeline; leave it out, or --network and --layout sat; and "
+            "merge a LoRA (--merge-lora)."
         )
     record = {"jvgen": __version__, **about, "dtype": dtype}
     network_configs = task.network_configs
