@@ -9,8 +9,8 @@ from jvgen.nn.network import Network
 from jvgen.nn.norm import GroupNorm
 
 
-def norm(leading: int = 1) -> Network:
-    return Network.of(lambda rngs: GroupNorm(8, groups=4, epsilon=1e-6, leading=leading))
+def norm(leading: int = 1, rounded: bool = True) -> Network:
+    return Network.of(lambda rngs: GroupNorm(8, groups=4, epsilon=1e-6, leading=leading, rounded=rounded))
 
 
 def inputs(dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -45,9 +45,11 @@ def test_a_rounded_input_is_normalized_as_it_was_rounded():
     np.testing.assert_array_equal(together.astype(jnp.float32), apart.astype(jnp.float32))
 
 
-@pytest.mark.parametrize(("dtype", "barriers"), [(jnp.float32, 0), (jnp.bfloat16, 1)])
-def test_only_rounded_inputs_are_kept_from_fusion(dtype, barriers):
-    network = norm()
+@pytest.mark.parametrize(
+    ("dtype", "rounded", "barriers"), [(jnp.float32, True, 0), (jnp.bfloat16, True, 1), (jnp.bfloat16, False, 0)]
+)
+def test_only_rounded_inputs_are_kept_from_fusion(dtype, rounded, barriers):
+    network = norm(rounded=rounded)
     traced = jax.make_jaxpr(network.apply)(network.init(jax.random.key(0)), inputs(dtype))
     assert str(traced).count("optimization_barrier") == barriers
 

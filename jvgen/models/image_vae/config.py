@@ -25,6 +25,7 @@ class ImageVAEConfig(Config):
       scaling_factor, shift_factor: diffusion sees `(latent - shift_factor) * scaling_factor`.
       sample_size: side in pixels of the images that it was trained on; only written to exported files.
       remat: what the backward pass keeps of each residual block.
+      rounded_norms: see `GroupNorm.rounded`; for a number of images per device that 8 does not divide.
     """
 
     channels: Width = 3
@@ -38,6 +39,7 @@ class ImageVAEConfig(Config):
     shift_factor: float = 0.0
     sample_size: Pixels = 512
     remat: Remat = Remat.NONE
+    rounded_norms: bool = False
 
     @classmethod
     def sd15(cls) -> "ImageVAEConfig":

@@ -35,6 +35,7 @@ class CompressiveTokenizerConfig(Config):
       dropout: rate in training, of the cross-attention's weights and of its output.
       commitment: weight of the commitment term of the codebook loss.
       remat: what the backward pass keeps of each block.
+      rounded_norms: as in `ImageVAEConfig`, of the convolutional blocks.
     """
 
     resolution: Pixels = 64
@@ -54,6 +55,7 @@ class CompressiveTokenizerConfig(Config):
     dropout: BelowOne = 0.1
     commitment: Weight = 1.0
     remat: Remat = Remat.NONE
+    rounded_norms: bool = False
 
     @classmethod
     def released_64(cls) -> "CompressiveTokenizerConfig":
@@ -91,6 +93,7 @@ class CompressiveTokenizerConfig(Config):
             mid_attention=mid_attention,
             quant_convolutions=False,
             remat=self.remat,
+            rounded_norms=self.rounded_norms,
         )
 
     def encoder_sites(self) -> tuple[tuple[int, int], ...]:
