@@ -38,6 +38,7 @@ ON_REQUEST = {
     "wan_tpu": "wan_tpu",
     "language_model_tpu": "language_model_tpu",
     "growth": "growth",
+    "group_norm_tpu": "group_norm_tpu",
     "cv_vae_memory": "cv_vae_memory",
 }
 
