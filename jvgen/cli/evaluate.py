@@ -18,11 +18,12 @@ def _add_evaluate(commands) -> None:
         "jvgen evaluate runs/demo/image_vae --batches 8",
         "jvgen evaluate runs/demo/text_to_video --samples 64 --i3d i3d.safetensors --clip-model clip-vit-base-patch32",
         "jvgen evaluate --vae exported/vae --data data/videos --size 256x256 --out evaluation",
-        details="Takes exactly one of RUN and --vae. Prints the task's metrics (reconstruction PSNR and SSIM, loss by "
-        "timestep band, ...) and writes them as JSON. With --samples, text-to-video and multi-view runs generate "
-        "clips for held-out captions (and cameras), which are measured beside the recorded ones: over time, as a "
-        "distribution, against captions, and against cameras. Measures whose weights were not given are listed. With "
-        "--vae it measures reconstructions and, with --image-vae, how well each VAE decodes the other's latents.",
+        details="Takes RUN or --vae, or both where the run's config names no VAE. Prints the task's metrics "
+        "(reconstruction PSNR and SSIM, loss by timestep band, ...) and writes them as JSON. With --samples, "
+        "text-to-video and multi-view runs generate clips for held-out captions (and cameras), which are measured "
+        "beside the recorded ones: over time, as a distribution, against captions, and against cameras. Measures whose "
+        "weights were not given are listed. With --vae alone it measures reconstructions and, with --image-vae, how "
+        "well each VAE decodes the other's latents.",
         handler=run_evaluate,
     )  # fmt: skip
     add_run_arguments(parser, optional=True)

@@ -228,7 +228,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     f"config show {DEMO}:7": ("takes no arguments", "'7'"),
     "evaluate --vae folder --data folder --out file": ("--out file", "name a folder"),
     "evaluate run --out folder": ("--out folder", "name a file"),
-    "evaluate": ("exactly one of RUN", "--vae"),
+    "evaluate": ("give RUN", "--vae"),
     "analyze run --out file": ("--out file", "name a folder"),
     "sample folder --prompt x --out clips": ("folder", "checkpoints"),
     "sample pipeline --prompt x --out clips": ("pipeline", "checkpoints", "`jvgen sample --weights`"),

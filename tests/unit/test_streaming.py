@@ -285,8 +285,8 @@ def test_evaluation_of_an_exported_vae(jvgen, folder, scenes, tmp_path):
     for wrong, words_of in [
         (["--vae", folder(CAUSAL), "--frames", 4], "--frames 4: this VAE takes 2n + 1; give 3 or 5"),
         (["--vae", folder(CAUSAL), "--frames", 3, "--image-vae", folder(CAUSAL)], "not an image VAE"),
-        ([tmp_path, "--vae", folder(CAUSAL)], "exactly one of"),
-        ([], "exactly one of"),
+        ([tmp_path, "--vae", folder(CAUSAL)], "is not a run directory"),
+        ([], "give RUN"),
     ]:
         done = jvgen("evaluate", *wrong, *words)
         assert done.status == 2 and words_of in done.err, done.err

@@ -325,7 +325,7 @@ def test_a_request_overrides_the_config():
         ({"width": -4}, {}, ["width = -4", "at least 1"]),
         ({"steps": 0}, {}, ["steps = 0", "at least 1"]),
         ({"steps": 1001}, {}, ["steps = 1001", "at most 1000"]),
-        ({}, {"vae": None}, ["task.vae = none", "vae_weights"]),
+        ({}, {"vae": None}, ["task.vae = none", "--vae DIR"]),
     ],
 )
 def test_requests_that_cannot_be_served(request_changes, config_changes, words):
