@@ -306,6 +306,8 @@ def test_a_run_on_cached_latents_gets_its_vae_when_it_makes_clips(case, folder, 
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("run", "weights")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and pictures[0].std() > 5
 
+    assert "give --vae DIR" in jvgen("evaluate", run, "--samples", 1, status=2)
+    assert "names no data.evaluation_sources" in jvgen("evaluate", run, "--samples", 1, "--vae", vae, status=2)
     assert "give that which made the latents" in jvgen("export", run, "--to", tmp_path / "denoiser")
     assert "part of a whole pipeline" in jvgen(
         "export", run, "--to", tmp_path / "one", "--network", "denoiser", "--vae", vae, status=2
