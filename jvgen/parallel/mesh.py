@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from einops import rearrange
 from jax.sharding import AxisType, Mesh
 
 from jvgen.config import Config, ConfigError
+from jvgen.parallel import torus
 from jvgen.value_rules import Bounds
 
 # Mesh axes, outermost first: neighbors along the last axis are nearest in the network.
@@ -85,8 +87,8 @@ class MeshConfig(Config):
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arrange devices (default: all of `jax.devices()`) into a mesh with the axes data, fsdp, seq, tensor.
 
-    On TPU the arrangement follows the physical torus; on several slices the data axis (or, where it is too short,
-    fsdp) crosses between them.
+    On TPU the arrangement follows the physical torus, with `seq` along rings of neighbors (`torus.arrange`); on several
+    slices the data axis (or, where it is too short, fsdp) crosses between them.
 
     Raises:
       ValueError: the product of the sizes does not fit the devices.
@@ -100,11 +102,14 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     across = across_slices(shape, slices)
     within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
-    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    by_slice: dict[int, list[jax.Device]] = defaultdict(list)
+    for device in devices:
+        by_slice[getattr(device, "slice_index", 0)].append(device)
+    arranged = np.stack([torus.arrange(within, by_slice[number]) for number in sorted(by_slice)])
+    whole = arranged.reshape(*across, *within)
+    return rearrange(whole, "d0 f0 s0 t0 d f s t -> (d0 d) (f0 f) (s0 s) (t0 t)")
 
 
 def across_slices(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:

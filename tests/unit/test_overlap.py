@@ -11,10 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jvgen.parallel.mesh import FSDP, SEQ, MeshConfig
+from jvgen.parallel import axes, rules
+from jvgen.parallel.mesh import FSDP, MESH_AXES, SEQ, MeshConfig, make_mesh
 from jvgen.preflight import hlo, program_cost, topology
 from jvgen.preflight.ahead_of_time import without_cache
 
@@ -108,3 +110,49 @@ def test_a_gather_over_a_whole_torus_is_a_sum_over_six_links(stages, kinds):
         text = jax.jit(run, in_shardings=places, out_shardings=rows).lower(x, kernel).compile().as_text()
     sent = [one.sent for one in program_cost.operations(hlo.parse(text)) if one.sent is not None]
     assert [(one.kind, one.links) for one in sent] == kinds
+
+
+@pytest.mark.parametrize("neighbors", [True, False])
+def test_rings_on_v5e_are_hidden_if_they_pass_each_link_once(neighbors):
+    """v5e's chips do not forward: XLA makes every hop of a ring wait that has one longer than a link."""
+    devices = topology.describe("v5e:8x16").devices
+    if neighbors:
+        mesh = make_mesh(MeshConfig(seq=4), devices)
+    else:
+        lines = mesh_utils.create_device_mesh((1, 32, 4, 1), list(devices), allow_split_physical_axes=True)
+        mesh = Mesh(lines, MESH_AXES)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(FSDP, SEQ), out_specs=P(FSDP, SEQ), check_vma=False)
+    def run(x: jax.Array) -> jax.Array:
+        following = jax.lax.ppermute(x, SEQ, [(i, (i + 1) % 4) for i in range(4)])
+        return following + jnp.tanh(x @ x)
+
+    x = jax.ShapeDtypeStruct((32 * 1024, 4 * 1024), jnp.bfloat16, sharding=NamedSharding(mesh, P(FSDP, SEQ)))
+    with without_cache():
+        text = jax.jit(run).lower(x).compile().as_text()
+    assert ("collective-permute-start(" in text) is neighbors and (" collective-permute(" in text) is not neighbors
+
+
+@pytest.mark.parametrize("summed_whole", [True, False])
+def test_gradients_of_convolutions_are_not_made_shard_by_shard(summed_whole, monkeypatch):
+    """Else XLA makes each shard in an iteration of a loop, which reads the whole images and their gradients again."""
+    if not summed_whole:
+        monkeypatch.setattr(rules, "_summed_whole", lambda names, leaf: False)
+    _, mesh = topology.describe_for(MeshConfig(), "v5e:4x4")
+    sharding = rules.Sharding(mesh, rules.ShardingConfig())
+    names = (None, None, axes.CONV_IN, axes.CONV_OUT)
+
+    def loss(kernel: jax.Array, images: jax.Array) -> jax.Array:
+        kernel = sharding.fsdp_all_gather({"kernel": kernel}, {"kernel": names})["kernel"]
+        made = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(jnp.square(made.astype(jnp.float32)))
+
+    kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=sharding.storage_of(names, kernel.shape))
+    images = jax.ShapeDtypeStruct((16 * 64, 64, 64, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P(FSDP)))
+    with without_cache():
+        module = hlo.parse(jax.jit(jax.grad(loss)).lower(kernel, images).compile().as_text())
+    found = program_cost.operations(module)
+    moved = sum(one.times * one.bytes for one in found)
+    assert moved < 0.3 * 2**30 if summed_whole else moved > 2 * 2**30, moved
+    assert any(one.sent is not None and one.sent.kind == "collective-permute" for one in found) is not summed_whole
