@@ -25,6 +25,7 @@ from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
 from jvgen.nn.stacked import Remat
 from jvgen.parallel.mesh import MeshConfig
+from jvgen.parallel.rules import ShardingConfig
 from jvgen.tasks.cogvideox import cogvideox_2b_recipe
 from jvgen.tasks.multiview import MultiViewConfig
 from jvgen.training.config import CheckpointConfig, TrainingConfig
@@ -46,7 +47,7 @@ def experiment() -> Experiment:
                 zero_init=False,
                 # 17,776 tokens padded to 17,920, a multiple of the kernels' blocks.
                 token_multiple=512,
-                remat=Remat.FULL,
+                remat=Remat.SAVE_ATTENTION,
             ),
             denoiser_weights=f"{WEIGHTS}/transformer",
             vae=CogVideoXVAEConfig.cogvideox_2b(),
@@ -80,5 +81,7 @@ def experiment() -> Experiment:
         training=TrainingConfig(steps=25_000, log_every=20, evaluate_every=1000),
         ema=EmaConfig(decays=()),
         checkpoint=CheckpointConfig(every=1000, keep_last=2, keep_every=5000),
-        mesh=MeshConfig(data=1, fsdp=-1, tensor=2),
+        mesh=MeshConfig(data=1, fsdp=-1, seq=2),
+        # T5 and the transformer of 2B are a seventh of the memory, and otherwise travel in every step.
+        sharding=ShardingConfig(frozen="replicated"),
     )

@@ -8,10 +8,25 @@ import jax
 from flax import nnx
 
 from jvgen.nn.parameter_keys import ParameterKeys
+from jvgen.parallel import axes
 
 Parameters = dict[str, Any]
 # `jax.named_scope` around networks in a step that have no backward pass: compiled programs name what belongs to them.
 FROZEN_SCOPE = "frozen"
+
+
+def run_frozen(run: Callable[[], jax.Array], examples: int, *split: str) -> jax.Array:
+    """What a network without a backward pass makes, its batch over all devices that would repeat the work.
+
+    Args:
+      run: calls the network; its result has the batch in front.
+      examples, split: see `jvgen.parallel.axes.spread_examples`.
+    """
+    with jax.named_scope(FROZEN_SCOPE):
+        with axes.spread_examples(examples, *split):
+            made = run()
+        # Else the trained network would take over the sharding.
+        return axes.constrain(made, axes.BATCH, *[None] * (made.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)

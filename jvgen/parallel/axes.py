@@ -5,7 +5,7 @@ A layer uses these names only and never names a mesh axis. `jvgen.parallel.rules
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -49,6 +49,8 @@ class Partitioner(Protocol):
 
     def fsdp_all_gather(self, parameters: Any, axes: Any, *, frozen: bool = False) -> Any: ...
 
+    def spreading(self, examples: int, split: Sequence[str] = ()) -> "Partitioner": ...
+
 
 _current: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar("partitioner", default=None)
 
@@ -61,6 +63,21 @@ def partitioned(partitioner: Partitioner | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def spread_examples(examples: int, *split: str) -> Iterator[None]:
+    """Within this context a batch is over more mesh axes, as far as they divide it. Identity outside of a context.
+
+    For a network of whole examples: devices that share an example would all compute the same.
+
+    Args:
+      examples: size of the batch.
+      split: logical axes that the network's layers split, whose mesh axes stay theirs.
+    """
+    partitioner = _current.get()
+    with contextlib.nullcontext() if partitioner is None else partitioned(partitioner.spreading(examples, split)):
+        yield
 
 
 def current() -> Partitioner | None:

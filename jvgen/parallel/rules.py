@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -248,6 +248,27 @@ class Sharding:
             for table in ("storage", "compute")
         }
         return dataclasses.replace(self, config=self.config.replace(**tables))
+
+    def spreading(self, examples: int, split: Sequence[str] = ()) -> "Sharding":
+        """The same tables with a batch of so many examples also over `seq` and `tensor`, where they divide it.
+
+        Args:
+          split: logical axes whose mesh axes are left to them.
+        """
+        compute = self.config.compute
+        over = compute.get(axes.BATCH, ())
+        taken = {*over, *(axis for name in split for axis in compute.get(name, ()))}
+        parts = math.prod(self.mesh.shape[axis] for axis in over)
+        added: set[str] = set()
+        for axis in (SEQ, TENSOR):
+            size = self.mesh.shape[axis]
+            if size > 1 and axis not in taken and examples % (parts * size) == 0:
+                over, parts = (*over, axis), parts * size
+                added.add(axis)
+        if not added:
+            return self
+        table = {name: tuple(axis for axis in rule if axis not in added) for name, rule in compute.items()}
+        return dataclasses.replace(self, config=self.config.replace(compute=table | {axes.BATCH: over}))
 
     def batch(self, spec: Any) -> NamedSharding | Any:
         """Sharding of batch arrays, whose first axis is BATCH: one for a single shape, a tree for a tree of shapes."""

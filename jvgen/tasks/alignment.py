@@ -17,7 +17,7 @@ from jvgen.models.dinov2.config import Dinov2Config
 from jvgen.models.dinov2.model import Dinov2, prepared
 from jvgen.models.video_dit.config import VideoDiTConfig
 from jvgen.nn.linear import Linear
-from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
+from jvgen.nn.network import Network, Parameters, run_frozen
 from jvgen.parallel import axes
 from jvgen.tasks.task import Mean, activation_dtype
 from jvgen.value_rules import CountOrZero, Positive, Steps, Width
@@ -142,10 +142,13 @@ class Alignment:
     def features(self, encoder: Parameters, frames: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
         """The encoder's features `B F P C` of frames, one per token."""
         patch, (_, rows, columns) = self.config.encoder.patch, grid
-        with jax.named_scope(FROZEN_SCOPE):
+
+        def run() -> jax.Array:
             pixels = rearrange(frames, "b f h w c -> (b f) h w c").astype(jnp.float32) / 255.0
             images = prepared(pixels, (rows * patch, columns * patch))
-            tokens = self.encoder.apply(encoder, images, dtype=activation_dtype(encoder))[:, 1:]
+            return self.encoder.apply(encoder, images, dtype=activation_dtype(encoder))[:, 1:]
+
+        tokens = run_frozen(run, frames.shape[0] * frames.shape[1], axes.HEADS, axes.MLP)
         return rearrange(tokens, "(b f) p c -> b f p c", f=frames.shape[1])
 
     def projected(self, projection: Parameters, hidden: jax.Array) -> jax.Array:

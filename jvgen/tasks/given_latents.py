@@ -8,7 +8,7 @@ from jvgen.diffusion.objective import slot_normal
 from jvgen.diffusion.sampler import SamplerConfig, first_step, partly_noised
 from jvgen.diffusion.schedule import Schedule
 from jvgen.models.image_vae import posterior
-from jvgen.nn.network import FROZEN_SCOPE, Parameters
+from jvgen.nn.network import Parameters, run_frozen
 from jvgen.tasks import given_frames
 from jvgen.tasks.clip_vae import ClipVAE
 from jvgen.tasks.pixels import from_uint8
@@ -86,8 +86,8 @@ class GivenLatents:
         if frames is None:
             return None
         frames = from_uint8(frames) if frames.dtype == jnp.uint8 else frames
-        with jax.named_scope(FROZEN_SCOPE):
-            moments = self._coder.moments(frozen["vae"], given_frames.one_by_one(frames))
+        single = given_frames.one_by_one(frames)
+        moments = run_frozen(lambda: self._coder.moments(frozen["vae"], single), len(single))
         moments = rearrange(moments, "(b k) 1 h w c -> b k h w c", b=len(frames))
         return self.condition_of_moments(moments, key, slots, count, sampled=sampled)
 

@@ -1,6 +1,5 @@
 """Captions to embeddings: one interface to the two text encoders that a task can be conditioned on."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any, ClassVar, Literal
@@ -24,7 +23,8 @@ from jvgen.models.t5 import flops as t5_flops
 from jvgen.models.t5 import tokenizer as t5_tokenizer
 from jvgen.models.t5.config import T5Config
 from jvgen.models.t5.model import T5Encoder
-from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
+from jvgen.nn.network import Network, Parameters, run_frozen
+from jvgen.parallel import axes
 from jvgen.storage import as_path
 from jvgen.tasks.task import ArraySpec, activation_dtype
 from jvgen.value_rules import Width
@@ -219,11 +219,14 @@ class TextEncoder:
             return jax.lax.bitcast_convert_type(captions, jnp.bfloat16)
         masked, absent = self.config.padding == "zeros", captions < 0
         alone = adapted is None
-        with jax.named_scope(FROZEN_SCOPE) if self.frozen and alone else contextlib.nullcontext():
-            mask = (captions != t5_tokenizer.PAD,) if masked else ()
-            ids = jnp.maximum(captions, 0)
+        mask = (captions != t5_tokenizer.PAD,) if masked else ()
+
+        def run() -> jax.Array:
             encoder = self.network.bind(parameters) if alone else adapted
-            embeddings = encoder(ids, *mask, dtype=activation_dtype(parameters))
+            return encoder(jnp.maximum(captions, 0), *mask, dtype=activation_dtype(parameters))
+
+        is_frozen = self.frozen and alone
+        embeddings = run_frozen(run, len(captions), axes.HEADS, axes.MLP) if is_frozen else run()
         if masked:
             absent |= captions == t5_tokenizer.PAD
         return jnp.where(absent[..., None], jnp.zeros((), embeddings.dtype), embeddings)

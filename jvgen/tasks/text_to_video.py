@@ -32,7 +32,7 @@ from jvgen.models.video_dit.model import AttentionScale, VideoDiT
 from jvgen.nn import lora
 from jvgen.nn.adaptation import Adaptation
 from jvgen.nn.embeddings import token_grid
-from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
+from jvgen.nn.network import Network, Parameters, run_frozen
 from jvgen.tasks import clip_batches, clip_sampling, given_frames, text_to_video_lora
 from jvgen.tasks.alignment import ENCODER, PROJECTION, Alignment
 from jvgen.tasks.clip_sampling import ClipSettings
@@ -248,8 +248,7 @@ class TextToVideo(Task):
 
     def encode(self, frozen: Parameters, video: jax.Array) -> jax.Array:
         """Posterior moments `B F H W 2C` of uint8 clips."""
-        with jax.named_scope(FROZEN_SCOPE):
-            return self.coder.encode(frozen["vae"], video)
+        return run_frozen(lambda: self.coder.encode(frozen["vae"], video), len(video))
 
     def decode(self, frozen: Parameters, latents: jax.Array) -> Clips:
         """Clips of normalized latents `B F H W C`."""

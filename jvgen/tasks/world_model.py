@@ -31,7 +31,7 @@ from jvgen.models.ivideogpt.transformer import FrameTransformer
 from jvgen.models.ivideogpt.world import Prediction, World
 from jvgen.nn import lora
 from jvgen.nn.lora import LoraConfig
-from jvgen.nn.network import FROZEN_SCOPE, Network, Parameters
+from jvgen.nn.network import Network, Parameters, run_frozen
 from jvgen.parallel import axes
 from jvgen.storage import Path, as_path, local_copy, read_json_object
 from jvgen.tasks.perceptual import PerceptualDistance, check_weights
@@ -286,12 +286,11 @@ class WorldModelTask(Task):
         config, batch, weights = self.config, self._ordered(batch), {**frozen, **parameters}
         video = unit_from_uint8(batch["video"])
         layout = config.tokenizer.layout(video.shape[1])
-        with jax.named_scope(FROZEN_SCOPE):
-            tokens = layout.flatten(
-                *self.frozen_networks["tokenizer"].apply(
-                    frozen["tokenizer"], video.astype(activation_dtype(frozen["tokenizer"])), method="tokenize"
-                )
-            )
+        frames = video.astype(activation_dtype(frozen["tokenizer"]))
+        tokenizer = self.frozen_networks["tokenizer"]
+        tokens = run_frozen(
+            lambda: layout.flatten(*tokenizer.apply(frozen["tokenizer"], frames, method="tokenize")), len(video)
+        )
         actions, rewards = (batch.get(name) for name in ("actions", "rewards"))
         # The action that leads to each future frame, and its reward. The released code learns the reward of the action
         # after the frame, and uses the prediction as that of the action before it.

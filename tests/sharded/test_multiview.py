@@ -126,10 +126,21 @@ def loss_and_gradient(mesh: MeshConfig, parameters):
     return float(loss), jax.tree.map(np.asarray, gradient["views"])
 
 
-@pytest.mark.slow
-def test_the_sharded_loss_equals_that_of_one_device(parameters):
-    loss, gradient = loss_and_gradient(ONE, parameters)
-    sharded, of_sharded = loss_and_gradient(MeshConfig(data=2, fsdp=2, tensor=2), parameters)
+@pytest.fixture(scope="module")
+def loss_of_one(parameters):
+    return loss_and_gradient(ONE, parameters)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"fsdp": 4, "seq": 2}, id="seq"),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, id="tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_the_sharded_loss_equals_that_of_one_device(mesh, parameters, loss_of_one):
+    loss, gradient = loss_of_one
+    sharded, of_sharded = loss_and_gradient(MeshConfig(**mesh), parameters)
     assert sharded == pytest.approx(loss, rel=1e-5)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     for ours, theirs in zip(jax.tree.leaves(of_sharded), jax.tree.leaves(gradient), strict=True):
