@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 import tempfile
 import time
@@ -19,6 +20,7 @@ from jvgen.parallel.chips import chip_of
 from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.preflight import collectives, hlo, kernel_cycles, program_cost, topology
 from jvgen.preflight.estimate import lower_bound, reading
+from jvgen.preflight.optimized_program import optimize
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
 from jvgen.preflight.time_estimate import TimeEstimate, estimate
 from jvgen.training.experiment import Experiment
@@ -36,6 +38,7 @@ def compile_ahead(
     topology_name: str,
     *,
     slices: int = 1,
+    code: bool = True,
     on_bucket: Callable[[CompileReport], None] = _ignore,
 ) -> CompileReport:
     """Compile the training step of every batch shape for a described TPU pod; no array is allocated, no data is read.
@@ -44,6 +47,8 @@ def compile_ahead(
       experiment: the run; its mesh must fit the topology.
       topology_name: of one slice, such as "v5p:4x4x8".
       slices: number of slices.
+      code: whether to generate machine code, which takes half an hour for large convolutions; without it times are the
+        least that a step can take.
       on_bucket: called after every batch shape with the report so far; one shape can take half an hour.
 
     Raises:
@@ -64,12 +69,57 @@ def compile_ahead(
         buckets=(),
     )
     for bucket in one_per_step(experiment.data.buckets):
-        report = dataclasses.replace(report, buckets=(*report.buckets, compile_bucket(program, bucket, pod.peak_flops)))
+        compiler = compile_whole if code else functools.partial(_optimize, topology_name=topology_name, slices=slices)
+        found = compile_bucket(program, bucket, pod.peak_flops, compiler)
+        report = dataclasses.replace(report, buckets=(*report.buckets, found))
         on_bucket(report)
     return report
 
 
-def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | None = None) -> BucketReport:
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a step.
+
+    Attributes:
+      memory: as assigned.
+      module: the program; None where neither jaxlib nor libtpu wrote it as text.
+      has_code: whether machine code was generated, and XLA's estimates and libtpu's bundles with it.
+    """
+
+    memory: Memory
+    module: hlo.Module | None
+    has_code: bool = True
+
+
+# Raises MemoryError with the compiler's message where the step does not fit.
+Compiler = Callable[[Program, BucketConfig, jax.stages.Lowered], Compiled]
+
+
+def compile_whole(program: Program, bucket: BucketConfig, lowered: jax.stages.Lowered) -> Compiled:
+    """A `Compiler` that generates machine code."""
+    try:
+        with without_cache(), tempfile.TemporaryDirectory(prefix="jvgen_program_") as folder:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            return Compiled(Memory.of(compiled), _module(compiled, Path(folder)))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise ConfigError(f"the TPU compiler rejected the step of {bucket.name}: {error}") from error
+        raise MemoryError(str(error)) from error
+
+
+def _optimize(
+    program: Program, bucket: BucketConfig, lowered: jax.stages.Lowered, topology_name: str, slices: int
+) -> Compiled:
+    experiment = program.experiment
+    experiment = experiment.replace(data=experiment.data.replace(buckets=(bucket,)))
+    with tempfile.TemporaryDirectory(prefix="jvgen_program_") as folder:
+        made = optimize(experiment, topology_name, slices, Path(folder))
+    return Compiled(made.memory, hlo.parse(made.text), has_code=False)
+
+
+def compile_bucket(
+    program: Program, bucket: BucketConfig, peak_flops: float | None = None, compiler: Compiler = compile_whole
+) -> BucketReport:
     """Compile the step of one batch shape for the devices of the program's mesh, with this peak in FLOP/s each."""
     start = time.perf_counter()
     memory, problem, found, time_found = None, "", (), None
@@ -77,18 +127,14 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
     with collecting(KernelReport()) as kernels:
         lowered = program.lower(bucket)
     try:
-        with without_cache(), tempfile.TemporaryDirectory(prefix="jvgen_program_") as folder:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-            module = _module(compiled, Path(folder))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise ConfigError(f"the TPU compiler rejected the step of {bucket.name}: {error}") from error
+        made = compiler(program, bucket, lowered)
+    except MemoryError as error:
         problem = re.sub(r"\s+", " ", str(error))[:600]
     else:
-        memory = Memory.of(compiled)
+        memory, module = made.memory, made.module
         found = None if module is None else tuple(collectives.merged(collectives.read(module)))
-        time_found = None if module is None else _time(program, module, flops)
-        if time_found is not None and not time_found.without_cycles:
+        time_found = None if module is None else _time(program, module, flops, has_code=made.has_code)
+        if time_found is not None and time_found.is_whole:
             read = dataclasses.replace(read, seconds=time_found.seconds.likely, basis="estimated")
     return BucketReport(
         bucket=bucket,
@@ -104,13 +150,13 @@ def compile_bucket(program: Program, bucket: BucketConfig, peak_flops: float | N
     )
 
 
-def _time(program: Program, module: hlo.Module, flops: dict[str, float]) -> TimeEstimate | None:
+def _time(program: Program, module: hlo.Module, flops: dict[str, float], *, has_code: bool) -> TimeEstimate | None:
     """The time of a step from its compiled program; None for devices whose rates are not known."""
     mesh = program.sharding.mesh
     chip = chip_of(mesh.devices.flat[0])
     if chip is None or not chip.clock:
         return None
-    folder = libtpu.bundles_folder()
+    folder = libtpu.bundles_folder() if has_code else None
     by_part, devices = trained_flops(program.task, flops), mesh.size
     trained = sum(by_part.values())
     return estimate(
@@ -121,6 +167,7 @@ def _time(program: Program, module: hlo.Module, flops: dict[str, float]) -> Time
         useful_flops=trained / devices,
         frozen_flops=(sum(flops.values()) - trained) / devices,
         attention_flops=by_part.get("attention", 0.0) / devices,
+        has_code=has_code,
     )
 
 

@@ -276,7 +276,7 @@ def _compiled(program: Program, bucket: BucketConfig, target: _Devices) -> Row:
         return Row("compiled", False, f"{bucket.name}: does not fit: {report.problem}")
     total, hbm = report.memory.total, target.hbm_bytes
     text = f"{bucket.name}: {amount(total)} per device, compiled in {report.seconds:.0f} s"
-    if report.time is not None and not report.time.without_cycles:
+    if report.time is not None and report.time.is_whole:
         text += f", estimated {report.time.seconds.likely:.3g} s/step"
     if hbm is None:
         return Row("compiled", True, text)

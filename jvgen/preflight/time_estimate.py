@@ -112,6 +112,7 @@ class TimeEstimate:
       program_flops: of the matrix products that XLA sees: all but kernels'.
       chip: kind of chip.
       attention_flops: of `useful_flops`, those of scores and weighted sums; 0 if the task does not say.
+      has_code: whether the program has machine code; without it all times are at least what they say.
     """
 
     parts: dict[str, Seconds]
@@ -123,6 +124,12 @@ class TimeEstimate:
     program_flops: float
     chip: Chip
     attention_flops: float = 0.0
+    has_code: bool = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no part of the time is missing."""
+        return self.has_code and not self.without_cycles
 
     @property
     def seconds(self) -> Seconds:
@@ -141,7 +148,7 @@ class TimeEstimate:
             is_kernel: sum(time.likely for name, time in self.parts.items() if name.startswith(names))
             for is_kernel, names in ((True, KERNEL), (False, LAYERS))
         }
-        if self.without_cycles or not (self.attention_flops and others and all(seconds.values())):
+        if not self.is_whole or not (self.attention_flops and others and all(seconds.values())):
             return None
         return seconds[True] / self.attention_flops * others / seconds[False]
 
@@ -164,6 +171,7 @@ def estimate(
     useful_flops: float,
     frozen_flops: float = 0.0,
     attention_flops: float = 0.0,
+    has_code: bool = True,
 ) -> TimeEstimate:
     """The time of one step on the devices of a mesh.
 
@@ -174,6 +182,7 @@ def estimate(
       mesh: that the program was compiled for.
       useful_flops, frozen_flops, attention_flops: of trained and of frozen networks, and of the trained ones'
         attention, per step and device.
+      has_code: whether the program has machine code, and with it XLA's estimates of cycles.
     """
     parts: dict[str, Seconds] = defaultdict(Seconds)
     traffic: dict[tuple, Traffic] = {}
@@ -187,6 +196,8 @@ def estimate(
                 missing.append(one.name)
             if one.sent is not None:
                 _add(traffic, one, time, beside, links)
+                # Without machine code it is not known how long what runs beside it takes.
+                beside = beside if has_code or not one.is_start else time.likely
                 share = 1 - beside / time.likely if time.likely else 1.0
                 parts[_part(one, chip)] += time * one.times * share
             elif one.kind is Kind.TRANSFER:
@@ -206,6 +217,7 @@ def estimate(
         program_flops=program_flops,
         chip=chip,
         attention_flops=attention_flops,
+        has_code=has_code,
     )
 
 

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jvgen.parallel.pods import slice_of
-from jvgen.preflight.time_estimate import ASSUMED, UNKNOWN, Seconds, TimeEstimate
+from jvgen.preflight.time_estimate import ASSUMED, PEAK_SHARE, UNKNOWN, Seconds, TimeEstimate
 
 GIB = 2**30
 
@@ -12,11 +12,21 @@ GIB = 2**30
 def print_estimate(console: Console, found: TimeEstimate, topology: str) -> None:
     """Print the estimate of one batch shape's step."""
     times, (least, likely, most) = found.seconds, found.utilization
-    incomplete = "more than " if found.without_cycles else ""
-    utilization = f"{likely:.1%} ({least:.1%} to {most:.1%})"
-    console.print(f"estimate: {incomplete}{_range(times)} s per step, MFU {utilization}; not measured", markup=False)
+    if found.has_code:
+        incomplete = "more than " if found.without_cycles else ""
+        text = f"{incomplete}{_range(times)} s per step, MFU {likely:.1%} ({least:.1%} to {most:.1%})"
+    else:
+        text = f"at least {times.least:.3g} s per step, MFU at most {most:.1%}"
+    console.print(f"estimate: {text}; not measured", markup=False)
     console.print(_units(found, topology), markup=False)
-    if found.without_cycles:
+    if not found.has_code:
+        kernels = f", kernels {', '.join(found.without_cycles)} not counted" if found.without_cycles else ""
+        console.print(
+            f"no machine code was generated: matrix products at {PEAK_SHARE:.0%} of the peak, asynchronous collectives "
+            f"hidden{kernels}",
+            markup=False,
+        )
+    elif found.without_cycles:
         console.print(
             f"not in it: kernels {', '.join(found.without_cycles)}, whose instructions libtpu has not written "
             "(`jvgen estimate` and `jvgen compile` ask for them before libtpu is loaded)",
@@ -31,7 +41,8 @@ def print_estimate(console: Console, found: TimeEstimate, topology: str) -> None
         )
     if found.traffic:
         console.print(_traffic_table(found))
-    console.print(f"assumed: {ASSUMED}", markup=False)
+    if found.has_code:
+        console.print(f"assumed: {ASSUMED}", markup=False)
     console.print(f"not known: {UNKNOWN}", markup=False)
 
 
@@ -52,17 +63,22 @@ def _range(times: Seconds) -> str:
 
 
 def _parts_table(found: TimeEstimate) -> Table:
-    table = Table("part", "ms/step", "share", "least", "most", title="where the time goes", title_justify="left")
-    total = found.seconds
+    columns = ("ms/step", "share", "least", "most") if found.has_code else ("at least ms/step", "share")
+    table = Table("part", *columns, title="where the time goes", title_justify="left")
+    total, shown = found.seconds, _cells if found.has_code else _least
     for name, times in found.parts.items():
         if times.most >= 1e-4 * total.most:
-            table.add_row(name, *_cells(times, total.likely))
-    table.add_row("step", *_cells(total, total.likely))
+            table.add_row(name, *shown(times, total))
+    table.add_row("step", *shown(total, total))
     return table
 
 
-def _cells(times: Seconds, total: float) -> tuple[str, ...]:
-    share = times.likely / total if total else 0.0
+def _least(times: Seconds, total: Seconds) -> tuple[str, ...]:
+    return _milliseconds(times.least), f"{times.least / total.least:.1%}" if total.least else "0.0%"
+
+
+def _cells(times: Seconds, total: Seconds) -> tuple[str, ...]:
+    share = times.likely / total.likely if total.likely else 0.0
     return _milliseconds(times.likely), f"{share:.1%}", _milliseconds(times.least), _milliseconds(times.most)
 
 

@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.pods", description="Compile every config for pods.")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="runs whose name has this text")
     parser.add_argument("--again", action="store_true", help="also what the table has")
+    parser.add_argument(
+        "--without-code", action="store_true", help="of what is missing, memory and least times, without machine code"
+    )
     parser.add_argument("--page", action="store_true", help="write the page only")
     parser.add_argument(
         "--configs-as-compiled", action="store_true",
@@ -37,15 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
             if bucket.name in results().get(run.name, {}) and not chosen.again:
                 continue
             print(f"{run.name} {bucket.name}", flush=True)
-            failed += not _compile(run, bucket.name)
+            failed += not _compile(run, bucket.name, not chosen.without_code)
     PAGE.write_text(page(results()))
     return int(failed > 0)
 
 
-def _compile(run: PodRun, bucket: str) -> bool:
+def _compile(run: PodRun, bucket: str, code: bool = True) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
         command = [sys.executable, "-m", "jvgen.cli", "compile", run.config, "--topology", run.topology]
+        command += [] if code else ["--without-code"]
         command += ["--bucket", bucket, "--json", str(out), *(f"--set={one}" for one in run.overrides)]
         # A described pod needs no other backend, and no search for TPUs.
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)

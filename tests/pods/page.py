@@ -22,8 +22,9 @@ def page(found: dict[str, Any]) -> str:
         "recomputation, GiB in collectives. Seconds per step and MFU are likely values with the range of the",
         "estimate. `make aot` compiles what is missing and writes this page; `make aot AOT=--again` compiles all",
         "again. Layers are loops of the compiled program, so that all are in it at the cost of one: nothing is",
-        "extrapolated from fewer. A row is of the config as it was when it was compiled; the last column says what",
-        "of it changed since.",
+        "extrapolated from fewer. Rows with times of at least so much are of XLA's optimized program, without",
+        "machine code, which the compiler takes half an hour to generate for large convolutions. A row is of the",
+        "config as it was when it was compiled; the last column says what of it changed since.",
         "",
         "| config | slice | chips | batch | GiB of HBM | TFLOP | GiB sent | s/step | MFU | date, commit, versions |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -42,9 +43,12 @@ def page(found: dict[str, Any]) -> str:
                 _cell(row.get("useful_TFLOP")),
                 f"{row['sent_GiB']:.2f}",
             ]
-            # Without the kernels whose cycles are not known.
-            more = "more than " if None in row.get("mfu", ()) else ""
-            cells += [more + _range(row.get("seconds"), 1, ""), _range(row.get("mfu"), 100, "%")]
+            if row.get("has_code", True):
+                # Without the kernels whose cycles are not known.
+                more = "more than " if None in row.get("mfu", ()) else ""
+                cells += [more + _range(row.get("seconds"), 1, ""), _range(row.get("mfu"), 100, "%")]
+            else:
+                cells += [f"at least {min(row['seconds']):.3g}", f"at most {100 * max(row['mfu']):.3g}%"]
             cells.append(f"{row['date']}, {row['commit']}, {row['versions']}{configs.since(run, row)}")
             lines.append(" | ".join((f"{head} | {pod.chips}", *cells)) + " |")
     return "\n".join([*lines, *_parts(found)]) + "\n"

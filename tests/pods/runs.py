@@ -95,8 +95,9 @@ def row_of(report: dict[str, Any], bucket: dict[str, Any], about: dict[str, str]
         **about,
     }
     if time is not None:
-        incomplete = bool(time["without_cycles"])
+        incomplete = bool(time["without_cycles"]) and time["has_code"]
         row |= {
+            **({} if time["has_code"] else {"has_code": False}),
             "useful_TFLOP": round(time["useful_flops"] / 1e12, 1),
             "seconds": [float(f"{time['seconds'][name]:.3g}") for name in ("least", "likely", "most")],
             "mfu": [None if incomplete else round(value, 3) for value in reversed(time["utilization"])],

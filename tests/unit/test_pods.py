@@ -70,6 +70,7 @@ def test_a_row_keeps_where_the_time_goes():
     sent = {"kind": "all-gather", "axes": "fsdp", "network": False, "frozen": True, "count": 2, "bytes": 2**30}
     time = {
         "without_cycles": [],
+        "has_code": True,
         "useful_flops": 1e12,
         "seconds": part,
         "utilization": [0.1, 0.2, 0.3],
@@ -85,6 +86,9 @@ def test_a_row_keeps_where_the_time_goes():
     text = page.page({runs.RUNS[0].name: {"1x1x64x64": row}})
     assert "matrix products: 200 | all-gather over fsdp, frozen networks: 150 of 200 ms, 1 GiB |" in text
     assert "its config is not known" in text
+    least = runs.row_of({"hbm_bytes": 2**30}, bucket | {"time": time | {"has_code": False}}, {})
+    text = page.page({runs.RUNS[0].name: {"1x1x64x64": row | least}})
+    assert "| at least 0.1 | at most 30% |" in text and "at least" not in page.page({runs.RUNS[0].name: {"b": row}})
 
 
 def test_every_slice_that_a_config_names_is_compiled():
