@@ -3,8 +3,8 @@
 Should reach: less than the paper's 480p stage, which has 15.6 times as many clips in as many steps; the published
 model was trained for about 750,000 steps in several stages (table 7).
 Chips: 256 of v5e (`--topology v5e:16x16`), 128 of v5p (`v5p:4x4x8`) or 256 of v6e (`v6e:16x16`).
-Memory: 6.3 GiB per device on v5e and v6e, 21.2 on v5p (compiled).
-Time: 1.33 s per step on v5e, within 1.18 and 1.92 (34% MFU), 0.76 s on v5p, within 0.72 and 1.05 (51.5%), and 0.57 s on
+Memory: 6.4 GiB per device on v5e and v6e, 21.2 on v5p (compiled).
+Time: 1.11 s per step on v5e, within 0.95 and 1.71 (41% MFU), 0.76 s on v5p, within 0.72 and 1.05 (51.5%), and 0.57 s on
 v6e, within 0.42 and 0.96 (17%; 74 ms of it for T5's weights, which cached text spares), estimated from compiled
 programs, not measured.
 Data: `jvgen data build latents VIDEOS --vae weights/CogVideoX-2b/vae --size 480x720 --frames 49 --out

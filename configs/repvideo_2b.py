@@ -4,8 +4,8 @@ Should reach: the published model, 50,000 steps of 32 clips on a million caption
 Chips: 64 of v5p (`v5p:4x4x4`), one clip per 2 chips. 64 of v6e (`v6e:8x8`) with `--set sharding.frozen=replicated`,
 because T5's weights would travel in every step. 128 of v5e (`v5e:8x16`) with `--set mesh.seq=4`, one clip per 4 chips.
 Memory: 21.4 GiB per device on v5p:4x4x4, 21.2 on v6e:8x8, 6.5 on v5e:8x16 (compiled).
-Time: 0.71 s per step on v5p:4x4x4, within 0.68 and 0.98, 0.79 s on v6e:8x8, within 0.74 and 1.23, 1.31 s on v5e:8x16,
-within 1.22 and 1.90 (estimated from the compiled programs, with attention kernels that no TPU has run yet; a run checks
+Time: 0.71 s per step on v5p:4x4x4, within 0.68 and 0.98, 0.79 s on v6e:8x8, within 0.74 and 1.23, 1.07 s on v5e:8x16,
+within 0.97 and 1.64 (estimated from the compiled programs, with attention kernels that no TPU has run yet; a run checks
 them on its devices before it starts).
 With JAX's kernels, `--set task.denoiser.attention=tpu`, 1.08 s on v5p, within 1.05 and 1.42.
 Data: as `cogvideox_2b.py`. Start with
