@@ -51,6 +51,9 @@ class Partitioner(Protocol):
 
     def spreading(self, examples: int, split: Sequence[str] = ()) -> "Partitioner": ...
 
+    @property
+    def spread_parts(self) -> int: ...
+
 
 _current: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar("partitioner", default=None)
 
@@ -78,6 +81,12 @@ def spread_examples(examples: int, *split: str) -> Iterator[None]:
     partitioner = _current.get()
     with contextlib.nullcontext() if partitioner is None else partitioned(partitioner.spreading(examples, split)):
         yield
+
+
+def spread_parts() -> int:
+    """Among how many devices whole examples are spread that would otherwise split each of them."""
+    partitioner = _current.get()
+    return 1 if partitioner is None else partitioner.spread_parts
 
 
 def current() -> Partitioner | None:

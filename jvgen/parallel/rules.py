@@ -65,6 +65,8 @@ class ShardingConfig(Config):
       frozen: networks that are not trained (a text encoder, a VAE): "sharded" as the state is, so that their weights
         travel in every step that uses them; "replicated", whole on every device but for the mesh axes `tensor`; "auto":
         replicated where the devices' memory is known and all of them together take at most a tenth of it.
+      whole_examples: where the examples of a microbatch divide over `seq` too, each device takes whole examples of that
+        batch shape, and `seq` splits no tokens: short clips and images send nothing then.
       host_offload: parts of the state that are in the memory of the hosts between their uses ("optimizer": moments;
         "ema"): less device memory, and a transfer to the devices and back in every step.
     """
@@ -73,6 +75,7 @@ class ShardingConfig(Config):
     compute: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(COMPUTE))
     replicate_below: Annotated[int, Bounds(at_least=0, fix="a number of elements")] = 2**16
     frozen: Literal["auto", "sharded", "replicated"] = "auto"
+    whole_examples: bool = True
     host_offload: tuple[Literal["optimizer", "ema"], ...] = ()
 
     def validate(self) -> None:
@@ -97,11 +100,13 @@ class Sharding:
       mesh: devices.
       config: the tables.
       frozen_replicated: whether the `state_axes` leave frozen networks whole, see `holding`.
+      spread_parts: devices that would otherwise split each example, see `spreading`.
     """
 
     mesh: Mesh
     config: ShardingConfig = dataclasses.field(default_factory=ShardingConfig)
     frozen_replicated: bool = False
+    spread_parts: int = 1
 
     def holding(self, axes_tree: Any, shapes_tree: Any) -> "Sharding":
         """The sharding of a run with these frozen networks: decides `frozen_replicated`."""
@@ -259,16 +264,18 @@ class Sharding:
         over = compute.get(axes.BATCH, ())
         taken = {*over, *(axis for name in split for axis in compute.get(name, ()))}
         parts = math.prod(self.mesh.shape[axis] for axis in over)
-        added: set[str] = set()
+        added: list[str] = []
         for axis in (SEQ, TENSOR):
             size = self.mesh.shape[axis]
             if size > 1 and axis not in taken and examples % (parts * size) == 0:
-                over, parts = (*over, axis), parts * size
-                added.add(axis)
+                parts *= size
+                added.append(axis)
         if not added:
             return self
         table = {name: tuple(axis for axis in rule if axis not in added) for name, rule in compute.items()}
-        return dataclasses.replace(self, config=self.config.replace(compute=table | {axes.BATCH: over}))
+        config = self.config.replace(compute=table | {axes.BATCH: (*over, *added)})
+        spread = math.prod(self.mesh.shape[axis] for axis in added)
+        return dataclasses.replace(self, config=config, spread_parts=self.spread_parts * spread)
 
     def batch(self, spec: Any) -> NamedSharding | Any:
         """Sharding of batch arrays, whose first axis is BATCH: one for a single shape, a tree for a tree of shapes."""

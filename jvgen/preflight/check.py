@@ -221,7 +221,8 @@ def undivided(program: Program) -> Iterator[str]:
     if mesh.shape["seq"] == 1 and mesh.shape["tensor"] == 1:
         return
     for bucket in program.experiment.data.buckets:
-        recorder = ShardingRecorder(mesh, program.experiment.sharding)
+        sharding = program.sharding_of(bucket)
+        recorder = ShardingRecorder(mesh, sharding.config, spread_parts=sharding.spread_parts)
         # Kernels are reported by `kernels`, or by the program itself.
         with collecting(KernelReport()):
             _, problems = _attempt(lambda bucket=bucket, recorder=recorder: _trace(program, bucket, recorder))
@@ -237,7 +238,7 @@ def kernels(program: Program) -> tuple[KernelReport, list[str]]:
     report, problems = KernelReport(), []
     for bucket in program.experiment.data.buckets:
         with collecting(report):
-            problems += _attempt(lambda bucket=bucket: _trace_loss(program, bucket, program.sharding))[1]
+            problems += _attempt(lambda bucket=bucket: _trace_loss(program, bucket, program.sharding_of(bucket)))[1]
     return report, list(dict.fromkeys(problems))
 
 

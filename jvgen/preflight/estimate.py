@@ -155,7 +155,7 @@ def saved_between_layers(
 ) -> float:
     """Bytes per device that a scan over layers saves for the backward pass: `kept` arrays tokens x width per layer."""
     shape = (bucket.batch_size // program.experiment.training.accumulation, tokens, width)
-    place = program.sharding.activation((axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED), shape)
+    place = program.sharding_of(bucket).activation((axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED), shape)
     itemsize = jnp.dtype(program.experiment.training.precision.compute_dtype).itemsize
     return float(kept * layers * math.prod(place.shard_shape(shape)) * itemsize)
 

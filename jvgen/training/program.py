@@ -107,6 +107,13 @@ class Program:
         """Parameters of the trained networks in the dtypes that training computes with."""
         return cast_networks(parameters, self.task.axes(), self.dtypes)
 
+    def sharding_of(self, bucket: BucketConfig) -> Sharding:
+        """The sharding of a batch shape's step, see `ShardingConfig.whole_examples`."""
+        if not self.sharding.config.whole_examples:
+            return self.sharding
+        examples, rest = divmod(bucket.batch_size, self.experiment.training.accumulation)
+        return self.sharding if rest else self.sharding.spreading(examples, (axes.HEADS, axes.MLP))
+
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Enter it inside a function to compile: it is traced with the run's sharding, precision and kernels."""
@@ -213,7 +220,7 @@ class Program:
             self.optimizers,
             experiment.ema,
             experiment.training,
-            self.sharding,
+            self.sharding_of(bucket),
             bucket=health.bucket_key(bucket),
             stage_starts=health.stage_starts(experiment.data.buckets, optimizers),
             only=only,

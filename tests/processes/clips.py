@@ -54,7 +54,7 @@ def build(folder: Path) -> Path:
 
 def experiment(data: Path, axes: dict[str, int]) -> Experiment:
     """Six steps on two batch shapes of these clips, with evaluation, on a mesh with these axes."""
-    base = toys.experiment(**{"training.steps": 6, "training.evaluate_every": 6})
+    base = toys.experiment(**{"training.steps": 6, "training.evaluate_every": 6, "sharding.whole_examples": False})
     buckets = tuple(BucketConfig(frames=frames, height=16, width=16, batch_size=8) for frames in (4, 2))
     return base.replace(
         task=ClipConfig(),

@@ -1,11 +1,13 @@
 """The real tasks on eight host devices: loss and gradients are those of one device, whatever the mesh."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
@@ -62,6 +64,10 @@ MESHES = {
 }
 
 
+# Each device takes whole examples, and no tokens are split.
+WHOLE = {"data": 1, "fsdp": 4, "seq": 2}
+
+
 def program_of(name: str, mesh: dict[str, int]) -> tuple[Program, BucketConfig]:
     task, bucket = TASKS[name]
     data = DataConfig(sources=(SourceConfig(path="nowhere"),), buckets=(bucket,))
@@ -97,8 +103,10 @@ def loss_and_gradient(name: str, mesh: dict[str, int]):
 
     batch[STEP] = jnp.zeros(8, jnp.int32)
 
+    sharding = program.sharding_of(bucket) if mesh == WHOLE else program.sharding
+
     def loss(parameters, frozen, batch):
-        with axes.partitioned(program.sharding):
+        with axes.partitioned(sharding):
             return program.task.loss(parameters, frozen, batch, jax.random.key(3))[0]
 
     places = (program.sharding.replicated, program.shardings.parameters)
@@ -110,7 +118,12 @@ def on_one_device():
     return functools.cache(lambda name: loss_and_gradient(name, ONE))
 
 
-CASES = [("video", "fsdp-seq-tensor"), ("image", "fsdp-seq-tensor"), ("lora", "fsdp-seq-tensor")] + [
+CASES = [
+    ("video", "whole"),
+    ("video", "fsdp-seq-tensor"),
+    ("image", "fsdp-seq-tensor"),
+    ("lora", "fsdp-seq-tensor"),
+] + [
     pytest.param(name, mesh, marks=pytest.mark.slow)
     for name, mesh in [("video", m) for m in list(MESHES)[1:]] + [("image", "data-fsdp"), ("image", "tensor")]
 ]
@@ -119,7 +132,7 @@ CASES = [("video", "fsdp-seq-tensor"), ("image", "fsdp-seq-tensor"), ("lora", "f
 @pytest.mark.parametrize("name,mesh", CASES)
 def test_loss_and_gradients_are_those_of_one_device(on_one_device, name, mesh):
     expected = on_one_device(name)
-    loss, gradient = loss_and_gradient(name, MESHES[mesh])
+    loss, gradient = loss_and_gradient(name, MESHES.get(mesh, WHOLE))
     np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
     pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(expected[1]), strict=True))
     largest = max(float(jnp.abs(want).max()) for _, want in pairs)
@@ -127,3 +140,26 @@ def test_loss_and_gradients_are_those_of_one_device(on_one_device, name, mesh):
         # Gradients that are zero but for rounding (biases before a norm, of keys) need a floor.
         atol = max(1e-5 * float(jnp.abs(want).max()), 1e-6 * largest)
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=atol)
+
+
+def test_whole_examples_where_a_microbatch_divides():
+    """Else tokens are split. Rows that only make shards of a sequence equal are left out."""
+    program, bucket = program_of("video", WHOLE)
+    whole = program.sharding_of(bucket)
+    tokens = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS)
+    assert whole.activation(tokens, (8, 16, 4)).spec == P(("data", "fsdp", "seq"), None, "tensor")
+    # Heads stay split over `tensor`, and a batch of 4, or microbatches of it, do not divide over 8 devices.
+    mixed = program_of("video", MESHES["fsdp-seq-tensor"])[0]
+    assert mixed.sharding_of(bucket).activation(tokens, (8, 16, 4)).spec == P(("data", "fsdp", "seq"), None, "tensor")
+    assert program.sharding_of(bucket.replace(batch_size=4)) is program.sharding
+    halves = dataclasses.replace(
+        program, experiment=program.experiment.replace(training=TrainingConfig(steps=1, accumulation=2))
+    )
+    assert halves.sharding_of(bucket) is program.sharding
+    denoiser = program.task.networks["denoiser"].bind(program.abstract.parameters["denoiser"])
+    paddings = []
+    for sharding in (program.sharding, whole):
+        with axes.partitioned(sharding):
+            paddings.append(denoiser.layout((2, 2, 2), 7).padding)
+    # 7 rows of text and 2 x 1 x 1 of video in patches of 2 x 2, to a multiple of 8, and of 4.
+    assert paddings == [7, 3]

@@ -125,7 +125,7 @@ def test_the_limit_of_open_files_is_raised():
 
 @needs_compiler
 def test_a_failed_read_is_not_replaced_where_examples_are_shared(data):
-    run = clips.experiment(data, {"fsdp": -1, "seq": 4, "data": 1})
+    run = clips.experiment(data, {"fsdp": -1, "seq": 8, "data": 1})
     run = run.replace(data=run.data.replace(on_failed_read="quarantine", buckets=run.data.buckets[:1]))
     assert "use 'stop'" in problems(examine(run, topology_name="v5e:4x4"))["division"]
     assert not problems(examine(run.replace(mesh=run.mesh.replace(seq=2)), topology_name="v5e:4x4"))

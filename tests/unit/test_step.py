@@ -90,17 +90,32 @@ def test_accumulation_gives_the_step_of_the_whole_batch():
     ("mesh", "accumulation"),
     [
         ({"fsdp": 8}, 2),
-        ({"data": 2, "fsdp": 2, "seq": 2}, 1),
+        ({"data": 2, "fsdp": 2, "seq": 2, "whole": True}, 1),
+        ({"data": 2, "fsdp": 2, "seq": 2, "whole": False}, 1),
         ({"fsdp": 2, "tensor": 4}, 1),
         ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
     ],
 )
 def test_any_mesh_gives_the_step_of_one_device(mesh, accumulation):
     one, expected = run(toys.experiment(), steps=2)
-    experiment = toys.experiment(**{"training.accumulation": accumulation})
+    mesh = dict(mesh)
+    whole = {"sharding.whole_examples": mesh.pop("whole", True)}
+    experiment = toys.experiment(**{"training.accumulation": accumulation} | whole)
     many, found = run(experiment, steps=2, mesh=make_mesh(MeshConfig(**{"fsdp": 1} | mesh)))
     assert_close(jax.device_get(many.parameters), jax.device_get(one.parameters), 1e-5)
     assert_close(jax.device_get(many.ema), jax.device_get(one.ema), 1e-5)
+    np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
+
+
+def test_microbatches_of_whole_examples_give_the_step_of_one_device():
+    """Of 16 examples in two microbatches each of the 8 devices has one, where two would split each example."""
+    larger = {"data.buckets.0.batch_size": 16}
+    one, expected = run(toys.experiment(**larger), steps=2)
+    experiment = toys.experiment(**{"training.accumulation": 2} | larger)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, seq=2))
+    assert Program.build(experiment, mesh).sharding_of(experiment.data.buckets[0]).spread_parts == 2
+    many, found = run(experiment, steps=2, mesh=mesh)
+    assert_close(jax.device_get(many.parameters), jax.device_get(one.parameters), 1e-5)
     np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
 
 

@@ -241,7 +241,9 @@ class VideoDiT(nnx.Module):
             raise ValueError(f"{text} rows of text: the maximum is text_length = {self.config.text_length}.")
         grid = token_grid(shape, self.config.patch_shape)
         valid = text + math.prod(grid)
-        return TokenLayout(text=text, grid=grid, padding=-valid % self.config.token_multiple)
+        # Devices with whole examples need no rows that only make shards of a sequence equal.
+        multiple = self.config.token_multiple // math.gcd(self.config.token_multiple, axes.spread_parts())
+        return TokenLayout(text=text, grid=grid, padding=-valid % multiple)
 
     def context(
         self,
