@@ -4,8 +4,8 @@ Should reach: what the paper reaches on Stable Diffusion after 100,000 steps of 
 views that an essential matrix explains, rotation AUC@20 57.5, translation AUC@20 19.9; here 25,000 steps of 32 pairs.
 Chips: 64 of v5p (`v5p:4x4x4`), two devices per pair.
 Memory: 25.4 GiB per device (compiled).
-Time: 2.6 s per step, within 2.5 and 3.4, of which the frozen encoders take 0.8 (estimated from the compiled program, not
-measured).
+Time: 2.7 s per step for folded clips, within 2.6 and 3.5, and 2.6 s for warped ones, of which the frozen encoders take
+0.8 (estimated from the compiled programs, not measured).
 Data: `jvgen data build realestate10k` (clips of 97 frames are folded) and `jvgen data build webvid` (clips of 49 are
 warped), both with captions, as pixels: a causal autoencoder has to encode folded clips backward. Weights in
 `weights/`: CogVideoX-2B's transformer and autoencoder, T5 v1.1 XXL.

@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.only and not any(text in run.name for text in chosen.only):
             continue
         for bucket in run.experiment().data.buckets:
-            if bucket.name in results().get(run.name, {}) and not chosen.again:
+            row = results().get(run.name, {}).get(bucket.name)
+            if row and not chosen.again and (chosen.without_code or row.get("has_code", True)):
                 continue
             print(f"{run.name} {bucket.name}", flush=True)
             failed += not _compile(run, bucket.name, not chosen.without_code)

@@ -1,6 +1,7 @@
 """Configs on their slices: the mesh and every sharding as they were, the table of compiled programs as it is kept."""
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -108,3 +109,20 @@ def test_mesh_and_shardings(run):
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
     assert text.splitlines() == file.read_text().splitlines(), f"{UPDATE}=1 writes what the configs say now"
+
+
+@pytest.mark.parametrize(
+    "flags,expected", [([], {"optimized"}), (["--without-code"], set()), (["--again"], {"optimized", "whole"})]
+)
+def test_rows_without_code_are_compiled_when_asked_for_whole(monkeypatch, tmp_path, flags, expected):
+    command = importlib.import_module("tests.pods.__main__")
+    run = runs.RUNS[0]
+    (bucket,) = run.experiment().data.buckets
+    compiled = set()
+    for name, row in (("whole", {}), ("optimized", {"has_code": False})):
+        monkeypatch.setattr(command, "results", lambda row=row: {run.name: {bucket.name: row | {"batch_size": 1}}})
+        monkeypatch.setattr(command, "_compile", lambda *arguments, name=name: not compiled.add(name))
+        monkeypatch.setattr(command, "page", lambda found: "")
+        monkeypatch.setattr(command, "PAGE", tmp_path / "pods.md")
+        assert command.main(["--only", run.name, *flags]) == 0
+    assert compiled == expected
