@@ -16,7 +16,7 @@ FROZEN_SCOPE = "frozen"
 
 
 def run_frozen(run: Callable[[], jax.Array], examples: int, *split: str) -> jax.Array:
-    """What a network without a backward pass makes, its batch over all devices that would repeat the work.
+    """What a network without a backward pass makes, with its batch spread over all devices that would repeat the work.
 
     Args:
       run: calls the network; its result has the batch in front.

@@ -84,7 +84,7 @@ def spread_examples(examples: int, *split: str) -> Iterator[None]:
 
 
 def spread_parts() -> int:
-    """Among how many devices whole examples are spread that would otherwise split each of them."""
+    """Number of devices that take whole examples instead of parts of one; 1 outside of a context."""
     partitioner = _current.get()
     return 1 if partitioner is None else partitioner.spread_parts
 

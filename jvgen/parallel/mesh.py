@@ -87,8 +87,8 @@ class MeshConfig(Config):
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arrange devices (default: all of `jax.devices()`) into a mesh with the axes data, fsdp, seq, tensor.
 
-    On TPU the arrangement follows the physical torus, with `seq` along rings of neighbors (`torus.arrange`); on several
-    slices the data axis (or, where it is too short, fsdp) crosses between them.
+    On TPU the arrangement follows the physical torus, with `seq` along rings of neighbors where there are such
+    (`torus.arrange`); on several slices the data axis (or, where it is too short, fsdp) crosses between them.
 
     Raises:
       ValueError: the product of the sizes does not fit the devices.

@@ -65,8 +65,9 @@ class ShardingConfig(Config):
       frozen: networks that are not trained (a text encoder, a VAE): "sharded" as the state is, so that their weights
         travel in every step that uses them; "replicated", whole on every device but for the mesh axes `tensor`; "auto":
         replicated where the devices' memory is known and all of them together take at most a tenth of it.
-      whole_examples: where the examples of a microbatch divide over `seq` too, each device takes whole examples of that
-        batch shape, and `seq` splits no tokens: short clips and images send nothing then.
+      whole_examples: where the examples of a microbatch divide over `seq` too (and over `tensor`, if neither heads nor
+        feed-forward units are split over it), each device takes whole examples of that batch shape, and no tokens are
+        split: short clips and images send none.
       host_offload: parts of the state that are in the memory of the hosts between their uses ("optimizer": moments;
         "ema"): less device memory, and a transfer to the devices and back in every step.
     """
@@ -100,7 +101,7 @@ class Sharding:
       mesh: devices.
       config: the tables.
       frozen_replicated: whether the `state_axes` leave frozen networks whole, see `holding`.
-      spread_parts: devices that would otherwise split each example, see `spreading`.
+      spread_parts: devices that take whole examples instead of parts of one, see `spreading`.
     """
 
     mesh: Mesh

@@ -20,7 +20,7 @@ from jvgen.parallel.chips import chip_of
 from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.preflight import collectives, hlo, kernel_cycles, program_cost, topology
 from jvgen.preflight.estimate import lower_bound, reading
-from jvgen.preflight.optimized_program import optimize
+from jvgen.preflight.optimized_program import DoesNotFitError, optimize
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
 from jvgen.preflight.time_estimate import TimeEstimate, estimate
 from jvgen.training.experiment import Experiment
@@ -91,7 +91,7 @@ class Compiled:
     has_code: bool = True
 
 
-# Raises MemoryError with the compiler's message where the step does not fit.
+# Raises `DoesNotFitError`.
 Compiler = Callable[[Program, BucketConfig, jax.stages.Lowered], Compiled]
 
 
@@ -104,7 +104,7 @@ def compile_whole(program: Program, bucket: BucketConfig, lowered: jax.stages.Lo
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise ConfigError(f"the TPU compiler rejected the step of {bucket.name}: {error}") from error
-        raise MemoryError(str(error)) from error
+        raise DoesNotFitError(str(error)) from error
 
 
 def _optimize(
@@ -128,7 +128,7 @@ def compile_bucket(
         lowered = program.lower(bucket)
     try:
         made = compiler(program, bucket, lowered)
-    except MemoryError as error:
+    except DoesNotFitError as error:
         problem = re.sub(r"\s+", " ", str(error))[:600]
     else:
         memory, module = made.memory, made.module

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,13 +28,17 @@ _BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*):$")
 
 
+class DoesNotFitError(Exception):
+    """A step needs more memory than a device has; the message is XLA's."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizedProgram:
     """A program before machine code is generated.
 
     Attributes:
       text: HLO, scheduled, without XLA's estimates of cycles.
-      memory: as XLA has assigned it, without the program's own; the peak is that of all buffers together.
+      memory: as XLA has assigned it, without the program's own and without a peak.
     """
 
     text: str
@@ -50,9 +55,16 @@ def optimize(experiment: Experiment, topology: str, slices: int, folder: Path, p
       poll: seconds between looks at it.
 
     Raises:
-      MemoryError: XLA says that the program does not fit; the message is XLA's.
-      ConfigError: the other process ended otherwise before the program was there.
+      DoesNotFitError: XLA says that the program does not fit.
+      ConfigError: a class of the run is defined in its config file, which another process cannot import; or that
+        process ended otherwise before the program was there.
     """
+    own = [module for module in _modules(saved_config.to_json(experiment)) if module not in sys.modules]
+    if own:
+        raise ConfigError(
+            f"--without-code: {own[0].removeprefix('jvgen_config_')}.py defines config classes of its own, which "
+            "another process cannot import; move them into a module, or leave out --without-code."
+        )
     run = {"experiment": saved_config.to_json(experiment), "topology": topology, "slices": slices}
     (folder / _RUN).write_text(json.dumps(run))
     # Described devices need no other backend, and cannot read a cache.
@@ -63,7 +75,7 @@ def optimize(experiment: Experiment, topology: str, slices: int, folder: Path, p
     try:
         while not list(folder.glob(_LAST)):
             if process.poll() is not None and not list(folder.glob(_LAST)):
-                raise _failure((folder / _LOG).read_text(errors="replace"))
+                raise _failure((folder / _LOG).read_text(errors="replace"), process.returncode)
             time.sleep(poll)
     finally:
         process.kill()
@@ -71,12 +83,17 @@ def optimize(experiment: Experiment, topology: str, slices: int, folder: Path, p
     return OptimizedProgram(_largest(folder, _PROGRAM), _memory(_largest(folder, _BUFFERS)))
 
 
-def _failure(log: str) -> Exception:
-    lines = log.strip().splitlines() or ["it printed nothing"]
-    full = next((line for line in lines if "RESOURCE_EXHAUSTED" in line), None)
-    if full is not None:
-        return MemoryError(full)
-    return ConfigError(f"the process that compiles the step ended early: {lines[-1]}")
+def _modules(experiment: str) -> set[str]:
+    """Modules of a user's own classes in a run as JSON, where they are named with them."""
+    return set(re.findall(r'"class": "([\w.]+):', experiment))
+
+
+def _failure(log: str, status: int) -> Exception:
+    _, full, rest = log.partition("RESOURCE_EXHAUSTED")
+    if full:
+        return DoesNotFitError(full + rest)
+    last = (log.strip().splitlines() or ["it printed nothing"])[-1]
+    return ConfigError(f"the process that compiles the step ended early with status {status}: {last}")
 
 
 def _largest(folder: Path, pattern: str) -> str:
@@ -97,8 +114,7 @@ def _memory(assignment: str) -> Memory:
             sizes["result" if is_result else "temporary"] += size
     arguments, outputs = sizes["argument"] + sizes["both"], sizes["result"] + sizes["both"]
     return Memory(
-        arguments=arguments, outputs=outputs, aliased=sizes["both"], temporaries=sizes["temporary"], code=0.0,
-        peak=sum(sizes.values()),
+        arguments=arguments, outputs=outputs, aliased=sizes["both"], temporaries=sizes["temporary"], code=0.0, peak=0.0
     )  # fmt: skip
 
 
@@ -115,8 +131,7 @@ def _compile(folder: Path) -> None:
     from jvgen.training.program import Program
 
     run = json.loads((folder / _RUN).read_text())
-    # Classes of a user's own are named with their modules.
-    for module in set(re.findall(r'"class": "([\w.]+):\w+"', run["experiment"])):
+    for module in _modules(run["experiment"]):
         importlib.import_module(module)
     experiment = saved_config.from_json(run["experiment"])
     _, mesh = describe_for(experiment.mesh, run["topology"], run["slices"])
@@ -124,5 +139,13 @@ def _compile(folder: Path) -> None:
     lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that waits for it was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _compile(Path(sys.argv[1]))

@@ -28,7 +28,7 @@ class Memory:
       arguments, outputs: state and batch, new state and metrics.
       aliased: outputs that take the place of donated arguments, included in both of the above.
       temporaries, code: activations and gradients; the program.
-      peak: the most in use at any time, if the compiler reports it.
+      peak: the most in use at any time; 0 if the compiler does not report it.
     """
 
     arguments: float
@@ -163,7 +163,8 @@ class CompileReport:
         if report.memory is None:
             console.print(f"DOES NOT FIT: {report.problem}", markup=False)
         else:
-            console.print(_memory_table(report.memory, report.lower_bound, self.hbm_bytes))
+            has_code = report.time is None or report.time.has_code
+            console.print(_memory_table(report.memory, report.lower_bound, self.hbm_bytes, has_code))
         if total := sum(report.flops.values()):
             console.print(_flops_table(report.flops))
             per_device = total / self.devices
@@ -181,8 +182,9 @@ class CompileReport:
             console.print(_collectives_table(report.collectives))
 
 
-def _memory_table(memory: Memory, lower_bound: Estimate, hbm: float) -> Table:
-    table = Table("memory per device", "GiB", title="memory: compiled, and lower bound", title_justify="left")
+def _memory_table(memory: Memory, lower_bound: Estimate, hbm: float, has_code: bool) -> Table:
+    what = "compiled" if has_code else "of the optimized program"
+    table = Table("memory per device", "GiB", title=f"memory: {what}, and lower bound", title_justify="left")
     compiled = {
         "arguments (state and batch)": memory.arguments,
         "outputs": memory.outputs,
@@ -193,7 +195,8 @@ def _memory_table(memory: Memory, lower_bound: Estimate, hbm: float) -> Table:
         "peak": memory.peak,
     }
     for name, size in compiled.items():
-        table.add_row(name, f"{size / GIB:.3f}")
+        if has_code or name not in ("program", "peak"):
+            table.add_row(name, f"{size / GIB:.3f}")
     table.add_row("total / HBM", f"{memory.total / hbm:.1%}", end_section=True)
     bounds = {
         "parameters": lower_bound.parameters,

@@ -165,6 +165,9 @@ def candidates(
                 if program is None:
                     continue
                 bucket = changed.data.buckets[0]
+                if program.sharding_of(bucket).spread_parts > 1:
+                    # Devices take whole examples: the program of fewer shards again.
+                    continue
                 if batch_size not in stored:
                     stored[batch_size] = stored_bytes(program, bucket)
                 # Stored arrays are split as the examples and their tokens are.

@@ -109,17 +109,25 @@ class Program:
 
     def sharding_of(self, bucket: BucketConfig) -> Sharding:
         """The sharding of a batch shape's step, see `ShardingConfig.whole_examples`."""
+        examples, rest = divmod(bucket.batch_size, self.experiment.training.accumulation)
+        return self.sharding if rest else self._whole_examples(examples)
+
+    def _whole_examples(self, examples: int) -> Sharding:
         if not self.sharding.config.whole_examples:
             return self.sharding
-        examples, rest = divmod(bucket.batch_size, self.experiment.training.accumulation)
-        return self.sharding if rest else self.sharding.spreading(examples, (axes.HEADS, axes.MLP))
+        return self.sharding.spreading(examples, (axes.HEADS, axes.MLP))
 
     @contextlib.contextmanager
-    def tracing(self) -> Iterator[None]:
-        """Enter it inside a function to compile: it is traced with the run's sharding, precision and kernels."""
+    def tracing(self, examples: int | None = None) -> Iterator[None]:
+        """Enter it inside a function to compile: it is traced with the run's sharding, precision and kernels.
+
+        Args:
+          examples: of the function's batch, to be taken whole where they divide over all devices; None for tokens that
+            are split as the rules say.
+        """
         training = self.experiment.training
         with (
-            axes.partitioned(self.sharding),
+            axes.partitioned(self.sharding if examples is None else self._whole_examples(examples)),
             float32_products(training.precision.matmul_precision),
             automatic(training.attention),
         ):
@@ -307,7 +315,7 @@ class Program:
         """A method of the task ("evaluate", "visualize", "predicted_clips"), jitted; parameters cast as in training."""
 
         def run(parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array) -> Any:
-            with self.tracing():
+            with self.tracing(len(batch[SLOT])):
                 return getattr(self.task, method)(self.cast(parameters), frozen, batch, key)
 
         return jax.jit(run, out_shardings=self.sharding.replicated)

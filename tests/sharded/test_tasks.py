@@ -156,6 +156,10 @@ def test_whole_examples_where_a_microbatch_divides():
         program, experiment=program.experiment.replace(training=TrainingConfig(steps=1, accumulation=2))
     )
     assert halves.sharding_of(bucket) is program.sharding
+    # So does an evaluation, by the number of examples that it gets.
+    for examples, parts in ((8, 2), (4, 1), (None, 1)):
+        with program.tracing(examples):
+            assert axes.spread_parts() == parts
     denoiser = program.task.networks["denoiser"].bind(program.abstract.parameters["denoiser"])
     paddings = []
     for sharding in (program.sharding, whole):

@@ -32,14 +32,15 @@ allocation 7: size 9999, color 1, page 0, preallocated-temp:
 def test_memory_of_a_buffer_assignment():
     memory = optimized_program._memory(ASSIGNMENT)
     assert (memory.arguments, memory.outputs, memory.aliased, memory.temporaries) == (4196, 4120, 4096, 2000)
-    assert memory.total == memory.peak == 4096 + 100 + 24 + 2000 and memory.code == 0
+    assert memory.total == 4096 + 100 + 24 + 2000 and memory.code == memory.peak == 0
 
 
 def test_why_the_other_process_ended():
-    full = optimized_program._failure("a\nRESOURCE_EXHAUSTED: 17.9G of 15.7G\nb")
-    assert isinstance(full, MemoryError) and "17.9G" in str(full)
-    assert "ended early: ImportError: no" in str(optimized_program._failure("Traceback\nImportError: no\n"))
-    assert "printed nothing" in str(optimized_program._failure(""))
+    full = optimized_program._failure("a\njax: RESOURCE_EXHAUSTED: 17.9G\nof 15.7G", 1)
+    assert isinstance(full, optimized_program.DoesNotFitError) and str(full) == "RESOURCE_EXHAUSTED: 17.9G\nof 15.7G"
+    told = str(optimized_program._failure("Traceback\nImportError: no\n", 1))
+    assert "ended early with status 1: ImportError: no" in told
+    assert "status -9: it printed nothing" in str(optimized_program._failure("", -9))
 
 
 @needs_compiler
@@ -62,8 +63,25 @@ def test_it_is_the_program_that_is_compiled(monkeypatch):
 @needs_compiler
 def test_a_step_that_the_other_process_cannot_build(tmp_path, monkeypatch):
     monkeypatch.setattr(optimized_program.saved_config, "to_json", lambda _: "{}")
-    with pytest.raises(ConfigError, match="ended early: AttributeError: .*mesh"):
+    with pytest.raises(ConfigError, match="ended early with status 1: AttributeError: .*mesh"):
         optimized_program.optimize(toys.experiment(), "v5e:2x2", 1, tmp_path)
+
+
+def test_classes_that_the_config_file_defines(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        optimized_program.saved_config, "to_json", lambda _: '{"class": "jvgen_config_mine:Outer.Inner"}'
+    )
+    with pytest.raises(ConfigError, match="--without-code: mine.py defines config classes of its own"):
+        optimized_program.optimize(toys.experiment(), "v5e:2x2", 1, tmp_path)
+
+
+def test_it_ends_with_the_process_that_waits_for_it(monkeypatch):
+    parents, ended = iter((7, 1)), []
+    monkeypatch.setattr(optimized_program.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(optimized_program.os, "_exit", ended.append)
+    monkeypatch.setattr(optimized_program.time, "sleep", lambda seconds: None)
+    optimized_program._end_with(7)
+    assert ended == [1]
 
 
 def test_not_with_a_search(capsys):
