@@ -18,7 +18,7 @@ Time: heads_128 1.15 s per step for long clips, within 1.11 and 1.51, and 1.22 s
 ones, which `data.tokens_per_step` chooses beside them; heads_256 0.89 s, within 0.79 and 1.88, for long clips
 (0.95 s with T5 in the step); heads_64 0.84 s, within 0.80 and 1.15, for long clips on v5p:4x4x8, and 0.74 s there with
 `--set mesh.seq=2 --set task.denoiser.remat=save_matmuls`, 21 GiB, the fastest of a search; on v5e:16x16 1.22 s,
-within 1.05 and 1.84, and 0.77 and 0.68 s for images and short clips, of which each chip takes whole ones (estimated from
+within 1.05 and 1.84, and 0.77 and 0.68 s for images and short clips, which chips take whole (estimated from
 compiled programs, not measured).
 Data: latents of CogVideoX's VAE at 256x384 and 480x720, two data sets of `jvgen data build latents`, and T5 v1.1 XXL.
 
