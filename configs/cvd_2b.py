@@ -83,6 +83,6 @@ def experiment() -> Experiment:
         ema=EmaConfig(decays=()),
         checkpoint=CheckpointConfig(every=1000, keep_last=2, keep_every=5000),
         mesh=MeshConfig(data=1, fsdp=-1, seq=2),
-        # T5 and the transformer of 2B are a seventh of the memory, and otherwise travel in every step.
+        # T5 and the transformer of 2B are an eighth of the memory, and otherwise travel in every step.
         sharding=ShardingConfig(frozen="replicated"),
     )

@@ -45,7 +45,8 @@ TEMPORAL_SHARDING: Rules = COMPUTE | {axes.FRAMES: (SEQ,), axes.HEIGHT: (TENSOR,
 HOST_MEMORY = "pinned_host"
 # Frozen networks are held whole where they take at most this share of a device's memory.
 FROZEN_SHARE = 0.1
-# Gradients up to this size are summed whole: their reduce-scatter saves less than XLA's loop over shards costs.
+# Gradients of weights up to this size are summed whole: a reduce-scatter saves less than XLA's loop over shards costs
+# (`docs/measured.md`: the world model's are smaller, those of the video transformers larger).
 SUMMED_WHOLE_BYTES = 6 * 2**20
 
 

@@ -17,10 +17,10 @@ def arrange(shape: tuple[int, int, int, int], devices: Sequence[jax.Device]) -> 
     """Devices of one slice along (data, fsdp, seq, tensor), so that rings of `seq` pass each link once.
 
     JAX lays a mesh axis along an axis of the torus. Four of sixteen chips of a row are no ring there: the last one's
-    message to the first passes three links, and on v5e, whose chips do not forward well, libtpu makes every message of
-    such a ring wait. Where it is no ring, `seq` is a closed path through a rectangle instead: for `seq = 4` 2 x 2
-    chips, which are also one host, so that hosts do not share examples. JAX's order stays where `tensor` is not 1,
-    where no rectangle of so many chips divides the slice, and on chips of two devices.
+    message to the first passes three links, and on v5e libtpu makes every message of such a ring wait
+    (`tests/unit/test_overlap.py`). Where it is no ring, `seq` is a closed path through a rectangle instead: for
+    `seq = 4` 2 x 2 chips, which are also one host, so that hosts do not share examples. JAX's order stays where
+    `tensor` is not 1, where no rectangle of so many chips divides the slice, and on chips of two devices.
     """
     found = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
     torus = Torus.of(devices)

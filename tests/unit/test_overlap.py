@@ -114,7 +114,7 @@ def test_a_gather_over_a_whole_torus_is_a_sum_over_six_links(stages, kinds):
 
 @pytest.mark.parametrize("neighbors", [True, False])
 def test_rings_on_v5e_are_hidden_if_they_pass_each_link_once(neighbors):
-    """v5e's chips do not forward: XLA makes every hop of a ring wait that has one longer than a link."""
+    """XLA makes every hop of a ring on v5e wait if one of them is longer than a link."""
     devices = topology.describe("v5e:8x16").devices
     if neighbors:
         mesh = make_mesh(MeshConfig(seq=4), devices)
