@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from jvgen.value_rules import Count, CountOrZero, Frames, Pixels, Step, problems
@@ -131,6 +131,22 @@ def add_pod_arguments(parser: argparse.ArgumentParser, *, required: bool = False
         "--bucket", dest="buckets", action="append", default=[], metavar="VIEWSxFRAMESxHEIGHTxWIDTH",
         help="only this batch shape of data.buckets (repeatable)",
     )  # fmt: skip
+
+
+def check_foreign(parsed: argparse.Namespace, options: Sequence[argparse.Action], needed: str) -> None:
+    """Check that options of another form of the command were not given.
+
+    Args:
+      parsed: the parsed arguments.
+      options: those that need `needed`.
+      needed: for the message: "RUN".
+
+    Raises:
+      ValueError: one of them differs from its default; the message names all of those.
+    """
+    given = [action.option_strings[0] for action in options if getattr(parsed, action.dest) != action.default]
+    if given:
+        raise ValueError(f"{', '.join(given)}: only valid with {needed}.")
 
 
 def experiment_of(parsed: argparse.Namespace) -> "Experiment":

@@ -1,8 +1,18 @@
 """`jvgen evaluate` and `jvgen analyze`: measure a trained run or an exported VAE on held-out data."""
 
 import argparse
+import functools
+from collections.abc import Sequence
 
-from jvgen.cli.arguments import add_command, add_run_arguments, check_output, frame_size, number, path
+from jvgen.cli.arguments import (
+    add_command,
+    add_run_arguments,
+    check_foreign,
+    check_output,
+    frame_size,
+    number,
+    path,
+)
 from jvgen.value_rules import Count, CountOrZero, Frames, Scale, Seed
 
 
@@ -24,80 +34,101 @@ def _add_evaluate(commands) -> None:
         "beside the recorded ones: over time, as a distribution, against captions, and against cameras. Measures whose "
         "weights were not given are listed. With --vae alone it measures reconstructions and, with --image-vae, how "
         "well each VAE decodes the other's latents.",
-        handler=run_evaluate,
     )  # fmt: skip
-    add_run_arguments(parser, optional=True)
+    run_only = add_run_arguments(parser, optional=True)
     _add_data_argument(parser)
     parser.add_argument(
         "--batches", type=number(Count), default=16, metavar="N", help="batches that metrics are averaged over"
     )
-    _add_untrained_argument(parser)
+    run_only.append(_add_untrained_argument(parser))
     parser.add_argument(
         "--i3d", type=path, metavar="FILE",
         help="I3D weights (.safetensors); adds the Fréchet distance of predicted, generated or reconstructed clips",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=path, metavar="PATH",
-        help="JSON file for the metrics; with --vae a folder, which also gets a picture of the worst clips",
+        help="JSON file for the metrics; without RUN a folder, which also gets a picture of the worst clips",
     )  # fmt: skip
     parser.add_argument(
         "--lpips-weights", metavar="FILE",
         help="LPIPS weights (.safetensors, see `jvgen lpips`) for the perceptual distance; the run's own if omitted, a "
-        "Laplacian pyramid's with --vae",
+        "Laplacian pyramid's without RUN",
     )  # fmt: skip
+    batch = parser.add_argument(
+        "--batch-size", type=number(Count), metavar="N", help="clips per batch; 8 for --samples, 2 without RUN"
+    )
     parser.add_argument(
-        "--batch-size", type=number(Count), metavar="N", help="clips per batch; 8 for --samples, 2 for --vae"
-    )
-    group = parser.add_argument_group("options for generated clips (text-to-video and multi-view runs)")
-    group.add_argument(
-        "--samples",
-        type=number(CountOrZero),
-        default=0,
-        metavar="N",
-        help="clips, or sets of views, to generate and to measure",
-    )
-    group.add_argument("--steps", type=number(Count), metavar="N", help="sampler steps; the run's own if omitted")
-    group.add_argument(
-        "--guidance",
-        type=number(Scale),
-        metavar="SCALE",
-        help="scale of classifier-free guidance; the run's own if omitted",
-    )
-    group.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="seed of the generated clips")
-    group.add_argument(
-        "--clip-model", type=path, metavar="DIR",
-        help="folder with CLIP's config.json, model.safetensors and tokenizer.json; adds the agreement with captions "
-        "and the consistency of backgrounds",
-    )  # fmt: skip
-    group.add_argument(
-        "--dinov2", type=path, metavar="DIR",
-        help="folder of a DINOv2 (transformers' Dinov2Model); adds the consistency of subjects",
-    )  # fmt: skip
-    group.add_argument("--report", type=path, metavar="FILE", help="HTML file with the measures and some clips")
-    group = parser.add_argument_group("options for --vae")
-    group.add_argument(
         "--vae", type=path, metavar="DIR",
         help="exported folder of an image or video VAE to measure; with RUN, the VAE that made the latents of a run "
         "whose config names none, to decode --samples",
     )  # fmt: skip
-    group.add_argument(
-        "--image-vae", type=path, metavar="DIR",
-        help="exported folder of the image VAE whose latent space the video VAE shares",
-    )  # fmt: skip
-    group.add_argument("--frames", type=number(Frames), default=17, metavar="N", help="frames per clip")
-    group.add_argument(
-        "--size", type=frame_size, default=(256, 256), metavar="HxW", help="frame height and width in pixels"
+    clip_options = _add_clip_options(parser)
+    sampler_options = _add_sampler_options(parser)
+    vae_only = _add_vae_options(parser)
+    parser.set_defaults(
+        handler=functools.partial(
+            run_evaluate,
+            run_only=[*run_only, *clip_options, *sampler_options],
+            samples_only=[*sampler_options, batch],
+            vae_only=vae_only,
+        )
     )
-    group.add_argument(
-        "--stride", type=number(Frames), default=1, metavar="N", help="frame stride: take every N-th recorded frame"
-    )
-    group.add_argument(
-        "--worst",
-        type=number(CountOrZero),
-        default=4,
-        metavar="N",
-        help="clips with the lowest PSNR that the picture shows",
-    )
+
+
+def _add_clip_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Options that need RUN: what it generates, and what is measured of it."""
+    group = parser.add_argument_group("options for generated clips (text-to-video and multi-view runs)")
+    return [
+        group.add_argument(
+            "--samples", type=number(CountOrZero), default=0, metavar="N",
+            help="clips, or sets of views, to generate and to measure",
+        ),
+        group.add_argument(
+            "--clip-model", type=path, metavar="DIR",
+            help="folder with CLIP's config.json, model.safetensors and tokenizer.json; adds the agreement with "
+            "captions and the consistency of backgrounds",
+        ),
+        group.add_argument(
+            "--dinov2", type=path, metavar="DIR",
+            help="folder of a DINOv2 (transformers' Dinov2Model); adds the consistency of subjects",
+        ),
+        group.add_argument("--report", type=path, metavar="FILE", help="HTML file with the measures and some clips"),
+    ]  # fmt: skip
+
+
+def _add_sampler_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Options that need `--samples`."""
+    group = parser.add_argument_group("options for --samples")
+    return [
+        group.add_argument("--steps", type=number(Count), metavar="N", help="sampler steps; the run's own if omitted"),
+        group.add_argument(
+            "--guidance", type=number(Scale), metavar="SCALE",
+            help="scale of classifier-free guidance; the run's own if omitted",
+        ),
+        group.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="seed of the generated clips"),
+    ]  # fmt: skip
+
+
+def _add_vae_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Options that need `--vae` without RUN."""
+    group = parser.add_argument_group("options for --vae without RUN")
+    return [
+        group.add_argument(
+            "--image-vae", type=path, metavar="DIR",
+            help="exported folder of the image VAE whose latent space the video VAE shares",
+        ),
+        group.add_argument("--frames", type=number(Frames), default=17, metavar="N", help="frames per clip"),
+        group.add_argument(
+            "--size", type=frame_size, default=(256, 256), metavar="HxW", help="frame height and width in pixels"
+        ),
+        group.add_argument(
+            "--stride", type=number(Frames), default=1, metavar="N", help="frame stride: take every N-th recorded frame"
+        ),
+        group.add_argument(
+            "--worst", type=number(CountOrZero), default=4, metavar="N",
+            help="clips with the lowest PSNR that the picture shows",
+        ),
+    ]  # fmt: skip
 
 
 def _add_analyze(commands) -> None:
@@ -128,16 +159,28 @@ def _add_data_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_untrained_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_untrained_argument(parser: argparse.ArgumentParser) -> argparse.Action:
+    return parser.add_argument(
         "--untrained", action="store_true", help="use randomly initialized parameters instead, as a baseline"
     )
 
 
-def run_evaluate(parsed: argparse.Namespace) -> int:
+def run_evaluate(
+    parsed: argparse.Namespace,
+    *,
+    run_only: Sequence[argparse.Action],
+    samples_only: Sequence[argparse.Action],
+    vae_only: Sequence[argparse.Action],
+) -> int:
     """Evaluate a run or a VAE."""
     if parsed.run is None and parsed.vae is None:
         raise ValueError("give RUN (a run directory) or --vae DIR (an exported VAE).")
+    if parsed.run is None:
+        check_foreign(parsed, run_only, "RUN")
+    else:
+        check_foreign(parsed, vae_only, "--vae and no RUN")
+        if not parsed.samples:
+            check_foreign(parsed, samples_only, "--samples N")
     if parsed.out is not None:
         check_output("--out", parsed.out, folder=parsed.run is None)
     if parsed.run is None:

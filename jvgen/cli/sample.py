@@ -9,6 +9,7 @@ from jvgen.cli.arguments import (
     add_command,
     add_run_arguments,
     add_variant_argument,
+    check_foreign,
     frame_size,
     number,
     path,
@@ -214,9 +215,7 @@ def run_sample(
     if (parsed.run is None) == (parsed.weights is None):
         raise ValueError("give exactly one of RUN (a run directory) and --weights DIR (a CogVideoX pipeline).")
     needed, foreign = ("RUN", run_only) if parsed.weights is not None else ("--weights", weights_only)
-    wrong = [action.option_strings[0] for action in foreign if getattr(parsed, action.dest) != action.default]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: only valid with {needed}.")
+    check_foreign(parsed, foreign, needed)
     prompts = list(parsed.prompt)
     if parsed.prompts is not None:
         prompts += read_prompts(parsed.prompts)

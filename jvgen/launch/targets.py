@@ -17,6 +17,7 @@ from jvgen.config import ConfigError
 from jvgen.launch import machines
 from jvgen.launch.machines import GPUS, TPUS, Topology
 from jvgen.launch.plan import Options, Plan, config_in_image, is_bucket, make_plan, outside_image
+from jvgen.storage import check_checkpoint_folder
 from jvgen.training.experiment import Experiment
 
 # xpk, Cluster Toolkit and clusters that copied their policy restart only 42 and 127-255.
@@ -192,6 +193,8 @@ def _check_chips(target: Target, place: Topology) -> None:
 
 
 def _check_workdir(target: Target, workdir: str) -> None:
+    if is_bucket(workdir):
+        check_checkpoint_folder(workdir)
     if not target.shared_workdir or is_bucket(workdir) or workdir.startswith("/"):
         return
     raise ConfigError(

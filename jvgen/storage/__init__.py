@@ -17,6 +17,7 @@ from jvgen.storage.file_kinds import (
 )
 from jvgen.storage.files import (
     appending,
+    check_checkpoint_folder,
     check_run_directory,
     copy_file,
     is_empty,
@@ -47,6 +48,7 @@ __all__ = [
     "absolute",
     "appending",
     "as_path",
+    "check_checkpoint_folder",
     "check_run_directory",
     "copy_file",
     "count_of_retries",

@@ -189,17 +189,26 @@ def is_empty(path: Path) -> bool:
     return not path.is_dir() or next(iter(path.iterdir()), None) is None
 
 
+def check_checkpoint_folder(path: str | os.PathLike[str]) -> None:
+    """Check that Orbax can write to a folder in a bucket, by its name alone.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    if not os.fspath(path).startswith("gs://"):
+        raise ConfigError(
+            f"{path}: Orbax writes checkpoints to gs:// and to local folders only; use one of these, for example a "
+            "mounted bucket (Mountpoint for S3 cannot rename: take a file system that can)."
+        )
+
+
 def check_run_directory(path: Path) -> None:
     """Check that a remote folder can hold a run: write a small file to it and remove it.
 
     Raises:
       ConfigError: checkpoints cannot be written there, or nothing can; the message names the cause.
     """
-    if not str(path).startswith("gs://"):
-        raise ConfigError(
-            f"{path}: Orbax writes checkpoints to gs:// and to local folders only; use one of these, for example a "
-            "mounted bucket (Mountpoint for S3 cannot rename: take a file system that can)."
-        )
+    check_checkpoint_folder(path)
     probe = path / f".jvgen-probe-{uuid.uuid4().hex[:8]}"
     try:
         _remote(probe, "write", lambda fs, key: fs.pipe_file(key, b"jvgen"), Retries(attempts=2))

@@ -47,6 +47,9 @@ MISTAKES = {
     "local folder": (
         f"gke-tpu configs/cogvideox_2b.py --image {IMAGE} --topology v5p:4x4x8 --workdir runs/x", "do not share that"
     ),
+    "bucket without checkpoints": (
+        f"gke-gpu {DEMO.replace('gs://', 's3://')} --image {IMAGE} --topology h100:4x8", "Orbax writes checkpoints to gs://"
+    ),
     "config outside": (
         f"gke-tpu {ROOT}/configs/cogvideox_2b.py {BUCKET} --image {IMAGE} --topology v5p:4x4x8",
         "give the path relative to it",
