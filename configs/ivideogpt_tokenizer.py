@@ -53,7 +53,7 @@ def experiment(variant: Literal["oxe_64", "oxe_256", "bair", "robonet"] = "oxe_6
     if variant == "oxe_64":
         data, held_out, steps = sources("data/oxe", something="data/something"), BRIDGE, 500_000
     elif variant == "oxe_256":
-        network = CompressiveTokenizerConfig.released_256().replace(remat=Remat.FULL, rounded_norms=True)
+        network = CompressiveTokenizerConfig.released_256().replace(remat=Remat.FULL)
         data, held_out, steps = sources("data/oxe"), BRIDGE, 125_000
         size, batch, every = 256, 32, 2500
     else:

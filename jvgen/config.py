@@ -35,10 +35,12 @@ class Config:
 
     Attributes:
       renamed_fields: fields as earlier versions saved them -> their names now.
+      dropped_fields: fields that earlier versions saved and that change nothing any more.
       moved_fields: fields of earlier versions -> dotted paths of what replaced them; `override` takes both.
     """
 
     renamed_fields: typing.ClassVar[dict[str, str]] = {}
+    dropped_fields: typing.ClassVar[frozenset[str]] = frozenset()
     moved_fields: typing.ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -53,7 +55,8 @@ class Config:
         Args:
           saved: decoded JSON by field name, without `class`; nested configs are dicts with `class` and their fields.
         """
-        return {cls.renamed_fields.get(name, name): value for name, value in saved.items()}
+        kept = {name: value for name, value in saved.items() if name not in cls.dropped_fields}
+        return {cls.renamed_fields.get(name, name): value for name, value in kept.items()}
 
     def validate(self) -> None:
         """Raise `ValueError` if a field breaks its rule, or the fields cannot work together.

@@ -1,8 +1,15 @@
 """Layer, group and root-mean-square norms: statistics in float32, two-pass variance, explicit epsilon."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jvgen.parallel.axes import BATCH, FRAMES, HEIGHT, WIDTH, current, platform
+
+# Images per device that XLA:TPU's convolutions take as they are.
+_WHOLE_IMAGES = 8
 
 
 class LayerNorm(nnx.Module):
@@ -60,7 +67,8 @@ class GroupNorm(nnx.Module):
       rounded: normalize inputs of 16 bits as they are. Otherwise the compiler may take the float32 sums of the
         convolution before instead. These cost nothing where the statistics are fused into that convolution, but XLA:TPU
         stores them where it splits images to fill its tiles, for 6 per device and not for 8: twice the time of a
-        residual block, three times its memory.
+        residual block, three times its memory. None: on TPUs, for inputs `... H W C` of images (or frames) whose number
+        per device 8 does not divide.
     """
 
     def __init__(
@@ -71,7 +79,7 @@ class GroupNorm(nnx.Module):
         epsilon: float,
         axis: str | None = None,
         leading: int = 1,
-        rounded: bool = False,
+        rounded: bool | None = None,
     ):
         if features % groups:
             raise ValueError(f"groups = {groups} does not divide features = {features}; choose a divisor.")
@@ -83,7 +91,8 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), logical_axes=(axis,))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        if self.rounded and inputs.dtype != jnp.float32:
+        rounded = _splits_images(inputs.shape) if self.rounded is None else self.rounded
+        if rounded and inputs.dtype != jnp.float32:
             inputs = jax.lax.optimization_barrier(inputs)
         # Axes are not merged: each may be sharded.
         x = inputs.astype(jnp.float32).reshape(*inputs.shape[:-1], self.groups, inputs.shape[-1] // self.groups)
@@ -94,3 +103,14 @@ class GroupNorm(nnx.Module):
         x = (centered * jax.lax.rsqrt(variance + self.epsilon)).reshape(inputs.shape)
         x = x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
         return x.astype(inputs.dtype)
+
+
+def _splits_images(shape: tuple[int, ...]) -> bool:
+    """Whether XLA:TPU splits images `... H W C` of the traced program to fill its tiles."""
+    if len(shape) < 4 or platform() != "tpu":
+        return False
+    partitioner = current()
+    if partitioner is not None:
+        leading = (BATCH, FRAMES)[: len(shape) - 3]
+        shape = partitioner.activation((*leading, HEIGHT, WIDTH, None), shape).shard_shape(shape)
+    return math.prod(shape[:-3]) % _WHOLE_IMAGES != 0

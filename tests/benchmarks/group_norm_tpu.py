@@ -67,8 +67,8 @@ def _compiled(images: Images, rounded: bool) -> tuple[TimeEstimate, int]:
     """Estimate and bytes of temporaries."""
     mesh = make_mesh(MeshConfig(), topology.describe(images.topology).devices[:1])
     place = NamedSharding(mesh, PartitionSpec())
-    config = ImageVAEConfig(rounded_norms=rounded)
-    block = nnx.eval_shape(lambda: ResidualBlock(images.width, images.width, config, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: ResidualBlock(images.width, images.width, ImageVAEConfig(), rngs=nnx.Rngs(0)))
+    block.norm1.rounded = block.norm2.rounded = rounded
     graph, state = nnx.split(block)
 
     def described(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

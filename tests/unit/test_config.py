@@ -140,10 +140,11 @@ class Renamed(Config):
     start_step: int = 0
     added_later: str = "default"
     renamed_fields: ClassVar[dict[str, str]] = {"begins": "start_step"}
+    dropped_fields: ClassVar[frozenset[str]] = frozenset({"rounded"})
 
 
 def test_a_saved_config_with_old_and_missing_fields_is_read():
-    saved = {"class": stable_name(Renamed), "begins": 7}
+    saved = {"class": stable_name(Renamed), "begins": 7, "rounded": True}
     assert from_json(json.dumps(saved)) == Renamed(start_step=7)
 
 

@@ -7,9 +7,12 @@ import pytest
 
 from jvgen.nn.network import Network
 from jvgen.nn.norm import GroupNorm
+from jvgen.parallel import axes, rules
+from jvgen.parallel.mesh import MeshConfig, make_mesh
+from jvgen.preflight import topology
 
 
-def norm(leading: int = 1, rounded: bool = True) -> Network:
+def norm(leading: int = 1, rounded: bool | None = True) -> Network:
     return Network.of(lambda rngs: GroupNorm(8, groups=4, epsilon=1e-6, leading=leading, rounded=rounded))
 
 
@@ -68,3 +71,27 @@ def test_a_rounded_input_has_a_gradient_and_can_be_mapped_over():
     np.testing.assert_array_equal(
         mapped.astype(jnp.float32), network.apply(parameters, inputs(jnp.bfloat16)).astype(jnp.float32)
     )
+
+
+@pytest.mark.skipif(not topology.has_compiler(), reason="needs libtpu, the TPU compiler")
+@pytest.mark.parametrize(
+    ("shape", "barriers"),
+    [
+        ((32, 4, 4, 8), 0),  # eight images on each of four chips
+        ((24, 4, 4, 8), 1),  # six
+        ((4, 9, 4, 4, 8), 1),  # a clip of nine frames
+        ((4, 16, 4, 4, 8), 0),
+        ((24, 4, 8), 0),  # no images
+    ],
+)
+def test_inputs_are_rounded_where_a_tpu_has_no_multiple_of_eight_images(shape, barriers):
+    mesh = make_mesh(MeshConfig(fsdp=4), topology.describe("v5e:2x2").devices)
+    network = norm(rounded=None)
+
+    def count() -> int:
+        traced = jax.make_jaxpr(network.apply)(network.init(jax.random.key(0)), jnp.zeros(shape, jnp.bfloat16))
+        return str(traced).count("optimization_barrier")
+
+    with axes.partitioned(rules.Sharding(mesh, rules.ShardingConfig())):
+        assert count() == barriers
+    assert count() == 0, "on a CPU"

@@ -1,7 +1,7 @@
 """The configuration of Stable Diffusion's autoencoder, with the published sizes."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jvgen.config import Config
 from jvgen.nn.stacked import Remat
@@ -25,7 +25,6 @@ class ImageVAEConfig(Config):
       scaling_factor, shift_factor: diffusion sees `(latent - shift_factor) * scaling_factor`.
       sample_size: side in pixels of the images that it was trained on; only written to exported files.
       remat: what the backward pass keeps of each residual block.
-      rounded_norms: see `GroupNorm.rounded`; for a number of images per device that 8 does not divide.
     """
 
     channels: Width = 3
@@ -39,7 +38,8 @@ class ImageVAEConfig(Config):
     shift_factor: float = 0.0
     sample_size: Pixels = 512
     remat: Remat = Remat.NONE
-    rounded_norms: bool = False
+
+    dropped_fields: ClassVar[frozenset[str]] = frozenset({"rounded_norms"})
 
     @classmethod
     def sd15(cls) -> "ImageVAEConfig":

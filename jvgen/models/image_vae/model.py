@@ -19,7 +19,7 @@ def _pointwise(features_in: int, features_out: int, rngs: nnx.Rngs) -> Linear:
 
 
 def _norm(features: int, config: ImageVAEConfig) -> GroupNorm:
-    return GroupNorm(features, groups=config.groups, epsilon=NORM_EPSILON, axis=CONV_OUT, rounded=config.rounded_norms)
+    return GroupNorm(features, groups=config.groups, epsilon=NORM_EPSILON, axis=CONV_OUT)
 
 
 class ResidualBlock(nnx.Module):

@@ -129,9 +129,7 @@ class _Backbone(nnx.Module):
             ]
         )
         self.mid = MidBlock(backbone, rngs=rngs)
-        self.norm_out = GroupNorm(
-            widths[-1], groups=config.groups, epsilon=NORM_EPSILON, axis=CONV_OUT, rounded=config.rounded_norms
-        )
+        self.norm_out = GroupNorm(widths[-1], groups=config.groups, epsilon=NORM_EPSILON, axis=CONV_OUT)
         self.conv_out = Conv2d(widths[-1], channels[1], rngs=rngs)
         self.site_levels = tuple(level for level, _ in sites)
         self.sites = nnx.List(

@@ -1,6 +1,7 @@
 """Configurations of the two networks of iVideoGPT, with the released sizes."""
 
 import dataclasses
+from typing import ClassVar
 
 from jvgen.config import Config
 from jvgen.models.image_vae.config import ImageVAEConfig
@@ -35,7 +36,6 @@ class CompressiveTokenizerConfig(Config):
       dropout: rate in training, of the cross-attention's weights and of its output.
       commitment: weight of the commitment term of the codebook loss.
       remat: what the backward pass keeps of each block.
-      rounded_norms: as in `ImageVAEConfig`, of the convolutional blocks.
     """
 
     resolution: Pixels = 64
@@ -55,7 +55,8 @@ class CompressiveTokenizerConfig(Config):
     dropout: BelowOne = 0.1
     commitment: Weight = 1.0
     remat: Remat = Remat.NONE
-    rounded_norms: bool = False
+
+    dropped_fields: ClassVar[frozenset[str]] = frozenset({"rounded_norms"})
 
     @classmethod
     def released_64(cls) -> "CompressiveTokenizerConfig":
@@ -93,7 +94,6 @@ class CompressiveTokenizerConfig(Config):
             mid_attention=mid_attention,
             quant_convolutions=False,
             remat=self.remat,
-            rounded_norms=self.rounded_norms,
         )
 
     def encoder_sites(self) -> tuple[tuple[int, int], ...]:

@@ -77,7 +77,7 @@ def adapt_tokenizer(
     Raises:
       ValueError: configurations that differ in something else.
     """
-    of_training = {name: getattr(wanted, name) for name in ("dropout", "commitment", "remat", "rounded_norms")}
+    of_training = {name: getattr(wanted, name) for name in ("dropout", "commitment", "remat")}
     if found.replace(context_frames=wanted.context_frames, **of_training) != wanted:
         raise ValueError("tokenizers that differ in more than context_frames: train a new one.")
     added = wanted.context_frames - found.context_frames

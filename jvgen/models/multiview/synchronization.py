@@ -177,7 +177,7 @@ class CrossViewSynchronization(nnx.Module):
         def block() -> SynchronizationBlock:
             return SynchronizationBlock(features, heads=heads, sublayers=sublayers, rescale=rescale, rngs=rngs)
 
-        self.norm = GroupNorm(features, groups=groups, epsilon=1e-6, axis=axes.EMBED, leading=2)
+        self.norm = GroupNorm(features, groups=groups, epsilon=1e-6, axis=axes.EMBED, leading=2, rounded=False)
         self.input = Linear(features, features, axes=wide, rngs=rngs)
         self.block = block()
         self.deeper = nnx.List([block() for _ in range(depth - 1)])
