@@ -6,8 +6,8 @@ Should reach: the released tokenizers, which took 17 (oxe_64), 16 (oxe_256), 2 (
 A100s; the authors call the one of 256x256 under-trained.
 Chips: oxe_64 16 of v5e (`v5e:4x4`) or 4 GPUs of 24 GB, oxe_256 32 of v5e (`v5e:4x8`) or 8 GPUs of 40 GB, bair and
 robonet 8 of v5e (`v5e:2x4`) or 4 GPUs of 24 GB.
-Memory: oxe_64 2.8 GiB per device (compiled); oxe_256 6.0, and 9.1 without `rounded_norms` (XLA's optimized
-program). Others not compiled: parameters, optimizer and gradients are 0.2 to 0.3 GiB per device.
+Memory: oxe_64 2.8 GiB per device (compiled); oxe_256 6.0 (XLA's optimized program). Others not
+compiled: parameters, optimizer and gradients are 0.2 to 0.3 GiB per device.
 Time: oxe_64 0.05 s per step, within 0.04 and 0.12 (estimated from the compiled program); oxe_256 at least
 0.26 s; the others 0.2 s (estimated at 30% MFU). Not measured.
 Data: one data set per entry of `jvgen.data.stream.oxe_mix` by `jvgen data build robot-episodes`, and clips of

@@ -98,7 +98,11 @@ _PASSING = frozenset(
                  "EHOSTUNREACH", "ENETDOWN", "EHOSTDOWN", "EREMOTEIO", "EAGAIN", "ENOTCONN")
     if hasattr(errno, name)
 )  # fmt: skip
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def of_error(error: BaseException) -> int:
@@ -111,7 +115,7 @@ def of_error(error: BaseException) -> int:
     if hasattr(error, "exit_code"):
         return error.exit_code
     if isinstance(error, OSError):
-        if error.errno in _FULL:
+        if is_full(error):
             return UNSAVED
         if error.errno in _PASSING or isinstance(error, (TimeoutError, ConnectionError)):
             return restart_code()

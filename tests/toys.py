@@ -26,6 +26,7 @@ from jvgen.parallel.axes import BATCH, EMBED, LENGTH, MLP, constrain
 from jvgen.parallel.mesh import MeshConfig
 from jvgen.parallel.rules import ShardingConfig
 from jvgen.tasks.task import ArraySpec, Mean, Objective, Task, TaskConfig
+from jvgen.training.checkpoint import reader
 from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization.ema import EmaConfig
@@ -290,6 +291,21 @@ ERRORS = {
 }
 
 
+def failing_once(handler: type) -> type:
+    """A handler of Orbax that cannot read the first arrays that it is asked for."""
+
+    class Failing(handler):
+        failed = False
+
+        def restore(self, *args: Any, **kwargs: Any) -> Any:
+            if not Failing.failed:
+                Failing.failed = True
+                raise ValueError("damaged")
+            return super().restore(*args, **kwargs)
+
+    return Failing
+
+
 def main() -> int:
     """Train the toy as `jvgen train` does: `toys.py WORKDIR [--delay SECONDS] [--set PATH=VALUE] [--process I ...]`."""
     from jvgen.training.preemption import Preemption
@@ -305,11 +321,13 @@ def main() -> int:
     parsed = parser.parse_args()
 
     def loader(*args: Any, **kwargs: Any) -> FakeLoader:
-        if parsed.fail is None:
+        if parsed.fail is None or parsed.fail[0] == "read":
             return FakeLoader(*args, **kwargs, delay=parsed.delay)
         error, step = ERRORS[parsed.fail[0]], int(parsed.fail[1])
         return FailingLoader(*args, **kwargs, delay=parsed.delay, error=error, step=step)
 
+    if parsed.fail is not None and parsed.fail[0] == "read":
+        reader.ocp.PyTreeCheckpointHandler = failing_once(reader.ocp.PyTreeCheckpointHandler)
     with Preemption(leave=True) as preemption, failing.fail_fast(parsed.workdir):
         if parsed.processes > 1:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -21,6 +21,12 @@ from jvgen.storage import Path, Retries, read_text, write_text
 ABORT_SECONDS = 3.0
 # Seconds that the functions of `before_exit` may take.
 LEAVE_SECONDS = 10.0
+# What errors of collectives say when another process is gone: of JAX's store, gloo and NCCL (its sockets, its
+# InfiniBand and what XLA makes of either).
+_LOST = (
+    "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "onnection reset", "onnection closed", "Gloo",
+    "remote process exited", "ncclRemoteError", "ncclSystemError", "unhandled system error",
+)  # fmt: skip
 # The event by which a process tells the others.
 EVENT = "abort"
 
@@ -64,9 +70,8 @@ def fail_fast(workdir: Path | None = None) -> Iterator[None]:
 def code_of(error: BaseException) -> int:
     """The exit code for an exception; errors of a lost connection count as a lost process if there are several."""
     code = exit_codes.of_error(error)
-    lost = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "onnection reset", "onnection closed", "Gloo")
     if code == exit_codes.ERROR and count() > 1 and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-        return exit_codes.restart_code() if any(word in str(error) for word in lost) else code
+        return exit_codes.restart_code() if any(word in str(error) for word in _LOST) else code
     return code
 
 

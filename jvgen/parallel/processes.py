@@ -82,6 +82,8 @@ def initialize(
             f"{host} to no_proxy."
         )
     jax.config.update("jax_check_proxy_envs", False)
+    # Its handler of SIGTERM would replace that of `jvgen.training.preemption`, and only note the signal.
+    jax.config.update("jax_enable_preemption_service", False)
     start = time.monotonic()
     if cluster.process_id != 0:
         _wait_for_port(cluster.coordinator, timeout, log)
@@ -363,10 +365,16 @@ def announced(event: str) -> dict[str, Any] | None:
         return None
 
 
-def note(name: str, text: str = "") -> None:
+def note(name: str, text: str = "", *, overwrite: bool = False) -> None:
     """Leave a note of this process in the key-value store, for `notes`; nothing happens if the store is gone."""
     with contextlib.suppress(RuntimeError):
-        _client().key_value_set(f"jvgen/notes/{name}/{index()}", text)
+        _client().key_value_set(f"jvgen/notes/{name}/{index()}", text, allow_overwrite=overwrite)
+
+
+def remove_note(name: str) -> None:
+    """Remove a note of this process that nobody reads any more."""
+    with contextlib.suppress(RuntimeError):
+        _client().key_value_delete(f"jvgen/notes/{name}/{index()}")
 
 
 def notes(name: str) -> dict[int, str]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 
@@ -110,11 +111,12 @@ class FileCache:
     def _reserve(self, size: int, entry: pathlib.Path) -> pathlib.Path:
         """Make room by removing the least recently used files; returns the file to download to, named with its size.
 
-        Files that a process is opening stay, so the limit may be exceeded by these.
+        There is room for the limit, or for less where the disk has less. Files that a process is opening stay, so it
+        may be exceeded by these.
         """
         partial = entry.with_name(f".{entry.name}.{size}{_PARTIAL}")
         with self._lock(self.folder / "evict", fcntl.LOCK_EX):
-            found, total = [], size
+            found, total, kept = [], size, 0
             for file in self._files.iterdir():
                 with contextlib.suppress(FileNotFoundError):
                     if file.name.endswith(_PARTIAL):
@@ -123,8 +125,10 @@ class FileCache:
                         stat = file.stat()
                         found.append((stat.st_mtime_ns, stat.st_size, file))
                         total += stat.st_size
+                        kept += stat.st_size
+            limit = min(self.limit, kept + shutil.disk_usage(self._files).free)
             for _, bytes_, file in sorted(found):
-                if total <= self.limit:
+                if total <= limit:
                     break
                 with contextlib.suppress(BlockingIOError), self._lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     file.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ class StorageUnavailable(StorageError):
 
 def is_transient(error: BaseException) -> bool:
     """Whether trying again can help: throttling (429), server errors (5xx), lost connections, timeouts."""
-    if isinstance(error, _PERMANENT) or type(error).__name__ in _NO_CREDENTIALS:
+    if isinstance(error, _PERMANENT) or type(error).__name__ in _NO_CREDENTIALS or exit_codes.is_full(error):
         return False
     code = _status(error)
     if code is not None:
@@ -47,7 +47,9 @@ def is_transient(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, path: Path, action: str, attempts: int = 1) -> OSError:
-    """The error to raise for a failure: `FileNotFoundError` as it is, everything else as `StorageError`."""
+    """The error to raise for a failure: `FileNotFoundError` and full disks as they are, else a `StorageError`."""
+    if exit_codes.is_full(error):
+        return error
     scheme = str(path).partition("://")[0]
     code = _status(error)
     if type(error).__name__ in _NO_CREDENTIALS or code == 401:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,8 @@ from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases
 
 # Seconds for which a process whose evaluation failed waits for the others to fail as well.
 ALL_FAILED_SECONDS = 20.0
+# Seconds for which a process that has ended its run waits for the uploads of the others.
+END_SECONDS = 1800.0
 
 
 class TrainingDiverged(Exception):
@@ -82,7 +84,7 @@ def train(
       HookError: a hook raised.
     """
     workdir, clock = as_path(workdir), clock or StartClock()
-    with failing.fail_fast(workdir), contextlib.ExitStack() as stack:
+    with failing.fail_fast(workdir), _ending_together(), contextlib.ExitStack() as stack:
         config.validate_tree(experiment)
         experiment = with_batch_sizes(experiment)
         failing.note_fact("config", saved_config.digest(experiment))
@@ -113,6 +115,13 @@ def train(
         finally:
             all_hooks.on_end(status)
     return status
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Context that ends on all processes at the same time: uploads of one must not be cut off by the end of another."""
+    yield
+    processes.barrier("end of the run", END_SECONDS)
 
 
 def configured_hooks(training: TrainingConfig) -> list[Hook]:
@@ -166,8 +175,9 @@ class _Loop:
                     return self._finish(step, done=ended and not (evaluating and stopping))
                 session.profiler.before_step(step, self._log_pending)
                 batch, wait_seconds = self._next_batch(step)
+                program = self._program(batch)
                 with session.watchdog.watching(f"step {step}"), session.profiler.step(step):
-                    metrics = self._step(batch)
+                    metrics = self._step(program, batch)
                     # The devices compute this step while the metrics of the previous one are read and logged.
                     previous, self.pending = self.pending, _Pending(step, metrics, batch, wait_seconds)
                     if previous is not None:
@@ -181,12 +191,16 @@ class _Loop:
             session.log(f"ERROR: {error}")
             return exit_codes.DIVERGED
 
-    def _step(self, batch: LoadedBatch) -> Metrics:
+    def _program(self, batch: LoadedBatch) -> Callable[..., Any]:
+        """The compiled step for a batch; waits for it where a later stage's is still being compiled."""
+        watching = self.session.watchdog.watching(f"compiling the program of step {batch.step}", startup=True)
+        with watching, self.session.goodput.spending(goodput.COMPILE):
+            return self.session.programs.step(batch.bucket, batch.step)
+
+    def _step(self, program: Callable[..., Any], batch: LoadedBatch) -> Metrics:
         """Dispatch one training step; does not wait for it."""
         sharded = self.session.program.shard_batch(batch.arrays, batch.bucket)
-        with self.session.goodput.spending(goodput.COMPILE):
-            step = self.session.programs.step(batch.bucket, batch.step)
-        self.state, metrics = step(self.state, sharded)
+        self.state, metrics = program(self.state, sharded)
         return metrics
 
     def _next_batch(self, step: int) -> tuple[LoadedBatch, float]:

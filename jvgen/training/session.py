@@ -37,7 +37,7 @@ from jvgen.training.telemetry.json_lines import read_rows
 from jvgen.training.telemetry.profiler import Profiler
 from jvgen.training.telemetry.run_files import EVALUATION, SAMPLES
 from jvgen.training.telemetry.startup import StartClock
-from jvgen.training.watchdog import Watchdog
+from jvgen.training.watchdog import STARTUP_SECONDS, Watchdog
 
 Log = Callable[[Any], None]
 
@@ -125,6 +125,8 @@ def prepare(
         program = _build_program(experiment, log)
         clock.mark("devices")
         lock = stack.enter_context(run_lock.held(workdir, log))
+        # Before anything is read there: a process without the shared disk would take all checkpoints for corrupt.
+        processes.agree({"token of the run directory": run_lock.read_token(workdir)}, "run directory")
         stack.enter_context(persistent_cache(cache, workdir / COMPILED, log))
         experience = _open_experience(program, workdir, log, preemption)
         if experience is not None:
@@ -156,7 +158,7 @@ def prepare(
         programs = Programs(program, loader.buckets, evaluations, probable_start, flops, log, preemption.check)
         state = restore_state(program, checkpoints, loader, document, allow_changes, log)
         start_step = int(state.step)
-        _agree(experiment, workdir, document, loader.state(start_step))
+        _agree(experiment, document, loader.state(start_step))
         if processes.index() == 0:
             # Of two starts at the same moment both find no lock: the one that wrote it last goes on.
             lock.check()
@@ -167,6 +169,8 @@ def prepare(
         if processes.index() == 0:
             write_text(workdir / "config.json", json.dumps(document, indent=1))
         programs.wait(start_step)
+        # The slowest compiler has as long as the start of a run, not as a step; programs may be cached on some only.
+        processes.barrier("programs compiled", STARTUP_SECONDS)
         clock.mark("compile")
         evaluator = experience if held_out is None else Evaluator(program, held_out.batches, programs, log)
         peak_flops = throughput.peak_flops(program.sharding.mesh.devices.flat[0], training.peak_flops)
@@ -316,8 +320,8 @@ def _check_best_metric(program: Program, held_out: Any, experience: Any) -> None
         raise ConfigError(f"checkpoint.best_metric = {name!r}: not a metric; evaluation gives {', '.join(known)}.")
 
 
-def _agree(experiment: Experiment, workdir: Path, document: dict[str, Any], data: dict[str, Any]) -> None:
-    """Raise `ProcessesDiffer` unless all processes would run the same steps on the same data in one run directory."""
+def _agree(experiment: Experiment, document: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raise `ProcessesDiffer` unless all processes would run the same steps on the same data."""
     processes.agree(
         {
             "jvgen version": __version__,
@@ -327,7 +331,6 @@ def _agree(experiment: Experiment, workdir: Path, document: dict[str, Any], data
             "data (digest)": digest.of_document({name: data[name] for name in data if name != "step"})[:16],
             "seed": experiment.seed,
             "start step": data.get("step", 0),
-            "token of the run directory": run_lock.read_token(workdir),
         },
         "start",
     )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -279,3 +280,45 @@ def test_a_start_that_lost_its_lock_stops_without_writing(start, tmp_path):
     assert json.loads(lock.read_text())["token"] == "other"
     saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert saved in ([], [8]), "no save after the token had changed"
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_moved_away(start, tmp_path, uninterrupted):
+    """Each process reads its own shards: the other one must not wait for it in a barrier of Orbax."""
+    folder = tmp_path / "run"
+    assert start(folder, 2, delay=0.0).ends(200)[0] == [0, 0]
+    run = start(folder, 2, delay=0.0, process_1=("--fail", "read", "0"))
+    codes, seconds = run.ends(100)
+    report("a checkpoint that process 1 cannot read, times from the start", codes, seconds)
+    assert codes == [0, 0], run.outputs()
+    assert (folder / "corrupt" / str(STEPS)).is_dir() and (folder / "checkpoints" / str(STEPS)).is_dir()
+    assert "is corrupt: process 1: its arrays cannot be read (ValueError: damaged)" in run.outputs()[0]
+    assert rows_of(folder) == uninterrupted[2]
+
+
+def test_a_save_that_one_process_cannot_write(start, tmp_path):
+    """The run goes on, says why, and saves the next time."""
+    folder = tmp_path / "run"
+    run = start(folder, 2)
+    run.wait_for_row(17)
+    # Its logs are within the limit, its part of a checkpoint is not.
+    pid = run.processes[1].pid
+    limit = resource.prlimit(pid, resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+    run.wait_for(lambda: "could not be written" in run.outputs()[0])
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
+    codes, seconds = run.ends(100)
+    report("a save that process 1 cannot write", codes, seconds)
+    assert codes == [0, 0], run.outputs()
+    [told] = [line for line in run.outputs()[0].splitlines() if "could not be written" in line]
+    assert "The run continues" in told and "process 1 could not" not in told, told
+    assert (folder / "checkpoints" / str(STEPS)).is_dir()
+
+
+def test_sigterm_between_joining_and_training_ends_both(start, tmp_path):
+    """JAX installs a handler of SIGTERM of its own when it joins the processes."""
+    run = start(tmp_path / "run", 2)
+    run.wait_for_text("process 0 of 2")
+    run.processes[0].send_signal(signal.SIGTERM)
+    codes, seconds = run.ends(60)
+    report("SIGTERM right after joining", codes, seconds)
+    assert codes == [42, 42], run.outputs()
+    assert not read_rows(tmp_path / "run" / "metrics.jsonl")

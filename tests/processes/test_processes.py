@@ -66,6 +66,19 @@ def test_three_processes_agree(tmp_path):
         assert t["late"].startswith("LostProcess: save")
 
 
+def test_a_save_that_one_process_cannot_write_ends_on_all_at_once(tmp_path):
+    results = run("saves", 3, tmp_path)
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    told = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(3)]
+    for number, t in enumerate(told):
+        assert t["save 0"][0] == t["save 2"][0] == "none", "the others have taken part"
+        problem, seconds = t["save 1"]
+        failed = "OSError: no space left on device"
+        assert problem == (failed if number == 1 else "FailedElsewhere: process 1 could not write its part")
+        assert seconds < 10
+        assert t["kept"] == 0, "what the store holds does not grow with the saves"
+
+
 @pytest.mark.parametrize(
     ("scenario", "code"), [("bug1", exit_codes.ERROR), ("bug0", exit_codes.ERROR), ("mistake1", exit_codes.USER_ERROR)]
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jvgen.config import ConfigError
 from jvgen.parallel import failing, processes
+from jvgen.training.checkpoint.save_barrier import SaveBarrier
 
 scenario, port, number_of, number, folder = sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5])
 told = {}
@@ -35,6 +36,30 @@ def agreements() -> None:
     processes.barrier("save again")
 
 
+def saves() -> None:
+    """The barriers of three saves as Orbax passes them; in the second, process 1 cannot write its part."""
+    barrier = SaveBarrier()
+
+    def at(key: str) -> None:
+        barrier(key=key, timeout_ms=60_000)
+
+    processes.barrier("start")
+    for save in range(3):
+        at("set_value_start")
+        began, problem = time.monotonic(), "none"
+        try:
+            time.sleep(0.2 * number)
+            if save == 1 and number == 1:
+                raise OSError("no space left on device")
+            at(f"async_write_complete.{save}")
+            at(f"async_commit_complete.{save}")
+        except (OSError, RuntimeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        at("set_value_start")
+        told[f"save {save}"] = [problem, time.monotonic() - began]
+    told["kept"] = len(processes.notes("saves/set_value_start/1"))
+
+
 def fails() -> None:
     processes.barrier("start")
     told["start"] = time.time()
@@ -49,7 +74,7 @@ def fails() -> None:
 try:
     with failing.fail_fast(folder):
         processes.initialize(f"127.0.0.1:{port}", number_of, number, timeout=4 if scenario == "alone" else 60)
-        agreements() if scenario == "agreements" else fails()
+        {"agreements": agreements, "saves": saves}.get(scenario, fails)()
 except processes.LostProcess as error:
     print(error, flush=True)
     sys.exit(error.exit_code)

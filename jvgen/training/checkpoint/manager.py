@@ -15,7 +15,16 @@ from jvgen.config import ConfigError
 from jvgen.parallel import processes
 from jvgen.storage import Path, absolute, move_tree, remove_tree
 from jvgen.training.checkpoint import digest
-from jvgen.training.checkpoint.reader import ARRAYS, DATA, DIGESTS, RUN, CheckpointError, CheckpointReader
+from jvgen.training.checkpoint.reader import (
+    ARRAYS,
+    DATA,
+    DIGESTS,
+    RESTORE_SECONDS,
+    RUN,
+    CheckpointError,
+    CheckpointReader,
+)
+from jvgen.training.checkpoint.save_barrier import SAVE_SECONDS, FailedElsewhere, SaveBarrier
 from jvgen.training.config import CheckpointConfig
 from jvgen.training.run_lock import LockLost, RunLock
 
@@ -83,11 +92,16 @@ class Checkpoints(CheckpointReader):
         # Value of `config.best_metric` by step.
         self._scores: dict[int, float] = {}
         self._pending: int | None = None
-        # Failed saves in a row, and messages of those that the processes have not talked about yet.
+        # Failed saves in a row; of those that the processes have not talked about yet, whether they failed here, and
+        # messages.
         self._failed = 0
-        self._problems: list[str] = []
+        self._problems: list[tuple[bool, str]] = []
         # Temporary folders were left behind by a run that was killed while saving.
-        self._open(cleanup_tmp_directories=True, preservation_policy=_Keep(config, self._scores))
+        self._open(
+            cleanup_tmp_directories=True,
+            preservation_policy=_Keep(config, self._scores),
+            async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS, barrier_sync_fn=SaveBarrier()),
+        )
 
     def record_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Note the metrics of an evaluation, for keeping the best checkpoint.
@@ -214,10 +228,11 @@ class Checkpoints(CheckpointReader):
         reason = (
             "no space left on device" if "space left" in text else text.splitlines()[0][:300] if text else repr(error)
         )
-        self._problems.append(
+        message = (
             f"checkpoint of step {step} could not be written to {self.folder}: {reason}. Intact checkpoints: "
             f"{self._listed()}."
         )
+        self._problems.append((not isinstance(error, FailedElsewhere), message))
 
     def _decide(self) -> None:
         """Log failed saves, and end the run if the policy says so, on all processes."""
@@ -226,7 +241,7 @@ class Checkpoints(CheckpointReader):
         if not found[0]:
             return
         problems, self._failed = found
-        message, limit = problems[-1], self._config.max_failed_saves
+        message, limit = problems[-1][1], self._config.max_failed_saves
         if self._config.on_failed_save == "stop":
             raise SaveFailed(f"{message} The run stops here (checkpoint.on_failed_save = 'stop').")
         if self._failed >= limit:
@@ -244,9 +259,10 @@ class Checkpoints(CheckpointReader):
                 target = target.with_name(f"{target.name}_again")
             move_tree(path, target)
             self._log(f"WARNING: checkpoint {path} is corrupt: {problem}. Moved to {target}; trying the one before.")
-        processes.barrier(f"checkpoint {step} moved away")
+        # In a bucket, moving copies file by file.
+        processes.barrier(f"checkpoint {step} moved away", RESTORE_SECONDS)
 
 
-def _worst(reports: list[tuple[list[str], int]]) -> tuple[list[str], int]:
-    """Of (messages about failed saves, failures in a row) of all processes, the worst."""
-    return max(reports, key=lambda report: (len(report[0]), report[1]))
+def _worst(reports: list[tuple[list[tuple[bool, str]], int]]) -> tuple[list[tuple[bool, str]], int]:
+    """Of (failed saves, failures in a row) of all processes, the worst; of equal ones one that failed itself."""
+    return max(reports, key=lambda report: (len(report[0]), sum(here for here, _ in report[0]), report[1]))

@@ -167,10 +167,17 @@ class CheckpointReader:
                 _check_arrays_fit(known, readable, partial, self.folder / str(candidate))
                 try:
                     # Orbax cannot read nothing.
-                    restored = self._arrays(candidate, manifest, readable) if readable else {}
+                    restored = self._arrays(candidate, readable) if readable else {}
                 except CorruptCheckpoint as error:
                     problem = str(error)
+                # Each process reads its shards only. Digests are sums over the devices of all.
                 problem = _any_problem(problem)
+                if problem is None and restored:
+                    try:
+                        digest.check_arrays(manifest, restored)
+                    except CorruptCheckpoint as error:
+                        problem = str(error)
+                    problem = _any_problem(problem)
                 if problem is None:
                     return Restored(candidate, restored, data, run)
             # Process 0 says it for all: discarding moves the folder.
@@ -223,38 +230,36 @@ class CheckpointReader:
         return sorted(step for step in found if step not in listed)
 
     def _documents(self, step: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        handler = ocp.JsonCheckpointHandler()
         try:
-            read = self._manager.restore(
-                step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in (DATA, RUN, DIGESTS)})
-            )
-            documents = {DATA: read[DATA], RUN: read[RUN]}
-            manifest = read[DIGESTS]
+            folder = self.folder / str(step)
+            documents = {name: handler.restore(folder / name, args=ocp.args.JsonRestore()) for name in (DATA, RUN)}
+            manifest = handler.restore(folder / DIGESTS, args=ocp.args.JsonRestore())
         except Exception as error:
             _raise_unless_corrupt(error)
             raise CorruptCheckpoint(f"its documents cannot be read ({_first_line(error)})") from error
         digest.check_manifest(manifest, documents)
         return manifest, documents[DATA], documents[RUN]
 
-    def _arrays(
-        self, step: int, manifest: dict[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
-    ) -> dict[str, jax.Array]:
+    def _arrays(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         arguments = {
             name: ocp.ArrayRestoreArgs(sharding=want.sharding, global_shape=want.shape, dtype=want.dtype)
             for name, want in wanted.items()
         }
+        # Not by the manager, which ends with a barrier: a process that cannot read its shards would not get there.
+        handler = ocp.PyTreeCheckpointHandler()
         try:
-            read = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{ARRAYS: ocp.args.PyTreeRestore(item=dict(wanted), restore_args=arguments, partial_restore=True)}
-                ),
+            read = handler.restore(
+                self.folder / str(step) / ARRAYS,
+                args=ocp.args.PyTreeRestore(item=dict(wanted), restore_args=arguments, partial_restore=True),
             )
-            arrays = dict(read[ARRAYS])
+            arrays = dict(read)
         except Exception as error:
             messages.drop_late_reads()
             _raise_unless_corrupt(error)
             raise CorruptCheckpoint(f"its arrays cannot be read ({_first_line(error)})") from error
-        digest.check_arrays(manifest, arrays)
+        finally:
+            handler.close()
         return arrays
 
     def _discard(self, step: int, problem: str) -> None:

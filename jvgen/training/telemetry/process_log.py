@@ -11,11 +11,13 @@ from typing import Any, Self
 from rich.console import Console
 
 from jvgen import storage
-from jvgen.parallel import processes
+from jvgen.parallel import failing, processes
 
 FOLDER = "logs"
 # Width of tables in the file, in characters.
 TABLE_WIDTH = 160
+# Characters of earlier starts that a file in a bucket, which is written anew, keeps.
+KEPT = 1_000_000
 
 
 class ProcessLog(logging.Handler):
@@ -34,7 +36,10 @@ class ProcessLog(logging.Handler):
         number = processes.index() if process_index is None else process_index
         self._mirror = storage.Mirror(workdir / FOLDER / f"process_{number}.log", log=lambda message: None)
         self._mirror.local.parent.mkdir(parents=True, exist_ok=True)
+        if self._mirror.local != self._mirror.path:
+            self._mirror.local.write_text(_last(self._mirror.path), encoding="utf-8")
         self._file = self._mirror.local.open("a", encoding="utf-8")
+        self._leaving = contextlib.ExitStack()
         self._write_lock = threading.Lock()
         self._tables = Console(file=self._file, width=TABLE_WIDTH, color_system=None, force_terminal=False)
         self.write(f"process {number} of {processes.count()} starts")
@@ -62,6 +67,7 @@ class ProcessLog(logging.Handler):
 
     def __enter__(self) -> Self:
         logging.getLogger().addHandler(self)
+        self._leaving.enter_context(failing.before_exit(self._mirror.sync))
         self._showwarning = warnings.showwarning
         warnings.showwarning = self._show_warning
         return self
@@ -72,6 +78,7 @@ class ProcessLog(logging.Handler):
         if error is not None:
             self.write(f"ends with {type(error).__name__}: {error}")
         warnings.showwarning = self._showwarning
+        self._leaving.close()
         logging.getLogger().removeHandler(self)
         with self._write_lock, contextlib.suppress(OSError):
             self._file.close()
@@ -80,3 +87,11 @@ class ProcessLog(logging.Handler):
     def _show_warning(self, message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
         self.write(f"WARNING {filename}:{lineno}: {category.__name__}: {message}")
         self._showwarning(message, category, filename, lineno, *rest)
+
+
+def _last(file: storage.Path) -> str:
+    """The end of the log of earlier starts; none if it cannot be read, which is no reason not to train."""
+    try:
+        return storage.read_text(file)[-KEPT:] if file.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        return f"the log of earlier starts could not be read: {error}\n"
