@@ -156,6 +156,13 @@ def notes(config: TextToVideoConfig) -> list[str]:
             "the run was trained with zeros for no caption, diffusers' pipeline encodes an empty one: pass "
             "negative_prompt_embeds of zeros there, `--unconditional zeros` to `jvgen sample --weights`"
         )
+    chunks = ("encode_chunk_frames", "decode_chunk_frames")
+    if differ := [name for name in chunks if getattr(config.vae, name) != getattr(CogVideoXVAEConfig(), name)]:
+        asked = ", ".join(f"{name} = {getattr(config.vae, name)}" for name in differ)
+        found.append(
+            f"the run's VAE codes chunks of frames with {asked}, which no file says: diffusers and `jvgen sample "
+            "--weights` take 8 frames and 2 latent frames"
+        )
     kept = schedulers.from_diffusers(_scheduler_file(config), SCHEDULER_FILE).sampler
     names = ("kind", "spacing", "eta", "steps_offset", "final_step_clean", "levels")
     differ = [name for name in names if getattr(kept, name) != getattr(config.sampler, name)]

@@ -17,16 +17,18 @@ import pytest
 from jvgen.config import Config
 from jvgen.finite import NotFinite
 from jvgen.interop import formats, to_torch
+from jvgen.interop.architecture import check_architecture, differences
 from jvgen.interop.digest import DIGESTS_FILE
-from jvgen.interop.from_torch import import_folder
+from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import ExportError, export_network, export_networks
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
-from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
+from jvgen.models.video_dit.config import AggregationConfig, Positions, VideoDiTConfig
 from jvgen.models.weight_map import WeightError
 from jvgen.nested import flatten, unflatten
+from jvgen.nn.rope import RotaryGrid
 
 EXPORTED = ["config.json", "diffusion_pytorch_model.safetensors", DIGESTS_FILE]
 VAE = ImageVAEConfig(block_channels=(4, 8), layers_per_block=1, groups=4, sample_size=8)
@@ -348,3 +350,46 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     slack = 1_500_000  # headers, names, the description of the network
     assert exporting < 2.1 * largest + slack < total
     assert importing < total + 2.1 * largest + slack < 2 * total
+
+
+ROTARY = VideoDiTConfig(
+    layers=1, heads=2, head_width=16, in_channels=4, out_channels=4, text_width=8, text_length=6, condition_width=16,
+    sample_height=4, sample_width=6, sample_frames=4, positions=Positions.ROTARY,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("temporal_patch", "grid"), [(2, RotaryGrid.SLICE), (None, RotaryGrid.LINSPACE)], ids=["1.5", "1.0"]
+)
+def test_rotary_positions_that_no_file_says_are_refused(tmp_path, temporal_patch, grid):
+    """diffusers and SAT derive them from temporal_patch: a network with the others would be another one there."""
+    (other,) = set(RotaryGrid) - {grid}
+    config = ROTARY.replace(temporal_patch=temporal_patch, rotary_grid=grid)
+    wrong, parameters = config.replace(rotary_grid=other), random_parameters(config)
+    export_network(config, parameters, tmp_path / "right")
+    assert read_config(tmp_path / "right") == config
+    with pytest.raises(ValueError, match=f"rotary_grid = {other.value}.*set rotary_grid to {grid.value}"):
+        export_network(wrong, parameters, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ValueError, match="rotary_grid: .* in the weights, .* in the run"):
+        check_architecture(tmp_path / "right", wrong, "task.denoiser_weights")
+    check_architecture(tmp_path / "right", config, "task.denoiser_weights")
+    if temporal_patch is not None:
+        with pytest.raises(ValueError, match="the SAT code has the positions slice"):
+            export_sat(wrong, parameters, tmp_path / "wrong.safetensors")
+
+
+def test_rotary_positions_do_not_count_without_effect(tmp_path):
+    for positions in (Positions.SINCOS, Positions.ROTARY_AND_LEARNED):
+        config = ROTARY.replace(positions=positions)
+        wrong = config.replace(rotary_grid=RotaryGrid.SLICE)
+        export_network(wrong, random_parameters(config), tmp_path / positions.value)
+        check_architecture(tmp_path / positions.value, wrong, "task.denoiser_weights")
+
+
+def test_the_last_epsilon_comes_back(tmp_path):
+    config = ROTARY.replace(output_norm_epsilon=1e-6)
+    export_network(config, random_parameters(config), tmp_path / "out")
+    assert read_config(tmp_path / "out") == config
+    # A run keeps its own: files of other programs do not say it.
+    assert not differences(ROTARY, config)

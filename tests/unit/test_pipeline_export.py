@@ -74,6 +74,7 @@ def test_the_encoder_of_an_alignment_is_not_missed(monkeypatch):
         ({}, []),
         ({"text": CONFIG.text.replace(length=12)}, ["max_sequence_length=12"]),
         ({"text": CONFIG.text.replace(unconditional="zeros")}, ["--unconditional zeros"]),
+        ({"vae": CONFIG.vae.replace(encode_chunk_frames=None)}, ["encode_chunk_frames = None"]),
         ({"sampler": SamplerConfig(kind="dpm_solver_sde")}, []),
         ({"sampler": SamplerConfig(kind="dpm_solver")}, ["kind = 'dpm_solver'"]),
         ({"sampler": SamplerConfig(kind="ddim", eta=1.0)}, ["eta = 1.0"]),
