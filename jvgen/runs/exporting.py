@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import jax
 
-from jvgen import __version__
+from jvgen import __version__, saved_config
 from jvgen.config import Config, ConfigError, dump
 from jvgen.interop.architecture import differences
-from jvgen.interop.digest import CARD_FILE
+from jvgen.interop.digest import CARD_FILE, content_digest
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder, read_config, with_variant
 from jvgen.interop.inflate import inflate_folder
@@ -24,13 +24,13 @@ from jvgen.parallel.rules import Sharding
 from jvgen.runs import pipeline_export
 from jvgen.runs.adapters import export_lora, import_lora, trains_lora, with_merged_lora
 from jvgen.runs.model_card import model_card
-from jvgen.storage import Path, as_path, resolved, size
+from jvgen.storage import Path, absolute, as_path, resolved, size
 from jvgen.tasks.given_frames import check_condition
 from jvgen.tasks.pipeline_folder import DENOISER, adopt_pipeline, is_pipeline, pipeline_weights, read_pipeline
 from jvgen.tasks.task import Task, TaskConfig
 from jvgen.tasks.text_to_video_config import TextToVideoFields
 from jvgen.tasks.world_model import TRAINED_WITH, WorldModelTask
-from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
+from jvgen.training.checkpoint.initial import check_new_run, imported_weights, to_host, write_first_checkpoint
 from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.checkpoint.restore import load_for_inference
 from jvgen.training.experiment import Experiment
@@ -61,11 +61,15 @@ def export_run(
     # In host memory: no accelerator is needed, and none has to hold the whole network.
     host = Sharding(single_device_mesh(host_device()))
     experiment, task, parameters, trained = load_for_inference(run, ema, step=step, sharding=host)
-    about = {"experiment": experiment.name, "step": trained, "ema": str(ema or "best")}
+    about = {
+        "experiment": experiment.name, "config_digest": saved_config.digest(experiment), "step": trained,
+        "ema": str(ema or "best"),
+    }  # fmt: skip
     document, data = _documents(run, trained)
     card = model_card(
-        experiment, step=trained, ema=about["ema"], licenses=data.get("licenses"), commit=document.get("git") or ""
-    )
+        experiment, step=trained, ema=about["ema"], licenses=data.get("licenses"), commit=document.get("git") or "",
+        imported=imported_weights(run), vae=vae,
+    )  # fmt: skip
     return export(
         task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout, network=network,
         trained_with=document.get("frozen") or "", merge_lora=merge_lora, card=card, vae=vae,
@@ -98,7 +102,7 @@ def export(
       task: names the networks.
       parameters: `{network: ...}`.
       folder: to write; it appears complete or not at all.
-      about: written to `jvgen_run.json`: experiment, step, which weights.
+      about: written to `jvgen_run.json`: experiment, digest of its config, step, which weights.
       dtype: dtype of the exported tensors: float32, bfloat16 or float16.
       overwrite: replace an existing folder.
       layout: "sat" writes the denoiser alone, as one file with the parameter names of the code that CogVideoX and
@@ -289,7 +293,8 @@ def import_run(
             built = experiment.task.build()
             shapes = built.networks[network].shapes
             parameters = conditioned_start.begin(parameters, built.network_configs[network], shapes)
-    write_first_checkpoint(experiment, workdir, {network: parameters})
+    record = {"network": network, "path": str(absolute(weights)), "digest": content_digest(weights)}
+    write_first_checkpoint(experiment, workdir, {network: parameters}, [record])
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     print(f"{workdir}: step 0 with {count:,} parameters from {weights} as {network!r}; train with `jvgen train`")
 

@@ -145,6 +145,7 @@ def test_files_become_runs_and_runs_files(config, tmp_path):
     experiment = experiment_of(config.replace(lora=LORA.replace(alpha=None)))
     import_run(tmp_path / "given.safetensors", experiment, tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "exported")
+    assert f"`{tmp_path / 'given.safetensors'}`, SHA-256" in (tmp_path / "exported" / "README.md").read_text()
     back = read_lora(tmp_path / "exported", config.denoiser).factors
     for path, leaf in nested.flatten(back).items():
         np.testing.assert_array_equal(leaf, nested.flatten(factors)[path], err_msg=path)
