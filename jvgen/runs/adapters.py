@@ -93,7 +93,7 @@ def import_lora(weights: Path, experiment: Experiment, workdir: Path) -> None:
     """A run at step 0 with the LoRA of a file, or of the files of a folder.
 
     Raises:
-      ConfigError: a run that trains no LoRA, or another rank, scale or layers than those of the file.
+      ConfigError: a run that trains no LoRA, or another rank, scale, layers or blocks than those of the file.
       ValueError, UnreadableFile, WeightError: see `jvgen.interop.lora_file.read_lora`.
     """
     if not trains_lora(experiment.task):
@@ -121,6 +121,15 @@ def import_lora(weights: Path, experiment: Experiment, workdir: Path) -> None:
     files = adapter_files(weights, configs)
     records = [{"network": f"{lora.TREE} of {name}", "path": str(absolute(file)), "digest": content_digest(file)}
                for name, file in files.items()]  # fmt: skip
+    lines = [f"  {name}/{path}: blocks {', '.join(map(str, blocks))}"
+             for name, adapter in found.items() for path, blocks in adapter.absent.items()]  # fmt: skip
+    if lines:
+        raise ConfigError(
+            "\n".join(
+                [f"{weights} is a LoRA of some blocks only, and a run trains that of all; the file lacks:", *lines]
+            )
+            + "\nSample with it as it is (`jvgen sample --weights DIR --lora FILE`), or give a LoRA of all blocks."
+        )
     factors = {lora.TREE: {name: found[name].factors for name in wanted}}
     write_first_checkpoint(experiment, workdir, factors, records)
     print(f"{workdir}: step 0 with the LoRA of {len(there)} layers from {weights}; train with `jvgen train`")

@@ -257,6 +257,11 @@ def _combined(request: PublishedRequest, config: TextToVideoConfig) -> dict[str,
     found: dict[str, list[tuple[Parameters, float]]] = {}
     for path, scale in request.loras:
         for name, adapter in read_adapters(path, _networks(config)).items():
+            if adapter.absent:
+                blocks = sorted({block for absent in adapter.absent.values() for block in absent})
+                print(
+                    f"{path}: no LoRA for blocks {', '.join(map(str, blocks))} of the {name}, or for some of their layers"
+                )
             found.setdefault(name, []).append((adapter.factors, adapter.scale * scale))
     return {name: lora.combined(adapters) for name, adapters in found.items()}
 
