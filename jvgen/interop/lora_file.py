@@ -3,8 +3,8 @@
 In diffusers a layer is named as its kernel is ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"), and so it
 is in peft ("base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"), whose `adapter_config.json`
 beside the file lists the layers; older files have `lora.down` for lora_A and `lora.up` for lora_B. In SAT
-("...layers.0.attention.query_key_value.matrix_A.0") queries, keys and values, which share a kernel there, have a pair of
-matrices each.
+("...layers.0.attention.query_key_value.matrix_A.0") queries, keys and values, which share a kernel there, have a pair
+of matrices each.
 """
 
 import dataclasses

@@ -124,10 +124,9 @@ def import_lora(weights: Path, experiment: Experiment, workdir: Path) -> None:
     lines = [f"  {name}/{path}: blocks {', '.join(map(str, blocks))}"
              for name, adapter in found.items() for path, blocks in adapter.absent.items()]  # fmt: skip
     if lines:
+        head = f"{weights} is a LoRA of some blocks only, and a run trains that of all; the file lacks:"
         raise ConfigError(
-            "\n".join(
-                [f"{weights} is a LoRA of some blocks only, and a run trains that of all; the file lacks:", *lines]
-            )
+            "\n".join([head, *lines])
             + "\nSample with it as it is (`jvgen sample --weights DIR --lora FILE`), or give a LoRA of all blocks."
         )
     factors = {lora.TREE: {name: found[name].factors for name in wanted}}
