@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import resource
 import shutil
+import socket
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -189,6 +192,42 @@ def test_full_disk_is_reported_before_writing(tmp_path, parameters, monkeypatch)
     with pytest.raises(ExportError, match="too full: the export needs .* MB and 0.0 MB are free. Nothing was written"):
         export_network(VAE, parameters, tmp_path / "vae")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_exports_left_is_removed(tmp_path, parameters, capsys):
+    """That of living processes, of other hosts and of other exports stays."""
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    host = socket.gethostname()
+    names = [f".vae.partial-{host}-{dead.pid}", f".vae.partial-{host}-{os.getppid()}", f".vae.partial-far-{dead.pid}",
+             f".vae2.partial-{host}-{dead.pid}"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    export_network(VAE, parameters, tmp_path / "vae")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "vae"])
+    assert f"removed {tmp_path / names[0]}, which an export that was killed" in capsys.readouterr().out
+
+
+def test_links_are_followed_and_stay(tmp_path, parameters):
+    (tmp_path / "disk" / "there").mkdir(parents=True)
+    for target in ("there", "dangling"):
+        link = tmp_path / f"to_{target}"
+        link.symlink_to(tmp_path / "disk" / target)
+        export_network(VAE, parameters, link)
+        assert link.is_symlink() and contents(tmp_path / "disk" / target) == EXPORTED
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "to_dangling", "to_there"]
+
+
+def test_folders_that_cannot_be_replaced_are_refused_before_writing(tmp_path, parameters, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match="is the working directory.*give one in it, .*/export"):
+        export_network(VAE, parameters, ".")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(to_torch, "_mount_points", lambda: {str(tmp_path / "mounted")})
+    with pytest.raises(ExportError, match="mounted is a mount point"):
+        export_network(VAE, parameters, "mounted")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mounted"]
 
 
 @pytest.mark.parametrize("exists", [False, True])
