@@ -155,7 +155,10 @@ class _Plan:
 
 
 def check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
-    """Raise `ExportError` unless an export of `nbytes` bytes can be written as this folder."""
+    """Raise `ExportError` unless an export of `nbytes` bytes can be written as this folder.
+
+    What killed exports left beside it is removed first, so that it does not fill the disk.
+    """
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is a file; give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -163,6 +166,8 @@ def check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
     if not is_remote(folder):
         folder = folder.resolve()
         _check_replaceable(folder)
+        for place in remove_dead_partials(folder):
+            print(f"removed {place}, which an export that was killed had left")
     parent = pathlib.Path(tempfile.gettempdir()) if is_remote(folder) else folder.parent
     while not parent.exists():
         parent = parent.parent
@@ -184,9 +189,7 @@ def _check_replaceable(folder: pathlib.Path) -> None:
         what = "is a mount point"
     else:
         return
-    raise ExportError(
-        f"{folder} {what}, and an export takes the place of a folder; give one in it, {folder / 'export'}."
-    )
+    raise ExportError(f"{folder} {what}, and an export takes a folder's place; give one in it, {folder / 'export'}.")
 
 
 def _mount_points() -> set[str]:
@@ -202,7 +205,7 @@ def _mount_points() -> set[str]:
 def complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside the target that replaces the target on success and is removed on failure.
 
-    A target that is a link is replaced where the link leads. What killed exports left beside it is removed first.
+    A target that is a link is replaced where the link leads.
     For a target in a bucket it is a temporary folder of this machine, uploaded on success: files that say what the
     folder holds come last.
     """
@@ -213,8 +216,6 @@ def complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
             upload_folder(pathlib.Path(partial), folder, last=("config.json", INDEX))
         return
     folder = folder.resolve()
-    for place in remove_dead_partials(folder):
-        print(f"removed {place}, which an export that was killed had left")
     partial = partial_folder(folder)
     previous = folder.parent / f".{folder.name}.previous-{os.getpid()}"
     try:

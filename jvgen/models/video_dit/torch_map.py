@@ -150,8 +150,11 @@ def weight_map_sat(config: VideoDiTConfig, prefix: str = "model.diffusion_model.
 def sat_tables(config: VideoDiTConfig, prefix: str = "model.diffusion_model.") -> dict[str, np.ndarray]:
     """Fixed tables of positions that the SAT code stores with its weights and requires when it loads them.
 
-    For the clip size of the config. Rows of text have no position.
+    For the clip size of the config. Rows of text have no position. None for CogVideoX 1.5, whose code keeps its rotary
+    tables out of its files.
     """
+    if config.temporal_patch is not None and config.positions is not Positions.SINCOS:
+        return {}
     frames, (rows, columns) = config.sample_frames // (config.temporal_patch or 1), config.base_grid
     grid, name = (frames, rows, columns), f"{prefix}mixins.pos_embed."
     if config.positions is Positions.SINCOS:
