@@ -158,7 +158,7 @@ def export(
         reasons = pipeline_export.obstacles(config, trained_with, vae_was_given=vae is not None)
         if not reasons:
             configs, weights, files = pipeline_export.parts(config, parameters)
-            notes = pipeline_export.notes(config)
+            notes = pipeline_export.notes(config, dtype)
     elif vae is not None:
         raise ValueError(f"--vae {vae}: {type(task).__name__} is exported without one; leave it out.")
     files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **({CARD_FILE: card} if card else {}), **files}

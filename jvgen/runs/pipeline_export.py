@@ -138,9 +138,17 @@ def parts(
     return networks, weights, files
 
 
-def notes(config: TextToVideoConfig) -> list[str]:
-    """What the pipeline does by default in another way than the run, and how to have the run's."""
+def notes(config: TextToVideoConfig, dtype: str = "float32") -> list[str]:
+    """What the pipeline, with weights of a dtype, does by default in another way than the run, and how to have the
+    run's."""
     found = []
+    if dtype != "float32":
+        # Seen with diffusers 0.42 and transformers 5.23.
+        found.append(
+            f"load the pipeline with from_pretrained(..., torch_dtype=torch.{dtype}): by default diffusers makes "
+            f"float32 of the transformer and the VAE, and transformers leaves the text encoder in {dtype}; these do not "
+            "go together"
+        )
     if config.text.length != PIPELINE_TEXT_LENGTH:
         found.append(
             f"diffusers' pipeline pads captions to {PIPELINE_TEXT_LENGTH} tokens: call it with "

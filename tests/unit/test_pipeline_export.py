@@ -85,6 +85,11 @@ def test_other_defaults_are_told(changes, said):
     assert len(found) == len(said) and all(text in note for text, note in zip(said, found, strict=True))
 
 
+def test_half_precision_is_to_be_asked_for():
+    (found,) = notes(CONFIG, "bfloat16")
+    assert "torch_dtype=torch.bfloat16" in found
+
+
 def test_only_files_of_the_tokenizer_are_taken(tmp_path):
     for name in ("tokenizer.json", "spiece.model", "config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
