@@ -8,6 +8,8 @@ import jax
 
 from jvgen import __version__, saved_config
 from jvgen.config import Config, ConfigError, dump
+from jvgen.data.stream.config import DataConfig
+from jvgen.data.stream.source_checks import check_reachable_encoders
 from jvgen.interop.architecture import differences
 from jvgen.interop.digest import CARD_FILE, content_digest
 from jvgen.interop.formats import format_of
@@ -73,6 +75,7 @@ def export_run(
     return export(
         task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout, network=network,
         trained_with=document.get("frozen") or "", merge_lora=merge_lora, card=card, vae=vae,
+        data=experiment.data,
     )  # fmt: skip
 
 
@@ -90,6 +93,7 @@ def export(
     merge_lora: bool = False,
     card: str | None = None,
     vae: Path | None = None,
+    data: DataConfig | None = None,
 ) -> Path:
     """Write a text-to-video run as a pipeline that diffusers and `jvgen sample --weights` load, with the run's frozen
     VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own, of a world model
@@ -112,6 +116,7 @@ def export(
       merge_lora: write networks with their LoRA merged into them, as those of a run without one.
       card: text of README.md, see `jvgen.runs.model_card`; none without.
       vae: folder of the VAE that made the latents of a run that names none, to be written into the pipeline.
+      data: of the run: the VAE is compared with that which made its latents, where they are still there.
 
     Raises:
       ConfigError: no such network, or frozen weights that are not those which a LoRA or a world model was trained with.
@@ -158,7 +163,7 @@ def export(
         reasons = pipeline_export.obstacles(config, trained_with, vae_was_given=vae is not None)
         if not reasons:
             configs, weights, files = pipeline_export.parts(config, parameters)
-            notes = pipeline_export.notes(config, dtype)
+            notes = [*_check_vae(config, data, trained_with, vae), *pipeline_export.notes(config, dtype)]
     elif vae is not None:
         raise ValueError(f"--vae {vae}: {type(task).__name__} is exported without one; leave it out.")
     files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **({CARD_FILE: card} if card else {}), **files}
@@ -171,6 +176,22 @@ def export(
     if reasons:
         print("no whole pipeline was written, only the trained networks:\n" + "\n".join(f"  {r}" for r in reasons))
     return written
+
+
+def _check_vae(
+    config: TextToVideoFields, data: DataConfig | None, trained_with: str | None, vae: Path | None
+) -> list[str]:
+    """Notes on the VAE of a run on cached latents; raises `ValueError` for another one than that which made these."""
+    # One that the run names is compared by `trained_with`, if that is given.
+    if data is None or config.latents != "data" or (vae is None and trained_with is not None):
+        return []
+    unread = check_reachable_encoders(data, content_digest(config.vae_weights))
+    if not unread:
+        return []
+    return [
+        f"{config.vae_weights} could not be compared with the VAE that made the run's latents: "
+        f"{', '.join(unread)} cannot be read here"
+    ]
 
 
 def _check_tokenizer(task: WorldModelTask, files: Mapping[str, str | Path], trained_with: str | None) -> list[str]:

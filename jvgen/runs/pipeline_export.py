@@ -146,8 +146,8 @@ def notes(config: TextToVideoConfig, dtype: str = "float32") -> list[str]:
         # Seen with diffusers 0.42 and transformers 5.23.
         found.append(
             f"load the pipeline with from_pretrained(..., torch_dtype=torch.{dtype}): by default diffusers makes "
-            f"float32 of the transformer and the VAE, and transformers leaves the text encoder in {dtype}; these do not "
-            "go together"
+            f"float32 of the transformer and the VAE, and transformers leaves the text encoder in {dtype}; these do "
+            "not go together"
         )
     if config.text.length != PIPELINE_TEXT_LENGTH:
         found.append(

@@ -126,7 +126,8 @@ class Run(LoadedRun):
         card = model_card(
             self.experiment, step=self.step, ema=str(self.ema), imported=self.imported, vae=options.get("vae")
         )
-        return export(self.task, self.parameters, as_path(folder), about, card=card, **options)
+        data = self.experiment.data
+        return export(self.task, self.parameters, as_path(folder), about, card=card, data=data, **options)
 
 
 def load_run(
