@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from jvgen.config import Config
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import check_files, read_config
-from jvgen.models.video_dit.config import Positions
+from jvgen.models.video_dit.config import Positions, VideoDiTConfig
+from jvgen.models.video_dit.torch_map import depends_on_rotary_grid, stored_rotary_grid
 from jvgen.storage import Path
 
 # Fields that the network does not compute with: what it was made for, and how it is used.
@@ -63,7 +64,21 @@ def differences(found: Config, wanted: Config) -> list[str]:
 
 
 def _as_stored(config: Config) -> Config:
-    """Through config.json and back, so that what no file keeps is the same in all configs."""
+    """Through config.json and back, so that what no file keeps is the same in all configs.
+
+    Rotary positions stay what they are: no file says them, and networks differ by them.
+    """
+    if isinstance(config, VideoDiTConfig):
+        # The last epsilon is in few files: a run keeps its own.
+        grid = config.rotary_grid if depends_on_rotary_grid(config) else stored_rotary_grid(config)
+        own = config.replace(rotary_grid=stored_rotary_grid(config))
+        if config.aggregation is None:
+            own = own.replace(output_norm_epsilon=config.norm_epsilon)
+        return _through_file(own).replace(rotary_grid=grid)
+    return _through_file(config)
+
+
+def _through_file(config: Config) -> Config:
     form = format_of(config)
     stored = form.from_json(form.to_json(config))
     if form.extra_weight_map(config) is None:

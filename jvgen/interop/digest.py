@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from jvgen import storage
-from jvgen.interop.weights_names import is_index
+from jvgen.interop.weights_names import PICKLES, is_index
 from jvgen.storage import Path, local_copy
 
 CHUNK = 1 << 24
@@ -26,7 +26,7 @@ MIN_AGE_SECONDS = 2.0
 
 
 def content_digest(path: str | Path) -> str:
-    """SHA-256 of a file, or of a folder's .json and .safetensors files by name.
+    """SHA-256 of a file, or of a folder's .json and .safetensors files by name; without .safetensors also of pickles.
 
     The digest of large files is kept in the user's cache folder (`JVGEN_CACHE`) and taken from there as long as their
     names, sizes, times of modification and inodes stay what they are.
@@ -53,7 +53,10 @@ def file_digest(path: pathlib.Path, *, reread: bool = False) -> str:
 
 def content_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of a local folder that `content_digest` is of, by name."""
-    return sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.name != DIGESTS_FILE)
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", *PICKLES))
+    # Beside .safetensors, pickles are not read.
+    pickles = () if any(p.suffix == ".safetensors" for p in files) else PICKLES
+    return [p for p in files if p.suffix in (".json", ".safetensors", *pickles) and p.name != DIGESTS_FILE]
 
 
 def _known_or_hashed(key: str, files: Sequence[Path], make: Callable[[Sequence[Path]], str]) -> str:

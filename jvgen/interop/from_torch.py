@@ -21,6 +21,8 @@ from jvgen.storage import Path, UnreadableFile, as_path, is_remote, local_copy, 
 
 # Names of the matrices of a LoRA adapter in diffusers and peft, in kohya's files and in SAT.
 _ADAPTER = re.compile(r"(?:^|[._])lora(?:_[AB]|_up|_down|_unet|_te)?[._]|\bmatrix_[AB]\b")
+# Those that `jvgen.interop.lora_file` reads.
+_READ_ADAPTER = re.compile(r"[._]lora_[AB]\.|\.matrix_[AB]\.|\.lora\.(?:down|up)\.")
 _ADAPTER_FILES = ("pytorch_lora_weights", "adapter_model")
 
 
@@ -223,10 +225,15 @@ def open_file(path: Path) -> Mapping[str, np.ndarray]:
 def _refuse_adapter(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     adapters = [name for name in tensors if _ADAPTER.search(name)]
     if adapters:
+        use = (
+            "Sample with it by `jvgen sample --weights DIR --lora FILE`, or train it further: `jvgen import FILE "
+            "--config` of a run with task.lora."
+        )
+        if not any(_READ_ADAPTER.search(name) for name in adapters):
+            use = "Its names are not among those that jvgen reads; save it with the names of diffusers, peft or SAT."
         raise WeightError(
             f"{path} is a LoRA adapter ({len(adapters)} of its {len(tensors)} tensors are like {adapters[0]}), which "
-            "changes the weights of a network and does not hold them. Sample with it by `jvgen sample --weights DIR "
-            "--lora FILE`, or train it further: `jvgen import FILE --config` of a run with task.lora."
+            f"changes the weights of a network and does not hold them. {use}"
         )
 
 

@@ -2,8 +2,9 @@
 
 In diffusers a layer is named as its kernel is ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"), and so it
 is in peft ("base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"), whose `adapter_config.json`
-beside the file lists the layers; in SAT ("...layers.0.attention.query_key_value.matrix_A.0") queries, keys and values,
-which share a kernel there, have a pair of matrices each.
+beside the file lists the layers; older files have `lora.down` for lora_A and `lora.up` for lora_B. In SAT
+("...layers.0.attention.query_key_value.matrix_A.0") queries, keys and values, which share a kernel there, have a pair
+of matrices each.
 """
 
 import dataclasses
@@ -62,11 +63,13 @@ class LoraFile:
       factors: float32 arrays, as `jvgen.nn.lora.Factors` has them.
       rank: of all layers.
       alpha: the updates are alpha / rank times the products of the factors.
+      absent: blocks that the file has no LoRA for, by path of the layer; their factors are zero.
     """
 
     factors: Parameters
     rank: int
     alpha: float
+    absent: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def scale(self) -> float:
@@ -92,11 +95,11 @@ def is_lora_file(file: Path) -> bool:
     """Whether a file, which need not exist, holds a LoRA adapter."""
     if not file.is_file() or file.suffix != ".safetensors":
         return False
-    return any(".lora_A." in name or ".matrix_A." in name for name in open_file(file))
+    return any(".lora_A." in name or ".matrix_A." in name for name in map(_current_name, open_file(file)))
 
 
 def read_lora(path: str | Path, config: Config) -> LoraFile:
-    """The adapter in a file, for a network.
+    """The adapter in a file, for a network. Blocks that it leaves out (peft's `layers_to_transform`) get zeros.
 
     Args:
       path: .safetensors file (.bin or .pt with torch), or a folder with `pytorch_lora_weights.safetensors` or peft's
@@ -117,7 +120,7 @@ def read_lora(path: str | Path, config: Config) -> LoraFile:
         )
     tensors = open_file(file)
     layout = _layout_in(tensors, config)
-    found = {name: tensors[name] for name in tensors if layout != "sat" or ".matrix_" in name}
+    found = {_current_name(name): tensors[name] for name in tensors if layout != "sat" or ".matrix_" in name}
     alphas = {name: float(found.pop(name).reshape(())) for name in tuple(found) if name.endswith(".alpha")}
     form = format_of(config)
     layers = linear_layers(form.network(config))
@@ -127,7 +130,7 @@ def read_lora(path: str | Path, config: Config) -> LoraFile:
     if not paths or not ranks:
         sat = ", or SAT's matrix_A and matrix_B" if isinstance(config, VideoDiTConfig) else ""
         raise WeightError(
-            f"{file} is no LoRA adapter of a {form.class_name}: it has tensors such as "
+            f"{file} is no LoRA adapter of a {form.class_name} that can be read: it has tensors such as "
             f"{', '.join(sorted(tensors)[:3])}. Expected are names such as "
             f"{table.entries[0].theirs.replace(LAYER, '0')}{sat}."
         )
@@ -142,6 +145,8 @@ def read_lora(path: str | Path, config: Config) -> LoraFile:
         for part, shape in ((DOWN, (features_in, rank)), (UP, (rank, features_out))):
             shapes[f"{name}/{part}"] = np.broadcast_to(np.zeros((), np.float32), (*stack, *shape))
     kept = WeightMap(tuple(entry for entry in table.entries if entry.ours in shapes))
+    zeros, absent = _absent_blocks(kept, found, nested.unflatten(shapes))
+    found |= zeros
     try:
         factors = kept.from_torch(found, nested.unflatten(shapes))
     except WeightError as error:
@@ -149,14 +154,36 @@ def read_lora(path: str | Path, config: Config) -> LoraFile:
             f"{file} is the LoRA adapter of another network than this one with {config.layers} blocks of width "
             f"{config.width}: {error}"
         ) from error
-    return LoraFile(factors, rank, alpha)
+    return LoraFile(factors, rank, alpha, absent)
+
+
+def _current_name(name: str) -> str:
+    """The name of a factor in today's files of diffusers and peft."""
+    return name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
+
+
+def _absent_blocks(
+    table: WeightMap, names: Collection[str], shapes: Parameters
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
+    """Zeros for the pairs of factors that a file has no part of, and the blocks that these are in by path."""
+    torch_shapes, parts, zeros, absent = table.torch_shapes(shapes), {}, {}, {}
+    for entry in table.entries:
+        parts.setdefault(entry.ours.rpartition("/")[0], []).append(entry)
+    for path, entries in parts.items():
+        for block in range(nested.flatten(shapes)[entries[0].ours].shape[0]):
+            every = [[name.replace(LAYER, str(block)) for name in (e.theirs, *e.aliases)] for e in entries]
+            # A tensor without the other of its pair is refused as before.
+            if LAYER in entries[0].theirs and not any(name in names for pair in every for name in pair):
+                absent[path] = (*absent.get(path, ()), block)
+                zeros |= {name: np.zeros(torch_shapes[name], np.float32) for name, *_ in every}
+    return zeros, absent
 
 
 def is_lora_of(file: Path, config: Config) -> bool:
     """Whether a file has layers with the names of a network's; of which sizes they are is not compared."""
     tensors = open_file(file)
     table = _table(config, linear_layers(format_of(config).network(config)), _layout_in(tensors, config))
-    return bool(_paths_in(tensors, table, config))
+    return bool(_paths_in([_current_name(name) for name in tensors], table, config))
 
 
 def _layout_in(tensors: Collection[str], config: Config) -> Layout:
@@ -294,7 +321,7 @@ def _alpha(tensors: Mapping[str, np.ndarray], alphas: Mapping[str, float], rank:
         if values.get("use_rslora"):
             # Of rank-stabilized LoRA: its updates are alpha / sqrt(rank) times the products.
             alphas = {name: alpha * math.sqrt(rank) for name, alpha in alphas.items()}
-    elif alphas and len(alphas) < sum(".lora_A." in name for name in tensors):
+    elif alphas and len(alphas) < sum(".lora_A." in _current_name(name) for name in tensors):
         # Layers without one have the rank.
         alphas = {**alphas, "": float(rank)}
     found = set(alphas.values()) or {float(rank)}

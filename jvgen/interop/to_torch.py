@@ -19,7 +19,7 @@ from jvgen.interop.extra_weights import write_extra_weights
 from jvgen.interop.file_digests import write_digests
 from jvgen.interop.formats import Format, format_of
 from jvgen.interop.safetensors_file import TensorSpec, write
-from jvgen.storage import Path, as_path, is_remote, remove_tree, upload_folder
+from jvgen.storage import Path, as_path, is_remote, partial_folder, remove_dead_partials, remove_tree, upload_folder
 
 FILE_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -155,12 +155,20 @@ class _Plan:
 
 
 def check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
-    """Raise `ExportError` unless an export of `nbytes` bytes can be written as this folder."""
+    """Raise `ExportError` unless an export of `nbytes` bytes can be written as this folder.
+
+    What killed exports left beside it is removed first, so that it does not fill the disk.
+    """
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is a file; give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ExportError(f"{folder} exists and is not empty; give another folder or remove it.")
-    parent = pathlib.Path(tempfile.gettempdir()) if is_remote(folder) else folder.absolute().parent
+    if not is_remote(folder):
+        folder = folder.resolve()
+        _check_replaceable(folder)
+        for place in remove_dead_partials(folder):
+            print(f"removed {place}, which an export that was killed had left")
+    parent = pathlib.Path(tempfile.gettempdir()) if is_remote(folder) else folder.parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
@@ -171,10 +179,33 @@ def check_target(folder: Path, overwrite: bool, nbytes: int) -> None:
         )
 
 
+def _check_replaceable(folder: pathlib.Path) -> None:
+    """Raise `ExportError` for a local folder, without links in its path, that no other can take the place of."""
+    if not folder.is_dir():
+        return
+    if pathlib.Path.cwd().is_relative_to(folder):
+        what = "is the working directory, or above it"
+    elif folder.is_mount() or str(folder) in _mount_points():
+        what = "is a mount point"
+    else:
+        return
+    raise ExportError(f"{folder} {what}, and an export takes a folder's place; give one in it, {folder / 'export'}.")
+
+
+def _mount_points() -> set[str]:
+    """As Linux lists them: folders of containers that are mounted from the same disk look like any other."""
+    try:
+        lines = pathlib.Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return set()
+    return {line.split()[4].replace("\\040", " ") for line in lines}
+
+
 @contextlib.contextmanager
 def complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside the target that replaces the target on success and is removed on failure.
 
+    A target that is a link is replaced where the link leads.
     For a target in a bucket it is a temporary folder of this machine, uploaded on success: files that say what the
     folder holds come last.
     """
@@ -184,8 +215,8 @@ def complete_or_absent(folder: Path, overwrite: bool) -> Iterator[Path]:
             remove_tree(folder)
             upload_folder(pathlib.Path(partial), folder, last=("config.json", INDEX))
         return
-    folder = folder.absolute()
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    folder = folder.resolve()
+    partial = partial_folder(folder)
     previous = folder.parent / f".{folder.name}.previous-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

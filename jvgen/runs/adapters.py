@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from jvgen.config import Config, ConfigError
-from jvgen.interop.digest import CARD_FILE
+from jvgen.interop.digest import CARD_FILE, content_digest
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.lora_file import Layout, LoraFile
-from jvgen.interop.lora_folder import is_lora, read_adapters, write_adapters
+from jvgen.interop.lora_folder import adapter_files, is_lora, read_adapters, write_adapters
 from jvgen.interop.to_torch import check_target, complete_or_absent, export_network
 from jvgen.nn import lora
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device
-from jvgen.storage import Path, size, write_text
+from jvgen.storage import Path, absolute, size, write_text
 from jvgen.tasks.task import Task, TaskConfig
 from jvgen.training.checkpoint.initial import write_first_checkpoint
 from jvgen.training.experiment import Experiment
@@ -93,7 +93,7 @@ def import_lora(weights: Path, experiment: Experiment, workdir: Path) -> None:
     """A run at step 0 with the LoRA of a file, or of the files of a folder.
 
     Raises:
-      ConfigError: a run that trains no LoRA, or another rank, scale or layers than those of the file.
+      ConfigError: a run that trains no LoRA, or another rank, scale, layers or blocks than those of the file.
       ValueError, UnreadableFile, WeightError: see `jvgen.interop.lora_file.read_lora`.
     """
     if not trains_lora(experiment.task):
@@ -106,7 +106,8 @@ def import_lora(weights: Path, experiment: Experiment, workdir: Path) -> None:
     experiment.task.check_weights()
     task = experiment.task.build()
     wanted = task.networks[lora.TREE].shapes
-    found = read_adapters(weights, {name: task.base_networks[name].config for name in task.base_networks})
+    configs = {name: base.config for name, base in task.base_networks.items()}
+    found = read_adapters(weights, configs)
     for adapter in found.values():
         _check_scale(adapter, experiment.task.lora, weights)
     here, there = (
@@ -117,7 +118,19 @@ def import_lora(weights: Path, experiment: Experiment, workdir: Path) -> None:
         lines = [f"  {path}: in the file, not in task.lora.targets" for path in sorted(there - here)]
         lines += [f"  {path}: in task.lora.targets, not in the file" for path in sorted(here - there)]
         raise ConfigError("\n".join([f"{weights} is a LoRA of other layers than the run's:", *lines]))
-    write_first_checkpoint(experiment, workdir, {lora.TREE: {name: found[name].factors for name in wanted}})
+    files = adapter_files(weights, configs)
+    records = [{"network": f"{lora.TREE} of {name}", "path": str(absolute(file)), "digest": content_digest(file)}
+               for name, file in files.items()]  # fmt: skip
+    lines = [f"  {name}/{path}: blocks {', '.join(map(str, blocks))}"
+             for name, adapter in found.items() for path, blocks in adapter.absent.items()]  # fmt: skip
+    if lines:
+        head = f"{weights} is a LoRA of some blocks only, and a run trains that of all; the file lacks:"
+        raise ConfigError(
+            "\n".join([head, *lines])
+            + "\nSample with it as it is (`jvgen sample --weights DIR --lora FILE`), or give a LoRA of all blocks."
+        )
+    factors = {lora.TREE: {name: found[name].factors for name in wanted}}
+    write_first_checkpoint(experiment, workdir, factors, records)
     print(f"{workdir}: step 0 with the LoRA of {len(there)} layers from {weights}; train with `jvgen train`")
 
 

@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 import jax
 
-from jvgen import __version__
+from jvgen import __version__, saved_config
 from jvgen.config import Config, ConfigError, dump
+from jvgen.data.stream.config import DataConfig
+from jvgen.data.stream.source_checks import check_reachable_encoders
 from jvgen.interop.architecture import differences
-from jvgen.interop.digest import CARD_FILE
+from jvgen.interop.digest import CARD_FILE, content_digest
 from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder, read_config, with_variant
 from jvgen.interop.inflate import inflate_folder
@@ -24,13 +26,13 @@ from jvgen.parallel.rules import Sharding
 from jvgen.runs import pipeline_export
 from jvgen.runs.adapters import export_lora, import_lora, trains_lora, with_merged_lora
 from jvgen.runs.model_card import model_card
-from jvgen.storage import Path, as_path, resolved, size
+from jvgen.storage import Path, absolute, as_path, resolved, size
 from jvgen.tasks.given_frames import check_condition
 from jvgen.tasks.pipeline_folder import DENOISER, adopt_pipeline, is_pipeline, pipeline_weights, read_pipeline
 from jvgen.tasks.task import Task, TaskConfig
 from jvgen.tasks.text_to_video_config import TextToVideoFields
 from jvgen.tasks.world_model import TRAINED_WITH, WorldModelTask
-from jvgen.training.checkpoint.initial import check_new_run, to_host, write_first_checkpoint
+from jvgen.training.checkpoint.initial import check_new_run, imported_weights, to_host, write_first_checkpoint
 from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.checkpoint.restore import load_for_inference
 from jvgen.training.experiment import Experiment
@@ -61,14 +63,19 @@ def export_run(
     # In host memory: no accelerator is needed, and none has to hold the whole network.
     host = Sharding(single_device_mesh(host_device()))
     experiment, task, parameters, trained = load_for_inference(run, ema, step=step, sharding=host)
-    about = {"experiment": experiment.name, "step": trained, "ema": str(ema or "best")}
+    about = {
+        "experiment": experiment.name, "config_digest": saved_config.digest(experiment), "step": trained,
+        "ema": str(ema or "best"),
+    }  # fmt: skip
     document, data = _documents(run, trained)
     card = model_card(
-        experiment, step=trained, ema=about["ema"], licenses=data.get("licenses"), commit=document.get("git") or ""
-    )
+        experiment, step=trained, ema=about["ema"], licenses=data.get("licenses"), commit=document.get("git") or "",
+        imported=imported_weights(run), vae=vae,
+    )  # fmt: skip
     return export(
         task, parameters, folder, about, dtype=dtype, overwrite=overwrite, layout=layout, network=network,
         trained_with=document.get("frozen") or "", merge_lora=merge_lora, card=card, vae=vae,
+        data=experiment.data,
     )  # fmt: skip
 
 
@@ -86,6 +93,7 @@ def export(
     merge_lora: bool = False,
     card: str | None = None,
     vae: Path | None = None,
+    data: DataConfig | None = None,
 ) -> Path:
     """Write a text-to-video run as a pipeline that diffusers and `jvgen sample --weights` load, with the run's frozen
     VAE, text encoder and tokenizer; of other runs every trained network as a subfolder of its own, of a world model
@@ -98,7 +106,7 @@ def export(
       task: names the networks.
       parameters: `{network: ...}`.
       folder: to write; it appears complete or not at all.
-      about: written to `jvgen_run.json`: experiment, step, which weights.
+      about: written to `jvgen_run.json`: experiment, digest of its config, step, which weights.
       dtype: dtype of the exported tensors: float32, bfloat16 or float16.
       overwrite: replace an existing folder.
       layout: "sat" writes the denoiser alone, as one file with the parameter names of the code that CogVideoX and
@@ -108,6 +116,7 @@ def export(
       merge_lora: write networks with their LoRA merged into them, as those of a run without one.
       card: text of README.md, see `jvgen.runs.model_card`; none without.
       vae: folder of the VAE that made the latents of a run that names none, to be written into the pipeline.
+      data: of the run: the VAE is compared with that which made its latents, where they are still there.
 
     Raises:
       ConfigError: no such network, or frozen weights that are not those which a LoRA or a world model was trained with.
@@ -154,7 +163,7 @@ def export(
         reasons = pipeline_export.obstacles(config, trained_with, vae_was_given=vae is not None)
         if not reasons:
             configs, weights, files = pipeline_export.parts(config, parameters)
-            notes = pipeline_export.notes(config)
+            notes = [*_check_vae(config, data, trained_with, vae), *pipeline_export.notes(config, dtype)]
     elif vae is not None:
         raise ValueError(f"--vae {vae}: {type(task).__name__} is exported without one; leave it out.")
     files = {"jvgen_run.json": json.dumps(record, indent=2) + "\n", **({CARD_FILE: card} if card else {}), **files}
@@ -167,6 +176,22 @@ def export(
     if reasons:
         print("no whole pipeline was written, only the trained networks:\n" + "\n".join(f"  {r}" for r in reasons))
     return written
+
+
+def _check_vae(
+    config: TextToVideoFields, data: DataConfig | None, trained_with: str | None, vae: Path | None
+) -> list[str]:
+    """Notes on the VAE of a run on cached latents; raises `ValueError` for another one than that which made these."""
+    # One that the run names is compared by `trained_with`, if that is given.
+    if data is None or config.latents != "data" or (vae is None and trained_with is not None):
+        return []
+    unread = check_reachable_encoders(data, content_digest(config.vae_weights))
+    if not unread:
+        return []
+    return [
+        f"{config.vae_weights} could not be compared with the VAE that made the run's latents: "
+        f"{', '.join(unread)} cannot be read here"
+    ]
 
 
 def _check_tokenizer(task: WorldModelTask, files: Mapping[str, str | Path], trained_with: str | None) -> list[str]:
@@ -289,7 +314,8 @@ def import_run(
             built = experiment.task.build()
             shapes = built.networks[network].shapes
             parameters = conditioned_start.begin(parameters, built.network_configs[network], shapes)
-    write_first_checkpoint(experiment, workdir, {network: parameters})
+    record = {"network": network, "path": str(absolute(weights)), "digest": content_digest(weights)}
+    write_first_checkpoint(experiment, workdir, {network: parameters}, [record])
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     print(f"{workdir}: step 0 with {count:,} parameters from {weights} as {network!r}; train with `jvgen train`")
 

@@ -12,6 +12,7 @@ from jvgen.parallel.rules import Sharding
 from jvgen.storage import Path, as_path
 from jvgen.tasks.task import Task
 from jvgen.training.checkpoint import identity
+from jvgen.training.checkpoint.initial import imported_weights
 from jvgen.training.checkpoint.reader import CheckpointReader
 from jvgen.training.checkpoint.restore import load_for_inference
 from jvgen.training.experiment import Experiment
@@ -28,6 +29,7 @@ class LoadedRun:
       frozen: parameters of frozen networks.
       step: steps trained; 0 for random weights.
       ema: which weights these are: an EMA decay, "raw", or "best" for the largest decay that the run keeps.
+      imported: weights that it began with, see `jvgen.training.checkpoint.initial.imported_weights`.
     """
 
     program: Program
@@ -35,6 +37,7 @@ class LoadedRun:
     frozen: Parameters
     step: int
     ema: str = "best"
+    imported: tuple[dict[str, str], ...] = ()
 
     @property
     def experiment(self) -> Experiment:
@@ -127,7 +130,7 @@ def open_run(
     saved, _, parameters, trained = load_for_inference(folder, ema, step=step, sharding=sharding)
     program = Program.build(with_vae(_for_prompts(with_lpips(saved, lpips)), vae), sharding.mesh)
     _, frozen = program.external_inputs()
-    return LoadedRun(program, parameters, frozen, trained, str(ema or "best"))
+    return LoadedRun(program, parameters, frozen, trained, str(ema or "best"), tuple(imported_weights(folder)))
 
 
 def _for_prompts(experiment: Experiment) -> Experiment:

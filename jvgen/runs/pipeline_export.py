@@ -138,9 +138,17 @@ def parts(
     return networks, weights, files
 
 
-def notes(config: TextToVideoConfig) -> list[str]:
-    """What the pipeline does by default in another way than the run, and how to have the run's."""
+def notes(config: TextToVideoConfig, dtype: str = "float32") -> list[str]:
+    """What the pipeline, with weights of a dtype, does by default in another way than the run, and how to have the
+    run's."""
     found = []
+    if dtype != "float32":
+        # Seen with diffusers 0.42 and transformers 5.23.
+        found.append(
+            f"load the pipeline with from_pretrained(..., torch_dtype=torch.{dtype}): by default diffusers makes "
+            f"float32 of the transformer and the VAE, and transformers leaves the text encoder in {dtype}; these do "
+            "not go together"
+        )
     if config.text.length != PIPELINE_TEXT_LENGTH:
         found.append(
             f"diffusers' pipeline pads captions to {PIPELINE_TEXT_LENGTH} tokens: call it with "
@@ -155,6 +163,13 @@ def notes(config: TextToVideoConfig) -> list[str]:
         found.append(
             "the run was trained with zeros for no caption, diffusers' pipeline encodes an empty one: pass "
             "negative_prompt_embeds of zeros there, `--unconditional zeros` to `jvgen sample --weights`"
+        )
+    chunks = ("encode_chunk_frames", "decode_chunk_frames")
+    if differ := [name for name in chunks if getattr(config.vae, name) != getattr(CogVideoXVAEConfig(), name)]:
+        asked = ", ".join(f"{name} = {getattr(config.vae, name)}" for name in differ)
+        found.append(
+            f"the run's VAE codes chunks of frames with {asked}, which no file says: diffusers and `jvgen sample "
+            "--weights` take 8 frames and 2 latent frames"
         )
     kept = schedulers.from_diffusers(_scheduler_file(config), SCHEDULER_FILE).sampler
     names = ("kind", "spacing", "eta", "steps_offset", "final_step_clean", "levels")

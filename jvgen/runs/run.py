@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jvgen import saved_config
 from jvgen.config import Config, ConfigError
 from jvgen.geometry.cameras import Cameras
 from jvgen.nn.network import Network, Parameters
@@ -118,9 +119,15 @@ class Run(LoadedRun):
           folder: to write; it appears complete or not at all.
           options: `dtype`, `overwrite`, `layout`, `network`, see `jvgen.runs.exporting.export`.
         """
-        about = {"experiment": self.experiment.name, "step": self.step, "ema": self.ema}
-        card = model_card(self.experiment, step=self.step, ema=str(self.ema))
-        return export(self.task, self.parameters, as_path(folder), about, card=card, **options)
+        about = {
+            "experiment": self.experiment.name, "config_digest": saved_config.digest(self.experiment),
+            "step": self.step, "ema": self.ema,
+        }  # fmt: skip
+        card = model_card(
+            self.experiment, step=self.step, ema=str(self.ema), imported=self.imported, vae=options.get("vae")
+        )
+        data = self.experiment.data
+        return export(self.task, self.parameters, as_path(folder), about, card=card, data=data, **options)
 
 
 def load_run(

@@ -34,6 +34,7 @@ from jvgen.storage.files import (
     write_text,
 )
 from jvgen.storage.mirror import Mirror
+from jvgen.storage.partials import partial_folder, remove_dead_partials
 from jvgen.storage.paths import Path, absolute, as_path, is_remote, recordings, resolved
 from jvgen.storage.retries import Retries, count_of_retries
 
@@ -59,6 +60,7 @@ __all__ = [
     "local_file",
     "looks_like",
     "move_tree",
+    "partial_folder",
     "read_bytes",
     "read_json",
     "read_json_object",
@@ -66,6 +68,7 @@ __all__ = [
     "read_utf8",
     "reading",
     "recordings",
+    "remove_dead_partials",
     "remove_tree",
     "resolved",
     "size",

@@ -82,7 +82,9 @@ def test_a_lone_file_goes_into_every_shipped_config(label, tmp_path, monkeypatch
     monkeypatch.setattr(type(experiment.task), "build", lambda self: task)
     monkeypatch.setattr(type(experiment.task), "check_weights", lambda self: None)
     monkeypatch.setattr(exporting, "import_folder", import_folder)
-    monkeypatch.setattr(exporting, "write_first_checkpoint", lambda run, workdir, given: imported.append(list(given)))
+    monkeypatch.setattr(
+        exporting, "write_first_checkpoint", lambda run, workdir, given, record: imported.append(list(given))
+    )
     assert task.network_configs
     for name, network in task.network_configs.items():
         assert differences(network, network) == []

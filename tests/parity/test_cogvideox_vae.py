@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
 from jvgen.interop.verify import verify
 from jvgen.models.cogvideox_vae import flops
@@ -211,6 +212,18 @@ def test_sat_weights_round_trip(pair):
     state["first_stage_model.decoder.extra"] = np.zeros(3, np.float32)
     with pytest.raises(WeightError, match="1 not expected"):
         table.from_torch(state, pair.network.shapes)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_files_of_the_training_code_are_imported(pair, prefix, tmp_path):
+    """As released: a pickle with "state_dict", and with other networks where the names have a prefix."""
+    others = {"model.diffusion_model.x": np.zeros(2, np.float32)} if prefix else {}
+    state = dict(weight_map_sat(CONFIG, prefix).to_torch(pair.parameters)) | others
+    state[f"{prefix}loss.discriminator.weight"] = np.zeros(3, np.float32)
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    torch.save({"state_dict": tensors}, tmp_path / "3d-vae.pt")
+    again = flatten(import_folder(tmp_path / "3d-vae.pt", CONFIG)[1])
+    assert all(np.array_equal(array, again[path]) for path, array in flatten(pair.parameters).items())
 
 
 def test_configuration_round_trip_through_diffusers(pair):

@@ -312,7 +312,9 @@ def test_a_run_on_cached_latents_gets_its_vae_when_it_makes_clips(case, folder, 
     assert "part of a whole pipeline" in jvgen(
         "export", run, "--to", tmp_path / "one", "--network", "denoiser", "--vae", vae, status=2
     )
-    assert "no whole" not in jvgen("export", run, "--to", tmp_path / "whole", "--vae", vae)
+    told = jvgen("export", run, "--to", tmp_path / "whole", "--vae", vae)
+    assert "no whole" not in told and "could not be compared with the VAE that made the run's latents" in told
+    assert f"the VAE that made the latents (`--vae`): `{vae}`" in (tmp_path / "whole" / "README.md").read_text()
     exported = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "whole", low_cpu_mem_usage=False)
     published = diffusers.CogVideoXPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     for name in ("transformer", "vae", "text_encoder"):

@@ -204,5 +204,6 @@ def test_lora_adapters_are_named(kind, tmp_path):
         "import FILE --config": lambda: import_folder(file, config),
     }
     for read in readers.values():
-        with pytest.raises(ValueError, match="is a LoRA adapter .* --lora FILE"):
+        said = "not among those that jvgen reads" if kind == "kohya" else "--lora FILE"
+        with pytest.raises(ValueError, match=f"is a LoRA adapter .* {said}"):
             read()

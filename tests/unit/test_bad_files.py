@@ -438,3 +438,5 @@ def test_what_changed_at_a_resume_is_told_field_by_field():
     with pytest.raises(ConfigError, match="seed: checkpoint 0, now 5"):
         changed = identity.run_document(before.replace(seed=5), Task())
         identity.check_same_run(documents[0], changed, (), told.append)
+    with pytest.raises(ConfigError, match="frozen weights: checkpoint 1, now 2(.|\n)*Of a folder of .bin files, 0.1.0"):
+        identity.check_same_run(*({**documents[0], "frozen": digest} for digest in "12"), (), told.append)

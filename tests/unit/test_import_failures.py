@@ -15,7 +15,12 @@ from jvgen import config  # noqa: E402
 from jvgen.config import ConfigError, validate_tree  # noqa: E402
 from jvgen.interop.to_torch import export_network  # noqa: E402
 from jvgen.runs.exporting import import_run  # noqa: E402
-from jvgen.training.checkpoint.initial import UNFINISHED, saved_steps, write_first_checkpoint  # noqa: E402
+from jvgen.training.checkpoint.initial import (  # noqa: E402
+    UNFINISHED,
+    imported_weights,
+    saved_steps,
+    write_first_checkpoint,
+)
 from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -111,10 +116,11 @@ def test_a_config_that_cannot_be_built_makes_no_directory(tmp_path):
 def test_what_a_killed_import_left_is_replaced(tmp_path):
     """Also a checkpoint that was complete when only the mark of an unfinished import was still to be removed."""
     run = tmp_path / "run"
-    write_first_checkpoint(toys.experiment(), run, {})
+    write_first_checkpoint(toys.experiment(), run, {}, [{"network": "model", "path": "other", "digest": "0"}])
     (run / UNFINISHED).write_text("")
     given = jax.tree.map(np.asarray, toys.experiment().task.build().init(jax.random.key(7)))
     write_first_checkpoint(toys.experiment(), run, given)
     assert saved_steps(run) == ["0"] and not (run / UNFINISHED).exists()
+    assert imported_weights(run / "checkpoints" / "0") == []
     with pytest.raises(ConfigError, match="already holds checkpoints of steps 0"):
         write_first_checkpoint(toys.experiment(), run, given)

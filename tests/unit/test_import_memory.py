@@ -1,5 +1,6 @@
 """Weights go from files to runs and back through host memory: nothing of them is on an accelerator meanwhile."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toys  # noqa: E402
 
+from jvgen.interop.digest import content_digest  # noqa: E402
 from jvgen.interop.to_torch import export_network  # noqa: E402
 from jvgen.models.image_vae.model import ImageVAE  # noqa: E402
 from jvgen.nn.network import Network  # noqa: E402
@@ -65,6 +67,11 @@ def test_weights_are_imported_and_exported_without_an_accelerator(tmp_path, acce
         for folder in (tmp_path / "weights", tmp_path / "exported")
     )
     assert old == new
+    # The card says where they are from.
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"`{tmp_path / 'weights'}`, SHA-256 `{content_digest(tmp_path / 'weights')}`" in card and "None:" not in card
+    about = json.loads((tmp_path / "exported" / "jvgen_run.json").read_text())
+    assert about["config_digest"] in card
 
 
 def test_an_import_holds_parameters_alone_and_training_starts_from_them(tmp_path):

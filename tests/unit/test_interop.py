@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import resource
 import shutil
+import socket
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -17,16 +20,18 @@ import pytest
 from jvgen.config import Config
 from jvgen.finite import NotFinite
 from jvgen.interop import formats, to_torch
+from jvgen.interop.architecture import check_architecture, differences
 from jvgen.interop.digest import DIGESTS_FILE
-from jvgen.interop.from_torch import import_folder
+from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.sat_file import export_sat
 from jvgen.interop.to_torch import ExportError, export_network, export_networks
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
-from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
+from jvgen.models.video_dit.config import AggregationConfig, Positions, VideoDiTConfig
 from jvgen.models.weight_map import WeightError
 from jvgen.nested import flatten, unflatten
+from jvgen.nn.rope import RotaryGrid
 
 EXPORTED = ["config.json", "diffusion_pytorch_model.safetensors", DIGESTS_FILE]
 VAE = ImageVAEConfig(block_channels=(4, 8), layers_per_block=1, groups=4, sample_size=8)
@@ -189,6 +194,42 @@ def test_full_disk_is_reported_before_writing(tmp_path, parameters, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_killed_exports_left_is_removed(tmp_path, parameters, capsys):
+    """That of living processes, of other hosts and of other exports stays."""
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    host = socket.gethostname()
+    names = [f".vae.partial-{host}-{dead.pid}", f".vae.partial-{host}-{os.getppid()}", f".vae.partial-far-{dead.pid}",
+             f".vae2.partial-{host}-{dead.pid}"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    export_network(VAE, parameters, tmp_path / "vae")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "vae"])
+    assert f"removed {tmp_path / names[0]}, which an export that was killed" in capsys.readouterr().out
+
+
+def test_links_are_followed_and_stay(tmp_path, parameters):
+    (tmp_path / "disk" / "there").mkdir(parents=True)
+    for target in ("there", "dangling"):
+        link = tmp_path / f"to_{target}"
+        link.symlink_to(tmp_path / "disk" / target)
+        export_network(VAE, parameters, link)
+        assert link.is_symlink() and contents(tmp_path / "disk" / target) == EXPORTED
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "to_dangling", "to_there"]
+
+
+def test_folders_that_cannot_be_replaced_are_refused_before_writing(tmp_path, parameters, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match="is the working directory.*give one in it, .*/export"):
+        export_network(VAE, parameters, ".")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(to_torch, "_mount_points", lambda: {str(tmp_path / "mounted")})
+    with pytest.raises(ExportError, match="mounted is a mount point"):
+        export_network(VAE, parameters, "mounted")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mounted"]
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_failed_write_changes_nothing(tmp_path, parameters, exists):
     other = random_parameters(VAE, seed=1)
@@ -348,3 +389,51 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     slack = 1_500_000  # headers, names, the description of the network
     assert exporting < 2.1 * largest + slack < total
     assert importing < total + 2.1 * largest + slack < 2 * total
+
+
+ROTARY = VideoDiTConfig(
+    layers=1, heads=2, head_width=16, in_channels=4, out_channels=4, text_width=8, text_length=6, condition_width=16,
+    sample_height=4, sample_width=6, sample_frames=4, positions=Positions.ROTARY,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("temporal_patch", "grid"), [(2, RotaryGrid.SLICE), (None, RotaryGrid.LINSPACE)], ids=["1.5", "1.0"]
+)
+def test_rotary_positions_that_no_file_says_are_refused(tmp_path, temporal_patch, grid):
+    """diffusers and SAT derive them from temporal_patch: a network with the others would be another one there."""
+    (other,) = set(RotaryGrid) - {grid}
+    config = ROTARY.replace(temporal_patch=temporal_patch, rotary_grid=grid)
+    wrong, parameters = config.replace(rotary_grid=other), random_parameters(config)
+    export_network(config, parameters, tmp_path / "right")
+    assert read_config(tmp_path / "right") == config
+    with pytest.raises(ValueError, match=f"rotary_grid = {other.value}.*set rotary_grid to {grid.value}"):
+        export_network(wrong, parameters, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ValueError, match="rotary_grid: .* in the weights, .* in the run"):
+        check_architecture(tmp_path / "right", wrong, "task.denoiser_weights")
+    check_architecture(tmp_path / "right", config, "task.denoiser_weights")
+    if temporal_patch is not None:
+        with pytest.raises(ValueError, match="the SAT code has the positions slice"):
+            export_sat(wrong, parameters, tmp_path / "wrong.safetensors")
+    # Tables of positions are tensors of the released code for 1.0 and none of that for 1.5, which loads strictly.
+    written = export_sat(config, parameters, tmp_path / "sat.safetensors")
+    tables = [name for name in SafetensorsFile(written) if "pos_embed" in name]
+    assert len(tables) == (2 if temporal_patch is None else 0)
+    assert_equal(import_folder(written, config)[1], parameters)
+
+
+def test_rotary_positions_do_not_count_without_effect(tmp_path):
+    for positions in (Positions.SINCOS, Positions.ROTARY_AND_LEARNED):
+        config = ROTARY.replace(positions=positions)
+        wrong = config.replace(rotary_grid=RotaryGrid.SLICE)
+        export_network(wrong, random_parameters(config), tmp_path / positions.value)
+        check_architecture(tmp_path / positions.value, wrong, "task.denoiser_weights")
+
+
+def test_the_last_epsilon_comes_back(tmp_path):
+    config = ROTARY.replace(output_norm_epsilon=1e-6)
+    export_network(config, random_parameters(config), tmp_path / "out")
+    assert read_config(tmp_path / "out") == config
+    # A run keeps its own: files of other programs do not say it.
+    assert not differences(ROTARY, config)

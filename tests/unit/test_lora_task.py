@@ -14,9 +14,10 @@ from jvgen import nested
 from jvgen.cli.sample import lora_argument
 from jvgen.config import ConfigError, validate_tree
 from jvgen.data.stream.config import DataConfig, SourceConfig
+from jvgen.interop.formats import format_of
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.lora_file import read_lora, write_lora
-from jvgen.interop.lora_folder import read_adapters, write_adapters
+from jvgen.interop.lora_folder import is_lora, read_adapters, write_adapters
 from jvgen.interop.safetensors_file import SafetensorsFile
 from jvgen.interop.to_torch import ExportError, export_network
 from jvgen.models.t5.config import T5Config
@@ -145,6 +146,7 @@ def test_files_become_runs_and_runs_files(config, tmp_path):
     experiment = experiment_of(config.replace(lora=LORA.replace(alpha=None)))
     import_run(tmp_path / "given.safetensors", experiment, tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "exported")
+    assert f"`{tmp_path / 'given.safetensors'}`, SHA-256" in (tmp_path / "exported" / "README.md").read_text()
     back = read_lora(tmp_path / "exported", config.denoiser).factors
     for path, leaf in nested.flatten(back).items():
         np.testing.assert_array_equal(leaf, nested.flatten(factors)[path], err_msg=path)
@@ -223,6 +225,36 @@ def test_what_a_file_says_of_its_scale(config, header, alphas, found, tmp_path):
             read_lora(tmp_path / "x.safetensors", config.denoiser)
     else:
         assert read_lora(tmp_path / "x.safetensors", config.denoiser).scale == pytest.approx(found / 2)
+
+
+def test_a_file_of_some_blocks_has_zeros_for_the_others(config, tmp_path):
+    """As peft's layers_to_transform=[1] writes it, also by the names of older files."""
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    factors = random_parameters(config.build().networks["lora"])["denoiser"]
+    deep = config.denoiser.replace(layers=2)
+    written = SafetensorsFile(write_lora(tmp_path / "one.safetensors", config.denoiser, factors, 1.0))
+    moved = {name.replace("blocks.0.", "blocks.1."): written[name] for name in written}
+    save_file(moved, tmp_path / "second.safetensors")
+    old = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for name, value in moved.items()}
+    save_file(old, tmp_path / "old.safetensors")
+    for name in ("second", "old"):
+        file = tmp_path / f"{name}.safetensors"
+        assert is_lora(file)
+        found = read_lora(file, deep)
+        assert set(found.absent.values()) == {(0,)} and set(found.absent) == set(lora.pairs(factors))
+        for path, leaf in nested.flatten(found.factors).items():
+            np.testing.assert_array_equal(leaf[1], nested.flatten(factors)[path][0])
+            assert not leaf[0].any()
+    with pytest.raises(WeightError, match="is no LoRA adapter"):
+        read_lora(tmp_path / "second.safetensors", config.denoiser)
+    lone = next(name for name in moved if "lora_B" in name)
+    save_file({name: value for name, value in moved.items() if name != lone}, tmp_path / "lone.safetensors")
+    with pytest.raises(WeightError, match="1 missing"):
+        read_lora(tmp_path / "lone.safetensors", deep)
+    folder = export_network(deep, random_parameters(format_of(deep).network(deep)), tmp_path / "deep")
+    experiment = experiment_of(config.replace(denoiser=deep, denoiser_weights=str(folder), lora=LoraConfig(rank=2)))
+    with pytest.raises(ConfigError, match="some blocks only(.|\n)*denoiser/blocks/layers/attention/key: blocks 0"):
+        import_run(tmp_path / "second.safetensors", experiment, tmp_path / "run")
 
 
 def test_adapters_in_sampling_are_merged_or_apart(weights):

@@ -37,6 +37,20 @@ def test_a_card_names_data_licenses_weights_and_config():
     assert "did not restrict them" in plain and "trained from random weights" in plain
 
 
+def test_a_card_names_weights_that_the_config_does_not(tmp_path):
+    made = toy_experiment()
+    (tmp_path / "config.json").write_text("{}")
+    given = {"network": "denoiser", "path": "weights/transformer", "digest": "abc123"}
+    for options, said in (
+        ({"imported": [given]}, "* denoiser, imported before the first step: `weights/transformer`, SHA-256 `abc123`"),
+        ({"vae": tmp_path}, f"* the VAE that made the latents (`--vae`): `{tmp_path}`, SHA-256 `"),
+    ):
+        text = model_card(made, step=0, ema="best", **options)
+        assert said in text and "None:" not in text
+    other = made.replace(init_from=made.init_from.replace(run="runs/other"))
+    assert "* those of the run that it started from, `runs/other`" in model_card(other, step=0, ema="best")
+
+
 def test_a_card_may_be_edited(tmp_path):
     (tmp_path / "README.md").write_text("# A card\n")
     (tmp_path / "config.json").write_text("{}")

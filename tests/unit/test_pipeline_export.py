@@ -1,16 +1,22 @@
 """Which text-to-video runs diffusers' pipeline can hold, and what of them it does by default in another way."""
 
+import functools
+import json
+
 import pytest
 
+from jvgen.data.stream.config import DataConfig, SourceConfig
 from jvgen.diffusion.objective import ObjectiveConfig
 from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.diffusion.schedule import ScheduleConfig
+from jvgen.interop.digest import content_digest
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.dinov2.config import Dinov2Config
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.t5.config import T5Config
 from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
+from jvgen.runs.exporting import _check_vae
 from jvgen.runs.pipeline_export import notes, obstacles, tokenizer_files
 from jvgen.tasks.alignment import AlignmentConfig
 from jvgen.tasks.text import TextConfig
@@ -74,6 +80,7 @@ def test_the_encoder_of_an_alignment_is_not_missed(monkeypatch):
         ({}, []),
         ({"text": CONFIG.text.replace(length=12)}, ["max_sequence_length=12"]),
         ({"text": CONFIG.text.replace(unconditional="zeros")}, ["--unconditional zeros"]),
+        ({"vae": CONFIG.vae.replace(encode_chunk_frames=None)}, ["encode_chunk_frames = None"]),
         ({"sampler": SamplerConfig(kind="dpm_solver_sde")}, []),
         ({"sampler": SamplerConfig(kind="dpm_solver")}, ["kind = 'dpm_solver'"]),
         ({"sampler": SamplerConfig(kind="ddim", eta=1.0)}, ["eta = 1.0"]),
@@ -82,6 +89,30 @@ def test_the_encoder_of_an_alignment_is_not_missed(monkeypatch):
 def test_other_defaults_are_told(changes, said):
     found = notes(CONFIG.replace(**changes))
     assert len(found) == len(said) and all(text in note for text, note in zip(said, found, strict=True))
+
+
+def test_half_precision_is_to_be_asked_for():
+    (found,) = notes(CONFIG, "bfloat16")
+    assert "torch_dtype=torch.bfloat16" in found
+
+
+def test_the_vae_of_an_export_is_that_of_the_latents(tmp_path):
+    """Where the run's data sets can be read; otherwise it is told that they were not."""
+    for name, encoder in (("vae", "mine"), ("same", None), ("other", "0" * 64)):
+        (tmp_path / name).mkdir()
+        made_with = {"latents": {"format": 1, "encoder": encoder or content_digest(tmp_path / "vae")}}
+        files = {"config.json": {}} if name == "vae" else {"dataset_info.json": {}, "jvgen.json": made_with}
+        for file, value in files.items():
+            (tmp_path / name / file).write_text(json.dumps(value))
+    config = CONFIG.replace(latents="data", vae_weights=str(tmp_path / "vae"))
+    check = functools.partial(_check_vae, config, trained_with="", vae=tmp_path / "vae")
+    data = {name: DataConfig(sources=(SourceConfig(path=str(tmp_path / name)),), buckets=())
+            for name in ("same", "other", "gone")}  # fmt: skip
+    assert check(data["same"]) == []
+    with pytest.raises(ValueError, match="other: its latents come from encoder 000000000000.*the VAE that made them"):
+        check(data["other"])
+    (found,) = check(data["gone"])
+    assert "could not be compared" in found and str(tmp_path / "gone") in found
 
 
 def test_only_files_of_the_tokenizer_are_taken(tmp_path):

@@ -67,6 +67,19 @@ def test_a_folder_that_changes_is_hashed_again(tmp_path, hashed, change):
     assert (content_digest(folder) == before) == same_content and len(hashed) == 1
 
 
+def test_pickles_are_content_where_they_are_the_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    alone = content_digest(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"1")
+    pickled = content_digest(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"2")
+    assert len({alone, pickled, content_digest(tmp_path)}) == 3
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    beside = content_digest(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert content_digest(tmp_path) == beside
+
+
 def test_small_and_new_files_are_always_hashed(tmp_path, hashed, cache):
     write(tmp_path / "small", b"1")
     write(tmp_path / "new", bytes(SIZE), age=0)

@@ -1,8 +1,6 @@
 """Writes a TFDS data set in ArrayRecord atomically, without TensorFlow."""
 
-import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +11,7 @@ from jvgen.data.store.out_folder import check_out, move_to_out
 from jvgen.data.store.publish import publish
 from jvgen.data.store.records import Record
 from jvgen.data.store.shard_writer import ShardWriter
-from jvgen.storage import absolute, is_remote
+from jvgen.storage import absolute, is_remote, partial_folder, remove_dead_partials
 
 SHARD_BYTES = 512 << 20
 
@@ -56,12 +54,12 @@ class Writer:
         self.shard_bytes = shard_bytes
         check_out(self.out, overwrite)
         parent = Path(tempfile.gettempdir()) if is_remote(self.out) else self.out.parent
-        self._partial = parent / f".{self.out.name}.partial-{socket.gethostname()}-{os.getpid()}"
+        self._partial = partial_folder(parent / self.out.name)
         self._splits: dict[str, _Split] = {}
         self.digests: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        self._remove_dead_builds()
+        remove_dead_partials(self._partial.with_name(self.out.name))
         self._partial.mkdir(parents=True)
         return self
 
@@ -99,13 +97,6 @@ class Writer:
         self.digests = {split: index.digest for split, index in indices.items()}
         move_to_out(self._partial, self.out, self.overwrite)
 
-    def _remove_dead_builds(self) -> None:
-        prefix = f".{self.out.name}.partial-{socket.gethostname()}-"
-        for folder in self._partial.parent.glob(f"{prefix}*"):
-            process = folder.name.removeprefix(prefix).split(".")[0]
-            if process.isdigit() and (int(process) == os.getpid() or not _alive(int(process))):
-                shutil.rmtree(folder, ignore_errors=True)
-
 
 class _Split:
     """The shards of a split while they are written."""
@@ -142,13 +133,3 @@ class _Split:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -57,6 +57,31 @@ def check_one_encoder(data: DataConfig, encoder_digest: str | None) -> None:
         )
 
 
+def check_reachable_encoders(data: DataConfig, encoder_digest: str) -> list[str]:
+    """Check that the latents of a run's data sets, as far as these are still there, were made by one encoder.
+
+    Args:
+      data: of the run.
+      encoder_digest: of the encoder's weights.
+
+    Returns:
+      Paths of data sets that could not be read.
+
+    Raises:
+      ValueError: latents of another encoder.
+    """
+    unread = []
+    for path in sorted({source.path for source in (*data.sources, *data.evaluation_sources)}):
+        try:
+            folder = find_dataset(path)
+            read_metadata(folder)
+        except (ValueError, OSError):
+            unread.append(path)
+            continue
+        check_latents(folder, encoder_digest)
+    return unread
+
+
 def text_embeddings_of(folder: str | Path) -> dict[str, Any]:
     """What the cached embeddings of a data set's captions were made with.
 

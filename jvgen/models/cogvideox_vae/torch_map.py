@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jvgen.models.cogvideox_vae.config import NORM_EPSILON, CogVideoXVAEConfig
@@ -10,6 +10,8 @@ from jvgen.models.weight_map import CONV2D, CONV3D, IDENTITY, Entry, Transform, 
 
 CLASS_NAME = "AutoencoderKLCogVideoX"
 POINTWISE = pointwise(3)
+# Suffix of a tensor that is in every file of the SAT code, and in no file of diffusers.
+SAT_MARK = "encoder.mid.block_1.conv1.conv.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,14 @@ def weight_map(config: CogVideoXVAEConfig) -> WeightMap:
     return WeightMap(tuple(_entries(config, names)))
 
 
+def weight_map_for_names(config: CogVideoXVAEConfig, names: Iterable[str]) -> WeightMap:
+    """The table of names in diffusers or, if one of the names occurs only in the SAT code, in that code."""
+    for name in names:
+        if name.endswith(SAT_MARK):
+            return weight_map_sat(config, prefix=name.removesuffix(SAT_MARK))
+    return weight_map(config)
+
+
 def weight_map_sat(config: CogVideoXVAEConfig, prefix: str = "") -> WeightMap:
     """The table between `CogVideoXVAE` and the weights file released with the training code (SAT).
 
@@ -52,7 +62,9 @@ def weight_map_sat(config: CogVideoXVAEConfig, prefix: str = "") -> WeightMap:
     )
     # The file also holds the discriminator and the perceptual network of its training.
     ignored = re.escape(prefix) + r"loss\..*"
-    return WeightMap(tuple(_entries(config, names, prefix)), ignored=(ignored,))
+    # Files of a whole pipeline hold the denoiser and the text encoder, too.
+    others = (r"model\.diffusion_model\..*", r"conditioner\..*") if prefix else ()
+    return WeightMap(tuple(_entries(config, names, prefix)), ignored=(ignored, *others))
 
 
 def _entries(config: CogVideoXVAEConfig, names: _Names, prefix: str = "") -> Iterator[Entry]:

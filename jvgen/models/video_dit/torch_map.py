@@ -12,6 +12,8 @@ from jvgen.nn.embeddings import sincos_positions
 from jvgen.nn.rope import RotaryGrid, rotation
 
 BLOCK = "blocks/layers/"
+# In config.json; diffusers, which has one epsilon for all norms over the width, ignores keys that begin like this.
+OUTPUT_EPSILON = "_output_norm_epsilon"
 SAT_PERIOD = 6
 # Suffix of a tensor that is in every file of the SAT code, and in no file of diffusers.
 SAT_MARK = "transformer.layers.0.attention.query_key_value.weight"
@@ -96,8 +98,11 @@ def weight_map_sat(config: VideoDiTConfig, prefix: str = "model.diffusion_model.
       prefix: of every name; "model.diffusion_model." in released files.
 
     Raises:
-      ValueError: a kind of gate or a period that the SAT code does not support.
+      ValueError: a kind of gate, a period or rotary positions that the SAT code does not support.
     """
+    # Without temporal_patch its positions are those of the base grid alone, where both kinds are equal.
+    if config.temporal_patch is not None:
+        _check_rotary_grid(config, "the SAT code")
     layer, mixins = f"{prefix}transformer.layers.{LAYER}.", f"{prefix}mixins."
     adaln, final = f"{mixins}adaln_layer.", f"{mixins}final_layer."
     entries = [
@@ -145,8 +150,11 @@ def weight_map_sat(config: VideoDiTConfig, prefix: str = "model.diffusion_model.
 def sat_tables(config: VideoDiTConfig, prefix: str = "model.diffusion_model.") -> dict[str, np.ndarray]:
     """Fixed tables of positions that the SAT code stores with its weights and requires when it loads them.
 
-    For the clip size of the config. Rows of text have no position.
+    For the clip size of the config. Rows of text have no position. None for CogVideoX 1.5, whose code keeps its rotary
+    tables out of its files.
     """
+    if config.temporal_patch is not None and config.positions is not Positions.SINCOS:
+        return {}
     frames, (rows, columns) = config.sample_frames // (config.temporal_patch or 1), config.base_grid
     grid, name = (frames, rows, columns), f"{prefix}mixins.pos_embed."
     if config.positions is Positions.SINCOS:
@@ -171,6 +179,26 @@ def _check_sat_aggregation(aggregation: AggregationConfig) -> None:
         )
 
 
+def stored_rotary_grid(config: VideoDiTConfig) -> RotaryGrid:
+    """The positions that diffusers and the SAT code compute for a network; no file says them."""
+    return RotaryGrid.LINSPACE if config.temporal_patch is None else RotaryGrid.SLICE
+
+
+def depends_on_rotary_grid(config: VideoDiTConfig) -> bool:
+    """Whether `rotary_grid` matters: learned positions allow the base grid alone, where both kinds are equal."""
+    return config.positions is Positions.ROTARY
+
+
+def _check_rotary_grid(config: VideoDiTConfig, reader: str) -> None:
+    stored = stored_rotary_grid(config)
+    if depends_on_rotary_grid(config) and config.rotary_grid is not stored:
+        raise ValueError(
+            f"rotary_grid = {config.rotary_grid.value}, temporal_patch = {config.temporal_patch or 'none'}: {reader} "
+            f"has the positions {stored.value} with this temporal_patch, so it would compute another network; set "
+            f"rotary_grid to {stored.value} before training."
+        )
+
+
 def to_diffusers_config(config: VideoDiTConfig) -> dict[str, Any]:
     """The `config.json` of `CogVideoXTransformer3DModel`.
 
@@ -188,6 +216,9 @@ def to_diffusers_config(config: VideoDiTConfig) -> dict[str, Any]:
             f"column_scale = {config.column_scale}, spatial_scale = {config.spatial_scale}: diffusers has one scale "
             "for rows and columns, so it cannot load this network."
         )
+    _check_rotary_grid(config, "diffusers")
+    # Gates have it in a file of their own.
+    epsilon_differs = config.aggregation is None and config.output_norm_epsilon != config.norm_epsilon
     return {
         "_class_name": "CogVideoXTransformer3DModel",
         "num_attention_heads": config.heads,
@@ -218,6 +249,7 @@ def to_diffusers_config(config: VideoDiTConfig) -> dict[str, Any]:
         "use_rotary_positional_embeddings": config.positions is not Positions.SINCOS,
         "use_learned_positional_embeddings": config.positions is Positions.ROTARY_AND_LEARNED,
         "patch_bias": config.temporal_patch is None,
+        **({OUTPUT_EPSILON: config.output_norm_epsilon} if epsilon_differs else {}),
     }
 
 
@@ -269,7 +301,7 @@ def from_diffusers_config(values: dict[str, Any]) -> VideoDiTConfig:
         temporal_scale=float(values.get("temporal_interpolation_scale", default.temporal_scale)),
         temporal_compression=compression,
         norm_epsilon=epsilon,
-        output_norm_epsilon=epsilon,
+        output_norm_epsilon=float(values.get(OUTPUT_EPSILON, epsilon)),
     )
 
 

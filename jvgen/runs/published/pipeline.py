@@ -257,6 +257,10 @@ def _combined(request: PublishedRequest, config: TextToVideoConfig) -> dict[str,
     found: dict[str, list[tuple[Parameters, float]]] = {}
     for path, scale in request.loras:
         for name, adapter in read_adapters(path, _networks(config)).items():
+            if adapter.absent:
+                blocks = sorted({block for absent in adapter.absent.values() for block in absent})
+                listed = ", ".join(map(str, blocks))
+                print(f"{path}: has no LoRA for layers of the blocks {listed} of the {name}, which stay as they are")
             found.setdefault(name, []).append((adapter.factors, adapter.scale * scale))
     return {name: lora.combined(adapters) for name, adapters in found.items()}
 

@@ -14,6 +14,11 @@ from jvgen.versions import git_commit, package_versions
 # Parts of an experiment that decide what the parameters and the batches are; everything else may change at a resume.
 RESUME_CRITICAL = ("seed", "task", "data.sources", "data.buckets", "data.kind_weights", "data.resize", "data.flip")
 MAX_LISTED = 40
+FROZEN = "frozen weights"
+PICKLES_HINT = (
+    "\nOf a folder of .bin files, 0.1.0 took the digest of config.json alone: of a run that it started with such "
+    "weights this difference says nothing."
+)
 
 
 def run_document(experiment: Experiment, task: Task) -> dict[str, Any]:
@@ -58,17 +63,20 @@ def check_same_run(
             raise
         log(f"WARNING: the checkpoint's config cannot be compared with this run's: {error}")
         return
-    allowed, refused = [], []
+    allowed, refused, hint = [], [], ""
     for path in sorted(before.keys() | now.keys()):
         if before.get(path) == now.get(path):
             continue
         line = f"  {path}: checkpoint {before.get(path, 'has none')}, now {now.get(path, 'none')}"
         free = not _is_critical(path) or any(re.match(pattern, path) for pattern in accepted)
         (allowed if free else refused).append(line)
+        if path == FROZEN and not free:
+            hint = PICKLES_HINT
     if refused:
         raise ConfigError(
             "the checkpoints in this run directory are of another model or data set:\n"
             + _listed(refused)
+            + hint
             + "\nRestore these settings, or use another run directory; to resume anyway, pass --allow-changes or "
             "list the paths in checkpoint.accept_changes."
         )
@@ -78,11 +86,11 @@ def check_same_run(
 
 def _fields(document: dict[str, Any]) -> dict[str, str]:
     fields = dict(config.leaves(experiment_of(document)))
-    return fields | ({"frozen weights": document["frozen"]} if document.get("frozen") else {})
+    return fields | ({FROZEN: document["frozen"]} if document.get("frozen") else {})
 
 
 def _is_critical(path: str) -> bool:
-    parts = (*RESUME_CRITICAL, "frozen weights")
+    parts = (*RESUME_CRITICAL, FROZEN)
     return any(path == part or path.startswith(f"{part}.") for part in parts)
 
 

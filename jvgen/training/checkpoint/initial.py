@@ -1,7 +1,8 @@
 """Run directories that start from given parameters: their first checkpoint, at step 0."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +13,11 @@ from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.nn.network import Parameters
 from jvgen.parallel.mesh import host_device, single_device_mesh
-from jvgen.storage import Path, as_path, remove_tree, write_text
+from jvgen.storage import Path, as_path, read_json_object, remove_tree, write_text
 from jvgen.training import state
 from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.manager import Checkpoints
-from jvgen.training.checkpoint.reader import CheckpointError
+from jvgen.training.checkpoint.reader import CheckpointError, split_checkpoint
 from jvgen.training.experiment import Experiment
 from jvgen.training.optimization import parameter_paths
 from jvgen.training.optimization.health import Health
@@ -25,6 +26,8 @@ from jvgen.training.program import Program
 # Marks a run directory while its first checkpoint is being written: if that is interrupted, training must not start
 # from random parameters instead.
 UNFINISHED = "import_unfinished"
+# The files of weights that a run directory began with, for model cards.
+IMPORTED = "imported.json"
 
 
 def check_import_finished(workdir: Path) -> None:
@@ -52,7 +55,22 @@ def check_new_run(workdir: Path) -> None:
         )
 
 
-def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Parameters) -> None:
+def imported_weights(run: str | Path) -> list[dict[str, str]]:
+    """The weights that a run directory, or one checkpoint of it, began with; none if it imported none.
+
+    Returns:
+      a dict for each network: `network`, `path` and `digest`, the content hash of the files.
+
+    Raises:
+      UnreadableFile: the record was changed by hand.
+    """
+    file = split_checkpoint(as_path(run))[0] / IMPORTED
+    return read_json_object(file)["weights"] if file.is_file() else []
+
+
+def write_first_checkpoint(
+    experiment: Experiment, workdir: Path, parameters: Parameters, imported: Sequence[dict[str, str]] = ()
+) -> None:
     """Create a run directory whose training starts from these parameters (of all or some networks) at step 0.
 
     The checkpoint holds the parameters and no optimizer state or EMA, which start anew when it is restored. It is
@@ -61,6 +79,7 @@ def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Pa
 
     Args:
       parameters: `{network: ...}`, host or device arrays; networks that are left out are initialized randomly.
+      imported: where they are from, see `imported_weights`.
 
     Raises:
       ConfigError: the run directory already holds checkpoints.
@@ -83,6 +102,8 @@ def write_first_checkpoint(experiment: Experiment, workdir: Path, parameters: Pa
             checkpoints.wait()
         finally:
             checkpoints.close()
+        if imported:
+            write_text(as_path(workdir) / IMPORTED, json.dumps({"weights": list(imported)}, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -91,12 +112,14 @@ def _whole_or_absent(workdir: Path) -> Iterator[None]:
     existed, unfinished = workdir.is_dir(), workdir / UNFINISHED
     if unfinished.exists():
         remove_tree(workdir / "checkpoints")
+        (workdir / IMPORTED).unlink(missing_ok=True)
     write_text(unfinished, "")
     try:
         yield
     except BaseException:
         remove_tree(workdir / "checkpoints" if existed else workdir)
         if existed:
+            (workdir / IMPORTED).unlink(missing_ok=True)
             unfinished.unlink()
         raise
     unfinished.unlink()
