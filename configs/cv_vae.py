@@ -12,9 +12,9 @@ SSIM 0.82, LPIPS 0.14, sd3 32.0, 0.90, 0.09 (tables 2 and 6), and latents that i
 sd3 at the same compatibility; not measured at this size, at a small scale in `docs/cv_vae_tables.md`.
 Chips: 16 of v5p (`v5p:2x2x4`) for sd21, 8 (`v5p:2x2x2`) for sd3, 32 (`v5p:2x4x4`) for causal; or as many GPUs of 80
 GB.
-Memory: sd21 11.3 to 13.0 GiB per device on v5p:2x2x4, sd3 15.6 and 16.6 on v5p:2x2x2, causal 12.0 and 19.5 on
+Memory: sd21 11.3 to 11.8 GiB per device on v5p:2x2x4, sd3 15.6 and 15.9 on v5p:2x2x2, causal 8.9 and 18.6 on
 v5p:2x4x4 (XLA's optimized programs).
-Time: at least 0.2 to 0.4, 0.5 and 0.4 to 0.5 s per step (estimated from these programs, not measured).
+Time: at least 0.2 to 0.3, 0.5 and 0.3 to 0.4 s per step (estimated from these programs, not measured).
 Data: `jvgen data build images` and `jvgen data build videos`; Stable Diffusion's VAE in `weights/`; LPIPS by `jvgen
 lpips`.
 

@@ -1,15 +1,13 @@
 """Layer, group and root-mean-square norms: statistics in float32, two-pass variance, explicit epsilon."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jvgen.parallel.axes import BATCH, FRAMES, HEIGHT, WIDTH, current, platform
 
-# Images per device that XLA:TPU's convolutions take as they are.
-_WHOLE_IMAGES = 8
+# XLA:TPU's convolutions take as many images or clips per device as they are, or a multiple.
+_WHOLE = 8
 
 
 class LayerNorm(nnx.Module):
@@ -67,7 +65,7 @@ class GroupNorm(nnx.Module):
       rounded: normalize inputs of 16 bits as they are. Otherwise the compiler may take the float32 sums of the
         convolution before instead. These cost nothing where the statistics are fused into that convolution, but XLA:TPU
         stores them where it splits images to fill its tiles, for 6 per device and not for 8: twice the time of a
-        residual block, three times its memory. None: on TPUs, for inputs `... H W C` of images (or frames) whose number
+        residual block, three times its memory. None: on TPUs, for images `B H W C` and clips `B F H W C` whose number B
         per device 8 does not divide.
     """
 
@@ -91,7 +89,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), logical_axes=(axis,))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        rounded = _splits_images(inputs.shape) if self.rounded is None else self.rounded
+        rounded = _are_split(inputs.shape) if self.rounded is None else self.rounded
         if rounded and inputs.dtype != jnp.float32:
             inputs = jax.lax.optimization_barrier(inputs)
         # Axes are not merged: each may be sharded.
@@ -105,12 +103,12 @@ class GroupNorm(nnx.Module):
         return x.astype(inputs.dtype)
 
 
-def _splits_images(shape: tuple[int, ...]) -> bool:
-    """Whether XLA:TPU splits images `... H W C` of the traced program to fill its tiles."""
+def _are_split(shape: tuple[int, ...]) -> bool:
+    """Whether XLA:TPU splits images `B H W C`, or clips `B F H W C`, of the traced program to fill its tiles."""
     if len(shape) < 4 or platform() != "tpu":
         return False
     partitioner = current()
     if partitioner is not None:
         leading = (BATCH, FRAMES)[: len(shape) - 3]
         shape = partitioner.activation((*leading, HEIGHT, WIDTH, None), shape).shard_shape(shape)
-    return math.prod(shape[:-3]) % _WHOLE_IMAGES != 0
+    return shape[0] % _WHOLE != 0

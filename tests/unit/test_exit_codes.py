@@ -4,10 +4,12 @@ import importlib
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from jvgen import exit_codes
+from jvgen.parallel import failing
 
 PAGE = Path(__file__).parents[2] / "docs" / "resume.md"
 
@@ -60,3 +62,22 @@ def test_a_value_error_is_a_users_mistake_if_jvgen_raises_it():
     assert code_of(lambda: exit_codes.parse_restart_code("x", "--restart-code")) == exit_codes.USER_ERROR
     assert code_of(lambda: np.zeros(3).reshape(2, 2)) == exit_codes.ERROR
     assert code_of(lambda: int("x")) == exit_codes.ERROR
+
+
+# As XLA, NCCL and gloo say that another process is gone.
+LOST = (
+    "UNAVAILABLE: connection to the coordinator is lost",
+    "[Rank 3] Gloo all-reduce failed: Connection closed by peer",
+    "INTERNAL: NCCL operation ncclGroupEnd() failed: unhandled system error (run with NCCL_DEBUG=INFO for details). "
+    "Last NCCL warning(error) log entry (may be unrelated) 'NET/IB : Got completion with error 12'",
+    "INTERNAL: NCCL operation async_err failed: remote process exited or there was a network error",
+)
+
+
+@pytest.mark.parametrize("message", LOST)
+def test_a_collective_that_fails_because_a_machine_is_gone_asks_for_a_restart(monkeypatch, message):
+    error = jax.errors.JaxRuntimeError(message)
+    assert failing.code_of(error) == exit_codes.ERROR, "of one process"
+    monkeypatch.setattr(failing, "count", lambda: 2)
+    assert failing.code_of(error) == exit_codes.restart_code()
+    assert failing.code_of(jax.errors.JaxRuntimeError("INTERNAL: NCCL operation failed: invalid argument")) == 1

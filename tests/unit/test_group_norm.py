@@ -79,12 +79,12 @@ def test_a_rounded_input_has_a_gradient_and_can_be_mapped_over():
     [
         ((32, 4, 4, 8), 0),  # eight images on each of four chips
         ((24, 4, 4, 8), 1),  # six
-        ((4, 9, 4, 4, 8), 1),  # a clip of nine frames
-        ((4, 16, 4, 4, 8), 0),
+        ((4, 16, 4, 4, 8), 1),  # one clip
+        ((32, 5, 4, 4, 8), 0),
         ((24, 4, 8), 0),  # no images
     ],
 )
-def test_inputs_are_rounded_where_a_tpu_has_no_multiple_of_eight_images(shape, barriers):
+def test_inputs_are_rounded_where_a_tpu_has_no_multiple_of_eight_images_or_clips(shape, barriers):
     mesh = make_mesh(MeshConfig(fsdp=4), topology.describe("v5e:2x2").devices)
     network = norm(rounded=None)
 

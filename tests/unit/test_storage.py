@@ -1,5 +1,7 @@
 """Paths, files, retries, the cache and mirrors of `jvgen.storage`, against buckets in memory."""
 
+import collections
+import errno
 import multiprocessing
 import os
 import pathlib
@@ -139,6 +141,29 @@ def test_the_cache_keeps_the_files_used_last(buckets, cache):  # noqa: F811
     with pytest.raises(ConfigError, match="more than the cache of"):
         storage.write_bytes(remote / "large", bytes(1001))
         cache.fetch(remote / "large")
+
+
+def test_the_cache_makes_room_where_the_disk_is_full(buckets, cache, monkeypatch):  # noqa: F811
+    for name in ("a", "b"):
+        storage.write_bytes(storage.as_path(f"gs://bucket/{name}"), bytes(20))
+    first = cache.fetch(storage.as_path("gs://bucket/a"))
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("jvgen.storage.cache.shutil.disk_usage", lambda folder: usage(100, 95, 5))
+    second = cache.fetch(storage.as_path("gs://bucket/b"))
+    assert second.exists() and not first.exists(), "20 bytes are kept, 5 are free, 20 are needed"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_not_tried_again(code):
+    calls = []
+
+    def copy() -> None:
+        calls.append(1)
+        raise OSError(code, "full")
+
+    with pytest.raises(OSError, match="full") as raised:
+        Retries().call(copy, storage.as_path("gs://bucket/a"), "read")
+    assert len(calls) == 1 and exit_codes.of_error(raised.value) == exit_codes.UNSAVED
 
 
 def test_a_file_that_a_process_opens_is_not_evicted(buckets, cache):  # noqa: F811

@@ -19,6 +19,7 @@ import toys  # noqa: E402
 from jvgen import config  # noqa: E402
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
+from jvgen.storage import as_path, read_text  # noqa: E402
 from jvgen.training import session  # noqa: E402
 from jvgen.training.config import TrainingConfig  # noqa: E402
 from jvgen.training.loop import train  # noqa: E402
@@ -30,6 +31,7 @@ from jvgen.training.telemetry.process_log import ProcessLog  # noqa: E402
 from jvgen.training.telemetry.startup import StartClock  # noqa: E402
 from jvgen.training.telemetry.weights_and_biases import WeightsAndBiases  # noqa: E402
 from tests import quick_xla
+from tests.fake_bucket import buckets  # noqa: E402, F401
 
 
 class Reports(Hook):
@@ -154,6 +156,15 @@ def test_warnings_of_libraries_go_to_the_log_file_and_where_they_went_before(tmp
     assert lines[1:3] == ["two", "lines"] and lines[3].endswith("UserWarning: from Python")
     assert lines[4:] == ["WARNING library: of a logger", "ends with RuntimeError: the end"]
     assert shown == ["from Python", "afterwards"]
+
+
+def test_a_log_file_in_a_bucket_keeps_what_earlier_starts_said(buckets):  # noqa: F811
+    workdir = as_path("gs://bucket/run")
+    for start in ("first", "second"):
+        with ProcessLog(workdir, 0) as log:
+            log.write(f"the {start} start")
+    written = read_text(workdir / "logs" / "process_0.log")
+    assert written.index("the first start") < written.index("the second start")
 
 
 def test_a_log_file_on_a_full_disk_ends_no_run(tmp_path):
