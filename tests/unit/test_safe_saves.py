@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -84,14 +85,14 @@ def test_a_bare_exception_while_reading_counts_as_corrupt(tmp_path, monkeypatch)
     for step in (1, 2):
         checkpoints.save(step, arrays, {}, {})
     checkpoints.wait()
-    restore = checkpoints._manager.restore
+    restore = ocp.PyTreeCheckpointHandler.restore
 
-    def fail(step, *arguments, **options):
-        if step == 2:
+    def fail(handler, folder, *arguments, **options):
+        if folder.parent.name == "2":
             raise Exception("zstd")
-        return restore(step, *arguments, **options)
+        return restore(handler, folder, *arguments, **options)
 
-    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
     assert checkpoints.restore(arrays).step == 1
     assert "checkpoint" in logged[0] and "zstd" in logged[0] and (tmp_path / "corrupt" / "2").is_dir()
     checkpoints.close()
@@ -106,7 +107,7 @@ def test_storage_that_is_away_is_not_corruption(tmp_path, monkeypatch, error):
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
     with pytest.raises(type(error)):
         checkpoints.restore({"parameters/a": jnp.ones(8)})
     monkeypatch.undo()

@@ -285,7 +285,7 @@ def test_evaluation_of_an_exported_vae(jvgen, folder, scenes, tmp_path):
     for wrong, words_of in [
         (["--vae", folder(CAUSAL), "--frames", 4], "--frames 4: this VAE takes 2n + 1; give 3 or 5"),
         (["--vae", folder(CAUSAL), "--frames", 3, "--image-vae", folder(CAUSAL)], "not an image VAE"),
-        ([tmp_path, "--vae", folder(CAUSAL)], "is not a run directory"),
+        ([tmp_path, "--vae", folder(CAUSAL)], "--size: only valid with --vae and no RUN"),
         ([], "give RUN"),
     ]:
         done = jvgen("evaluate", *wrong, *words)
