@@ -38,21 +38,22 @@ def agreements() -> None:
 
 def saves() -> None:
     """The barriers of three saves as Orbax passes them; in the second, process 1 cannot write its part."""
-    barrier = SaveBarrier()
 
     def at(key: str) -> None:
         barrier(key=key, timeout_ms=60_000)
 
     processes.barrier("start")
     for save in range(3):
+        # As runs one after the other in the same processes make them.
+        barrier = SaveBarrier()
         at("set_value_start")
         began, problem = time.monotonic(), "none"
         try:
             time.sleep(0.2 * number)
             if save == 1 and number == 1:
                 raise OSError("no space left on device")
-            at(f"async_write_complete.{save}")
-            at(f"async_commit_complete.{save}")
+            at("async_write_complete")
+            at("async_commit_complete")
         except (OSError, RuntimeError) as error:
             problem = f"{type(error).__name__}: {error}"
         at("set_value_start")

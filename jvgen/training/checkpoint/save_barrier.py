@@ -7,6 +7,7 @@ that limit and not the cause.
 
 import collections
 import time
+from typing import ClassVar
 
 from jvgen.parallel import processes
 
@@ -25,10 +26,10 @@ class FailedElsewhere(RuntimeError):
 class SaveBarrier:
     """A function for `orbax.checkpoint.AsyncOptions.barrier_sync_fn`; all processes of a run make one each."""
 
-    def __init__(self) -> None:
-        self._uses: collections.Counter[str] = collections.Counter()
-        # The latest barriers that this process has passed.
-        self._passed: collections.deque[str] = collections.deque(maxlen=8)
+    # Of all instances, because notes of an earlier one stay in the store: how often this process came to a barrier that
+    # nobody leaves out, and the latest barriers that it has passed.
+    _common: ClassVar[int] = 0
+    _passed: ClassVar[collections.deque[str]] = collections.deque(maxlen=8)
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Wait until all processes are at the barrier of this key.
@@ -39,8 +40,9 @@ class SaveBarrier:
         """
         if processes.count() == 1:
             return
-        self._uses[key] += 1
-        barrier = f"saves/{key}/{self._uses[key]}"
+        if not _may_be_left_out(key):
+            SaveBarrier._common += 1
+        barrier = f"saves/{key}/{self._common}"
         processes.note(barrier)
         processes.note("saves/at", barrier, overwrite=True)
         end, pause = time.monotonic() + timeout_ms / 1000, _FIRST
