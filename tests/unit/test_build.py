@@ -369,6 +369,16 @@ def test_splits_are_stable() -> None:
         assign_splits(names, 1.0)
 
 
+def test_parts_of_a_recording_have_one_split() -> None:
+    names = [f"clip {n}" for n in range(200)]
+    recordings = [f"film {n // 8}" for n in range(200)]
+    splits = assign_splits(names, 0.2, recordings)
+    held_out = {recording for recording, split in zip(recordings, splits, strict=True) if split == "validation"}
+    assert len(held_out) == 5 and splits.count("validation") == 40
+    assert assign_splits(names, 0.1, [f"film of {name}" for name in names]) == assign_splits(names, 0.1)
+    assert assign_splits(names, 0.5, ["one film"] * 200) == ["train"] * 200
+
+
 def test_show(tmp_path: Path) -> None:
     build_scenes(tmp_path / "set", SCENES.replace(views=2), train=6, validation=1)
     shown = show(tmp_path / "set", "train", 3)

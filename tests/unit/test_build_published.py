@@ -66,6 +66,24 @@ def test_all_three_layouts_of_realestate10k(cameras, media, tmp_path, frames):
     assert (records["aa"].captions, records["cc"].captions) == (("a kitchen",), ())
 
 
+def test_no_video_has_clips_in_both_splits(tmp_path, frames):
+    (tmp_path / "cameras").mkdir()
+    (tmp_path / "media").mkdir()
+    for number in range(12):
+        track = CameraTrack(
+            source=f"https://www.youtube.com/watch?v=k{number % 4}",
+            timestamps=100_000 * number + 200_000 * np.arange(FRAMES),
+            intrinsics=np.tile([0.5, 0.75, 0.5, 0.5], (FRAMES, 1)),
+            extrinsics=paths.named_paths("circle", 4, FRAMES)[0],
+        )
+        write_cameras(tmp_path / "cameras" / f"clip{number}.txt", track)
+        (tmp_path / "media" / f"k{number % 4}.mp4").write_bytes(encode_video(frames, 5))
+    build_realestate10k(tmp_path / "cameras", tmp_path / "media", tmp_path / "out", validation=0.3, workers=1)
+    ids = {split: open_source(tmp_path / "out", split).index.id.tolist() for split in ("train", "validation")}
+    train, validation = ({int(id.removeprefix("clip")) % 4 for id in ids[split]} for split in ids)
+    assert len(train) == 3 and len(validation) == 1 and not train & validation
+
+
 def test_the_reasons_of_rejected_clips_are_listed(cameras, media, tmp_path, frames):
     (media / "aa.mp4").write_bytes(encode_video(frames[:4], 5))
     (media / "k1.mp4").write_bytes(encode_video(frames[:8], 5))

@@ -156,6 +156,39 @@ def test_columns_of_published_tables(film, tmp_path):
     assert list(found.values())[1].columns["desirable_filtering"] == "0_low_desirable_score"
 
 
+@pytest.mark.parametrize("times", ["cut", "ignore"])
+def test_no_video_has_clips_in_both_splits(film, tmp_path, times):
+    """Clips that are cut here, and files that were cut before, whose video is known by its URL."""
+    rows = ["file,url,start,end,caption"]
+    (tmp_path / "files").mkdir()
+    for number in range(24):
+        name = f"{number // 4}.mp4" if times == "cut" else f"{number}.mp4"
+        (tmp_path / "files" / name).write_bytes(film)
+        start = number % 4
+        rows.append(f"{name},https://youtu.be/key{number // 4},{start},{start + 0.4},a clip of {number // 4}")
+    (tmp_path / "clips.csv").write_text("\n".join(rows) + "\n")
+    columns, options = TableColumns(times=times), VideoOptions(validation=0.3)
+    build_table(tmp_path / "clips.csv", tmp_path / "files", tmp_path / "out", columns, options, workers=1)
+    sources = [open_source(tmp_path / "out", split) for split in ("train", "validation")]
+    train, validation = ({source.read(row).captions for row in range(len(source))} for source in sources)
+    assert len(train) == 4 and len(validation) == 2 and not train & validation
+
+
+def test_columns_that_the_first_row_of_json_lines_lacks(film, tmp_path):
+    (tmp_path / "files").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "files" / name).write_bytes(film)
+    table = tmp_path / "clips.jsonl"
+    rows = [{"file": "a.mp4"}, {"file": "b.mp4", "caption": "a dog"}]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = built(table, tmp_path / "files", captions_optional=True)
+    assert {id: record.captions for id, record in found.items()} == {"a.mp4": (), "b.mp4": ("a dog",)}
+    rows.append({"file": "b.mp4", "caption": "a dog sleeps", "start": 1, "end": 2})
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="the column 'start' has times. Pass --times cut"):
+        built(table, tmp_path / "files", captions_optional=True)
+
+
 def test_tables_in_parquet_and_json_lines(film, tmp_path):
     files = tmp_path / "files"
     files.mkdir()

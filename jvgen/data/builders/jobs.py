@@ -146,21 +146,31 @@ def sorted_out(job: BuildJob, result: Any, filters: FilterConfig) -> tuple[list[
     return kept, rejected, list(made.notes)
 
 
-def assign_splits(names: Sequence[str], validation: float) -> list[str]:
+def assign_splits(names: Sequence[str], validation: float, recordings: Sequence[str] | None = None) -> list[str]:
     """Assign names to "train" and "validation" by their hash.
 
-    When names are added or removed, all but a few of the others keep their split. Of two or more names at least one is
-    for validation, unless the fraction is 0.
+    When names are added or removed, all but a few of the others keep their split. Of two or more recordings at least
+    one is for validation, unless the fraction is 0.
+
+    Args:
+      names: what is assigned; unique.
+      validation: fraction of the recordings that are held out.
+      recordings: what each is a part of: parts of one recording have one split, or a model would be evaluated on what
+        it was trained on. Each is a recording of its own if None.
 
     Raises:
       ValueError: a fraction that leaves nothing to train on.
     """
     if not 0 <= validation < 1:
         raise ValueError(f"validation = {validation}: the fraction of records held out, from 0 up to 1.")
-    wanted = max(1, round(validation * len(names))) if validation and len(names) > 1 else 0
-    order = sorted(range(len(names)), key=lambda i: hashlib.blake2b(names[i].encode()).digest())
-    held_out = set(order[: min(wanted, len(names) - 1)])
-    return ["validation" if i in held_out else "train" for i in range(len(names))]
+    # A recording is hashed by the first of its names: one with a single part has the split of its name.
+    first: dict[str, str] = {}
+    for name, recording in zip(names, names if recordings is None else recordings, strict=True):
+        first[recording] = min(name, first.get(recording, name))
+    wanted = max(1, round(validation * len(first))) if validation and len(first) > 1 else 0
+    order = sorted(first, key=lambda recording: hashlib.blake2b(first[recording].encode()).digest())
+    held_out = set(order[: min(wanted, len(first) - 1)])
+    return ["validation" if recording in held_out else "train" for recording in recordings or names]
 
 
 def available_cpus() -> int:

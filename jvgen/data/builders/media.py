@@ -39,7 +39,7 @@ class VideoOptions:
       scenes: "keep", or "cut": a record per scene, ID/0000, ID/0001 ..., with the captions of the file.
       captions_optional: also take files without a caption.
       filters: which records to keep.
-      validation: fraction of the files held out.
+      validation: fraction of the files held out; all parts of a file are.
     """
 
     kind: Literal["dynamic", "static"] = "dynamic"
@@ -94,6 +94,7 @@ class Media(NamedTuple):
       columns: of its table.
       span: the part of the video that is meant, in seconds from its first frame; None for all of it.
       content: the bytes, where they are in no file of their own.
+      source: of what the file is a part, where it is one; "" for a file of its own.
     """
 
     path: Path
@@ -103,12 +104,18 @@ class Media(NamedTuple):
     columns: Mapping[str, float | str] = {}
     span: tuple[float, float] | None = None
     content: bytes | None = None
+    source: str = ""
 
     @property
     def state(self) -> str:
         """What the record depends on besides the id."""
         span = [] if self.span is None else [self.span]
         return json.dumps([self.captions, self.columns, self.problem, *span])
+
+    @property
+    def recording(self) -> str:
+        """What it is a part of: all of these have one split."""
+        return self.source or str(self.path)
 
     @property
     def size(self) -> int:
@@ -130,7 +137,7 @@ def build_media(
     """Make the records of each file with `make`, then split, filter and write.
 
     Args:
-      media: have an `id`, a `path`, a `size` and a `state` as `Media` has.
+      media: have an `id`, a `path`, a `recording`, a `size` and a `state` as `Media` has.
       make: maps one of them to its records.
       out: folder of the data set.
       options: of which the split and the filters are used here.
@@ -147,7 +154,7 @@ def build_media(
         filters = filters.replace(caption_required=True)
     validation = options.validation
     kept = {"folder": str(folder), "validation": validation, **stored, "filters": dataclasses.asdict(filters)}
-    splits = assign_splits([item.id for item in media], validation)
+    splits = assign_splits([item.id for item in media], validation, [item.recording for item in media])
     return build_dataset(
         out, [_job(split, item) for split, item in zip(splits, media, strict=True)], make,
         description=description, metadata={"origin": origin, "options": json.loads(json.dumps(kept))},

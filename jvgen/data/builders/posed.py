@@ -160,7 +160,9 @@ def build_posed(
         "folder": str(folder), "format": format, **dataclasses.asdict(options), "validation": validation,
         "filters": dataclasses.asdict(filters),
     }  # fmt: skip
-    splits = assign_splits([scene.id for scene in scenes], validation)
+    # COLMAP may have several models of one scene.
+    roots = [str(_root(scene.path)) if format == "colmap" else scene.id for scene in scenes]
+    splits = assign_splits([scene.id for scene in scenes], validation, roots)
     jobs = [
         BuildJob(split, scene.id, scene, json.dumps(scene.captions))
         for split, scene in zip(splits, scenes, strict=True)

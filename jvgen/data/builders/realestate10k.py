@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +69,7 @@ def build_realestate10k(
       shorter_side: downscale larger clips to this many pixels.
       keyframe_every: keyframe interval of re-encoded clips, in frames; one second by default.
       filters: which clips to keep.
-      validation: fraction of the clips held out.
+      validation: fraction of the videos held out, with all clips of each.
       error_budget: fraction of the clips that may be missing or corrupt.
       workers: clips read in parallel; by default one per CPU.
       overwrite, progress, execution: as in `jvgen.data.builders.build_loop.build_dataset`.
@@ -91,11 +90,13 @@ def build_realestate10k(
     # Parts of RealEstate10K (train, test) may have files of the same name.
     stems = collections.Counter(path.stem for path in files)
     ids = [path.stem if stems[path.stem] == 1 else name for path, name in zip(files, names, strict=True)]
-    by_name = _media_by_name(media_folder)
+    by_name, keys = _media_by_name(media_folder), [_video_key(path) for path in files]
     clips = [
-        _Clip(path, id, _media_of(path, by_name), found.get(path, ())) for path, id in zip(files, ids, strict=True)
+        _Clip(path, id, by_name.get(path.stem) or by_name.get(key, ()), found.get(path, ()))
+        for path, id, key in zip(files, ids, keys, strict=True)
     ]
-    splits = assign_splits(names, validation)
+    # Videos have several clips.
+    splits = assign_splits(names, validation, [key or name for key, name in zip(keys, names, strict=True)])
     jobs = [
         BuildJob(split, clip.id, clip, json.dumps(clip.captions), next(iter(clip.media), None))
         for split, clip in zip(splits, clips, strict=True)
@@ -128,16 +129,14 @@ def _media_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
     return {name: tuple(paths) for name, paths in found.items()}
 
 
-def _media_of(cameras: Path, by_name: Mapping[str, tuple[Path, ...]]) -> tuple[Path, ...]:
-    """Video or folder of frames of a camera file: named like the file, or like the video key in its first line."""
-    if cameras.stem in by_name:
-        return by_name[cameras.stem]
+def _video_key(cameras: Path) -> str:
+    """Key of the video in the first line of a camera file; "" without one."""
     try:
         with cameras.open(encoding="utf-8-sig", errors="replace") as file:
             key = re.search(r"(?:v=|youtu\.be/)([\w-]+)", file.readline())
     except OSError:
-        return ()  # Reading the cameras will say why.
-    return by_name.get(key[1], ()) if key else ()
+        return ""  # Reading the cameras will say why.
+    return key[1] if key else ""
 
 
 def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -> Record:

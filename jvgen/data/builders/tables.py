@@ -80,6 +80,7 @@ class _Clip(NamedTuple):
     part: _Part
     line: int
     problem: str = ""
+    source: str = ""
 
 
 def build_table(
@@ -105,7 +106,8 @@ def build_table(
       files: folder of the files, at any depth. None outside of it is read.
       out: folder of the data set.
       columns: which columns are what.
-      options: which clips are taken, and how they are stored. Parts of videos are encoded again.
+      options: which clips are taken, and how they are stored. Parts of videos are encoded again, and all parts of one
+        are in one split.
       error_budget, workers, overwrite, progress, execution: as in `jvgen.data.builders.folders.build_videos`.
 
     Raises:
@@ -206,14 +208,14 @@ class _Listed:
         """Read a table; raises as `read_rows`, and for columns that are missing."""
         roles = None
         for row in read_rows(table):
-            roles = roles or _roles(table, list(row.cells), self._columns)
+            roles = roles or _roles(table, _names_of_columns(table, row), self._columns)
             self._add_row(table, row, roles)
 
     def media(self) -> list[Media]:
         """What is to be read, with ids that no two share."""
         others = other_columns([Row(clip.line, clip.part.cells) for clip in self._clips.values()], ())
         return [
-            Media(clip.path, id, clip.part.captions, clip.problem, cells, clip.part.span)
+            Media(clip.path, id, clip.part.captions, clip.problem, cells, clip.part.span, source=clip.source)
             for (id, clip), cells in zip(self._clips.items(), others, strict=True)
         ]
 
@@ -235,13 +237,15 @@ class _Listed:
             parts, problem = _parts(row.cells, roles, self._columns.times == "cut"), ""
         except ValueError as error:
             parts, problem = [_Part(None, (), {})], f"{table}, row {row.line}: {error}"
+        # Files that are clips of a video have its URL.
+        source = next(iter(_names(url)), "") if roles.times and self._columns.times == "ignore" else ""
         for part in parts:
             id = file if part.span is None else f"{file}/{part.span[0]:09.3f}-{part.span[1]:09.3f}"
             if problem:
                 id = f"{file}/row {row.line}"
             elif id in self._clips:  # another caption of the same clip
                 part = part._replace(captions=(*self._clips[id].part.captions, *part.captions))
-            self._clips[id] = _Clip(self._files[file], part, row.line, problem)
+            self._clips[id] = _Clip(self._files[file], part, row.line, problem, source)
 
     def _find(self, names: Sequence[str]) -> str | None:
         for name in names:
@@ -252,6 +256,14 @@ class _Listed:
             if found is not None:
                 return found
         return None
+
+
+def _names_of_columns(table: Path, first: Row) -> list[str]:
+    """Names of all columns of a table, in the order in which they come."""
+    if table.suffix != ".jsonl":
+        return list(first.cells)
+    # Rows may leave out what they do not have: times in the second row must not be overlooked.
+    return list(dict.fromkeys(name for row in read_rows(table) for name in row.cells))
 
 
 def _roles(table: Path, names: Sequence[str], columns: TableColumns) -> _Roles:
