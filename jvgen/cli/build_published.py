@@ -325,7 +325,9 @@ def _add_tfds(origins) -> None:
     parser.add_argument("--validation-split", metavar="NAME", help="TFDS split to hold out; none if omitted")
     parser.add_argument("--image-key", default="image", metavar="KEY", help="feature that holds the image")
     parser.add_argument(
-        "--caption-key", metavar="KEY", help="feature that holds the caption or class label; no captions if omitted"
+        "--caption-key",
+        metavar="KEY",
+        help="feature that holds the caption or class label; caption, captions or label, if there is one, if omitted",
     )
     parser.add_argument("--data-dir", metavar="DIR", help="folder of TFDS data sets; TFDS's default if omitted")
     parser.add_argument(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jvgen.cli.main import main
+from jvgen.data.builders.assembly import merge_parts
 from jvgen.data.builders.build_loop import BuildError, Execution, FilterConfig, assign_splits
 from jvgen.data.builders.folders import build_images, build_videos
 from jvgen.data.builders.latents import LatentsConfig, build_latents
@@ -202,6 +203,19 @@ def test_appended_scenes_and_images_are_the_new_ones(tmp_path: Path) -> None:
     build_tfds_images(str(folder), tmp_path / "images", limit=5, execution=append)
     index = open_source(tmp_path / "images", "train").index
     assert index.id.tolist() == [f"digits-train-{row:08d}" for row in range(5)]
+
+
+def test_parts_of_images_with_other_captions_are_of_another_build(tmp_path: Path) -> None:
+    folder = prepared_tfds_images(tmp_path / "digits" / "1.0.0")
+    parts = [
+        build_tfds_images(
+            str(folder), tmp_path / "set", caption_template=template,
+            execution=Execution(part=part, parts=2, jobs_per_unit=3),
+        ).out
+        for part, template in ((1, "a photo of a {}"), (2, "{}"))
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="another build than .*: caption_template = 'a photo of a {}' and '{}'"):
+        merge_parts(parts, tmp_path / "set")
 
 
 def test_images_of_a_tfds_data_set(tmp_path: Path) -> None:

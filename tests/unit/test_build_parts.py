@@ -18,6 +18,7 @@ from jvgen.data.builders.build_loop import BuildError, Execution
 from jvgen.data.builders.folders import build_videos
 from jvgen.data.builders.jobs import Corrupt, attempt
 from jvgen.data.builders.media import VideoOptions
+from jvgen.data.builders.robot_episodes import build_robot_episodes
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store.sources import open_source, splits
 from jvgen.data.video_files import DecodeError, encode_video
@@ -139,6 +140,34 @@ def test_a_killed_build_goes_on_where_it_was(videos: Path, whole: dict, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+def test_files_that_changed_since_are_read_again(videos: Path, tmp_path: Path, monkeypatch) -> None:
+    """Also those of another folder with the same names: a data set is of one version of its recordings."""
+
+    def killed(*arguments, **options) -> None:
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(build_folder, "_NOTHING", 0.0)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(build_loop, "complete", killed)
+        built(videos, tmp_path / "set")
+    assert len(list((tmp_path / ".set.building").glob("unit-*.json"))) == 11
+    other = shutil.copytree(videos, tmp_path / "other")
+    (other / "03.mp4").write_bytes(encode_video(np.full((7, 16, 16, 3), 200, np.uint8), 8))
+    read = []
+
+    def counted(make, payloads, *rest):
+        return in_order(lambda payload: (read.append(payload.id), make(payload))[1], payloads, *rest)
+
+    monkeypatch.setattr(build_loop, "in_order", counted)
+    built(other, tmp_path / "set")
+    assert len(read) == 2 and "03.mp4" in read
+    monkeypatch.undo()
+    built(other, tmp_path / "at once")
+    assert [open_source(tmp_path / name, "train").index.digest for name in ("set", "at once")] == [
+        open_source(tmp_path / "at once", "train").index.digest
+    ] * 2
+
+
 def test_a_kill_while_publishing_loses_nothing(videos: Path, whole: dict, tmp_path: Path, monkeypatch) -> None:
     def killed(*arguments, **options) -> None:
         raise SystemExit("killed")
@@ -190,6 +219,21 @@ def test_parts_that_do_not_fit(videos: Path, whole: dict, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="occurs twice"):
         append_parts(tmp_path / "set", parts)
     assert contents(tmp_path / "set") == whole and all(part.is_dir() for part in parts)
+
+
+def test_parts_with_other_filters_are_of_another_build(tmp_path: Path) -> None:
+    (tmp_path / "episodes").mkdir()
+    for number in range(4):
+        np.savez(tmp_path / "episodes" / f"{number}.npz", image=np.zeros((4 + number, 16, 16, 3), np.uint8))
+    parts = [
+        build_robot_episodes(
+            tmp_path / "episodes", tmp_path / "set", validation=0, min_frames=frames, workers=1,
+            execution=Execution(part=part, parts=2, jobs_per_unit=2),
+        ).out
+        for part, frames in ((1, 1), (2, 7))
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="is of another build than .*: filters = None and .*'min_frames': 7"):
+        merge_parts(parts, tmp_path / "set")
 
 
 def test_one_process_writes_a_data_set(videos: Path, tmp_path: Path) -> None:

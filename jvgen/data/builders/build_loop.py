@@ -3,7 +3,10 @@
 What builders need besides is importable from here too.
 """
 
+import concurrent.futures
 import contextlib
+import dataclasses
+import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path as LocalPath
@@ -33,7 +36,7 @@ from jvgen.data.builders.jobs import (
 )
 from jvgen.data.builders.remote_part import RemotePart
 from jvgen.data.builders.summary import Summary, summary_of
-from jvgen.data.builders.units import Done, Unit, Work, forget, jobs_per_unit, units_of, write_unit
+from jvgen.data.builders.units import Done, Unit, Work, forget, jobs_per_unit, sizes_of, units_of, write_unit
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store import dataset_info
 from jvgen.data.store.index_files import load_index
@@ -59,6 +62,8 @@ __all__ = [
 
 # Fewer jobs are done before processes have started.
 FEW_JOBS = 64
+# Threads that look up sizes of files, which takes a while on network disks.
+_LOOKING_UP = 16
 
 
 def build_dataset(
@@ -115,6 +120,7 @@ def build_dataset(
         check_alike(target, metadata)
     elif execution.parts == 1:
         check_out(target, overwrite)
+    metadata = _with_filters(metadata, filters)
     size = execution.jobs_per_unit or jobs_per_unit(jobs)
     identity = identity_of(jobs, metadata, size)
     units = units_of(jobs, size)
@@ -140,6 +146,7 @@ def build_dataset(
             done = finished(folder, info)
         if team.index == 0:
             _retry_corrupt(folder, done, error_budget)
+            _forget_changed(folder, done, units)
         team.wait("the start of the build")
         done = _done_of(folder, info)
         # Not those of `missing`: the others may have finished some of them already.
@@ -176,6 +183,14 @@ def build_dataset(
             target, info, [(folder, unit) for unit in done], error_budget, overwrite=overwrite,
             appends=execution.append, began=began,
         )  # fmt: skip
+
+
+def _with_filters(metadata: dict[str, Any], filters: FilterConfig) -> dict[str, Any]:
+    """Metadata that names the filters, by which units and parts of one build are told from those of another."""
+    options = metadata.get("options", {})
+    if "filters" in options or filters == FilterConfig():
+        return metadata
+    return {**metadata, "options": {**options, "filters": json.loads(json.dumps(dataclasses.asdict(filters)))}}
 
 
 @contextlib.contextmanager
@@ -259,6 +274,16 @@ def _retry_corrupt(folder: LocalPath, done: Sequence[Done], budget: float) -> No
     if sum(unit.corrupt() for unit in done) > budget * sum(unit.jobs for unit in done):
         for unit in done:
             if unit.corrupt():
+                forget(folder, unit.number)
+
+
+def _forget_changed(folder: LocalPath, done: Sequence[Done], units: Sequence[Unit]) -> None:
+    """Forget units whose files have other sizes than when they were made: the data set would be of two versions."""
+    members = {unit.number: unit.jobs for unit in units}
+    kept = [unit for unit in done if unit.sizes]
+    with concurrent.futures.ThreadPoolExecutor(_LOOKING_UP) as pool:
+        for unit, sizes in zip(kept, pool.map(lambda unit: sizes_of(members[unit.number]), kept), strict=True):
+            if sizes != unit.sizes:
                 forget(folder, unit.number)
 
 

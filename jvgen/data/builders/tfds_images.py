@@ -70,10 +70,13 @@ def build_tfds_images(
             height=pixels.shape[0], width=pixels.shape[1],
         )  # fmt: skip
 
+    options = {
+        "name": str(name), **wanted, "limit": limit, "image_key": image_key, "caption_key": caption_key,
+        "caption_template": caption_template,
+    }  # fmt: skip
     return build_dataset(
         out, jobs, make,
-        description=f"Images of the TFDS data set {name}.",
-        metadata={"origin": "tfds", "options": {"name": str(name), **wanted, "limit": limit}},
+        description=f"Images of the TFDS data set {name}.", metadata={"origin": "tfds", "options": options},
         filters=filters, workers=available_cpus(), overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
 

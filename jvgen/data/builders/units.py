@@ -72,6 +72,7 @@ class Done:
       notes: how often each note was made.
       jobs: number of its jobs.
       seconds: time that it took.
+      sizes: bytes of the file of each job when it was begun (`sizes_of`).
     """
 
     number: int
@@ -84,6 +85,7 @@ class Done:
     jobs: int
     seconds: float
     rewarded: int = 0
+    sizes: tuple[int, ...] = ()
 
     def corrupt(self) -> int:
         """Number of jobs that could not be read."""
@@ -118,6 +120,18 @@ def jobs_per_unit(jobs: Sequence[BuildJob]) -> int:
     return min(_MOST, max(_FEWEST, 1 << many.bit_length() - 1))
 
 
+def sizes_of(jobs: Sequence[BuildJob]) -> tuple[int, ...]:
+    """Bytes of the file of each job, -1 where there is none; empty if no job has a file."""
+    known: dict[Path | None, int] = {None: -1}
+    for path in {job.path for job in jobs} - {None}:
+        try:
+            # Folders have a size, too, which says nothing about what is in them.
+            known[path] = path.stat().st_size if path.is_file() else -1
+        except OSError:
+            known[path] = -1
+    return tuple(known[job.path] for job in jobs) if len(known) > 1 else ()
+
+
 def records_per_unit(record_bytes: float) -> int:
     """A power of two such that the records of a unit, of about this many bytes each, have about 256 MiB."""
     many = max(1, int(_TARGET_BYTES / max(record_bytes, 1.0)))
@@ -146,7 +160,7 @@ def write_unit(
       results: what `attempt` returned for each job, in order.
       report: called after each job.
     """
-    began = time.perf_counter()
+    began, sizes = time.perf_counter(), sizes_of(unit.jobs)
     rejected: list[Rejected] = []
     kinds, widths, notes = collections.Counter(), collections.Counter(), collections.Counter()
     rewarded = 0
@@ -170,7 +184,7 @@ def write_unit(
         files = shards.close()
     done = Done(
         unit.number, unit.split, tuple(files), dict(kinds), dict(widths), tuple(rejected), dict(notes), len(unit.jobs),
-        time.perf_counter() - began, rewarded,
+        time.perf_counter() - began, rewarded, sizes,
     )  # fmt: skip
     _commit(folder, done)
     return done
@@ -183,6 +197,7 @@ def read_done(folder: Path, number: int) -> Done | None:
     except FileNotFoundError:
         return None
     stored["files"] = tuple(stored["files"])
+    stored["sizes"] = tuple(stored.get("sizes", ()))
     stored["rejected"] = tuple(Rejected(**item) for item in stored["rejected"])
     done = Done(**stored)
     return done if all(is_complete(folder / name) for name in done.files) else None
