@@ -18,6 +18,7 @@ import pytest
 from jvgen import exit_codes
 from jvgen.data.store import shards
 from jvgen.data.store.records import Record
+from jvgen.data.store.shards import CorruptShard
 from jvgen.data.store.sources import Source, find_dataset, open_source, read_metadata, splits
 from jvgen.data.store.writer import Writer
 from jvgen.storage import StorageUnavailable, retries
@@ -123,6 +124,22 @@ def test_a_data_set_that_is_built_again_at_its_path_is_read_anew(tmp_path: Path)
             writer.add("train", record(number))
     source = open_source(folder, "train")
     assert [source.read(row).id for row in (0, 1)] == ["r1", "r0"]
+
+
+def test_shards_of_another_build_than_the_index_are_refused(tmp_path: Path) -> None:
+    """As a copy that was interrupted leaves them, or a build that replaces what a run is reading."""
+    one, other = write(tmp_path / "set"), write(tmp_path / "other" / "set", train=13)
+    source = open_source(one, "train")
+    with Writer(tmp_path / "third" / "set", description="test", metadata={}) as writer:
+        for number in range(12):
+            writer.add("train", record(number + 1))
+    shard = next(path for path in one.iterdir() if "train" in path.name and path.is_file() and "index" not in path.name)
+    shutil.copy(other / shard.name, shard)
+    assert open_source(one, "train").read(3).id == "r3"  # the same records
+    shutil.copy(tmp_path / "third" / "set" / shard.name, shard)
+    for reader in (source, open_source(one, "train")):
+        with pytest.raises(CorruptShard, match="record 3 is 'r4' .1 x 1 frames of 16x16., in the index it is 'r3': "):
+            reader.read(3)
 
 
 @pytest.mark.parametrize("left", [0, 1000, 65536, 70000, 131072, -10])
@@ -233,6 +250,19 @@ def test_nothing_is_overwritten_unless_requested(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other than a data set"):
         write(tmp_path / "other", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
+
+
+def test_a_link_is_followed_to_the_folder_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large disk" / "set").mkdir(parents=True)
+    link = tmp_path / "set"
+    link.symlink_to(tmp_path / "large disk" / "set")
+    write(link)
+    write(link, overwrite=True, train=2)
+    assert link.is_symlink() and splits(tmp_path / "large disk" / "set")["train"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "large disk"}
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(ValueError, match="set' is a mount point, .*use a folder in it, '.*/set/data'"):
+        write(link, overwrite=True)
 
 
 def test_a_failing_build_leaves_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from jvgen.data.builders.jobs import BuildError
 from jvgen.data.builders.summary import REJECTED_LOG, Summary, log_line, summary_of
 from jvgen.data.builders.units import Done
 from jvgen.data.store import dataset_info
-from jvgen.data.store.out_folder import check_out, move_to_out
+from jvgen.data.store.out_folder import check_out, move_to_out, out_folder
 from jvgen.data.store.publish import append, append_in_bucket, publish, publish_to_bucket
 from jvgen.data.store.shard_writer import rows_path
 from jvgen.data.store.sources import read_metadata
@@ -44,7 +44,7 @@ def merge_parts(
       BuildError: more corrupt inputs than the budget allows.
     """
     began = time.perf_counter()
-    target = absolute(out)
+    target = out_folder(out)
     check_out(target, overwrite)
     info, units = checked_parts([absolute(part) for part in parts])
     budget = info.error_budget if error_budget is None else error_budget
@@ -58,7 +58,7 @@ def append_parts(out: str | Path, parts: Sequence[str | Path], *, error_budget: 
       ValueError: also for records that the data set has.
     """
     began = time.perf_counter()
-    target = absolute(out)
+    target = out_folder(out)
     info, units = checked_parts([absolute(part) for part in parts])
     budget = info.error_budget if error_budget is None else error_budget
     return complete(target, info, units, budget, overwrite=False, appends=True, began=began)

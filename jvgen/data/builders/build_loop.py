@@ -40,9 +40,9 @@ from jvgen.data.builders.units import Done, Unit, Work, forget, jobs_per_unit, s
 from jvgen.data.builders.workers import in_order
 from jvgen.data.store import dataset_info
 from jvgen.data.store.index_files import load_index
-from jvgen.data.store.out_folder import check_out
+from jvgen.data.store.out_folder import check_out, out_folder
 from jvgen.data.store.writer import SHARD_BYTES
-from jvgen.storage import Path, absolute, is_remote
+from jvgen.storage import Path, is_remote
 
 __all__ = [
     "BuildError",
@@ -107,14 +107,14 @@ def build_dataset(
 
     Raises:
       BuildError: more corrupt inputs than the budget allows, or no record left. No data set is written.
-      ValueError: `out` exists and may not be replaced; another unfinished build is in the way.
+      ValueError: `out` exists and may not be replaced, or is a mount point; another unfinished build is in the way.
     """
     began = time.perf_counter()
     execution = execution or Execution()
     execution.validate()
     filters = filters or FilterConfig()
     filters.validate()
-    target = absolute(out)
+    target = out_folder(out)
     if execution.append:
         jobs = _new_jobs(target, jobs)
         check_alike(target, metadata)

@@ -128,6 +128,11 @@ class Index:
         found = {name: value if isinstance(value, str) else float(value) for name, value in found.items()}
         return {name: value for name, value in found.items() if value == value and value != ""}
 
+    def describes(self, row: int, record: Record) -> bool:
+        """Whether a row may be that of a record: all columns agree but the checksum, which takes long to compute."""
+        facts = {name: value for name, value in _described(record, 0).items() if name != "checksum"}
+        return all(getattr(self, name)[row] == COLUMNS[name](value) for name, value in facts.items())
+
     @classmethod
     def of(cls, rows: Iterable[tuple[Record, int]]) -> "Index":
         """The index of (record, checksum) pairs, in the given order."""

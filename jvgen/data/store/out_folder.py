@@ -1,10 +1,31 @@
 """The folder of a new data set: whether it may be written, and moving a complete data set there."""
 
+import os
 import shutil
 from pathlib import Path as LocalPath
 
 from jvgen.data.store import dataset_info
-from jvgen.storage import Path, is_remote, remove_tree, upload_folder
+from jvgen.storage import Path, absolute, is_remote, remove_tree, resolved, upload_folder
+
+
+def out_folder(out: str | Path) -> Path:
+    """The absolute path of a data set to be written; of a link, that of the folder to which it leads.
+
+    What is built waits beside it, and becomes the data set in a rename: on the disk of that folder.
+
+    Raises:
+      ValueError: a mount point, which cannot be renamed.
+    """
+    path = absolute(out)
+    if is_remote(path):
+        return path
+    path = resolved(path) if path.is_symlink() else path
+    if os.path.ismount(path):
+        raise ValueError(
+            f"out = {str(path)!r} is a mount point, and data sets are built beside their folder, on its disk; use a "
+            f"folder in it, {str(path / 'data')!r}."
+        )
+    return path
 
 
 def check_out(out: Path, overwrite: bool) -> None:

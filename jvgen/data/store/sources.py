@@ -39,7 +39,7 @@ class Source:
 
         Raises:
           IndexError: the row is out of range.
-          CorruptShard: the record, or its file, is damaged.
+          CorruptShard: the record, or its file, is damaged, or is not the one that the index has in this row.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {self.folder} [{self.split}], which has {len(self)} records")
@@ -47,6 +47,12 @@ class Source:
             record = records.parse(self.serialized(row))
         except NotAnExample as error:
             raise CorruptShard(f"{self.folder} [{self.split}]: record {row} is corrupt: {error}") from error
+        if not self.index.describes(row, record):
+            raise CorruptShard(
+                f"{self.folder} [{self.split}]: record {row} is {record.id!r} ({_size(record)}), in the index it is "
+                f"{self.index.id[row]!r}: shards and index are of two builds. Copy or build the data set again; if it "
+                "was built again while this was reading, start again."
+            )
         return record.replace(columns=self.index.values(row)) if self.index.columns else record
 
     def serialized(self, row: int) -> bytes:
@@ -187,6 +193,10 @@ def _split_of(folder: Path, split: str, index: Index) -> dataset_info.Split:
     if index.shards:
         return dataset_info.Split(index.shards, sum(shard.bytes for shard in index.shards))
     return dataset_info.read(folder)[split]
+
+
+def _size(record: Record) -> str:
+    return f"{record.views} x {record.frames} frames of {record.width}x{record.height}"
 
 
 def _copy_all(files: list[Path], cache: FileCache) -> None:

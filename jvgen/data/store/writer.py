@@ -7,11 +7,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from jvgen.data.store import dataset_info
-from jvgen.data.store.out_folder import check_out, move_to_out
+from jvgen.data.store.out_folder import check_out, move_to_out, out_folder
 from jvgen.data.store.publish import publish
 from jvgen.data.store.records import Record
 from jvgen.data.store.shard_writer import ShardWriter
-from jvgen.storage import absolute, is_remote, partial_folder, remove_dead_partials
+from jvgen.storage import is_remote, partial_folder, remove_dead_partials
 
 SHARD_BYTES = 512 << 20
 
@@ -45,9 +45,9 @@ class Writer:
           shard_bytes: size at which a new ArrayRecord file is started.
 
         Raises:
-          ValueError: `out` exists and may not be replaced.
+          ValueError: `out` exists and may not be replaced, or is a mount point.
         """
-        self.out = absolute(out)
+        self.out = out_folder(out)
         self.description = description
         self.metadata = dict(metadata or {})
         self.overwrite = overwrite
