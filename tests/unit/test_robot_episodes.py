@@ -74,6 +74,12 @@ def test_other_layouts_record_actions_with_their_frame(tmp_path):
     found, actions, _ = read_episode(one, PLAIN)
     np.testing.assert_array_equal(found, frames)
     assert actions.shape == (7, 5) and not actions[-1].any() and actions[:-1].all()
+    three = tmp_path / "channels_last.npz"
+    frames = np.random.default_rng(0).integers(0, 255, (7, 24, 16, 3), np.uint8)
+    np.savez(three, observation=frames, action=np.arange(14, dtype=np.float32).reshape(7, 2))
+    found, actions, _ = read_episode(three, PLAIN)
+    np.testing.assert_array_equal(found, frames)
+    assert actions[0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def frames_and_actions(arrays: dict[str, Any], options: EpisodeOptions) -> tuple
     Raises:
       DecodeError: arrays that are corrupt or do not form an episode.
     """
-    stacked = options.camera is None and np.ndim(arrays.get(STACKED, 0)) == 4 and arrays[STACKED].shape[1] % 3 == 0
+    stacked = options.camera is None and _is_stacked(arrays.get(STACKED))
     frames = arrays[STACKED][:, -3:].transpose(0, 2, 3, 1) if stacked else arrays[_camera(arrays, options.camera)]
     frames = _pixels(frames.decode() if isinstance(frames, EncodedFrames) else frames)
     actions, rewards = np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
@@ -208,6 +208,12 @@ def fit_width(actions: np.ndarray, gripper: np.ndarray | None, width: int) -> np
         return np.concatenate([actions, gripper], axis=1)
     missing = max(0, width - actions.shape[1])
     return np.pad(actions, ((0, 0), (0, missing)))[:, :width]
+
+
+def _is_stacked(observation: np.ndarray | None) -> bool:
+    """Whether an array is Meta-World's (T, 3k, H, W): the height of frames (T, H, W, 3) may be a multiple of 3, too."""
+    shape = np.shape(observation)
+    return len(shape) == 4 and shape[1] % 3 == 0 and shape[3] != 3
 
 
 def _camera(arrays: dict[str, Any], wanted: str | None) -> str:
