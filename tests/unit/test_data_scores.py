@@ -50,6 +50,17 @@ def record(name: str, clip: bytes, width: int = 128, height: int = 96, **changes
     ).replace(**changes)  # fmt: skip
 
 
+def test_motion_is_by_the_times_of_frames(tmp_path: Path) -> None:
+    """A last frame that is shown for long does not make the others slow."""
+    times = np.array([*(np.arange(11) / RATE), 100.0])
+    with Writer(tmp_path / "set", description="clips", metadata={}) as writer:
+        writer.add("train", record("even", moving(1, 2)))
+        writer.add("train", record("varies", moving(1, 2), frames_per_second=11 / 100, frame_times=times))
+    score(tmp_path / "set", scores=["motion"])
+    even, varies = open_source(tmp_path / "set", "train").index.columns["motion"].tolist()
+    assert even == pytest.approx(2 / 96 * RATE, rel=0.1) and varies == pytest.approx(even * 5 / 6, rel=0.1)
+
+
 @pytest.fixture()
 def data(tmp_path: Path) -> Path:
     still = encode_image(texture(5)[:96, :128])

@@ -115,15 +115,20 @@ def score(
     return Scored(tuple(columns), len(index), unreadable, duplicates)
 
 
-def motion(frames: Sequence[np.ndarray], seconds: float) -> float:
-    """Mean length of the flow of pairs of frames `seconds` apart: frames (2 n) of uint8 (H, W, 3); NaN without any."""
+def motion(frames: Sequence[np.ndarray], seconds: Sequence[float]) -> float:
+    """Mean speed of the flow of n pairs of frames, in shorter sides per second; NaN without any.
+
+    Args:
+      frames: 2 n of uint8 (H, W, 3).
+      seconds: n, between the frames of each pair.
+    """
     grays = [_gray(frame, _FLOW_SIDE) for frame in frames]
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    lengths = [
-        float(np.linalg.norm(flow.calc(one, other, None), axis=-1).mean())
-        for one, other in zip(grays[::2], grays[1::2], strict=True)
+    speeds = [
+        float(np.linalg.norm(flow.calc(one, other, None), axis=-1).mean()) / (_FLOW_SIDE * between)
+        for one, other, between in zip(grays[::2], grays[1::2], seconds, strict=True)
     ]
-    return float(np.mean(lengths)) / (_FLOW_SIDE * seconds) if lengths else float("nan")
+    return float(np.mean(speeds)) if speeds else float("nan")
 
 
 def sharpness(frames: Sequence[np.ndarray]) -> float:
@@ -166,7 +171,10 @@ def _scores(record: Record) -> tuple[float, float, list[int]]:
     pairs = np.unique(np.linspace(0, record.frames - 2, _PAIRS).astype(int)).tolist() if moves else []
     wanted = sorted({*places, *pairs, *(frame + 1 for frame in pairs)})
     frames = dict(zip(wanted, decode_window(record.clips[0], wanted), strict=True))
-    moved = motion([frames[n] for pair in pairs for n in (pair, pair + 1)], 1 / max(record.frames_per_second, 1e-6))
+    seconds = [1 / record.frames_per_second] * len(pairs) if pairs else []
+    if record.frame_times.size:
+        seconds = np.diff(record.frame_times)[pairs].tolist()
+    moved = motion([frames[n] for pair in pairs for n in (pair, pair + 1)], seconds)
     shown = [frames[place] for place in places]
     return moved, sharpness(shown), [perceptual_hash(frame) for frame in shown]
 
