@@ -100,6 +100,17 @@ def test_the_reasons_of_rejected_clips_are_listed(cameras, media, tmp_path, fram
         build_realestate10k(media, media, tmp_path / "out")
 
 
+def test_a_clip_that_is_damaged_in_its_middle_is_refused(cameras, media, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (FRAMES, 32, 48, 3), np.uint8)
+    clip = bytearray(encode_video(noise, 5, keyframe_every=2))
+    place = clip.index(b"mdat") + int(0.4 * (len(clip) - clip.index(b"mdat")))
+    clip[place : place + 400] = bytes(400)
+    (media / "aa.mp4").write_bytes(clip)
+    summary = build_realestate10k(cameras, media, tmp_path / "out", validation=0.0, workers=1)
+    assert {item.name: item.corrupt for item in summary.rejected} == {"aa": True, "dd": True}
+    assert summary.records == 2
+
+
 def test_webvid(tmp_path, frames, jvgen):
     videos = tmp_path / "videos" / "page_1"
     videos.mkdir(parents=True)

@@ -108,11 +108,39 @@ def test_folders_are_walked_through_links_without_hidden_files(tmp_path: Path) -
     assert "No such file" in summary.rejected[0].reason
 
 
+def test_links_that_lead_to_each_other_end(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", {"a/a.mp4": CLIP, "b/b.mp4": CLIP})
+    (folder / "a" / "more").symlink_to(folder / "b")
+    (folder / "b" / "more").symlink_to(folder / "a")
+    found = [path.relative_to(folder).as_posix() for path in files_in(folder)]
+    assert found == ["a/a.mp4", "a/more/b.mp4", "b/b.mp4", "b/more/a.mp4"]
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scandir = folder_of(tmp_path / "in", {"a.mp4": CLIP, "b/b.mp4": CLIP}), os.scandir
+
+    def refused(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ValueError, match="folder '.*/in/b' cannot be listed .Permission denied., so its files would"):
+        build_videos(folder, tmp_path / "out", VideoOptions(captions_optional=True))
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "in", {"b.mp4": CLIP})
     (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4"))).write_bytes(CLIP)
     (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt"))).write_text("latin")
     assert captions_of(folder, tmp_path / "out") == {"b.mp4": (), "caf\\xe9.mp4": ("latin",)}
+
+
+def test_rows_that_name_no_file_are_told(tmp_path: Path) -> None:
+    table = "file,caption\na.mp4,here\nb.flv,no video that is read\nc.mp4,gone\n"
+    folder = folder_of(tmp_path / "in", {"a.mp4": CLIP, "b.flv": CLIP, "captions.csv": table})
+    [warning] = build_videos(folder, tmp_path / "out", workers=1).warnings
+    assert warning == f"2 of 3 rows of {folder / 'captions.csv'} name none of the files, such as 'b.flv'"
 
 
 def test_other_columns_of_a_table(tmp_path: Path) -> None:

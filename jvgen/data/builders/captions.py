@@ -35,12 +35,14 @@ class Captions(NamedTuple):
       columns: by file, the other columns of the table.
       unreadable: by file, why its text file cannot be read.
       unmatched: rows of the table that name no file.
+      warning: how many these are, with an example; "" without any.
     """
 
     texts: dict[Path, tuple[str, ...]]
     columns: dict[Path, dict[str, Any]] = {}
     unreadable: dict[Path, str] = {}
     unmatched: int = 0
+    warning: str = ""
 
 
 class Row(NamedTuple):
@@ -269,4 +271,8 @@ def _from_table(folder: Path, files: list[Path], rows: list[Row], table: Path) -
             f"{table} lists none of the {len(files)} files in {folder}: it has "
             f"{', '.join(unmatched[:3]) or 'no rows'}, the folder {', '.join(file.name for file in files[:3])}."
         )
-    return Captions({f: tuple(t) for f, t in texts.items() if t}, columns, unmatched=len(unmatched))
+    warning = ""
+    if unmatched:
+        warning = f"{len(unmatched)} of {len(rows)} rows of {table} name none of the files, such as {unmatched[0]!r}"
+    texts = {file: tuple(found) for file, found in texts.items() if found}
+    return Captions(texts, columns, unmatched=len(unmatched), warning=warning)

@@ -51,12 +51,13 @@ def build_videos(
     """
     options = options or VideoOptions()
     options.validate()
-    media = find_media(folder, VIDEO_SUFFIXES, captions, options.captions_optional)
-    return build_media(
+    media, warning = find_media(folder, VIDEO_SUFFIXES, captions, options.captions_optional)
+    summary = build_media(
         media, functools.partial(video_records, options=options), out, options,
         description="Video clips from a folder.", origin="videos", folder=folder, stored=options.stored(),
         error_budget=error_budget, workers=workers, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
+    return summary.warned(warning)
 
 
 def build_images(
@@ -84,12 +85,13 @@ def build_images(
     options = VideoOptions(
         captions_optional=captions_optional, filters=filters or FilterConfig(), validation=validation
     )
-    media = find_media(folder, IMAGE_SUFFIXES, captions, captions_optional)
-    return build_media(
+    media, warning = find_media(folder, IMAGE_SUFFIXES, captions, captions_optional)
+    summary = build_media(
         media, image_record, out, options,
         description="Images from a folder.", origin="images", folder=folder, stored={}, error_budget=error_budget,
         workers=workers, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
+    return summary.warned(warning)
 
 
 def find_media(
@@ -97,8 +99,8 @@ def find_media(
     suffixes: Sequence[str] = VIDEO_SUFFIXES,
     captions: str | Path | None = None,
     captions_optional: bool = False,
-) -> list[Media]:
-    """The files of a folder with their captions; errors as in `build_videos`."""
+) -> tuple[list[Media], str]:
+    """The files of a folder with their captions, and a warning or ""; errors as in `build_videos`."""
     folder = recordings(folder)
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
@@ -107,10 +109,11 @@ def find_media(
         raise ValueError(f"{folder} contains no files ending in {', '.join(suffixes)}.")
     table = recordings(captions) if captions is not None else None
     found = read_captions(folder, files, table, optional=captions_optional)
-    return [
+    media = [
         Media(
             path, name_of(path, folder), found.texts.get(path, ()), found.unreadable.get(path, ""),
             found.columns.get(path, {}),
         )
         for path in files
     ]  # fmt: skip
+    return media, found.warning

@@ -151,10 +151,12 @@ def build_posed(
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
     scenes = find_scenes(folder, format)
+    warning = ""
     if captions is not None:
         places = {folder / scene.id: scene for scene in scenes}
-        texts = read_captions(folder, list(places), recordings(captions)).texts
-        scenes = [scene._replace(captions=texts.get(place, ())) for place, scene in places.items()]
+        found = read_captions(folder, list(places), recordings(captions))
+        scenes = [scene._replace(captions=found.texts.get(place, ())) for place, scene in places.items()]
+        warning = found.warning
     filters = filters or FilterConfig()
     kept = {
         "folder": str(folder), "format": format, **dataclasses.asdict(options), "validation": validation,
@@ -170,13 +172,14 @@ def build_posed(
     execution = execution or Execution()
     if execution.jobs_per_unit is None:
         execution = dataclasses.replace(execution, jobs_per_unit=_SCENES_PER_UNIT)
-    return build_dataset(
+    summary = build_dataset(
         out, jobs, functools.partial(scene_record, options=options),
         description=f"Clips with their cameras, from {format}.",
         metadata={"origin": "posed", "options": json.loads(json.dumps(kept))},
         filters=filters, error_budget=error_budget, workers=available_cpus() if workers is None else workers,
         processes=len(jobs) >= FEW_JOBS, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
+    return summary.warned(warning)
 
 
 def find_scenes(folder: Path, format: Format) -> list[Scene]:

@@ -21,12 +21,12 @@ from jvgen.data.builders.build_loop import (
     available_cpus,
     build_dataset,
 )
-from jvgen.data.builders.captions import read_captions
+from jvgen.data.builders.captions import Captions, read_captions
 from jvgen.data.builders.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from jvgen.data.builders.recorded_files import files_in, name_of, suffixed
 from jvgen.data.store.records import Record
 from jvgen.data.transcoding import transcode
-from jvgen.data.video_files import DecodeError, decode_window, encode_video, probe
+from jvgen.data.video_files import DecodeError, decode_window, encode_video, inspect, probe
 from jvgen.geometry.camera_file import CameraTrack, read_cameras
 from jvgen.storage import recordings
 
@@ -85,14 +85,14 @@ def build_realestate10k(
     files = suffixed(files_in(folder), (".txt",))
     if not files:
         raise ValueError(f"{folder} contains no camera files (ID.txt).")
-    found = {} if captions is None else read_captions(folder, files, recordings(captions)).texts
+    found = Captions({}) if captions is None else read_captions(folder, files, recordings(captions))
     names = [name_of(path.with_suffix(""), folder) for path in files]
     # Parts of RealEstate10K (train, test) may have files of the same name.
     stems = collections.Counter(path.stem for path in files)
     ids = [path.stem if stems[path.stem] == 1 else name for path, name in zip(files, names, strict=True)]
     by_name, keys = _media_by_name(media_folder), [_video_key(path) for path in files]
     clips = [
-        _Clip(path, id, by_name.get(path.stem) or by_name.get(key, ()), found.get(path, ()))
+        _Clip(path, id, by_name.get(path.stem) or by_name.get(key, ()), found.texts.get(path, ()))
         for path, id, key in zip(files, ids, keys, strict=True)
     ]
     # Videos have several clips.
@@ -106,7 +106,7 @@ def build_realestate10k(
         "cameras": str(folder), "media": str(media_folder), "shorter_side": shorter_side,
         "keyframe_every": keyframe_every, "validation": validation, "filters": dataclasses.asdict(filters),
     }  # fmt: skip
-    return build_dataset(
+    summary = build_dataset(
         out, jobs, functools.partial(_record, shorter_side=shorter_side, keyframe_every=keyframe_every),
         description="Clips of still scenes with their cameras, from RealEstate10K.",
         metadata={"origin": "realestate10k", "options": json.loads(json.dumps(options))},
@@ -114,6 +114,7 @@ def build_realestate10k(
         processes=len(jobs) >= FEW_JOBS,
         overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
+    return summary.warned(found.warning)
 
 
 def _media_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
@@ -156,6 +157,8 @@ def _record(clip: _Clip, shorter_side: int | None, keyframe_every: int | None) -
     if shorter_side is not None:
         encoded = transcode(encoded, shorter_side=shorter_side, keyframe_every=keyframe_every)
     info = probe(encoded)
+    if info.frames != len(track):
+        raise DecodeError(f"{info.frames} frames can be decoded for {len(track)} cameras")
     return Record(
         id=clip.id, kind="static", clips=(encoded,), captions=clip.captions, frames_per_second=rate,
         frames=len(track), height=info.height, width=info.width, intrinsics=track.intrinsics.astype(np.float32),
@@ -172,11 +175,13 @@ def _encoded(clip: _Clip, track: CameraTrack, rate: float, keyframe_every: int |
             raise DecodeError(f"the images in {media} differ in size")
         return encode_video(np.stack(frames), rate, keyframe_every=keyframe_every)
     video = media.read_bytes()
-    info = probe(video)
     if media.stem == clip.cameras.stem:
+        info = inspect(video)
         if info.frames != len(track):
             raise DecodeError(f"{media.name} has {info.frames} frames for {len(track)} cameras")
-        return video
+        # Where packets do not tell which frame is which, cameras would be those of other frames.
+        return video if info.faithful else transcode(video, keyframe_every=keyframe_every)
+    info = probe(video)
     if info.frames_per_second <= 0:
         raise DecodeError(f"{media.name} has no frame rate")
     times = info.times if len(info.times) else np.arange(info.frames) / info.frames_per_second

@@ -10,19 +10,37 @@ def files_in(folder: Path) -> Iterator[Path]:
     """Files of a folder at any depth, sorted by path; links are followed, hidden files and folders left out.
 
     Links that lead nowhere are listed: reading them is an error that names them.
+
+    Raises:
+      ValueError: a folder that cannot be listed, whose files would be missing.
     """
     found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        kept = []
+    above: dict[str, tuple[str, ...]] = {os.fspath(folder): ()}  # the places that links on the way to a folder left
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        left, kept = above.pop(parent), []
         for name in folders:
             path = os.path.join(parent, name)
-            # A link to a folder above would go round for ever.
-            loops = os.path.islink(path) and f"{os.path.realpath(parent)}/".startswith(f"{os.path.realpath(path)}/")
-            if not _hidden(name) and not loops:
+            is_link = os.path.islink(path)
+            places = (*left, os.path.realpath(parent)) if is_link else left
+            # A link to a folder above, or to one that a link on the way led out of, would go round for ever.
+            if not _hidden(name) and not (is_link and _is_above(os.path.realpath(path), places)):
+                above[path] = places
                 kept.append(name)
         folders[:] = kept
         found += [Path(parent, name) for name in names if not _hidden(name)]
     return iter(sorted(found))
+
+
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise ValueError(
+            f"folder {error.filename!r} cannot be listed ({error.strerror}), so its files would be left out: make it "
+            "readable, or remove it."
+        ) from error
+
+
+def _is_above(folder: str, places: Iterable[str]) -> bool:
+    return any(f"{place}/".startswith(f"{folder}/") for place in places)
 
 
 def name_of(path: Path, folder: Path) -> str:

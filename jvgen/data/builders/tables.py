@@ -139,10 +139,8 @@ def build_table(
         stored={**dataclasses.asdict(columns), **options.stored()}, error_budget=error_budget, workers=workers,
         overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
-    if listed.without_file:
-        missing = f"{listed.without_file} of {listed.rows} rows have no file in {folder}, such as {listed.example!r}"
-        summary = dataclasses.replace(summary, warnings=(*summary.warnings, missing))
-    return summary
+    missing = f"{listed.without_file} of {listed.rows} rows have no file in {folder}, such as {listed.example!r}"
+    return summary.warned(missing if listed.without_file else "")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
