@@ -13,7 +13,7 @@ from jvgen.data.builders.workers import in_order
 from jvgen.data.store.records import Record
 from jvgen.data.video_files import encode_image
 
-GIVEN_UP = "given up after {:g} s: reading it takes longer, or hangs"
+GIVEN_UP = "given up after {:g} s: reading it takes longer (raise --file-timeout), or hangs"
 
 
 def slow(number: int) -> int:

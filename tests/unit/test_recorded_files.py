@@ -1,6 +1,7 @@
 """Folders and tables as people make them: links, hidden files, names, encodings, line breaks, rows that do not fit."""
 
 import json
+import math
 import os
 import unicodedata
 from pathlib import Path
@@ -14,6 +15,7 @@ from jvgen.data.builders.folders import build_videos
 from jvgen.data.builders.media import VideoOptions
 from jvgen.data.builders.realestate10k import build_realestate10k
 from jvgen.data.builders.recorded_files import Ambiguous, Names, files_in
+from jvgen.data.builders.tables import build_table
 from jvgen.data.builders.webvid import build_webvid
 from jvgen.data.store.sources import open_source, splits
 from jvgen.data.video_files import decode_window, encode_video
@@ -134,6 +136,22 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4"))).write_bytes(CLIP)
     (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt"))).write_text("latin")
     assert captions_of(folder, tmp_path / "out") == {"b.mp4": (), "caf\\xe9.mp4": ("latin",)}
+
+
+def test_missing_values_of_python_tables_are_no_texts(tmp_path: Path) -> None:
+    """`json.dumps` writes NaN where a table of pandas has no caption or license."""
+    rows = [
+        {"file": "a.mp4", "caption": "a dog", "license": "cc0"},
+        {"file": "b.mp4", "caption": math.nan, "license": math.nan},
+    ]
+    table = "".join(json.dumps(row) + "\n" for row in rows)
+    folder = folder_of(tmp_path / "in", {"a.mp4": CLIP, "b.mp4": CLIP, "captions.jsonl": table})
+    build_videos(folder, tmp_path / "out", VideoOptions(captions_optional=True), workers=1)
+    build_table(folder / "captions.jsonl", folder, tmp_path / "table", None, VideoOptions(captions_optional=True))
+    for out in ("out", "table"):
+        found = records_of(tmp_path / out)
+        assert found["a.mp4"].captions == ("a dog",) and found["a.mp4"].columns == {"license": "cc0"}
+        assert found["b.mp4"].captions == () and not found["b.mp4"].columns
 
 
 def test_rows_that_name_no_file_are_told(tmp_path: Path) -> None:

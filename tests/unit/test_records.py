@@ -59,6 +59,7 @@ def test_cameras_of_a_view() -> None:
         ({"intrinsics": np.zeros((9, 4), np.float32)}, r"intrinsics \(9, 4\), not \(10, 4\)"),
         ({"extrinsics": np.zeros((0, 3, 4), np.float32)}, "beside intrinsics"),
         ({"actions": np.zeros((4, 7), np.float32)}, r"actions \(4, 7\) for 5 frames"),
+        ({"actions": np.full((5, 7), np.nan, np.float32)}, "actions are not all finite"),
         ({"rewards": np.zeros(4, np.float32)}, "rewards"),
         ({"latents": np.zeros((1, 3, 6, 8, 8), np.float16)}, "latents"),
         ({"frames_per_second": float("nan")}, "frames_per_second"),

@@ -208,7 +208,7 @@ def other_columns(rows: Sequence[Row], used: Sequence[str]) -> list[dict[str, An
         if other != column:
             raise ValueError(f"columns {other!r} and {column!r} are both {column_name(column)!r}: rename one of them.")
     names = {column: name for name, column in written.items()}
-    kept = [{names[k]: v for k, v in row.cells.items() if k not in used and v not in ("", None)} for row in rows]
+    kept = [{names[k]: v for k, v in row.cells.items() if k not in used and not is_missing(v)} for row in rows]
     texts = {name for cells in kept for name, value in cells.items() if _number(value) is None}
     return [
         {
@@ -218,6 +218,11 @@ def other_columns(rows: Sequence[Row], used: Sequence[str]) -> list[dict[str, An
         }
         for cells in kept
     ]
+
+
+def is_missing(cell: Any) -> bool:
+    """Whether a cell has no value: NaN is what Python's tables write for texts, too."""
+    return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell))
 
 
 def column_name(written: str) -> str:
@@ -261,7 +266,7 @@ def _from_table(folder: Path, files: list[Path], rows: list[Row], table: Path) -
             continue
         caption = row.cells["caption"]
         listed = caption if isinstance(caption, list) else [caption]
-        kept = [str(text).strip() for text in listed if text and str(text).strip()]
+        kept = [str(text).strip() for text in listed if text and not is_missing(text) and str(text).strip()]
         texts.setdefault(by_name[found], []).extend(kept)
         columns.setdefault(by_name[found], {}).update(others)
     if ambiguous:

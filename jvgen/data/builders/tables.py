@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from jvgen.data.builders.build_loop import Execution, Progress, Summary
-from jvgen.data.builders.captions import Row, iterate_csv, iterate_jsonl, other_columns
+from jvgen.data.builders.captions import Row, is_missing, iterate_csv, iterate_jsonl, other_columns
 from jvgen.data.builders.media import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -364,7 +364,7 @@ def _texts(values: Sequence[Any]) -> tuple[str, ...]:
     wrong = next((value for value in values if isinstance(value, list | dict | bytes)), None)
     if wrong is not None:
         raise ValueError(f"its caption is {repr(wrong)[:60]}, which is no text")
-    return tuple(text for value in values if value is not None and (text := str(value).strip()))
+    return tuple(text for value in values if not is_missing(value) and (text := str(value).strip()))
 
 
 def _names(written: str) -> list[str]:

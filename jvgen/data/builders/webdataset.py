@@ -6,14 +6,13 @@ Shards are neither unpacked nor rewritten: a sample is read where it is in its t
 import difflib
 import functools
 import json
-import math
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jvgen.data.builders.build_loop import FEW_JOBS, Execution, Progress, Summary, available_cpus
-from jvgen.data.builders.captions import column_name
+from jvgen.data.builders.captions import column_name, is_missing
 from jvgen.data.builders.jobs import Corrupt
 from jvgen.data.builders.media import (
     IMAGE_SUFFIXES,
@@ -170,7 +169,7 @@ def find_columns(samples: Sequence[Sample], caption_field: str, wanted: Sequence
         except DecodeError:
             continue  # Reading the sample will say why.
         for field, value in fields.items():
-            if field != caption_field and isinstance(value, int | float | str):
+            if field != caption_field and isinstance(value, int | float | str) and not is_missing(value):
                 found.setdefault(field, Column(field, column_name(field), not isinstance(value, str), sample.id))
     for field in wanted or ():
         if field not in found:
@@ -218,7 +217,7 @@ def sample_records(
                     raise DecodeError(
                         f"field {caption_field!r} is {repr(written)[:60]}; a caption is a text or a list of texts"
                     )
-                captions += [str(text).strip()] if text else []
+                captions += [str(text).strip()] if text and not is_missing(text) else []
             values = _values(fields, columns)
     # The path says which kind of file it is.
     path = Path(f"{sample.id}{found[0].suffix}")
@@ -321,7 +320,7 @@ def _values(fields: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, f
     values: dict[str, float | str] = {}
     for column in columns:
         value = fields.get(column.field)
-        if value is None or value == "":
+        if is_missing(value):
             continue
         if isinstance(value, list | dict) or (column.is_number and isinstance(value, str)):
             raise DecodeError(
@@ -331,7 +330,7 @@ def _values(fields: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, f
         if not column.is_number:
             if len(str(value)) <= MAX_TEXT:
                 values[column.name] = str(value)
-        elif not math.isnan(value):
+        else:
             if isinstance(value, int) and abs(value) > 2**53:
                 raise DecodeError(
                     f"field {column.field!r} = {value}: as a number it would be rounded; write it as a text"

@@ -21,7 +21,7 @@ _CHUNK = 4  # payloads sent to a process at once
 # Bytes of results of threads that wait to be taken, or are being made.
 _MOST_AHEAD = 4 << 30
 _DIED = "ended the process that read it (a crash of a library, or not enough memory)"
-_GIVEN_UP = "given up after {:g} s: reading it takes longer, or hangs"
+_GIVEN_UP = "given up after {:g} s: reading it takes longer (raise --file-timeout), or hangs"
 
 
 def in_order(

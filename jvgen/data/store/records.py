@@ -145,6 +145,10 @@ class Record:
                 f"text_lengths {self.text_lengths.tolist()} of {len(self.captions)} captions, beside "
                 f"{len(self.text_embeddings)} rows of text_embeddings",
             ),
+            *(
+                (not np.isfinite(getattr(self, name)).all(), f"{name} are not all finite")
+                for name in ("intrinsics", "extrinsics", "actions", "rewards")
+            ),
             *((bool(problem), problem) for problem in map(_column_problem, self.columns.items())),
         ]
         wrong = [text for is_wrong, text in problems if is_wrong]
