@@ -157,8 +157,9 @@ def test_missing_values_of_python_tables_are_no_texts(tmp_path: Path) -> None:
 def test_rows_that_name_no_file_are_told(tmp_path: Path) -> None:
     table = "file,caption\na.mp4,here\nb.flv,no video that is read\nc.mp4,gone\n"
     folder = folder_of(tmp_path / "in", {"a.mp4": CLIP, "b.flv": CLIP, "captions.csv": table})
-    [warning] = build_videos(folder, tmp_path / "out", workers=1).warnings
-    assert warning == f"2 of 3 rows of {folder / 'captions.csv'} name none of the files, such as 'b.flv'"
+    rows, files = build_videos(folder, tmp_path / "out", workers=1).warnings
+    assert rows == f"2 of 3 rows of {folder / 'captions.csv'} name none of the files, such as 'b.flv'"
+    assert files.startswith("only files ending in .mp4, .webm, ") and files.endswith(" which leaves out 1 .flv")
 
 
 def test_other_columns_of_a_table(tmp_path: Path) -> None:

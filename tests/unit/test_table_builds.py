@@ -172,6 +172,9 @@ def test_no_video_has_clips_in_both_splits(film, tmp_path, times):
     sources = [open_source(tmp_path / "out", split) for split in ("train", "validation")]
     train, validation = ({source.read(row).captions for row in range(len(source))} for source in sources)
     assert len(train) == 4 and len(validation) == 2 and not train & validation
+    (tmp_path / "one.csv").write_text("\n".join(rows[:5]) + "\n")
+    summary = build_table(tmp_path / "one.csv", tmp_path / "files", tmp_path / "one", columns, options, workers=1)
+    assert list(summary.counts) == ["train"] and "all records are of one recording" in summary.warnings[0]
 
 
 def test_columns_that_the_first_row_of_json_lines_lacks(film, tmp_path):

@@ -1,5 +1,6 @@
 """Builds data sets from folders of video or image files."""
 
+import collections
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from jvgen.data.builders.media import (
 )
 from jvgen.data.builders.recorded_files import files_in, name_of, suffixed
 from jvgen.storage import recordings
+
+_BESIDE_MEDIA = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".md")  # captions, tables and what is known of media
+_SHOWN = 8  # ends of names
 
 
 def build_videos(
@@ -51,13 +55,13 @@ def build_videos(
     """
     options = options or VideoOptions()
     options.validate()
-    media, warning = find_media(folder, VIDEO_SUFFIXES, captions, options.captions_optional)
+    media, warnings = find_media(folder, VIDEO_SUFFIXES, captions, options.captions_optional)
     summary = build_media(
         media, functools.partial(video_records, options=options), out, options,
         description="Video clips from a folder.", origin="videos", folder=folder, stored=options.stored(),
         error_budget=error_budget, workers=workers, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
-    return summary.warned(warning)
+    return summary.warned(*warnings)
 
 
 def build_images(
@@ -85,13 +89,13 @@ def build_images(
     options = VideoOptions(
         captions_optional=captions_optional, filters=filters or FilterConfig(), validation=validation
     )
-    media, warning = find_media(folder, IMAGE_SUFFIXES, captions, captions_optional)
+    media, warnings = find_media(folder, IMAGE_SUFFIXES, captions, captions_optional)
     summary = build_media(
         media, image_record, out, options,
         description="Images from a folder.", origin="images", folder=folder, stored={}, error_budget=error_budget,
         workers=workers, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
-    return summary.warned(warning)
+    return summary.warned(*warnings)
 
 
 def find_media(
@@ -99,12 +103,13 @@ def find_media(
     suffixes: Sequence[str] = VIDEO_SUFFIXES,
     captions: str | Path | None = None,
     captions_optional: bool = False,
-) -> tuple[list[Media], str]:
-    """The files of a folder with their captions, and a warning or ""; errors as in `build_videos`."""
+) -> tuple[list[Media], list[str]]:
+    """The files of a folder with their captions, and warnings; errors as in `build_videos`."""
     folder = recordings(folder)
     if not folder.is_dir():
         raise ValueError(f"folder = {str(folder)!r} is not a folder.")
-    files = suffixed(files_in(folder), suffixes)
+    every = list(files_in(folder))
+    files = suffixed(every, suffixes)
     if not files:
         raise ValueError(f"{folder} contains no files ending in {', '.join(suffixes)}.")
     table = recordings(captions) if captions is not None else None
@@ -116,4 +121,14 @@ def find_media(
         )
         for path in files
     ]  # fmt: skip
-    return media, found.warning
+    return media, [found.warning, _left_out(every, suffixes)]
+
+
+def _left_out(files: Sequence[Path], taken: Sequence[str]) -> str:
+    """How many files have names that end in something else than media and captions; "" if none does."""
+    others = collections.Counter(path.suffix.lower() for path in files)
+    for suffix in (*taken, *_BESIDE_MEDIA):
+        others.pop(suffix, None)
+    listed = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in others.most_common(_SHOWN))
+    more = ", ..." if len(others) > _SHOWN else ""
+    return f"only files ending in {', '.join(taken)} are read, which leaves out {listed}{more}" if others else ""

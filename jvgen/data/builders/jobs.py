@@ -173,6 +173,13 @@ def assign_splits(names: Sequence[str], validation: float, recordings: Sequence[
     return ["validation" if recording in held_out else "train" for recording in recordings or names]
 
 
+def nothing_held_out(splits: Sequence[str], validation: float) -> str:
+    """A warning where a validation split is wanted and all is of one recording; "" otherwise."""
+    if not validation or len(splits) < 2 or "validation" in splits:
+        return ""
+    return "all records are of one recording, so none is held out: there is no split validation"
+
+
 def available_cpus() -> int:
     """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,6 +18,7 @@ from jvgen.data.builders.build_loop import (
     available_cpus,
     build_dataset,
 )
+from jvgen.data.builders.jobs import nothing_held_out
 from jvgen.data.cuts import find_cuts
 from jvgen.data.store.records import Record
 from jvgen.data.transcoding import SlowerThanAsked, cut_out, transcode, transcode_parts
@@ -155,12 +156,13 @@ def build_media(
     validation = options.validation
     kept = {"folder": str(folder), "validation": validation, **stored, "filters": dataclasses.asdict(filters)}
     splits = assign_splits([item.id for item in media], validation, [item.recording for item in media])
-    return build_dataset(
+    summary = build_dataset(
         out, [_job(split, item) for split, item in zip(splits, media, strict=True)], make,
         description=description, metadata={"origin": origin, "options": json.loads(json.dumps(kept))},
         filters=filters, workers=available_cpus() if workers is None else workers,
         processes=len(media) >= FEW_JOBS if processes is None else processes, **rest,
     )  # fmt: skip
+    return summary.warned(nothing_held_out(splits, validation))
 
 
 def _job(split: str, media: Any) -> BuildJob:

@@ -25,6 +25,7 @@ from jvgen.data.builders.build_loop import (
     build_dataset,
 )
 from jvgen.data.builders.captions import read_captions
+from jvgen.data.builders.jobs import nothing_held_out
 from jvgen.data.builders.recorded_files import files_in, name_of
 from jvgen.data.image_files import decode_image, exif_orientation
 from jvgen.data.store.records import Record
@@ -179,7 +180,7 @@ def build_posed(
         filters=filters, error_budget=error_budget, workers=available_cpus() if workers is None else workers,
         processes=len(jobs) >= FEW_JOBS, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
-    return summary.warned(warning)
+    return summary.warned(warning, nothing_held_out(splits, validation))
 
 
 def find_scenes(folder: Path, format: Format) -> list[Scene]:

@@ -22,6 +22,7 @@ from jvgen.data.builders.build_loop import (
     build_dataset,
 )
 from jvgen.data.builders.captions import Captions, read_captions
+from jvgen.data.builders.jobs import nothing_held_out
 from jvgen.data.builders.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from jvgen.data.builders.recorded_files import files_in, name_of, suffixed
 from jvgen.data.store.records import Record
@@ -114,7 +115,7 @@ def build_realestate10k(
         processes=len(jobs) >= FEW_JOBS,
         overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
-    return summary.warned(found.warning)
+    return summary.warned(found.warning, nothing_held_out(splits, validation))
 
 
 def _media_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:

@@ -46,9 +46,9 @@ class Summary:
         """Number of records in all splits."""
         return sum(sum(kinds.values()) for kinds in self.counts.values())
 
-    def warned(self, warning: str) -> "Summary":
-        """With one warning more, unless it is ""."""
-        return dataclasses.replace(self, warnings=(*self.warnings, warning)) if warning else self
+    def warned(self, *warnings: str) -> "Summary":
+        """With more warnings; those that are "" are left out."""
+        return dataclasses.replace(self, warnings=(*self.warnings, *filter(None, warnings)))
 
     def __str__(self) -> str:
         lines = [f"{self.out}: {self.records} records, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s"]
