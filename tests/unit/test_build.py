@@ -309,7 +309,8 @@ def test_latents_keep_the_times_of_a_variable_rate(tmp_path: Path) -> None:
     with Writer(tmp_path / "pixels", description="", metadata={}) as writer:
         writer.add("train", Record(id="a", kind="dynamic", clips=(clip(6),), frames=6, height=32, width=48,
                                    frames_per_second=5 / 0.9, frame_times=times, columns={"n": 1}))  # fmt: skip
-    encode_all(tmp_path / "pixels", tmp_path / "latents", (32, 48), stride=2, frames=2)
+    summary = encode_all(tmp_path / "pixels", tmp_path / "latents", (32, 48), stride=2, frames=2)
+    assert summary.notes == {"of a variable frame rate: build the clips with --fps for even times": 1}
     found = open_source(tmp_path / "latents", "train").read(0)
     assert found.frame_times.tolist() == [0, 0.3] and found.frames == 2 and found.columns == {"n": 1}
 

@@ -165,6 +165,8 @@ def _selected(payload: tuple[Source, int], config: LatentsConfig, group: int) ->
     size = _size_for(record, config.sizes)
     rigid = record.has_camera or record.has_action
     notes = ("not mirrored: has cameras or actions",) if config.flips and rigid else ()
+    # Latents compressed in time cannot be resampled when they are read, as frames are.
+    notes += ("of a variable frame rate: build the clips with --fps for even times",) if record.frame_times.size else ()
     windows, named = _windows(record.frames, config, group), config.windows > 1 or config.flips
     drafts, pixels = [], []
     for number, kept in enumerate(windows):
