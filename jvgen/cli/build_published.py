@@ -227,7 +227,7 @@ def _add_webvid(origins) -> None:
 def _add_clip_arguments(parser: argparse.ArgumentParser, error_budget: float) -> None:
     add_min_frames(parser)
     add_transcoding(parser)
-    add_validation_fraction(parser, "clips")
+    add_validation_fraction(parser, "recordings, with all their clips,")
     add_error_budget(parser, "clips", error_budget)
     add_workers(parser)
 

@@ -99,6 +99,7 @@ def test_a_text_file_in_another_encoding_costs_its_clip_only(tmp_path: Path) -> 
 def test_folders_are_walked_through_links_without_hidden_files(tmp_path: Path) -> None:
     folder_of(tmp_path / "elsewhere", {"b.mp4": CLIP, "b.txt": "linked"})
     files = {"a.mp4": CLIP, "a.txt": "here", "._a.mp4": b"\0\5\x16\7", ".ipynb_checkpoints/a.mp4": CLIP}
+    files["lost+found/a.mp4"] = CLIP
     folder = folder_of(tmp_path / "in", files)
     (folder / "b").symlink_to(tmp_path / "elsewhere")
     (folder / "round").symlink_to(folder)

@@ -35,7 +35,7 @@ def _refuse(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise ValueError(
             f"folder {error.filename!r} cannot be listed ({error.strerror}), so its files would be left out: make it "
-            "readable, or remove it."
+            "readable, or give a folder without it."
         ) from error
 
 
@@ -102,7 +102,8 @@ def _key(name: str) -> str:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".")
+    # Every ext4 disk has the second, which only root may list.
+    return name.startswith(".") or name == "lost+found"
 
 
 def suffixed(files: Iterable[Path], suffixes: Sequence[str]) -> list[Path]:
