@@ -13,6 +13,7 @@ from jvgen.nn.network import Parameters
 from jvgen.runs.faults import Faults
 from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun
+from jvgen.runs.prompts import warn_of_truncated
 from jvgen.tasks.task import Generated, SampleRequest, Task, TaskConfig
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
@@ -94,6 +95,7 @@ def generate_in_batches(
     task = loaded.task if task is None else task
     frozen = loaded.frozen if frozen is None else frozen
     tokens = task.tokens(prompts)
+    warn_of_truncated(task, prompts)
 
     @jax.jit
     def compiled(
