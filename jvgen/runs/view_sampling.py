@@ -16,7 +16,7 @@ from jvgen.geometry.cameras import Cameras, relative, resized_and_cropped, share
 from jvgen.runs.clip_folder import Clip, note_clips, plan_clips, write_clip
 from jvgen.runs.generation import generate_in_batches, sample_request, slot_of
 from jvgen.runs.given_files import NOTHING, GivenFiles
-from jvgen.runs.inference import LoadedRun, open_run, read_experiment
+from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_vae
 from jvgen.storage import Path, as_path, write_bytes
 from jvgen.tasks.given_frames import GivenPixels
 from jvgen.tasks.pipeline_folder import FRAMES_PER_SECOND
@@ -45,6 +45,7 @@ def sample_views(
     seed: int = 0,
     batch: int | None = None,
     untrained: bool = False,
+    vae: Path | None = None,
     given: GivenFiles = NOTHING,
 ) -> list[Path]:
     """Generate `count` sets of views per prompt as files.
@@ -61,6 +62,7 @@ def sample_views(
       frames, size, steps, guidance: see `jvgen.runs.sampling.sample_run`.
       seed: set i of prompt p depends on (seed, p, i) only.
       batch: sets per batch; by default the fewest whose clips divide over the devices.
+      vae: folder of the VAE that made the latents of a run that names none.
       given: images that the views are made from: one for each view, in order, or one for all.
 
     Returns:
@@ -74,6 +76,7 @@ def sample_views(
     """
     experiment = read_experiment(run)
     check_views(experiment)
+    experiment = with_vae(experiment, vae)
     request = sample_request(experiment, frames, size, steps, guidance, given=given)
     chosen = read_views(cameras, views, request, distance=distance, shared_world_frame=shared_world_frame)
     number = chosen.intrinsics.shape[0]
@@ -87,7 +90,7 @@ def sample_views(
         raise ValueError(f"{len(prompts)} prompts: at most {MAX_PROMPTS} with several views.")
     if out.suffix:
         raise ValueError(f"--out {out}: several views are several files; give a folder.")
-    loaded = open_run(run, ema, step, untrained)
+    loaded = open_run(run, ema, step, untrained, vae=vae)
     batch = fitting_batch(batch, number, loaded.devices)
     plan = plan_clips(prompts, count, out, frames=2, batch=batch)
     sets = [Clip(clip.path.with_suffix(""), clip.prompt, clip.slot) for clip in plan]
@@ -95,6 +98,7 @@ def sample_views(
         "cameras": list(cameras), "views": number, "distance": distance, "one_world": shared_world_frame, "seed": seed,
         "ema": ema or "best", "untrained": untrained, "steps": steps, "guidance": guidance, "frames": request.frames,
         "height": request.height, "width": request.width, "step": loaded.step, **given.digests(),
+        **({} if vae is None else {"vae": str(vae)}),
     }  # fmt: skip
     note_clips(out, [{"file": one.path.name, "prompt": prompts[one.prompt], **asked} for one in sets])
     todo = [one for one in sets if not (one.path / "grid.mp4").exists()]
