@@ -14,6 +14,8 @@ from jvgen.config import ConfigError
 from jvgen.data.store.sources import splits
 from jvgen.data.stream.config import SourceConfig
 from jvgen.data.stream.loader import Loader
+from jvgen.diffusion.guidance import GuidanceConfig
+from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.evaluation import i3d as i3d_network
 from jvgen.evaluation.camera_pose import sift
 from jvgen.evaluation.clip import Clip
@@ -191,6 +193,8 @@ def _prepare(
                 else f"{type(task).__name__} makes no clips from captions; leave it out"
             )  # fmt: skip
             raise ConfigError(f"{flag} {folder}: it measures generated clips; {need}.")
+    if generates:
+        _effective(experiment, sampling)
     features = None if i3d is None else i3d_network.features(i3d)
     clip = None if clip_model is None else Clip(clip_model)
     subjects = None if dinov2 is None else subject_features(dinov2)
@@ -274,9 +278,7 @@ def _described(experiment: Experiment, sampling: SamplingOptions) -> dict[str, A
     """The options that generated clips were made with, with the run's own values for those that were not given."""
     if not sampling.samples:
         return {}
-    largest = largest_bucket(experiment.task, experiment.data.buckets)
-    size = (experiment.task.frames_of(largest), largest.height, largest.width)
-    sampler, guidance = experiment.task.sampling(SampleRequest(*size, sampling.steps, sampling.guidance))
+    sampler, guidance = _effective(experiment, sampling)
     return {
         "samples": sampling.samples,
         "sampler_steps": sampler.steps,
@@ -285,6 +287,13 @@ def _described(experiment: Experiment, sampling: SamplingOptions) -> dict[str, A
         "guidance_kind": guidance.kind,
         "seed": sampling.seed,
     }
+
+
+def _effective(experiment: Experiment, sampling: SamplingOptions) -> tuple[SamplerConfig, GuidanceConfig]:
+    """Sampler and guidance that clips are generated with; raises `ValueError` for steps that are not possible."""
+    largest = largest_bucket(experiment.task, experiment.data.buckets)
+    size = (experiment.task.frames_of(largest), largest.height, largest.width)
+    return experiment.task.sampling(SampleRequest(*size, sampling.steps, sampling.guidance))
 
 
 def _report(document: dict[str, Any], result: Evaluation) -> Report:

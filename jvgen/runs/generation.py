@@ -14,6 +14,7 @@ from jvgen.runs.faults import Faults
 from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun
 from jvgen.runs.prompts import warn_of_truncated
+from jvgen.tasks.pipeline_folder import frames_per_second
 from jvgen.tasks.task import Generated, SampleRequest, Task, TaskConfig
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
@@ -29,6 +30,13 @@ def largest_bucket(task: TaskConfig, buckets: Sequence[BucketConfig]) -> BucketC
     """The bucket with the longest clips, and of those the largest: what a run that had images or smaller clips too, or
     began with them, is made for."""
     return max(buckets, key=lambda bucket: (task.frames_of(bucket), bucket.height * bucket.width))
+
+
+def clip_rate(experiment: Experiment) -> float:
+    """Frames per second of the files of a run's clips: those at which its largest bucket takes frames, or the published
+    networks' where it takes recorded frames at strides."""
+    task = experiment.task
+    return largest_bucket(task, experiment.data.buckets).frames_per_second or frames_per_second(task)
 
 
 def sample_request(

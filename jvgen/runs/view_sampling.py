@@ -14,12 +14,11 @@ from jvgen.geometry import paths
 from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, relative, resized_and_cropped, share_a_center
 from jvgen.runs.clip_folder import Clip, note_clips, plan_clips, write_clip
-from jvgen.runs.generation import generate_in_batches, sample_request, slot_of
+from jvgen.runs.generation import clip_rate, generate_in_batches, sample_request, slot_of
 from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_vae
 from jvgen.storage import Path, as_path, write_bytes
 from jvgen.tasks.given_frames import GivenPixels
-from jvgen.tasks.pipeline_folder import FRAMES_PER_SECOND
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.experiment import Experiment
 
@@ -106,7 +105,7 @@ def sample_views(
         began = time.perf_counter()
         wanted = [(one.prompt, one.slot) for one in todo]
         for index, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch, given):
-            write_views(todo[index].path, videos, chosen)
+            write_views(todo[index].path, videos, chosen, clip_rate(experiment))
         took = time.perf_counter() - began
         print(f"{len(todo)} sets of {number} views in {took:.1f} s, compilation included, in {out}")
     if len(todo) < len(sets):
@@ -261,16 +260,16 @@ def _generate(
     )  # fmt: skip
 
 
-def write_views(folder: Path, videos: np.ndarray, cameras: Cameras) -> None:
+def write_views(folder: Path, videos: np.ndarray, cameras: Cameras, frames_per_second: float) -> None:
     """Write views, uint8 `V F H W 3`, with their cameras, a grid and a check sheet; the grid comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    times = np.arange(videos.shape[1]) * round(1e6 / FRAMES_PER_SECOND)
+    times = np.arange(videos.shape[1]) * round(1e6 / frames_per_second)
     for view, video in enumerate(videos):
-        write_clip(folder / f"view_{view}.mp4", video, FRAMES_PER_SECOND)
+        write_clip(folder / f"view_{view}.mp4", video, frames_per_second)
         track = CameraTrack(f"view {view}", times, *(np.asarray(part[view], np.float64) for part in cameras))
         write_cameras(folder / f"view_{view}.txt", track)
     write_bytes(folder / "epipolar.png", png_bytes(epipolar_sheet(videos, cameras)))
     columns = int(np.ceil(np.sqrt(len(videos))))
     filled = np.zeros((-(-len(videos) // columns) * columns, *videos.shape[1:]), np.uint8)
     filled[: len(videos)] = videos
-    write_clip(folder / "grid.mp4", rearrange(filled, "(r c) f h w x -> f (r h) (c w) x", c=columns), FRAMES_PER_SECOND)
+    write_clip(folder / "grid.mp4", rearrange(filled, "(r c) f h w x -> f (r h) (c w) x", c=columns), frames_per_second)

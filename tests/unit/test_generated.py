@@ -25,7 +25,7 @@ from jvgen.models.dinov2.model import Dinov2
 from jvgen.nn.network import Network
 from jvgen.runs import analysis
 from jvgen.runs.evaluation import _described, _networks, _prepare
-from jvgen.runs.generation import sample_request
+from jvgen.runs.generation import clip_rate, sample_request
 from jvgen.runs.held_out import SamplingOptions, generate_views, read_held_out
 from jvgen.runs.inference import open_run
 from jvgen.tasks.text_to_video import TextToVideo
@@ -178,6 +178,10 @@ def test_a_run_is_measured_by_its_largest_clips(grown):
     assert held_out.size == (3, 16, 16) and held_out.frames_per_second == 4.0
     request = sample_request(grown)
     assert held_out.size == (request.frames, request.height, request.width)
+    # Files of sampled clips have the rate at which frames are taken, where the config says it.
+    assert clip_rate(grown) == 8
+    large = grown.data.buckets[2].replace(strides=(1,), frames_per_second=4.0)
+    assert clip_rate(grown.replace(data=grown.data.replace(buckets=(*grown.data.buckets[:2], large)))) == 4.0
     assert _networks(held_out, SimpleNamespace(features=None, clip=None, subjects=None))["frames_per_second"] == 4.0
 
 
@@ -291,6 +295,7 @@ def test_a_text_to_video_run_is_measured(tmp_path, scenes, vae_folder, jvgen, mo
         (("--samples", 1, "--dinov2", vae_folder(0)), "holds a network of ImageVAEConfig; give a folder of"),
         (("--lpips-weights", "lpips.safetensors"), "TextToVideoConfig measures no perceptual distance"),
         (("--samples", -1), "must be at least 0"),
+        (("--samples", 1, "--steps", 1001, "--i3d", "i3d.safetensors"), "steps = 1001: must be at most 1000"),
     ):
         done = jvgen(*words, *more)
         assert done.status == 2 and message in done.err
