@@ -18,6 +18,7 @@ from jvgen.evaluation.distribution import VideoDistance
 from jvgen.finite import not_finite
 from jvgen.interop.from_torch import import_folder, read_config
 from jvgen.losses.perceptual import PerceptualConfig
+from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.nn.network import Parameters
 from jvgen.storage import Path, write_bytes, write_text
@@ -45,13 +46,13 @@ def evaluate_vae(
     worst: int = 4,
     features: Callable[[jax.Array], jax.Array] | None = None,
 ) -> dict[str, float]:
-    """Print and return means over the first clips of a data set, the same ones every time.
+    """Print and return means over the first clips of a data set, the same ones every time, none twice.
 
     Args:
       vae: exported folder of an image or video VAE.
       data: data set folder; its validation split if it has one.
       frames, size, stride: number of frames, (height, width) and frame stride of the clips.
-      batches, batch: largest number of batches, and clips per batch.
+      batches, batch: largest number of batches, and clips per batch; fewer where the data set has no more clips.
       image_vae: exported folder of the image VAE whose latents should be shared.
       lpips: LPIPS weights; without them the distance is a Laplacian pyramid's, under another name.
       out: folder for metrics.json and worst.png, the clips with the lowest PSNR: originals and reconstructions.
@@ -87,23 +88,28 @@ def evaluate_vae(
     rows: dict[str, list[float]] = {}
     totals: dict[str, np.ndarray] = {}
     lowest: list[tuple[float, str, np.ndarray, np.ndarray]] = []
+    seen: set[str] = set()
     distance = None if features is None else VideoDistance(features, "rfvd")
     loader = _loader(data, frames, size, stride, batch)
     with loader.batches(0, batches) as stream:
         for loaded in progress(stream, "evaluating", unit="batch", total=batches):
-            video = loaded.arrays["video"]
+            # Records start again when all were read.
+            new = {name: row for row, name in enumerate(loaded.record_ids) if name not in seen}
+            if not new:
+                break
+            seen.update(new)
+            names, video = list(new), loaded.arrays["video"][list(new.values())]
             outputs = run(parameters, image_parameters, frozen, jnp.asarray(video))
             fidelity, statistics, (reconstructions, finite) = jax.device_get(outputs)
             if not finite.all():
-                name = loaded.record_ids[int(np.argmin(finite))]
-                raise not_finite(f"reconstruction of {name}", f"VAE {vae}", np.float32)
+                raise not_finite(f"reconstruction of {names[int(np.argmin(finite))]}", f"VAE {vae}", np.float32)
             for name, values in fidelity.items():
                 rows.setdefault(name, []).extend(values.tolist())
             for name, (total, count) in statistics.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.array([total, count], np.float64)
             if distance is not None:
                 distance.add(*(np.asarray(unit_from_uint8(jnp.asarray(clips))) for clips in (video, reconstructions)))
-            lowest += zip(fidelity["psnr"].tolist(), loaded.record_ids, video, reconstructions, strict=True)
+            lowest += zip(fidelity["psnr"].tolist(), names, video, reconstructions, strict=True)
             lowest = sorted(lowest, key=lambda row: row[0])[: max(worst, 0)]
     result = {name: float(np.mean(values)) for name, values in rows.items()}
     result |= _standard_deviations({name: total / count for name, (total, count) in totals.items()})
@@ -140,6 +146,9 @@ def _vae_config(folder: Path) -> VAEConfig:
 
 def _check_clip(config: VAEConfig, frames: int, size: tuple[int, int]) -> None:
     group, side = temporal_downsampling(config), config.downsampling
+    if isinstance(config, CogVideoXVAEConfig):
+        # Latent frames that do not fill its chunks are decoded to another number of frames.
+        group *= config.decode_chunk_frames
     if frames < 1 or (frames - 1) % group:
         nearest = max(frames - 1, 0) // group * group + 1
         raise ValueError(f"--frames {frames}: this VAE takes {group}n + 1; give {nearest} or {nearest + group}.")

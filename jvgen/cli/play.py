@@ -16,7 +16,8 @@ def add_commands(commands) -> None:
     parser = add_command(
         commands, "play", "step a world model with actions from the keyboard or a file, and show its frames",
         "jvgen play runs/world --data data/metaworld --out episode.mp4",
-        details="An episode starts from context frames of a recorded clip.",
+        details="An episode starts from context frames of a recorded clip; the goal of a model that takes one "
+        "(task.goal) is the clip's last frame.",
         handler=run_play,
     )  # fmt: skip
     parser.add_argument(

@@ -120,8 +120,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         ),
         run.add_argument(
             "--vae", type=path, metavar="DIR",
-            help="the VAE that made the latents of a run whose config names none; or another to decode with instead of "
-            "the run's, which must share its latent space (a CV-VAE makes 4(n - 1) + 1 frames of n latents)",
+            help="the VAE that made the latents of a run whose config names none; or, without --cameras, another to "
+            "decode with instead of the run's, which must share its latent space (a CV-VAE makes 4(n - 1) + 1 frames "
+            "of n latents)",
         ),
         views.add_argument(
             "--cameras", nargs="+", default=[], metavar="PATH|FILE",
@@ -245,15 +246,13 @@ def _sample_run(parsed: argparse.Namespace, prompts: list[str]) -> None:
 def _sample_views(parsed: argparse.Namespace, prompts: list[str]) -> None:
     from jvgen.runs.view_sampling import sample_views
 
-    if parsed.vae is not None:
-        raise ValueError("--vae: not valid with --cameras; views are decoded with the run's own VAE.")
     if enhance_config(parsed) is not None:
         raise ValueError("--enhance: not valid with --cameras; views are generated without it.")
     sample_views(
         parsed.run, prompts, parsed.out, cameras=parsed.cameras, views=parsed.views, distance=parsed.camera_distance,
         shared_world_frame=parsed.shared_world_frame, ema=parsed.ema, step=parsed.step, count=parsed.clips_per_prompt,
         frames=parsed.frames, size=parsed.size, steps=parsed.steps, guidance=parsed.guidance, seed=parsed.seed,
-        batch=parsed.batch_size, untrained=parsed.untrained, given=given_files(parsed),
+        batch=parsed.batch_size, untrained=parsed.untrained, vae=parsed.vae, given=given_files(parsed),
     )  # fmt: skip
 
 

@@ -153,6 +153,11 @@ def sat_grid(steps: int, schedule: Schedule) -> Grid:
     """The levels that the SAT code visits: see `SamplerConfig.levels`."""
     if not schedule.config.ends_in_pure_noise:
         raise ValueError("levels = 'sat': needs a schedule with zero terminal SNR; set zero_terminal = true.")
+    if steps < 2:
+        raise ValueError(
+            f"levels = 'sat', steps = {steps}: levels are rescaled between the first step and the last; take at least "
+            "2 steps, or levels = 'schedule'."
+        )
     timesteps = np.linspace(TIMESTEPS - 1, 0, steps, endpoint=False).astype(np.int64)
     before_rescale = alpha_bar_table(schedule.config.replace(zero_terminal=False))
     # The rescale takes a falling list, which starts with the least noisy step.

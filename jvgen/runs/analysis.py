@@ -1,5 +1,6 @@
 """`jvgen analyze`: measures of every layer of a trained run on held-out clips, as plots and numbers."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from jvgen.data.stream.config import SourceConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.evaluation.plots import heat_maps, save_plot
 from jvgen.nn.network import Parameters
+from jvgen.runs.generation import largest_bucket
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment
 from jvgen.storage import Path, write_text
 from jvgen.tasks.task import Batch
@@ -72,7 +74,7 @@ def analyze(
       out: folder for the files.
       data: data set folder instead of the run's evaluation sources; its validation split if it has one.
       timesteps: raw noise levels, from 0 (clean) to 999.
-      batches: held-out batches to average over.
+      batches: held-out batches to average over, of the run's largest clips.
 
     Returns:
       What `analysis.json` holds: for every timestep the measures of `jvgen.tasks.task.Task.analyze_layers`.
@@ -126,8 +128,11 @@ def _measure(
 
     parameters, seed = loaded.compute_parameters(), jax.random.key(loaded.experiment.seed)
     totals: list[dict[str, np.ndarray]] = [{} for _ in timesteps]
-    with loader.batches(0, batches) as stream:
-        for number, batch in enumerate(stream):
+    # Clips of other lengths have statistics of other shapes.
+    bucket = largest_bucket(loaded.experiment.task, loader.buckets)
+    with loader.batches(0, None) as stream:
+        wanted = (batch for batch in stream if batch.bucket == bucket)
+        for number, batch in enumerate(itertools.islice(wanted, batches)):
             placed = loaded.program.shard_batch(batch.arrays, batch.bucket)
             for total, timestep in zip(totals, timesteps, strict=True):
                 found = measure(

@@ -14,6 +14,8 @@ from jvgen.config import ConfigError
 from jvgen.data.store.sources import splits
 from jvgen.data.stream.config import SourceConfig
 from jvgen.data.stream.loader import Loader
+from jvgen.diffusion.guidance import GuidanceConfig
+from jvgen.diffusion.sampler import SamplerConfig
 from jvgen.evaluation import i3d as i3d_network
 from jvgen.evaluation.camera_pose import sift
 from jvgen.evaluation.clip import Clip
@@ -29,9 +31,11 @@ from jvgen.evaluation.generated import (
 from jvgen.evaluation.report import Report
 from jvgen.evaluation.vbench import RATE
 from jvgen.runs.frame_features import subject_features
+from jvgen.runs.generation import largest_bucket
 from jvgen.runs.held_out import HeldOut, SamplingOptions, generate_clips, generate_views, read_held_out, with_caption
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_lpips, with_vae
 from jvgen.storage import Path, write_text
+from jvgen.tasks.task import SampleRequest
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
 from jvgen.training.state import EVALUATE, key_for
@@ -189,6 +193,8 @@ def _prepare(
                 else f"{type(task).__name__} makes no clips from captions; leave it out"
             )  # fmt: skip
             raise ConfigError(f"{flag} {folder}: it measures generated clips; {need}.")
+    if generates:
+        _effective(experiment, sampling)
     features = None if i3d is None else i3d_network.features(i3d)
     clip = None if clip_model is None else Clip(clip_model)
     subjects = None if dinov2 is None else subject_features(dinov2)
@@ -243,16 +249,15 @@ def _task_metrics(loaded: LoadedRun, loader: Loader, batches: int, distance: Vid
 
 def _measured_clips(loaded: LoadedRun, held_out: HeldOut, prepared: _Prepared, sampling: SamplingOptions) -> Evaluation:
     made = generate_clips(loaded, held_out, sampling)
-    found, missing = measure_clips(made, held_out.clips, held_out.captions, **_networks(loaded, prepared))
+    found, missing = measure_clips(made, held_out.clips, held_out.captions, **_networks(held_out, prepared))
     return Evaluation(found, missing, ({GENERATED: made, RECORDED: held_out.clips}, held_out.captions))
 
 
-def _networks(loaded: LoadedRun, prepared: _Prepared) -> dict[str, Any]:
+def _networks(held_out: HeldOut, prepared: _Prepared) -> dict[str, Any]:
     """Further arguments of `measure_clips`."""
-    rate = loaded.experiment.data.buckets[0].frames_per_second
     return {
         "features": prepared.features, "clip": prepared.clip, "subjects": prepared.subjects,
-        "frames_per_second": rate or RATE,
+        "frames_per_second": held_out.frames_per_second or RATE,
     }  # fmt: skip
 
 
@@ -261,7 +266,7 @@ def _measured_views(loaded: LoadedRun, held_out: HeldOut, prepared: _Prepared, s
     count = made.shape[1]
     single = [rearrange(clips, "n v ... -> (n v) ...") for clips in (made, held_out.clips)]
     captions = tuple(caption for caption in held_out.captions for _ in range(count))
-    found, missing = measure_clips(*single, captions, **_networks(loaded, prepared))
+    found, missing = measure_clips(*single, captions, **_networks(held_out, prepared))
     matcher = sift()
     for side, views in ((GENERATED, made), (RECORDED, held_out.clips)):
         found |= measure_views(views, held_out.cameras, side, matcher)
@@ -273,13 +278,22 @@ def _described(experiment: Experiment, sampling: SamplingOptions) -> dict[str, A
     """The options that generated clips were made with, with the run's own values for those that were not given."""
     if not sampling.samples:
         return {}
-    task = experiment.task
+    sampler, guidance = _effective(experiment, sampling)
     return {
         "samples": sampling.samples,
-        "sampler_steps": task.sampler.steps if sampling.steps is None else sampling.steps,
-        "guidance": task.guidance.scale if sampling.guidance is None else sampling.guidance,
+        "sampler_steps": sampler.steps,
+        # A config keeps its scale where it turns guidance off.
+        "guidance": 1.0 if guidance.kind == "none" else guidance.scale,
+        "guidance_kind": guidance.kind,
         "seed": sampling.seed,
     }
+
+
+def _effective(experiment: Experiment, sampling: SamplingOptions) -> tuple[SamplerConfig, GuidanceConfig]:
+    """Sampler and guidance that clips are generated with; raises `ValueError` for steps that are not possible."""
+    largest = largest_bucket(experiment.task, experiment.data.buckets)
+    size = (experiment.task.frames_of(largest), largest.height, largest.width)
+    return experiment.task.sampling(SampleRequest(*size, sampling.steps, sampling.guidance))
 
 
 def _report(document: dict[str, Any], result: Evaluation) -> Report:

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvgen.data.stream.config import BucketConfig
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nn.network import Parameters
 from jvgen.runs.faults import Faults
 from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun
-from jvgen.tasks.task import Generated, SampleRequest, Task
+from jvgen.runs.prompts import warn_of_truncated
+from jvgen.tasks.pipeline_folder import frames_per_second
+from jvgen.tasks.task import Generated, SampleRequest, Task, TaskConfig
 from jvgen.terminal import progress
 from jvgen.training.experiment import Experiment
 
@@ -21,6 +24,19 @@ CLIPS_PER_PROMPT = 1 << 12
 
 # (task, parameters, frozen parameters, tokens, slots[, conditions]) -> clips, traced under `jax.jit`.
 Generate = Callable[..., Generated]
+
+
+def largest_bucket(task: TaskConfig, buckets: Sequence[BucketConfig]) -> BucketConfig:
+    """The bucket with the longest clips, and of those the largest: what a run that had images or smaller clips too, or
+    began with them, is made for."""
+    return max(buckets, key=lambda bucket: (task.frames_of(bucket), bucket.height * bucket.width))
+
+
+def clip_rate(experiment: Experiment) -> float:
+    """Frames per second of the files of a run's clips: those at which its largest bucket takes frames, or the published
+    networks' where it takes recorded frames at strides."""
+    task = experiment.task
+    return largest_bucket(task, experiment.data.buckets).frames_per_second or frames_per_second(task)
 
 
 def sample_request(
@@ -47,7 +63,7 @@ def sample_request(
       ValueError: a request that the task cannot serve, or files that cannot be read or do not fit.
     """
     task = experiment.task
-    largest = max(experiment.data.buckets, key=lambda bucket: (task.frames_of(bucket), bucket.height * bucket.width))
+    largest = largest_bucket(task, experiment.data.buckets)
     height, width = (largest.height, largest.width) if size is None else size
     if frames is None:
         frames = given.size_of_video() or task.frames_of(largest)
@@ -87,6 +103,7 @@ def generate_in_batches(
     task = loaded.task if task is None else task
     frozen = loaded.frozen if frozen is None else frozen
     tokens = task.tokens(prompts)
+    warn_of_truncated(task, prompts)
 
     @jax.jit
     def compiled(

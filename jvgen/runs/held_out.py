@@ -9,14 +9,14 @@ import numpy as np
 from jvgen.data.stream.loader import Loader
 from jvgen.finite import not_finite
 from jvgen.geometry.cameras import Cameras
-from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
+from jvgen.runs.generation import batch_for_devices, generate_in_batches, largest_bucket, sample_request, slot_of
 from jvgen.runs.inference import LoadedRun
 from jvgen.runs.view_sampling import fitting_batch
 from jvgen.tasks.given_frames import GivenPixels, of_clip
 from jvgen.tasks.task import SampleRequest, Task
 from jvgen.training.state import EVALUATE, key_for
 
-CAPTION = "caption_bytes"
+CAPTION, RATE = "caption_bytes", "recorded_rate"
 _CAPTION_BYTES = 4096
 
 
@@ -29,12 +29,15 @@ class HeldOut:
       captions: one per clip or set of views.
       cameras: `N V F 4` and `N V F 3 4`; None for single clips.
       given: frames that clips are conditioned on, as recorded, uint8 `N K H W 3` or `N V K H W 3`; None without such.
+      frames_per_second: median rate of the clips, at the stride that the run takes of the recordings; None for images,
+        and where the data set does not say it.
     """
 
     clips: np.ndarray
     captions: tuple[str, ...]
     cameras: Cameras | None
     given: np.ndarray | None = None
+    frames_per_second: float | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -61,13 +64,15 @@ class SamplingOptions:
 
 
 def with_caption(task: Task, example: dict[str, Any]) -> dict[str, np.ndarray]:
-    """`task.preprocess`, and the caption as UTF-8 bytes with zeros behind them."""
+    """`task.preprocess`, the caption as UTF-8 bytes with zeros behind them, and the frame rate."""
     text = example.get("caption", "").encode()[:_CAPTION_BYTES]
-    return {**task.preprocess(example), CAPTION: np.frombuffer(text.ljust(_CAPTION_BYTES, b"\0"), np.uint8)}
+    caption = np.frombuffer(text.ljust(_CAPTION_BYTES, b"\0"), np.uint8)
+    return {**task.preprocess(example), CAPTION: caption, RATE: np.float32(example["frames_per_second"])}
 
 
 def read_held_out(loaded: LoadedRun, loader: Loader, count: int) -> HeldOut:
-    """The first clips of the evaluation data, all of one size, none twice; fewer than `count` if there are no more.
+    """The first clips of the evaluation data, none twice; fewer than `count` if there are no more. All are of the
+    largest size that the data has for the run, the one that `jvgen sample` makes.
 
     Args:
       loader: of evaluation data, with `with_caption`.
@@ -79,8 +84,10 @@ def read_held_out(loaded: LoadedRun, loader: Loader, count: int) -> HeldOut:
     buckets = [one for one in loader.buckets if not views or "extrinsics" in loaded.task.fields(one)]
     if not buckets:
         raise ValueError("--samples: the evaluation data has no clips with cameras, from which views are generated.")
+    bucket = largest_bucket(loaded.experiment.task, buckets)
     clips: list[np.ndarray] = []
     captions: list[str] = []
+    rates: list[float] = []
     cameras: list[Cameras] = []
     given: list[np.ndarray] = []
     condition = getattr(loaded.experiment.task, "condition", "none")
@@ -88,7 +95,7 @@ def read_held_out(loaded: LoadedRun, loader: Loader, count: int) -> HeldOut:
     # Records start again when all were read.
     with loader.batches(0, None) as stream:
         for step, batch in enumerate(stream):
-            if batch.bucket != buckets[0]:
+            if batch.bucket != bucket:
                 continue
             new = []
             for row, name in enumerate(batch.record_ids):
@@ -99,6 +106,7 @@ def read_held_out(loaded: LoadedRun, loader: Loader, count: int) -> HeldOut:
             for row in new[: count - len(clips)]:
                 clips.append(pixels[row])
                 captions.append(bytes(batch.arrays[CAPTION][row]).rstrip(b"\0").decode(errors="ignore"))
+                rates.append(float(batch.arrays[RATE][row]))
                 if condition != "none":
                     frames = batch.arrays.get("given")
                     clip = pixels[row]
@@ -108,7 +116,10 @@ def read_held_out(loaded: LoadedRun, loader: Loader, count: int) -> HeldOut:
             if len(clips) >= count or len(new) < len(batch.record_ids):
                 break
     joined = Cameras(*(np.stack(parts) for parts in zip(*cameras, strict=True))) if cameras else None
-    return HeldOut(np.stack(clips), tuple(captions), joined, np.stack(given) if given else None)
+    return HeldOut(
+        np.stack(clips), tuple(captions), joined, np.stack(given) if given else None,
+        float(np.median(rates)) if min(rates) > 0 else None,
+    )  # fmt: skip
 
 
 def _pixels(loaded: LoadedRun, arrays: dict[str, np.ndarray], bucket: Any, step: int) -> np.ndarray:

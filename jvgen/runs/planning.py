@@ -153,6 +153,11 @@ def check_fit(environment: Any, world: WorldModel | None, goal: np.ndarray | Non
                 f"the environment's actions have {width} components, the world model's {world.action_width}: it was "
                 "trained on another environment."
             )
+    if world is not None and world.world.goal and goal is None and not hasattr(environment, "goal_image"):
+        raise ConfigError(
+            "this world model was trained with a goal image in its context (task.goal), and the environment has none "
+            "of its own: give --goal FILE, whatever plans are judged by."
+        )
     if goal is not None and goal.shape != size:
         raise ConfigError(f"goal image {goal.shape}: the environment's frames are {size}; crop and resize it first.")
 

@@ -1,12 +1,16 @@
-"""Read prompts from a text file with one per line, or from JSON in VBench's form."""
+"""Read prompts from a text file with one per line, or from JSON in VBench's form; tell which are too long."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from jvgen.storage import Path, read_json, read_utf8
+from jvgen.tasks.task import Task
 
 # What VBench calls the text of an entry, and what other lists do.
 KEYS = ("prompt_en", "prompt")
+MAX_SHOWN = 200  # characters of a prompt's end that no network reads
+MAX_LISTED = 5  # prompts of which the end is shown
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -29,6 +33,16 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"--prompts {path}: has no prompts.")
     return list(dict.fromkeys(prompts))
+
+
+def warn_of_truncated(task: Task, prompts: Sequence[str]) -> None:
+    """Print to standard error which ends of prompts the task's text encoder does not read."""
+    ends = [end for prompt in dict.fromkeys(prompts) if (end := task.truncated_text(prompt))]
+    for end in ends[:MAX_LISTED]:
+        shown = end if len(end) <= MAX_SHOWN else f"{end[:MAX_SHOWN]}..."
+        print(f"warning: a prompt has more than {task.config.text.length} tokens; cut off: {shown!r}", file=sys.stderr)
+    if len(ends) > MAX_LISTED:
+        print(f"warning: {len(ends) - MAX_LISTED} more prompts are cut off", file=sys.stderr)
 
 
 def _from_json(path: Path) -> list[str]:

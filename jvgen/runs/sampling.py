@@ -12,11 +12,10 @@ from einops import rearrange
 from jvgen.autoencoding.decoder_swap import DecoderSwap
 from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.runs.clip_folder import is_one_file, note_clips, plan_clips, write_clip
-from jvgen.runs.generation import batch_for_devices, generate_in_batches, sample_request, slot_of
+from jvgen.runs.generation import batch_for_devices, clip_rate, generate_in_batches, sample_request, slot_of
 from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_vae
 from jvgen.storage import Path
-from jvgen.tasks.pipeline_folder import frames_per_second
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.telemetry.throughput import peak_memory
 
@@ -95,7 +94,7 @@ def sample_run(
         began = time.perf_counter()
         wanted = [(clip.prompt, clip.slot) for clip in todo]
         for index, pixels in _generate(loaded, prompts, wanted, request, seed, batch, swap, given):
-            write_clip(todo[index].path, pixels, frames_per_second(experiment.task))
+            write_clip(todo[index].path, pixels, clip_rate(experiment))
         took = time.perf_counter() - began
         print(f"{len(todo)} clips in {took:.1f} s ({took / len(todo):.2f} s/clip, compilation included) in {out}")
         print(f"peak memory: {peak_memory(loaded.program.sharding.mesh.devices.flat[0])}")

@@ -14,12 +14,11 @@ from jvgen.geometry import paths
 from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
 from jvgen.geometry.cameras import Cameras, relative, resized_and_cropped, share_a_center
 from jvgen.runs.clip_folder import Clip, note_clips, plan_clips, write_clip
-from jvgen.runs.generation import generate_in_batches, sample_request, slot_of
+from jvgen.runs.generation import clip_rate, generate_in_batches, sample_request, slot_of
 from jvgen.runs.given_files import NOTHING, GivenFiles
-from jvgen.runs.inference import LoadedRun, open_run, read_experiment
+from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_vae
 from jvgen.storage import Path, as_path, write_bytes
 from jvgen.tasks.given_frames import GivenPixels
-from jvgen.tasks.pipeline_folder import FRAMES_PER_SECOND
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.experiment import Experiment
 
@@ -45,6 +44,7 @@ def sample_views(
     seed: int = 0,
     batch: int | None = None,
     untrained: bool = False,
+    vae: Path | None = None,
     given: GivenFiles = NOTHING,
 ) -> list[Path]:
     """Generate `count` sets of views per prompt as files.
@@ -61,6 +61,7 @@ def sample_views(
       frames, size, steps, guidance: see `jvgen.runs.sampling.sample_run`.
       seed: set i of prompt p depends on (seed, p, i) only.
       batch: sets per batch; by default the fewest whose clips divide over the devices.
+      vae: folder of the VAE that made the latents of a run that names none.
       given: images that the views are made from: one for each view, in order, or one for all.
 
     Returns:
@@ -74,6 +75,7 @@ def sample_views(
     """
     experiment = read_experiment(run)
     check_views(experiment)
+    experiment = with_vae(experiment, vae)
     request = sample_request(experiment, frames, size, steps, guidance, given=given)
     chosen = read_views(cameras, views, request, distance=distance, shared_world_frame=shared_world_frame)
     number = chosen.intrinsics.shape[0]
@@ -87,7 +89,7 @@ def sample_views(
         raise ValueError(f"{len(prompts)} prompts: at most {MAX_PROMPTS} with several views.")
     if out.suffix:
         raise ValueError(f"--out {out}: several views are several files; give a folder.")
-    loaded = open_run(run, ema, step, untrained)
+    loaded = open_run(run, ema, step, untrained, vae=vae)
     batch = fitting_batch(batch, number, loaded.devices)
     plan = plan_clips(prompts, count, out, frames=2, batch=batch)
     sets = [Clip(clip.path.with_suffix(""), clip.prompt, clip.slot) for clip in plan]
@@ -95,6 +97,7 @@ def sample_views(
         "cameras": list(cameras), "views": number, "distance": distance, "one_world": shared_world_frame, "seed": seed,
         "ema": ema or "best", "untrained": untrained, "steps": steps, "guidance": guidance, "frames": request.frames,
         "height": request.height, "width": request.width, "step": loaded.step, **given.digests(),
+        **({} if vae is None else {"vae": str(vae)}),
     }  # fmt: skip
     note_clips(out, [{"file": one.path.name, "prompt": prompts[one.prompt], **asked} for one in sets])
     todo = [one for one in sets if not (one.path / "grid.mp4").exists()]
@@ -102,7 +105,7 @@ def sample_views(
         began = time.perf_counter()
         wanted = [(one.prompt, one.slot) for one in todo]
         for index, videos in _generate(loaded, prompts, wanted, chosen, request, seed, batch, given):
-            write_views(todo[index].path, videos, chosen)
+            write_views(todo[index].path, videos, chosen, clip_rate(experiment))
         took = time.perf_counter() - began
         print(f"{len(todo)} sets of {number} views in {took:.1f} s, compilation included, in {out}")
     if len(todo) < len(sets):
@@ -257,16 +260,16 @@ def _generate(
     )  # fmt: skip
 
 
-def write_views(folder: Path, videos: np.ndarray, cameras: Cameras) -> None:
+def write_views(folder: Path, videos: np.ndarray, cameras: Cameras, frames_per_second: float) -> None:
     """Write views, uint8 `V F H W 3`, with their cameras, a grid and a check sheet; the grid comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    times = np.arange(videos.shape[1]) * round(1e6 / FRAMES_PER_SECOND)
+    times = np.arange(videos.shape[1]) * round(1e6 / frames_per_second)
     for view, video in enumerate(videos):
-        write_clip(folder / f"view_{view}.mp4", video, FRAMES_PER_SECOND)
+        write_clip(folder / f"view_{view}.mp4", video, frames_per_second)
         track = CameraTrack(f"view {view}", times, *(np.asarray(part[view], np.float64) for part in cameras))
         write_cameras(folder / f"view_{view}.txt", track)
     write_bytes(folder / "epipolar.png", png_bytes(epipolar_sheet(videos, cameras)))
     columns = int(np.ceil(np.sqrt(len(videos))))
     filled = np.zeros((-(-len(videos) // columns) * columns, *videos.shape[1:]), np.uint8)
     filled[: len(videos)] = videos
-    write_clip(folder / "grid.mp4", rearrange(filled, "(r c) f h w x -> f (r h) (c w) x", c=columns), FRAMES_PER_SECOND)
+    write_clip(folder / "grid.mp4", rearrange(filled, "(r c) f h w x -> f (r h) (c w) x", c=columns), frames_per_second)

@@ -13,7 +13,7 @@ from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTrans
 from jvgen.models.ivideogpt.sampling import SamplingConfig
 from jvgen.runs.inference import open_run, read_experiment
 from jvgen.storage import Path, as_path
-from jvgen.tasks.world_model import WorldModelConfig, check_trained_with
+from jvgen.tasks.world_model import WorldModelConfig, check_trained_with, has_goal
 from jvgen.training.checkpoint.reader import split_checkpoint
 
 
@@ -32,7 +32,7 @@ def load_world_model(
         with exported `tokenizer/` and `transformer/`.
       frames: longest sequence, context included; by default that of the run's longest bucket, or what the exported
         transformer has positions for.
-      greedy: choose the most likely ids instead of drawing them.
+      greedy: choose the most likely ids instead of drawing them; also where the run's `task.sampling` says so.
       ema, step: weights of a run, see `jvgen.training.checkpoint.restore.load_for_inference`.
 
     Raises:
@@ -52,8 +52,8 @@ def load_world_model(
     longest = max(task.frames(bucket) for bucket in experiment.data.buckets)
     return WorldModel(
         task.tokenizer, run.frozen["tokenizer"], task.transformer, run.task.transformer(run.parameters, run.frozen),
-        frames=longest if frames is None else frames, sampling=task.sampling.replace(greedy=greedy),
-        goal=task.goal,
+        frames=longest if frames is None else frames,
+        sampling=task.sampling.replace(greedy=greedy or task.sampling.greedy), goal=task.goal,
     )  # fmt: skip
 
 
@@ -66,8 +66,10 @@ def _load_exported(folder: Path, frames: int | None, greedy: bool) -> WorldModel
     check_trained_with(folder)
     if frames is None:
         frames = _max_frames(tokenizer, transformer.max_positions)
-    sampling = SamplingConfig(greedy=greedy)
-    return WorldModel(tokenizer, tokenizer_parameters, transformer, parameters, frames=frames, sampling=sampling)
+    return WorldModel(
+        tokenizer, tokenizer_parameters, transformer, parameters, frames=frames,
+        sampling=SamplingConfig(greedy=greedy), goal=has_goal(folder),
+    )  # fmt: skip
 
 
 def _max_frames(tokenizer: CompressiveTokenizerConfig, positions: int) -> int:
@@ -81,7 +83,8 @@ def _max_frames(tokenizer: CompressiveTokenizerConfig, positions: int) -> int:
 def read_context(
     world: WorldModel, data: str, split: str | None = None, record: int = 0, start: int = 0, stride: int = 1
 ) -> np.ndarray:
-    """The first frames of an episode from a recording, uint8 `T H W 3`.
+    """The first frames of an episode from a recording, uint8 `T H W 3`; of a goal-conditioned world the recording's
+    last frame, which is the goal, and then these.
 
     Args:
       world: decides how many frames (T) and their size.
@@ -99,12 +102,16 @@ def read_context(
     if stride < 1:
         raise ValueError(f"--stride {stride}: 1 or more.")
     count, side = world.context_frames, world.tokenizer.resolution
-    recording = source.read(record)
-    last = start + stride * (count - 1)
+    recording, goal = source.read(record), world.world.goal
+    last = start + stride * (count - goal - 1)
     if start < 0 or last >= recording.frames:
         raise ValueError(
             f"--start-frame {start}: the context reaches frame {last}; the recording has {recording.frames}."
         )
-    sample = ClipSpec(start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1)
+    # As `WorldModelConfig.goal` orders the frames that the model is trained on.
+    frames = (recording.frames - 1, *range(start, last + 1, stride)) if goal else None
+    sample = ClipSpec(
+        start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1, frames=frames
+    )
     bucket = BucketConfig(frames=count, height=side, width=side, batch_size=1)
     return load_example(recording, sample, bucket, "center_crop")["video"]

@@ -96,6 +96,8 @@ class MultiViewConfig(TextToVideoConfig):
     def check_trained(self) -> None:
         if self.alignment is not None:
             raise ValueError("alignment: not supported for several views; leave it none.")
+        if self.enhance is not None:
+            raise ValueError("enhance: views are generated without it; leave it none.")
 
     def build(self) -> "MultiView":
         return MultiView(self)
@@ -372,7 +374,7 @@ class MultiView(TextToVideo):
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array | Clips]:
         config = self.config
-        if config.vae is None:
+        if config.vae is None or not config.visualize_clips:
             return {}
         part = {name: value[: max(config.visualize_clips // 2, 1)] for name, value in batch.items()}
         real = self.clean_latents(frozen, self.rows(part), key)

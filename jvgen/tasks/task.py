@@ -394,6 +394,10 @@ class Task(abc.ABC):
             f"{type(self).__name__} generates nothing: its configuration's check_request() says so."
         )
 
+    def truncated_text(self, prompt: str) -> str:
+        """The end of a prompt that is longer than what `tokens` keeps; "" if all of it is kept."""
+        return ""
+
     def generate(
         self,
         parameters: Parameters,

@@ -184,8 +184,10 @@ class TextEncoder:
         return self._t5_tokenizer(caption, self.config.length)
 
     def truncated_text(self, caption: str) -> str:
-        """The end of a caption that `tokenize` truncates, or ""; always "" for a byte encoder."""
-        return self._t5_tokenizer.truncated_text(caption, self.config.length) if self.frozen else ""
+        """The end of a caption that `tokenize` truncates, or ""."""
+        if not self.frozen:
+            return byte_tokenizer.truncated_text(caption, self.config.length)
+        return self._t5_tokenizer.truncated_text(caption, self.config.length)
 
     @functools.cached_property
     def _t5_tokenizer(self):

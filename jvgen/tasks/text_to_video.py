@@ -338,6 +338,9 @@ class TextToVideo(Task):
             )
         return np.stack([self.text.tokenize(prompt) for prompt in prompts])
 
+    def truncated_text(self, prompt: str) -> str:
+        return self.text.truncated_text(prompt)
+
     def generate(
         self,
         parameters: Parameters,
@@ -379,9 +382,9 @@ class TextToVideo(Task):
     def visualize(
         self, parameters: Parameters, frozen: Parameters, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array | Clips]:
-        if self.config.vae is None:
-            return {}
         count = self.config.visualize_clips
+        if self.config.vae is None or not count:
+            return {}
         some = {name: value[:count] for name, value in batch.items()}
         real = self.clean_latents(frozen, some, key)
         frames, height, width = real.shape[1:4]

@@ -61,7 +61,7 @@ class TextToVideoFields(TaskConfig):
       schedule, objective: noise levels, prediction target, timesteps and loss weights.
       sampler, guidance: defaults for generated clips.
       enhance: Enhance-A-Video's scaling of attention in generated clips; none turns it off.
-      visualize_clips: number of clips generated for TensorBoard.
+      visualize_clips: number of clips generated for TensorBoard; 0 for none.
       lora: train a LoRA of the denoiser (by default of its attention), of the text encoder, or of both, and nothing
         else; needs denoiser_weights, and text_encoder_weights with a byte encoder. Checkpoints, moments and EMA are of
         the LoRA alone.

@@ -54,7 +54,8 @@ from jvgen.value_rules import CountOrZero, Weight
 DROPOUT_KEY = 48
 ROLLOUT_KEY = 49
 LORA_KEY = 52
-# File of an export with the content digest of the tokenizer that the transformer was trained with.
+# File of an export with the content digest of the tokenizer that the transformer was trained with, and whether its
+# contexts begin with a goal.
 TRAINED_WITH = "trained_with.json"
 
 
@@ -68,6 +69,12 @@ def check_trained_with(folder: Path) -> None:
             "other meanings. Copy the run's task.tokenizer_weights there, or, if the same weights were only saved "
             f"again, delete {record.name}."
         )
+
+
+def has_goal(folder: Path) -> bool:
+    """Whether an export is of a run with `WorldModelConfig.goal`; False for one that does not say it."""
+    record = folder / TRAINED_WITH
+    return record.is_file() and bool(read_json_object(local_copy(record)).get("goal"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,7 +233,8 @@ class WorldModelTask(Task):
         if weights is None or not as_path(weights).is_dir():
             return {}
         tokenizer = {f"tokenizer/{file.name}": file for file in content_files(local_copy(weights))}
-        return {TRAINED_WITH: json.dumps({"tokenizer": content_digest(weights)}) + "\n", **tokenizer}
+        record = {"tokenizer": content_digest(weights), **({"goal": True} if self.config.goal else {})}
+        return {TRAINED_WITH: json.dumps(record) + "\n", **tokenizer}
 
     # Batches.
 

@@ -134,9 +134,20 @@ class Program:
             yield
 
     def check(self) -> None:
-        """Raise `ValueError` for batches that do not divide over the mesh, the accumulation or the networks, and for
-        products in 8 bits without the package that makes them."""
+        """Raise `ValueError` for batches that do not divide over the mesh, the accumulation or the networks, for an EMA
+        of no parameter, and for products in 8 bits without the package that makes them."""
         quantized.check_installed(self.experiment.training.precision.quantized)
+        if any(not nested.flatten(averaged) for averaged in self.abstract.ema.values()):
+            trained = [
+                path
+                for path in nested.flatten(self.task.axes())
+                if any(optimizer.trainable(path) for optimizer in self.optimizers.values())
+            ]
+            raise ConfigError(
+                f"ema.parameters = {self.experiment.ema.parameters!r}: matches no trained parameter (it is matched "
+                "from the start of the path), so EMA would be the parameters themselves. Paths are such as "
+                f"{', '.join(trained[:3])}; or set ema.decays = () for none."
+            )
         for bucket in self.experiment.data.buckets:
             check_batch(self.experiment, bucket, self.sharding)
             self.experiment.task.check_bucket(bucket)

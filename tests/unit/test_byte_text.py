@@ -8,7 +8,7 @@ import pytest
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.byte_text.flops import forward_flops
 from jvgen.models.byte_text.model import ByteTextEncoder
-from jvgen.models.byte_text.tokenizer import END, FIRST_BYTE, PAD, VOCABULARY, detokenize, tokenize
+from jvgen.models.byte_text.tokenizer import END, FIRST_BYTE, PAD, VOCABULARY, detokenize, tokenize, truncated_text
 from jvgen.models.byte_text.torch_map import from_diffusers_config, to_diffusers_config, weight_map
 from jvgen.nested import flatten
 from jvgen.nn.network import Network
@@ -36,7 +36,9 @@ def test_tokens_are_bytes_then_an_end_then_padding():
 @pytest.mark.parametrize("caption", ["a red ball rolls left", "", "ein Würfel fällt", "立方体 🟥"])
 def test_captions_survive(caption):
     assert detokenize(tokenize(caption, 64)) == caption
-    assert caption.startswith(detokenize(tokenize(caption, 5)))
+    read = detokenize(tokenize(caption, 5))
+    assert caption.startswith(read) and truncated_text(caption, 5) == caption[len(read) :].strip()
+    assert truncated_text(caption, 64) == ""
 
 
 def test_embeddings_depend_on_every_byte_and_its_place(parameters):

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,14 @@ from jvgen.interop.to_torch import export_network
 from jvgen.models.dinov2.config import Dinov2Config
 from jvgen.models.dinov2.model import Dinov2
 from jvgen.nn.network import Network
+from jvgen.runs import analysis
+from jvgen.runs.evaluation import _described, _networks, _prepare
+from jvgen.runs.generation import clip_rate, sample_request
 from jvgen.runs.held_out import SamplingOptions, generate_views, read_held_out
 from jvgen.runs.inference import open_run
+from jvgen.tasks.text_to_video import TextToVideo
 from jvgen.training.checkpoint.initial import write_first_checkpoint
+from jvgen.training.experiment import Experiment
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from toy_clip import write_toy_clip  # noqa: E402
@@ -133,8 +139,8 @@ def scenes(tmp_path_factory) -> str:
     return folder
 
 
-def new_run(folder: Path, name: str, scenes: str, vae: Path, **changes: object) -> Path:
-    """A run of a demo's config, made tiny, that has not begun."""
+def tiny(name: str, scenes: str, vae: Path, **changes: object) -> Experiment:
+    """A demo's config, made tiny."""
     values = {
         "task.vae_weights": vae, "task.latents": "pixels", "task.spatial_compression": 2, "task.sampler.steps": 2,
         "task.validation_timesteps": 1, "task.denoiser.layers": 1, "task.denoiser.heads": 2,
@@ -145,9 +151,64 @@ def new_run(folder: Path, name: str, scenes: str, vae: Path, **changes: object) 
         "data.buckets.0.batch_size": 8, "data.buckets.0.height": 16, "data.buckets.0.width": 16,
         "data.buckets.0.frames": 5, **changes,
     }  # fmt: skip
-    experiment = config.override(config.load(CONFIGS / name), [f"{path}={value}" for path, value in values.items()])
-    write_first_checkpoint(experiment, folder / "run", {})
+    return config.override(config.load(CONFIGS / name), [f"{path}={value}" for path, value in values.items()])
+
+
+def new_run(folder: Path, name: str, scenes: str, vae: Path, **changes: object) -> Path:
+    """A run of it that has not begun."""
+    write_first_checkpoint(tiny(name, scenes, vae, **changes), folder / "run", {})
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def grown(scenes, vae_folder) -> Experiment:
+    """A run that has images and small clips too."""
+    vae = {"task.vae.block_channels": "8,8", "task.vae.groups": 4, "task.vae.layers_per_block": 1}
+    made = tiny("demo_image_latents.py", scenes, vae_folder(0), **vae)
+    (large,) = made.data.buckets
+    large = large.replace(frames=3, strides=(2,))
+    buckets = (large.replace(frames=1, strides=(1,)), large.replace(height=12, width=12), large)
+    return made.replace(data=made.data.replace(buckets=buckets))
+
+
+def test_a_run_is_measured_by_its_largest_clips(grown):
+    """As `jvgen sample` makes them; their rate is that of every second recorded frame."""
+    loader = _prepare(grown, None, 1, SamplingOptions(samples=3), None, None).loader
+    held_out = read_held_out(SimpleNamespace(experiment=grown, task=grown.task.build()), loader, 3)
+    assert held_out.size == (3, 16, 16) and held_out.frames_per_second == 4.0
+    request = sample_request(grown)
+    assert held_out.size == (request.frames, request.height, request.width)
+    # Files of sampled clips have the rate at which frames are taken, where the config says it.
+    assert clip_rate(grown) == 8
+    large = grown.data.buckets[2].replace(strides=(1,), frames_per_second=4.0)
+    assert clip_rate(grown.replace(data=grown.data.replace(buckets=(*grown.data.buckets[:2], large)))) == 4.0
+    assert _networks(held_out, SimpleNamespace(features=None, clip=None, subjects=None))["frames_per_second"] == 4.0
+
+
+def test_the_guidance_that_clips_were_made_with_is_noted(grown):
+    def noted(kind: str, **options: float) -> tuple:
+        task = grown.task.replace(guidance=grown.task.guidance.replace(kind=kind, scale=6.0))
+        found = _described(grown.replace(task=task), SamplingOptions(samples=1, **options))
+        return found["guidance_kind"], found["guidance"]
+
+    assert noted("none") == ("none", 1.0) and noted("none", guidance=3.0) == ("constant", 3.0)
+    assert noted("dynamic") == ("dynamic", 6.0) and noted("constant", guidance=1.0) == ("none", 1.0)
+
+
+def test_layers_are_analyzed_on_the_largest_clips(grown, tmp_path, monkeypatch):
+    """Batches of images and of small clips are left out: they are not averaged with the others."""
+    write_first_checkpoint(grown, tmp_path / "run", {})
+    seen = []
+
+    def analyze_layers(self, parameters, frozen, batch, key, timestep):
+        seen.append(batch["video"].shape[1:])
+        return {"frames": jnp.full((1, batch["video"].shape[1]), 2.0)}
+
+    monkeypatch.setattr(TextToVideo, "analyze_layers", analyze_layers)
+    loader = analysis._prepare(grown, None, (500.0,), 2)
+    ((_, found),) = analysis._measure(open_run(tmp_path / "run"), loader, (500.0,), 2)
+    assert set(seen) == {(3, 16, 16, 3)}
+    np.testing.assert_array_equal(found["frames"], np.full((1, 3), 2.0))
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +247,6 @@ def test_a_multi_view_run_is_measured(view_run, tmp_path, jvgen):
 
 def test_views_are_generated_for_each_sets_own_cameras(view_run):
     """The same as by `jvgen sample`'s code for one set, whatever is in the batch with it."""
-    from jvgen.runs.evaluation import _prepare
-
     loaded = open_run(view_run)
     prepared = _prepare(loaded.experiment, None, 1, SamplingOptions(samples=3), None, None)
     held_out = read_held_out(loaded, prepared.loader, 3)
@@ -236,6 +295,7 @@ def test_a_text_to_video_run_is_measured(tmp_path, scenes, vae_folder, jvgen, mo
         (("--samples", 1, "--dinov2", vae_folder(0)), "holds a network of ImageVAEConfig; give a folder of"),
         (("--lpips-weights", "lpips.safetensors"), "TextToVideoConfig measures no perceptual distance"),
         (("--samples", -1), "must be at least 0"),
+        (("--samples", 1, "--steps", 1001, "--i3d", "i3d.safetensors"), "steps = 1001: must be at most 1000"),
     ):
         done = jvgen(*words, *more)
         assert done.status == 2 and message in done.err

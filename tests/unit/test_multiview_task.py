@@ -19,6 +19,7 @@ from jvgen.interop.to_torch import export_network
 from jvgen.models.byte_text.config import ByteTextConfig
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.multiview.config import MultiViewDiTConfig, SyncConfig
+from jvgen.models.video_dit.enhance import EnhanceConfig
 from jvgen.nested import flatten
 from jvgen.nn.lora import LoraConfig
 from jvgen.saved_config import from_json, to_json
@@ -351,6 +352,9 @@ def test_the_configuration():
         assert all(value > 0 for value in task.flops(bucket).values())
     with pytest.raises(ConfigError, match="sync.band = -1.0"):
         validate_tree(CONFIG.replace(denoiser=CONFIG.denoiser.replace(sync=SyncConfig(every=1, groups=4, band=-1.0))))
+    with pytest.raises(ConfigError, match="enhance: views are generated without it; leave it none"):
+        validate_tree(CONFIG.replace(enhance=EnhanceConfig()))
+    assert CONFIG.replace(visualize_clips=0).build().visualize({}, {}, {}, jax.random.key(0)) == {}
 
 
 # Given frames --------------------------------------------------------------------------------------------------------

@@ -150,6 +150,21 @@ def test_no_opengl_is_one_message(error, monkeypatch, tmp_path, capsys) -> None:
     assert "MuJoCo found no OpenGL: set MUJOCO_GL=egl" in printed and "Traceback" not in printed
 
 
+def test_a_world_with_a_goal_is_given_one(world) -> None:
+    """Also where plans are judged by rewards: its context begins with the goal."""
+    spaces = SceneEnvironment(SMALL)
+    plain = types.SimpleNamespace(observation_space=spaces.observation_space, action_space=spaces.action_space)
+    with_goal = world_of(goal=True)
+    with pytest.raises(ConfigError, match="a goal image in its context .* give --goal FILE"):
+        check_fit(plain, with_goal, None, "model")
+    for environment, one, goal in (
+        (plain, with_goal, np.zeros((16, 16, 3))),
+        (spaces, with_goal, None),
+        (plain, world, None),
+    ):
+        check_fit(environment, one, goal, "model")
+
+
 def test_worlds_that_do_not_fit_are_refused(world) -> None:
     big = SceneEnvironment(SMALL.replace(height=32, width=32))
     with pytest.raises(ConfigError, match=r"frames are \(32, 32, 3\), the world model's \(16, 16, 3\)"):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTrans
 from jvgen.reinforcement.config import ImaginationConfig
 from jvgen.reinforcement.pretrained import read_pretrained
 from jvgen.runs.inference import open_run
+from jvgen.runs.world_models import load_world_model, read_context
 
 TOKENIZER = CompressiveTokenizerConfig(
     resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
@@ -186,6 +188,32 @@ def test_bad_input(model, data, tmp_path, jvgen):
         done = jvgen("play", *words)
         assert done.status == 2, words
         assert re.search(message, done.err), done.err
+
+
+def test_the_goal_of_a_played_episode_is_the_last_recorded_frame(data):
+    world = SimpleNamespace(context_frames=2, tokenizer=TOKENIZER, world=SimpleNamespace(goal=True))
+    seen = [read_context(world, str(data), start=start, stride=2).mean(axis=(1, 2, 3)) for start in (0, 4, 8)]
+    np.testing.assert_allclose(seen, [[200, 0], [200, 100], [200, 200]], atol=4)
+    with pytest.raises(ValueError, match="reaches frame 9; the recording has 9"):
+        read_context(world, str(data), start=9)
+
+
+def test_a_run_is_played_as_its_config_says(model, tmp_path, jvgen):
+    """Greedily, and with a goal, which its export keeps."""
+    tokenizer = shutil.copytree(model / "tokenizer", tmp_path / "tokenizer")
+    text = ADAPTED.format(transformer=TRANSFORMER, tokenizer=TOKENIZER, weights=tokenizer)
+    text = text.replace("<Remat.NONE: 'none'>", "Remat.NONE").replace("frames=4", "frames=3")
+    text = text.replace("tokenizer_weights=", "goal=True, sampling=SamplingConfig(greedy=True), tokenizer_weights=")
+    text = f"from jvgen.models.ivideogpt.sampling import SamplingConfig\n{text}"
+    (tmp_path / "goal.py").write_text(text)
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    done = jvgen("import", model / "transformer", "--config", tmp_path / "goal.py", "--to", run)
+    assert done.status == 0, done.err
+    assert jvgen("export", run, "--to", exported).status == 0
+    for folder, greedy in ((run, True), (exported, False), (model, False)):
+        world = load_world_model(folder, frames=4).world
+        assert (world.sampling.greedy, world.goal) == (greedy, folder != model)
+    assert load_world_model(exported, frames=4, greedy=True).world.sampling.greedy
 
 
 # Weights adapted to other heads, as in the finetuning recipes.

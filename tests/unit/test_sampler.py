@@ -131,6 +131,7 @@ def test_levels_of_the_sat_code():
         (COGVIDEOX, "v", SamplerConfig(levels="sat", spacing="leading"), "spacing = 'trailing'"),
         (STABLE, "v", SamplerConfig(levels="sat"), "zero_terminal = true"),
         (FLOW, "velocity", SamplerConfig(levels="sat"), "levels = 'schedule'"),
+        (COGVIDEOX, "v", SamplerConfig(levels="sat", steps=1), "steps = 1: .* at least 2 steps"),
     ],
 )
 def test_invalid_combinations_are_refused(schedule, prediction, sampler, words):

@@ -14,7 +14,7 @@ from jvgen.runs.clip_folder import plan_clips
 from jvgen.runs.generation import sample_request
 from jvgen.runs.given_files import GivenFiles
 from jvgen.runs.noise import read_noise
-from jvgen.runs.prompts import read_prompts
+from jvgen.runs.prompts import MAX_LISTED, read_prompts, warn_of_truncated
 from jvgen.training.config import TrainingConfig
 from jvgen.training.experiment import Experiment
 
@@ -39,6 +39,15 @@ def test_noise_that_is_refused(array, said, tmp_path):
     np.save(tmp_path / "noise.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=said):
         read_noise(tmp_path / "noise.npy", SHAPE, 2)
+
+
+def test_prompts_that_are_too_long_are_told(capsys):
+    task = CONFIG.build()
+    warn_of_truncated(task, ["red", "a red ball", "a red ball", "blue"])
+    assert capsys.readouterr().err == "warning: a prompt has more than 6 tokens; cut off: 'ball'\n"
+    warn_of_truncated(task, [f"number {number}" for number in range(MAX_LISTED + 2)])
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == MAX_LISTED + 1 and told[-1] == "warning: 2 more prompts are cut off"
 
 
 def test_noise_comes_in_both_layouts_for_one_clip_or_for_each(tmp_path):

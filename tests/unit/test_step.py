@@ -424,6 +424,16 @@ def test_a_batch_that_does_not_divide_is_named_before_anything_runs(mesh, accumu
         Program.build(experiment, make_mesh(MeshConfig(**mesh))).check()
 
 
+@pytest.mark.parametrize(
+    "changes", [{"ema.parameters": "net/"}, {"optimizer.frozen": "model/.*kernel", "ema.parameters": ".*kernel"}]
+)
+def test_an_average_of_nothing_is_refused(changes):
+    """It would be the parameters themselves under its name: in evaluations, samples and exports."""
+    program = Program.build(toys.experiment(**changes), make_mesh(MeshConfig(fsdp=8)))
+    with pytest.raises(ConfigError, match="ema.parameters = .*: matches no trained parameter.* model/"):
+        program.check()
+
+
 def test_copies_of_state_that_fsdp_cannot_split_are_counted_and_named():
     mesh = make_mesh(MeshConfig(fsdp=8))
     assert Program.build(toys.experiment(), mesh).replicated_bytes() == {}

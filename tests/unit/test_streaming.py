@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvgen.autoencoding.evaluation import evaluate_vae
+from jvgen.autoencoding.evaluation import _check_clip, evaluate_vae
 from jvgen.autoencoding.streaming import StreamingVAE
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.source_checks import check_latents
@@ -19,6 +19,7 @@ from jvgen.interop.digest import DIGESTS_FILE, content_digest
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.to_torch import export_network
+from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.model import CVVAE
 from jvgen.models.cv_vae.tiling import decode_tiled, encode_tiled
@@ -260,6 +261,13 @@ def test_latents_of_a_data_set(jvgen, folder, scenes, tmp_path):
     assert check_latents(out, content_digest(str(folder(CAUSAL))))["group"] == 2
 
 
+def test_lengths_that_cogvideox_decodes_to_other_lengths_are_refused():
+    for frames, near in ((13, "9 or 17"), (0, "1 or 9")):
+        with pytest.raises(ValueError, match=f"--frames {frames}: this VAE takes 8n \\+ 1; give {near}"):
+            _check_clip(CogVideoXVAEConfig.tiny(), frames, (16, 16))
+    _check_clip(CogVideoXVAEConfig.tiny(), 17, (16, 16))
+
+
 def test_evaluation_of_an_exported_vae(jvgen, folder, scenes, tmp_path):
     words = ["--data", scenes, "--size", "16x16", "--batches", 1, "--batch-size", 2]
     done = jvgen(
@@ -282,6 +290,16 @@ def test_evaluation_of_an_exported_vae(jvgen, folder, scenes, tmp_path):
     )  # fmt: skip
     assert measured["rfvd_made_clips"] == 2 and measured["rfvd"] > 0
     assert measured["psnr"] == pytest.approx(found["psnr"])
+    # No clip counts twice: of more batches than the data set fills, it is the mean over all eight.
+    some, every = (
+        evaluate_vae(
+            folder(CAUSAL), str(scenes), frames=3, size=(16, 16), batches=n, batch=3, out=tmp_path / f"{n}", worst=9
+        )
+        for n in (2, 4)
+    )
+    worst = [row["record"] for row in json.loads((tmp_path / "4" / "metrics.json").read_text())["worst"]]
+    assert len(worst) == len(set(worst)) == 8 and some != every
+    assert every == evaluate_vae(folder(CAUSAL), str(scenes), frames=3, size=(16, 16), batches=3, batch=3)
     for wrong, words_of in [
         (["--vae", folder(CAUSAL), "--frames", 4], "--frames 4: this VAE takes 2n + 1; give 3 or 5"),
         (["--vae", folder(CAUSAL), "--frames", 3, "--image-vae", folder(CAUSAL)], "not an image VAE"),

@@ -341,6 +341,7 @@ def test_clips_for_tensorboard(parameters, frozen):
     assert {name: (clip.pixels.shape, clip.pixels.dtype, clip.finite.all()) for name, clip in shown.items()} == {
         name: ((2, 3, 8, 8, 3), jnp.uint8, True) for name in ("data", "sample")
     }
+    assert CONFIG.replace(visualize_clips=0).build().visualize(parameters, frozen, batch_of(), jax.random.key(0)) == {}
     blind = CONFIG.replace(vae=None, vae_weights=None).build()
     assert blind.visualize(parameters, {}, batch_of(), jax.random.key(0)) == {}
 

@@ -107,6 +107,22 @@ def test_views_of_a_named_path(run, jvgen, tmp_path):
     assert other.status == 2 and "made with other settings (seed = 0, now 1)" in other.err
 
 
+def test_views_of_a_run_without_a_vae(changes, vae_folder, tmp_path, jvgen):
+    """A run on cached latents: the command takes the VAE that made them, and tells of prompts that are too long."""
+    latents = [*changes, "task.latents=data", "task.vae=none", "task.vae_weights=none", "task.sampler.steps=1"]
+    experiment = config.override(config.load(CONFIG), latents)
+    still = experiment.data.replace(buckets=experiment.data.buckets[:1])
+    write_first_checkpoint(experiment.replace(data=still), tmp_path / "run", {})
+    words = ("sample", tmp_path / "run", "--prompt", "a red ball moves left", "--cameras", "circle")
+    done = jvgen(*words, "--out", tmp_path / "none")
+    assert done.status == 2 and "give --vae DIR, the VAE that made the latents" in done.err
+    done = jvgen(*words, "--vae", vae_folder(0), "--out", tmp_path / "clips")
+    assert done.status == 0, done.err
+    assert len(list((tmp_path / "clips").glob("*/view_*.mp4"))) == 2
+    assert "a prompt has more than 16 tokens; cut off: 's left'" in done.err
+    assert json.loads((tmp_path / "clips" / "index.jsonl").read_text())["vae"] == str(vae_folder(0))
+
+
 def test_mistakes_are_reported_before_weights_are_read(run, jvgen, tmp_path):
     def error_of(*words) -> str:
         done = jvgen("sample", run, "--prompt", "a", "--out", tmp_path / "x", *words)
@@ -116,6 +132,7 @@ def test_mistakes_are_reported_before_weights_are_read(run, jvgen, tmp_path):
     assert "cameras = 'spiral': must be one of circle" in error_of("--cameras", "spiral")
     assert "camera file 'none.txt' does not exist" in error_of("--cameras", "none.txt")
     assert "--cameras: name a path (circle, hemisphere, interpolate, dolly) or camera files" in error_of("--views", 2)
+    assert "the run's config names a VAE" in error_of("--cameras", "circle", "--vae", "vae")
     assert "--enhance: not valid with --cameras" in error_of("--cameras", "circle", "--enhance", 2.0)
     assert "do not divide over 8 devices; take --batch-size 8" in error_of(
         "--cameras", "circle", "--views", 3, "--batch-size", 2

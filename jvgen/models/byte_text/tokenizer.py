@@ -17,11 +17,20 @@ def tokenize(caption: str, length: int) -> np.ndarray:
     """
     if length < 1:
         raise ValueError(f"length = {length}: must be at least 1, for the end token.")
-    kept = caption.encode("utf-8")[: length - 1].decode("utf-8", errors="ignore").encode("utf-8")
+    kept = _kept(caption, length).encode("utf-8")
     tokens = np.full(length, PAD, np.int32)
     tokens[: len(kept)] = np.frombuffer(kept, np.uint8).astype(np.int32) + FIRST_BYTE
     tokens[len(kept)] = END
     return tokens
+
+
+def truncated_text(caption: str, length: int) -> str:
+    """The text that is truncated if a caption has more than `length` tokens, including the end token; or ""."""
+    return caption[len(_kept(caption, length)) :].strip()
+
+
+def _kept(caption: str, length: int) -> str:
+    return caption.encode("utf-8")[: length - 1].decode("utf-8", errors="ignore")
 
 
 def detokenize(tokens: np.ndarray) -> str:

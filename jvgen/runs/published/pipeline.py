@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from jvgen.runs.faults import Faults
 from jvgen.runs.generation import clip_name
 from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.noise import read_noise
+from jvgen.runs.prompts import warn_of_truncated
 from jvgen.runs.published.placement import Placement, default_dtype
 from jvgen.runs.published.stages import Batch, Decoder, Denoiser, GivenMoments, encode_captions, encode_given
 from jvgen.saved_config import to_json
@@ -44,7 +44,6 @@ from jvgen.terminal import progress_bar
 from jvgen.training.telemetry.throughput import peak_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_SHOWN = 200  # characters of a prompt's end that no network reads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +284,7 @@ def _make(
     denoiser_config = prepared.config.denoiser.replace(token_multiple=placement.devices_a_clip)
     task = prepared.config.replace(denoiser=denoiser_config).build()
     wanted = [prompts[clip.prompt] for _, clip in todo]
-    _tell_cut_prompts(task, [*wanted, request.negative_prompt])
+    warn_of_truncated(task, [*wanted, request.negative_prompt])
     embeddings = encode_captions(
         task, [*wanted, request.negative_prompt], placement, prepared.adapters.get("text_encoder"),
         unmerged=request.lora_unmerged,
@@ -388,14 +387,3 @@ _to_unit_clips = jax.jit(lambda values: clips_of(values, _to_unit))
 def _to_unit(values: jax.Array) -> jax.Array:
     """-1..1 to float32 in 0..1, clipped."""
     return jnp.clip(values.astype(jnp.float32) / 2 + 0.5, 0, 1)
-
-
-def _tell_cut_prompts(task: TextToVideo, prompts: Sequence[str]) -> None:
-    for prompt in dict.fromkeys(prompts):
-        left_over = task.text.truncated_text(prompt)
-        if left_over:
-            shown = left_over if len(left_over) <= MAX_SHOWN else f"{left_over[:MAX_SHOWN]}..."
-            print(
-                f"warning: a prompt has more than {task.config.text.length} tokens; cut off: {shown!r}",
-                file=sys.stderr,
-            )
