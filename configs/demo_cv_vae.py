@@ -3,7 +3,7 @@
 Should reach: PSNR 30.4 dB on held-out clips of 17 frames, 4x4x4 pixels per latent, with latents that the image VAE's
 decoder reads within 1 dB of its own.
 Chips: a CPU with 2 cores.
-Memory: 1.6 GiB resident at most, with everything else of the process (measured).
+Memory: 2.0 GiB resident at most, with everything else of the process (measured).
 Time: 0.40 s per step (measured beside one other job).
 Data: that of `demo_image_vae.py`. Start with `jvgen import runs/demo/export/image_vae/vae --inflate --config
 configs/demo_cv_vae.py --to runs/demo/video_vae`. Run by `make demo`.

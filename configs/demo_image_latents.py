@@ -27,7 +27,7 @@ def experiment() -> Experiment:
     return made.replace(
         name="demo_image_latents",
         task=task.replace(
-            denoiser=task.denoiser.replace(temporal_compression=1),
+            denoiser=task.denoiser.replace(layers=6, temporal_compression=1),
             vae=ImageVAEConfig.tiny(),
             vae_weights="runs/demo/export/image_vae/vae",
             temporal_compression=1,

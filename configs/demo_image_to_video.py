@@ -29,7 +29,7 @@ def experiment() -> Experiment:
         name="demo_image_to_video",
         # Input channels are those of the noise, and of the latents of the given frame.
         task=task.replace(
-            denoiser=task.denoiser.replace(in_channels=8),
+            denoiser=task.denoiser.replace(layers=6, in_channels=8),
             condition="first_frame",
             # It was measured with these.
             objective=ObjectiveConfig(target="velocity", timesteps=TimestepConfig(kind="logit_normal")),

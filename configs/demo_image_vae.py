@@ -2,8 +2,8 @@
 
 Should reach: PSNR 30.3 dB on held-out frames.
 Chips: a CPU with 2 cores.
-Memory: 1.6 GiB resident at most, with everything else of the process (measured).
-Time: 0.5 s per step, 3.5 minutes for the run with its restart (measured on two slow cores).
+Memory: 1.8 GiB resident at most, with everything else of the process (measured).
+Time: 0.5 s per step, 3 minutes for the run with its restart (measured on two slow cores).
 Data: `jvgen data build scenes --out runs/demo/scenes`. Run by `make demo`.
 """
 

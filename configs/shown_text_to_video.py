@@ -32,7 +32,7 @@ def experiment() -> Experiment:
         name="shown_text_to_video",
         task=task.replace(
             denoiser=task.denoiser.replace(
-                in_channels=vae.latent_channels, out_channels=vae.latent_channels, sample_frames=8
+                layers=6, in_channels=vae.latent_channels, out_channels=vae.latent_channels, sample_frames=8
             ),
             vae=vae,
             vae_weights="runs/shown/export/video_vae/vae",

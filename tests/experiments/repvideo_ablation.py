@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def experiment(setting: Setting, name: str, seed: int) -> Experiment:
-    """The demo's run with a variant's denoiser."""
+    """The demo's run with a variant's denoiser of six layers, RepVideo's period."""
     base: Experiment = configuration.load(CONFIG)
     statistics_of = json.loads((setting.latents / "latent_statistics.json").read_text())
     frames, height, width = setting.size
@@ -134,7 +134,7 @@ def experiment(setting: Setting, name: str, seed: int) -> Experiment:
         name=_slug(name),
         seed=seed,
         task=base.task.replace(
-            denoiser=base.task.denoiser.replace(aggregation=VARIANTS[name], temporal_compression=group),
+            denoiser=base.task.denoiser.replace(layers=6, aggregation=VARIANTS[name], temporal_compression=group),
             vae=vae,
             vae_weights=str(setting.vae),
             spatial_compression=vae.downsampling,

@@ -16,7 +16,7 @@ from jvgen.data.scenes.labels import COLORS, labels_of
 from jvgen.data.video_files import encode_video
 from jvgen.demo import demo, views, views_report, world, world_report
 from jvgen.demo import report as demo_report
-from jvgen.demo.stages import DemoFailed, Stages, command_line, seconds_by_the_clock
+from jvgen.demo.stages import DemoFailed, Stages, command_line, quick_to_compile, seconds_by_the_clock
 from jvgen.interop.to_torch import export_network
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.inflate import inflate
@@ -53,6 +53,14 @@ def stages(tmp_path, monkeypatch):
 
 def append(path) -> list[object]:
     return ["import sys; open(sys.argv[1], 'a').write('x')", path]
+
+
+def test_programs_for_cpus_are_compiled_quickly_unless_flags_say_how():
+    level = "--xla_backend_optimization_level"
+    assert quick_to_compile({"JAX_PLATFORMS": "cpu"}) == {"XLA_FLAGS": f"{level}=1"}
+    assert quick_to_compile({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--a=b"}) == {"XLA_FLAGS": f"--a=b {level}=1"}
+    assert quick_to_compile({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{level}=3"}) == {}
+    assert quick_to_compile({"JAX_PLATFORMS": "cuda"}) == quick_to_compile({}) == {}
 
 
 def test_a_complete_stage_is_skipped(stages, tmp_path, capsys):
