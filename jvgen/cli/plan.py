@@ -46,7 +46,7 @@ def add_commands(commands) -> None:
     search = parser.add_argument_group("the search")
     search.add_argument(
         "--method", choices=("mppi", "cem"), default="mppi",
-        help="start from VP2's settings of this method: MPPI with one round of 200 candidates, CEM with three",
+        help="start from VP2's numbers for this method: MPPI with one round of 200 candidates, CEM with three",
     )  # fmt: skip
     add_set_argument(
         search, "FIELD=VALUE", "override one field of the search: samples, horizon, iterations, gamma, ... (repeatable)"
