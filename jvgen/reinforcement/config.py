@@ -133,7 +133,7 @@ class ReinforcementConfig(TaskConfig):
       imagination: the world model; none for DrQ-v2 alone.
       resolution: height and width of frames.
       action_width: components of an action, each in [-1, 1].
-      episode_steps: actions per episode; none for the environment's own number.
+      episode_steps: actions per episode, of every kind of environment; none for the environment's own number.
       demonstrations: episodes of the environment's expert that the replay starts with.
       replay_capacity: rows (frames) of the replay, and of that of imagined sequences.
       replay_reserve: rows that may be added since the last checkpoint but one, see `jvgen.control.replay`.

@@ -82,7 +82,11 @@ class Experience:
                 pixels_scaled_twice=self.world.released.pixels_scaled_twice,
             )
             self._prepare = jax.jit(self.world.world().prepare)
-        workers = {"stack": self.stack, "failure_budget": config.failure_budget, "timeout": config.timeout}
+        workers = {
+            "stack": self.stack, "failure_budget": config.failure_budget, "timeout": config.timeout,
+            # Environments of one's own are opened without it.
+            "steps": config.episode_steps,
+        }  # fmt: skip
         self._environment = SteppedEnvironment(environment_maker(config, data, "train"), **workers)
         held_out = environment_maker(config, data, "evaluation")
         self._evaluation = Collector(held_out, config.environments, **workers)
