@@ -246,6 +246,9 @@ class ReplayRing:
     def draw_stacks(self, batch: int, rng: np.random.Generator, stack: int) -> UInt8[np.ndarray, "B S H W C"]:
         """Frames up to rows that are drawn uniformly, newest last: where imagination starts.
 
+        Not at rows with which an episode ended for good: no action was taken there (MBPO, arXiv 1906.08253, draws
+        states of transitions).
+
         Raises:
           ValueError: no rows.
         """
@@ -269,7 +272,9 @@ class ReplayRing:
 
     def _is_start(self, rows: np.ndarray, steps: int) -> np.ndarray:
         place = self._places[rows]
-        return (place[:, 0] == self._places[(rows + steps) % self.size, 0]) & (place[:, 1] >= 0)
+        inside = (place[:, 0] == self._places[(rows + steps) % self.size, 0]) & (place[:, 1] >= 0)
+        # Nothing follows on a terminal row: this matters for starts without steps after them.
+        return inside & (self._discounts[rows] > 0)
 
     def _stacks(self, rows: np.ndarray, stack: int) -> np.ndarray:
         """Frames up to each row, `B H W S*C`."""
