@@ -289,6 +289,44 @@ def test_frames_that_a_cost_does_not_look_at_are_not_rendered(frames, rendered) 
     np.testing.assert_array_equal(SimulatedWorld(plain, 2).predict((), None, actions, None, "last")[0], whole[:, -1:])
 
 
+class Ending(Counted):
+    """Ends for good with its second step, after which it must not be stepped."""
+
+    def reset(self, **options):
+        self.taken = 0
+        return super().reset(**options)
+
+    def advance(self, action):
+        assert self.taken < 2, "stepped after its end"
+        self.taken += 1
+        reward, _, *rest = super().advance(action)
+        return reward, self.taken == 2, *rest
+
+    def snapshot(self):
+        return super().snapshot(), self.taken
+
+    def restore(self, state):
+        super().restore(state[0])
+        self.taken = state[1]
+
+
+def test_an_episode_of_the_simulator_that_ends_for_good_goes_no_further() -> None:
+    """Rewards after its end are none: a plan that ends the episode early was worth what it did afterwards."""
+    ending, plain = Ending(), PointEnvironment()
+    for environment in (ending, plain):
+        environment.reset()
+    actions = np.random.default_rng(0).uniform(-1, 1, (2, 4, 2)).astype(np.float32)
+    whole, expected = SimulatedWorld(plain, 2).predict((), None, actions, None)
+    for frames in ("all", "last", "none"):
+        seen, rewards = SimulatedWorld(ending, 2).predict((), None, actions, None, frames)
+        np.testing.assert_array_equal(rewards, np.where(np.arange(4) < 2, expected, 0))
+        if frames == "all":
+            np.testing.assert_array_equal(seen, np.asarray(whole)[:, [0, 1, 1, 1]])
+        elif frames == "last":
+            np.testing.assert_array_equal(seen, whole[:, 1:2])
+        assert ending.taken == 0
+
+
 ANYTHING = RandomPolicy(np.full(2, -1.0), np.ones(2))
 
 
