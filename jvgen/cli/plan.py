@@ -31,7 +31,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--greedy", action="store_true", help="predict the most likely tokens instead of sampled ones")
     parser.add_argument(
         "--frames", type=number(Frames), metavar="N",
-        help="longest sequence in frames, context included; the training length if omitted",
+        help="longest sequence in frames, context included; if omitted the run's, or all positions of an export",
     )  # fmt: skip
     task = parser.add_argument_group("what is controlled")
     task.add_argument(

@@ -85,9 +85,9 @@ def plan_episodes(
         back to a state; a cost that needs rewards with a world that predicts none; an episode without the goal image
         that its plans need.
     """
+    check_fit(environment, world if way == "model" else None, goal, way)
     space = environment.action_space
     low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
-    check_fit(environment, world if way == "model" else None, goal, way)
     made, goals, planner, sheet = [], [], None, None
     for number in range(episodes):
         own = seed + number
@@ -161,8 +161,9 @@ def cost_for(name: str, lpips: Path | None = None) -> Callable[[np.ndarray | Non
 def check_fit(environment: Any, world: WorldModel | None, goal: np.ndarray | None, way: str) -> None:
     """Raise `ConfigError` where environment, world and goal image do not belong together."""
     size, space = environment.observation_space.shape, environment.action_space
-    width = space.shape[0] if len(getattr(space, "shape", None) or ()) == 1 else None
-    if width is None or not np.isfinite(space.low).all() or not np.isfinite(space.high).all():
+    bounds = [getattr(space, name, None) for name in ("low", "high")]
+    width = len(bounds[0]) if all(np.ndim(bound) == 1 for bound in bounds) else None
+    if width is None or not np.isfinite(bounds).all():
         raise ConfigError(f"actions of the environment are {space}: planning needs a bounded Box of one dimension.")
     if way == "simulator" and not all(hasattr(environment, name) for name in ("snapshot", "restore")):
         raise ConfigError(
