@@ -60,7 +60,8 @@ class ImaginationConfig(Config):
       tokenizer, transformer: the networks; the transformer has actions and rewards.
       pretrained: run directory of a world model (`jvgen.tasks.world_model`), or a folder with exported `tokenizer/` and
         `transformer/`, to start from; none starts from random weights. Action and reward heads that it lacks are new.
-      accept_other_data: start from it even though its recordings were of another camera or environment.
+      accept_other_data: start from it even though its recordings were of another camera or environment, or its contexts
+        began with a goal image.
       perceptual, perceptual_weight: distance in the tokenizer's loss.
       moving_weight: of moving pixels in the tokenizer's loss, as `VideoTokenizerConfig.moving_weight`; 0 as published.
       restart: of the tokenizer's dead codes, its steps being updates of the tokenizer; the published code never does.

@@ -215,6 +215,12 @@ def test_a_run_is_played_as_its_config_says(model, tmp_path, jvgen):
         world = load_world_model(folder, frames=4).world
         assert (world.sampling.greedy, world.goal) == (greedy, folder != model)
     assert load_world_model(exported, frames=4, greedy=True).world.sampling.greedy
+    # Imagination gives it no goal.
+    for folder in (run, exported):
+        imagination = ImaginationConfig(tokenizer=TOKENIZER, transformer=TRANSFORMER, pretrained=str(folder))
+        with pytest.raises(ConfigError, match=r"a goal image as first frame .*accept_other_data=true"):
+            read_pretrained(imagination, check_only=True)
+        read_pretrained(imagination.replace(accept_other_data=True), check_only=True)
 
 
 def test_a_run_is_played_at_the_stride_of_its_clips(model, data, tmp_path, jvgen):
