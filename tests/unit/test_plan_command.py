@@ -98,6 +98,17 @@ def test_the_command_without_a_model(scenes, tmp_path, capsys) -> None:
         (["--with", "random", "--cost", "lpips"], "--lpips FILE"),
         (["--with", "random", "--set", "samples=0"], "samples = 0"),
         (["--with", "random", "--set", "sample=9"], "samples"),
+        (
+            ["--with", "simulator", "--set", "elites=0.1"],
+            "--set elites=0.1: mppi does not use elites; leave it out, or",
+        ),
+        (
+            ["--with", "simulator", "--method", "cem", "--set", "gamma=1"],
+            "cem does not use gamma; leave it out, or give",
+        ),
+        (["--with", "simulator", "--greedy"], "--greedy: --with simulator uses no world model; leave --greedy out"),
+        (["--with", "random", "--ema", "raw"], "--ema: --with random uses no world model"),
+        (["--with", "random", "--rows-at-once", "3"], "--rows-at-once: --with random uses no world model"),
         (["--with", "random", "--env", "nowhere"], "--env nowhere: nowhere: no such folder"),
         (["--with", "random", "--env", "json:nothing"], "cannot be imported"),
         (["--with", "random", "--env", "builtins:dict"], "uint8 images"),
