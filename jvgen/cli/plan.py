@@ -5,6 +5,9 @@ import argparse
 from jvgen.cli.arguments import add_checkpoint_arguments, add_command, add_set_argument, number, path
 from jvgen.value_rules import Count, Frames, Seed
 
+# Flags that only planning in a model uses, and fields of the search that only one method does.
+OF_MODEL = ("ema", "step", "frames", "greedy", "rows_at_once", "allow_other_data")
+OF_METHOD = {"gamma": "mppi", "elites": "cem", "minimum_deviation": "cem"}
 COSTS = ("pixels", "last-pixels", "laplacian", "lpips", "reward")
 
 
@@ -31,7 +34,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--greedy", action="store_true", help="predict the most likely tokens instead of sampled ones")
     parser.add_argument(
         "--frames", type=number(Frames), metavar="N",
-        help="longest sequence in frames, context included; the training length if omitted",
+        help="longest sequence in frames, context included; if omitted the run's, or all positions of an export",
     )  # fmt: skip
     task = parser.add_argument_group("what is controlled")
     task.add_argument(
@@ -46,7 +49,7 @@ def add_commands(commands) -> None:
     search = parser.add_argument_group("the search")
     search.add_argument(
         "--method", choices=("mppi", "cem"), default="mppi",
-        help="start from VP2's settings of this method: MPPI with one round of 200 candidates, CEM with three",
+        help="start from VP2's numbers for this method: MPPI with one round of 200 candidates, CEM with three",
     )  # fmt: skip
     add_set_argument(
         search, "FIELD=VALUE", "override one field of the search: samples, horizon, iterations, gamma, ... (repeatable)"
@@ -88,6 +91,7 @@ def run_plan(parsed: argparse.Namespace) -> int:
     config = {"mppi": vp2_mppi, "cem": vp2_cem}[parsed.method](standard_deviation=(0.5,))
     config = override(config, parsed.assignments)
     validate_tree(config)
+    _check_used(parsed, config.method)
     world = None
     if parsed.way == "model":
         world = load_world_model(
@@ -112,3 +116,19 @@ def run_plan(parsed: argparse.Namespace) -> int:
         print(f"wrote {file}")
     print(", ".join(f"{name} {value:.3g}" for name, value in outcome.summary.items()))
     return 0
+
+
+def _check_used(parsed: argparse.Namespace, method: str) -> None:
+    """Raise `ConfigError` for flags and fields that would change nothing."""
+    from jvgen.config import ConfigError
+
+    for name in OF_MODEL if parsed.way != "model" else ():
+        if getattr(parsed, name) not in (None, False, "best"):  # as they are without the flag
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: --with {parsed.way} uses no world model; leave {flag} out.")
+    for assignment in parsed.assignments:
+        field = assignment.partition("=")[0].strip()
+        if OF_METHOD.get(field, method) != method:
+            raise ConfigError(
+                f"--set {assignment}: {method} does not use {field}; leave it out, or give --method {OF_METHOD[field]}."
+            )

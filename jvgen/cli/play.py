@@ -43,9 +43,8 @@ def add_commands(commands) -> None:
     context.add_argument(
         "--stride",
         type=number(Frames),
-        default=1,
         metavar="N",
-        help="frame stride of the context: every N-th recorded frame",
+        help="frame stride of the context: every N-th recorded frame; the run's if omitted, 1 for exports",
     )
     episode = parser.add_argument_group("episode")
     episode.add_argument(
@@ -61,7 +60,7 @@ def add_commands(commands) -> None:
     )  # fmt: skip
     episode.add_argument(
         "--frames", type=number(Frames), metavar="N",
-        help="longest sequence in frames, context included; the training length if omitted",
+        help="longest sequence in frames, context included; if omitted the run's, or all positions of an export",
     )  # fmt: skip
     episode.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="random seed of the sampled tokens")
     episode.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
@@ -78,15 +77,23 @@ def run_play(parsed: argparse.Namespace) -> int:
     import itertools
 
     from jvgen.control import play as playing
-    from jvgen.runs.world_models import load_world_model, read_context
+    from jvgen.runs.world_models import load_world_model, read_context, trained_stride, training_data
 
     if parsed.out is not None and parsed.out.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {parsed.out}: episodes are written as .mp4 or .gif; change the suffix.")
     world = load_world_model(parsed.model, frames=parsed.frames, greedy=parsed.greedy, ema=parsed.ema, step=parsed.step)
+    width, training, stride = world.action_width, training_data(parsed.model), parsed.stride or 1
+    if parsed.actions is not None and not width:
+        raise ValueError(f"--actions {parsed.actions}: this world model takes no actions; leave it out.")
+    if training is not None and parsed.stride is None:
+        stride = trained_stride(training, parsed.data, parsed.record, parsed.split)
+    if stride > 1:
+        note = f"; an action is the sum of {stride} recorded ones" if width else ""
+        print(f"one recorded frame in {stride} (--stride){note}")
     context = read_context(
-        world, parsed.data, split=parsed.split, record=parsed.record, start=parsed.start_frame, stride=parsed.stride
-    )
-    width = world.action_width
+        world, parsed.data, split=parsed.split, record=parsed.record, start=parsed.start_frame, stride=stride,
+        resize="center_crop" if training is None else training.resize,
+    )  # fmt: skip
     if not width:
         actions = itertools.repeat(None, parsed.steps or world.horizon)
     elif parsed.actions is not None:

@@ -77,13 +77,23 @@ class EnvironmentSpec:
 class _Environments:
     """Environments in processes, with a budget of failures."""
 
-    def __init__(self, make: Callable[[], Any], count: int, stack: int, failure_budget: int, timeout: float):
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        count: int,
+        stack: int,
+        failure_budget: int,
+        timeout: float,
+        steps: int | None,
+    ):
         if count < 1 or stack < 1 or failure_budget < 0 or not timeout > 0:
             raise ValueError(
                 f"count = {count}, stack = {stack}, failure_budget = {failure_budget}, timeout = {timeout}: at least "
                 "1, 1, 0, and positive."
             )
-        self.stack, self.failures, self._budget = stack, 0, failure_budget
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps = {steps}: must be at least 1, the actions of an episode, or None.")
+        self.stack, self.failures, self._budget, self._steps = stack, 0, failure_budget, steps
         # Not a fork: JAX has threads.
         self._workers = [_Worker(make, multiprocessing.get_context("spawn"), timeout) for _ in range(count)]
 
@@ -128,6 +138,8 @@ class Collector(_Environments):
       stack: frames per observation of the policy; the first frame of an episode stands in for those before it.
       failure_budget: failures over the life of this object.
       timeout: seconds that a reset or a step may take.
+      steps: an episode ends after this many actions, as by truncation, where the environment does not end it before;
+        None for the environment's own end alone.
 
     Raises:
       TooManyEnvironmentFailures: an environment cannot be started.
@@ -141,8 +153,9 @@ class Collector(_Environments):
         stack: int = 3,
         failure_budget: int = 10,
         timeout: float = 120.0,
+        steps: int | None = None,
     ):
-        super().__init__(make, count, stack, failure_budget, timeout)
+        super().__init__(make, count, stack, failure_budget, timeout, steps)
 
     def collect(self, policy: BatchPolicy | None, seeds: Sequence[int]) -> list[CollectedEpisode]:
         """One episode per seed, as many at a time as there are processes.
@@ -159,7 +172,7 @@ class Collector(_Environments):
         return episodes
 
     def _together(self, policy: BatchPolicy | None, seeds: Sequence[int]) -> list[CollectedEpisode]:
-        running = [_Running(worker, seed) for worker, seed in zip(self._workers, seeds, strict=False)]
+        running = [_Running(worker, seed, self._steps) for worker, seed in zip(self._workers, seeds, strict=False)]
         for row in running:
             self._attempt(row, row.begin)
         while active := [row for row in running if not row.ended]:
@@ -180,8 +193,16 @@ class Collector(_Environments):
 class SteppedEnvironment(_Environments):
     """One environment in a process, one step at a time: what acts while an agent is trained. Arguments: `Collector`."""
 
-    def __init__(self, make: Callable[[], Any], *, stack: int = 3, failure_budget: int = 10, timeout: float = 120.0):
-        super().__init__(make, 1, stack, failure_budget, timeout)
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        *,
+        stack: int = 3,
+        failure_budget: int = 10,
+        timeout: float = 120.0,
+        steps: int | None = None,
+    ):
+        super().__init__(make, 1, stack, failure_budget, timeout, steps)
         self._row: _Running | None = None
 
     def begin(self, seed: int, actions: Sequence[np.ndarray] = ()) -> None:
@@ -191,7 +212,7 @@ class SteppedEnvironment(_Environments):
         Raises:
           TooManyEnvironmentFailures: more failures than the budget.
         """
-        self._row = _Running(self._workers[0], seed)
+        self._row = _Running(self._workers[0], seed, self._steps)
         self._attempt(self._row, self._row.begin)
         for number, action in enumerate(actions, 1):
             ended = self.step(action) is not None
@@ -246,8 +267,8 @@ def describe_environment(make: Callable[[], Any], timeout: float = 120.0) -> Env
 class _Running:
     """An episode under way."""
 
-    def __init__(self, worker: "_Worker", seed: int):
-        self.worker, self.seed, self.failures = worker, seed, 0
+    def __init__(self, worker: "_Worker", seed: int, steps: int | None):
+        self.worker, self.seed, self.steps, self.failures = worker, seed, steps, 0
         self._clear()
 
     def _clear(self) -> None:
@@ -271,7 +292,7 @@ class _Running:
         self.rewards.append(reward)
         self.discounts.append(0.0 if terminated else 1.0)
         self.success |= success
-        self.ended = terminated or truncated
+        self.ended = terminated or truncated or len(self.actions) == self.steps
 
     def observation(self, stack: int) -> np.ndarray:
         last = self.frames[-stack:]
@@ -366,9 +387,15 @@ def _described(environment: Any) -> EnvironmentSpec:
         low=tuple(map(float, bounds[0])) if box else None,
         high=tuple(map(float, bounds[1])) if box else None,
         actions=str(space),
-        action_repeat=int(getattr(environment, "action_repeat", 1)),
+        action_repeat=_action_repeat(environment),
         has_expert=hasattr(environment, "expert_action"),
     )
+
+
+def _action_repeat(environment: Any) -> int:
+    """Simulator steps per action: as the environment says, or the one inside wrappers that do not."""
+    inner = getattr(environment, "unwrapped", environment)
+    return int(getattr(environment, "action_repeat", getattr(inner, "action_repeat", 1)))
 
 
 def _frame(frame: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a plan is judged by: distance of predicted frames from a goal image, predicted rewards, or a user's function."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -26,7 +27,8 @@ class Cost:
     Attributes:
       name: for messages and reports.
       function: (weights, frames `R F H W C` in [0, 1], rewards `R F` or None, actions `R F A`) -> cost `R`, float32.
-        It is given the frames of `frames`: `R 1 H W C` with "last", None with "none".
+        It is given the frames of `frames`: `R 1 H W C` with "last", None with "none". Costs of one function, with a
+        goal in `weights`, are exchanged without compiling again (`Planner.toward`).
       weights: arrays that the function takes.
       needs_rewards: the model has to predict rewards.
       frames: which predicted frames the function looks at; models spare themselves the others.
@@ -69,11 +71,11 @@ def pixel_goal(goal: Any, *, last_only: bool = False) -> Cost:
     Raises:
       ValueError: not an image of these kinds.
     """
+    return _goal_cost("pixel goal", _squared_distance, as_goal(goal), last_only)
 
-    def function(goal: Any, frames: jax.Array, rewards: Any, actions: Any) -> jax.Array:
-        return jnp.sum(jnp.square(frames - goal), axis=(1, 2, 3, 4))
 
-    return _goal_cost("pixel goal", function, as_goal(goal), last_only)
+def _squared_distance(goal: Any, frames: jax.Array, rewards: Any, actions: Any) -> jax.Array:
+    return jnp.sum(jnp.square(frames - goal), axis=(1, 2, 3, 4))
 
 
 def perceptual_goal(goal: Any, *, lpips: str | Path | None = None, last_only: bool = False) -> Cost:
@@ -87,24 +89,27 @@ def perceptual_goal(goal: Any, *, lpips: str | Path | None = None, last_only: bo
     Raises:
       ValueError: no image, or a file without LPIPS weights.
     """
-    if lpips is None:
-        weights, distance = (), lambda _, image, other: laplacian_distance(image, other)
-    else:
-        network = Network.of(lambda rngs: LPIPS(rngs=rngs))
-        weights, distance = load_lpips(lpips), lambda weights, image, other: network.bind(weights)(image, other)
+    name = "laplacian goal" if lpips is None else "lpips goal"
+    weights = () if lpips is None else load_lpips(lpips)
+    return _goal_cost(name, _perceptual_distance(lpips is not None), (weights, as_goal(goal)), last_only)
+
+
+@functools.cache
+def _perceptual_distance(by_lpips: bool) -> Callable[..., jax.Array]:
+    """The function of `perceptual_goal`, the same at every call: see `Cost.function`."""
+    network = Network.of(lambda rngs: LPIPS(rngs=rngs)) if by_lpips else None
 
     def function(both: tuple[Any, jax.Array], frames: jax.Array, rewards: Any, actions: Any) -> jax.Array:
         weights, goal = both
-        images = rearrange(frames, "r f h w c -> (r f) h w c")
-        distances = distance(weights, 2 * images - 1, jnp.broadcast_to(2 * goal - 1, images.shape))
+        images = 2 * rearrange(frames, "r f h w c -> (r f) h w c") - 1
+        goals = jnp.broadcast_to(2 * goal - 1, images.shape)
+        distances = laplacian_distance(images, goals) if network is None else network.bind(weights)(images, goals)
         return jnp.sum(rearrange(distances, "(r f) -> r f", f=frames.shape[1]), axis=1)
 
-    name = "laplacian goal" if lpips is None else "lpips goal"
-    return _goal_cost(name, function, (weights, as_goal(goal)), last_only)
+    return function
 
 
 def _goal_cost(name: str, function: Callable[..., jax.Array], weights: Any, last_only: bool) -> Cost:
-    # Costs of one name are exchanged without compiling again (`Planner.toward`).
     return Cost(f"{name}, last frame", function, weights, frames="last") if last_only else Cost(name, function, weights)
 
 
@@ -117,10 +122,15 @@ def predicted_reward(discount: float = 1.0) -> Cost:
     if not 0 < discount <= 1:
         raise ValueError(f"discount = {discount}: must be in (0, 1].")
 
+    return Cost("predicted reward", _discounted(float(discount)), needs_rewards=True, frames="none")
+
+
+@functools.cache
+def _discounted(discount: float) -> Callable[..., jax.Array]:
     def function(_: Any, frames: Any, rewards: jax.Array, actions: Any) -> jax.Array:
         return -jnp.sum(rewards * np.float32(discount) ** np.arange(rewards.shape[1], dtype=np.float32), axis=1)
 
-    return Cost("predicted reward", function, needs_rewards=True, frames="none")
+    return function
 
 
 def weighted(parts: Sequence[tuple[float, Cost]]) -> Cost:
@@ -132,21 +142,28 @@ def weighted(parts: Sequence[tuple[float, Cost]]) -> Cost:
     if not parts:
         raise ValueError("weighted: give at least one (weight, cost) pair.")
 
-    def function(weights: Any, frames: Any, rewards: Any, actions: Any) -> jax.Array:
-        return sum(
-            factor * cost(own, frames, rewards, actions) for (factor, cost), own in zip(parts, weights, strict=True)
-        )
-
     name = " + ".join(f"{factor:g} {cost.name}" for factor, cost in parts)
     costs = [cost for _, cost in parts]
     seen = {cost.frames for cost in costs}
     return Cost(
         name,
-        function,
+        _weighted_sum(tuple((float(factor), dataclasses.replace(cost, weights=())) for factor, cost in parts)),
         tuple(cost.weights for cost in costs),
         needs_rewards=any(cost.needs_rewards for cost in costs),
         frames=next(frames for frames in get_args(FramesSeen) if frames in seen),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _weighted_sum(parts: tuple[tuple[float, Cost], ...]) -> Callable[..., jax.Array]:
+    """The function of `weighted`, the same for costs that differ in their weights alone."""
+
+    def function(weights: Any, frames: Any, rewards: Any, actions: Any) -> jax.Array:
+        return sum(
+            factor * cost(own, frames, rewards, actions) for (factor, cost), own in zip(parts, weights, strict=True)
+        )
+
+    return function
 
 
 def as_goal(goal: Any) -> Float[Array, "H W C"]:

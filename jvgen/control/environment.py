@@ -70,10 +70,16 @@ class WorldModelEnvironment(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode; returns the last frame of its context, and the index of the context."""
+        """Start an episode; returns the last frame of its context, and the index of the context.
+
+        Raises:
+          ValueError: no such context.
+        """
         super().reset(seed=seed)
         start = (options or {}).get("start")
         index = int(self.np_random.integers(len(self.starts)) if start is None else start)
+        if not 0 <= index < len(self.starts):
+            raise ValueError(f"start = {index}: this environment has contexts 0 to {len(self.starts) - 1}.")
         key = int(self.np_random.integers(2**31))
         self._state = self.world.reset(self.starts[index : index + 1], key)
         self._frame, self._steps_taken = self.starts[index, -1].copy(), 0

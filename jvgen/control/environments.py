@@ -18,7 +18,8 @@ def open_environment(name: str, *, split: str = "validation", steps: int | None 
       name: folder of a data set of scenes; `metaworld:TASK` or `metaworld:TASK:CAMERA`; or `MODULE:FUNCTION`, which
         takes no arguments and returns a `gymnasium.Env`.
       split: of the data set, whose clips episodes start as.
-      steps: actions per episode of scenes and Meta-World; their default if None.
+      steps: actions per episode of scenes and Meta-World; their default if None. A user's own is opened without: who
+        steps it ends its episodes.
       size: side of Meta-World's frames; its default if None.
 
     Raises:

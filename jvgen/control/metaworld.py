@@ -6,6 +6,7 @@ with libosmesa6 on machines without a GPU.
 
 import contextlib
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class MetaWorldEnvironment(gymnasium.Env):
       size: side of the frames.
       action_repeat: simulator steps per action.
       steps: actions per episode.
-      success_bonus: added to the reward once per episode.
+      success_bonus: added to the reward once per episode; the released code adds it in every step with success.
       flip: flip frames upside down.
 
     Raises:
@@ -92,6 +93,8 @@ class MetaWorldEnvironment(gymnasium.Env):
         self.simulator._freeze_rand_vec = False
         self.simulator._set_task_called = True
         self.simulator.seeded_rand_vec = True
+        # Episodes are cut off here, by `steps`; a plan looks past their end, which Meta-World refuses.
+        self.simulator.max_path_length = sys.maxsize
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
         self._state: np.ndarray | None = None

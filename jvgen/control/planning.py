@@ -37,7 +37,8 @@ class PlannerConfig(Config):
       elites: of CEM: fraction of the candidates that the plan is fitted to.
       standard_deviation: of the noise, per component of the action, or one number for all.
       minimum_deviation: of CEM: lower bound of the fitted standard deviation.
-      correlation: noise at a step is this times that of the step before, plus (1 - this) times fresh noise.
+      correlation: noise at a step is this times that of the step before, plus (1 - this) times fresh noise; that of the
+        first step is fresh alone.
       warm_start: a plan starts from the rest of the plan before, its last action repeated; else from zeros.
       result: "mean": the plan is what the last refinement gives; "best": the candidate with the lowest cost so far.
     """
@@ -73,7 +74,11 @@ def vp2_mppi(**changes: Any) -> PlannerConfig:
 
 
 def vp2_cem(**changes: Any) -> PlannerConfig:
-    """VP2's CEM: 200 candidates, three iterations, the best 5 percent; independent noise, on two components."""
+    """VP2's numbers for CEM: 200 candidates, three iterations, the best 5 percent; noise on two components.
+
+    Not all of it is VP2's: there noise is correlated (0.5) and its deviation at most half the distance to a bound, and
+    the plan is the last iteration's best candidate, where this is the mean of the best (`result`).
+    """
     return PlannerConfig(
         method="cem", iterations=3, elites=0.05, correlation=0.0, standard_deviation=(0.5, 0.5, 0.0, 0.0)
     ).replace(**changes)
@@ -113,7 +118,7 @@ class Plan(NamedTuple):
     Attributes:
       actions: the plan, `F A`.
       candidates, costs: of the last iteration, `R F A` and `R`.
-      lowest: lowest cost of each iteration, `I`.
+      lowest: lowest finite cost of each iteration, `I`; infinity where there is none.
       deviation: standard deviation of the noise after the last refinement, `F A`.
     """
 
@@ -132,7 +137,10 @@ def draw(
     high: Float[Array, "A"],
     key: Key[Array, ""],
 ) -> Float[Array, "R F A"]:
-    """Candidates around a plan, clipped to the bounds. Noise is correlated along the steps (VP2's `beta`)."""
+    """Candidates around a plan, clipped to the bounds. Noise is correlated along the steps (VP2's `beta`).
+
+    The first step, whose action is the one that is taken, has the whole standard deviation (VP2's released sampler).
+    """
     fresh = jax.random.normal(key, (config.samples, *mean.shape)) * deviation
     correlation = config.correlation
 
@@ -140,7 +148,7 @@ def draw(
         noise = correlation * before + (1 - correlation) * now
         return noise, noise
 
-    _, noise = jax.lax.scan(step, jnp.zeros_like(fresh[:, 0]), jnp.swapaxes(fresh, 0, 1))
+    _, noise = jax.lax.scan(step, fresh[:, 0], jnp.swapaxes(fresh, 0, 1))
     return jnp.clip(mean + jnp.swapaxes(noise, 0, 1), low, high)
 
 
@@ -221,9 +229,20 @@ class Planner:
         return plan
 
     def toward(self, cost: Cost) -> Self:
-        """This planner with another cost of the same kind (another goal), without compiling again."""
+        """This planner with another cost of the same kind (another goal).
+
+        Nothing is compiled again where only `Cost.weights` differ; a cost with a function of its own is compiled anew.
+
+        Raises:
+          ValueError: a cost of another name.
+        """
         if cost.name != self.cost.name:
             raise ValueError(f"cost {cost.name!r}: this planner was made for {self.cost.name!r}; make another planner.")
+        if (cost.function, cost.frames, cost.needs_rewards) != (
+            self.cost.function, self.cost.frames, self.cost.needs_rewards
+        ):  # fmt: skip
+            # The compiled search would go on with the function that it was made of, and with the goal inside it.
+            return type(self)(self.model, cost, self.config)
         other = copy.copy(self)
         other.cost = cost
         return other
@@ -247,11 +266,13 @@ class Planner:
             frames, rewards = model.predict(weights[0], start, candidates, model_key, self.cost.frames)
             costs = self.cost(weights[1], frames, rewards, candidates)
             mean, deviation = refine(config, candidates, costs, deviation)
-            first = jnp.nanargmin(costs)
-            better = costs[first] < best_cost
+            # As in `refine`: also minus infinity, of a reward that overflows, is no cost.
+            finite = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
+            first = jnp.argmin(finite)
+            better = finite[first] < best_cost
             best = jnp.where(better, candidates[first], best)
-            best_cost = jnp.where(better, costs[first], best_cost)
-            return (mean, deviation, best, best_cost, candidates, costs), jnp.nanmin(costs)
+            best_cost = jnp.where(better, finite[first], best_cost)
+            return (mean, deviation, best, best_cost, candidates, costs), finite[first]
 
         candidates, costs = jnp.zeros((config.samples, *self.shape)), jnp.zeros(config.samples)
         carry, numbers = (mean, deviation, mean, jnp.float32(jnp.inf), candidates, costs), range(config.iterations)

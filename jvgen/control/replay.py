@@ -5,7 +5,9 @@ reset) and the rows after it. Frames are stored once, stacks are put together wh
 """
 
 import dataclasses
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,8 @@ from jaxtyping import Float, UInt8
 HEADER = "replay.json"
 FORMAT = 1
 TRIES = 8
+# Rows whose place on the disk is taken at a time.
+TAKEN_AT_ONCE = 256
 # In `places`: a row that was never written.
 NO_EPISODE = -1
 
@@ -77,6 +81,7 @@ class ReplayRing:
 
     Raises:
       ValueError: files of another spec or size; no rows.
+      OSError: later, where a row is added and the disk is full.
     """
 
     def __init__(self, folder: str | Path, spec: RowSpec, capacity: int, *, reserve: int = 10_000, history: int = 0):
@@ -106,11 +111,12 @@ class ReplayRing:
         # The number of each row's episode, and its place in it, negative in its history.
         self._places = self._map("places", np.int64, (2,), mode)
         if not known:
+            _take(self._places, 0, self.size)
             self._places[:] = NO_EPISODE
             # Last: without it the files are no replay.
             file.write_text(json.dumps(header))
         self.rows_added = self._committed = self._committed_before = 0
-        self._episode = -1
+        self._episode, self._rows_on_disk = -1, 0
 
     def _map(self, name: str, dtype: type, shape: tuple[int, ...], mode: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
@@ -165,15 +171,38 @@ class ReplayRing:
                 "overwrite rows that a resumed run needs; save more often (checkpoint.every), or start a run with a "
                 "larger reserve."
             )
+        if self._rows_on_disk <= self.rows_added < self.size:
+            self._take_space()
         row = self.rows_added % self.size
         self._frames[row], self._actions[row] = frame, action
         self._rewards[row], self._discounts[row] = reward, discount
         self._places[row] = self._episode, place
         self.rows_added += 1
 
+    @property
+    def _arrays(self) -> tuple[np.memmap, ...]:
+        return self._frames, self._actions, self._rewards, self._discounts, self._places
+
+    def _take_space(self) -> None:
+        """Disk space for the next rows: a write to mapped memory on a full disk ends the process without a message."""
+        first = self.rows_added
+        count = min(TAKEN_AT_ONCE, self.size - first)
+        self._rows_on_disk = first + count
+        for array in self._arrays:
+            try:
+                _take(array, first, count)
+            except OSError as error:
+                self._rows_on_disk = 0
+                raise OSError(
+                    error.errno,
+                    f"{self.folder}: the disk is full after {first:,} of {self.size:,} rows, which take "
+                    f"{sum(other.nbytes for other in self._arrays) / 2**30:.1f} GiB together (task.replay_capacity and "
+                    "replay_reserve); make space and start the run again",
+                ) from error
+
     def commit(self) -> int:
         """Write all rows to disk; returns `rows_added`, to be saved in a checkpoint."""
-        for array in (self._frames, self._actions, self._rewards, self._discounts, self._places):
+        for array in self._arrays:
             array.flush()
         if self.rows_added != self._committed:
             self._committed_before, self._committed = self._committed, self.rows_added
@@ -246,6 +275,9 @@ class ReplayRing:
     def draw_stacks(self, batch: int, rng: np.random.Generator, stack: int) -> UInt8[np.ndarray, "B S H W C"]:
         """Frames up to rows that are drawn uniformly, newest last: where imagination starts.
 
+        Not at rows with which an episode ended for good: no action was taken there (MBPO, arXiv 1906.08253, draws
+        states of transitions).
+
         Raises:
           ValueError: no rows.
         """
@@ -269,7 +301,9 @@ class ReplayRing:
 
     def _is_start(self, rows: np.ndarray, steps: int) -> np.ndarray:
         place = self._places[rows]
-        return (place[:, 0] == self._places[(rows + steps) % self.size, 0]) & (place[:, 1] >= 0)
+        inside = (place[:, 0] == self._places[(rows + steps) % self.size, 0]) & (place[:, 1] >= 0)
+        # Nothing follows on a terminal row: this matters for starts without steps after them.
+        return inside & (self._discounts[rows] > 0)
 
     def _stacks(self, rows: np.ndarray, stack: int) -> np.ndarray:
         """Frames up to each row, `B H W S*C`."""
@@ -284,3 +318,17 @@ class ReplayRing:
         reach = np.minimum(place, self.rows_added - 1 - age - oldest)
         back = np.minimum(np.arange(stack - 1, -1, -1), reach[:, None])
         return self._frames[(rows[:, None] - back) % self.size]
+
+
+def _take(array: np.memmap, first: int, count: int) -> None:
+    """Take disk space for rows of a mapped file; raise `OSError` where the disk is full."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    row = array.nbytes // len(array)
+    with open(array.filename, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), array.offset + first * row, count * row)
+        except OSError as error:
+            # Others say that this file system takes no space ahead.
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise

@@ -8,7 +8,8 @@ import numpy as np
 from jvgen.control.scene_environment import scenes_of
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.store.sources import open_source, read_metadata
-from jvgen.data.stream.config import DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.frame_times import SLOWEST
 
 RECORDINGS_READ = 8
 DEFAULT_CAMERA = "corner"  # of `metaworld:TASK`
@@ -16,17 +17,30 @@ DEFAULT_CAMERA = "corner"  # of `metaworld:TASK`
 
 def unlike(data: DataConfig, environment: Any) -> str | None:
     """Why the recordings of a run's data config are not of this environment; None if nothing says so."""
-    strides = {
-        stride * source.frame_stride for bucket in data.buckets for stride in bucket.strides for source in data.sources
-    }
-    if 1 not in strides:
+    steps = {step for bucket in data.buckets for source in data.sources for step in frames_per_step(bucket, source)}
+    if steps and 1 not in steps:
         return (
-            f"trained with {' or '.join(str(stride) for stride in sorted(strides))} recorded frames a step "
-            "(data.buckets strides), so its actions are sums of so many; the environment takes one at a time. Train "
-            "with strides of 1, or wrap the environment so that it repeats an action as often."
+            f"trained with {' or '.join(f'{step:.3g}' for step in sorted(steps))} recorded frames a step (strides or "
+            "frames_per_second of data.buckets), so its actions are sums of so many; the environment takes one at a "
+            "time. Train with strides of 1, or wrap the environment so that it repeats an action as often."
         )
     faults = [_fault(source, environment) for source in data.sources]
     return faults[0] if all(faults) else None
+
+
+def frames_per_step(bucket: BucketConfig, source: SourceConfig) -> set[float]:
+    """Recorded frames from one frame of a clip to the next; empty where the recordings' rate is needed and not known.
+
+    Recordings up to 2% slower than `frames_per_second` are at that rate, as everywhere.
+    """
+    if bucket.frames_per_second is None:
+        return {float(stride * source.frame_stride) for stride in bucket.strides}
+    try:
+        rates = np.unique(open_source(source.path, source.split).index.frames_per_second)
+    except (OSError, ValueError):
+        return set()
+    ratios = rates[rates > 0].astype(np.float64) / bucket.frames_per_second
+    return {1.0 if SLOWEST <= ratio <= 1 / SLOWEST else float(ratio) for ratio in ratios}
 
 
 def _fault(source: SourceConfig, environment: Any) -> str | None:
@@ -75,6 +89,8 @@ def _camera(options: Mapping[str, Any]) -> str:
 
 
 def _other_scale(path: str, clipped: Any, recorded: Any, space: Any) -> str | None:
+    if np.ndim(getattr(space, "low", None)) == 0 or np.ndim(getattr(space, "high", None)) == 0:
+        return None  # no box of one dimension: planning refuses it
     if clipped is not None and (
         np.any(np.float32(clipped[0]) != space.low) or np.any(np.float32(clipped[1]) != space.high)
     ):

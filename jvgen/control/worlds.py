@@ -104,7 +104,7 @@ class SimulatedWorld:
     """The simulator itself as a planner's model: the upper bound of what a learned model can be worth.
 
     Candidates start at the state that the environment is in (`start` of `predict` is not looked at), and the
-    environment is left there.
+    environment is left there. One that ends for good (`terminated`) stays at its last frame, with rewards of zero.
 
     Args:
       environment: is stepped and set back.
@@ -133,12 +133,21 @@ class SimulatedWorld:
         try:
             for candidate in np.asarray(actions):
                 self.environment.restore(before)
+                frame, ended = None, False
                 for number, action in enumerate(candidate):
                     looked_at = frames == "all" or (frames == "last" and number == len(candidate) - 1)
-                    if looked_at or not blind:
-                        frame, reward, *_ = self.environment.step(action)
+                    if ended:
+                        reward = 0.0
+                    elif looked_at or not blind:
+                        frame, reward, ended, *_ = self.environment.step(action)
                     else:
-                        reward, *_ = self.environment.advance(action)
+                        reward, ended, *_ = self.environment.advance(action)
+                        if ended and frames == "last":
+                            # Its last frame is this one, which was not rendered: the same steps again.
+                            self.environment.restore(before)
+                            for earlier in candidate[:number]:
+                                self.environment.advance(earlier)
+                            frame, *_ = self.environment.step(action)
                     rewards.append(reward)
                     if looked_at:
                         seen.append(frame)

@@ -60,7 +60,8 @@ class ImaginationConfig(Config):
       tokenizer, transformer: the networks; the transformer has actions and rewards.
       pretrained: run directory of a world model (`jvgen.tasks.world_model`), or a folder with exported `tokenizer/` and
         `transformer/`, to start from; none starts from random weights. Action and reward heads that it lacks are new.
-      accept_other_data: start from it even though its recordings were of another camera or environment.
+      accept_other_data: start from it even though its recordings were of another camera or environment, or its contexts
+        began with a goal image.
       perceptual, perceptual_weight: distance in the tokenizer's loss.
       moving_weight: of moving pixels in the tokenizer's loss, as `VideoTokenizerConfig.moving_weight`; 0 as published.
       restart: of the tokenizer's dead codes, its steps being updates of the tokenizer; the published code never does.
@@ -133,7 +134,7 @@ class ReinforcementConfig(TaskConfig):
       imagination: the world model; none for DrQ-v2 alone.
       resolution: height and width of frames.
       action_width: components of an action, each in [-1, 1].
-      episode_steps: actions per episode; none for the environment's own number.
+      episode_steps: actions per episode, of every kind of environment; none for the environment's own number.
       demonstrations: episodes of the environment's expert that the replay starts with.
       replay_capacity: rows (frames) of the replay, and of that of imagined sequences.
       replay_reserve: rows that may be added since the last checkpoint but one, see `jvgen.control.replay`.

@@ -82,7 +82,19 @@ class Experience:
                 pixels_scaled_twice=self.world.released.pixels_scaled_twice,
             )
             self._prepare = jax.jit(self.world.world().prepare)
-        workers = {"stack": self.stack, "failure_budget": config.failure_budget, "timeout": config.timeout}
+            trained = self.bucket_config.frames - self.world.tokenizer.context_frames
+            if self.world.horizon > trained:
+                context.log(
+                    f"WARNING: task.imagination.horizon = {self.world.horizon}, but clips of "
+                    f"{self.bucket_config.frames} frames (data.buckets) train the {trained} frames after their context "
+                    "alone: later ones are imagined at positions that this run does not train. Published: clips of "
+                    f"context and horizon together, here {self.world.horizon + self.world.tokenizer.context_frames}."
+                )
+        workers = {
+            "stack": self.stack, "failure_budget": config.failure_budget, "timeout": config.timeout,
+            # Environments of one's own are opened without it.
+            "steps": config.episode_steps,
+        }  # fmt: skip
         self._environment = SteppedEnvironment(environment_maker(config, data, "train"), **workers)
         held_out = environment_maker(config, data, "evaluation")
         self._evaluation = Collector(held_out, config.environments, **workers)

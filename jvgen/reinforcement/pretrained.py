@@ -13,7 +13,7 @@ from jvgen.models.ivideogpt.torch_map import TRANSFORMER_FIELDS, adapt_transform
 from jvgen.nn.network import Parameters
 from jvgen.reinforcement.config import ImaginationConfig
 from jvgen.storage import Path, as_path
-from jvgen.tasks.world_model import WorldModelConfig, check_trained_with
+from jvgen.tasks.world_model import WorldModelConfig, check_trained_with, has_goal
 from jvgen.training.checkpoint import identity
 from jvgen.training.checkpoint.reader import CheckpointReader, split_checkpoint
 from jvgen.training.checkpoint.restore import load_for_inference
@@ -33,18 +33,25 @@ def read_pretrained(config: ImaginationConfig, *, check_only: bool = False) -> P
       check_only: compare the configurations and read no weights of a run.
 
     Raises:
-      ConfigError: neither a run of a world model nor an export of one, networks of other sizes, or an export with
-        another tokenizer than that of its transformer.
+      ConfigError: neither a run of a world model nor an export of one, networks of other sizes, a world model with a
+        goal in its context, or an export with another tokenizer than that of its transformer.
     """
     folder = as_path(config.pretrained)
     exported = (folder / "tokenizer").is_dir() and (folder / "transformer").is_dir()
     if exported:
         check_trained_with(folder)
-        found = {name: import_folder(folder / name) for name in ("tokenizer", "transformer")}
+        found, goal = {name: import_folder(folder / name) for name in ("tokenizer", "transformer")}, has_goal(folder)
     else:
         experiment = trained_experiment(folder)
         task = experiment.task
         found = {"tokenizer": (task.tokenizer, None), "transformer": (task.transformer, None)}
+        goal = task.goal
+    if goal and not config.accept_other_data:
+        raise ConfigError(
+            f"imagination.pretrained = {folder}: it was trained with a goal image as first frame of its context "
+            "(task.goal), and imagination gives it consecutive frames. Start from a world model without one, or set "
+            "imagination.accept_other_data=true, so that its updates in this run teach it that."
+        )
     for name, (network, _) in found.items():
         _check_same(name, network, getattr(config, name), folder)
     if check_only:

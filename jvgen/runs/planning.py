@@ -73,7 +73,8 @@ def plan_episodes(
       cost_of: the cost for an episode's goal image.
       config: of the search.
       way: "model", "simulator" (plans in the environment itself, which must be able to go back to a state), "random".
-      goal: the goal image; the environment's own (`goal_image()`) if None.
+      goal: the goal image; the environment's own (`goal_image()`) if None. Where that raises `RuntimeError` (a scripted
+        policy that does not succeed), an episode whose plans need no goal has none in its video.
       episodes, steps: how many, and actions per episode.
       seed: episode i resets the environment with seed + i, and plans with keys of it.
       rows_at_once: candidates predicted at a time, split over this process's devices.
@@ -81,21 +82,29 @@ def plan_episodes(
 
     Raises:
       ConfigError: world and environment do not fit: size of frames, components of actions; a simulator that cannot go
-        back to a state; a cost that needs rewards with a world that predicts none.
+        back to a state; a cost that needs rewards with a world that predicts none; an episode without the goal image
+        that its plans need.
     """
+    check_fit(environment, world if way == "model" else None, goal, way)
     space = environment.action_space
     low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
-    check_fit(environment, world if way == "model" else None, goal, way)
     made, goals, planner, sheet = [], [], None, None
     for number in range(episodes):
         own = seed + number
         # A reset shows the goal of the episode; `run_episode` resets to the same.
         environment.reset(seed=own)
-        target = environment.goal_image() if goal is None and hasattr(environment, "goal_image") else goal
+        target, missing = (goal, None) if goal is not None else _own_goal(environment)
         if way == "random":
             policy = RandomPolicy(low, high, own)
         else:
-            cost = cost_of(target)
+            if missing is not None and way == "model" and world.world.goal:
+                raise _no_goal(own, missing)
+            try:
+                cost = cost_of(target)
+            except (TypeError, ValueError) as error:
+                if missing is None:
+                    raise
+                raise _no_goal(own, missing) from error
             check_rewards(cost, world if way == "model" else None)
             if planner is None:
                 model = (
@@ -119,6 +128,25 @@ def plan_episodes(
     return Outcome(made, goals, sheet)
 
 
+def _own_goal(environment: Any) -> tuple[np.ndarray | None, RuntimeError | None]:
+    """The environment's goal image, or None and why there is none in this episode."""
+    if not hasattr(environment, "goal_image"):
+        return None, None
+    try:
+        return environment.goal_image(), None
+    except ConfigError:  # without OpenGL there are no frames at all
+        raise
+    except RuntimeError as error:
+        return None, error
+
+
+def _no_goal(seed: int, missing: RuntimeError) -> ConfigError:
+    return ConfigError(
+        f"--seed {seed}: this episode has no goal image ({missing}). Give --goal FILE, plan for --cost reward, or "
+        "choose seeds whose episodes have one (episode i has seed + i)."
+    )
+
+
 def cost_for(name: str, lpips: Path | None = None) -> Callable[[np.ndarray | None], Cost]:
     """The cost of a name of `jvgen plan --cost`, as a function of the goal image."""
     return {
@@ -133,8 +161,9 @@ def cost_for(name: str, lpips: Path | None = None) -> Callable[[np.ndarray | Non
 def check_fit(environment: Any, world: WorldModel | None, goal: np.ndarray | None, way: str) -> None:
     """Raise `ConfigError` where environment, world and goal image do not belong together."""
     size, space = environment.observation_space.shape, environment.action_space
-    width = space.shape[0] if len(getattr(space, "shape", None) or ()) == 1 else None
-    if width is None or not np.isfinite(space.low).all() or not np.isfinite(space.high).all():
+    bounds = [getattr(space, name, None) for name in ("low", "high")]
+    width = len(bounds[0]) if all(np.ndim(bound) == 1 for bound in bounds) else None
+    if width is None or not np.isfinite(bounds).all():
         raise ConfigError(f"actions of the environment are {space}: planning needs a bounded Box of one dimension.")
     if way == "simulator" and not all(hasattr(environment, name) for name in ("snapshot", "restore")):
         raise ConfigError(

@@ -4,10 +4,11 @@ import numpy as np
 
 from jvgen.config import ConfigError
 from jvgen.control.world_model import WorldModel
+from jvgen.data.store.records import Record
 from jvgen.data.store.sources import open_source, splits
-from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig
 from jvgen.data.stream.plan import ClipSpec
-from jvgen.data.stream.transforms import load_example
+from jvgen.data.stream.transforms import Resize, load_example
 from jvgen.interop.from_torch import import_folder
 from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTransformerConfig
 from jvgen.models.ivideogpt.sampling import SamplingConfig
@@ -80,8 +81,37 @@ def _max_frames(tokenizer: CompressiveTokenizerConfig, positions: int) -> int:
     return frames
 
 
+def training_data(folder: str | Path) -> DataConfig | None:
+    """What the run of a world model was trained on; None for exported networks, which do not say it."""
+    folder = as_path(folder)
+    if not (split_checkpoint(folder)[0] / "checkpoints").is_dir():
+        return None
+    return read_experiment(folder).data
+
+
+def trained_stride(training: DataConfig, data: str, record: int = 0, split: str | None = None) -> int:
+    """Recorded frames from one frame to the next in a run's longest clips, the fewest where they differ.
+
+    Args:
+      training: of the run.
+      data, split, record: a recording, whose source's stride, or whose frame rate, counts.
+    """
+    bucket = max(training.buckets, key=lambda bucket: bucket.frames)
+    if bucket.frames_per_second is not None:
+        return max(1, round(_recording(data, split, record).frames_per_second / bucket.frames_per_second))
+    every = (*training.sources, *training.evaluation_sources)
+    own = [source for source in every if as_path(source.path) == as_path(data)] or training.sources
+    return min(bucket.strides) * min(source.frame_stride for source in own)
+
+
 def read_context(
-    world: WorldModel, data: str, split: str | None = None, record: int = 0, start: int = 0, stride: int = 1
+    world: WorldModel,
+    data: str,
+    split: str | None = None,
+    record: int = 0,
+    start: int = 0,
+    stride: int = 1,
+    resize: Resize = "center_crop",
 ) -> np.ndarray:
     """The first frames of an episode from a recording, uint8 `T H W 3`; of a goal-conditioned world the recording's
     last frame, which is the goal, and then these.
@@ -91,18 +121,15 @@ def read_context(
       data: data set folder.
       split: validation if there is one, else train, by default.
       record, start, stride: which recording, its first frame, and the distance between frames.
+      resize: how frames are brought to the world's size, `DataConfig.resize`; "crop" is that of the center.
 
     Raises:
       ValueError: no such recording, or one that is too short.
     """
-    split = split or ("validation" if "validation" in splits(data) else "train")
-    source = open_source(data, split)
-    if not 0 <= record < len(source):
-        raise ValueError(f"--record {record}: {data} [{split}] has recordings 0 to {len(source) - 1}.")
     if stride < 1:
         raise ValueError(f"--stride {stride}: 1 or more.")
     count, side = world.context_frames, world.tokenizer.resolution
-    recording, goal = source.read(record), world.world.goal
+    recording, goal = _recording(data, split, record), world.world.goal
     last = start + stride * (count - goal - 1)
     if start < 0 or last >= recording.frames:
         raise ValueError(
@@ -114,4 +141,12 @@ def read_context(
         start=start, stride=stride, views=(0,), crop_y=0.5, crop_x=0.5, flip=False, caption=-1, frames=frames
     )
     bucket = BucketConfig(frames=count, height=side, width=side, batch_size=1)
-    return load_example(recording, sample, bucket, "center_crop")["video"]
+    return load_example(recording, sample, bucket, resize)["video"]
+
+
+def _recording(data: str, split: str | None, record: int) -> Record:
+    split = split or ("validation" if "validation" in splits(data) else "train")
+    source = open_source(data, split)
+    if not 0 <= record < len(source):
+        raise ValueError(f"--record {record}: {data} [{split}] has recordings 0 to {len(source) - 1}.")
+    return source.read(record)

@@ -7,7 +7,12 @@ import time
 import numpy as np
 import pytest
 
-from jvgen.control.collection import Collector, TooManyEnvironmentFailures
+from jvgen.control.collection import (
+    Collector,
+    SteppedEnvironment,
+    TooManyEnvironmentFailures,
+    describe_environment,
+)
 
 
 class Counting:
@@ -96,3 +101,33 @@ def test_past_the_budget_collection_stops() -> None:
         collector.collect(policy, [4])
     with pytest.raises(ValueError, match="count = 0"):
         Collector(Counting, 0)
+
+
+class Endless(Counting):
+    """Never ends by itself, and is wrapped."""
+
+    unwrapped = type("Inner", (), {"action_repeat": 4})()
+
+    def step(self, action):
+        frame, reward, _, _, info = super().step(action)
+        return frame, reward, False, False, info
+
+    action_space = None
+
+
+def test_episodes_end_after_the_steps_that_are_asked_for() -> None:
+    """Environments of one's own are opened without a number of steps; the end is a truncation."""
+    with Collector(Endless, 1, steps=2) as collector:
+        (episode,) = collector.collect(policy, [4])
+    assert len(episode.actions) == 2 and episode.discounts.tolist() == [1.0, 1.0]
+    with SteppedEnvironment(Counting, stack=2, steps=4) as environment:
+        environment.begin(1)
+        made = [environment.step(np.float32([0, 0])) for _ in range(4)]
+        # The environment ends it for good at the same step.
+        assert made[:3] == [None] * 3 and made[3].discounts.tolist() == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="steps = 0"):
+        Collector(Counting, 1, steps=0)
+
+
+def test_a_wrapped_environment_says_how_often_it_repeats_an_action() -> None:
+    assert describe_environment(Endless).action_repeat == 4

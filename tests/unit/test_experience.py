@@ -182,6 +182,26 @@ def test_flags_of_released_faults_reach_what_they_change(tmp_path, monkeypatch):
     assert dropped._imagination.world.dropout and not dropped._imagination.pixels_scaled_twice
 
 
+def test_episodes_have_the_steps_of_the_config(tmp_path, monkeypatch):
+    """In training and in evaluation, whatever the environment is: one of the user's own is not told of them."""
+    experience = make(tiny.task(episode_steps=6), tmp_path, monkeypatch)
+    assert experience._workers["steps"] == experience._environment._steps == experience._evaluation._steps == 6
+
+
+def test_imagining_beyond_the_frames_of_clips_is_told(tmp_path, monkeypatch):
+    """Clips of 5 frames have 3 after their context."""
+    said = []
+    monkeypatch.setattr(module, "described", lambda config, source: SPEC)
+    for horizon in (3, 4):
+        config = tiny.task()
+        config = config.replace(imagination=config.imagination.replace(horizon=horizon))
+        folder = tmp_path / str(horizon)
+        context = ExperienceContext(tiny.data("nowhere"), 0, folder, None, said.append, lambda: None)
+        Experience(config.build(), context)
+    (line,) = said
+    assert "horizon = 4, but clips of 5 frames (data.buckets) train the 3 frames" in line and line.endswith("here 6.")
+
+
 def test_what_a_checkpoint_holds_is_what_the_next_start_goes_on_from(tmp_path, monkeypatch):
     experience = make(tiny.task(), tmp_path, monkeypatch)
     remember(experience.real, 2, 6)

@@ -69,6 +69,20 @@ def test_states_can_be_gone_back_to(environment) -> None:
         assert one[1:] == other[1:]
 
 
+def test_plans_look_past_the_end_of_an_episode() -> None:
+    """Meta-World refuses steps after its 500; the last actions of an episode are planned all the same."""
+    from jvgen.control.worlds import SimulatedWorld
+
+    made = MetaWorldEnvironment("reach-v3", size=16, steps=250)
+    made.render = lambda: np.zeros((16, 16, 3), np.uint8)
+    made.reset(seed=0)
+    for _ in range(249):
+        assert made.advance(np.zeros(4))[1:3] == (False, False)
+    _, rewards = SimulatedWorld(made, 4).predict((), None, np.zeros((1, 3, 4), np.float32), None, "none")
+    assert rewards.shape == (1, 3) and np.isfinite(rewards).all()
+    assert made.advance(np.zeros(4))[1:3] == (False, True)
+
+
 def test_the_same_seed_gives_the_same_episode(environment) -> None:
     frames = []
     for seed in (5, 5, 6):

@@ -98,6 +98,17 @@ def test_the_command_without_a_model(scenes, tmp_path, capsys) -> None:
         (["--with", "random", "--cost", "lpips"], "--lpips FILE"),
         (["--with", "random", "--set", "samples=0"], "samples = 0"),
         (["--with", "random", "--set", "sample=9"], "samples"),
+        (
+            ["--with", "simulator", "--set", "elites=0.1"],
+            "--set elites=0.1: mppi does not use elites; leave it out, or",
+        ),
+        (
+            ["--with", "simulator", "--method", "cem", "--set", "gamma=1"],
+            "cem does not use gamma; leave it out, or give",
+        ),
+        (["--with", "simulator", "--greedy"], "--greedy: --with simulator uses no world model; leave --greedy out"),
+        (["--with", "random", "--ema", "raw"], "--ema: --with random uses no world model"),
+        (["--with", "random", "--rows-at-once", "3"], "--rows-at-once: --with random uses no world model"),
         (["--with", "random", "--env", "nowhere"], "--env nowhere: nowhere: no such folder"),
         (["--with", "random", "--env", "json:nothing"], "cannot be imported"),
         (["--with", "random", "--env", "builtins:dict"], "uint8 images"),
@@ -163,6 +174,30 @@ def test_a_world_with_a_goal_is_given_one(world) -> None:
         (plain, world, None),
     ):
         check_fit(environment, one, goal, "model")
+
+
+def test_an_episode_without_a_goal_image_is_planned_for_its_rewards(scenes) -> None:
+    """A scripted policy does not always succeed (soccer-v3: in 10 of 12 episodes), which only plans toward it need."""
+    environment = SceneEnvironment.of_dataset(scenes)
+    images = []
+
+    def goal_image():
+        images.append(SceneEnvironment.goal_image(environment))
+        if len(images) == 2:
+            raise RuntimeError("the scripted policy does not succeed within 500 steps.")
+        return images[-1]
+
+    environment.goal_image = goal_image
+    for way, cost in (("random", "pixels"), ("simulator", "reward")):
+        images.clear()
+        outcome = plan_episodes(environment, None, cost_for(cost), CONFIG, way=way, episodes=2, steps=2)
+        assert outcome.goals[0] is not None and outcome.goals[1] is None and len(outcome.episodes) == 2
+    images.clear()
+    with pytest.raises(ConfigError, match=r"--seed 4: this episode has no goal image \(the scripted policy does not"):
+        plan_episodes(environment, None, cost_for("pixels"), CONFIG, way="simulator", episodes=2, steps=2, seed=3)
+    images[:] = images[:1]
+    with pytest.raises(ConfigError, match="--seed 0: .* Give --goal FILE"):
+        plan_episodes(environment, world_of(goal=True), cost_for("reward"), CONFIG, steps=2)
 
 
 def test_worlds_that_do_not_fit_are_refused(world) -> None:

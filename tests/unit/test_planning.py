@@ -109,10 +109,12 @@ def test_noise_is_correlated_as_published_and_clipped() -> None:
     deviation = jnp.broadcast_to(jnp.array([0.2, 0.4]), (3, 2))
     wide = jnp.full(2, 9.0)
     drawn = np.asarray(draw(config, jnp.zeros((3, 2)), deviation, -wide, wide, jax.random.key(0)))
-    # noise 0 = s/2, noise 1 = noise 0 / 2 + s/2, ...
-    np.testing.assert_allclose(drawn[:, 0].std(0), [0.1, 0.2], rtol=0.03)
-    np.testing.assert_allclose(drawn[:, 1].std(0), np.sqrt(1 + 0.25) * np.array([0.1, 0.2]), rtol=0.03)
-    assert np.corrcoef(drawn[:, 0, 0], drawn[:, 1, 0])[0, 1] == pytest.approx(0.5 / np.sqrt(1.25), abs=0.03)
+    # VP2's sampler: noise 0 = s, noise 1 = noise 0 / 2 + s/2, ...
+    deviations = np.array([0.2, 0.4])
+    np.testing.assert_allclose(drawn[:, 0].std(0), deviations, rtol=0.03)
+    np.testing.assert_allclose(drawn[:, 1].std(0), np.sqrt(0.25 + 0.25) * deviations, rtol=0.03)
+    np.testing.assert_allclose(drawn[:, 2].std(0), np.sqrt(0.125 + 0.25) * deviations, rtol=0.03)
+    assert np.corrcoef(drawn[:, 0, 0], drawn[:, 1, 0])[0, 1] == pytest.approx(np.sqrt(0.5), abs=0.03)
     clipped = np.asarray(draw(config, jnp.full((3, 2), 5.0), deviation, -jnp.ones(2), jnp.ones(2), jax.random.key(0)))
     assert (clipped == 1.0).all()
 
@@ -126,6 +128,46 @@ def test_candidates_without_a_finite_cost_take_no_part() -> None:
     world, broken = PointWorld(), Cost("broken", lambda w, f, r, a: jnp.full(a.shape[0], jnp.nan))
     with pytest.raises(NotFinite, match="'broken'.*no finite"):
         Planner(world, broken, PlannerConfig(samples=4, horizon=2)).plan(jnp.zeros(2))
+
+
+def test_a_reward_that_overflows_is_no_best_candidate() -> None:
+    """Minus infinity is no cost: the plan is the best of the finite ones."""
+
+    def overflows(weights: Any, frames: Any, rewards: Any, actions: Any) -> jax.Array:
+        return jnp.where(actions[:, 0, 0] > 0.5, -jnp.inf, jnp.sum((actions - 0.2) ** 2, (1, 2)))
+
+    config = PlannerConfig(samples=200, horizon=1, correlation=0.0, standard_deviation=(1.0,), result="best")
+    plan = Planner(PointWorld(), Cost("overflows", overflows), config).plan(jnp.zeros(2))
+    np.testing.assert_allclose(plan.actions, [[0.2, 0.2]], atol=0.2)
+    assert np.isneginf(plan.costs).any() and 0 <= float(plan.lowest[0]) < 0.1
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_a_cost_of_the_same_name_is_planned_for_itself(traceable: bool) -> None:
+    """A goal inside a function of one's own, where the planner has only a name to compare; and nothing is compiled
+    again for goals in weights."""
+
+    def inside(goal: float) -> Cost:
+        return Cost("mine", lambda weights, frames, rewards, actions: jnp.sum((actions - goal) ** 2, (1, 2)))
+
+    config = PlannerConfig(method="cem", samples=100, iterations=6, horizon=2, elites=0.1, correlation=0.0)
+    planner = Planner(PointWorld(traceable), inside(0.5), config)
+    for goal in (0.5, -0.5):
+        np.testing.assert_allclose(planner.toward(inside(goal)).plan(jnp.zeros(2)).actions, goal, atol=0.05)
+    discounted = Planner(PointWorld(traceable), predicted_reward(0.5), config)
+    assert discounted.toward(predicted_reward(0.9))._search != discounted._search
+    black, white = np.zeros((SIDE, SIDE, 1)), np.ones((SIDE, SIDE, 1))
+    for cost, other in (
+        (pixel_goal(black), pixel_goal(white)),
+        (perceptual_goal(black, last_only=True), perceptual_goal(white, last_only=True)),
+        (predicted_reward(0.5), predicted_reward(0.5)),
+        (weighted([(2.0, pixel_goal(black)), (1, predicted_reward())]),
+         weighted([(2.0, pixel_goal(white)), (1, predicted_reward())])),
+    ):  # fmt: skip
+        planner = Planner(PointWorld(traceable), cost, config)
+        assert planner.toward(other)._search == planner._search and planner.toward(other).cost is other
+    with pytest.raises(ValueError, match="cost 'mine': this planner was made for '2 pixel goal"):
+        planner.toward(inside(0.5))
 
 
 def test_a_plan_continues_the_one_before() -> None:
@@ -245,6 +287,44 @@ def test_frames_that_a_cost_does_not_look_at_are_not_rendered(frames, rendered) 
         np.testing.assert_array_equal(some, whole if frames == "all" else whole[:, -1:])
     # An environment that cannot step without rendering does all it can.
     np.testing.assert_array_equal(SimulatedWorld(plain, 2).predict((), None, actions, None, "last")[0], whole[:, -1:])
+
+
+class Ending(Counted):
+    """Ends for good with its second step, after which it must not be stepped."""
+
+    def reset(self, **options):
+        self.taken = 0
+        return super().reset(**options)
+
+    def advance(self, action):
+        assert self.taken < 2, "stepped after its end"
+        self.taken += 1
+        reward, _, *rest = super().advance(action)
+        return reward, self.taken == 2, *rest
+
+    def snapshot(self):
+        return super().snapshot(), self.taken
+
+    def restore(self, state):
+        super().restore(state[0])
+        self.taken = state[1]
+
+
+def test_an_episode_of_the_simulator_that_ends_for_good_goes_no_further() -> None:
+    """Rewards after its end are none: a plan that ends the episode early was worth what it did afterwards."""
+    ending, plain = Ending(), PointEnvironment()
+    for environment in (ending, plain):
+        environment.reset()
+    actions = np.random.default_rng(0).uniform(-1, 1, (2, 4, 2)).astype(np.float32)
+    whole, expected = SimulatedWorld(plain, 2).predict((), None, actions, None)
+    for frames in ("all", "last", "none"):
+        seen, rewards = SimulatedWorld(ending, 2).predict((), None, actions, None, frames)
+        np.testing.assert_array_equal(rewards, np.where(np.arange(4) < 2, expected, 0))
+        if frames == "all":
+            np.testing.assert_array_equal(seen, np.asarray(whole)[:, [0, 1, 1, 1]])
+        elif frames == "last":
+            np.testing.assert_array_equal(seen, whole[:, 1:2])
+        assert ending.taken == 0
 
 
 ANYTHING = RandomPolicy(np.full(2, -1.0), np.ones(2))

@@ -16,6 +16,7 @@ from jvgen.config import ConfigError
 from jvgen.control import play
 from jvgen.data.store.records import Record
 from jvgen.data.store.writer import Writer
+from jvgen.data.stream.config import SourceConfig
 from jvgen.data.video_files import decode_window, encode_video
 from jvgen.evaluation.distribution import Moments, frechet_distance
 from jvgen.interop.digest import DIGESTS_FILE
@@ -26,7 +27,7 @@ from jvgen.models.ivideogpt.config import CompressiveTokenizerConfig, FrameTrans
 from jvgen.reinforcement.config import ImaginationConfig
 from jvgen.reinforcement.pretrained import read_pretrained
 from jvgen.runs.inference import open_run
-from jvgen.runs.world_models import load_world_model, read_context
+from jvgen.runs.world_models import load_world_model, read_context, trained_stride, training_data
 
 TOKENIZER = CompressiveTokenizerConfig(
     resolution=16, block_channels=(8, 16), layers_per_block=1, groups=4, latent_channels=4, code_width=3,
@@ -214,6 +215,58 @@ def test_a_run_is_played_as_its_config_says(model, tmp_path, jvgen):
         world = load_world_model(folder, frames=4).world
         assert (world.sampling.greedy, world.goal) == (greedy, folder != model)
     assert load_world_model(exported, frames=4, greedy=True).world.sampling.greedy
+    # Imagination gives it no goal.
+    for folder in (run, exported):
+        imagination = ImaginationConfig(tokenizer=TOKENIZER, transformer=TRANSFORMER, pretrained=str(folder))
+        with pytest.raises(ConfigError, match=r"a goal image as first frame .*accept_other_data=true"):
+            read_pretrained(imagination, check_only=True)
+        read_pretrained(imagination.replace(accept_other_data=True), check_only=True)
+
+
+def test_a_run_is_played_at_the_stride_of_its_clips(model, data, tmp_path, jvgen):
+    """And from frames that were brought to its size as its clips were; recordings are 24 wide, 16 high."""
+    text = ADAPTED.format(transformer=TRANSFORMER, tokenizer=TOKENIZER, weights=model / "tokenizer")
+    text = text.replace("<Remat.NONE: 'none'>", "Remat.NONE").replace("batch_size=1", "batch_size=1, strides=(2, 4)")
+    (tmp_path / "strides.py").write_text(text.replace("buckets=(", 'resize="squash", buckets=('))
+    run, out = tmp_path / "run", tmp_path / "episode.mp4"
+    done = jvgen("import", model / "transformer", "--config", tmp_path / "strides.py", "--to", run)
+    assert done.status == 0, done.err
+    (tmp_path / "actions.csv").write_text("0.5,0\n")
+    words = ["play", run, "--data", data, "--actions", tmp_path / "actions.csv", "--quiet", "--out", out]
+    for more, second, said in (([], 50, True), (["--stride", 1], 25, False)):
+        done = jvgen(*words, *more)
+        assert done.status == 0, done.err
+        assert ("one recorded frame in 2 (--stride); an action is the sum of 2 recorded ones" in done.out) == said
+        frames = decode_window(out.read_bytes(), [0, 1])
+        assert abs(frames[0].mean()) < 4 and abs(frames[1].mean() - second) < 4
+    trained = training_data(run)
+    assert trained.resize == "squash" and training_data(model) is None
+    bucket = trained.buckets[0].replace(strides=(1,), frames_per_second=2.0)
+    assert trained_stride(trained.replace(buckets=(bucket,)), str(data)) == 4
+    sources = (SourceConfig(path="nowhere"), SourceConfig(path=str(data), frame_stride=3))
+    assert trained_stride(trained.replace(sources=sources), str(data)) == 6
+
+
+def test_a_world_without_actions_takes_no_file_of_them(model, data, tmp_path, jvgen):
+    alone = TRANSFORMER.replace(action_width=0, reward=False)
+    folder = shutil.copytree(model, tmp_path / "free")
+    shutil.rmtree(folder / "transformer")
+    shapes = format_of(alone).network(alone).shapes
+    export_network(alone, jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes), folder / "transformer")
+    (tmp_path / "actions.csv").write_text("0.5,0\n")
+    done = jvgen("play", folder, "--data", data, "--actions", tmp_path / "actions.csv", "--quiet")
+    assert done.status == 2 and "actions.csv: this world model takes no actions; leave it out" in done.err
+
+
+def test_frames_are_cropped_or_squashed(tmp_path):
+    world = SimpleNamespace(context_frames=2, tokenizer=TOKENIZER, world=SimpleNamespace(goal=False))
+    ramp = np.broadcast_to(np.linspace(0, 230, 24)[:, None], (2, 16, 24, 3)).astype(np.uint8)
+    clip = encode_video(ramp, 8.0, quality=0)
+    record = Record(id="a", kind="dynamic", clips=(clip,), frames_per_second=8.0, frames=2, height=16, width=24)
+    with Writer(tmp_path / "ramp", description="toy", metadata={}) as writer:
+        writer.add("train", record)
+    seen = [read_context(world, str(tmp_path / "ramp"), resize=resize)[0, 0, :, 0] for resize in ("crop", "squash")]
+    assert abs(int(seen[0][0]) - 40) < 6 and int(seen[1][0]) < 12
 
 
 # Weights adapted to other heads, as in the finetuning recipes.

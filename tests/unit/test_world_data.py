@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jvgen.config import ConfigError
+from jvgen.control.planning import PlannerConfig
 from jvgen.control.scene_environment import SceneEnvironment
 from jvgen.control.world_data import unlike
 from jvgen.data.builders.robot_episodes import EpisodeOptions, build_robot_episodes
@@ -16,7 +17,7 @@ from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.store.sources import METADATA
 from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.runs import world_data
-from jvgen.runs.planning import check_rewards
+from jvgen.runs.planning import check_rewards, cost_for, plan_episodes
 from jvgen.runs.world_data import check_trained_on
 from tests.unit.test_world_model import TRANSFORMER
 
@@ -44,10 +45,10 @@ def folders(tmp_path_factory):
     return root
 
 
-def data_of(*folders, strides=(1,)) -> DataConfig:
+def data_of(*folders, **bucket) -> DataConfig:
     return DataConfig(
         sources=tuple(SourceConfig(path=str(folder)) for folder in folders),
-        buckets=(BucketConfig(frames=2, height=16, width=16, batch_size=1, strides=strides),),
+        buckets=(BucketConfig(frames=2, height=16, width=16, batch_size=1, **bucket),),
     )
 
 
@@ -81,6 +82,27 @@ def test_recordings_of_another_environment(folders, name, strides, environment, 
     else:
         with pytest.raises(ValueError, match=words):
             raise ValueError(fault)
+
+
+def test_clips_at_a_frame_rate_have_as_many_recorded_frames_a_step(folders) -> None:
+    """Scenes are recorded at 8 frames/s."""
+    environment = SceneEnvironment(SMALL)
+    assert "trained with 4 recorded frames a step" in unlike(
+        data_of(folders / "scenes", frames_per_second=2.0), environment
+    )
+    assert unlike(data_of(folders / "scenes", frames_per_second=8.1), environment) is None
+    # What is not there any more says nothing.
+    assert unlike(data_of(folders / "missing", frames_per_second=2.0), environment) is None
+
+
+def test_actions_that_are_no_box_are_left_to_the_planner(folders) -> None:
+    for space in (gymnasium.spaces.Discrete(4), gymnasium.spaces.MultiBinary(3)):
+        environment = types.SimpleNamespace(
+            action_space=space, observation_space=SceneEnvironment(SMALL).observation_space
+        )
+        assert unlike(data_of(folders / "wild"), environment) is None
+        with pytest.raises(ConfigError, match="planning needs a bounded Box"):
+            plan_episodes(environment, None, cost_for("reward"), PlannerConfig(), way="random")
 
 
 def test_one_source_of_the_environment_is_enough(folders) -> None:

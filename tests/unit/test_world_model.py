@@ -261,6 +261,9 @@ def test_custom_rewards_and_bad_arguments(world, frames):
     fresh = WorldModelEnvironment(world, frames)
     with pytest.raises(ValueError, match="step before reset"):
         fresh.step(np.zeros(2))
+    for start in (-1, 2):
+        with pytest.raises(ValueError, match=f"start = {start}: this environment has contexts 0 to 1"):
+            fresh.reset(options={"start": start})
 
 
 def test_a_goal_stays_in_the_context(frames, actions):
