@@ -27,6 +27,7 @@ def experiment() -> Experiment:
     return made.replace(
         name="demo_image_latents",
         task=task.replace(
+            # It was measured with six layers.
             denoiser=task.denoiser.replace(layers=6, temporal_compression=1),
             vae=ImageVAEConfig.tiny(),
             vae_weights="runs/demo/export/image_vae/vae",

@@ -27,7 +27,7 @@ def experiment() -> Experiment:
     (training,), (held_out,) = data.sources, data.evaluation_sources
     return made.replace(
         name="demo_image_to_video",
-        # Input channels are those of the noise, and of the latents of the given frame.
+        # Input channels are those of the noise, and of the latents of the given frame. Six layers were measured.
         task=task.replace(
             denoiser=task.denoiser.replace(layers=6, in_channels=8),
             condition="first_frame",

@@ -31,6 +31,7 @@ def experiment() -> Experiment:
     return made.replace(
         name="shown_text_to_video",
         task=task.replace(
+            # It was trained with six layers.
             denoiser=task.denoiser.replace(
                 layers=6, in_channels=vae.latent_channels, out_channels=vae.latent_channels, sample_frames=8
             ),
