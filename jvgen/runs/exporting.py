@@ -197,9 +197,10 @@ def _check_vae(
 def _check_tokenizer(task: WorldModelTask, files: Mapping[str, str | Path], trained_with: str | None) -> list[str]:
     """Notes on the tokenizer of an export; raises `ConfigError` for one that the run was not trained with."""
     given = task.config.tokenizer_weights
-    if TRAINED_WITH not in files:
+    digest = json.loads(str(files.get(TRAINED_WITH, "{}"))).get("tokenizer")
+    if digest is None:
         return [f"task.tokenizer_weights = {given!r} is not there: no tokenizer was written beside the transformer"]
-    if trained_with and json.loads(str(files[TRAINED_WITH]))["tokenizer"] not in trained_with.split("+"):
+    if trained_with and digest not in trained_with.split("+"):
         raise ConfigError(
             f"task.tokenizer_weights = {given!r}: is not the tokenizer that the run was trained with (another content "
             "hash); put that one back, or move this one away to export the transformer alone."

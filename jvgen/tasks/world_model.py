@@ -67,7 +67,7 @@ def check_trained_with(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: its tokenizer/ is not the one that its transformer/ was trained with; token ids would have "
             "other meanings. Copy the run's task.tokenizer_weights there, or, if the same weights were only saved "
-            f"again, delete {record.name}."
+            f'again, take "tokenizer" out of {record.name}.'
         )
 
 
@@ -228,13 +228,14 @@ class WorldModelTask(Task):
         return "+".join(digest for digest in digests if digest)
 
     def exported_files(self) -> dict[str, str | Path]:
-        """The tokenizer as it is, and its digest; neither if it is not there any more."""
-        weights = self.config.tokenizer_weights
-        if weights is None or not as_path(weights).is_dir():
-            return {}
-        tokenizer = {f"tokenizer/{file.name}": file for file in content_files(local_copy(weights))}
-        record = {"tokenizer": content_digest(weights), **({"goal": True} if self.config.goal else {})}
-        return {TRAINED_WITH: json.dumps(record) + "\n", **tokenizer}
+        """The tokenizer as it is, and its digest, neither if it is not there any more; and whether there is a goal."""
+        weights, tokenizer, record = self.config.tokenizer_weights, {}, {}
+        if weights is not None and as_path(weights).is_dir():
+            tokenizer = {f"tokenizer/{file.name}": file for file in content_files(local_copy(weights))}
+            record["tokenizer"] = content_digest(weights)
+        if self.config.goal:
+            record["goal"] = True
+        return {**({TRAINED_WITH: json.dumps(record) + "\n"} if record else {}), **tokenizer}
 
     # Batches.
 

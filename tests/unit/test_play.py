@@ -221,6 +221,14 @@ def test_a_run_is_played_as_its_config_says(model, tmp_path, jvgen):
         with pytest.raises(ConfigError, match=r"a goal image as first frame .*accept_other_data=true"):
             read_pretrained(imagination, check_only=True)
         read_pretrained(imagination.replace(accept_other_data=True), check_only=True)
+    # Also where the tokenizer is gone, and another copy of it is put beside the transformer.
+    alone = tmp_path / "alone"
+    shutil.rmtree(tokenizer)
+    done = jvgen("export", run, "--to", alone)
+    assert done.status == 0 and "no tokenizer was written" in done.out + done.err
+    assert not (alone / "tokenizer").exists()
+    shutil.copytree(model / "tokenizer", alone / "tokenizer")
+    assert load_world_model(alone, frames=4).world.goal
 
 
 def test_a_run_is_played_at_the_stride_of_its_clips(model, data, tmp_path, jvgen):
