@@ -53,7 +53,8 @@ def append(folder: Path, shards: Mapping[str, Sequence[Path]], *, metadata: Mapp
     """Add complete shards behind those that a local data set has, which are neither read nor changed.
 
     Each split is committed by one rename: a data set whose append was killed is what it was before, or has the split's
-    new records. Runs on the data set go on, but do not resume from their checkpoints: it has other records.
+    new records, and the same call again completes it. Runs on the data set go on, but do not resume from their
+    checkpoints: it has other records.
 
     Args:
       shards: as `publish`; splits that the data set does not have are added.
@@ -63,6 +64,7 @@ def append(folder: Path, shards: Mapping[str, Sequence[Path]], *, metadata: Mapp
       ValueError: as `publish`; a data set of 0.1.0.
     """
     indices = _indices_to_extend(folder)
+    shards = _uncommitted(folder, shards, indices)
     dataset = storage.read_json_object(folder / dataset_info.NAME)["name"]
     indices |= _add(folder, dataset, shards, indices)
     _finish(folder, dataset, dataset_info.description(folder), metadata, indices)
@@ -104,6 +106,7 @@ def append_in_bucket(
     Each split is committed by writing one file. Nobody else may write the data set meanwhile.
     """
     indices = _indices_to_extend(out)
+    shards = _uncommitted(out, shards, indices)
     dataset = storage.read_json_object(out / dataset_info.NAME)["name"]
     indices |= _add_to_bucket(out, draft, dataset, shards, indices)
     _finish(draft, dataset, dataset_info.description(out), metadata, indices)
@@ -142,6 +145,22 @@ def _indices_to_extend(folder: storage.Path) -> dict[str, Index]:
         if not index.shards:
             raise ValueError(f"{folder} [{split}]: its index is of 0.1.0; run `jvgen data upgrade {folder}` first.")
     return indices
+
+
+def _uncommitted(
+    folder: storage.Path, shards: Mapping[str, Sequence[storage.Path]], indices: Mapping[str, Index]
+) -> dict[str, Sequence[storage.Path]]:
+    """Without the shards that an append has committed which was killed before it wrote `dataset_info.json`."""
+    recorded = dataset_info.read(folder)
+    behind = {split: index.shards[len(recorded[split].shards) :] for split, index in indices.items()}
+    committed = {split: {shard.digest for shard in found} for split, found in behind.items() if found}
+    left = {
+        split: [path for path in paths if read_shard(path).index.digest not in committed[split]]
+        if split in committed
+        else paths
+        for split, paths in shards.items()
+    }
+    return {split: paths for split, paths in left.items() if paths}
 
 
 def _add(
