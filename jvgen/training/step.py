@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jvgen import nested
 from jvgen.nn import quantized
+from jvgen.nn.attention import automatic
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import DATA
@@ -194,6 +195,7 @@ def make_train_step(
             axes.partitioned(sharding),
             float32_products(precision.matmul_precision),
             quantized.products(precision.quantized),
+            automatic(training.attention),
         ):
             return step(state, batch)
 
