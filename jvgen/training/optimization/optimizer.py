@@ -214,6 +214,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Any:
     decay_start = warmup
     if config.schedule == "wsd":
         decay_start = max(warmup, steps - max(1, round(steps * config.decay_fraction)))
+    # The last step is at the end of the decay, also where that is a single step.
+    decay_start = max(0, min(decay_start, steps - 2))
 
     def schedule(step: jax.Array) -> jax.Array:
         position = step.astype(jnp.float32)
