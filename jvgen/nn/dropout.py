@@ -17,7 +17,9 @@ def dropout(x: Float[Array, "B ..."], keys: Key[Array, "B"] | None, rate: float)
     if keys is None or rate == 0.0:
         return x
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
-    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+    # Divided in float32: 0.9 in bfloat16 is 0.8984, by which all that is kept would be 0.17% too large.
+    scaled = (x.astype(jnp.float32) / (1.0 - rate)).astype(x.dtype)
+    return jnp.where(kept, scaled, jnp.zeros((), x.dtype))
 
 
 def attention_with_dropout(

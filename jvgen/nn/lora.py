@@ -233,12 +233,18 @@ def attach(
             own = jax.vmap(lambda layer, keys=own: folded(keys, layer))(jnp.arange(pair[DOWN].shape[0]))
         layer.lora = _Attached(
             pair[DOWN],
-            pair[UP] * jnp.asarray(scale, pair[UP].dtype),
+            _scaled(pair[UP], scale),
             ((*stack, rows, None), (*stack, None, columns)),
             None if own is None else jax.random.key_data(own),
             rate,
             layer.lora,
         )
+
+
+def _scaled(factor: ArrayLike, scale: float) -> jax.Array:
+    """`scale * factor`, rounded once, as `merge` has it: 2 / 3 in bfloat16 is 0.2% too large."""
+    factor = jnp.asarray(factor)
+    return (factor.astype(jnp.float32) * scale).astype(factor.dtype)
 
 
 def apply(
@@ -311,7 +317,7 @@ def combined(adapters: Sequence[tuple[Parameters, float]]) -> Parameters:
         for path, pair in pairs(factors).items():
             lists = together.setdefault(path, {DOWN: [], UP: []})
             lists[DOWN].append(pair[DOWN])
-            lists[UP].append(pair[UP] * jnp.asarray(scale, pair[UP].dtype))
+            lists[UP].append(_scaled(pair[UP], scale))
     return nested.unflatten(
         {
             f"{path}/{part}": jnp.concatenate(lists[part], axis=-1 if part == DOWN else -2)

@@ -16,6 +16,7 @@ from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.source_checks import check_cache
 from jvgen.nn import quantized
+from jvgen.nn.attention import automatic
 from jvgen.nn.kernel_report import KernelReport, collecting
 from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
@@ -253,7 +254,7 @@ def _trace_loss(program: Program, bucket: BucketConfig, partitioner: Sharding) -
     task: Task = program.task
 
     def loss(parameters, frozen, batch, key):
-        with axes.partitioned(partitioner):
+        with axes.partitioned(partitioner), automatic(program.experiment.training.attention):
             cast_parameters = program.cast(parameters)
             losses = [objective.loss for objective in task.objectives() if objective.loss is not None]
             return [loss(cast_parameters, frozen, batch, key)[0] for loss in losses]

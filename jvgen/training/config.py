@@ -27,7 +27,8 @@ class WandbConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig(Config):
-    """What a run computes in. Parameters, optimizer state, EMA, softmax, norms and losses are float32 in any case.
+    """What a run computes in. Parameters, EMA, softmax, norms and losses are float32 in any case; so is the optimizer's
+    state, unless its `first_moment` or `second_moment` says otherwise.
 
     Attributes:
       compute_dtype: matrices and convolution kernels are cast to this once per step, and activations are of it.

@@ -11,12 +11,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jvgen import nested
 from jvgen.nn import quantized
+from jvgen.nn.attention import automatic
 from jvgen.nn.network import Parameters
 from jvgen.parallel import axes
 from jvgen.parallel.mesh import DATA
 from jvgen.parallel.rules import Sharding
 from jvgen.precision import float32_products
-from jvgen.tasks.task import Batch, Mean, Metrics, Objective, Task
+from jvgen.tasks.task import Batch, CodeUse, Mean, Metrics, Objective, Task
 from jvgen.training.config import TrainingConfig
 from jvgen.training.network_dtypes import cast_networks, network_dtypes
 from jvgen.training.optimization import ema, health
@@ -194,6 +195,7 @@ def make_train_step(
             axes.partitioned(sharding),
             float32_products(precision.matmul_precision),
             quantized.products(precision.quantized),
+            automatic(training.attention),
         ):
             return step(state, batch)
 
@@ -254,9 +256,12 @@ def _if_active(active: jax.Array, compute: Callable[[Parameters], Any], trained:
 
 
 def _only_if_active(metrics: Metrics, active: jax.Array) -> Metrics:
-    """Metrics as `Mean`s, with count 0 in steps in which the objective is inactive."""
+    """Metrics as `Mean`s, with count 0 in steps in which the objective is inactive; counts of codes are 0 then."""
     means: Metrics = {}
     for name, metric in metrics.items():
+        if isinstance(metric, CodeUse):
+            means[name] = CodeUse(jnp.where(active, metric.counts, 0))
+            continue
         total, count = metric if isinstance(metric, Mean) else (metric.astype(jnp.float32), jnp.float32(1))
         means[name] = Mean(jnp.where(active, total, 0), jnp.where(active, count, 0))
     return means
@@ -277,9 +282,10 @@ def accumulate(
 ) -> tuple[tuple[jax.Array, Metrics], Parameters]:
     """Loss, metrics and gradient of a batch, computed in `count` microbatches one after the other.
 
-    The result equals that of the whole batch up to rounding: the loss is a mean over examples, `Mean` metrics are
-    summed and other metrics averaged. Random draws are the same for any `count` if the loss derives them from
-    `batch["slot"]`. Each device keeps its own examples: with one replica of the parameters (mesh axis `data`)
+    The result equals that of the whole batch up to rounding where the loss is a mean over examples; what a loss takes
+    from all of its batch (the adaptive weight of a discriminator) is that of a microbatch. `Mean` metrics and
+    counts of codes are summed, other metrics averaged. Random draws are the same for any `count` if the loss derives
+    them from `batch["slot"]`. Each device keeps its own examples: with one replica of the parameters (mesh axis `data`)
     microbatch m holds the examples m, m + count, m + 2 count, ...
 
     Each replica adds up gradients of its own, and their sum over the replicas is taken once, after the last microbatch:
@@ -336,9 +342,9 @@ def _by_replica(sharding: NamedSharding) -> NamedSharding:
 
 
 def _merge_microbatches(stacked: Metrics) -> Metrics:
-    def merge(metric: jax.Array | Mean) -> jax.Array | Mean:
-        if isinstance(metric, Mean):
-            return Mean(jnp.sum(metric.total, axis=0), jnp.sum(metric.count, axis=0))
+    def merge(metric: jax.Array | Mean | CodeUse) -> jax.Array | Mean | CodeUse:
+        if isinstance(metric, (Mean, CodeUse)):
+            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), metric)
         return jnp.mean(metric.astype(jnp.float32), axis=0)
 
     return {name: merge(metric) for name, metric in stacked.items()}

@@ -16,6 +16,7 @@ from jvgen.nn import attention, kernel_check, kernel_report  # noqa: E402
 from jvgen.nn.kernel_check import KernelDiffers  # noqa: E402
 from jvgen.nn.kernel_report import Call  # noqa: E402
 from jvgen.parallel.mesh import make_mesh  # noqa: E402
+from jvgen.preflight import check as preflight  # noqa: E402
 from jvgen.training import compilation, session  # noqa: E402
 from jvgen.training.compilation import Programs, persistent_cache  # noqa: E402
 from jvgen.training.loop import train  # noqa: E402
@@ -212,4 +213,25 @@ def test_programs_are_traced_with_the_runs_kernel_of_attention():
     with program.tracing():
         seen.append(attention._instead.get())
     assert seen == [attention.AttentionKernel.CHUNKED]
+    assert attention._instead.get() is attention.AttentionKernel.AUTO
+
+
+def traced_step(program):
+    bucket = program.experiment.data.buckets[0]
+    jax.eval_shape(program.step(bucket), program.abstract_state(), program.abstract_batch(bucket))
+
+
+@pytest.mark.parametrize("trace", [traced_step, preflight.kernels])
+def test_losses_are_traced_with_the_runs_kernel_of_attention(monkeypatch, trace):
+    """Else a run that a wrong kernel has ended could not take another one, as the error says."""
+    seen, loss = [], toys.ToyTask.loss
+
+    def observed(task, *arguments):
+        seen.append(attention._instead.get())
+        return loss(task, *arguments)
+
+    monkeypatch.setattr(toys.ToyTask, "loss", observed)
+    experiment = toys.experiment(**{"training.attention": "chunked"})
+    trace(Program.build(experiment, make_mesh(experiment.mesh, jax.devices()[:1])))
+    assert set(seen) == {attention.AttentionKernel.CHUNKED}
     assert attention._instead.get() is attention.AttentionKernel.AUTO

@@ -57,6 +57,14 @@ def test_a_single_spike_is_skipped_and_the_steps_after_it_are_not():
     assert skipped_steps(norms) == [200]
 
 
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_the_first_steps_are_no_spikes_without_a_warmup(warmup):
+    """Of statistics without a step the limit would be zero."""
+    config = GUARD.replace(spike_warmup=warmup)
+    assert skipped_steps(EVEN[:300], config=config) == []
+    assert skipped_steps(np.concatenate([EVEN[:20], 3 * EVEN[:20]]), config=config, stages=(20,)) == []
+
+
 def test_a_norm_that_stays_on_a_new_level_is_accepted():
     """As after a change of the data: the run does not end, as it would if each of these steps were skipped."""
     norms = np.concatenate([EVEN[:300], 1.7 * EVEN[300:800]])

@@ -97,6 +97,15 @@ def test_a_kept_optimizer_keeps_moments_ema_and_the_count_of_updates(tmp_path, o
     assert arrays["step"] == 0 and arrays["health/count"] == 4
 
 
+@pytest.mark.parametrize("keep", ["false", "true"])
+def test_every_array_is_in_the_memory_that_the_step_reads_it_from(tmp_path, other, keep):
+    changes = {"init_from.run": str(other[0]), "init_from.keep_optimizer": keep, "ema.decays": "0.9,0.99"}
+    program = program_of(**changes, **{"sharding.host_offload": "optimizer,ema"})
+    arrays, wanted = init_from.init_from(program, tmp_path, print).saved(), program.abstract_state().saved()
+    for name, array in arrays.items():
+        assert array.sharding == wanted[name].sharding, name
+
+
 def test_selected_parameters_only(tmp_path, other):
     arrays = started(tmp_path, other, **{"init_from.parameters": "model/out", "seed": 7})
     fresh = {name: np.asarray(value) for name, value in program_of(seed=7).init().saved().items()}

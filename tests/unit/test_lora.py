@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jvgen import nested
 from jvgen.config import ConfigError
 from jvgen.models.video_dit.config import AggregationConfig, VideoDiTConfig
 from jvgen.models.video_dit.model import VideoDiT
 from jvgen.nn import lora
+from jvgen.nn.dropout import dropout
 from jvgen.nn.lora import Factors, LoraConfig
 from jvgen.nn.network import Network
 from jvgen.parallel import axes
@@ -108,6 +110,28 @@ def test_dropout_belongs_to_samples(parameters, factors, inputs, beside):
     swapped = beside(parameters, factors, keys.at[1].set(jax.random.key(6)))
     np.testing.assert_allclose(swapped[0], dropped[0], atol=1e-6)
     assert np.abs(swapped[1] - dropped[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("put", ["beside", "together"])
+def test_the_scale_of_bfloat16_factors_is_not_rounded_itself(network, put):
+    down, up = np.random.default_rng(0).uniform(1.0, 2.0, (2, 64)).astype(jnp.bfloat16)
+    factors = {"text_projection": {"down": jnp.asarray(down).reshape(8, 8), "up": jnp.asarray(up).reshape(4, 16)}}
+    if put == "together":
+        found = lora.combined([(factors, 2 / 3)])["text_projection"]["up"]
+    else:
+        module = nnx.merge(network.graph, network.state)
+        lora.attach(module, factors, 2 / 3)
+        found = module.text_projection.lora.up[...]
+    exact = up.astype(np.float32).reshape(4, 16) * np.float32(2 / 3)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_dropout_in_bfloat16_keeps_the_mean(rate):
+    x = np.random.default_rng(0).uniform(1.0, 2.0, (2, 4096)).astype(jnp.bfloat16)
+    dropped = dropout(jnp.asarray(x), jax.random.split(jax.random.key(0), 2), rate).astype(np.float32)
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept].sum() / x.astype(np.float32)[kept].sum(), 1 / (1 - rate), rtol=2e-4)
 
 
 def test_several_adapters_add_up(network, parameters, factors, inputs):

@@ -273,6 +273,22 @@ def test_schedules_at_the_points_that_define_them(schedule, at):
         np.testing.assert_allclose(rate(jnp.int32(step)), 2.0 * expected, rtol=1e-5, err_msg=f"{schedule} at {step}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps", "rates"),
+    [
+        ({"schedule": "wsd", "decay_fraction": 0.1, "warmup_steps": 0}, 10, [1.0] * 9 + [0.25]),
+        ({"schedule": "cosine", "warmup_steps": 3}, 4, [1 / 3, 2 / 3, 1.0, 0.25]),
+        ({"schedule": "linear", "warmup_steps": 0}, 2, [1.0, 0.25]),
+        ({"schedule": "linear", "warmup_steps": 0}, 1, [1.0]),
+        ({"schedule": "cosine", "warmup_steps": 4}, 4, [0.25, 0.5, 0.75, 1.0]),
+    ],
+)
+def test_a_decay_of_one_step_ends_at_the_final_fraction(changes, steps, rates):
+    config = OptimizerConfig(learning_rate=1.0, final_fraction=0.25, **changes)
+    schedule = optimizer.make_schedule(config, steps)
+    np.testing.assert_allclose([schedule(jnp.int32(step)) for step in range(steps)], rates, rtol=1e-6)
+
+
 def test_cosine_is_halfway_in_the_middle():
     config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=0, final_fraction=0.0)
     np.testing.assert_allclose(optimizer.make_schedule(config, 101)(jnp.int32(50)), 0.5, atol=1e-6)

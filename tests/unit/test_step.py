@@ -19,7 +19,7 @@ from jvgen import (
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh  # noqa: E402
 from jvgen.preflight import collectives  # noqa: E402
-from jvgen.tasks.task import Objective, OwnUpdate  # noqa: E402
+from jvgen.tasks.task import CodeUse, Objective, OwnUpdate  # noqa: E402
 from jvgen.training import state  # noqa: E402
 from jvgen.training.checkpoint import digest  # noqa: E402
 from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
@@ -28,6 +28,7 @@ from jvgen.training.evaluation import parameter_variants  # noqa: E402
 from jvgen.training.optimization import parameter_paths  # noqa: E402
 from jvgen.training.optimization.optimizer import OptimizerConfig  # noqa: E402
 from jvgen.training.program import Program  # noqa: E402
+from jvgen.training.step import _only_if_active, accumulate  # noqa: E402
 from jvgen.training.telemetry.metrics import to_host  # noqa: E402
 from tests import quick_xla
 
@@ -84,6 +85,18 @@ def test_accumulation_gives_the_step_of_the_whole_batch():
     assert_close(parts.parameters, whole.parameters)
     for name in ("loss", "high", "input", "gradient_norm"):
         np.testing.assert_allclose([r[name] for r in found], [r[name] for r in expected], rtol=1e-5, err_msg=name)
+
+
+def test_counts_of_codes_add_up_over_microbatches_and_belong_to_active_steps():
+    batch = {"ids": jnp.arange(8) % 3, "slot": jnp.arange(8)}
+
+    def loss(parameters, batch):
+        return parameters["scale"], {"codes": CodeUse(jnp.bincount(batch["ids"], length=4))}
+
+    (_, metrics), _ = accumulate(loss, {"scale": jnp.float32(1)}, batch, 4)
+    np.testing.assert_array_equal(metrics["codes"].counts, [3, 3, 2, 0])
+    active, inactive = (to_host(_only_if_active(metrics, jnp.bool_(there))) for there in (True, False))
+    assert active["codes/codes_used"] == 0.75 and not inactive
 
 
 @pytest.mark.parametrize(

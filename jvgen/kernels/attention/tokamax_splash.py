@@ -96,7 +96,10 @@ def attention(
 
 
 def _bound(query: jax.Array, key: jax.Array) -> jax.Array:
-    """The largest norm of a query times that of a key, float32 `B N`, at most `MAX_FIXED`: no score is larger."""
+    """The largest norm of a query times that of a key, float32 `B N`, at most `MAX_FIXED`.
+
+    No score is larger, unless norms allow scores above `MAX_FIXED`: weights of those above 160 overflow then.
+    """
     longest_query, longest_key = (
         jnp.sqrt(jnp.max(jnp.sum(jnp.square(array.astype(jnp.float32)), axis=-1), axis=-1)) for array in (query, key)
     )

@@ -82,8 +82,9 @@ def init_from(program: Program, workdir: storage.Path, log: Callable[[str], None
             taken[name] = arrays[name]
     for name in arrays:
         if name.startswith(EMA) and name not in taken:
-            # A copy: one buffer must not be donated twice.
-            arrays[name] = jnp.copy(arrays[PARAMETERS + _path_in_ema(name)])
+            # A copy, where the EMA is (`host_offload`): one buffer must not be donated twice.
+            copied = jnp.copy(arrays[PARAMETERS + _path_in_ema(name)])
+            arrays[name] = jax.device_put(copied, wanted[name].sharding)
     for path in plan.random:
         log(f"init_from: {path} is initialized randomly; {config.run} has none that fits")
     count = sum(name.startswith(PARAMETERS) for name in taken)

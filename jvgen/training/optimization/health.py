@@ -138,7 +138,8 @@ def _observe(
 ) -> tuple[jax.Array, NormStatistics]:
     """Whether a norm is a spike, and the statistics with it; an inactive one changes nothing."""
     patience = min(config.spike_patience, config.max_consecutive_skips)
-    warm = old.count >= config.spike_warmup
+    # Without a step in the statistics there is no limit.
+    warm = old.count >= max(config.spike_warmup, 1)
     std = jnp.maximum(jnp.sqrt(old.variance), MIN_RELATIVE_STD * old.mean)
     limit = old.mean + config.spike_sigma * std
     over = active & warm & (norm > limit)

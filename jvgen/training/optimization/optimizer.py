@@ -44,7 +44,7 @@ class OptimizerConfig(Config):
       learning_rate: peak; for Muon the same rate serves both parts, by `muon_rms`.
       schedule: after the linear warm-up: "constant"; "cosine" or "linear" down to final_fraction at the last step;
         "wsd" (warm-up, stable, decay) constant and then linear down over the last decay_fraction of the run.
-      warmup_steps: steps of the linear warm-up from (almost) 0 to the peak.
+      warmup_steps: steps of the linear warm-up from (almost) 0 to the peak; at most all steps of the run.
       final_fraction: learning rate of the last step divided by the peak.
       decay_fraction: fraction of the run in which "wsd" decays.
       stages: scales on the learning rate for parts of the run, in order; see `jvgen.training.optimization.curriculum`.
@@ -214,6 +214,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Any:
     decay_start = warmup
     if config.schedule == "wsd":
         decay_start = max(warmup, steps - max(1, round(steps * config.decay_fraction)))
+    # The last step is at the end of the decay, also where that is a single step.
+    decay_start = max(0, min(decay_start, steps - 2))
 
     def schedule(step: jax.Array) -> jax.Array:
         position = step.astype(jnp.float32)

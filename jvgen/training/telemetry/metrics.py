@@ -9,11 +9,12 @@ _OF_COUNTS = ("codes_used", "perplexity")
 
 
 def to_host(metrics: Metrics) -> dict[str, float]:
-    """Wait for metrics and return them as Python numbers; a `Mean` with count 0 is left out."""
+    """Wait for metrics and return them as Python numbers; those with count 0 are left out."""
     values: dict[str, float] = {}
     for name, metric in jax.device_get(dict(metrics)).items():
         if isinstance(metric, CodeUse):
-            values |= {f"{name}/{what}": value for what, value in metric.summary().items()}
+            if np.any(metric.counts):
+                values |= {f"{name}/{what}": value for what, value in metric.summary().items()}
         elif isinstance(metric, Mean):
             if float(metric.count) > 0:
                 values[name] = float(metric.total) / float(metric.count)
