@@ -60,3 +60,13 @@ def quick_compilations(shared_compilations) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """For runs of real networks whose sharding is not what is tested: programs for a mesh compile longer."""
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda *_, **__: list(device))
+        yield

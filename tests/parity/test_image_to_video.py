@@ -27,7 +27,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # no
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pipeline import LENGTH, PROMPT, RUN_CONFIG, WORDS, randomize  # noqa: E402
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilations")]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilations", "one_device")]
 
 FRAMES, HEIGHT, WIDTH, STEPS, CHANNELS = 17, 16, 24, 10, 4
 ROTARY = {"use_rotary_positional_embeddings": True}

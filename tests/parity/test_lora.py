@@ -25,7 +25,7 @@ diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilations")]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilations", "one_device")]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYWHERE = (*ATTENTION, "norm1.linear", "ff.net.0.proj", "ff.net.2", "proj", "text_proj", "proj_out", "linear_1")

@@ -21,7 +21,7 @@ from jvgen.tasks.task import SampleRequest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilations")]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilations", "one_device")]
 
 PROMPT, NEGATIVE = "a red ball rolls to the left", "blurry"
 FRAMES, HEIGHT, WIDTH, STEPS = 17, 16, 24, 10

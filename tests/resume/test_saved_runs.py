@@ -31,7 +31,7 @@ CONFIGS = json.loads(gzip.decompress((FIXTURE / "configs.json.gz").read_bytes())
 EXPORTED = ("image_vae", "text_to_video", "tokenizer")
 AT_SAVED_STEP = ("--step", EXPECTED["saved"])
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from jvgen.runs.run import load_run
 from jvgen.training.checkpoint import initial
 from jvgen.training.checkpoint.manager import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 ROOT = Path(__file__).parents[2]
 PROMPTS = ("--prompt", "a red ball moves to the left", "--prompt", "a blue cube moves to the right")
 

@@ -35,7 +35,7 @@ from jvgen.training.experiment import Experiment
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from toy_clip import write_toy_clip  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FROM_CLIP = "clip_text, clip_frames, background_consistency"

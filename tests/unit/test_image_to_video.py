@@ -33,7 +33,7 @@ from jvgen.training.program import Program
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_text_to_video import BUCKET, CONFIG, random_frozen  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 
 WIDE = CONFIG.denoiser.replace(in_channels=8)
 FIRST = CONFIG.replace(condition="first_frame", denoiser=WIDE)

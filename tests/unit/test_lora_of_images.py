@@ -31,7 +31,7 @@ pytest.importorskip("tokenizers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_pipeline import DENOISER, ENCODER, write_pipeline  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 
 # As CogVideoX1.5's: an offset, and patches of two frames, so that three latent frames become four.
 IMAGE_TO_VIDEO = DENOISER.replace(in_channels=8, temporal_patch=2, offset_width=16)

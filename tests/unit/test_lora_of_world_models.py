@@ -30,7 +30,7 @@ from jvgen.training.experiment import Experiment
 from jvgen.training.loop import train
 from tests import tiny_reinforcement
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 
 TOKENIZER, TRANSFORMER = tiny_reinforcement.TOKENIZER, tiny_reinforcement.TRANSFORMER.replace(max_positions=140)
 # One clip for each device.

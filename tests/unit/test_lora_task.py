@@ -38,7 +38,7 @@ from jvgen.training.telemetry.throughput import step_flops
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_text_to_video import BUCKET, CONFIG, random_frozen  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 
 LORA = LoraConfig(rank=2, alpha=1.0)
 BOTH = LORA.replace(targets=("denoiser/blocks/layers/attention/query$", "text_encoder/blocks/layers/(query|feed_)"))
