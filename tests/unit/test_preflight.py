@@ -442,6 +442,13 @@ def test_stages_with_the_same_batch_shape_share_a_step():
 
 
 @needs_compiler
+def test_a_step_that_training_refuses_has_no_report():
+    """XLA would compile it, with heads that every device computes."""
+    with pytest.raises(ValueError, match=r"mesh.tensor = 8 does not divide 4 \(activation_heads\)"):
+        compile_ahead(video_experiment(**{"mesh.fsdp": 1, "mesh.tensor": 8}), "v5e:2x4")
+
+
+@needs_compiler
 def test_compile_for_a_pod_of_another_size():
     with pytest.raises(ValueError, match="needs 8 devices, but there are 4"):
         compile_ahead(toys.experiment().replace(mesh=MeshConfig(fsdp=8)), "v5e:2x2")
