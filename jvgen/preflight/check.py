@@ -43,6 +43,8 @@ FIXES = {
 def with_buckets(experiment: Experiment, names: Sequence[str]) -> Experiment:
     """The experiment with only the buckets of these names ("1x49x480x720"); all of them if there are no names.
 
+    Their batch sizes are those that they have beside the others.
+
     Raises:
       ConfigError: no bucket has the name.
     """
@@ -52,8 +54,9 @@ def with_buckets(experiment: Experiment, names: Sequence[str]) -> Experiment:
             raise ConfigError(f"bucket {name!r}: data.buckets has {', '.join(known)}.")
     if not names:
         return experiment
-    buckets = tuple(bucket for bucket in experiment.data.buckets if bucket.name in names)
-    return experiment.replace(data=experiment.data.replace(buckets=buckets))
+    data = with_batch_sizes(experiment).data
+    buckets = tuple(bucket for bucket in data.buckets if bucket.name in names)
+    return experiment.replace(data=data.replace(buckets=buckets, tokens_per_step=None))
 
 
 def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax.Device] | None = None) -> None:

@@ -330,13 +330,15 @@ def _kept(config: CheckpointConfig, steps: int) -> int:
 
 def _time(program: Program, target: _Devices) -> Row:
     total = 0.0
-    for bucket, steps in _bucket_steps(program.experiment).items():
+    counts = _bucket_steps(program.experiment)
+    for bucket, steps in counts.items():
         seconds = step_seconds(program, bucket, target.peak_flops)
         if seconds is None:
             return Row("time", True, "unknown: the FLOPs of the step or the peak of these devices are not known")
         total += steps * seconds
-    steps = program.experiment.training.steps
-    text = f"{steps} steps take about {_duration(total)} {ASSUMED_BASIS} ({total / steps:.3g} s/step)"
+    # Fewer than all where only some stages' batch shapes are looked at.
+    steps = round(sum(counts.values()))
+    text = f"{steps} steps take about {_duration(total)} {ASSUMED_BASIS} ({total / max(1, steps):.3g} s/step)"
     return Row("time", True, f"{text}, without evaluation, saves and restarts")
 
 

@@ -1,6 +1,7 @@
 """`jvgen check`: one page about a run, with a described pod or the attached devices, and its exit status."""
 
 import dataclasses
+import re
 import resource
 import sys
 from pathlib import Path
@@ -10,18 +11,21 @@ import pytest
 from jvgen import storage
 from jvgen.data.store import shards
 from jvgen.data.store.index_files import load_index, path_of
-from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.nn.attention import AttentionKernel
-from jvgen.parallel.mesh import make_mesh
+from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh
 from jvgen.preflight import page as pages
 from jvgen.preflight import topology
-from jvgen.preflight.check import kernels
+from jvgen.preflight.check import kernels, with_buckets
 from jvgen.preflight.page import examine
-from jvgen.training.experiment import load_experiment
+from jvgen.training.balance import with_batch_sizes
+from jvgen.training.config import TrainingConfig
+from jvgen.training.experiment import Experiment, load_experiment
 from jvgen.training.program import Program
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "processes"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "processes"), str(Path(__file__).parents[1])]
 import clips  # noqa: E402
+import tiny_text_to_video  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
 
@@ -95,6 +99,28 @@ def test_steps_of_stages_are_shared_by_weight(data):
     third = dataclasses.replace(first, frames=4, start_step=4, end_step=99, weight=3.0)
     staged = run.replace(data=run.data.replace(buckets=(first, second, third)))
     assert pages._bucket_steps(staged) == {first: 1.0, second: 3.0 + 1.0, third: 1.0}
+
+
+def test_one_bucket_has_the_size_and_the_steps_that_it_has_beside_the_others():
+    """Alone the short clips would be the longest, whose batch `tokens_per_step` sets, and all steps theirs."""
+    task = tiny_text_to_video.CONFIG
+    short = tiny_text_to_video.BUCKET.replace(frames=1, end_step=2)
+    long = tiny_text_to_video.BUCKET.replace(frames=9, start_step=2)
+    run = Experiment(
+        name="tiny", task=task, training=TrainingConfig(steps=10), mesh=MeshConfig(fsdp=1),
+        data=DataConfig(sources=(SourceConfig(path="nowhere"),), buckets=(short, long), tokens_per_step=4000),
+    )  # fmt: skip
+    sizes = {bucket.name: bucket.batch_size for bucket in with_batch_sizes(run).data.buckets}
+    alone = with_batch_sizes(with_buckets(run, [short.name]))
+    assert [bucket.batch_size for bucket in alone.data.buckets] == [sizes[short.name]]
+    device = pages._Devices("", None, None, 1e12)
+    every, first, later = (
+        pages._time(Program.build(one, single_device_mesh()), device).text
+        for one in (with_batch_sizes(run), alone, with_buckets(run, [long.name]))
+    )
+    assert [text.split()[0] for text in (every, first, later)] == ["10", "2", "8"]
+    seconds = [float(re.search(r"\(([\d.e-]+) s/step", text)[1]) for text in (every, first, later)]
+    assert 10 * seconds[0] == pytest.approx(2 * seconds[1] + 8 * seconds[2], rel=0.01)
 
 
 def test_checkpoints_that_are_kept(data):

@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_text_to_video  # noqa: E402
 
+from jvgen.cli.main import main  # noqa: E402
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.data.stream.config import DataConfig, SourceConfig  # noqa: E402
 from jvgen.nn.kernel_report import KernelReport, collecting  # noqa: E402
@@ -139,3 +140,12 @@ def test_nothing_that_fits_is_an_error_with_the_smallest(experiment, monkeypatch
     monkeypatch.setattr(search, "FILLED", 1e-9)
     with pytest.raises(ConfigError, match=r"none of \d+ candidates fits by arithmetic.*use more devices"):
         search.search(experiment, "v5e:2x2")
+
+
+def test_batch_sizes_that_a_run_would_replace_are_not_searched(capsys):
+    """`data.tokens_per_step` chooses them again when the run is read with what the search suggests."""
+    settings = ("data.tokens_per_step=2000000", "data.batch_multiple=128")
+    words = [word for setting in settings for word in ("--set", setting)]
+    config = str(Path(__file__).parents[2] / "configs/repvideo_2b_scratch.py")
+    assert main(["compile", config, "--topology", "v5p:4x4x8", "--search", "--batch-sizes", "8", *words]) == 2
+    assert "--batch-sizes: data.tokens_per_step = 2000000 chooses batch sizes" in capsys.readouterr().err
