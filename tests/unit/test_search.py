@@ -39,6 +39,7 @@ def experiment() -> Experiment:
 @dataclasses.dataclass(frozen=True)
 class Time:
     likely: float
+    is_whole: bool = True
 
     @property
     def seconds(self):
@@ -133,6 +134,22 @@ def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
     text = str(report)
     assert report.best.candidate.settings.endswith("data.buckets.1.batch_size=2 data.buckets.4.batch_size=2")
     assert "does not fit" in text and "not compiled" in text and f"best: {report.best.candidate.settings}" in text
+
+
+@needs_libtpu
+def test_times_that_are_not_known_do_not_make_a_candidate_the_best(experiment, monkeypatch):
+    """A kernel whose cycles are not known would make a step look short; on tpu7x no time is known."""
+
+    def fake(candidate, topology_name, slices):
+        short = candidate.mesh["seq"] == 2
+        return search.Found(candidate, Report(Memory(1e9), Time(0.1 if short else 1.0, is_whole=not short)))
+
+    monkeypatch.setattr(search, "_compiled", fake)
+    report = search.search(experiment, "v5e:2x2", batch_sizes=(2, 8), compilations=4)
+    assert report.best.candidate.mesh["seq"] == 1 and report.best.seconds == 1.0
+    monkeypatch.setattr(search, "_compiled", lambda candidate, *_: search.Found(candidate, Report(Memory(1e9), None)))
+    text = str(search.search(experiment, "v5e:2x2", compilations=1))
+    assert "times are not known for these chips; the first that fits: mesh." in text and "best" not in text
 
 
 @needs_libtpu
