@@ -170,6 +170,9 @@ def make_plan(
         raise ConfigError(
             f"--grace-seconds {options.grace_seconds}: at least 30: one step and one save have to fit into it."
         )
+    for assignment in assignments:
+        if "\n" in assignment:
+            raise ConfigError(f"--set {assignment!r}: its value has several lines; write it into the config file.")
     environment = dict(_environment(options.environment, variables))
     environment[exit_codes.RESTART_CODE_VARIABLE] = str(restart_code)
     own_flags = environment.pop(flags_variable(place), "")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from jvgen.launch.plan import (
 )
 from jvgen.storage import check_checkpoint_folder
 from jvgen.training.experiment import Experiment
+from jvgen.training.program import check_processes
 
 # xpk, Cluster Toolkit and clusters that copied their policy restart only 42 and 127-255.
 GKE_RESTART_CODE = 42
@@ -138,6 +140,7 @@ def generate(
     _check_chips(target, plan.topology)
     _check_workdir(target, options.workdir)
     plan = dataclasses.replace(plan, processes=plan.topology.hosts * target.processes_per_machine(plan.topology))
+    check_processes(experiment, plan.processes)
     text = _render(target, plan, options, command)
     if plan.warning:
         print(f"WARNING: {plan.warning}", file=sys.stderr)
@@ -201,7 +204,10 @@ def _check_options(target: Target, options: Options) -> None:
         raise ConfigError(
             f"--spot --reservation {options.reservation}: machines are either spot or reserved; leave one out."
         )
-    missing = [name for name in target.required if getattr(options, name) is None]
+    for name, value in vars(options).items():
+        if name != "workdir" and isinstance(value, str) and re.search(r"\s", value):
+            raise ConfigError(f"{flag_name(name)} {value!r}: a name has no spaces and no line breaks; leave them out.")
+    missing = [name for name in target.required if not getattr(options, name)]
     if missing:
         raise ConfigError(f"{target.name} needs {', '.join(flag_name(name) for name in missing)}.")
 
@@ -232,8 +238,12 @@ def _check_chips(target: Target, place: Topology) -> None:
 
 
 def _check_workdir(target: Target, workdir: str) -> None:
+    if "\n" in workdir:
+        raise ConfigError(f"--workdir {workdir!r}: has several lines; name one folder.")
     if is_bucket(workdir):
         check_checkpoint_folder(workdir)
+        if not workdir.partition("://")[2].partition("/")[0]:
+            raise ConfigError(f"--workdir {workdir!r}: names no bucket; write gs://BUCKET/FOLDER.")
     if not target.shared_workdir or is_bucket(workdir) or workdir.startswith("/"):
         return
     raise ConfigError(

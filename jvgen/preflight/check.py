@@ -27,7 +27,7 @@ from jvgen.training.balance import with_batch_sizes
 from jvgen.training.checkpoint import init_from
 from jvgen.training.checkpoint.initial import saved_steps
 from jvgen.training.experiment import Experiment
-from jvgen.training.program import Program, check_batch
+from jvgen.training.program import Program, check_batch, check_processes
 from jvgen.training.state import size_of
 
 T = TypeVar("T")
@@ -117,6 +117,8 @@ def inspect_run(
         mesh, problems["mesh"] = _attempt(lambda: make_mesh(experiment.mesh, devices))
     if task is not None and mesh is not None:
         sharding = Sharding(mesh, experiment.sharding)
+        count = len({device.process_index for device in mesh.devices.flat})
+        problems["mesh"] += _attempt(lambda: check_processes(experiment, count))[1]
         for bucket in experiment.data.buckets:
             problems["division"] += _attempt(lambda bucket=bucket: check_batch(experiment, bucket, sharding))[1]
         program, found = _attempt(lambda: Program.build(experiment, mesh, task))

@@ -71,6 +71,15 @@ MISTAKES = {
     "a variable of the file": (
         f"gke-gpu {DEMO} --image {IMAGE} --topology h100:1x8 --env LD_LIBRARY_PATH=/x", "sets LD_LIBRARY_PATH itself"
     ),
+    "a name with a space": (f"slurm {DEMO} --topology h100:1x8 --partition 'a b'", "--partition 'a b': a name has no"),
+    "an empty image": (f"gke-tpu {DEMO} --topology v5e:2x4 --image ''", "gke-tpu needs --image"),
+    "no bucket": (
+        "gke-tpu configs/demo_image_vae.py --workdir gs:// --image i --topology v5e:2x4", "'gs://': names no bucket"
+    ),
+    "a setting of two lines": (f"slurm {DEMO} --topology h100:1x8 --set 'name=a\nb'", "its value has several lines"),
+    "an environment in eight processes": (
+        f"slurm configs/mbrl_metaworld.py {BUCKET} --topology h100:1x8", "runs in one process (with all of its devices)"
+    ),
     "spot and reserved": (
         f"gke-tpu {POD} --topology v5p:4x4x8 --spot --reservation pool", "machines are either spot or reserved"
     ),

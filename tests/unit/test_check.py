@@ -18,6 +18,7 @@ from jvgen.preflight import page as pages
 from jvgen.preflight import topology
 from jvgen.preflight.check import kernels, with_buckets
 from jvgen.preflight.page import examine
+from jvgen.reinforcement.config import ReinforcementConfig
 from jvgen.training.balance import with_batch_sizes
 from jvgen.training.config import TrainingConfig
 from jvgen.training.experiment import Experiment, load_experiment
@@ -25,6 +26,7 @@ from jvgen.training.program import Program
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "processes"), str(Path(__file__).parents[1])]
 import clips  # noqa: E402
+import tiny_reinforcement  # noqa: E402
 import tiny_text_to_video  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
@@ -121,6 +123,17 @@ def test_one_bucket_has_the_size_and_the_steps_that_it_has_beside_the_others():
     assert [text.split()[0] for text in (every, first, later)] == ["10", "2", "8"]
     seconds = [float(re.search(r"\(([\d.e-]+) s/step", text)[1]) for text in (every, first, later)]
     assert 10 * seconds[0] == pytest.approx(2 * seconds[1] + 8 * seconds[2], rel=0.01)
+
+
+@needs_compiler
+def test_a_task_that_acts_has_one_process(data, monkeypatch):
+    """Four chips of v5e are one host, eight are two."""
+    monkeypatch.setattr(ReinforcementConfig, "check_data", lambda task, data: None)
+    monkeypatch.setattr(ReinforcementConfig, "check_weights", lambda task: None)
+    run = tiny_reinforcement.experiment(str(data))
+    assert "mesh" not in problems(examine(run, topology_name="v5e:2x2"))
+    told = problems(examine(run.replace(mesh=MeshConfig(data=2)), topology_name="v5e:2x4"))
+    assert "runs in one process (with all of its devices), not in 2." in told["mesh"]
 
 
 def test_checkpoints_that_are_kept(data):
