@@ -296,9 +296,8 @@ def _open_files(loader: Loader) -> Row:
 def _checkpoints(program: Program, workdir: Path | None) -> Row:
     experiment = program.experiment
     size = size_of(program.abstract.saved())[1]
-    # Replicas along `data` hold the same arrays, of which one writes.
-    replica = program.sharding.mesh.devices[0].flat
-    processes = len({device.process_index for device in replica})
+    # Replicas along `data` hold the same arrays; Orbax lets each write its part of them.
+    processes = len({device.process_index for device in program.sharding.mesh.devices.flat})
     kept = _kept(experiment.checkpoint, experiment.training.steps)
     text = (
         f"{amount(size)} each, {kept} kept and one more while it is written: {amount((kept + 1) * size)}; "

@@ -6,7 +6,12 @@ import resource
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint.type_handlers import ArrayHandler
 
 from jvgen import storage
 from jvgen.data.store import shards
@@ -134,6 +139,19 @@ def test_a_task_that_acts_has_one_process(data, monkeypatch):
     assert "mesh" not in problems(examine(run, topology_name="v5e:2x2"))
     told = problems(examine(run.replace(mesh=MeshConfig(data=2)), topology_name="v5e:2x4"))
     assert "runs in one process (with all of its devices), not in 2." in told["mesh"]
+
+
+@needs_compiler
+def test_all_processes_write_a_checkpoint(data):
+    """Orbax divides the arrays that replicas share, so that two slices write as fast as one mesh of them would."""
+    run = clips.experiment(data, {"data": 2, "fsdp": -1, "tensor": 4})
+    page = examine(run, topology_name="v5e:4x4", slices=2)
+    assert "for each of 8 processes)" in rows(page, "checkpoints")[0]
+    slices = pytest.importorskip("orbax.checkpoint._src.serialization.replica_slices")
+    split = NamedSharding(make_mesh(MeshConfig(data=2, fsdp=4)), P("fsdp"))
+    array = jax.device_put(np.zeros((8, 4), np.float32), split)
+    written = slices.get_replica_slices(array, 0, ArrayHandler()._use_replica_parallel)
+    assert len(written.replica_slices) == 8 and written.local_shape == (1, 4)
 
 
 def test_checkpoints_that_are_kept(data):
