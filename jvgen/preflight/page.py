@@ -88,6 +88,7 @@ class _Devices:
     hbm_bytes: float | None
     peak_flops: float | None
     note: str = ""
+    memory_note: str = ""
 
 
 def examine(
@@ -147,10 +148,15 @@ def _described(experiment: Experiment, name: str, slices: int) -> _Devices:
 
 
 def _attached(experiment: Experiment) -> _Devices:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     chip = chip_of(device)
-    hbm = None if chip is None else chip.device_hbm_bytes
-    return _Devices("", None, hbm, peak_flops(device, experiment.training.peak_flops))
+    # What JAX may take, which on GPUs is less than there is.
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    hbm = limit or (None if chip is None else chip.device_hbm_bytes)
+    note = ", what JAX may take of a GPU: XLA_CLIENT_MEM_FRACTION, 0.75 if it is not set"
+    is_part = bool(limit) and device.platform == "gpu"
+    peak = peak_flops(device, experiment.training.peak_flops)
+    return _Devices("", None, hbm, peak, memory_note=note if is_part else "")
 
 
 def _areas(
@@ -222,7 +228,7 @@ def _memory(program: Program, target: _Devices) -> Row:
     text = f"{amount(most.total)} per device without activations ({listed})"
     if target.hbm_bytes is None:
         return Row("memory", True, f"{text}; the memory of these devices is unknown")
-    share = f"{most.total / target.hbm_bytes:.0%} of {target.hbm_bytes / GIB:.2f} GiB"
+    share = f"{most.total / target.hbm_bytes:.0%} of {target.hbm_bytes / GIB:.2f} GiB{target.memory_note}"
     if most.total <= target.hbm_bytes:
         return Row("memory", True, f"{text}: {share}")
     return Row("memory", False, f"{text}: {share}; use more devices along mesh.fsdp, or fewer examples per device")

@@ -5,6 +5,7 @@ import re
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -97,6 +98,19 @@ def test_memory_that_cannot_suffice(data, monkeypatch):
     monkeypatch.setattr(pages, "_attached", lambda experiment: tiny)
     page = examine(run)
     assert set(problems(page)) == {"memory"} and "use more devices along mesh.fsdp" in problems(page)["memory"]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA of tomorrow"])
+def test_memory_of_a_gpu_is_what_jax_may_take_of_it(data, monkeypatch, kind):
+    """Three quarters by default; the memory of a GPU that is not in the table is known too."""
+    run = clips.experiment(data, {"fsdp": 8})
+    gpu = SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: {"bytes_limit": 60 * 2**30})
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: [gpu])
+        target = pages._attached(run)
+    monkeypatch.setattr(pages, "_attached", lambda experiment: target)
+    (text,) = rows(examine(run), "memory")
+    assert "of 60.00 GiB, what JAX may take of a GPU: XLA_CLIENT_MEM_FRACTION, 0.75" in text
 
 
 def test_steps_of_stages_are_shared_by_weight(data):
