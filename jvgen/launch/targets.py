@@ -90,12 +90,12 @@ TARGETS = {
         ),
         Target(
             "gke-tpu", "a JobSet on GKE with one Job per TPU slice", "gke_tpu.yaml", ("TPU",), KUBERNETES, ("image",),
-            GKE_RESTART_CODE, lambda place: 1, ("kubectl", "apply", "-f", "-"),
+            GKE_RESTART_CODE, lambda place: 1, ("kubectl", "create", "-f", "-"),
             variables=("JOBSET", "MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
         ),
         Target(
             "gke-gpu", "a JobSet on GKE with one pod per GPU node", "gke_gpu.yaml", ("GPU",), KUBERNETES, ("image",),
-            GKE_RESTART_CODE, lambda place: 1, ("kubectl", "apply", "-f", "-"),
+            GKE_RESTART_CODE, lambda place: 1, ("kubectl", "create", "-f", "-"),
             variables=("JOBSET", "LD_LIBRARY_PATH"),
         ),
         Target(

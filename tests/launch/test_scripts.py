@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import FOLDER, IMAGE, launch_file  # noqa: E402
+from commands import FOLDER, IMAGE, launch, launch_file  # noqa: E402
 
 from jvgen.launch.machines import accelerator_type, topology  # noqa: E402
 from jvgen.launch.plan import OWN_VARIABLES  # noqa: E402
@@ -162,6 +162,18 @@ def test_variables_that_a_file_sets_cannot_be_given(script, target):
     free = {"PATH", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_COORDINATOR_PORT", "DEVICES"}
     known = {*TARGETS[script].variables, *OWN_VARIABLES}
     assert set(assigned) - free <= known, set(assigned) - free - known
+
+
+@pytest.mark.parametrize("target, topology", [("gke-gpu", "h100:1x8"), ("gke-tpu", "v5e:2x4")])
+def test_a_manifest_is_created_not_applied(tmp_path, monkeypatch, target, topology):
+    """`kubectl apply` starts nothing where a JobSet of that name has ended, and says that all is well."""
+    exists = 'echo "$*" >calls; cat >sent; echo "jobsets \\"x\\" already exists" >&2; exit 1'
+    tool(tmp_path, "kubectl", f"#!/bin/bash\ncd {tmp_path}\n{exists}\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    status, _, _ = launch(
+        f"{target} configs/demo_image_vae.py --topology {topology} --workdir gs://bucket/x --image i --submit"
+    )
+    assert status == 1 and calls(tmp_path) == ["create -f -"] and "kind: JobSet" in (tmp_path / "sent").read_text()
 
 
 def test_logs_of_local_processes_are_local():
