@@ -158,7 +158,7 @@ def _image_warnings(experiment: Experiment, config: str, workdir: str, target: T
             f"launch/Dockerfile's image holds no data and no weights: {', '.join(missing)}. Name buckets, "
             "--set PATH=gs://BUCKET/...: launch/README.md#data-and-weights."
         )
-    if Path(config).parts[0] != "configs":
+    if Path(config).parts[0] != "configs" and not is_bucket(config):
         yield (
             f"launch/Dockerfile's image holds the folder configs/ alone: CONFIG {config} has to be in the image too; "
             "move it there, or COPY its folder."

@@ -142,7 +142,7 @@ def test_a_run_directory_that_no_pod_has():
 
 def test_a_config_that_the_image_does_not_hold(capsys):
     experiment = load_experiment(ROOT / "configs/demo_image_vae.py")
-    for config in ("configs/mine.py", "mine/configs/mine.py"):
+    for config in ("configs/mine.py", "mine/configs/mine.py", "gs://bucket/runs/x/config.json"):
         options = Options(topology="v6e:2x2", workdir="gs://bucket/x", image=IMAGE)
         generate(TARGETS["gke-tpu"], experiment, config, (), options, "")
         warned = f"CONFIG {config} has to be in the image too" in capsys.readouterr().err

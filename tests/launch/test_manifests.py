@@ -29,7 +29,7 @@ TPU = [
     ("configs/demo_image_vae.py", "v5e:2x4", 4, "--xla-flags none --set seed=3 --env LIBTPU_INIT_ARGS=--mine=1"),
 ]
 GPU = [
-    ("configs/cogvideox_2b.py", "h200:16x8", "--spot --queue team --env XLA_FLAGS=--mine=1"),
+    ("configs/cogvideox_2b.py", "h200:16x8", "--spot --queue team --env XLA_FLAGS=--mine=1 --env NO=1"),
     ("configs/cogvideox_2b.py", "h100:4x8", "--host-network"),
     ("configs/demo_image_vae.py", "a100-80gb:1x8", ""),
 ]
@@ -111,6 +111,7 @@ def test_every_variable_is_there_once(manifests, topology):
     assert len({entry["name"] for entry in entries}) == len(entries)
     values = environment(parts(manifests[topology])[3])
     if topology == "h200:16x8":
+        assert values["NO"] == "1"  # which YAML would read as false
         assert values["XLA_FLAGS"].startswith("--xla_gpu_") and values["XLA_FLAGS"].endswith(" --mine=1")
     if topology == "v5e:2x4":
         assert values["LIBTPU_INIT_ARGS"] == "--mine=1"
