@@ -50,7 +50,8 @@ TABLE = (
     ExitCode(
         DEFAULT_RESTART,
         "restart",
-        "told to stop and saved, a lost process, a hang, or a storage error that may pass",
+        "told to stop and saved, a lost process, a hang, a GPU whose memory or link failed, or a storage error that "
+        "may pass",
         True,
     ),
     ExitCode(134, "aborted", "JAX or a driver aborted (SIGABRT), for example because process 0 died", True),
@@ -100,6 +101,16 @@ _PASSING = frozenset(
 )  # fmt: skip
 
 
+# What CUDA says of hardware that failed: by the table of errors of its driver.
+_FAILED_CHIP = ("uncorrectable ECC error", "uncorrectable NVLink error")
+
+
+def is_failed_chip(error: BaseException) -> bool:
+    """Whether a GPU's hardware failed, not the program on it."""
+    named = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return named and any(words in str(error) for words in _FAILED_CHIP)
+
+
 def is_full(error: BaseException) -> bool:
     """Whether a disk or a quota is used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -110,10 +121,13 @@ def of_error(error: BaseException) -> int:
 
     jvgen's own exceptions have it as their attribute `exit_code`. Of the others a missing or forbidden file is a user's
     mistake, and so are a `ValueError` and an `ImportError` (of an extra that is not installed) that jvgen raises; a
-    full disk is "unsaved", storage and network errors that may pass ask for a restart, and the rest is 1.
+    full disk is "unsaved", failed hardware, storage and network errors that may pass ask for a restart, and the rest
+    is 1.
     """
     if hasattr(error, "exit_code"):
         return error.exit_code
+    if is_failed_chip(error):
+        return restart_code()
     if isinstance(error, OSError):
         if is_full(error):
             return UNSAVED

@@ -12,7 +12,8 @@ MAX_RESTARTS=50
 LOGS=$WORKDIR/processes
 
 export PATH="$PWD/.venv/bin:$PATH" JAX_PLATFORMS=cpu
-export XLA_FLAGS="--xla_force_host_platform_device_count=$DEVICES ${XLA_FLAGS:-}"
+# The last of two equal flags counts.
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
 export JVGEN_RESTART_CODE=75
 mkdir -p "$LOGS"
 stopping=

@@ -33,7 +33,7 @@ ExecStartPre=-/usr/bin/timeout 120 /bin/sh -c "while fuser -s /dev/vfio/[0-9]* /
 ExecStart=/usr/bin/docker run --rm --name jvgen --privileged --user root --network host --shm-size 16g \\
   --env "JVGEN_RESTART_CODE=75" \\
   --env "LIBTPU_INIT_ARGS=--xla_tpu_enable_sparse_core_collective_offload_all_gather=true --xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true --xla_tpu_enable_sparse_core_collective_offload_all_reduce=true" \\
-  $IMAGE "train" "configs/cogvideox_2b.py" "--workdir" $WORKDIR
+  $IMAGE "train" "configs/cogvideox_2b.py" "--workdir" "${WORKDIR//%/%%}"
 ExecStop=/usr/bin/docker stop --time 120 jvgen
 TimeoutStartSec=infinity
 TimeoutStopSec=150
@@ -53,10 +53,11 @@ nodes() {
   if [ "$SLICES" -eq 1 ]; then echo "$NAME"; else seq -f "$NAME-%.0f" 0 $((SLICES - 1)); fi
 }
 
-# On every VM of every slice.
+# On every VM of every slice; fails if one of them does.
 remote() {
-  local node
-  for node in $(nodes); do tpu tpu-vm ssh "$node" --worker=all --command="$1" </dev/null; done
+  local node status=0
+  for node in $(nodes); do tpu tpu-vm ssh "$node" --worker=all --command="$1" </dev/null || status=$?; done
+  return "$status"
 }
 
 state() { tpu queued-resources describe "$NAME" --format='value(state.state)' 2>/dev/null || echo ABSENT; }
@@ -112,9 +113,12 @@ up() {
 }
 
 # Preempted VMs do not come back: they are deleted, which also frees their quota, and ordered again.
+drop_lost() { case $(state) in FAILED | SUSPENDED) delete ;; esac }
+
 keep() {
   while true; do
-    up || true
+    # A VM on which nothing was started would look like one on which training has ended.
+    up || { sleep "$POLL_SECONDS"; drop_lost; continue; }
     while [ "$(state)" = ACTIVE ]; do
       case $(training 2>/dev/null || true) in
         inactive) echo "training ended"; return 0 ;;
@@ -122,7 +126,7 @@ keep() {
       esac
       sleep "$POLL_SECONDS"
     done
-    case $(state) in FAILED | SUSPENDED) delete ;; esac
+    drop_lost
     sleep "$POLL_SECONDS"
   done
 }

@@ -107,6 +107,11 @@ def _search(parsed: argparse.Namespace) -> int:
     places = [number for number, bucket in enumerate(whole.data.buckets) if bucket_key(bucket) == searched]
     if parsed.without_code:
         raise ConfigError("--without-code: not with --search, which compares times.")
+    if parsed.batch_sizes and whole.data.tokens_per_step is not None:
+        raise ConfigError(
+            f"--batch-sizes: data.tokens_per_step = {whole.data.tokens_per_step} chooses batch sizes; leave it out, or "
+            "--set data.tokens_per_step=none."
+        )
     if parsed.json:
         raise ConfigError("--json: not with --search; compile the candidate that it names.")
 

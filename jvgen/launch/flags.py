@@ -80,4 +80,4 @@ PRESETS: dict[str, tuple[Flag, ...]] = {
 
 def flags_of(chip: Chip) -> tuple[Flag, ...]:
     """The preset of a chip; empty where the compiler's defaults are best."""
-    return PRESETS.get(chip.name, ())
+    return PRESETS.get(chip.name, _NVIDIA if chip.kind.startswith("NVIDIA") else ())

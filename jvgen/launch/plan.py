@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from jax.sharding import AbstractMesh
@@ -12,6 +12,7 @@ from jvgen import exit_codes
 from jvgen.config import ConfigError, leaves
 from jvgen.launch.flags import Flag, flags_of
 from jvgen.launch.machines import Topology, topology
+from jvgen.parallel import clusters
 from jvgen.parallel.mesh import MESH_AXES, across_slices, slow_axis_warning
 from jvgen.parallel.rules import Sharding
 from jvgen.training.experiment import Experiment
@@ -25,6 +26,10 @@ ASSUMED_BYTES_PER_SECOND = 100e6
 # One step, and the time to notice the signal.
 ASSUMED_STEP_SECONDS = 90
 BUCKETS = ("gs://", "s3://")
+# Set by every launch file; by what an option says, if one does.
+OWN_VARIABLES = {exit_codes.RESTART_CODE_VARIABLE: "--restart-code"} | dict.fromkeys(
+    (clusters.COORDINATOR, clusters.PROCESSES, clusters.PROCESS_ID), ""
+)
 # Fields of a config that name files to read, as strings.
 FILES = r"data\.(evaluation_)?sources\.\d+\.path|task\..*(weights|tokenizer|embeddings|pretrained)|init_from\.run"
 
@@ -47,7 +52,7 @@ class Options:
       spot, reservation: capacity that is cheaper, or already paid.
       zone, project: of Google Cloud.
       partition, account, time: of Slurm.
-      environment: `NAME=VALUE`, added to every process.
+      environment: `NAME=VALUE`, added to every process; flags of XLA or libtpu come after the preset's.
       flags: "preset" or "none", for XLA and libtpu.
     """
 
@@ -90,8 +95,9 @@ class Plan:
       restart_code: exit status that asks for a restart.
       no_restart: exit statuses, other than 0, after which a restart does not help.
       grace_seconds: between SIGTERM and SIGKILL.
-      environment: of every process.
+      environment: of every process, without the variable of `flags`.
       flags: of XLA or libtpu, with their reasons.
+      own_flags: what `--env` adds to them.
     """
 
     config: str
@@ -106,6 +112,12 @@ class Plan:
     grace_seconds: int
     environment: dict[str, str]
     flags: tuple[Flag, ...]
+    own_flags: str = ""
+
+    @property
+    def flags_text(self) -> str:
+        """Value of `flags_variable`; of a flag that is there twice, XLA and libtpu take the last."""
+        return " ".join([*map(str, self.flags), self.own_flags]).strip()
 
     @property
     def arguments(self) -> list[str]:
@@ -132,6 +144,7 @@ def make_plan(
     *,
     processes_per_machine: int,
     default_restart_code: int,
+    variables: Collection[str] = (),
 ) -> Plan:
     """Derive all numbers, and check that they fit each other.
 
@@ -142,6 +155,7 @@ def make_plan(
       options: the rest of the command.
       processes_per_machine: JAX processes of one VM or node.
       default_restart_code: if `options` has none.
+      variables: environment variables that the launch file sets, besides `OWN_VARIABLES`.
 
     Raises:
       ConfigError: names the option, its value and the rule.
@@ -156,8 +170,12 @@ def make_plan(
         raise ConfigError(
             f"--grace-seconds {options.grace_seconds}: at least 30: one step and one save have to fit into it."
         )
-    environment = dict(_environment(options.environment))
-    environment.setdefault(exit_codes.RESTART_CODE_VARIABLE, str(restart_code))
+    for assignment in assignments:
+        if "\n" in assignment:
+            raise ConfigError(f"--set {assignment!r}: its value has several lines; write it into the config file.")
+    environment = dict(_environment(options.environment, variables))
+    environment[exit_codes.RESTART_CODE_VARIABLE] = str(restart_code)
+    own_flags = environment.pop(flags_variable(place), "")
     return Plan(
         config=config,
         assignments=assignments,
@@ -171,7 +189,13 @@ def make_plan(
         grace_seconds=options.grace_seconds or estimated_grace(experiment, place, mesh),
         environment=environment,
         flags=flags_of(place.chip) if options.flags == "preset" else (),
+        own_flags=own_flags,
     )
+
+
+def flags_variable(place: Topology) -> str:
+    """Environment variable from which the compiler reads its flags."""
+    return "LIBTPU_INIT_ARGS" if place.is_tpu else "XLA_FLAGS"
 
 
 def is_bucket(workdir: str) -> bool:
@@ -220,18 +244,24 @@ def _name(given: str | None, experiment: str) -> str:
     return given
 
 
-def _environment(settings: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _environment(settings: tuple[str, ...], variables: Collection[str]) -> Iterator[tuple[str, str]]:
     for setting in settings:
         name, separator, value = setting.partition("=")
         if not separator or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ConfigError(f"--env {setting!r}: write NAME=VALUE.")
         if "\n" in value:
             raise ConfigError(f"--env {name}: its value has several lines.")
+        if name in OWN_VARIABLES or name in variables:
+            instead = OWN_VARIABLES.get(name)
+            raise ConfigError(
+                f"--env {setting!r}: the launch file sets {name} itself; "
+                + (f"use {instead}." if instead else "leave it out, or change it in the file.")
+            )
         yield name, value
 
 
 def config_in_image(config: str) -> str:
-    """Path of the config inside the image, which holds the repository.
+    """Path of the config inside the image, which starts in the repository.
 
     Raises:
       ConfigError: the path leads out of it.
@@ -239,8 +269,8 @@ def config_in_image(config: str) -> str:
     path = Path(config)
     if path.is_absolute() or ".." in path.parts:
         raise ConfigError(
-            f"CONFIG {config}: the image holds the repository and starts in it; give the path relative to it, for "
-            "example configs/cogvideox_2b.py."
+            f"CONFIG {config}: the image starts in a folder with the repository's configs/; give the path relative to "
+            "it, for example configs/cogvideox_2b.py."
         )
     return config
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,9 +17,18 @@ from jvgen import exit_codes
 from jvgen.config import ConfigError
 from jvgen.launch import machines
 from jvgen.launch.machines import GPUS, TPUS, Topology
-from jvgen.launch.plan import Options, Plan, config_in_image, is_bucket, make_plan, outside_image
+from jvgen.launch.plan import (
+    Options,
+    Plan,
+    config_in_image,
+    flags_variable,
+    is_bucket,
+    make_plan,
+    outside_image,
+)
 from jvgen.storage import check_checkpoint_folder
 from jvgen.training.experiment import Experiment
+from jvgen.training.program import check_processes
 
 # xpk, Cluster Toolkit and clusters that copied their policy restart only 42 and 127-255.
 GKE_RESTART_CODE = 42
@@ -47,6 +57,7 @@ class Target:
       submit: command line; `FILE` stands for the path of the file, without it the file is the standard input.
       shared_workdir: whether the run directory must be in a bucket or an absolute path.
       in_image: whether the config is read inside the image.
+      variables: environment variables that its file sets besides `plan.OWN_VARIABLES`, or uses as names of its own.
     """
 
     name: str
@@ -60,6 +71,7 @@ class Target:
     submit: tuple[str, ...]
     shared_workdir: bool = True
     in_image: bool = True
+    variables: tuple[str, ...] = ()
 
 
 TARGETS = {
@@ -68,19 +80,23 @@ TARGETS = {
         Target(
             "local", "processes on the CPUs of this machine, for trying", "local.sh", ("CPU",), FREE, (),
             exit_codes.DEFAULT_RESTART, lambda place: 1, ("bash", "FILE"), shared_workdir=False, in_image=False,
+            variables=("CONFIG", "WORKDIR", "PROCESSES", "DEVICES", "MAX_RESTARTS", "LOGS"),
         ),
         Target(
             "slurm", "a batch script with one task per GPU that requeues itself", "slurm.sbatch", ("GPU", "CPU"),
             FREE | {"grace_seconds", "partition", "account", "time"}, (), exit_codes.DEFAULT_RESTART,
             lambda place: place.shape[1], ("sbatch",), in_image=False,
+            variables=("CONFIG", "WORKDIR", "MAX_RESTARTS", "GRACE", "RESTARTS", "VERDICTS"),
         ),
         Target(
             "gke-tpu", "a JobSet on GKE with one Job per TPU slice", "gke_tpu.yaml", ("TPU",), KUBERNETES, ("image",),
-            GKE_RESTART_CODE, lambda place: 1, ("kubectl", "apply", "-f", "-"),
+            GKE_RESTART_CODE, lambda place: 1, ("kubectl", "create", "-f", "-"),
+            variables=("JOBSET", "MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
         ),
         Target(
             "gke-gpu", "a JobSet on GKE with one pod per GPU node", "gke_gpu.yaml", ("GPU",), KUBERNETES, ("image",),
-            GKE_RESTART_CODE, lambda place: 1, ("kubectl", "apply", "-f", "-"),
+            GKE_RESTART_CODE, lambda place: 1, ("kubectl", "create", "-f", "-"),
+            variables=("JOBSET", "LD_LIBRARY_PATH"),
         ),
         Target(
             "tpu-vm", "a script for Cloud TPU VMs by queued resources, without Kubernetes", "tpu_vm.sh", ("TPU",),
@@ -90,7 +106,7 @@ TARGETS = {
         Target(
             "skypilot", "a SkyPilot managed job on GPU nodes of any cloud", "skypilot.yaml", ("GPU",),
             FREE - {"max_restarts"} | {"spot"}, (), exit_codes.DEFAULT_RESTART, lambda place: 1,
-            ("sky", "jobs", "launch", "--yes", "FILE"), in_image=False,
+            ("sky", "jobs", "launch", "--yes", "FILE"), in_image=False, variables=("WORKDIR",),
         ),
     )
 }  # fmt: skip
@@ -119,22 +135,39 @@ def generate(
         config = config_in_image(config)
     plan = make_plan(
         experiment, config, assignments, options,
-        processes_per_machine=1, default_restart_code=target.restart_code,
+        processes_per_machine=1, default_restart_code=target.restart_code, variables=target.variables,
     )  # fmt: skip
     _check_chips(target, plan.topology)
     _check_workdir(target, options.workdir)
     plan = dataclasses.replace(plan, processes=plan.topology.hosts * target.processes_per_machine(plan.topology))
+    check_processes(experiment, plan.processes)
     text = _render(target, plan, options, command)
     if plan.warning:
         print(f"WARNING: {plan.warning}", file=sys.stderr)
-    missing = outside_image(experiment) if target.in_image else []
-    if missing:
-        print(
-            f"WARNING: launch/Dockerfile's image holds no data and no weights: {', '.join(missing)}. Name buckets, "
-            "--set PATH=gs://BUCKET/...: launch/README.md#data-and-weights.",
-            file=sys.stderr,
-        )
+    for warning in _image_warnings(experiment, config, plan.workdir, target):
+        print(f"WARNING: {warning}", file=sys.stderr)
     return text
+
+
+def _image_warnings(experiment: Experiment, config: str, workdir: str, target: Target) -> Iterator[str]:
+    """What the containers of a target would not find in `launch/Dockerfile`'s image, or lose with their files."""
+    if not target.in_image:
+        return
+    if missing := outside_image(experiment):
+        yield (
+            f"launch/Dockerfile's image holds no data and no weights: {', '.join(missing)}. Name buckets, "
+            "--set PATH=gs://BUCKET/...: launch/README.md#data-and-weights."
+        )
+    if Path(config).parts[0] != "configs" and not is_bucket(config):
+        yield (
+            f"launch/Dockerfile's image holds the folder configs/ alone: CONFIG {config} has to be in the image too; "
+            "move it there, or COPY its folder."
+        )
+    if target.name.startswith("gke") and not is_bucket(workdir):
+        yield (
+            f"--workdir {workdir}: the file mounts nothing there, and what a pod writes elsewhere ends with it: add "
+            "the volume to the file, or name a bucket (gs://BUCKET/x)."
+        )
 
 
 def submit(target: Target, text: str) -> int:
@@ -167,7 +200,14 @@ def _check_options(target: Target, options: Options) -> None:
     if foreign:
         users = [other.name for other in TARGETS.values() if foreign[0] in other.options]
         raise ConfigError(f"{flag_name(foreign[0])} is for {' and '.join(users)}; {target.name} has no use for it.")
-    missing = [name for name in target.required if getattr(options, name) is None]
+    if options.spot and options.reservation is not None:
+        raise ConfigError(
+            f"--spot --reservation {options.reservation}: machines are either spot or reserved; leave one out."
+        )
+    for name, value in vars(options).items():
+        if name != "workdir" and isinstance(value, str) and re.search(r"\s", value):
+            raise ConfigError(f"{flag_name(name)} {value!r}: a name has no spaces and no line breaks; leave them out.")
+    missing = [name for name in target.required if not getattr(options, name)]
     if missing:
         raise ConfigError(f"{target.name} needs {', '.join(flag_name(name) for name in missing)}.")
 
@@ -185,6 +225,11 @@ def _check_chips(target: Target, place: Topology) -> None:
             f"--topology {place.topology}: {target.name} is for {' and '.join(target.chips)}; for {kind} use "
             f"{' or '.join(fitting)}."
         )
+    if place.is_gpu and place.chip.name not in GPUS and target.name != "slurm":
+        raise ConfigError(
+            f"--topology {place.topology}: {target.name} knows no machine with {place.chip.name}; use "
+            f"{', '.join(GPUS)}, or slurm, which takes every GPU."
+        )
     if place.is_gpu and place.shape[1] != machines.GPUS_PER_NODE and target.name != "slurm":
         raise ConfigError(
             f"--topology {place.topology}: a node of {target.name} has {machines.GPUS_PER_NODE} GPUs; write "
@@ -193,8 +238,12 @@ def _check_chips(target: Target, place: Topology) -> None:
 
 
 def _check_workdir(target: Target, workdir: str) -> None:
+    if "\n" in workdir:
+        raise ConfigError(f"--workdir {workdir!r}: has several lines; name one folder.")
     if is_bucket(workdir):
         check_checkpoint_folder(workdir)
+        if not workdir.partition("://")[2].partition("/")[0]:
+            raise ConfigError(f"--workdir {workdir!r}: names no bucket; write gs://BUCKET/FOLDER.")
     if not target.shared_workdir or is_bucket(workdir) or workdir.startswith("/"):
         return
     raise ConfigError(
@@ -218,8 +267,9 @@ def _render(target: Target, plan: Plan, options: Options, command: str) -> str:
         command=command,
         machine=TPUS.get(place.chip.name) or GPUS.get(place.chip.name),
         accelerator_type=machines.accelerator_type(place) if target.name == "tpu-vm" else None,
-        flags=" ".join(map(str, plan.flags)),
-        flags_variable="LIBTPU_INIT_ARGS" if place.is_tpu else "XLA_FLAGS",
+        flags=plan.flags_text,
+        flags_variable=flags_variable(place),
+        is_bucket=is_bucket(plan.workdir),
         unlimited_restarts=[plan.restart_code, ABORTED, TERMINATED],
     )
 

@@ -19,6 +19,7 @@ from jvgen.parallel import libtpu
 from jvgen.parallel.chips import chip_of
 from jvgen.parallel.mesh import describe as describe_mesh
 from jvgen.preflight import collectives, hlo, kernel_cycles, program_cost, topology
+from jvgen.preflight.check import undivided
 from jvgen.preflight.estimate import lower_bound, reading
 from jvgen.preflight.optimized_program import DoesNotFitError, optimize
 from jvgen.preflight.report import BucketReport, CompileReport, Memory
@@ -57,6 +58,9 @@ def compile_ahead(
     pod, mesh = topology.describe_for(experiment.mesh, topology_name, slices)
     program = Program.build(experiment, mesh)
     program.check()
+    # XLA compiles it all the same, and training refuses it.
+    if problems := list(undivided(program)):
+        raise ConfigError("\n".join(problems))
     report = CompileReport(
         topology=pod.name,
         chip=pod.chip.name,

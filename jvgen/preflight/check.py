@@ -28,7 +28,7 @@ from jvgen.training.balance import with_batch_sizes
 from jvgen.training.checkpoint import init_from
 from jvgen.training.checkpoint.initial import saved_steps
 from jvgen.training.experiment import Experiment
-from jvgen.training.program import Program, check_batch
+from jvgen.training.program import Program, check_batch, check_processes
 from jvgen.training.state import size_of
 
 T = TypeVar("T")
@@ -44,6 +44,8 @@ FIXES = {
 def with_buckets(experiment: Experiment, names: Sequence[str]) -> Experiment:
     """The experiment with only the buckets of these names ("1x49x480x720"); all of them if there are no names.
 
+    Their batch sizes are those that they have beside the others.
+
     Raises:
       ConfigError: no bucket has the name.
     """
@@ -53,8 +55,9 @@ def with_buckets(experiment: Experiment, names: Sequence[str]) -> Experiment:
             raise ConfigError(f"bucket {name!r}: data.buckets has {', '.join(known)}.")
     if not names:
         return experiment
-    buckets = tuple(bucket for bucket in experiment.data.buckets if bucket.name in names)
-    return experiment.replace(data=experiment.data.replace(buckets=buckets))
+    data = with_batch_sizes(experiment).data
+    buckets = tuple(bucket for bucket in data.buckets if bucket.name in names)
+    return experiment.replace(data=data.replace(buckets=buckets, tokens_per_step=None))
 
 
 def check(experiment: Experiment, workdir: Path | None = None, devices: list[jax.Device] | None = None) -> None:
@@ -115,6 +118,8 @@ def inspect_run(
         mesh, problems["mesh"] = _attempt(lambda: make_mesh(experiment.mesh, devices))
     if task is not None and mesh is not None:
         sharding = Sharding(mesh, experiment.sharding)
+        count = len({device.process_index for device in mesh.devices.flat})
+        problems["mesh"] += _attempt(lambda: check_processes(experiment, count))[1]
         for bucket in experiment.data.buckets:
             problems["division"] += _attempt(lambda bucket=bucket: check_batch(experiment, bucket, sharding))[1]
         program, found = _attempt(lambda: Program.build(experiment, mesh, task))

@@ -88,6 +88,7 @@ class _Devices:
     hbm_bytes: float | None
     peak_flops: float | None
     note: str = ""
+    memory_note: str = ""
 
 
 def examine(
@@ -147,10 +148,15 @@ def _described(experiment: Experiment, name: str, slices: int) -> _Devices:
 
 
 def _attached(experiment: Experiment) -> _Devices:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     chip = chip_of(device)
-    hbm = None if chip is None else chip.device_hbm_bytes
-    return _Devices("", None, hbm, peak_flops(device, experiment.training.peak_flops))
+    # What JAX may take, which on GPUs is less than there is.
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    hbm = limit or (None if chip is None else chip.device_hbm_bytes)
+    note = ", what JAX may take of a GPU: XLA_CLIENT_MEM_FRACTION, 0.75 if it is not set"
+    is_part = bool(limit) and device.platform == "gpu"
+    peak = peak_flops(device, experiment.training.peak_flops)
+    return _Devices("", None, hbm, peak, memory_note=note if is_part else "")
 
 
 def _areas(
@@ -222,7 +228,7 @@ def _memory(program: Program, target: _Devices) -> Row:
     text = f"{amount(most.total)} per device without activations ({listed})"
     if target.hbm_bytes is None:
         return Row("memory", True, f"{text}; the memory of these devices is unknown")
-    share = f"{most.total / target.hbm_bytes:.0%} of {target.hbm_bytes / GIB:.2f} GiB"
+    share = f"{most.total / target.hbm_bytes:.0%} of {target.hbm_bytes / GIB:.2f} GiB{target.memory_note}"
     if most.total <= target.hbm_bytes:
         return Row("memory", True, f"{text}: {share}")
     return Row("memory", False, f"{text}: {share}; use more devices along mesh.fsdp, or fewer examples per device")
@@ -296,9 +302,8 @@ def _open_files(loader: Loader) -> Row:
 def _checkpoints(program: Program, workdir: Path | None) -> Row:
     experiment = program.experiment
     size = size_of(program.abstract.saved())[1]
-    # Replicas along `data` hold the same arrays, of which one writes.
-    replica = program.sharding.mesh.devices[0].flat
-    processes = len({device.process_index for device in replica})
+    # Replicas along `data` hold the same arrays; Orbax lets each write its part of them.
+    processes = len({device.process_index for device in program.sharding.mesh.devices.flat})
     kept = _kept(experiment.checkpoint, experiment.training.steps)
     text = (
         f"{amount(size)} each, {kept} kept and one more while it is written: {amount((kept + 1) * size)}; "
@@ -330,13 +335,15 @@ def _kept(config: CheckpointConfig, steps: int) -> int:
 
 def _time(program: Program, target: _Devices) -> Row:
     total = 0.0
-    for bucket, steps in _bucket_steps(program.experiment).items():
+    counts = _bucket_steps(program.experiment)
+    for bucket, steps in counts.items():
         seconds = step_seconds(program, bucket, target.peak_flops)
         if seconds is None:
             return Row("time", True, "unknown: the FLOPs of the step or the peak of these devices are not known")
         total += steps * seconds
-    steps = program.experiment.training.steps
-    text = f"{steps} steps take about {_duration(total)} {ASSUMED_BASIS} ({total / steps:.3g} s/step)"
+    # Fewer than all where only some stages' batch shapes are looked at.
+    steps = round(sum(counts.values()))
+    text = f"{steps} steps take about {_duration(total)} {ASSUMED_BASIS} ({total / max(1, steps):.3g} s/step)"
     return Row("time", True, f"{text}, without evaluation, saves and restarts")
 
 

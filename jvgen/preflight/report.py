@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jvgen.data.stream.config import BucketConfig
+from jvgen.parallel.chips import chip_named
 from jvgen.parallel.pods import slice_of
 from jvgen.preflight.collectives import Collective
 from jvgen.preflight.estimate import Estimate, Reading
@@ -71,8 +72,8 @@ class BucketReport:
       seconds: time to trace and compile.
       problem: the compiler's message if it does not fit.
       kernels: which kernel each kind of attention call takes, and why.
-      time: how long the step takes, by part; None for devices other than TPUs, and if the program does not fit or
-        cannot be read.
+      time: how long the step takes, by part; None for devices other than TPUs and for tpu7x, whose clock is not known,
+        and if the program does not fit or cannot be read.
     """
 
     bucket: BucketConfig
@@ -121,7 +122,10 @@ class CompileReport:
         for report in self.buckets:
             console.print(f"\n{report.bucket.name}, batch size {report.bucket.batch_size}", markup=False)
             if report.time is None:
-                console.print(f"no estimate: {report.problem or 'the compiled program cannot be read'}", markup=False)
+                why = "the compiled program cannot be read"
+                if not chip_named(self.chip).clock:
+                    why = f"the clock of {self.chip} is not known; `jvgen compile` has memory and collectives"
+                console.print(f"no estimate: {report.problem or why}", markup=False)
             else:
                 print_estimate(console, report.time, self.slice)
         return console.file.getvalue().rstrip()

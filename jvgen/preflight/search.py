@@ -76,8 +76,9 @@ class Found:
 
     @property
     def seconds(self) -> float | None:
-        """Likely seconds per step; None if not known."""
-        return None if self.report is None or self.report.time is None else self.report.time.seconds.likely
+        """Likely seconds per step; None if not known, or not of all kernels."""
+        time = None if self.report is None else self.report.time
+        return time.seconds.likely if time is not None and time.is_whole else None
 
     @property
     def per_example(self) -> float:
@@ -275,7 +276,7 @@ class SearchReport:
 
     @property
     def best(self) -> Found | None:
-        """The fastest per example; None if no compiled candidate fits."""
+        """The fastest per example, or the first if no time is known; None if no compiled candidate fits."""
         first = self.found[0]
         return first if first.fits(self.hbm_bytes) else None
 
@@ -291,7 +292,10 @@ class SearchReport:
             "estimated (see `jvgen estimate`): good for comparing rows, not measured."
         )
         if self.best is not None:
-            console.print(f"best: {self.best.candidate.settings}", soft_wrap=True)
+            told = (
+                "best" if self.best.seconds is not None else "times are not known for these chips; the first that fits"
+            )
+            console.print(f"{told}: {self.best.candidate.settings}", soft_wrap=True)
         return console.file.getvalue().rstrip()
 
     def _row(self, one: Found) -> list[str]:

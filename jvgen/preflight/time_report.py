@@ -13,8 +13,8 @@ def print_estimate(console: Console, found: TimeEstimate, topology: str) -> None
     """Print the estimate of one batch shape's step."""
     times, (least, likely, most) = found.seconds, found.utilization
     if found.has_code:
-        incomplete = "more than " if found.without_cycles else ""
-        text = f"{incomplete}{_range(times)} s per step, MFU {likely:.1%} ({least:.1%} to {most:.1%})"
+        more, less = ("more than ", "less than ") if found.without_cycles else ("", "")
+        text = f"{more}{_range(times)} s per step, MFU {less}{likely:.1%} ({least:.1%} to {most:.1%})"
     else:
         text = f"at least {times.least:.3g} s per step, MFU at most {most:.1%}"
     console.print(f"estimate: {text}; not measured", markup=False)

@@ -267,7 +267,7 @@ class Task(abc.ABC):
       float32_networks: names of frozen networks that stay float32 for any compute dtype.
       base_networks: of a task that trains a LoRA, the frozen networks that it may be of, by name.
       backward_passes: FLOPs of the backward pass of trained networks, in forward passes: 2, or 1 where kernels have no
-        gradients (a LoRA).
+        gradients (a LoRA); 2 for attention in any case.
     """
 
     networks: dict[str, Network]

@@ -363,6 +363,15 @@ def _guarded_buckets(experiment: Experiment) -> list[str]:
     return [health.bucket_key(bucket) for bucket in experiment.data.buckets] if experiment.training.spike_sigma else []
 
 
+def check_processes(experiment: Experiment, count: int) -> None:
+    """Raise `ConfigError` if a task that acts while it trains would have several processes."""
+    if experiment.task.collects_experience and count > 1:
+        raise ConfigError(
+            f"{type(experiment.task).__name__}: acts in one environment, so it runs in one process (with all of its "
+            f"devices), not in {count}."
+        )
+
+
 def check_batch(experiment: Experiment, bucket: BucketConfig, sharding: Sharding) -> None:
     """Raise `ConfigError` unless a bucket's batch divides over the accumulation and the devices of the batch axes.
 

@@ -28,7 +28,7 @@ from jvgen.training.config import TrainingConfig
 from jvgen.training.evaluation import Evaluator, metric_names
 from jvgen.training.experiment import Experiment
 from jvgen.training.preemption import Preemption
-from jvgen.training.program import Program
+from jvgen.training.program import Program, check_processes
 from jvgen.training.state import TrainState
 from jvgen.training.telemetry import goodput, startup, throughput
 from jvgen.training.telemetry.goodput import Goodput
@@ -239,11 +239,7 @@ def _open_experience(program: Program, workdir: Path, log: Log, preemption: Pree
       ConfigError: several processes.
     """
     experiment = program.experiment
-    if experiment.task.collects_experience and processes.count() > 1:
-        raise ConfigError(
-            f"{type(experiment.task).__name__}: acts in one environment, so it runs in one process (with all of its "
-            f"devices), not in {processes.count()}."
-        )
+    check_processes(experiment, processes.count())
     context = ExperienceContext(
         experiment.data, experiment.seed, workdir, program.sharding, log=log, check=preemption.check
     )

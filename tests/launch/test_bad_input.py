@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from jvgen.cli.main import main
+from jvgen.launch.plan import Options
+from jvgen.launch.targets import TARGETS, generate
+from jvgen.training.experiment import load_experiment
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commands import IMAGE, ROOT, launch  # noqa: E402
@@ -60,6 +63,29 @@ MISTAKES = {
         f"skypilot {DEMO} --topology h100:4x8 --max-restarts 3", "skypilot has no use for it"
     ),
     "environment": (f"gke-tpu {POD} --topology v5p:4x4x8 --env A", "--env 'A': write NAME=VALUE"),
+    "another restart code": (
+        f"slurm {DEMO} --topology h100:1x8 --env JVGEN_RESTART_CODE=2",
+        "sets JVGEN_RESTART_CODE itself; use --restart-code",
+    ),
+    "a variable of the script": (f"slurm {DEMO} --topology h100:1x8 --env WORKDIR=/x", "sets WORKDIR itself; leave it"),
+    "a variable of the file": (
+        f"gke-gpu {DEMO} --image {IMAGE} --topology h100:1x8 --env LD_LIBRARY_PATH=/x", "sets LD_LIBRARY_PATH itself"
+    ),
+    "a name with a space": (f"slurm {DEMO} --topology h100:1x8 --partition 'a b'", "--partition 'a b': a name has no"),
+    "an empty image": (f"gke-tpu {DEMO} --topology v5e:2x4 --image ''", "gke-tpu needs --image"),
+    "no bucket": (
+        "gke-tpu configs/demo_image_vae.py --workdir gs:// --image i --topology v5e:2x4", "'gs://': names no bucket"
+    ),
+    "a setting of two lines": (f"slurm {DEMO} --topology h100:1x8 --set 'name=a\nb'", "its value has several lines"),
+    "an environment in eight processes": (
+        f"slurm configs/mbrl_metaworld.py {BUCKET} --topology h100:1x8", "runs in one process (with all of its devices)"
+    ),
+    "spot and reserved": (
+        f"gke-tpu {POD} --topology v5p:4x4x8 --spot --reservation pool", "machines are either spot or reserved"
+    ),
+    "GPUs that GKE has no machine for": (
+        f"gke-gpu {DEMO} --image {IMAGE} --topology a100-40gb:1x8", "or slurm, which takes every GPU"
+    ),
     "config": (f"gke-tpu configs/cogvideox_3b.py {BUCKET} --image {IMAGE} --topology v5p:4x4x8", "cogvideox_2b.py"),
 }  # fmt: skip
 
@@ -104,3 +130,20 @@ def test_data_and_weights_that_an_image_does_not_hold():
     ]  # fmt: skip
     assert "data-and-weights" in errors
     assert launch(f"slurm {DEMO} --topology h100:1x8")[2] == ""
+
+
+def test_a_run_directory_that_no_pod_has():
+    """A folder that the manifest does not mount is one of each pod: its checkpoints would end with it."""
+    command = f"configs/demo_image_vae.py --workdir /runs/x --image {IMAGE} --topology v6e:2x2"
+    assert "--workdir /runs/x: the file mounts nothing there" in launch(f"gke-tpu {command}")[2]
+    # A VM has the folder, and its container gets it.
+    assert "mounts nothing" not in launch(f"tpu-vm {command} --zone z --project p")[2]
+
+
+def test_a_config_that_the_image_does_not_hold(capsys):
+    experiment = load_experiment(ROOT / "configs/demo_image_vae.py")
+    for config in ("configs/mine.py", "mine/configs/mine.py", "gs://bucket/runs/x/config.json"):
+        options = Options(topology="v6e:2x2", workdir="gs://bucket/x", image=IMAGE)
+        generate(TARGETS["gke-tpu"], experiment, config, (), options, "")
+        warned = f"CONFIG {config} has to be in the image too" in capsys.readouterr().err
+        assert warned == config.startswith("mine")

@@ -26,10 +26,10 @@ TPU = [
     ("configs/cogvideox_2b.py", "v6e:16x16", 1, "--host-network --namespace video --reservation pool"),
     ("configs/cogvideox_2b.py", "tpu7x:4x4x4", 1, "--restart-code 75 --grace-seconds 600 --max-restarts 3"),
     ("configs/cv_vae.py:causal", "v5p:2x4x4", 1, "--priority high --service-account trainer"),
-    ("configs/demo_image_vae.py", "v5e:2x4", 4, "--xla-flags none --set seed=3"),
+    ("configs/demo_image_vae.py", "v5e:2x4", 4, "--xla-flags none --set seed=3 --env LIBTPU_INIT_ARGS=--mine=1"),
 ]
 GPU = [
-    ("configs/cogvideox_2b.py", "h200:16x8", "--spot --queue team"),
+    ("configs/cogvideox_2b.py", "h200:16x8", "--spot --queue team --env XLA_FLAGS=--mine=1 --env NO=1"),
     ("configs/cogvideox_2b.py", "h100:4x8", "--host-network"),
     ("configs/demo_image_vae.py", "a100-80gb:1x8", ""),
 ]
@@ -102,6 +102,19 @@ def forbid_others(schema: dict) -> None:
         for node in [child] if isinstance(child, dict) else child if isinstance(child, list) else []:
             if isinstance(node, dict):
                 forbid_others(node)
+
+
+@EVERY
+def test_every_variable_is_there_once(manifests, topology):
+    """The API server refuses two of a name; flags of the user's go into the variable of the preset."""
+    entries = parts(manifests[topology])[3]["env"]
+    assert len({entry["name"] for entry in entries}) == len(entries)
+    values = environment(parts(manifests[topology])[3])
+    if topology == "h200:16x8":
+        assert values["NO"] == "1"  # which YAML would read as false
+        assert values["XLA_FLAGS"].startswith("--xla_gpu_") and values["XLA_FLAGS"].endswith(" --mine=1")
+    if topology == "v5e:2x4":
+        assert values["LIBTPU_INIT_ARGS"] == "--mine=1"
 
 
 @EVERY

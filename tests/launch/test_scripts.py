@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import FOLDER, IMAGE, launch_file  # noqa: E402
+from commands import FOLDER, IMAGE, launch, launch_file  # noqa: E402
+
+from jvgen.launch.machines import accelerator_type, topology  # noqa: E402
+from jvgen.launch.plan import OWN_VARIABLES  # noqa: E402
+from jvgen.launch.targets import TARGETS  # noqa: E402
 
 SCRIPTS = sorted(path for path in FOLDER.iterdir() if path.suffix in (".sh", ".sbatch"))
 
@@ -116,6 +120,67 @@ def test_slurm_directives_fit_the_topology():
     assert "export JAX_COORDINATOR_PORT=" in text
 
 
+@pytest.mark.parametrize("gpu", ["a100-40gb", "h100-pcie", "h200-nvl"])
+def test_slurm_takes_gpus_that_no_cloud_machine_has(gpu):
+    text = launch_file(f"slurm configs/demo_image_vae.py --topology {gpu}:2x4 --workdir /r")
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=4\n" in text and "--gres=gpu:4" in text
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in text
+
+
+def words_of(export: str, **inherited: str) -> list[str]:
+    """The words of XLA_FLAGS after a script's line of it."""
+    script = f'set -u\nDEVICES=2\n{export}\nprintf "%s" "$XLA_FLAGS"'
+    done = subprocess.run(["bash", "-c", script], env=inherited, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_flags_of_the_user_come_after_those_of_the_file():
+    """Those of `--env` after those of the shell, which come after the preset; of two equal flags the last counts."""
+    text = launch_file(
+        "slurm configs/demo_image_vae.py --topology h100:1x8 --workdir /r --env 'XLA_FLAGS=--xla_a=1 --xla_b=$2'"
+    )
+    (export,) = re.findall(r"^export XLA_FLAGS=.*$", text, re.MULTILINE)
+    words = words_of(export, XLA_FLAGS="--xla_a=0")
+    assert words[-3:] == ["--xla_a=0", "--xla_a=1", "--xla_b=$2"] and len(words) > 5
+    assert words_of(export)[-2:] == ["--xla_a=1", "--xla_b=$2"]
+
+
+def test_local_processes_have_the_devices_of_the_topology_whatever_flags_there_are():
+    text = launch_file("local configs/demo_image_vae.py --topology cpu:2x2 --workdir /r --env XLA_FLAGS=--xla_a=1")
+    (export,) = re.findall(r"^export XLA_FLAGS=.*$", text, re.MULTILINE)
+    count = "--xla_force_host_platform_device_count="
+    assert words_of(export, XLA_FLAGS=f"{count}8") == [f"{count}8", "--xla_a=1", f"{count}2"]
+
+
+@pytest.mark.parametrize("script, target", [("local", "local"), ("slurm", "slurm"), ("gke-gpu", "gke_gpu"),
+                                            ("gke-tpu", "gke_tpu"), ("skypilot", "skypilot")])  # fmt: skip
+def test_variables_that_a_file_sets_cannot_be_given(script, target):
+    """`--env` of a name that the file assigns would be there twice, or change what the file does."""
+    text = next(FOLDER.glob(f"{target}.*")).read_text()
+    assigned = re.findall(r"^(?:export )?([A-Z_]+)=", text, re.MULTILINE)
+    assigned += re.findall(r"^ *(?:- name: )?([A-Z_]+)(?:: |$)", text, re.MULTILINE)
+    free = {"PATH", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_COORDINATOR_PORT", "DEVICES"}
+    known = {*TARGETS[script].variables, *OWN_VARIABLES}
+    assert set(assigned) - free <= known, set(assigned) - free - known
+
+
+@pytest.mark.parametrize("target, topology", [("gke-gpu", "h100:1x8"), ("gke-tpu", "v5e:2x4")])
+def test_a_manifest_is_created_not_applied(tmp_path, monkeypatch, target, topology):
+    """`kubectl apply` starts nothing where a JobSet of that name has ended, and says that all is well."""
+    exists = 'echo "$*" >calls; cat >sent; echo "jobsets \\"x\\" already exists" >&2; exit 1'
+    tool(tmp_path, "kubectl", f"#!/bin/bash\ncd {tmp_path}\n{exists}\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    status, _, _ = launch(
+        f"{target} configs/demo_image_vae.py --topology {topology} --workdir gs://bucket/x --image i --submit"
+    )
+    assert status == 1 and calls(tmp_path) == ["create -f -"] and "kind: JobSet" in (tmp_path / "sent").read_text()
+
+
+def test_logs_of_local_processes_are_local():
+    text = launch_file("local configs/demo_image_vae.py --topology cpu:2x2 --workdir gs://bucket/x")
+    assert "\nLOGS=demo-image-vae_processes\n" in text
+
+
 def start_local(folder: Path, codes: str, *options: str) -> subprocess.Popen:
     text = launch_file(
         f"local configs/demo_image_vae.py --topology cpu:2x2 --workdir {folder / 'run'} {shlex.join(options)}"
@@ -162,14 +227,24 @@ esac
 """
 
 
-def run_tpu_vm(folder: Path, step: str, states: str, options: str = "", training: str = "") -> tuple[int, list[str]]:
+# Chips -> the shape that they are given, where several have the same longest side or none is a cube.
+COMPACT = {
+    256: "4x8x8", 1024: "8x8x16", 1280: "8x8x20", 1536: "8x12x16", 1792: "8x8x28", 2304: "12x12x16", 2688: "8x12x28",
+    3584: "8x16x28", 4224: "8x12x44", 4480: "8x20x28", 4608: "12x16x24", 4992: "8x12x52", 5184: "12x12x36",
+    5376: "12x16x28", 5632: "8x16x44", 6144: "16x16x24",
+}  # fmt: skip
+
+
+def run_tpu_vm(
+    folder: Path, step: str, states: str, options: str = "", training: str = "", gcloud: str = GCLOUD
+) -> tuple[int, list[str]]:
     text = launch_file(
         f"tpu-vm configs/cogvideox_2b.py --workdir gs://bucket/runs/x --image {IMAGE} --zone us-z --project p {options}"
     )
     (folder / "tpu_vm.sh").write_text(text)
     (folder / "states").write_text("".join(f"{state}\n" for state in states.split()))
     (folder / "training").write_text("".join(f"{state}\n" for state in training.split()))
-    tool(folder, "gcloud", GCLOUD)
+    tool(folder, "gcloud", gcloud)
     done = subprocess.run(
         ["bash", "tpu_vm.sh", step], cwd=folder, env=environment(folder, POLL_SECONDS="0"),
         capture_output=True, text=True, timeout=60,
@@ -202,6 +277,38 @@ def test_preempted_tpu_vms_are_ordered_again(tmp_path):
     states = "ABSENT ACTIVE  ACTIVE SUSPENDED SUSPENDED  ABSENT ACTIVE  ACTIVE"
     status, steps = run_tpu_vm(tmp_path, "keep", states, "--topology v6e:16x16", training="active inactive")
     assert status == 0 and steps == ["create", "start", "delete", "create", "start"]
+
+
+def test_vms_on_which_nothing_was_started_are_not_at_the_end(tmp_path):
+    """The start fails on the first of two slices, for example for its image: systemd calls an unknown unit inactive."""
+    failing = GCLOUD.replace("*tee*) ", "*tee*) [ -e started ] || { touch started; exit 1; }; ")
+    states = "ABSENT ACTIVE  ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE"
+    status, steps = run_tpu_vm(
+        tmp_path, "keep", states, "--topology v6e:4x4 --slices 2", training="inactive", gcloud=failing
+    )
+    assert status == 0 and steps == ["create", "start", "start", "start", "start"]
+
+
+@pytest.mark.parametrize("chips, shape", COMPACT.items())
+def test_shapes_that_google_gives_to_a_number_of_chips(chips, shape):
+    """As in MaxText's accelerator_to_spec_map.py: the longest side is the shortest, then the most nearly cubic."""
+    assert accelerator_type(topology(f"v5p:{shape}")) == f"v5p-{2 * chips}"
+
+
+def test_a_reservation_is_the_one_that_was_named(tmp_path):
+    """Only the alpha command takes its name; `--reserved` would take any that fits."""
+    run_tpu_vm(tmp_path, "create", "", "--topology v6e:4x4 --reservation mine")
+    (create,) = [call for call in calls(tmp_path) if "create" in call]
+    assert create.startswith("alpha compute tpus") and "--reservation=mine" in create and "--reserved" not in create
+
+
+def test_a_run_directory_on_a_tpu_vm_outlives_its_container(tmp_path):
+    """`docker run --rm` removes what the container wrote, at every restart."""
+    assert run_tpu_vm(tmp_path, "start", "", "--topology v6e:2x2 --workdir '/disk/my runs/50%'")[0] == 0
+    unit = (tmp_path / "remote").read_text()
+    words = shlex.split(re.search(r"^ExecStart=((?:.*\\\n)*.*)$", unit, re.MULTILINE)[1].replace("\\\n", " "))
+    folder = "/disk/my runs/50%%"  # of systemd
+    assert words[words.index("--volume") + 1] == f"{folder}:{folder}" and words[-2:] == ["--workdir", folder]
 
 
 def test_the_unit_on_a_tpu_vm(tmp_path):

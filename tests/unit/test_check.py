@@ -1,27 +1,39 @@
 """`jvgen check`: one page about a run, with a described pod or the attached devices, and its exit status."""
 
 import dataclasses
+import re
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint.type_handlers import ArrayHandler
 
 from jvgen import storage
 from jvgen.data.store import shards
 from jvgen.data.store.index_files import load_index, path_of
-from jvgen.data.stream.config import BucketConfig
+from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
 from jvgen.nn.attention import AttentionKernel
-from jvgen.parallel.mesh import make_mesh
+from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh
 from jvgen.preflight import page as pages
 from jvgen.preflight import topology
-from jvgen.preflight.check import kernels
+from jvgen.preflight.check import kernels, with_buckets
 from jvgen.preflight.page import examine
-from jvgen.training.experiment import load_experiment
+from jvgen.reinforcement.config import ReinforcementConfig
+from jvgen.training.balance import with_batch_sizes
+from jvgen.training.config import TrainingConfig
+from jvgen.training.experiment import Experiment, load_experiment
 from jvgen.training.program import Program
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "processes"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "processes"), str(Path(__file__).parents[1])]
 import clips  # noqa: E402
+import tiny_reinforcement  # noqa: E402
+import tiny_text_to_video  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not topology.has_compiler(), reason="libtpu, the TPU compiler, is not installed")
 
@@ -88,6 +100,19 @@ def test_memory_that_cannot_suffice(data, monkeypatch):
     assert set(problems(page)) == {"memory"} and "use more devices along mesh.fsdp" in problems(page)["memory"]
 
 
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA of tomorrow"])
+def test_memory_of_a_gpu_is_what_jax_may_take_of_it(data, monkeypatch, kind):
+    """Three quarters by default; the memory of a GPU that is not in the table is known too."""
+    run = clips.experiment(data, {"fsdp": 8})
+    gpu = SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: {"bytes_limit": 60 * 2**30})
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: [gpu])
+        target = pages._attached(run)
+    monkeypatch.setattr(pages, "_attached", lambda experiment: target)
+    (text,) = rows(examine(run), "memory")
+    assert "of 60.00 GiB, what JAX may take of a GPU: XLA_CLIENT_MEM_FRACTION, 0.75" in text
+
+
 def test_steps_of_stages_are_shared_by_weight(data):
     run = clips.experiment(data, {"fsdp": 8})
     first = BucketConfig(frames=1, height=16, width=16, batch_size=8, end_step=4)
@@ -95,6 +120,52 @@ def test_steps_of_stages_are_shared_by_weight(data):
     third = dataclasses.replace(first, frames=4, start_step=4, end_step=99, weight=3.0)
     staged = run.replace(data=run.data.replace(buckets=(first, second, third)))
     assert pages._bucket_steps(staged) == {first: 1.0, second: 3.0 + 1.0, third: 1.0}
+
+
+def test_one_bucket_has_the_size_and_the_steps_that_it_has_beside_the_others():
+    """Alone the short clips would be the longest, whose batch `tokens_per_step` sets, and all steps theirs."""
+    task = tiny_text_to_video.CONFIG
+    short = tiny_text_to_video.BUCKET.replace(frames=1, end_step=2)
+    long = tiny_text_to_video.BUCKET.replace(frames=9, start_step=2)
+    run = Experiment(
+        name="tiny", task=task, training=TrainingConfig(steps=10), mesh=MeshConfig(fsdp=1),
+        data=DataConfig(sources=(SourceConfig(path="nowhere"),), buckets=(short, long), tokens_per_step=4000),
+    )  # fmt: skip
+    sizes = {bucket.name: bucket.batch_size for bucket in with_batch_sizes(run).data.buckets}
+    alone = with_batch_sizes(with_buckets(run, [short.name]))
+    assert [bucket.batch_size for bucket in alone.data.buckets] == [sizes[short.name]]
+    device = pages._Devices("", None, None, 1e12)
+    every, first, later = (
+        pages._time(Program.build(one, single_device_mesh()), device).text
+        for one in (with_batch_sizes(run), alone, with_buckets(run, [long.name]))
+    )
+    assert [text.split()[0] for text in (every, first, later)] == ["10", "2", "8"]
+    seconds = [float(re.search(r"\(([\d.e-]+) s/step", text)[1]) for text in (every, first, later)]
+    assert 10 * seconds[0] == pytest.approx(2 * seconds[1] + 8 * seconds[2], rel=0.01)
+
+
+@needs_compiler
+def test_a_task_that_acts_has_one_process(data, monkeypatch):
+    """Four chips of v5e are one host, eight are two."""
+    monkeypatch.setattr(ReinforcementConfig, "check_data", lambda task, data: None)
+    monkeypatch.setattr(ReinforcementConfig, "check_weights", lambda task: None)
+    run = tiny_reinforcement.experiment(str(data))
+    assert "mesh" not in problems(examine(run, topology_name="v5e:2x2"))
+    told = problems(examine(run.replace(mesh=MeshConfig(data=2)), topology_name="v5e:2x4"))
+    assert "runs in one process (with all of its devices), not in 2." in told["mesh"]
+
+
+@needs_compiler
+def test_all_processes_write_a_checkpoint(data):
+    """Orbax divides the arrays that replicas share, so that two slices write as fast as one mesh of them would."""
+    run = clips.experiment(data, {"data": 2, "fsdp": -1, "tensor": 4})
+    page = examine(run, topology_name="v5e:4x4", slices=2)
+    assert "for each of 8 processes)" in rows(page, "checkpoints")[0]
+    slices = pytest.importorskip("orbax.checkpoint._src.serialization.replica_slices")
+    split = NamedSharding(make_mesh(MeshConfig(data=2, fsdp=4)), P("fsdp"))
+    array = jax.device_put(np.zeros((8, 4), np.float32), split)
+    written = slices.get_replica_slices(array, 0, ArrayHandler()._use_replica_parallel)
+    assert len(written.replica_slices) == 8 and written.local_shape == (1, 4)
 
 
 def test_checkpoints_that_are_kept(data):

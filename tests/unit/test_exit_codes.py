@@ -81,3 +81,18 @@ def test_a_collective_that_fails_because_a_machine_is_gone_asks_for_a_restart(mo
     monkeypatch.setattr(failing, "count", lambda: 2)
     assert failing.code_of(error) == exit_codes.restart_code()
     assert failing.code_of(jax.errors.JaxRuntimeError("INTERNAL: NCCL operation failed: invalid argument")) == 1
+
+
+@pytest.mark.parametrize(
+    "words, restart",
+    [
+        ("CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered", True),
+        ("CUDA_ERROR_NVLINK_UNCORRECTABLE: uncorrectable NVLink error detected during the execution", True),
+        ("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", False),
+    ],
+)
+def test_a_chip_that_failed_asks_for_a_restart(words, restart):
+    """Of one process too: the run is not at fault, and a launcher may give it another machine."""
+    error = jax.errors.JaxRuntimeError(f"INTERNAL: Failed to launch kernel: {words}")
+    assert exit_codes.of_error(error) == (exit_codes.restart_code() if restart else exit_codes.ERROR)
+    assert exit_codes.of_error(ValueError(words)) != exit_codes.restart_code()

@@ -2,6 +2,7 @@
 mistakes; files to runs and back."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -104,12 +105,12 @@ def test_a_step_trains_the_lora_alone(config, weights, networks):
     saved = {name for name in state.saved() if name.startswith(("parameters/", "ema/"))}
     paths = {f"lora/{layer}/{part}" for layer in layers for part in ("down", "up")}
     assert saved == {f"{part}{path}" for part in ("parameters/", "ema/0.9999/") for path in paths}
-    # The kernels have no gradients.
+    # The kernels have no gradients; what attention multiplies has them all.
     passes = {
         part: step_flops(task, BUCKET)[part] / flops / BUCKET.batch_size for part, flops in task.flops(BUCKET).items()
     }
     alone = {"text_encoder"} - task.adapted_networks
-    assert passes == {part: 1.0 if part in alone else 2.0 for part in passes}
+    assert passes == {part: 1.0 if part in alone else 3.0 if part == "attention" else 2.0 for part in passes}
     assert size_of(state.parameters)[0] < size_of(state.frozen["denoiser"])[0]
     for path, value in nested.flatten(weights["denoiser"]).items():
         np.testing.assert_array_equal(nested.flatten(state.frozen["denoiser"])[path], value)
@@ -125,6 +126,40 @@ def test_a_step_trains_the_lora_alone(config, weights, networks):
              for path, leaf in nested.flatten(before).items()}  # fmt: skip
     # The gradient of the first factor is zero as long as the second is; weight decay moves it.
     assert all(moved[path] for path in moved if path.endswith("up"))
+
+
+def products(jaxpr) -> float:
+    """FLOPs of the matrix products of a jaxpr, loops counted as often as they run."""
+    total = 0.0
+    for one in jaxpr.eqns:
+        if one.primitive.name == "dot_general":
+            (summed, _), _ = one.params["dimension_numbers"]
+            shape = one.invars[0].aval.shape
+            total += 2 * math.prod(one.outvars[0].aval.shape) * math.prod(shape[axis] for axis in summed)
+        inner = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(one.params.values()))]
+        times = one.params["length"] if one.primitive.name == "scan" else 1
+        total += times * sum(products(part) for part in inner if hasattr(part, "eqns"))
+    return total
+
+
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_flops_of_a_step_are_those_of_its_program(config, trained):
+    """A LoRA saves the gradients of kernels, a third of their FLOPs; attention has its whole backward pass."""
+    wide = CONFIG.denoiser.replace(layers=2, heads=4, head_width=16)
+    task = (config if trained == "lora" else CONFIG).replace(denoiser=wide, latents="data", vae=None, vae_weights=None)
+    bucket = BUCKET.replace(frames=9, height=32, width=32, batch_size=1)
+    run = experiment_of(task)
+    program = Program.build(run.replace(data=run.data.replace(buckets=(bucket,))), single_device_mesh())
+    abstract, flops = program.abstract, step_flops(program.task, bucket)
+
+    def gradient(parameters, frozen, batch, key):
+        return jax.grad(lambda chosen: program.task.loss(chosen, frozen, batch, key)[0])(parameters)
+
+    batch = {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in program.abstract_batch(bucket).items()}
+    jaxpr = jax.make_jaxpr(gradient)(abstract.parameters, abstract.frozen, batch, abstract.key).jaxpr
+    # The reference computes the scores again, half a forward pass of attention.
+    again = program.task.flops(bucket)["attention"] / 2
+    assert products(jaxpr) == pytest.approx(sum(flops.values()) + again, rel=0.01)
 
 
 def test_dropout_is_for_training(config):

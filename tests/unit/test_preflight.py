@@ -318,7 +318,8 @@ def test_report_of_the_time(monkeypatch, capsys):
     document = json.loads(report.to_json())
     assert document["buckets"][0]["time"]["seconds"] == {"least": 0.5, "likely": 0.6, "most": pytest.approx(0.8)}
     incomplete = dataclasses.replace(bucket, time=estimated(without_cycles=("splash.1",)))
-    assert "estimate: more than 0.6" in dataclasses.replace(report, buckets=(incomplete,)).times()
+    told = dataclasses.replace(report, buckets=(incomplete,)).times()
+    assert "estimate: more than 0.6 (0.5 to 0.8) s per step, MFU less than 83.3% (62.5% to 100.0%)" in told
     monkeypatch.setattr(ahead_of_time, "compile_ahead", lambda *args, **options: report)
     monkeypatch.setattr("jvgen.cli.compile.experiment_of", lambda parsed: toys.experiment())
     assert cli.main(["estimate", "config.py", "--topology", "v5e:2x2"]) == 0
@@ -333,6 +334,14 @@ def test_report_of_the_time(monkeypatch, capsys):
         assert cli.main(["estimate", "config.py", "--topology", "v5p:2x2x1", "--xla-flags", wanted]) == 0
     preset = {str(flag) for flag in flags_of(chip_named("v5p"))}
     assert preset and preset <= set(seen[1]) and not preset & set(seen[0])
+
+
+def test_a_chip_without_a_known_clock_has_no_estimate_and_says_why():
+    """Its program can be read: there are its collectives."""
+    report = report_of()
+    assert "no estimate: the compiled program cannot be read" in report.times()
+    report = dataclasses.replace(report, chip="tpu7x", topology="tpu7x:2x2x1")
+    assert "no estimate: the clock of tpu7x is not known" in report.times()
 
 
 def test_missing_compiler(monkeypatch):
@@ -439,6 +448,13 @@ def test_stages_with_the_same_batch_shape_share_a_step():
     (bucket, *_) = toys.experiment().data.buckets
     later, larger = bucket.replace(start_step=5, weight=0.25), bucket.replace(batch_size=2 * bucket.batch_size)
     assert one_per_step([bucket, later, larger, later]) == (bucket, larger)
+
+
+@needs_compiler
+def test_a_step_that_training_refuses_has_no_report():
+    """XLA would compile it, with heads that every device computes."""
+    with pytest.raises(ValueError, match=r"mesh.tensor = 8 does not divide 4 \(activation_heads\)"):
+        compile_ahead(video_experiment(**{"mesh.fsdp": 1, "mesh.tensor": 8}), "v5e:2x4")
 
 
 @needs_compiler

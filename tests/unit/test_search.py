@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_text_to_video  # noqa: E402
 
+from jvgen.cli.main import main  # noqa: E402
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.data.stream.config import DataConfig, SourceConfig  # noqa: E402
 from jvgen.nn.kernel_report import KernelReport, collecting  # noqa: E402
@@ -38,6 +39,7 @@ def experiment() -> Experiment:
 @dataclasses.dataclass(frozen=True)
 class Time:
     likely: float
+    is_whole: bool = True
 
     @property
     def seconds(self):
@@ -135,7 +137,32 @@ def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
 
 
 @needs_libtpu
+def test_times_that_are_not_known_do_not_make_a_candidate_the_best(experiment, monkeypatch):
+    """A kernel whose cycles are not known would make a step look short; on tpu7x no time is known."""
+
+    def fake(candidate, topology_name, slices):
+        short = candidate.mesh["seq"] == 2
+        return search.Found(candidate, Report(Memory(1e9), Time(0.1 if short else 1.0, is_whole=not short)))
+
+    monkeypatch.setattr(search, "_compiled", fake)
+    report = search.search(experiment, "v5e:2x2", batch_sizes=(2, 8), compilations=4)
+    assert report.best.candidate.mesh["seq"] == 1 and report.best.seconds == 1.0
+    monkeypatch.setattr(search, "_compiled", lambda candidate, *_: search.Found(candidate, Report(Memory(1e9), None)))
+    text = str(search.search(experiment, "v5e:2x2", compilations=1))
+    assert "times are not known for these chips; the first that fits: mesh." in text and "best" not in text
+
+
+@needs_libtpu
 def test_nothing_that_fits_is_an_error_with_the_smallest(experiment, monkeypatch):
     monkeypatch.setattr(search, "FILLED", 1e-9)
     with pytest.raises(ConfigError, match=r"none of \d+ candidates fits by arithmetic.*use more devices"):
         search.search(experiment, "v5e:2x2")
+
+
+def test_batch_sizes_that_a_run_would_replace_are_not_searched(capsys):
+    """`data.tokens_per_step` chooses them again when the run is read with what the search suggests."""
+    settings = ("data.tokens_per_step=2000000", "data.batch_multiple=128")
+    words = [word for setting in settings for word in ("--set", setting)]
+    config = str(Path(__file__).parents[2] / "configs/repvideo_2b_scratch.py")
+    assert main(["compile", config, "--topology", "v5p:4x4x8", "--search", "--batch-sizes", "8", *words]) == 2
+    assert "--batch-sizes: data.tokens_per_step = 2000000 chooses batch sizes" in capsys.readouterr().err

@@ -27,10 +27,14 @@ def peak_flops(device: jax.Device, configured: float | None) -> float | None:
 def step_flops(task: Task, bucket: BucketConfig) -> dict[str, float]:
     """FLOPs of one training step by component: forward and backward pass, for frozen networks forward only."""
     frozen = without_backward_pass(task)
-    return {
-        part: flops * bucket.batch_size * (1 if part.split("/")[0] in frozen else 1 + task.backward_passes)
-        for part, flops in task.flops(bucket).items()
-    }
+
+    def passes(part: str) -> int:
+        if part.split("/")[0] in frozen:
+            return 1
+        # Both operands of attention's products are activations: they have gradients beside kernels that have none.
+        return 3 if part == "attention" else 1 + task.backward_passes
+
+    return {part: flops * bucket.batch_size * passes(part) for part, flops in task.flops(bucket).items()}
 
 
 def without_backward_pass(task: Task) -> set[str]:
