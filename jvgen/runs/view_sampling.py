@@ -204,7 +204,10 @@ def read_views(
         )
         for track in tracks
     ]
-    return Cameras(np.stack(fitted), relative(extrinsics, start))
+    moved = relative(extrinsics, start)
+    # Files have a few decimals: what they are off by must not look like a baseline.
+    moved[..., 3] = np.where(share_a_center(extrinsics, start)[..., None], 0.0, moved[..., 3])
+    return Cameras(np.stack(fitted), moved)
 
 
 def pairs_without_baseline(cameras: Cameras) -> list[tuple[int, int]]:

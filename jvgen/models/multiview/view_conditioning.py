@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from jvgen.geometry import plucker
-from jvgen.geometry.cameras import Cameras, Size, of_latent_frames, relative, share_a_center
+from jvgen.geometry.cameras import Cameras, Size, extent, of_latent_frames, relative, share_a_center
 from jvgen.geometry.epipolar import (
     Band,
     band,
@@ -103,8 +103,9 @@ def camera_conditioning(
     if config.sync is not None and config.sync.mode is SyncMode.EPIPOLAR:
         of_tokens = token_cameras(cameras, frames_per_latent, config.temporal_patch or 1)
         bands = camera_band(
-            of_tokens, partner, config.sync, draw_normals(keys, views, frames), grid=tuple(grid), size=size
-        )
+            of_tokens, partner, config.sync, draw_normals(keys, views, frames), grid=tuple(grid), size=size,
+            extent=extent(extrinsics),
+        )  # fmt: skip
     if config.rays:
         rays = ray_patches(cameras, frames_per_latent, grid=latents[2:4], size=size)
     return ViewConditioning(ViewLayout(views, copies), partner.astype(jnp.int32), bands, rays)
@@ -151,6 +152,7 @@ def camera_band(
     *,
     grid: Size,
     size: Size,
+    extent: Float[Array, "B 1 1"] | None = None,
 ) -> Band:
     """The band of each token around its epipolar line in the partner's frame, for rows `(B V)`.
 
@@ -161,11 +163,12 @@ def camera_band(
       normals: directions of lines between cameras with a common center (see `draw_normals`).
       grid: rows and columns of a frame's tokens.
       size: height and width in pixels.
+      extent: of the world that the cameras were given in, see `share_a_center`.
     """
     other = Cameras(*(jnp.take(part, partner, axis=1) for part in cameras))
     points = jnp.asarray(token_points(grid, size))
     lines = epipolar_lines(fundamental_matrices(cameras, other, size), points)
-    same = share_a_center(cameras.extrinsics, other.extrinsics)[..., None, None]
+    same = share_a_center(cameras.extrinsics, other.extrinsics, extent=extent)[..., None, None]
     if config.without_baseline == "open":
         return _band(jnp.where(same, 0.0, lines), config, grid, size)
     there = _mapped(infinite_homographies(cameras, other, size), points)
