@@ -19,6 +19,7 @@ from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_vae
 from jvgen.storage import Path, as_path, write_bytes
 from jvgen.tasks.given_frames import GivenPixels
+from jvgen.tasks.multiview import MAX_VIEWS
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.experiment import Experiment
 
@@ -169,11 +170,13 @@ def read_views(
     """The cameras of every view, `V F 4` and `V F 3 4`, float64, from a path's name or from files.
 
     Raises:
-      ValueError: no cameras, as many files as views are not, names and files mixed, files with too few cameras or of
-        different lengths.
+      ValueError: no cameras, more than 64 views, as many files as views are not, names and files mixed, files with too
+        few cameras or of different lengths.
     """
     if not cameras:
         raise ValueError(f"--cameras: name a path ({', '.join(paths.PATHS)}) or camera files.")
+    if max(views or 0, len(cameras)) > MAX_VIEWS:
+        raise ValueError(f"--views {max(views or 0, len(cameras))}: must be at most {MAX_VIEWS}.")
     aspect = request.width / request.height
     if len(cameras) == 1 and not as_path(cameras[0]).is_file() and "." not in cameras[0]:
         count = 2 if views is None else views

@@ -169,6 +169,10 @@ def test_incompatible_camera_files(tmp_path):
         ValueError, match="--views 4, but 2 camera files: give one for each view, or the name of a path"
     ):
         read_views(files, 4, REQUEST, distance=0.5, shared_world_frame=False)
+    # The 65th view of a set would draw the noise of the first view of the next.
+    for words, views in (["circle"], 65), ([files[0]] * 65, None):
+        with pytest.raises(ValueError, match="--views 65: must be at most 64"):
+            read_views(words, views, REQUEST, distance=0.5, shared_world_frame=False)
     with pytest.raises(ValueError, match="0.txt has 6 cameras, fewer than the 9 requested frames"):
         read_views(files, 2, SampleRequest(9, 8, 16), distance=0.5, shared_world_frame=False)
     (tmp_path / "longer").mkdir()
