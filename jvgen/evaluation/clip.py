@@ -152,8 +152,8 @@ def image_features(
 def prepare(frames: Array, side: int) -> Float[Array, "B side side 3"]:
     """uint8 frames `B H W 3` as CLIP's processor prepares them: bicubic to the shorter side, center crop, norm."""
     height, width = frames.shape[1:3]
-    scale = side / min(height, width)
-    size = (max(side, int(height * scale)), max(side, int(width * scale)))
+    # In this order, as published: 720 x (336 / 480) is 503 after rounding.
+    size = tuple(int(side * length / min(height, width)) for length in (height, width))
     x = frames.astype(jnp.float32)
     # The published processor resizes 8-bit pictures, rows first, and rounds after either direction.
     for shape in ((len(frames), height, size[1], 3), (len(frames), *size, 3)):

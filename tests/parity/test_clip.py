@@ -51,17 +51,18 @@ def test_features_are_those_of_transformers(folder, tmp_path, changes):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
 
 
-@pytest.mark.parametrize("size", [(40, 64), (31, 20), (12, 12)])
-def test_images_are_prepared_as_by_pillow(size):
-    """Bicubic to the shorter side and a center crop, in 8 bits; larger, smaller and odd pictures."""
+@pytest.mark.parametrize("size, side", [((40, 64), SIDE), ((31, 20), SIDE), ((12, 12), SIDE), ((60, 90), 42)])
+def test_images_are_prepared_as_by_pillow(size, side):
+    """Bicubic to the shorter side and a center crop, in 8 bits; larger, smaller and odd pictures, and one whose longer
+    side is 63 (as 504 of 480x720 with 336), where 90 x (42 / 60) is less."""
     rng = np.random.default_rng(0)
     picture = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size[::-1], Image.BILINEAR))
-    scale = SIDE / min(size)
-    height, width = (max(SIDE, int(length * scale)) for length in size)
+    # As transformers' `get_resize_output_image_size`.
+    height, width = (int(side * length / min(size)) for length in size)
     resized = np.asarray(Image.fromarray(picture).resize((width, height), Image.BICUBIC))
-    top, left = (height - SIDE) // 2, (width - SIDE) // 2
-    expected = resized[top : top + SIDE, left : left + SIDE] / 255.0
-    found = np.asarray(prepare(jnp.asarray(picture[None]), SIDE))[0] * np.array(STD) + np.array(MEAN)
+    top, left = (height - side) // 2, (width - side) // 2
+    expected = resized[top : top + side, left : left + side] / 255.0
+    found = np.asarray(prepare(jnp.asarray(picture[None]), side))[0] * np.array(STD) + np.array(MEAN)
     levels = np.abs(found - expected) * 255
     assert levels.max() < 1.01 and levels.mean() < 0.05
 
