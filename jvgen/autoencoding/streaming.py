@@ -78,13 +78,13 @@ class StreamingVAE:
         return self.config.latent_channels
 
     def padded_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """The smallest size of whole latents that a video of this size fits into.
+        """The smallest size of whole latents that a video of this size fits into, and that decodes to itself.
 
         `encode` repeats the last frame, row and column up to it; crop what `decode` returns to the size of the video.
         """
-        groups = -(-(frames - 1) // self.frames_per_latent)
-        side = self.config.downsampling
-        return 1 + groups * self.frames_per_latent, *(math.ceil(size / side) * side for size in (height, width))
+        config, side = self.config, self.config.downsampling
+        step = config.frame_step if isinstance(config, CogVideoXVAEConfig) else self.frames_per_latent
+        return 1 + -(-(frames - 1) // step) * step, *(math.ceil(size / side) * side for size in (height, width))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Frames, height, width and channels of the latents of a video."""
