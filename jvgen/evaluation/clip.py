@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from safetensors import safe_open
 
 from jvgen.storage import Path, as_path, local_copy, read_json_object, reading
+from jvgen.storage.tensor_file import check_weights
 
 # Of the pixels of CLIP's training images, in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -270,6 +271,7 @@ def _parameters(architecture: ClipArchitecture, tensors: Mapping[str, np.ndarray
         elif not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16":
             problems.append(f"{name} is {tensor.dtype}, expected floats")
         else:
+            check_weights([(name, tensor)], source)
             return np.ascontiguousarray(tensor, np.float32)
         return np.zeros(shape, np.float32)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from jvgen.evaluation.clip import MEAN, STD, Clip, image_features, load_clip, prepare, text_features
@@ -95,6 +96,9 @@ def test_folders_that_are_not_of_clip(folder, tmp_path):
 
     config = json.loads(copied["config.json"])
     other = json.dumps({**config, "projection_dim": 9}).encode()
+    tensors = safetensors.numpy.load(copied["model.safetensors"])
+    tensors["visual_projection.weight"][0, 0] = np.nan
+    damaged = safetensors.numpy.save(tensors)
     for changes, message in (
         ({"config__json": None}, "no config.json; save `CLIPModel`"),
         ({"tokenizer__json": None}, "no tokenizer.json"),
@@ -102,6 +106,7 @@ def test_folders_that_are_not_of_clip(folder, tmp_path):
         ({"config__json": b'{"model_type": "t5"}'}, "model_type = 't5'; expected 'clip'"),
         ({"config__json": other}, r"text_projection.weight has shape \(8, 16\), expected \(9, 16\)"),
         ({"model__safetensors": b"{}"}, "not a valid safetensors file"),
+        ({"model__safetensors": damaged}, "visual_projection.weight holds NaN or infinity. Get the file again"),
     ):
         with pytest.raises(ValueError, match=message):
             Clip(broken(**changes))
