@@ -91,25 +91,20 @@ def share_a_center(
     source: Float[AnyArray, "*#b 3 4"],
     target: Float[AnyArray, "*#b 3 4"],
     tolerance: float = CENTER_TOLERANCE,
-    extent: Any = None,
+    extent: Any = 0.0,
 ) -> Any:
     """Whether two cameras have a common center, and so no epipolar geometry: bool `*b`.
 
     Args:
       source, target: world-to-camera.
-      tolerance: largest distance between the centers, relative to the extent.
-      extent: `*#b`, for example the largest distance of all cameras of a scene from the origin of its world; by default
-        that of the two cameras. Where both may be at the origin, their own distance is nothing but rounding.
+      tolerance: largest distance between the centers, relative to their distance from the origin of the world.
+      extent: what it is relative to where that is larger, `*#b`: the distance from the origin of the world that the
+        cameras were given in, if they were moved to near that of this one. Rounding has its size.
     """
     xp = source.__array_namespace__()
     first, second = centers(source), centers(target)
     apart = _norm(first - second)
-    return apart <= tolerance * (xp.maximum(_norm(first), _norm(second)) if extent is None else extent)
-
-
-def extent(extrinsics: Float[AnyArray, "*b v f 3 4"]) -> Float[AnyArray, "*b 1 1"]:
-    """The largest distance of the cameras of V views and F frames from the origin of their world."""
-    return _norm(centers(extrinsics)).max(axis=(-2, -1), keepdims=True)
+    return apart <= tolerance * xp.maximum(xp.maximum(_norm(first), _norm(second)), extent)
 
 
 def resized_and_cropped(intrinsics: Float[AnyArray, "*b 4"], source: Size, size: Size) -> Float[AnyArray, "*b 4"]:

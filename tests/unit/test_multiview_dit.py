@@ -250,6 +250,18 @@ def test_cameras_that_turn_about_one_place_have_no_lines():
     assert (np.asarray(conditioning.band.lines) == 0).all()
 
 
+def test_one_wrong_camera_leaves_the_lines_of_the_others():
+    extrinsics = paths.named_paths("circle", 2, 9)[None].astype(np.float32)
+    extrinsics[0, 1, -1, :, 3] += 1e7
+    cameras = Cameras(jnp.float32(paths.default_intrinsics(2, 9, SIZE[1] / SIZE[0]))[None], jnp.asarray(extrinsics))
+    config = TINY.replace(sync=SYNC.replace(without_baseline="open"))
+    conditioning = camera_conditioning(
+        config, cameras, jnp.asarray([1, 0]), jax.random.split(jax.random.key(0), 1), (2, 3, *SHAPE[1:], 4),
+        frames_per_latent=4, pixels_per_latent=8,
+    )  # fmt: skip
+    assert [bool((line == 0).all()) for line in np.asarray(conditioning.band.lines)[0]] == [True, False, False]
+
+
 def test_homography_bands_follow_the_warp():
     """A shift by a token to the right: a column is looked for in the next one, on the way back in the one before."""
     shift = np.eye(3, dtype=np.float32)
