@@ -147,8 +147,7 @@ def _vae_config(folder: Path) -> VAEConfig:
 def _check_clip(config: VAEConfig, frames: int, size: tuple[int, int]) -> None:
     group, side = temporal_downsampling(config), config.downsampling
     if isinstance(config, CogVideoXVAEConfig):
-        # Latent frames that do not fill its chunks are decoded to another number of frames.
-        group *= config.decode_chunk_frames
+        group = config.frame_step
     if frames < 1 or (frames - 1) % group:
         nearest = max(frames - 1, 0) // group * group + 1
         raise ValueError(f"--frames {frames}: this VAE takes {group}n + 1; give {nearest} or {nearest + group}.")

@@ -109,7 +109,9 @@ def decode_file(
     if video.vae != digest:
         raise ValueError(f"{source}: was encoded by the autoencoder {video.vae[:12]}, but --vae is {digest[:12]}.")
     if latents.shape != vae.latent_shape(video.frames, video.height, video.width):
-        raise ValueError(f"{source}: latents of shape {latents.shape} are not those of {sidecar(source)}.")
+        raise ValueError(
+            f"{source}: latents of shape {latents.shape} are not those of {sidecar(source)}; encode the video again."
+        )
 
     def frames() -> Iterator[np.ndarray]:
         done = 0

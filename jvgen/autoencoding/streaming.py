@@ -78,13 +78,13 @@ class StreamingVAE:
         return self.config.latent_channels
 
     def padded_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """The smallest size of whole latents that a video of this size fits into.
+        """The smallest size of whole latents that a video of this size fits into, and that decodes to itself.
 
         `encode` repeats the last frame, row and column up to it; crop what `decode` returns to the size of the video.
         """
-        groups = -(-(frames - 1) // self.frames_per_latent)
-        side = self.config.downsampling
-        return 1 + groups * self.frames_per_latent, *(math.ceil(size / side) * side for size in (height, width))
+        config, side = self.config, self.config.downsampling
+        step = config.frame_step if isinstance(config, CogVideoXVAEConfig) else self.frames_per_latent
+        return 1 + -(-(frames - 1) // step) * step, *(math.ceil(size / side) * side for size in (height, width))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Frames, height, width and channels of the latents of a video."""
@@ -99,12 +99,16 @@ class StreamingVAE:
           ValueError: fewer frames than `count`.
           NotFinite: latents with NaN or infinity.
         """
-        for moments in self.moments(frames, count):
+        for moments in self.moments(frames, count, self.padded_size(count, 1, 1)[0]):
             yield moments[..., : self.latent_channels]
 
-    def moments(self, frames: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-        """Mean and raw log variance of the latents of `count` frames, in float32 chunks `f h w 2z`; see `encode`."""
-        padded, cache = self.padded_size(count, 1, 1)[0], None
+    def moments(self, frames: Iterator[np.ndarray], count: int, padded: int | None = None) -> Iterator[np.ndarray]:
+        """Mean and raw log variance of the latents of `count` frames, in float32 chunks `f h w 2z`; see `encode`.
+
+        They are padded to whole latents, or to `padded` frames.
+        """
+        whole, cache = 1 + -(-(count - 1) // self.frames_per_latent) * self.frames_per_latent, None
+        padded = whole if padded is None else padded
         frames = self._padded(frames, count, padded)
         chunk: list[np.ndarray] = []
         for start, stop, shared in self._bounds(padded, of_latents=False):

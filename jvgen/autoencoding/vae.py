@@ -38,6 +38,9 @@ class VAE:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """The video of latents: float32 `f h w z` -> uint8 `F H W 3`.
 
+        CogVideoX's decodes an even number of latent frames to 4 frames each, the first among them, as diffusers does;
+        `encode` gives odd numbers.
+
         Raises:
           ValueError: another number of channels.
           NotFinite: latents or pixels with NaN or infinity.

@@ -136,6 +136,11 @@ def grid(config: SamplerConfig, schedule: Schedule) -> Grid:
     if config.levels == "sat":
         return sat_grid(config.steps, schedule)
     timesteps = discrete_timesteps(config)
+    if config.steps == 1 and config.spacing != "trailing":
+        raise ValueError(
+            f"steps = 1, spacing = {config.spacing!r}: the only step would be at timestep {timesteps[0]}, which takes "
+            "noise for a clip; set spacing = 'trailing', or take more steps."
+        )
     if timesteps[0] >= TIMESTEPS:
         raise ValueError(
             f"steps_offset = {config.steps_offset}: leads to timestep {timesteps[0]}, above the maximum of 999."

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from safetensors import safe_open
 
 from jvgen.storage import Path, as_path, local_copy, read_json_object, reading
+from jvgen.storage.tensor_file import check_weights
 
 # Of the pixels of CLIP's training images, in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -152,8 +153,8 @@ def image_features(
 def prepare(frames: Array, side: int) -> Float[Array, "B side side 3"]:
     """uint8 frames `B H W 3` as CLIP's processor prepares them: bicubic to the shorter side, center crop, norm."""
     height, width = frames.shape[1:3]
-    scale = side / min(height, width)
-    size = (max(side, int(height * scale)), max(side, int(width * scale)))
+    # In this order, as published: 720 x (336 / 480) is 503 after rounding.
+    size = tuple(int(side * length / min(height, width)) for length in (height, width))
     x = frames.astype(jnp.float32)
     # The published processor resizes 8-bit pictures, rows first, and rounds after either direction.
     for shape in ((len(frames), height, size[1], 3), (len(frames), *size, 3)):
@@ -270,6 +271,7 @@ def _parameters(architecture: ClipArchitecture, tensors: Mapping[str, np.ndarray
         elif not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16":
             problems.append(f"{name} is {tensor.dtype}, expected floats")
         else:
+            check_weights([(name, tensor)], source)
             return np.ascontiguousarray(tensor, np.float32)
         return np.zeros(shape, np.float32)
 

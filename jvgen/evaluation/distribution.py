@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from jvgen.finite import NotFinite
 
 FEATURE_BATCH = 16  # clips per call of the feature network
+RANGE_TOLERANCE = 0.01  # clips of a network may be this far outside of [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +63,11 @@ class VideoDistance:
         """Add a batch of clips to both sides.
 
         Raises:
+          ValueError: clips that are not in [0, 1], as those of 8 bits are not.
           NotFinite: their features hold NaN or infinity.
         """
         for side, clips in enumerate((recorded, generated)):
+            self._check_range(clips, ("recorded", "generated")[side])
             for start in range(0, len(clips), FEATURE_BATCH):
                 features = np.asarray(self._features(clips[start : start + FEATURE_BATCH]))
                 if not np.isfinite(features).all():
@@ -74,6 +78,16 @@ class VideoDistance:
                 found = Moments.of(features)
                 before = self._moments[side]
                 self._moments[side] = found if before is None else before + found
+
+    def _check_range(self, clips: np.ndarray, side: str) -> None:
+        if not len(clips):
+            return
+        low, high = float(np.min(clips)), float(np.max(clips))
+        if not jnp.issubdtype(clips.dtype, jnp.floating) or low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+            raise ValueError(
+                f"{self._name}: {side} clips are {clips.dtype} from {low:g} to {high:g}; give floats in [0, 1] (divide "
+                "8-bit pixels by 255)."
+            )
 
     def result(self) -> dict[str, float]:
         """The distance by its name, and the number of clips on both sides."""
@@ -103,7 +117,8 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     overlap = np.sqrt(np.maximum(values, 0.0)).sum()
     difference = first.mean - second.mean
     spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * overlap
-    return float(difference @ difference + spread)
+    # Rounding of rank-deficient covariances makes the distance of equal sets slightly negative.
+    return max(float(difference @ difference + spread), 0.0)
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:

@@ -28,7 +28,8 @@ def structural_similarity(
     """SSIM of each image (Wang et al. 2004): 11x11 Gaussian windows within it, sigma 1.5, K1 0.01, K2 0.03.
 
     Averaged over channels. Equals scikit-image's with gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False.
+    use_sample_covariance=False. Unlike PSNR it depends on where zero is: it is defined for values from 0 on, so map
+    images in [-1, 1] to [0, 1] first.
 
     Raises:
       ValueError: an image smaller than the window.

@@ -88,18 +88,23 @@ def centers(extrinsics: Float[AnyArray, "*b 3 4"]) -> Float[AnyArray, "*b 3"]:
 
 
 def share_a_center(
-    source: Float[AnyArray, "*#b 3 4"], target: Float[AnyArray, "*#b 3 4"], tolerance: float = CENTER_TOLERANCE
+    source: Float[AnyArray, "*#b 3 4"],
+    target: Float[AnyArray, "*#b 3 4"],
+    tolerance: float = CENTER_TOLERANCE,
+    extent: Any = 0.0,
 ) -> Any:
     """Whether two cameras have a common center, and so no epipolar geometry: bool `*b`.
 
     Args:
       source, target: world-to-camera.
       tolerance: largest distance between the centers, relative to their distance from the origin of the world.
+      extent: what it is relative to where that is larger, `*#b`: the distance from the origin of the world that the
+        cameras were given in, if they were moved to near that of this one. Rounding has its size.
     """
     xp = source.__array_namespace__()
     first, second = centers(source), centers(target)
     apart = _norm(first - second)
-    return apart <= tolerance * xp.maximum(_norm(first), _norm(second))
+    return apart <= tolerance * xp.maximum(xp.maximum(_norm(first), _norm(second)), extent)
 
 
 def resized_and_cropped(intrinsics: Float[AnyArray, "*b 4"], source: Size, size: Size) -> Float[AnyArray, "*b 4"]:

@@ -49,9 +49,18 @@ def interpolate(first: np.ndarray, last: np.ndarray, fractions: np.ndarray) -> n
 
 
 def look_at(position: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Extrinsics (3, 4) of a camera that looks at a point, with its x axis in the plane of world x and optical axis."""
+    """Extrinsics (3, 4) of a camera that looks at a point, with its x axis in the plane of world x and optical axis.
+
+    Its x axis points to world x: where it looks to negative z, its y axis points to negative world y.
+
+    Raises:
+      ValueError: a target at the position, or in the direction of world x from it.
+    """
     forward = np.asarray(target, np.float64) - position
     down = np.cross(forward, (1.0, 0.0, 0.0))
+    if np.linalg.norm(down) <= 1e-9 * np.linalg.norm(forward):
+        where = f"position = {np.asarray(position).tolist()}, target = {np.asarray(target).tolist()}"
+        raise ValueError(f"{where}: must differ in y or z, or the camera's x axis is not defined; move one of them.")
     right = np.cross(down, forward)
     columns = [axis / np.linalg.norm(axis) for axis in (right, down, forward)]
     return inverse(np.concatenate([np.stack(columns, axis=1), np.asarray(position, np.float64)[:, None]], axis=1))

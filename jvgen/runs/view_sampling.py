@@ -19,6 +19,7 @@ from jvgen.runs.given_files import NOTHING, GivenFiles
 from jvgen.runs.inference import LoadedRun, open_run, read_experiment, with_vae
 from jvgen.storage import Path, as_path, write_bytes
 from jvgen.tasks.given_frames import GivenPixels
+from jvgen.tasks.multiview import MAX_VIEWS
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.experiment import Experiment
 
@@ -169,11 +170,13 @@ def read_views(
     """The cameras of every view, `V F 4` and `V F 3 4`, float64, from a path's name or from files.
 
     Raises:
-      ValueError: no cameras, as many files as views are not, names and files mixed, files with too few cameras or of
-        different lengths.
+      ValueError: no cameras, more than 64 views, as many files as views are not, names and files mixed, files with too
+        few cameras or of different lengths.
     """
     if not cameras:
         raise ValueError(f"--cameras: name a path ({', '.join(paths.PATHS)}) or camera files.")
+    if max(views or 0, len(cameras)) > MAX_VIEWS:
+        raise ValueError(f"--views {max(views or 0, len(cameras))}: must be at most {MAX_VIEWS}.")
     aspect = request.width / request.height
     if len(cameras) == 1 and not as_path(cameras[0]).is_file() and "." not in cameras[0]:
         count = 2 if views is None else views
@@ -204,7 +207,10 @@ def read_views(
         )
         for track in tracks
     ]
-    return Cameras(np.stack(fitted), relative(extrinsics, start))
+    moved = relative(extrinsics, start)
+    # Files have a few decimals: what they are off by must not look like a baseline.
+    moved[..., 3] = np.where(share_a_center(extrinsics, start)[..., None], 0.0, moved[..., 3])
+    return Cameras(np.stack(fitted), moved)
 
 
 def pairs_without_baseline(cameras: Cameras) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from jvgen.evaluation.clip import MEAN, STD, Clip, image_features, load_clip, prepare, text_features
@@ -51,17 +52,18 @@ def test_features_are_those_of_transformers(folder, tmp_path, changes):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
 
 
-@pytest.mark.parametrize("size", [(40, 64), (31, 20), (12, 12)])
-def test_images_are_prepared_as_by_pillow(size):
-    """Bicubic to the shorter side and a center crop, in 8 bits; larger, smaller and odd pictures."""
+@pytest.mark.parametrize("size, side", [((40, 64), SIDE), ((31, 20), SIDE), ((12, 12), SIDE), ((60, 90), 42)])
+def test_images_are_prepared_as_by_pillow(size, side):
+    """Bicubic to the shorter side and a center crop, in 8 bits; larger, smaller and odd pictures, and one whose longer
+    side is 63 (as 504 of 480x720 with 336), where 90 x (42 / 60) is less."""
     rng = np.random.default_rng(0)
     picture = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size[::-1], Image.BILINEAR))
-    scale = SIDE / min(size)
-    height, width = (max(SIDE, int(length * scale)) for length in size)
+    # As transformers' `get_resize_output_image_size`.
+    height, width = (int(side * length / min(size)) for length in size)
     resized = np.asarray(Image.fromarray(picture).resize((width, height), Image.BICUBIC))
-    top, left = (height - SIDE) // 2, (width - SIDE) // 2
-    expected = resized[top : top + SIDE, left : left + SIDE] / 255.0
-    found = np.asarray(prepare(jnp.asarray(picture[None]), SIDE))[0] * np.array(STD) + np.array(MEAN)
+    top, left = (height - side) // 2, (width - side) // 2
+    expected = resized[top : top + side, left : left + side] / 255.0
+    found = np.asarray(prepare(jnp.asarray(picture[None]), side))[0] * np.array(STD) + np.array(MEAN)
     levels = np.abs(found - expected) * 255
     assert levels.max() < 1.01 and levels.mean() < 0.05
 
@@ -94,6 +96,9 @@ def test_folders_that_are_not_of_clip(folder, tmp_path):
 
     config = json.loads(copied["config.json"])
     other = json.dumps({**config, "projection_dim": 9}).encode()
+    tensors = safetensors.numpy.load(copied["model.safetensors"])
+    tensors["visual_projection.weight"][0, 0] = np.nan
+    damaged = safetensors.numpy.save(tensors)
     for changes, message in (
         ({"config__json": None}, "no config.json; save `CLIPModel`"),
         ({"tokenizer__json": None}, "no tokenizer.json"),
@@ -101,6 +106,7 @@ def test_folders_that_are_not_of_clip(folder, tmp_path):
         ({"config__json": b'{"model_type": "t5"}'}, "model_type = 't5'; expected 'clip'"),
         ({"config__json": other}, r"text_projection.weight has shape \(8, 16\), expected \(9, 16\)"),
         ({"model__safetensors": b"{}"}, "not a valid safetensors file"),
+        ({"model__safetensors": damaged}, "visual_projection.weight holds NaN or infinity. Get the file again"),
     ):
         with pytest.raises(ValueError, match=message):
             Clip(broken(**changes))

@@ -102,8 +102,13 @@ def colmap_text(folder: Path, world: np.ndarray, model: str = "PINHOLE", paramet
     return folder
 
 
-def co3d(folder: Path, world: np.ndarray, form: str = "ndc_isotropic", **changes) -> Path:
-    """Row vectors, axes left, up, forward; coordinates from -1 to 1 that grow to the left and up."""
+def co3d(
+    folder: Path, world: np.ndarray, form: str = "ndc_isotropic", *, seconds: float | None = 0.25, **changes
+) -> Path:
+    """Row vectors, axes left, up, forward; coordinates from -1 to 1 that grow to the left and up.
+
+    Without `seconds` between frames their times are those of the published files, -1.
+    """
     half = np.array([WIDTH, HEIGHT]) / 2
     scale = half if form == "ndc_norm_image_bounds" else half.min()
     annotations = []
@@ -117,7 +122,8 @@ def co3d(folder: Path, world: np.ndarray, form: str = "ndc_isotropic", **changes
             "principal_point": ((half - [CX, CY]) / scale).tolist(), **changes,
         }  # fmt: skip
         annotations.append({
-            "sequence_name": "12_34_56", "frame_number": number, "frame_timestamp": 0.25 * number,
+            "sequence_name": "12_34_56", "frame_number": number,
+            "frame_timestamp": -1.0 if seconds is None else seconds * number,
             "image": {"path": f"car/12_34_56/images/{NAMES[number]}", "size": [HEIGHT, WIDTH]}, "viewpoint": view,
         })  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

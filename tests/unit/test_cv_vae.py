@@ -14,7 +14,7 @@ from jvgen.models.cv_vae.config import ClipNormConfig, ClipPaddingConfig, CVVAEC
 from jvgen.models.cv_vae.flat_fields import flatten_fields
 from jvgen.models.cv_vae.inflate import inflate
 from jvgen.models.cv_vae.model import CVVAE
-from jvgen.models.cv_vae.tiling import chunk_bounds, decode_tiled, encode_tiled, tile_starts
+from jvgen.models.cv_vae.tiling import check_tiles, chunk_bounds, decode_tiled, encode_tiled, tile_starts
 from jvgen.models.cv_vae.torch_map import from_diffusers_config, to_diffusers_config, weight_map
 from jvgen.models.image_vae.config import ImageVAEConfig
 from jvgen.models.image_vae.model import ImageVAE
@@ -251,6 +251,27 @@ def test_tiles_of_a_pointwise_coder_equal_the_whole_clip():
     latents = encode(clip)
     np.testing.assert_allclose(encode_tiled(encode, clip, config), latents, atol=1e-6)
     np.testing.assert_allclose(decode_tiled(decode, latents, config), decode(latents), atol=1e-6)
+
+
+def test_tiles_that_do_not_join_are_refused_and_the_advice_joins():
+    """Round(57 pixels) is not 7 latents of 8: frames of 480x720 came out as 478x717."""
+    published = CVVAEConfig.sd21()
+    check_tiles(published, 480, 720)
+    check_tiles(published, 1080, 1920)
+    for size in (64, 128, 192, 256, 320, 384, 512, 640):
+        config = published.replace(tile_size=size)
+        check_tiles(config, size, size)
+        with pytest.raises(
+            ValueError, match=rf"tile_size = {size}, tile_overlap = 0.2222: .* set tile_overlap = "
+        ) as e:
+            check_tiles(config, 480, size + 8)
+        advice = float(str(e.value).split("tile_overlap = ")[-1].rstrip("."))
+        check_tiles(config.replace(tile_overlap=advice), 480, size + 8)
+    clip = jnp.zeros((1, 1, 40, 72, 3))
+    with pytest.raises(ValueError, match="tile_size = 64"):
+        encode_tiled(lambda clip: clip, clip, published.replace(tile_size=64))
+    with pytest.raises(ValueError, match="frames of 40x72"):
+        decode_tiled(lambda latents: latents, clip[:, :, :5, :9], published.replace(tile_size=64))
 
 
 # Sizes, configs and files.

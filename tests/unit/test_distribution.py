@@ -189,6 +189,23 @@ def test_the_video_distance_accumulates_over_batches():
     assert found["rfvd"] == pytest.approx(frechet_distance(*map(Moments.of, sides)), rel=1e-4)
 
 
+def test_the_distance_of_equal_sets_is_not_negative():
+    """Fewer clips than features, as always: rounding made it -5e-5."""
+    moments = Moments.of(100 + 5 * np.random.default_rng(0).normal(size=(10, 40)))
+    assert 0 <= frechet_distance(moments, moments) < 1e-3
+
+
+def test_the_video_distance_refuses_pixels_of_eight_bits():
+    distance, clips = (
+        VideoDistance(lambda clips: jnp.mean(clips, axis=(2, 3, 4))),
+        np.full((2, 5, 4, 4, 3), 0.5, np.float32),
+    )
+    with pytest.raises(ValueError, match="fvd: generated clips are uint8 from 7 to 7; give floats in \\[0, 1\\]"):
+        distance.add(clips, np.full(clips.shape, 7, np.uint8))
+    with pytest.raises(ValueError, match="fvd: recorded clips are float32 from -1 to -1"):
+        distance.add(clips * 0 - 1, clips)
+
+
 # Predictions.
 
 

@@ -198,6 +198,9 @@ def test_layers_have_their_own_temperatures():
 def test_the_schedule_of_steps():
     config = EnhanceConfig(start=0.2, end=0.6)
     assert [step for step in range(10) if config.active_in(step, 10)] == [2, 3, 4, 5]
+    # 0.14 x 50 is 7.000000000000001 in floating point, 0.58 x 50 is 28.999999999999996.
+    hundredths = EnhanceConfig(start=0.14, end=0.58)
+    assert [step for step in range(50) if hundredths.active_in(step, 50)] == list(range(7, 29))
     query, key, layout = random_rows(gain=0.1)
     on, off = (factor(query, key, layout, active=jnp.asarray(value)) for value in (True, False))
     np.testing.assert_array_equal(on, factor(query, key, layout))

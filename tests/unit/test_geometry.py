@@ -67,6 +67,14 @@ def test_motions_compose_and_invert(seed):
     assert share_a_center(first, first) and not share_a_center(first, second)
 
 
+def test_a_camera_that_cannot_be_turned_to_its_target_is_an_error():
+    for position, target in (((0.0, 0.0, 0.0), (2.0, 0.0, 0.0)), ((1.0, 2.0, 3.0), (1.0, 2.0, 3.0))):
+        with pytest.raises(ValueError, match="must differ in y or z"):
+            paths.look_at(np.array(position), np.array(target))
+    seen = project(np.array([[0.0, 0.0, 0.0]]), Cameras(np.ones(4) / 2, paths.look_at(np.ones(3), np.zeros(3))), SIZE)
+    np.testing.assert_allclose(seen, [[SIZE[1] / 2, SIZE[0] / 2, 3**0.5]])
+
+
 def test_numpy_stays_numpy_and_jax_stays_jax():
     cameras = random_cameras(np.random.default_rng(0), 3)
     assert inverse(cameras.extrinsics).dtype == np.float64

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvgen.geometry import paths
-from jvgen.geometry.cameras import Cameras
+from jvgen.geometry import paths, rotations
+from jvgen.geometry.cameras import Cameras, inverse
 from jvgen.geometry.epipolar import EpipolarBias, epipolar_bias, random_normals
 from jvgen.interop.from_torch import import_folder
 from jvgen.interop.to_torch import export_network
@@ -20,6 +20,7 @@ from jvgen.models.multiview.synchronization import SyncMode, ViewLayout
 from jvgen.models.multiview.view_conditioning import (
     ViewConditioning,
     camera_band,
+    camera_conditioning,
     homography_band,
     ray_patches,
     token_cameras,
@@ -233,6 +234,32 @@ def test_bands_of_cameras_with_a_common_center(without):
     own = np.diagonal(made[:, 0], axis1=-2, axis2=-1)
     assert (own == 0).all() and ((made[:, 0] == 0).all() == (without == "open"))
     assert (made[:, 1] < 0).any(axis=(1, 2)).all()
+
+
+def test_cameras_that_turn_about_one_place_have_no_lines():
+    """Anywhere in their world: relative to one of them, float32 leaves distances of 1e-6 that are no baseline."""
+    turns = rotations.exponential(np.random.default_rng(0).normal(size=(1, 2, FRAMES, 3)))
+    center = np.broadcast_to(np.array([3.0, -20.0, 5.0])[:, None], (1, 2, FRAMES, 3, 1))
+    extrinsics = inverse(np.concatenate([turns, center], axis=-1))
+    cameras = Cameras(cameras_of(2).intrinsics, jnp.float32(extrinsics))
+    config = TINY.replace(sync=SYNC.replace(without_baseline="open"))
+    conditioning = camera_conditioning(
+        config, cameras, jnp.asarray([1, 0]), jax.random.split(jax.random.key(0), 1), (2, *SHAPE, 4),
+        frames_per_latent=4, pixels_per_latent=8,
+    )  # fmt: skip
+    assert (np.asarray(conditioning.band.lines) == 0).all()
+
+
+def test_one_wrong_camera_leaves_the_lines_of_the_others():
+    extrinsics = paths.named_paths("circle", 2, 9)[None].astype(np.float32)
+    extrinsics[0, 1, -1, :, 3] += 1e7
+    cameras = Cameras(jnp.float32(paths.default_intrinsics(2, 9, SIZE[1] / SIZE[0]))[None], jnp.asarray(extrinsics))
+    config = TINY.replace(sync=SYNC.replace(without_baseline="open"))
+    conditioning = camera_conditioning(
+        config, cameras, jnp.asarray([1, 0]), jax.random.split(jax.random.key(0), 1), (2, 3, *SHAPE[1:], 4),
+        frames_per_latent=4, pixels_per_latent=8,
+    )  # fmt: skip
+    assert [bool((line == 0).all()) for line in np.asarray(conditioning.band.lines)[0]] == [True, False, False]
 
 
 def test_homography_bands_follow_the_warp():

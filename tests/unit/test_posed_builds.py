@@ -91,6 +91,10 @@ def test_scenes_of_colmap_and_co3d(tmp_path, world):
     [(name, record)] = records_of(tmp_path / "b").items()
     assert name == "car/12_34_56" and record.frames_per_second == 4.0
     check(record, world, 30, 44)
+    co3d(tmp_path / "c" / "car", world, seconds=None)
+    build_posed(tmp_path / "c", tmp_path / "d", "co3d", PosedOptions(frames_per_second=5.0), validation=0)
+    [record] = records_of(tmp_path / "d").values()
+    assert record.frames_per_second == 5.0 and not len(record.frame_times)
 
 
 def test_clips_of_spatialvid_have_the_frames_that_have_cameras(tmp_path, world):

@@ -129,6 +129,8 @@ def test_levels_of_the_sat_code():
         (COGVIDEOX, "v", SamplerConfig(steps=0), "steps"),
         (COGVIDEOX, "v", SamplerConfig(spacing="leading", steps=1000, steps_offset=1), "steps_offset"),
         (COGVIDEOX, "v", SamplerConfig(levels="sat", spacing="leading"), "spacing = 'trailing'"),
+        (STABLE, "epsilon", SamplerConfig(spacing="linspace", steps=1), "timestep 0, .* set spacing = 'trailing'"),
+        (COGVIDEOX, "v", SamplerConfig(spacing="leading", steps=1, steps_offset=1), "at timestep 1, which takes noise"),
         (STABLE, "v", SamplerConfig(levels="sat"), "zero_terminal = true"),
         (FLOW, "velocity", SamplerConfig(levels="sat"), "levels = 'schedule'"),
         (COGVIDEOX, "v", SamplerConfig(levels="sat", steps=1), "steps = 1: .* at least 2 steps"),

@@ -20,6 +20,7 @@ from jvgen.interop.from_torch import import_folder
 from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.interop.to_torch import export_network
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
+from jvgen.models.cogvideox_vae.model import CogVideoXVAE
 from jvgen.models.cv_vae.config import CVVAEConfig
 from jvgen.models.cv_vae.model import CVVAE
 from jvgen.models.cv_vae.tiling import decode_tiled, encode_tiled
@@ -45,7 +46,8 @@ def folder(tmp_path_factory):
     def export(config):
         name = f"{type(config).__name__}-{getattr(config, 'class_name', '')}"
         if name not in made:
-            kind = ImageVAE if isinstance(config, ImageVAEConfig) else CVVAE
+            kinds = {ImageVAEConfig: ImageVAE, CogVideoXVAEConfig: CogVideoXVAE}
+            kind = kinds.get(type(config), CVVAE)
             network = Network.of(lambda rngs: kind(config, rngs=rngs))
             parameters = jax.jit(network.init)(jax.random.key(1))
             made[name] = export_network(config, parameters, tmp_path_factory.mktemp("vae") / "vae")
@@ -266,6 +268,29 @@ def test_lengths_that_cogvideox_decodes_to_other_lengths_are_refused():
         with pytest.raises(ValueError, match=f"--frames {frames}: this VAE takes 8n \\+ 1; give {near}"):
             _check_clip(CogVideoXVAEConfig.tiny(), frames, (16, 16))
     _check_clip(CogVideoXVAEConfig.tiny(), 17, (16, 16))
+
+
+def test_lengths_that_cogvideox_takes_are_decoded_to_themselves(folder):
+    """An even number of latent frames is decoded as if none were the first of a clip, 4 frames each."""
+    for chunk, temporal in ((2, 4), (4, 4), (2, 2), (2, 1)):
+        config = CogVideoXVAEConfig.tiny().replace(decode_chunk_frames=chunk, temporal_downsampling=temporal)
+        config.validate()
+        network = Network.of(lambda rngs, config=config: CogVideoXVAE(config, rngs=rngs))
+        for frames in range(1, 8 * temporal + 2, config.frame_step):
+            config.check_clip(frames, 16, 16)
+            latents = jax.ShapeDtypeStruct((1, *config.latent_shape(frames, 16, 16), 4), jnp.float32)
+            decoded = jax.eval_shape(lambda p, z, n=network: n.apply(p, z, method="decode"), network.shapes, latents)
+            assert decoded.shape[1] == frames, (chunk, temporal)
+    for chunk in (1, 3):
+        with pytest.raises(ValueError, match=f"decode_chunk_frames = {chunk}: must be even, .* take {chunk + 1}"):
+            CogVideoXVAEConfig.tiny().replace(decode_chunk_frames=chunk).validate()
+    coder = StreamingVAE(
+        folder(CogVideoXVAEConfig.tiny().replace(block_channels=(4, 8), groups=2, temporal_downsampling=2))
+    )
+    video = frames_of(3, 8, 8)
+    assert coder.padded_size(3, 8, 8) == (5, 8, 8)
+    latents, shown = coded(coder, video)
+    assert (sum(map(len, latents)), sum(map(len, shown))) == (3, 5), "two latents would be four frames"
 
 
 def test_evaluation_of_an_exported_vae(jvgen, folder, scenes, tmp_path):

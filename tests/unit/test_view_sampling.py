@@ -12,9 +12,9 @@ from jvgen.data.builders.scenes import build_scenes
 from jvgen.data.scenes.scenes import SceneConfig
 from jvgen.data.video_files import decode_window
 from jvgen.evaluation.epipolar_sheets import epipolar_sheet
-from jvgen.geometry import paths
+from jvgen.geometry import paths, rotations
 from jvgen.geometry.camera_file import CameraTrack, read_cameras, write_cameras
-from jvgen.geometry.cameras import Cameras, project
+from jvgen.geometry.cameras import Cameras, compose, project, share_a_center
 from jvgen.runs.view_sampling import fitting_batch, pairs_without_baseline, read_views
 from jvgen.tasks.task import SampleRequest
 from jvgen.training.checkpoint.initial import write_first_checkpoint
@@ -169,12 +169,48 @@ def test_incompatible_camera_files(tmp_path):
         ValueError, match="--views 4, but 2 camera files: give one for each view, or the name of a path"
     ):
         read_views(files, 4, REQUEST, distance=0.5, shared_world_frame=False)
+    # The 65th view of a set would draw the noise of the first view of the next.
+    for words, views in (["circle"], 65), ([files[0]] * 65, None):
+        with pytest.raises(ValueError, match="--views 65: must be at most 64"):
+            read_views(words, views, REQUEST, distance=0.5, shared_world_frame=False)
     with pytest.raises(ValueError, match="0.txt has 6 cameras, fewer than the 9 requested frames"):
         read_views(files, 2, SampleRequest(9, 8, 16), distance=0.5, shared_world_frame=False)
     (tmp_path / "longer").mkdir()
     longer = files_of(tmp_path / "longer", frames=7)
     with pytest.raises(ValueError, match="camera files of different lengths .*0.txt: 6, .*1.txt: 7.* cut them to one"):
         read_views([files[0], longer[1]], 2, REQUEST, distance=0.5, shared_world_frame=False)
+
+
+def turned_files(folder, motions: np.ndarray) -> list[str]:
+    """Camera files of views `V F 3 4` that start turned, away from the origin of their world."""
+    start = paths.look_at(np.array([2.0, -1.0, 3.0]), np.array([0.1, 0.4, -0.3]))
+    made = []
+    for view, motion in enumerate(motions):
+        frames = len(motion)
+        # Each view has a world of its own.
+        turn = np.concatenate(
+            [rotations.exponential(np.array([0.1, 0.2, -0.1]) * (view + 1)), np.zeros((3, 1))], axis=1
+        )
+        track = CameraTrack(
+            "x", np.arange(frames), paths.default_intrinsics(1, frames, 2.0)[0], compose(motion, compose(start, turn))
+        )
+        made.append(str(folder / f"turned_{view}.txt"))
+        write_cameras(made[-1], track)
+    return made
+
+
+def test_decimals_of_camera_files_are_no_baseline(tmp_path):
+    """Nine decimals put the first cameras 1e-9 apart: lines between such centers have random directions."""
+    moving = read_views(
+        turned_files(tmp_path, paths.named_paths("circle", 2, 3)), 2, REQUEST, distance=0.5, shared_world_frame=False
+    )
+    same = [bool(share_a_center(*moving.extrinsics[:, frame])) for frame in range(3)]
+    assert same == [True, False, False]
+    axes = np.array([[0.0, 0.3, 0.0], [0.2, 0.0, 0.1]])[:, None] * np.arange(3.0)[:, None]
+    turning = np.concatenate([rotations.exponential(axes), np.zeros((2, 3, 3, 1))], axis=-1)
+    turned = read_views(turned_files(tmp_path, turning), 2, REQUEST, distance=0.5, shared_world_frame=False)
+    assert pairs_without_baseline(turned) == [(0, 1)]
+    np.testing.assert_allclose(turned.extrinsics, turning, atol=1e-8)
 
 
 def test_views_without_a_baseline_are_reported():

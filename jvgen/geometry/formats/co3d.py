@@ -72,9 +72,11 @@ def _sequence(place: str, frames: Sequence[Mapping[str, Any]]) -> PosedImages:
     scale = np.where(isotropic[:, None], half.min(axis=1, keepdims=True), half)
     # x and y point left and up.
     intrinsics = np.concatenate([focal * scale, half - principal * scale], axis=1) / np.tile(2 * half, 2)
+    # The published files have -1 for times that are not known.
+    known = np.isfinite(seconds).all() and seconds.min() >= 0
     found = PosedImages(
         names, intrinsics, from_pytorch3d(rotation, translation), np.zeros((len(frames), len(DISTORTION))), sizes,
-        seconds if np.isfinite(seconds).all() else np.zeros(0),
+        seconds if known else np.zeros(0),
     )  # fmt: skip
     found.check(
         place, "viewpoint.R and viewpoint.T are PyTorch3D's.", "viewpoint.focal_length is wrong",

@@ -23,7 +23,7 @@ class CogVideoXVAEConfig(Config):
       temporal_downsampling: frames per latent frame, a power of two; the finest levels halve the number of frames.
       encode_chunk_frames: frames that the encoder codes together; None for whole clips, as in training. Norms are
         over a chunk of frames, so the result depends on this number.
-      decode_chunk_frames: latent frames that the decoder codes together; the result depends on it, too.
+      decode_chunk_frames: latent frames that the decoder codes together, an even number; the result depends on it, too.
       scaling_factor: diffusion sees latents times this.
       sample_height, sample_width: size in pixels that the network was trained for; tiles are half of it.
       invert_scale_latents: CogVideoX1.5 image-to-video divides the latents of its first frame by scaling_factor; only
@@ -82,9 +82,15 @@ class CogVideoXVAEConfig(Config):
         """Levels that halve the number of frames."""
         return self.temporal_downsampling.bit_length() - 1
 
+    @property
+    def frame_step(self) -> int:
+        """Clips of a multiple of this many frames and one more decode to their own length: their latent frames are odd
+        in number. Of an even number the first is decoded to as many frames as the others."""
+        return self.temporal_downsampling * (2 if self.temporal_levels else 1)
+
     def check_clip(self, frames: int, height: int, width: int) -> None:
         """Raise `ValueError` for a clip whose latents do not decode to the same number of frames and pixels."""
-        step = self.decode_chunk_frames * self.temporal_downsampling
+        step = self.frame_step
         if frames < 1 or (frames - 1) % step:
             nearest = max(frames - 1, 0) // step * step + 1
             raise ValueError(
@@ -114,6 +120,11 @@ class CogVideoXVAEConfig(Config):
             raise ValueError(
                 f"temporal_downsampling = {times}: must be a power of two, at most {self.downsampling} with "
                 f"{len(self.block_channels)} levels."
+            )
+        if self.temporal_levels and self.decode_chunk_frames % 2:
+            raise ValueError(
+                f"decode_chunk_frames = {self.decode_chunk_frames}: must be even, because of an odd number of latent "
+                f"frames the first is decoded as that of a clip, to one frame; take {self.decode_chunk_frames + 1}."
             )
         if self.encode_chunk_frames is not None and self.encode_chunk_frames % times:
             raise ValueError(

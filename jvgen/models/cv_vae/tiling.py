@@ -24,11 +24,15 @@ def encode_tiled(encode: Coder, clip: Float[Array, "B F H W C"], config: CVVAECo
       encode: moments of a chunk or tile; called with a few different shapes.
       clip: of any length; see `CVVAEConfig.check_clip` for lengths without a remainder.
       config: of the network.
+
+    Raises:
+      ValueError: see `check_tiles`.
     """
 
     def tiled(chunk: jax.Array) -> jax.Array:
         if config.tile_size is None:
             return encode(chunk)
+        check_tiles(config, *chunk.shape[2:4])
         tile = config.tile_size
         latent_tile = tile // config.downsampling
         overlap = round(latent_tile * config.tile_overlap)
@@ -44,6 +48,7 @@ def decode_tiled(decode: Coder, latents: Float[Array, "B f h w z"], config: CVVA
     def tiled(chunk: jax.Array) -> jax.Array:
         if config.tile_size is None:
             return decode(chunk)
+        check_tiles(config, *(side * config.downsampling for side in chunk.shape[2:4]))
         tile = config.tile_size // config.downsampling
         overlap = round(config.tile_size * config.tile_overlap)
         step = round(tile * (1 - config.tile_overlap))
@@ -51,6 +56,26 @@ def decode_tiled(decode: Coder, latents: Float[Array, "B f h w z"], config: CVVA
 
     frames = None if config.tile_frames is None else config.tile_frames // config.temporal_downsampling
     return _chunks(tiled, latents, frames)
+
+
+def check_tiles(config: CVVAEConfig, height: int, width: int) -> None:
+    """Raise `ValueError` if frames of this size, in pixels, are cut into tiles that do not join to their size.
+
+    The published code rounds the overlap of pixels and that of latents separately. Where one is not the other times
+    `config.downsampling`, it moves tiles against each other and returns frames of another size.
+    """
+    tile, side = config.tile_size, config.downsampling
+    if tile is None or max(height, width) <= tile:
+        return
+    latents = tile // side
+    shared, apart = round(latents * config.tile_overlap), round(latents * (1 - config.tile_overlap))
+    pixels = round(tile * config.tile_overlap), round(tile * (1 - config.tile_overlap))
+    if pixels != (shared * side, apart * side) or shared + apart != latents:
+        raise ValueError(
+            f"tile_size = {tile}, tile_overlap = {config.tile_overlap:g}: tiles share {pixels[0]} pixels or {shared} "
+            f"latents of {side} pixels, so that frames of {height}x{width} would come out at another size; set "
+            f"tile_overlap = {shared / latents:.6g}."
+        )
 
 
 def chunk_bounds(frames: int, size: int | None) -> list[tuple[int, int]]:

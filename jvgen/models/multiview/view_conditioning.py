@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from jvgen.geometry import plucker
-from jvgen.geometry.cameras import Cameras, Size, of_latent_frames, relative, share_a_center
+from jvgen.geometry.cameras import Cameras, Size, centers, of_latent_frames, relative, share_a_center
 from jvgen.geometry.epipolar import (
     Band,
     band,
@@ -101,10 +101,14 @@ def camera_conditioning(
     size, views = _in_pixels(latents, pixels_per_latent), cameras.intrinsics.shape[1]
     bands, rays = None, None
     if config.sync is not None and config.sync.mode is SyncMode.EPIPOLAR:
-        of_tokens = token_cameras(cameras, frames_per_latent, config.temporal_patch or 1)
-        bands = camera_band(
-            of_tokens, partner, config.sync, draw_normals(keys, views, frames), grid=tuple(grid), size=size
+        moved, given = (
+            token_cameras(Cameras(cameras.intrinsics, world), frames_per_latent, config.temporal_patch or 1)
+            for world in (cameras.extrinsics, extrinsics)
         )
+        bands = camera_band(
+            moved, partner, config.sync, draw_normals(keys, views, frames), grid=tuple(grid), size=size,
+            extent=jnp.linalg.norm(centers(given.extrinsics), axis=-1),
+        )  # fmt: skip
     if config.rays:
         rays = ray_patches(cameras, frames_per_latent, grid=latents[2:4], size=size)
     return ViewConditioning(ViewLayout(views, copies), partner.astype(jnp.int32), bands, rays)
@@ -151,6 +155,7 @@ def camera_band(
     *,
     grid: Size,
     size: Size,
+    extent: Float[Array, "B V F"] | float = 0.0,
 ) -> Band:
     """The band of each token around its epipolar line in the partner's frame, for rows `(B V)`.
 
@@ -161,11 +166,12 @@ def camera_band(
       normals: directions of lines between cameras with a common center (see `draw_normals`).
       grid: rows and columns of a frame's tokens.
       size: height and width in pixels.
+      extent: distance of each camera from the origin of the world that it was given in, see `share_a_center`.
     """
     other = Cameras(*(jnp.take(part, partner, axis=1) for part in cameras))
     points = jnp.asarray(token_points(grid, size))
     lines = epipolar_lines(fundamental_matrices(cameras, other, size), points)
-    same = share_a_center(cameras.extrinsics, other.extrinsics)[..., None, None]
+    same = share_a_center(cameras.extrinsics, other.extrinsics, extent=extent)[..., None, None]
     if config.without_baseline == "open":
         return _band(jnp.where(same, 0.0, lines), config, grid, size)
     there = _mapped(infinite_homographies(cameras, other, size), points)

@@ -75,7 +75,8 @@ class EnhanceConfig(Config):
 
     def active_in(self, step: int, steps: int) -> bool:
         """Whether attention is scaled in step `step` of a sampler of `steps` steps."""
-        return self.start * steps <= step < self.end * steps
+        # Rounded, because 0.14 x 50 is more than 7 in floating point.
+        return round(self.start * steps, 6) <= step < round(self.end * steps, 6)
 
 
 @dataclasses.dataclass(frozen=True)
