@@ -60,7 +60,18 @@ remote() {
   return "$status"
 }
 
-state() { tpu queued-resources describe "$NAME" --format='value(state.state)' 2>/dev/null || echo ABSENT; }
+# ABSENT where Google Cloud says so; a call that failed otherwise says nothing of the machines.
+state() {
+  local answer
+  if answer=$(tpu queued-resources describe "$NAME" --format='value(state.state)' 2>&1); then
+    echo "${answer##*$'\n'}"
+  elif [[ $answer == *NOT_FOUND* ]]; then
+    echo ABSENT
+  else
+    echo "$answer" >&2
+    echo UNKNOWN
+  fi
+}
 
 create() {
   local place=(--node-id="$NAME")
@@ -119,7 +130,7 @@ keep() {
   while true; do
     # A VM on which nothing was started would look like one on which training has ended.
     up || { sleep "$POLL_SECONDS"; drop_lost; continue; }
-    while [ "$(state)" = ACTIVE ]; do
+    while [[ $(state) == @(ACTIVE|UNKNOWN) ]]; do
       case $(training 2>/dev/null || true) in
         inactive) echo "training ended"; return 0 ;;
         failed) echo "training failed; see: bash $0 logs" >&2; return 1 ;;

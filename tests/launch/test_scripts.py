@@ -220,7 +220,12 @@ def test_sigterm_to_the_local_script_stops_every_process(tmp_path):
 GCLOUD = """#!/bin/bash
 printf '%q ' "$@" >>calls; echo >>calls
 case "$*" in
-  *describe*) sed -n 1p states; sed -i 1d states ;;
+  *describe*) state=$(sed -n 1p states); sed -i 1d states
+    case $state in
+      ABSENT) echo "ERROR: NOT_FOUND: Resource was not found." >&2; exit 1 ;;
+      UNKNOWN) echo "ERROR: network unreachable" >&2; exit 1 ;;
+    esac
+    echo "$state" ;;
   *is-active*) sed -n 1p training; sed -i 1d training ;;
   *tee*) for word; do case $word in --command=*) printf '%s\\n' "${word#--command=}" >remote ;; esac; done ;;
 esac
@@ -277,6 +282,13 @@ def test_preempted_tpu_vms_are_ordered_again(tmp_path):
     states = "ABSENT ACTIVE  ACTIVE SUSPENDED SUSPENDED  ABSENT ACTIVE  ACTIVE"
     status, steps = run_tpu_vm(tmp_path, "keep", states, "--topology v6e:16x16", training="active inactive")
     assert status == 0 and steps == ["create", "start", "delete", "create", "start"]
+
+
+def test_a_failed_question_does_not_restart_a_run(tmp_path):
+    """A state that is not known for a moment is not that of machines that are gone."""
+    states = "UNKNOWN ACTIVE  ACTIVE UNKNOWN ACTIVE"
+    status, steps = run_tpu_vm(tmp_path, "keep", states, "--topology v6e:16x16", training="active active inactive")
+    assert status == 0 and steps == ["start"]
 
 
 def test_vms_on_which_nothing_was_started_are_not_at_the_end(tmp_path):
