@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--demo", type=Path, default=None, help="folder that `make demo` wrote: its latents and VAE")
     parser.add_argument("--latents", type=Path, default=None, help="data set of cached latents instead")
     parser.add_argument("--vae", type=Path, default=None, help="exported folder of the VAE that made them")
-    parser.add_argument("--size", default="29x32x32", metavar="FxHxW", help="of clips, in pixels")
+    parser.add_argument("--size", default="17x32x32", metavar="FxHxW", help="of clips, in pixels")
     parser.add_argument("--workdir", type=Path, required=True, help="one run below it for every variant and seed")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write; the numbers go beside it")
     parser.add_argument("--steps", type=int, default=460)

@@ -100,7 +100,7 @@ def measure(chosen: argparse.Namespace, layers: int, start: str, form: str, seed
         workdir=chosen.workdir,
         steps=steps,
         seeds=(seed,),
-        size=(29, 32, 32),
+        size=(17, 32, 32),
         batches=4,
         clips=0,
         scored=False,

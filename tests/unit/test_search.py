@@ -36,6 +36,12 @@ def experiment() -> Experiment:
     return Experiment(name="tiny", task=task, data=data, training=TrainingConfig(steps=1))
 
 
+def few_candidates(monkeypatch) -> None:
+    """Of two rematerializations, by their state alone: what is built and traced takes a search's time here."""
+    monkeypatch.setattr(search, "REMATS", search.REMATS[:2])
+    monkeypatch.setattr(search, "stored_bytes", lambda *_: 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Time:
     likely: float
@@ -108,6 +114,7 @@ def test_candidates_divide_devices_examples_and_tokens_and_come_least_recomputat
 
 @needs_libtpu
 def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
+    few_candidates(monkeypatch)
     compiled = []
 
     def fake(candidate, topology_name, slices):
@@ -139,6 +146,7 @@ def test_the_fastest_per_example_that_fits_is_first(experiment, monkeypatch):
 @needs_libtpu
 def test_times_that_are_not_known_do_not_make_a_candidate_the_best(experiment, monkeypatch):
     """A kernel whose cycles are not known would make a step look short; on tpu7x no time is known."""
+    few_candidates(monkeypatch)
 
     def fake(candidate, topology_name, slices):
         short = candidate.mesh["seq"] == 2
@@ -154,6 +162,7 @@ def test_times_that_are_not_known_do_not_make_a_candidate_the_best(experiment, m
 
 @needs_libtpu
 def test_nothing_that_fits_is_an_error_with_the_smallest(experiment, monkeypatch):
+    few_candidates(monkeypatch)
     monkeypatch.setattr(search, "FILLED", 1e-9)
     with pytest.raises(ConfigError, match=r"none of \d+ candidates fits by arithmetic.*use more devices"):
         search.search(experiment, "v5e:2x2")

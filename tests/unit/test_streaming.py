@@ -276,7 +276,8 @@ def test_lengths_that_cogvideox_takes_are_decoded_to_themselves(folder):
         config = CogVideoXVAEConfig.tiny().replace(decode_chunk_frames=chunk, temporal_downsampling=temporal)
         config.validate()
         network = Network.of(lambda rngs, config=config: CogVideoXVAE(config, rngs=rngs))
-        for frames in range(1, 8 * temporal + 2, config.frame_step):
+        step = config.frame_step
+        for frames in (1, 1 + step, 1 + 3 * step):
             config.check_clip(frames, 16, 16)
             latents = jax.ShapeDtypeStruct((1, *config.latent_shape(frames, 16, 16), 4), jnp.float32)
             decoded = jax.eval_shape(lambda p, z, n=network: n.apply(p, z, method="decode"), network.shapes, latents)
