@@ -119,7 +119,10 @@ training() {
 }
 
 up() {
-  if [ "$(state)" = ABSENT ]; then create || return; fi
+  case $(state) in
+    ABSENT) create || return ;;
+    UNKNOWN) return 1 ;;
+  esac
   wait_for_vms && start
 }
 

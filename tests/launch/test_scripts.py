@@ -286,9 +286,13 @@ def test_preempted_tpu_vms_are_ordered_again(tmp_path):
 
 def test_a_failed_question_does_not_restart_a_run(tmp_path):
     """A state that is not known for a moment is not that of machines that are gone."""
-    states = "UNKNOWN ACTIVE  ACTIVE UNKNOWN ACTIVE"
+    states = "UNKNOWN UNKNOWN  ACTIVE ACTIVE  ACTIVE UNKNOWN ACTIVE"
     status, steps = run_tpu_vm(tmp_path, "keep", states, "--topology v6e:16x16", training="active active inactive")
     assert status == 0 and steps == ["start"]
+    # Without rights, say, `up` ends instead of asking for ever.
+    folder = tmp_path / "up"
+    folder.mkdir()
+    assert run_tpu_vm(folder, "up", "UNKNOWN", "--topology v6e:16x16") == (1, [])
 
 
 def test_vms_on_which_nothing_was_started_are_not_at_the_end(tmp_path):
