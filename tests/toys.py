@@ -29,6 +29,7 @@ from jvgen.tasks.task import ArraySpec, Mean, Objective, Task, TaskConfig
 from jvgen.training.checkpoint import reader
 from jvgen.training.config import CheckpointConfig, PrecisionConfig, TrainingConfig
 from jvgen.training.experiment import Experiment
+from jvgen.training.optimization import parameter_paths
 from jvgen.training.optimization.ema import EmaConfig
 from jvgen.training.optimization.optimizer import OptimizerConfig
 from jvgen.training.telemetry.json_lines import read_rows
@@ -289,6 +290,14 @@ ERRORS = {
     "full": OSError(28, "disk is full"),
     "evaluation": RuntimeError("a bug in the evaluation"),
 }
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Two trees of the same arrays, bit for bit; NaN equals NaN."""
+    for name, (a, b) in {
+        k: (a, b) for (k, a), b in zip(parameter_paths.name_leaves(ours).items(), jax.tree.leaves(theirs), strict=True)
+    }.items():
+        assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), name
 
 
 def failing_once(handler: type) -> type:

@@ -1,6 +1,5 @@
-"""The training step: accumulation, meshes, several objectives, skipped steps, frozen parameters, keys."""
+"""The training step: accumulation, meshes, skipped steps, frozen parameters, keys."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from jvgen import (
 from jvgen.config import ConfigError  # noqa: E402
 from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh  # noqa: E402
 from jvgen.preflight import collectives  # noqa: E402
-from jvgen.tasks.task import CodeUse, Objective, OwnUpdate  # noqa: E402
+from jvgen.tasks.task import CodeUse  # noqa: E402
 from jvgen.training import state  # noqa: E402
 from jvgen.training.checkpoint import digest  # noqa: E402
 from jvgen.training.checkpoint.manager import Checkpoints  # noqa: E402
@@ -69,13 +68,6 @@ def assert_close(ours, theirs, tolerance=2e-6):
     for path, a in nested.flatten(ours).items():
         b = theirs[path]
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=tolerance, err_msg=path)
-
-
-def assert_equal(ours, theirs):
-    for name, (a, b) in {
-        k: (a, b) for (k, a), b in zip(parameter_paths.name_leaves(ours).items(), jax.tree.leaves(theirs), strict=True)
-    }.items():
-        assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), name
 
 
 def test_accumulation_gives_the_step_of_the_whole_batch():
@@ -191,88 +183,15 @@ def test_two_objectives_update_their_own_parameters():
     assert "generator/adam/mu/generator/value" in names and "generator/adam/mu/critic/value" not in names
 
 
-class Rivals(toys.GameTask):
-    """The game with one loss for both, or with alternating updates."""
-
-    def __init__(self, shared: bool, period: int = 1):
-        super().__init__()
-        self.shared, self.period = shared, period
-
-    def objectives(self):
-        one, other = super().objectives()
-        if self.shared:
-            both = self.both
-            return Objective("generator", one.parameters, both), Objective("critic", other.parameters, both)
-        return tuple(dataclasses.replace(o, update_schedule=(n, self.period)) for n, o in enumerate((one, other)))
-
-    def both(self, parameters, frozen, batch, key):
-        assert batch["step"].shape == batch["slot"].shape
-        generator, critic = parameters["generator"]["value"][0], parameters["critic"]["value"][0]
-        constant = jax.lax.stop_gradient
-        return generator * constant(critic) - constant(generator) * critic, {"step": jnp.max(batch["step"])}
-
-
-def run_task(task, steps: int):
-    experiment = toys.experiment(**{"training.spike_sigma": 6.0}).replace(
-        task=toys.GameConfig(),
-        optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0),
-        optimizers={"critic": OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.0)},
-    )
-    program = Program.build(experiment, single_device_mesh(), task)
-    shape = experiment.data.buckets[0]
-    compiled = program.lower(shape).compile(compiler_options=quick_xla.OPTIONS)
-    arrays = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
-    current, rows = program.init(), []
-    for _ in range(steps):
-        current, metrics = compiled(current, program.shard_batch(arrays, shape))
-        rows.append(to_host(metrics))
-    return current, rows
-
-
-def test_objectives_with_one_loss_share_a_pass():
-    """One gradient for both, and each is updated by its own optimizer, as with separate passes."""
-    apart, _ = run_task(Rivals(shared=False), 2)
-    shared, rows = run_task(Rivals(shared=True), 2)
-    assert_equal(shared.parameters, apart.parameters)
-    assert_equal(shared.optimizer, apart.optimizer)
-    assert rows[1]["step"] == 1 and rows[0]["loss"] == 0.0
-    assert rows[0]["generator/gradient_norm"] == 2.0 and rows[0]["critic/gradient_norm"] == 1.0
-
-
-def test_objectives_may_alternate():
-    after, rows = run_task(Rivals(shared=False, period=2), 3)
-    assert [("generator/loss" in row, "critic/loss" in row) for row in rows] == [
-        (True, False),
-        (False, True),
-        (True, False),
-    ]
-    assert rows[1]["critic/update_norm"] > 0 and "generator/update_norm" not in rows[1]
-    values = {name: float(tree["value"][0]) for name, tree in after.parameters.items()}
-    # Twice 0.1 against a critic above zero, once 0.01 against a generator above zero.
-    np.testing.assert_allclose(values["generator"], 1.0 - 0.2, rtol=1e-5)
-    np.testing.assert_allclose(values["critic"], 2.0 + 0.01, rtol=1e-6)
-    assert int(after.optimizer["generator"]["adam"].count) == 2 and int(after.optimizer["critic"]["adam"].count) == 1
-    # Norms of the steps in which it was active, and of no others.
-    of_critic = after.health.norms["1x4x1x1x16"]["critic"]
-    np.testing.assert_allclose(of_critic.mean, rows[1]["critic/gradient_norm"])
-    assert int(of_critic.count) == 1
-
-
-def test_an_optimizer_of_an_unknown_objective_is_a_mistake():
-    experiment = toys.experiment().replace(optimizers={"critik": OptimizerConfig()})
-    with pytest.raises(ConfigError, match="critik.*not an objective"):
-        Program.build(experiment, single_device_mesh())
-
-
 def test_a_step_with_nan_changes_nothing_but_the_counts():
     poisoned = 16 * 2 * 1 + 3  # slot 3 of step 2 (bucket 0 has every second step)
     experiment = toys.experiment(**{"task.poison": poisoned, "optimizer.warmup_steps": 4})
     before, _ = run(experiment, steps=1)
     after, rows = run(experiment, steps=2)
     assert [r["skipped"] for r in rows] == [0, 1] and np.isnan(rows[1]["loss"])
-    assert_equal(after.parameters, before.parameters)
-    assert_equal(after.optimizer, before.optimizer)
-    assert_equal(after.ema, before.ema)
+    toys.assert_equal(after.parameters, before.parameters)
+    toys.assert_equal(after.optimizer, before.optimizer)
+    toys.assert_equal(after.ema, before.ema)
     assert int(after.step) == 2 and rows[1]["skipped_total"] == 1 and rows[1]["consecutive_skips"] == 1
     assert int(after.health.count) == 1
     _, rows = run(experiment, steps=3)
@@ -308,78 +227,17 @@ def test_a_skipped_step_makes_no_changes_after_the_update_either():
     current, before = program.init(), program.init().parameters
     current, metrics = compiled(current, program.shard_batch(loader.at(0).arrays, shape))
     assert to_host(metrics)["skipped"] == 1
-    assert_equal(current.parameters, before)
+    toys.assert_equal(current.parameters, before)
     current, metrics = compiled(current, program.shard_batch(loader.at(2).arrays, shape))
     assert to_host(metrics)["skipped"] == 0
     assert np.min(current.parameters["model"]["out"]["bias"]) > 40
-
-
-class SelfTaught(toys.GameTask):
-    """The critic changes itself, from step 2 on: its value, and the loss of a step, is the number of its updates."""
-
-    def __init__(self, poisoned: int = -1, where: str = "loss"):
-        super().__init__()
-        self.poisoned, self.where = poisoned, where
-
-    def objectives(self):
-        generator, _ = super().objectives()
-        generator = dataclasses.replace(generator, update_schedule=(0, 3), every_step_before=2)
-        own = OwnUpdate(lambda parameters: {"count": jnp.zeros(())}, self.count)
-        return generator, Objective("critic", "critic/", own=own, start_step=2)
-
-    def count(self, parameters, state, batch, key):
-        count = state["count"] + 1
-        poison = jnp.where(batch["step"][0] == self.poisoned, jnp.nan, 0)
-        value, loss = (count + poison if where == self.where else count for where in ("parameters", "loss"))
-        return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), parameters), {"count": count}, {"loss": loss}
-
-
-def test_an_objective_may_update_itself_and_start_later():
-    experiment = toys.experiment().replace(
-        task=toys.GameConfig(), optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
-    )
-    compiled, states = {}, {}
-    arrays = toys.FakeLoader(experiment.data, seed=0, preprocess=None).at(0).arrays
-    shape = experiment.data.buckets[0]
-    for name, poisoned, where in (("good", -1, "loss"), ("poisoned", 4, "loss"), ("diverged", 4, "parameters")):
-        program = Program.build(experiment, single_device_mesh(), SelfTaught(poisoned, where))
-        step = program.lower(shape).compile(compiler_options=quick_xla.OPTIONS)
-        current, rows, values = program.init(), [], []
-        for _ in range(7):
-            current, metrics = step(current, program.shard_batch(arrays, shape))
-            rows.append(to_host(metrics))
-            values.append(float(current.parameters["critic"]["value"][0]))
-        compiled[name], states[name] = rows, values
-    assert states["good"] == [2, 2, 1, 2, 3, 4, 5]
-    losses = [row.get("critic/loss") for row in compiled["good"]]
-    assert losses[2:] == [1, 2, 3, 4, 5] and not any(np.isfinite(loss or np.nan) for loss in losses[:2])
-    # The generator: in every step before the second, then in every third.
-    trained = [np.isfinite(row.get("generator/loss") or np.nan) for row in compiled["good"]]
-    assert trained == [True, True, False, True, False, False, True]
-    # Programs of steps that are known to update some of them alone do the same.
-    program = Program.build(experiment, single_device_mesh(), SelfTaught())
-    current = program.init()
-    for number, row in enumerate(compiled["good"][:4]):
-        only = tuple(objective.name for objective in program.task.objectives() if objective.active(number))
-        step = program.lower(shape, only).compile(compiler_options=quick_xla.OPTIONS)
-        current, metrics = step(current, program.shard_batch(arrays, shape))
-        assert {name: value for name, value in row.items() if "learning_rate" not in name} == {
-            name: value for name, value in to_host(metrics).items() if "learning_rate" not in name
-        }
-        assert float(current.parameters["critic"]["value"][0]) == states["good"][number]
-    # Of a step whose loss or whose parameters are not finite nothing stays.
-    for name in ("poisoned", "diverged"):
-        assert states[name] == [2, 2, 1, 2, 2, 3, 4] and compiled[name][4]["skipped"] == 1
-    with pytest.raises(ConfigError, match=r"'critic' is not an objective of this task with an optimizer"):
-        changed = experiment.replace(optimizers={"critic": OptimizerConfig()})
-        Program.build(changed, single_device_mesh(), SelfTaught())
 
 
 def test_frozen_parameters_get_no_gradient_and_do_not_change():
     experiment = toys.experiment(**{"optimizer.frozen": "model/blocks"})
     fresh = Program.build(experiment, single_device_mesh()).init()
     after, _ = run(experiment)
-    assert_equal(after.parameters["model"]["blocks"], fresh.parameters["model"]["blocks"])
+    toys.assert_equal(after.parameters["model"]["blocks"], fresh.parameters["model"]["blocks"])
     assert not np.array_equal(after.parameters["model"]["out"]["kernel"], fresh.parameters["model"]["out"]["kernel"])
     assert not any("blocks" in name for name in parameter_paths.name_leaves((after.optimizer, after.ema)))
     lowered = Program.build(experiment, single_device_mesh()).lower(experiment.data.buckets[0]).as_text()
