@@ -1,5 +1,6 @@
 """Test harness: eight host devices, strict dtype promotion, shape annotations checked."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+# Tracing makes objects by the million, and few of them are garbage.
+gc.set_threshold(100_000, 20, 20)
 quick_xla.begin(devices=8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -33,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_left_alone() -> None:
+    """Garbage collection looks at a file's own objects: those of all files before it take it seconds each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
@@ -40,10 +50,10 @@ def key() -> jax.Array:
 
 @pytest.fixture(scope="module")
 def shared_compilations(tmp_path_factory) -> Iterator[None]:
-    """Programs that are compiled once are kept for the module."""
+    """Programs that take time are compiled once for the module; to keep a small one costs more than to compile it."""
     changed = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: getattr(jax.config, name) for name in changed}

@@ -7,7 +7,12 @@ LEVEL = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 # Without the fusion emitters, which build an MLIR pipeline for each fusion, compiling takes less than half as long.
 # Later versions have no other way to compile fusions.
 HAS_OTHER_EMITTERS = tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2]) <= (0, 10)
-OPTIONS = LEVEL | ({"xla_cpu_use_fusion_emitters": False} if HAS_OTHER_EMITTERS else {})
+# XLA cuts each program into 32 parts to compile them side by side, and copies it for each: processes share the cores already.
+OPTIONS = (
+    LEVEL
+    | {"xla_cpu_parallel_codegen_split_count": 1}
+    | ({"xla_cpu_use_fusion_emitters": False} if HAS_OTHER_EMITTERS else {})
+)
 # Of one program, where results are compared bit for bit: as users compile.
 FUSION_EMITTERS = {"xla_cpu_use_fusion_emitters": True} if HAS_OTHER_EMITTERS else {}
 

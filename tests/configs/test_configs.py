@@ -66,6 +66,8 @@ SLOW = {
 SLOW |= {name for name in CONFIGS if name.startswith(("ivideogpt_", "mbrl_metaworld_", "repvideo_2b_scratch_"))}
 SLOW |= {name for name in CONFIGS if name.startswith(("cogvideox_5b_", "cogvideox1_5_5b_"))}
 HEAVY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONFIGS]
+# tests/unit/test_cli.py trains the demo's image VAE.
+STEPPED = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW | {"demo_image_vae"})) for name in CONFIGS]
 PER_OBJECTIVE = ("loss", "gradient_norm", "update_norm")
 
 
@@ -194,7 +196,7 @@ def test_its_training_step_lowers_for_its_mesh(experiment):
     assert sum(array.nbytes for array in made) < 64 * 2**20
 
 
-@pytest.mark.parametrize("name", HEAVY, indirect=True)
+@pytest.mark.parametrize("name", STEPPED, indirect=True)
 def test_at_toy_width_it_takes_a_step(experiment, quick_compilations):
     small = toy_experiment(experiment)
     small = small.replace(

@@ -63,9 +63,10 @@ def test_the_loss_uses_the_limit_of_its_config():
     def weight(**changes):
         network = ClipDiscriminatorConfig(width=4, halvings=0, groups=2)
         loss = AdversarialLoss(AdversarialConfig(network=network, weight=1.0, **changes))
-        discriminator = loss.network.init(jax.random.key(0))
+        discriminator = jax.jit(loss.network.init)(jax.random.key(0))
         gradients = iter((jnp.full((3, 3), 1e8), jnp.zeros((3, 3))))
-        return float(loss.generator_loss(discriminator, {}, clips, clips, lambda _: next(gradients))[0])
+        run = jax.jit(lambda network: loss.generator_loss(network, {}, clips, clips, lambda _: next(gradients))[0])
+        return float(run(discriminator))
 
     assert weight() == pytest.approx(1e4)
     assert weight(limit_of="sum") == pytest.approx(1e4 / 192)

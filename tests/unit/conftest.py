@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from jvgen.models.image_vae.model import ImageVAE
 from jvgen.nested import map_with_path
 from jvgen.nn.network import Network
 from jvgen.parallel import axes
+from jvgen.training import compilation
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_VAE = ImageVAEConfig.tiny().replace(block_channels=(8, 8), groups=4)
@@ -71,6 +72,21 @@ def scenes(tmp_path_factory) -> Path:
     config = SceneConfig(height=16, width=16, frames=4, kinds={"dynamic": 1.0}, supersampling=1)
     build_scenes(out, config, train=10, validation=8, workers=1)
     return out
+
+
+@pytest.fixture
+def nothing_is_compiled() -> Iterator[None]:
+    """For runs that are refused before their first step, whose programs would be compiled in threads that outlive them."""
+
+    def end(jobs, count: int = 0) -> int:
+        for job in jobs:
+            job.error = AssertionError(f"{job.name} was to be compiled, in a test of a run that takes no step")
+            job.done.set()
+        return 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "_start_threads", end)
+        yield
 
 
 def settings(values: dict[str, str]) -> list[str]:

@@ -21,7 +21,7 @@ from jvgen.interop.safetensors_file import SafetensorsFile, TensorSpec, write
 from jvgen.training.checkpoint.manager import Checkpoints
 from jvgen.training.program import Program
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+pytestmark = pytest.mark.usefixtures("quick_compilations", "nothing_is_compiled")
 ROOT = Path(__file__).parents[2]
 COMPILE = ("compile", ROOT / "configs/cogvideox_2b.py", "--topology")
 

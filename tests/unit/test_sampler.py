@@ -121,6 +121,8 @@ def test_levels_of_the_sat_code():
     "schedule, prediction, sampler, words",
     [
         (COGVIDEOX, "v", SamplerConfig(kind="euler"), "rectified_flow"),
+        (FLOW, "velocity", SamplerConfig(step_to="stride"), "step_to = 'stride': rectified flow does not read it"),
+        (FLOW, "velocity", SamplerConfig(final_step_clean=False), "final_step_clean = False.*leave True"),
         (FLOW, "velocity", SamplerConfig(kind="dpm_solver_sde"), "euler"),
         (FLOW, "velocity", SamplerConfig(eta=0.5), "eta = 0"),
         (FLOW, "velocity", SamplerConfig(spacing="leading"), "trailing"),
