@@ -30,9 +30,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 # Python compiles what is imported, once and not at every start; pip would compile all, for a minute or more.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Of the newest versions, what is fast and touches them most: kernels, mesh, step, checkpoints, data, saved runs, weights.
+# Of the newest versions, what is fast and touches them most: kernels, mesh, checkpoints, data, saved runs with their steps, weights.
 LATEST_TESTS = $(addprefix tests/,unit/test_attention.py unit/test_epipolar_attention.py unit/test_mesh.py \
-	unit/test_rules.py unit/test_step.py unit/test_checkpoint.py unit/test_loader.py unit/test_interop.py \
+	unit/test_rules.py unit/test_checkpoint.py unit/test_loader.py unit/test_interop.py \
 	sharded/test_transformer.py processes/test_processes.py resume/test_saved_runs.py)
 
 .PHONY: help setup setup-test demo demo-world demo-views test test-latest test-slow test-faults test-control test-launch bench aot docs lint clean
