@@ -1,7 +1,8 @@
-"""Every shipped config: it loads, says what it always said, its step lowers; at toy width it takes a step."""
+"""Every shipped config: it loads, says what it said, takes weights, its step lowers; at toy width it takes a step."""
 
 import ast
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -13,14 +14,18 @@ import pytest
 
 from jvgen import config, saved_config
 from jvgen.data.stream.config import BucketConfig
+from jvgen.interop.architecture import differences
+from jvgen.interop.from_torch import check_weights
 from jvgen.losses.perceptual import PerceptualConfig
 from jvgen.models.cogvideox_vae.config import CogVideoXVAEConfig
 from jvgen.models.video_dit.config import Positions
 from jvgen.parallel.mesh import make_mesh, single_device_mesh
+from jvgen.runs import exporting
 from jvgen.tasks.task import Task
 from jvgen.training.experiment import Experiment
 from jvgen.training.program import Program
 from jvgen.training.telemetry.metrics import to_host
+from tests.configs.lone_files import files_of
 
 ROOT = Path(__file__).parents[2]
 DUMPS = Path(__file__).parent / "dumps"
@@ -173,14 +178,62 @@ def test_there_is_a_dump_for_every_config_and_no_other():
     assert {path.stem for path in DUMPS.glob("*.txt")} == set(CONFIGS)
 
 
-def test_its_task_is_built_without_touching_a_device(experiment):
+@functools.cache
+def built(label: str) -> Task:
+    """The task of a shipped config, which takes a second for large networks."""
+    return config.load(CONFIGS[label]).task.build()
+
+
+def test_its_task_is_built_without_touching_a_device(name, experiment):
     before = {id(array) for array in jax.live_arrays()}
-    task = experiment.task.build()
+    task = built(name)
     for bucket in experiment.data.buckets:
         fields, flops = task.fields(bucket), task.flops(bucket)
         assert fields and all(len(spec.axes) == len(spec.shape) for spec in fields.values())
         assert flops and all(value > 0 for value in flops.values())
     assert {id(array) for array in jax.live_arrays()} <= before
+
+
+def of_other_tasks() -> list[str]:
+    """Shipped configs but those whose task differs from an earlier one's in what an agent begins with alone."""
+    found = {}
+    for label in CONFIGS:
+        lines = (DUMPS / f"{label}.txt").read_text().splitlines()
+        task = [line for line in lines if line.startswith("task.") and not line.startswith("task.demonstrations")]
+        found.setdefault("\n".join(task), label)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("label", of_other_tasks())
+def test_a_lone_file_goes_into_every_shipped_config(label, tmp_path, monkeypatch):
+    """Everything but the tensors' data: which network they are for, its architecture, names, shapes and dtypes."""
+    experiment, task = config.load(CONFIGS[label]), built(label)
+    # A LoRA's base is named in the config, and an agent's networks have no files.
+    if getattr(experiment.task, "lora", None) or (
+        experiment.task.collects_experience and not experiment.task.imagination
+    ):
+        assert task.network_configs == {}
+        return
+    imported = []
+
+    def import_folder(path, network, **options):
+        check_weights(path, network)
+        return network, {"read": np.zeros(1)}
+
+    monkeypatch.setattr(type(experiment.task), "build", lambda self: task)
+    monkeypatch.setattr(type(experiment.task), "check_weights", lambda self: None)
+    monkeypatch.setattr(exporting, "import_folder", import_folder)
+    # Of the tensors' data, which are gigabytes of zeros.
+    monkeypatch.setattr(exporting, "content_digest", lambda file: "digest")
+    monkeypatch.setattr(
+        exporting, "write_first_checkpoint", lambda run, workdir, given, record: imported.append(list(given))
+    )
+    assert task.network_configs
+    for name, network in task.network_configs.items():
+        assert differences(network, network) == []
+        for file, lacks_gates in files_of(network, tmp_path).values():
+            exporting.import_run(file, experiment, tmp_path / "run", network=name, init_gates=lacks_gates)
+    assert imported and all(given[0] in task.network_configs for given in imported)
 
 
 @pytest.mark.parametrize("name", HEAVY, indirect=True)
