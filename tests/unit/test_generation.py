@@ -261,6 +261,7 @@ def test_a_folder_is_gone_on_with(whole, jvgen, tmp_path, quick_compilations):
     assert other.status == 2 and "made with other settings (scale = 6.0, now 3.0)" in other.err
 
 
+@pytest.mark.slow
 def test_what_can_be_asked_for_is_seen_in_the_clip(whole, jvgen, tmp_path, quick_compilations):
     def sample(name: str, *words: object) -> np.ndarray:
         done = jvgen("sample", "--weights", whole, *ASKED, *words, "--out", tmp_path / f"{name}.npy")

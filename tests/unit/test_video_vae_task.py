@@ -88,6 +88,7 @@ def together(both_losses, given):
     return both_losses(*given)
 
 
+@pytest.mark.slow
 def test_gradient_equals_that_of_the_explicit_losses(config, given, together):
     """With the adaptive weight from derivatives with respect to the kernel itself, and no pass shared or cut short."""
     parameters, frozen, batch = given
