@@ -7,7 +7,7 @@ LEVEL = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 # Without the fusion emitters, which build an MLIR pipeline for each fusion, compiling takes less than half as long.
 # Later versions have no other way to compile fusions.
 HAS_OTHER_EMITTERS = tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2]) <= (0, 10)
-# XLA cuts each program into 32 parts to compile them side by side, and copies it for each: processes share the cores already.
+# XLA cuts a program into 32 parts to compile them side by side, and copies it for each. Test processes share the cores.
 OPTIONS = (
     LEVEL
     | {"xla_cpu_parallel_codegen_split_count": 1}

@@ -76,7 +76,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def nothing_is_compiled() -> Iterator[None]:
-    """For runs that are refused before their first step, whose programs would be compiled in threads that outlive them."""
+    """For runs that are refused before their first step: their programs are compiled in threads that outlive them."""
 
     def end(jobs, count: int = 0) -> int:
         for job in jobs:
