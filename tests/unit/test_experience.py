@@ -358,7 +358,6 @@ def test_moving_pixels_count_more_in_updates_of_the_tokenizer(weight):
     video[:, 2, :4, :, 1] = 230
     batch = {"short_video": jnp.asarray(video), "slot": jnp.arange(4)}
 
-
     @jax.jit
     def run(parameters, batch, pixels):
         made = task.networks["tokenizer"].apply(parameters["tokenizer"], pixels).future
