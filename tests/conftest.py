@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Tracing makes objects by the million, and few of them are garbage.
-gc.set_threshold(100_000, 20, 20)
+gc.set_threshold(50_000, 10, 10)
 quick_xla.begin(devices=8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
