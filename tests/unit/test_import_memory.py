@@ -1,5 +1,6 @@
 """Weights go from files to runs and back through host memory: nothing of them is on an accelerator meanwhile."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -57,6 +58,8 @@ def test_weights_are_imported_and_exported_without_an_accelerator(tmp_path, acce
     config = experiment.task.network
     parameters = Network.of(lambda rngs: ImageVAE(config, rngs=rngs)).init(jax.random.key(3))
     parameters = jax.tree.map(np.array, parameters)
+    # Initialization leaves its arrays in reference cycles.
+    gc.collect()
     export_network(config, parameters, tmp_path / "weights")
     exporting.import_run(tmp_path / "weights", experiment, tmp_path / "run")
     exporting.export_run(tmp_path / "run", tmp_path / "exported")
