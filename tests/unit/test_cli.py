@@ -120,6 +120,12 @@ def test_assignments_in_documents_fit_their_configs(config_file, assignments, mo
     load_experiment(config_file, list(assignments))
 
 
+def test_defaults_in_help_are_written_as_they_are_given(jvgen):
+    shown = " ".join(jvgen("data", "build", "scenes", "--help").out.split())
+    assert "(default: 1/1)" in shown and "1x1" not in shown
+    assert "(default: 256x256)" in " ".join(jvgen("evaluate", "--help").out.split())
+
+
 def test_flags_cannot_be_abbreviated(jvgen):
     done = jvgen("encode", "film.mp4", "--vae", "vae", "--out", "latents", "--compute", "bfloat16")
     assert done.status == 2 and "unrecognized arguments: --compute" in done.err
