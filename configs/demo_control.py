@@ -12,7 +12,8 @@ Memory: 1 GiB of the process "alone", 5 GiB with a world model while it compiles
 Time: "alone" 2 minutes, with a world model 8 and 5 minutes with compiled programs in the cache, on one busy core
 (measured); compilation is 8 minutes more.
 Data: none, the environment is the embedded scenes. For "pretrained" a world model of other scenes of this kind,
-exported to `runs/control/world`: `python -m tests.experiments.world_model_ablation` writes one (docs/planning.md).
+exported to `runs/control/world`: `WORKDIR/both_0` of `python -m tests.experiments.world_model_ablation`, by the command
+in docs/planning_experiments.md, copied there.
 """
 
 from pathlib import Path

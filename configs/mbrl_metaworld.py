@@ -1,4 +1,4 @@
-"""Model-based reinforcement learning on Meta-World with iVideoGPT (arXiv 2405.15223, section 5.3, appendix A.5).
+"""Model-based reinforcement learning on Meta-World with iVideoGPT (arXiv 2405.15223, appendix A.5).
 
     jvgen train configs/mbrl_metaworld.py:plate_slide --workdir runs/plate_slide
 

@@ -13,6 +13,7 @@ import enum
 import functools
 import importlib.util
 import inspect
+import sys
 import traceback
 import typing
 from collections.abc import Callable, Iterator
@@ -269,6 +270,8 @@ def _items(text: str, hint: Any) -> list[str]:
 def load(path: str | Path) -> Any:
     """Load a config file: run the Python file and return what its function `experiment()` returns.
 
+    Modules beside the file can be imported, by it and later: its folder is appended to `sys.path`.
+
     Args:
       path: `NAME.py`, or `NAME.py:ARGUMENTS` with comma-separated arguments of `experiment`, each a value or
         `name=value`, parsed by the parameter's annotation: `configs/cv_vae.py:sd3`.
@@ -338,6 +341,10 @@ def _experiment_function(path: Path) -> Callable[..., Any]:
         raise ConfigError(f"{path}: a config file is a Python file, NAME.py, with a function experiment().")
     spec = importlib.util.spec_from_file_location(f"jvgen_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    # As for a script, but last: modules beside the file can be imported, and hide none that is installed.
+    folder = str(path.parent.absolute())
+    if folder not in sys.path:
+        sys.path.append(folder)
     with _mistakes_in(path):
         # Not exec_module: it leaves bytecode beside the file, and reads it back if an edit keeps size and second.
         exec(spec.loader.source_to_code(path.read_bytes(), str(path)), module.__dict__)

@@ -188,7 +188,8 @@ def _class_of(name: str) -> type[Config]:
         importlib.import_module(module)
     if module not in sys.modules:
         raise ConfigError(
-            f"saved config names {name!r}, but its module is not imported: import it first, then load the config."
+            f"saved config names {name!r}, but its module is not imported: import it first, then load the config. "
+            "Commands build classes of jvgen alone: in Python import your module, then use jvgen.load_run(RUN)."
         )
     cls = getattr(sys.modules[module], class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Config)):

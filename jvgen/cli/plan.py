@@ -24,7 +24,8 @@ def add_commands(commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "model", type=path, nargs="?", metavar="MODEL",
-        help="run directory of a world model, or a folder with exported tokenizer/ and transformer/; none with --with",
+        help="run directory of a world model, or a folder with exported tokenizer/ and transformer/; none with "
+        "--with simulator or random",
     )  # fmt: skip
     add_checkpoint_arguments(parser)
     parser.add_argument(

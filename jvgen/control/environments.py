@@ -52,8 +52,8 @@ def _own(name: str, module: str, function: str) -> Any:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"--env {name}: cannot be imported ({error}); give MODULE:FUNCTION of an importable module, "
-            "metaworld:TASK, or the folder of a data set of scenes."
+            f"--env {name}: cannot be imported ({error}); give MODULE:FUNCTION of an importable module "
+            "(PYTHONPATH names its folder), metaworld:TASK, or the folder of a data set of scenes."
         ) from error
     _check_callable(name, make)
     environment = make()

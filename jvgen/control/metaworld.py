@@ -1,4 +1,4 @@
-"""Meta-World as an environment of frames, in the form of iVideoGPT's experiments (arXiv 2405.15223, section 5.3).
+"""Meta-World as an environment of frames, in the form of iVideoGPT's experiments (arXiv 2405.15223, appendix A.5).
 
 Needs jvgen[metaworld] (an extra of its own: it pins MuJoCo 3.3.0) and OpenGL: `MUJOCO_GL=egl`, or `MUJOCO_GL=osmesa`
 with libosmesa6 on machines without a GPU.

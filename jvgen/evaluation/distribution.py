@@ -100,15 +100,19 @@ class VideoDistance:
         }
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
+def frechet_distance(first: Moments | Float[np.ndarray, "N D"], second: Moments | Float[np.ndarray, "M D"]) -> float:
     """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` of two Gaussians (Heusel et al. 2017, Unterthiner et al. 2018).
 
     Biased: it falls with the number of samples. Compare only values from equal counts; with fewer samples than feature
     dimensions it is not meaningful.
 
+    Args:
+      first, second: features, a row per sample; or their sums over batches (`Moments.of`, added up).
+
     Raises:
       ValueError: fewer than 2 samples on either side.
     """
+    first, second = (side if isinstance(side, Moments) else Moments.of(side) for side in (first, second))
     if min(first.count, second.count) < 2:
         raise ValueError(f"{first.count} and {second.count} samples: the covariance needs at least 2 on both sides.")
     root = _root(first.covariance)

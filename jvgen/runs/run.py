@@ -117,7 +117,7 @@ class Run(LoadedRun):
 
         Args:
           folder: to write; it appears complete or not at all.
-          options: `dtype`, `overwrite`, `layout`, `network`, see `jvgen.runs.exporting.export`.
+          options: `dtype`, `overwrite`, `layout`, `network`, `merge_lora`, `vae`, see `jvgen.runs.exporting.export`.
         """
         about = {
             "experiment": self.experiment.name, "config_digest": saved_config.digest(self.experiment),
@@ -137,7 +137,8 @@ def load_run(
 
     Args:
       folder: run directory, what `jvgen train --workdir` wrote, or one checkpoint of it, `RUN/checkpoints/STEP`.
-      ema: an EMA decay that the run keeps (0.9999), "raw" for the parameters themselves, or None for the largest decay.
+      ema: an EMA decay that the run keeps (0.9999), "raw" for the parameters themselves, or None for the largest
+        decay, which are the parameters themselves where the run keeps no EMA.
       step: checkpoint step; by default the latest valid one.
       vae: folder of the VAE that made the latents of a run that names none, to sample and to export a pipeline.
 

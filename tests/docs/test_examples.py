@@ -59,6 +59,7 @@ def test_a_data_source_and_a_task_train(tmp_path):
     jvgen.train(experiment, tmp_path / "run")
     losses = [row["loss"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert len(losses) == 8 and losses[-1] < losses[0]
+    assert jvgen.load_run(tmp_path / "run").network("patches").config == patch_task.PatchConfig()
     with pytest.raises(ValueError, match="task.network.patch"):
         experiment.task.check_bucket(bucket.replace(height=18))
 

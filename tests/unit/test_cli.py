@@ -1,6 +1,7 @@
 """The `jvgen` command: help texts, and every step from data to PyTorch with tiny networks and clips."""
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from jvgen.runs.clip_folder import plan_clips, write_clip
 from jvgen.runs.run import load_run
 from jvgen.training.checkpoint import initial
 from jvgen.training.checkpoint.manager import Checkpoints
+from jvgen.training.experiment import load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 ROOT = Path(__file__).parents[2]
@@ -98,6 +100,30 @@ def test_commands_in_documents_parse(file, command):
     assert parsed.handler, file
     config_file = str(getattr(parsed, "config", None) or "").partition(":")[0]
     assert not config_file.startswith("configs/") or (ROOT / config_file).is_file(), f"{file}: no {config_file}"
+
+
+def documented_configs() -> list[tuple[str, tuple[str, ...]]]:
+    """(config, assignments) of the documents' commands with --set, without those that hold a placeholder (SHIFT)."""
+    found = set()
+    for _, command in documented_commands():
+        words = shlex.split(command)
+        config_file = next((word for word in words if word.startswith("configs/")), None)
+        sets = tuple(value for flag, value in itertools.pairwise(words) if flag == "--set")
+        if config_file and sets and not any(one.partition("=")[2].isupper() for one in sets):
+            found.add((config_file, sets))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("config_file", "assignments"), documented_configs())
+def test_assignments_in_documents_fit_their_configs(config_file, assignments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    load_experiment(config_file, list(assignments))
+
+
+def test_defaults_in_help_are_written_as_they_are_given(jvgen):
+    shown = " ".join(jvgen("data", "build", "scenes", "--help").out.split())
+    assert "(default: 1/1)" in shown and "1x1" not in shown
+    assert "(default: 256x256)" in " ".join(jvgen("evaluate", "--help").out.split())
 
 
 def test_flags_cannot_be_abbreviated(jvgen):

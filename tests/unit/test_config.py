@@ -199,6 +199,16 @@ def test_arguments_after_the_file_name_are_passed_to_experiment(tmp_path):
     assert variants(tmp_path / "plain.py") == [str(tmp_path / "plain.py")]
 
 
+def test_a_config_file_imports_modules_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "module_beside_a_config.py").write_text("NUMBER = 7\n")
+    (tmp_path / "json.py").write_text("raise AssertionError('a module beside a config hides no other')\n")
+    words = "import json\nfrom module_beside_a_config import NUMBER\n\n\ndef experiment():\n    return NUMBER\n"
+    (tmp_path / "own.py").write_text(words)
+    assert load(tmp_path / "own.py") == 7
+    assert load(tmp_path / "own.py") == 7 and sys.path.count(str(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

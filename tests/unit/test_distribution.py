@@ -216,3 +216,11 @@ def test_the_best_sample_of_each_clip_counts():
     assert by_horizon(scores).tolist() == [1.75, 3.0]
     whole = with_context(scores, jnp.array([[9.0], [8.0]]))
     assert whole.shape == (2, 2, 3) and whole[1, 0].tolist() == [8.0, 2.0, 2.0]
+
+
+def test_distance_of_features_is_that_of_their_moments():
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((20, 3)), 1.0 + rng.standard_normal((30, 3))
+    assert frechet_distance(first, second) == frechet_distance(Moments.of(first), Moments.of(second)) > 1
+    with pytest.raises(ValueError, match="at least 2"):
+        frechet_distance(first[:1], second)

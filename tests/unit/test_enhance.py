@@ -195,6 +195,14 @@ def test_layers_have_their_own_temperatures():
         config.strengths(4)
 
 
+def test_strengths_of_a_config_are_taken_as_they_are_where_the_layer_is_traced():
+    query, key, layout = (jnp.ones((1, 4, 2, 4)), jnp.ones((1, 4, 2, 4)), TokenLayout(text=0, grid=(4, 1, 1)))
+    config = EnhanceConfig(layers=(1.0, 2.0), temperature=1.0)
+    scale = Enhancement(config, config.strengths(2))
+    found = [float(jax.jit(lambda layer: scale(query, key, layout, layer))(layer)[0, 0]) for layer in (0, 1)]
+    np.testing.assert_allclose(found, [5 / 4, 6 / 4], rtol=1e-6)
+
+
 def test_the_schedule_of_steps():
     config = EnhanceConfig(start=0.2, end=0.6)
     assert [step for step in range(10) if config.active_in(step, 10)] == [2, 3, 4, 5]

@@ -85,14 +85,15 @@ class Enhancement:
 
     Attributes:
       config: what shares a factor, and the unit of temperatures.
-      strengths: of each layer, see `EnhanceConfig.strengths`; an array, so that other values need no compilation.
+      strengths: of each layer, float32, see `EnhanceConfig.strengths`; given to a compiled function as an argument,
+        other values need no compilation.
       active: scalar bool array, or None for always.
       clip_size: adjacent entries of the batch that belong to one clip, for share "clip": 2 with the two halves of
         classifier-free guidance side by side.
     """
 
     config: EnhanceConfig
-    strengths: jax.Array
+    strengths: jax.Array | np.ndarray
     active: jax.Array | None = None
     clip_size: int = 1
 
@@ -105,7 +106,7 @@ class Enhancement:
             # The formula divides zero by zero.
             return jnp.ones((1, 1))
         diagonal = mean_diagonal(query, key, frames=frames, start=layout.text, stop=layout.valid)
-        strength = self.strengths.astype(jnp.float32)[layer]
+        strength = jnp.asarray(self.strengths, jnp.float32)[layer]
         intensity = (1.0 - shared_mean(diagonal, self.config.share, self.clip_size)) / (frames - 1)
         if self.config.gain is None:
             temperature = strength * frames if self.config.relative else strength
