@@ -10,7 +10,7 @@ them on its devices before it starts).
 With JAX's kernels, `--set task.denoiser.attention=tpu`, 1.08 s on v5p, within 1.05 and 1.42.
 Data: as `cogvideox_2b.py`. Start with
 
-    jvgen import CogVideoX-2b/transformer --config configs/repvideo_2b.py --init-gates --to runs/repvideo_2b
+    jvgen import weights/CogVideoX-2b/transformer --config configs/repvideo_2b.py --init-gates --to runs/repvideo_2b
 
 Gates start at 0.5, as released: at first the outputs are far from CogVideoX's; with `initial=0` they equal them. The
 baseline, CogVideoX continued in the same way, is the same command with `--set task.denoiser.aggregation.initial=0

@@ -26,9 +26,9 @@ class HelpFormatter(argparse.HelpFormatter):
         silent = default is None or default is False or default in (argparse.SUPPRESS, "", [])
         if silent or not action.option_strings:
             return action.help
-        # As the metavar has it: HxW or I/N.
-        between = "/" if "/" in str(action.metavar) else "x"
-        shown = between.join(str(size) for size in default) if isinstance(default, tuple) else "%(default)s"
+        shown = "%(default)s"
+        if isinstance(default, tuple):  # a size, 256x256, or words that follow the flag
+            shown = ("x" if isinstance(default[0], int) else " ").join(map(str, default))
         return f"{action.help} (default: {shown})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:

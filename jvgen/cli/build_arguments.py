@@ -21,7 +21,7 @@ def add_builder(origins, name: str, summary: str, example: str, handler: Handler
         "--append", action="store_true", help="add what is new to the data set in that folder, which keeps what it has"
     )
     parser.add_argument(
-        "--part", type=part, default=(1, 1), metavar="I/N",
+        "--part", type=part, default="1/1", metavar="I/N",
         help="build only the I-th of N parts, into DIR.part-I-of-N; `jvgen data merge` makes a data set of all",
     )  # fmt: skip
     parser.add_argument(

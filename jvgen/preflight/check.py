@@ -1,8 +1,10 @@
 """Checks of a run before any device is used: every problem that is found goes into one error."""
 
+import ast
 import dataclasses
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -11,7 +13,8 @@ import jax
 from jax.sharding import NamedSharding
 
 from jvgen import nested
-from jvgen.config import ConfigError
+from jvgen.config import ConfigError, leaves
+from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.source_checks import check_cache
@@ -22,8 +25,8 @@ from jvgen.parallel import axes
 from jvgen.parallel.axes import Axes
 from jvgen.parallel.mesh import make_mesh
 from jvgen.parallel.rules import Sharding
-from jvgen.storage import Path, StorageError, absolute, check_run_directory, is_remote
-from jvgen.tasks.task import Task
+from jvgen.storage import Path, StorageError, absolute, as_path, check_run_directory, is_remote
+from jvgen.tasks.task import Task, TaskConfig
 from jvgen.training.balance import with_batch_sizes
 from jvgen.training.checkpoint import init_from
 from jvgen.training.checkpoint.initial import saved_steps
@@ -110,7 +113,7 @@ def inspect_run(
     experiment, problems["config"] = resolved or experiment, problems["config"] + found
     problems["config"] += _attempt(lambda: quantized.check_installed(experiment.training.precision.quantized))[1]
     loader, problems["data"] = _data(experiment)
-    problems["weights"] += _attempt(experiment.task.check_weights)[1]
+    problems["weights"] += _weights(experiment.task)
     task, found = _attempt(experiment.task.build)
     problems["config"] += found
     mesh = program = None
@@ -141,6 +144,19 @@ def _attempt(make: Callable[[], T]) -> tuple[T | None, list[str]]:
         return None, [str(error)]
 
 
+def _weights(task: TaskConfig) -> list[str]:
+    """Every local file of weights that is missing, by its field, and what is wrong with another one."""
+    found = _attempt(task.check_weights)[1]
+    missing = {}
+    for field, shown in leaves(task, "task") if found else ():
+        # Cached embeddings stand for the encoder and its tokenizer.
+        cached = field.startswith("task.text.") and task.text.embeddings is not None
+        if re.search(r"weights$|\.tokenizer$", field) and shown.startswith("'") and "://" not in shown and not cached:
+            if not as_path(ast.literal_eval(shown)).exists():
+                missing[f"{field}: weights {shown}: no such file or folder; --set {field}=PATH names others."] = shown
+    return [*missing, *(problem for problem in found if not any(shown in problem for shown in missing.values()))]
+
+
 def _buckets(experiment: Experiment) -> Iterator[str]:
     for number, bucket in enumerate(experiment.data.buckets):
         _, found = _attempt(lambda bucket=bucket: experiment.task.check_bucket(bucket))
@@ -151,8 +167,13 @@ def _data(experiment: Experiment) -> tuple[Loader | None, list[str]]:
     if experiment.task.collects_experience:
         return None, _attempt(lambda: experiment.task.check_data(experiment.data))[1]
 
-    def load(evaluation: bool):
-        return _attempt(lambda: Loader(experiment.data, seed=experiment.seed, preprocess=dict, evaluation=evaluation))
+    def load(evaluation: bool) -> tuple[Loader | None, list[str]]:
+        data = experiment.data
+        loader, found = _attempt(lambda: Loader(data, seed=experiment.seed, preprocess=dict, evaluation=evaluation))
+        if loader is None:  # The first data set that cannot be opened does not hide the others.
+            for source in data.evaluation_sources if evaluation else data.sources:
+                found += _attempt(lambda source=source: open_source(source.path, source.split))[1]
+        return loader, found
 
     loader, problems = load(False)
     if experiment.training.evaluate_every or experiment.training.visualize_every:

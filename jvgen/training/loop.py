@@ -46,7 +46,7 @@ class TrainingDiverged(Exception):
 
 def train(
     experiment: Experiment,
-    workdir: Path,
+    workdir: str | Path,
     *,
     hooks: Sequence[Hook] = (),
     resume: bool = True,

@@ -1,5 +1,6 @@
 """Builders of scenes, folders, TFDS images and latents: records match their inputs, rejected inputs are listed."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -157,6 +158,30 @@ def test_corrupt_files_are_listed_together(videos: Path, tmp_path: Path) -> None
     listed = [json.loads(line) for line in (tmp_path / "set" / "refused.jsonl").read_text().splitlines()]
     assert [item["name"] for item in listed] == ["b.mp4", "more/c.mp4"] and all(item["damaged"] for item in listed)
     assert "rejected: 2" in str(summary)
+
+
+def test_a_data_set_without_a_validation_split_is_told(tmp_path: Path) -> None:
+    (tmp_path / "film").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (2, 1, 32, 48, 3), np.uint8)
+    (tmp_path / "film" / "a.mp4").write_bytes(encode_video(noise.repeat(12, axis=1).reshape(24, 32, 48, 3), 8))
+    options = VideoOptions(captions_optional=True, scenes="cut")
+    film = build_videos(tmp_path / "film", tmp_path / "one", options)
+    assert film.counts == {"train": {"dynamic": 2}}
+    (warning,) = film.warnings
+    assert "all records are of one recording: there is no split validation" in warning
+    assert "data.evaluation_sources.0.split=train" in warning
+    with pytest.raises(ValueError, match="has no split 'validation'. Its splits: train .* Name one of these"):
+        open_source(tmp_path / "one", "validation")
+    assert not build_videos(tmp_path / "film", tmp_path / "all", dataclasses.replace(options, validation=0.0)).warnings
+
+    # Of two recordings one is held out, and here the one that is too short.
+    names = ["a.mp4", "b.mp4"]
+    held_out = names[assign_splits(names, 0.05).index("validation")]
+    for name in names:
+        (tmp_path / "film" / name).write_bytes(clip(4 if name == held_out else 12))
+    longer = dataclasses.replace(options, filters=FilterConfig(min_frames=8))
+    (warning,) = build_videos(tmp_path / "film", tmp_path / "two", longer).warnings
+    assert warning.startswith("no recording that was held out can be used: there is no split validation")
 
 
 def test_filters(videos: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from jvgen.nn.attention import AttentionKernel
 from jvgen.parallel.mesh import MeshConfig, make_mesh, single_device_mesh
 from jvgen.preflight import page as pages
 from jvgen.preflight import topology
-from jvgen.preflight.check import kernels, with_buckets
+from jvgen.preflight.check import inspect_run, kernels, with_buckets
 from jvgen.preflight.page import examine
 from jvgen.reinforcement.config import ReinforcementConfig
 from jvgen.training.balance import with_batch_sizes
@@ -71,6 +71,42 @@ def test_a_valid_run_on_a_described_pod_is_green(data, tmp_path):
     assert "2 kept and one more" in rows(page, "checkpoints")[0] and "GiB are free" in rows(page, "checkpoints")[0]
     assert rows(page, "time")[0].startswith("6 steps take about 0 seconds assuming 30% MFU")
     assert str(page).startswith("toy on 2 x v5e:4x4") and str(page).endswith("all green")
+
+
+def test_every_file_of_weights_that_is_missing_is_named(tmp_path):
+    run = load_experiment(Path(__file__).parents[2] / "configs" / "cogvideox_2b_lora.py", [])
+    found = inspect_run(run, devices=[]).problems["weights"]
+    assert found == [
+        f"{field}: weights {folder!r}: no such file or folder; --set {field}=PATH names others."
+        for field, folder in (
+            ("task.text.weights", "weights/t5_v1_1_xxl"),
+            ("task.text.tokenizer", "weights/t5_v1_1_xxl"),
+            ("task.denoiser_weights", "weights/CogVideoX-2b/transformer"),
+        )
+    ]
+    # What is there and of another network is named beside what is missing.
+    (tmp_path / "config.json").write_text("{}")
+    changed = run.replace(task=run.task.replace(text=run.task.text.replace(weights=str(tmp_path))))
+    found = inspect_run(changed, devices=[]).problems["weights"]
+    assert len(found) == 3 and str(tmp_path) in found[2]
+    # A bucket is asked once, by the check itself.
+    changed = run.replace(task=run.task.replace(text=run.task.text.replace(weights="s3://bucket/t5")))
+    found = inspect_run(changed, devices=[]).problems["weights"]
+    assert len(found) == 3 and "task.text.tokenizer" in found[0] and "s3://bucket/t5" in found[2], found
+
+
+def test_every_data_set_that_is_missing_is_named(data):
+    run = clips.experiment(data, {"fsdp": 1})
+    sources = tuple(SourceConfig(path=str(path)) for path in (data, "data/a", "data/b"))
+    held_out = (SourceConfig(path=str(data), split="other"),)
+    run = run.replace(
+        data=run.data.replace(sources=sources, evaluation_sources=held_out),
+        training=run.training.replace(evaluate_every=1),
+    )
+    found = inspect_run(run, devices=[]).problems["data"]
+    assert len(found) == 3, found
+    assert "'data/a' does not exist" in found[0] and "'data/b' does not exist" in found[1]
+    assert "has no split 'other'" in found[2]
 
 
 def test_every_problem_is_on_the_page(data, tmp_path, monkeypatch):

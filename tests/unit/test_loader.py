@@ -16,7 +16,7 @@ import pytest
 
 from jvgen.data.store.records import Record
 from jvgen.data.store.writer import Writer
-from jvgen.data.stream.config import BucketConfig, DataConfig, SourceConfig
+from jvgen.data.stream.config import BucketConfig, CaptionConfig, DataConfig, SourceConfig
 from jvgen.data.stream.loader import Loader
 from jvgen.data.stream.quarantine import TooManyFailures
 from jvgen.data.video_files import encode_image, encode_video
@@ -301,6 +301,10 @@ def test_the_state_is_the_step_and_two_digests(data):
         loader(config(data, flip=False)).check_state(state)
     with pytest.raises(ValueError, match="same step has another batch"):
         loader(config(data), seed=6).check_state(state)
+    # What the plan has and the message must therefore name.
+    for name, value in (("captions", CaptionConfig(first_sentence=0.5)), ("upscale", True)):
+        with pytest.raises(ValueError, match=rf"{name}.*or pass --allow-changes"):
+            loader(config(data, **{name: value})).check_state(state)
 
 
 def test_a_missing_data_set_is_refused(data):

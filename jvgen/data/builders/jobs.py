@@ -7,7 +7,7 @@ in threads, in processes or on other machines, and again if a machine is lost.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +173,22 @@ def assign_splits(names: Sequence[str], validation: float, recordings: Sequence[
     return ["validation" if recording in held_out else "train" for recording in recordings or names]
 
 
-def nothing_held_out(splits: Sequence[str], validation: float) -> str:
-    """A warning where a validation split is wanted and all is of one recording; "" otherwise."""
-    if not validation or len(splits) < 2 or "validation" in splits:
+def nothing_held_out(splits: Sequence[str], validation: float, digests: Mapping[str, str], records: int) -> str:
+    """A warning where a validation split is wanted and a data set of two records or more has none; "" otherwise.
+
+    Args:
+      splits: what `assign_splits` returned.
+      validation: as there.
+      digests: of the splits of the data set; empty for a part of one.
+      records: that it has: more than recordings where these are cut.
+    """
+    if not validation or max(records, len(splits)) < 2 or "validation" in (digests or splits):
         return ""
-    return "all records are of one recording, so none is held out: there is no split validation"
+    why = "no recording that was held out can be used" if "validation" in splits else "all records are of one recording"
+    return (
+        f"{why}: there is no split validation, which configs evaluate on. --set data.evaluation_sources.0.split=train "
+        "evaluates on what is trained on."
+    )
 
 
 def available_cpus() -> int:

@@ -162,7 +162,7 @@ def build_media(
         filters=filters, workers=available_cpus() if workers is None else workers,
         processes=len(media) >= FEW_JOBS if processes is None else processes, **rest,
     )  # fmt: skip
-    return summary.warned(nothing_held_out(splits, validation))
+    return summary.warned(nothing_held_out(splits, validation, summary.digests, summary.records))
 
 
 def _job(split: str, media: Any) -> BuildJob:

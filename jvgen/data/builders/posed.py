@@ -180,7 +180,7 @@ def build_posed(
         filters=filters, error_budget=error_budget, workers=available_cpus() if workers is None else workers,
         processes=len(jobs) >= FEW_JOBS, overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
-    return summary.warned(warning, nothing_held_out(splits, validation))
+    return summary.warned(warning, nothing_held_out(splits, validation, summary.digests, summary.records))
 
 
 def find_scenes(folder: Path, format: Format) -> list[Scene]:

@@ -115,7 +115,7 @@ def build_realestate10k(
         processes=len(jobs) >= FEW_JOBS,
         overwrite=overwrite, progress=progress, execution=execution,
     )  # fmt: skip
-    return summary.warned(found.warning, nothing_held_out(splits, validation))
+    return summary.warned(found.warning, nothing_held_out(splits, validation, summary.digests, summary.records))
 
 
 def _media_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:

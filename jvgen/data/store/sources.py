@@ -118,7 +118,7 @@ def open_source(path: str | Path, split: str, cache: FileCache | None = None) ->
     names = splits(folder)
     if split not in names:
         known = ", ".join(f"{name} ({count} records)" for name, count in names.items()) or "none"
-        raise ValueError(f"{folder} has no split {split!r}. Its splits: {known}.")
+        raise ValueError(f"{folder} has no split {split!r}. Its splits: {known}. Name one of these as its split.")
     return Source(folder, split, cache)
 
 

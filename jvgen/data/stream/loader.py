@@ -145,13 +145,15 @@ class Loader:
             raise ValueError(
                 f"data.sources ({paths}): hold other records than when the checkpoint was saved (manifest "
                 f"{self.plan.manifest[:12]}, saved {saved['manifest'][:12]}), so the run cannot resume. "
-                "Point sources at the same data sets, in the same order, or start a new run from these weights."
+                "Point sources at the same data sets, in the same order, start a new run from these weights "
+                "(init_from.run), or pass --allow-changes."
             )
         if saved["plan"] != self.plan.digest:
             raise ValueError(
-                "data (buckets, weights, kinds, filters, resize, upscale, flip) or seed: differ from the checkpoint's "
-                f"(plan {self.plan.digest[:12]}, saved {saved['plan'][:12]}), so the same step has another batch. "
-                "Restore the old values, or start a new run from these weights."
+                "data (buckets, weights, kinds, filters, captions, resize, upscale, flip, augmentation) or seed: "
+                f"differ from the checkpoint's (plan {self.plan.digest[:12]}, saved {saved['plan'][:12]}), so the same "
+                "step has another batch. Restore the old values, start a new run from these weights (init_from.run), "
+                "or pass --allow-changes."
             )
 
     def resume(self, saved: dict[str, Any]) -> None:

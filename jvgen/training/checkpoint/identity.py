@@ -77,8 +77,8 @@ def check_same_run(
             "the checkpoints in this run directory are of another model or data set:\n"
             + _listed(refused)
             + hint
-            + "\nRestore these settings, or use another run directory; to resume anyway, pass --allow-changes or "
-            "list the paths in checkpoint.accept_changes."
+            + "\nRestore these settings, or use another run directory; to resume anyway, pass --allow-changes or, "
+            "unless batches change, list the paths in checkpoint.accept_changes."
         )
     if allowed:
         log("settings that differ from the checkpoint's:\n" + _listed(allowed))
