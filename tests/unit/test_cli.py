@@ -22,7 +22,6 @@ from jvgen.runs.clip_folder import plan_clips, write_clip
 from jvgen.runs.run import load_run
 from jvgen.training.checkpoint import initial
 from jvgen.training.checkpoint.manager import Checkpoints
-from jvgen.training.experiment import load_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compilations", "one_device")
 ROOT = Path(__file__).parents[2]
