@@ -167,10 +167,10 @@ def _data(experiment: Experiment) -> tuple[Loader | None, list[str]]:
     if experiment.task.collects_experience:
         return None, _attempt(lambda: experiment.task.check_data(experiment.data))[1]
 
-    def load(evaluation: bool) -> tuple[Loader | None, list[str]]:
+    def load(evaluation: bool):
         data = experiment.data
         loader, found = _attempt(lambda: Loader(data, seed=experiment.seed, preprocess=dict, evaluation=evaluation))
-        if loader is None:  # The first data set that cannot be opened does not hide the others.
+        if found:  # The first data set that cannot be opened does not hide the others.
             for source in data.evaluation_sources if evaluation else data.sources:
                 found += _attempt(lambda source=source: open_source(source.path, source.split))[1]
         return loader, found
