@@ -182,12 +182,10 @@ def check_schedule(config: SamplerConfig, schedule: ScheduleConfig) -> None:
             f"sampler {config.kind!r}, eta = {config.eta}, levels = {config.levels!r}: rectified flow needs 'euler' or "
             "'ddim', eta = 0, levels = 'schedule'."
         )
-    unread = ("steps_offset", "final_step_clean", "step_to") if schedule.continuous else ()
-    for name in (name for name in unread if getattr(config, name) != getattr(SamplerConfig(), name)):
-        raise ValueError(
-            f"sampler {name} = {getattr(config, name)!r}: rectified flow does not read it; leave "
-            f"{getattr(SamplerConfig(), name)!r}."
-        )
+    for name in ("steps_offset", "final_step_clean", "step_to") if schedule.continuous else ():
+        value, default = getattr(config, name), getattr(SamplerConfig(), name)
+        if value != default:
+            raise ValueError(f"sampler {name} = {value!r}: rectified flow does not read it; leave {default!r}.")
     if config.kind == "euler" and not schedule.continuous:
         raise ValueError(f"sampler 'euler': needs rectified_flow, not {schedule.kind!r}; choose 'ddim'.")
 

@@ -1,10 +1,8 @@
 """Checks of a run before any device is used: every problem that is found goes into one error."""
 
-import ast
 import dataclasses
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -13,7 +11,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jvgen import nested
-from jvgen.config import ConfigError, leaves
+from jvgen.config import ConfigError
 from jvgen.data.store.sources import open_source
 from jvgen.data.stream.config import BucketConfig
 from jvgen.data.stream.loader import Loader
@@ -27,6 +25,7 @@ from jvgen.parallel.mesh import make_mesh
 from jvgen.parallel.rules import Sharding
 from jvgen.storage import Path, StorageError, absolute, as_path, check_run_directory, is_remote
 from jvgen.tasks.task import Task, TaskConfig
+from jvgen.tasks.weight_files import named_files
 from jvgen.training.balance import with_batch_sizes
 from jvgen.training.checkpoint import init_from
 from jvgen.training.checkpoint.initial import saved_steps
@@ -148,13 +147,12 @@ def _weights(task: TaskConfig) -> list[str]:
     """Every local file of weights that is missing, by its field, and what is wrong with another one."""
     found = _attempt(task.check_weights)[1]
     missing = {}
-    for field, shown in leaves(task, "task") if found else ():
+    for field, file in named_files(task, endings=("weights", "tokenizer")) if found else ():
         # Cached embeddings stand for the encoder and its tokenizer.
         cached = field.startswith("task.text.") and task.text.embeddings is not None
-        if re.search(r"weights$|\.tokenizer$", field) and shown.startswith("'") and "://" not in shown and not cached:
-            if not as_path(ast.literal_eval(shown)).exists():
-                missing[f"{field}: weights {shown}: no such file or folder; --set {field}=PATH names others."] = shown
-    return [*missing, *(problem for problem in found if not any(shown in problem for shown in missing.values()))]
+        if not cached and not is_remote(file) and not as_path(file).exists():
+            missing[f"{field}: weights {file!r}: no such file or folder; --set {field}=PATH names others."] = repr(file)
+    return [*missing, *(problem for problem in found if not any(file in problem for file in missing.values()))]
 
 
 def _buckets(experiment: Experiment) -> Iterator[str]:

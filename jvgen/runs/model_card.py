@@ -1,13 +1,12 @@
 """The model card of an export: README.md, with what the weights were trained on, as the run's config says it."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from jvgen import __version__, saved_config
 from jvgen.data.stream.config import SourceConfig
 from jvgen.interop.digest import content_digest
 from jvgen.storage import Path
+from jvgen.tasks.weight_files import named_files
 from jvgen.training.experiment import Experiment
 
 _HEAD = """---
@@ -70,7 +69,9 @@ def model_card(
     }
     if experiment.init_from.run:
         facts["started from"] = f"`{experiment.init_from.run}`"
-    weights = [*_given(experiment, imported, vae), *_weights(experiment.task)]
+    # Some of those that the task names were trained further, others were not changed.
+    named = (f"* `{field}`: `{file}`" for field, file in named_files(experiment.task))
+    weights = [*_given(experiment, imported, vae), *named]
     return _HEAD.format(
         tag=task.lower(),
         name=experiment.name,
@@ -104,13 +105,3 @@ def _given(experiment: Experiment, imported: Sequence[Mapping[str, str]], vae: s
         yield f"* those of the run that it started from, `{experiment.init_from.run}`"
     if vae is not None:
         yield f"* the VAE that made the latents (`--vae`): `{vae}`, SHA-256 `{content_digest(vae)}`"
-
-
-def _weights(node: Any, path: str = "") -> Iterator[str]:
-    """A line for each file of weights that the task names; some were trained further, others were not changed."""
-    for field in dataclasses.fields(node):
-        value, name = getattr(node, field.name), f"{path}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from _weights(value, f"{name}.")
-        elif field.name.endswith("weights") and isinstance(value, str) and value:
-            yield f"* `task.{name}`: `{value}`"

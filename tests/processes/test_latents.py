@@ -1,4 +1,4 @@
-"""Two processes with a device each encode a data set together: the files are those of one process."""
+"""Two processes, one device in each, encode a data set together: the files are those of one process."""
 
 import hashlib
 import os
